@@ -1,0 +1,6 @@
+"""Callbacks for any Lightning project."""
+
+from lightning_pipelite.callbacks.eval_schedule import EvalSchedule
+from lightning_pipelite.callbacks.save_trained import SaveTrained
+
+__all__ = ["EvalSchedule", "SaveTrained"]

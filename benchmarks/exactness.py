@@ -1,0 +1,249 @@
+"""Training through the pipeline against a plain loop over the unsplit model.
+
+    python benchmarks/exactness.py [--steps 20] [--write]
+
+For each way to train, number of stages, number of replicas and layout of the ranks: the largest difference in the loss
+of any step, and in the final weights (relative, in the 2-norm, the worst tensor), to a loop in plain torch without
+Lightning or DeepSpeed; for LoRA that loop is transformers + PEFT. Float32 on
+CPUs over gloo, gradients clipped, unequally masked tokens, packed documents, and a last batch that is short and does not divide by the replicas. Exits with 1 if a difference passes
+the limits: 1e-5 (losses), 1e-4 (weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from optimi import Adam
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from processes import Workers
+from report import Report
+from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite.adapters import Adapter, Full, LoRA
+from lightning_pipelite.data.sampler import PackedSampler
+from lightning_pipelite.models import CausalLMLayers
+
+VOCABULARY, SEQUENCE, SEQUENCES, MICRO_BATCHES = 512, 64, 75, 8
+CLIP, LR = 0.1, 2e-3
+LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to train."""
+
+    name: str
+    tied: bool = False
+    full: bool = False
+    layers: str | None = None
+    in_4bit: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the job is spread over processes."""
+
+    stages: int
+    replicas: int = 1
+    column_major: bool = False
+
+    def __str__(self) -> str:
+        layout = "" if self.stages == 1 or self.replicas == 1 else ", column-major" if self.column_major else ", row-major"
+        return f"{self.stages} x {self.replicas}{layout}"
+
+
+CASES = (
+    Case("full, untied", full=True),
+    Case("full, tied", full=True, tied=True),
+    Case("LoRA, all layers"),
+    Case("LoRA, first layer only", layers="0"),
+    Case("LoRA, last layer only", layers="3"),
+    Case("LoRA, 4-bit base", in_4bit=True),
+)
+SPLITS = tuple(
+    Split(stages, replicas, column_major)
+    for stages, replicas, column_major in itertools.product((1, 2, 4), (1, 2), (False, True))
+    if not column_major or (stages > 1 and replicas > 1)
+)
+
+
+def make_model(directory: Path, tied: bool) -> None:
+    """Write a Llama of four layers with random weights, norms included."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=SEQUENCE,
+        )
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(directory)
+
+
+def sequences() -> list[dict[str, Tensor]]:
+    """Packed sequences of random tokens: documents of random lengths, and unequal numbers of masked labels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int, size: tuple[int, ...] = ()) -> Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    made = []
+    for _ in range(SEQUENCES):
+        tokens = draw(0, VOCABULARY, (SEQUENCE,))
+        labels = torch.cat([tokens[1:], torch.tensor([-100])])
+        border = int(draw(8, SEQUENCE - 8))
+        positions = torch.cat([torch.arange(border), torch.arange(SEQUENCE - border)])
+        labels[border - 1] = -100
+        labels[int(draw(4, SEQUENCE)) :] = -100
+        made.append({"input_ids": tokens, "labels": labels, "position_ids": positions})
+    return made
+
+
+def make_adapter(case: Case) -> Adapter:
+    return Full() if case.full else LoRA(rank=4, layers_to_transform=case.layers)
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """A list of sequences; None, which the sampler fills up with, is one without labels."""
+
+    def __init__(self, items: list[dict[str, Tensor]]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        if index is not None:
+            return self._items[index]
+        return {**self._items[0], "labels": torch.full((SEQUENCE,), -100)}
+
+
+def train_split(case: Case, split: Split, model_dir: str, steps: int) -> tuple[list[float], dict[str, Tensor]] | None:
+    """Train under PipeLiteStrategy, as one rank of several.
+
+    Returns:
+        On rank 0 the loss of each step and the final weights, by their names in the saved file; None elsewhere.
+    """
+    losses: list[float] = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if len(losses) < trainer.global_step:
+                losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    strategy = PipeLiteStrategy(split.stages, use_column_major_topology=split.column_major)
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", devices=split.stages * split.replicas,
+        accumulate_grad_batches=MICRO_BATCHES // split.replicas, gradient_clip_val=CLIP, max_steps=steps, max_epochs=-1,
+        callbacks=[Losses()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    module = PipeLiteModule(model_dir, make_adapter(case), load_in_4bit=case.in_4bit, lr=LR, dtype="float32")
+    data = Sequences(sequences())
+    sampler = PackedSampler(data, **strategy.distributed_sampler_kwargs, shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=1, sampler=sampler))
+    state = module._layers.trained_state(module.pipeline_stage)
+    collected = {name: t for stage in strategy.collect_stages(state) for name, t in stage.items()}
+    return (losses, collected) if strategy.is_global_zero else None
+
+
+def train_plain(case: Case, model_dir: str, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, quantization_config=quantization if case.in_4bit else None
+    )
+    if not case.full:
+        adapter = make_adapter(case)
+        with tempfile.TemporaryDirectory() as directory:
+            layers = CausalLMLayers(model_dir, dtype=torch.float32, load_in_4bit=case.in_4bit, adapter=adapter)
+            state = layers.trained_state(layers.build_stage(0, 4, torch.device("cpu")))
+            adapter.save(Path(directory) / "adapter", [state], Path(model_dir))
+            model = PeftModel.from_pretrained(model, f"{directory}/adapter", is_trainable=True)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Adam(parameters, lr=LR, betas=(0.9, 0.99), eps=1e-6)
+    data = sequences()
+    rounds = [data[i : i + MICRO_BATCHES] for i in range(0, len(data), MICRO_BATCHES)]
+    losses = []
+    for step, micro_batches in zip(range(steps), itertools.cycle(rounds), strict=False):
+        count = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        total = 0.0
+        for batch in micro_batches:
+            logits = model(
+                input_ids=batch["input_ids"][None], position_ids=batch["position_ids"][None], use_cache=False
+            ).logits
+            loss = nn.functional.cross_entropy(logits[0], batch["labels"], reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        decayed = 0.99 ** (step + 1)
+        optimizer.param_groups[0]["lr"] = LR * ((1 - decayed) / (1 + decayed)) ** 0.5
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = model.state_dict() if case.full else get_peft_model_state_dict(model)
+    return losses, {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def differences(ours: Any, reference: Any) -> tuple[float, float]:
+    """The largest difference of a loss, and the largest relative one of a weight, in the 2-norm."""
+    (losses, weights), (plain_losses, plain_weights) = ours, reference
+    assert len(losses) == len(plain_losses), f"{len(losses)} steps instead of {len(plain_losses)}"
+    missing = {name for name in plain_weights.keys() ^ weights.keys() if name != "lm_head.weight"}
+    assert not missing, f"not in both: {sorted(missing)}"
+    loss = max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True))
+    weight = max(float((w - plain_weights[n]).norm() / plain_weights[n].norm()) for n, w in weights.items())
+    return loss, weight
+
+
+def compare(workers: Workers, case: Case, splits: Sequence[Split], steps: int) -> Iterator[tuple[Split, float, float]]:
+    """Train a case in every split, and give each one's differences to the plain loop."""
+    with tempfile.TemporaryDirectory() as directory:
+        make_model(Path(directory), case.tied)
+        reference = workers.run(1, train_plain, case, directory, steps)[0]
+        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
+        assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"
+        for split in splits:
+            ours = workers.run(split.stages * split.replicas, train_split, case, split, directory, steps)[0]
+            yield split, *differences(ours, reference)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/exactness.md")
+    arguments = parser.parse_args()
+    workers = Workers(8)
+    report = Report("exactness", "| training | stages x replicas | loss | weights |", "| --- | --- | --- | --- |")
+    failed = False
+    for case in CASES:
+        for split, loss, weight in compare(workers, case, SPLITS, arguments.steps):
+            report.row(f"| {case.name} | {split} | {loss:.1e} | {weight:.1e} |")
+            failed |= not (loss <= LOSS_LIMIT and weight <= WEIGHT_LIMIT)
+    workers.close()
+    report.line(f"{arguments.steps} steps; limits {LOSS_LIMIT:.0e} (losses), {WEIGHT_LIMIT:.0e} (weights): "
+                f"{'PASSED THE LIMITS' if failed else 'all within'}")  # fmt: skip
+    if arguments.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Worker processes that stay, each a rank: a new process group costs a second, a new process ten.
+
+Used by the benchmarks and the tests. The workers look to Lightning as if torchrun had started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class WorkerDied(RuntimeError):
+    """A worker ended instead of answering."""
+
+
+class Workers:
+    """A pool of ranks.
+
+    Args:
+        size: the most ranks that a job may have; processes start when first needed.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        """Call ``function(*args)`` in ranks 0 to ``world_size - 1`` with the variables that torchrun sets.
+
+        Args:
+            world_size: the number of ranks.
+            function: a function of an importable module.
+            timeout: seconds until the job counts as hung.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RuntimeError: with the first rank's traceback, if one raised. All workers are then replaced.
+            WorkerDied: if one ended, or took too long. All workers are then replaced.
+        """
+        assert world_size <= self._size
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            connection.send((rank, world_size, port, function, args))
+        results, errors = [], []
+        for rank, (process, connection) in enumerate(self._workers[:world_size]):
+            try:
+                if not connection.poll(timeout):
+                    raise EOFError
+                result, error = connection.recv()
+            except (EOFError, ConnectionResetError):
+                result, error = None, f"rank {rank}: no answer (exit code {process.exitcode})"
+            results.append(result)
+            errors += [error] if error else []
+        if errors:
+            self.close()
+            told = [error for error in errors if "Traceback" in error]
+            raise RuntimeError(told[0]) if told else WorkerDied(errors[0])
+        return results
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self._workers:
+            connection.close()
+        for process, _ in self._workers:
+            process.join(5)
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    while True:
+        try:
+            rank, world_size, port, function, args = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+            GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="workers",
+        )  # fmt: skip
+        try:
+            with _no_output():
+                connection.send((function(*args), None))
+        except BaseException:
+            connection.send((None, f"rank {rank}: {traceback.format_exc()}"))
+        finally:
+            _leave_process_group()
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    if os.environ.get("PIPELITE_VERBOSE_WORKERS"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _leave_process_group() -> None:
+    import gc
+    import sys
+
+    import torch.distributed as dist
+
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:  # it keeps the old group in module variables
+        import deepspeed.comm.comm
+        import deepspeed.utils.groups
+
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups.mpu = None

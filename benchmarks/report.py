@@ -1,0 +1,53 @@
+"""Tables that a benchmark prints, and can keep with what they were measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandbytes", "torch-optimi")
+
+
+def environment() -> str:
+    """The hardware, the versions and the commit, in one line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return f"{device}; Python {platform.python_version()}, {versions}; commit {git.stdout.strip() or 'unknown'}"
+
+
+class Report:
+    """Prints a Markdown table line by line, and writes it on request.
+
+    Args:
+        name: the name of the file in benchmarks/results, without its ending.
+        head: the first lines of the table.
+    """
+
+    def __init__(self, name: str, *head: str) -> None:
+        self._path = RESULTS / f"{name}.md"
+        self._lines: list[str] = []
+        for line in head:
+            self.row(line)
+
+    def row(self, line: str) -> None:
+        """Add a row of the table."""
+        self._lines.append(line)
+        print(line, flush=True)
+
+    def line(self, line: str) -> None:
+        """Add a line after the table."""
+        self.row("")
+        self.row(line)
+
+    def write(self) -> None:
+        """Write the table with the command, the hardware, the versions and the commit."""
+        command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+        RESULTS.mkdir(exist_ok=True)
+        self._path.write_text("\n".join([f"`{command}`", "", environment(), "", *self._lines, ""]), encoding="utf-8")

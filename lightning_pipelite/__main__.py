@@ -1,0 +1,5 @@
+"""``python -m lightning_pipelite`` is ``pipelite``."""
+
+from lightning_pipelite.cli import main
+
+main()

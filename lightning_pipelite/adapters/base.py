@@ -1,0 +1,53 @@
+"""What is trained of a model, and how that is saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_pipelite.models.skeleton import Skeleton
+
+
+class Adapter(ABC):
+    """Chooses and adds the trained parameters of a causal LM that is spread over pipeline stages.
+
+    An adapter holds its options only, so one object serves every stage. All that it does on a stage follows from the
+    whole model's skeleton and the seed: never from the partition.
+    """
+
+    @abstractmethod
+    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+        """Check, before any weight is read, that the options fit the model.
+
+        Raises:
+            ConfigurationError: A target or a layer number that the model does not have, or a mode that is not possible.
+        """
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+        """Make ``model``, the trimmed model of one stage, trainable in place and freeze all else.
+
+        Initial values depend on ``seed`` and the module's name alone. A stage may end up with nothing to train.
+        """
+
+    @abstractmethod
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return what is to be saved of a stage's ``model``: tensors on the CPU by their names in the saved file."""
+
+    @abstractmethod
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+        """Write the state dicts of all stages, in order, as ``directory``: whole or not at all.
+
+        Args:
+            directory: Where the files are to be; such a directory that is already there is replaced once the new one
+                is complete.
+            states: The :meth:`state_dict` of every stage, each taken when its turn comes.
+            model_dir: The model that was trained.
+
+        Raises:
+            ConfigurationError: ``directory`` exists and is not such a directory.
+        """

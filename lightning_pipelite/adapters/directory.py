@@ -1,0 +1,63 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+@contextmanager
+def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
+    """Give an empty directory to write in, which takes the place of ``directory`` once it is complete and on disk.
+
+    An exception inside leaves ``directory`` as it was. If the machine stops between the two renames at the end, the
+    former content is still there, whole, in ``.<name>.<number>.old`` beside it.
+
+    Args:
+        directory: Where the files are to be. If it exists it is replaced.
+        known_files: Patterns of the names that such a directory may hold.
+
+    Raises:
+        ConfigurationError: ``directory`` exists and is no directory or holds something else, which would be lost.
+    """
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve() would replace a link's target)
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ConfigurationError(f"{directory} exists and is not a plain directory; choose another place to save to.")
+    for entry in directory.iterdir() if directory.exists() else ():
+        if not any(fnmatch(entry.name, pattern) for pattern in known_files):
+            raise ConfigurationError(
+                f"{directory} holds {entry.name}, which saving would delete; move it or save to another place."
+            )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    partial = directory.with_name(f".{directory.name}.{unique}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*"), reverse=True):
+            _sync(path)
+        _sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    former = directory.with_name(f".{directory.name}.{unique}.old")
+    if directory.exists():
+        directory.rename(former)
+    partial.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

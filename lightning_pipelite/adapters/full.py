@@ -1,0 +1,133 @@
+"""Trains the model's own weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from typing_extensions import override
+
+from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.directory import whole_directory
+from lightning_pipelite.adapters.selection import match_modules, parse_layers
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.checkpoint import INDEX_FILE, read_json
+from lightning_pipelite.models.skeleton import Skeleton
+
+# What a model needs beside configuration and weights: generation defaults, tokenizer and chat template.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
+KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *COMPANIONS)
+
+
+class Full(Adapter):
+    """Trains the model's own weights, all or those of the chosen modules.
+
+    Args:
+        target_modules: Modules whose weights are trained: a list of names such as "self_attn" or "embed_tokens", or a
+            regular expression for the full name; all by default.
+        layers_to_transform: Train only these decoder layers, such as "0:3, 7, 12:15" (ranges are inclusive) or a list
+            of numbers; embedding, final norm and head are then frozen. All by default.
+    """
+
+    def __init__(
+        self, target_modules: str | list[str] | None = None, layers_to_transform: str | list[int] | None = None
+    ) -> None:
+        self.target_modules = target_modules
+        self.layers_to_transform = layers_to_transform
+
+    @override
+    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+        if load_in_4bit:
+            raise ConfigurationError("load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.")
+        self._trained(skeleton)
+
+    @override
+    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+        trained = self._trained(skeleton)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    @override
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        parameters = dict(model.named_parameters())  # a tied weight once, under the embedding's name
+        aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+        # transformers renames and fuses weights as it loads them; its own reverse gives the names of the files.
+        on_disk = revert_weight_conversion(model, state)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
+
+    @override
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+        if directory.resolve() == model_dir.resolve():
+            raise ConfigurationError(f"{directory} is the model that is trained; choose another place to save to.")
+        with whole_directory(directory, KNOWN_FILES) as partial:
+            shards, dtype = _write_shards(partial, states)
+            for pattern in COMPANIONS:
+                for path in model_dir.glob(pattern):
+                    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / path.name)
+            _write_index(partial, shards)
+            config = read_json(model_dir / "config.json")
+            config["dtype"] = dtype
+            config.pop("torch_dtype", None)  # the older name of the same key
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _trained(self, skeleton: Skeleton) -> set[str]:
+        """Return the names of the trained parameters of the whole model, a tied one under the embedding's name."""
+        modules = {name: module for name, module in skeleton.model.named_modules() if name}
+        trained = {id(parameter) for parameter in skeleton.model.parameters()}
+        if self.target_modules is not None:
+            matched = match_modules(modules, self.target_modules)
+            trained = {id(parameter) for name in matched for parameter in modules[name].parameters()}
+        names = {name for name, parameter in skeleton.model.named_parameters() if id(parameter) in trained}
+        if self.layers_to_transform is not None:
+            layers = set(parse_layers(self.layers_to_transform, len(skeleton.layers)))
+            names = {name for name in names if skeleton.layer_of(name) in layers}
+        if not names:
+            raise ConfigurationError("target_modules matches no weight of layers_to_transform; widen either.")
+        return names
+
+
+def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple[list[dict[str, int]], str]:
+    """Write one shard a stage; return the bytes of each shard's tensors by name, and the type most bytes have."""
+    shards: list[dict[str, int]] = []
+    by_dtype: dict[str, int] = {}
+    written: set[str] = set()
+    for number, state in enumerate(states, start=1):
+        # First and last stage both hold a tied weight: the first to come writes it.
+        state = {name: tensor for name, tensor in state.items() if name not in written}
+        written |= state.keys()
+        save_file(state, directory / f"{number}.safetensors", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in state.items()})
+        for tensor in state.values():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            by_dtype[dtype] = by_dtype.get(dtype, 0) + tensor.nbytes
+    return shards, max(by_dtype, key=lambda dtype: by_dtype[dtype])
+
+
+def _write_index(directory: Path, shards: list[dict[str, int]]) -> None:
+    """Give the shards their final names, which hold their number, and write the index over them."""
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{number}.safetensors").rename(directory / final)
+        weight_map.update(dict.fromkeys(shard, final))
+    total = sum(size for shard in shards for size in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

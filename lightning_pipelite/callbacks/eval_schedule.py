@@ -1,0 +1,79 @@
+"""Evaluation before the first step, a number of times an epoch, and at its end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+class EvalSchedule(Callback):
+    """Evaluates before the first step and then at evenly spaced optimizer steps, the last of each epoch and of training among them.
+
+    It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps. Each
+    evaluation prints one line with the loss and its change against the one before.
+
+    Args:
+        evals_per_epoch: how many evaluations an epoch has, at most one a step.
+        monitor: the metric whose change is printed.
+
+    Raises:
+        ConfigurationError: if ``evals_per_epoch`` is not positive.
+    """
+
+    def __init__(self, evals_per_epoch: int = 10, monitor: str = "eval/loss") -> None:
+        if evals_per_epoch < 1:
+            raise ConfigurationError(f"EvalSchedule: evals_per_epoch must be at least 1, not {evals_per_epoch}.")
+        self.evals_per_epoch = evals_per_epoch
+        self.monitor = monitor
+        self._last: float | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > 0 or trainer.fit_loop.epoch_loop.val_loop.skip or not trainer.enable_validation:
+            return
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning evaluates when val_check_batch divides the number of batches done in the epoch.
+        batches, accumulate = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        ends_step = (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == batches
+        ends_training = ends_step and trainer.global_step + 1 == trainer.max_steps
+        due = ends_training or batch_idx + 1 in self._due(batches, accumulate)
+        trainer.val_check_batch = batch_idx + 1 if due else batch_idx + 2
+
+    def _due(self, batches: int, accumulate: int) -> set[int]:
+        """After how many batches of an epoch to evaluate."""
+        steps = math.ceil(batches / accumulate)
+        evals = min(self.evals_per_epoch, steps)
+        return {min(round(k * steps / evals) * accumulate, batches) for k in range(1, evals + 1)}
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if not isinstance(value, Tensor) or trainer.sanity_checking:
+            return
+        loss = value.item()
+        change = "" if not self._last else f" ({100 * (loss / self._last - 1):+.2f} % since the last)"
+        rank_zero_info(f"step {trainer.global_step}: {self.monitor} {loss:.4f}{change}")
+        self._last = loss
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last = state_dict["last"]

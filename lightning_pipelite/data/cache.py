@@ -1,0 +1,119 @@
+"""A directory that is there whole or not at all, however its making ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_pipelite.errors import ConfigurationError
+
+_TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab", ".bpe", ".merges"}
+
+
+def default_cache_dir() -> Path:
+    """Give this package's folder in the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_pipelite"
+
+
+def content_key(contents: dict[str, Any]) -> str:
+    """Hash a JSON-serialisable description to 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Identify a data file without reading it: path, bytes, nanoseconds of its last change."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def tokenizer_stamp(directory: Path) -> dict[str, str]:
+    """Hash the files from which a tokenizer is loaded, by name; weights and their index do not count."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
+    }
+
+
+def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """Give the entry of a key, and make it first where it is missing.
+
+    `build` fills a temporary directory, which gets its name by one rename when it is complete. Processes of one host
+    wait for each other, so that one builds; should two hosts build at once, the first to finish counts.
+
+    Args:
+        cache_dir: Where entries live; it is created.
+        key: The entry's name.
+        build: Writes the entry into the empty directory that it is given.
+
+    Returns:
+        The entry's directory.
+
+    Raises:
+        ConfigurationError: If the directory cannot be written, or its disk is full. Other entries stay as they are.
+    """
+    entry = cache_dir / key
+    if entry.is_dir():
+        return entry
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir / f"{key}.lock"):
+            if not entry.is_dir():
+                _build(entry, build)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigurationError(
+                f"The disk of {cache_dir} is full: free space there, or set data.cache_dir."
+            ) from error
+        raise ConfigurationError(
+            f"The cache directory {cache_dir} cannot be used ({error.strerror or error}): set data.cache_dir to a "
+            "directory that can be written."
+        ) from error
+    return entry
+
+
+def _build(entry: Path, build: Callable[[Path], None]) -> None:
+    ours = f"{entry.name}.{socket.gethostname()}."
+    for leftover in entry.parent.iterdir():
+        # Of a build that was killed: this host's lock is ours, so nobody works there any more.
+        if leftover.name.startswith(ours):
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = entry.parent / f"{ours}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        build(temporary)
+        for file in temporary.rglob("*"):
+            _sync(file)
+        try:
+            temporary.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another host was first, with the same content
+                raise
+        _sync(entry.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
+        yield
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,48 @@
+"""Which data-parallel replica sees which sequence, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import numpy as np
+from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
+
+
+class PackedSampler(DistributedSampler):
+    """Deals micro-batches to replicas in turn: number k of the epoch goes to replica ``k % num_replicas``.
+
+    The order depends on the seed and the epoch alone, so that another number of replicas trains on the same data. All
+    replicas get the same number of micro-batches: the last round is filled with None, which stands for the empty
+    micro-batch. No sequence is dropped, none is seen twice. It is a `DistributedSampler` so that Lightning keeps it.
+
+    Args:
+        dataset: What is sampled; only its length counts.
+        num_replicas: Number of data-parallel replicas.
+        rank: This process's replica.
+        shuffle: Whether the order changes from epoch to epoch; without, it is that of the dataset.
+        seed: Of the shuffle.
+        round_to: Fill each replica's share up to a multiple of this.
+
+    Example:
+        >>> list(PackedSampler(range(5), num_replicas=2, rank=1, shuffle=False))
+        [1, 3, None]
+    """
+
+    def __init__(
+        self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0, shuffle: bool, seed: int = 0, round_to: int = 1
+    ) -> None:
+        super().__init__(cast(Any, dataset), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self._size = len(dataset)
+        self.num_samples = -(-self._size // (num_replicas * round_to)) * round_to
+        self.total_size = self.num_samples * num_replicas
+
+    @override
+    def __iter__(self) -> Iterator[int | None]:
+        order: list[int | None] = list(range(self._size))
+        if self.shuffle:
+            # Both numbers seed the generator, not their sum: epoch 1 of seed 0 is not epoch 0 of seed 1.
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size).tolist()
+        order += [None] * (self.total_size - self._size)
+        return iter(order[self.rank :: self.num_replicas])

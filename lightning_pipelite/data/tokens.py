@@ -1,0 +1,124 @@
+"""The tokenizer of a model directory, with what goes before and after each document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from lightning_pipelite.data.config import PackingOptions, TokenSpec
+from lightning_pipelite.errors import ConfigurationError
+
+
+class DocumentTokenizer:
+    """Turns texts into the token ids that are packed.
+
+    Args:
+        tokenizer_dir: A directory that holds a tokenizer as `transformers` saves it.
+        options: Says what goes before and after documents and sequences, and what is masked.
+
+    Attributes:
+        sequence_prefix: Ids that begin every sequence.
+        masked_ids: Ids that are never a label.
+        padding_id: The id that fills a sequence behind its last document.
+
+    Raises:
+        ConfigurationError: If the tokenizer cannot be loaded or an option does not fit it.
+    """
+
+    def __init__(self, tokenizer_dir: Path, options: PackingOptions) -> None:
+        self._name = tokenizer_dir
+        self._tokenizer = self._load(options.add_prefix_space, options.trust_remote_code)
+        if options.add_prefix_space:
+            self._check_prefix_space(options.trust_remote_code)
+
+        self.sequence_prefix = self._resolve("sequence_prefix", options.sequence_prefix, self._tokenizer.bos_token_id)
+        if len(self.sequence_prefix) >= options.sequence_len:
+            raise ConfigurationError(
+                f"data.sequence_prefix is {len(self.sequence_prefix)} tokens long, which leaves no room in a sequence "
+                f"of {options.sequence_len}: shorten it, or raise data.sequence_len."
+            )
+        self.masked_ids = self._resolve_mask(options)
+        # Not the tokenizer's pad token: some models add one that lies beyond their embedding.
+        eos = self._tokenizer.eos_token_id
+        self.padding_id: int = 0 if eos is None else eos
+
+        # Text joins the document before tokenising, so that tokens may span the join; ids are set beside it.
+        prefix, suffix = options.document_prefix, options.document_suffix
+        self._text_before = prefix if isinstance(prefix, str) else ""
+        self._text_after = suffix if isinstance(suffix, str) else ""
+        self._ids_before = [] if self._text_before else self._resolve("document_prefix", prefix, None)
+        self._ids_after = [] if self._text_after else self._resolve("document_suffix", suffix, eos)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise documents.
+
+        Args:
+            texts: The documents.
+
+        Returns:
+            The ids of each, with the document's prefix and suffix; a list is empty where there is no token at all.
+        """
+        if self._text_before or self._text_after:
+            texts = [self._text_before + text + self._text_after for text in texts]
+        return [self._ids_before + ids + self._ids_after for ids in self._ids_of(self._tokenizer, list(texts))]
+
+    def _load(self, add_prefix_space: bool, trust_remote_code: bool) -> Any:
+        if not self._name.is_dir():
+            raise ConfigurationError(f"data.tokenizer_dir {self._name} is no directory: name one with a tokenizer.")
+        try:
+            return AutoTokenizer.from_pretrained(
+                self._name,
+                local_files_only=True,
+                add_prefix_space=add_prefix_space,
+                trust_remote_code=trust_remote_code,
+            )
+        except (
+            Exception
+        ) as error:  # whatever a damaged file or remote code raises, the user has to look at the directory
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigurationError(f"No tokenizer can be loaded from {self._name} ({reason}): check it.") from error
+
+    def _check_prefix_space(self, trust_remote_code: bool) -> None:
+        """Refuse an option that the tokenizer class passes over in silence, as several do."""
+        with_space = self._ids_of(self._tokenizer, ["a", " a"])
+        without = self._ids_of(self._load(False, trust_remote_code), ["a"])
+        if with_space[0] == without[0] and with_space[0] != with_space[1]:
+            raise ConfigurationError(
+                f"data.add_prefix_space has no effect on the tokenizer of {self._name}: set it to false, or begin "
+                'documents with a space by document_prefix: " ".'
+            )
+
+    @staticmethod
+    def _ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        # Padding and truncation that tokenizer.json may ask for are switched off by the call itself.
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def _resolve(self, key: str, value: TokenSpec, default: int | None) -> list[int]:
+        if value is None:
+            return [] if default is None else [default]
+        if isinstance(value, str):
+            return self._ids_of(self._tokenizer, [value])[0] if value else []
+        return self._checked(key, [value] if isinstance(value, int) else value)
+
+    def _resolve_mask(self, options: PackingOptions) -> list[int]:
+        value = options.mask_tokens
+        if value is None or value is False:
+            return []
+        if value is True:
+            return sorted(set(self._tokenizer.all_special_ids))
+        return sorted(set(self._checked("mask_tokens", [value] if isinstance(value, int) else value)))
+
+    def _checked(self, key: str, ids: list[int]) -> list[int]:
+        size = len(self._tokenizer)
+        for token in ids:
+            if isinstance(token, bool) or not 0 <= token < size:
+                raise ConfigurationError(
+                    f"data.{key} holds {token}, which is no token id of {self._name}: give ids from 0 to {size - 1}."
+                )
+        return list(ids)

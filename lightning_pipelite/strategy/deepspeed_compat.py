@@ -1,0 +1,92 @@
+"""Every work-around for DeepSpeed, in one place: what it is for, and what to watch for its removal.
+
+DeepSpeed is imported through :func:`load_deepspeed` alone, when the device is known, and its engine is used through
+:class:`~lightning_pipelite.strategy.engine.PipeLiteEngine` alone, whose overrides each say what they replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load_deepspeed(device: torch.device, local_rank: int) -> None:
+    """Import DeepSpeed for a device, and join it to torch.distributed, which must be initialised.
+
+    * It picks its accelerator once, at import, and takes a GPU wherever it sees one. A CPU run on such a machine needs
+      ``DS_ACCELERATOR`` before the first import. Remove when ``deepspeed.initialize`` takes a device.
+    * On a CPU it compiles a shared-memory communication op at the first collective: two minutes, a compiler needed,
+      and a stale lock file hangs it. gloo does the same work. Remove when the op is optional (``deepspeed_shm_comm``).
+    * ``PipelineModule`` reads ``LOCAL_RANK`` even with one process. Remove when it takes the device from the caller.
+    * It logs dozens of lines that a user can do nothing about.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed.comm
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)
+        if get_accelerator().device_name() != device.type:
+            raise RuntimeError(
+                f"DeepSpeed was imported before the strategy and chose {get_accelerator().device_name()!r}; "
+                f"set DS_ACCELERATOR={device.type} or import deepspeed later."
+            )
+        if device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.comm.init_distributed(verbose=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what DeepSpeed prints to standard output while it builds its module and its groups."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def pipeline_module(stage: nn.Module, stage_id: int, stages: int, column_major: bool) -> Any:
+    """Wrap this rank's stage into DeepSpeed's ``PipelineModule``.
+
+    Its own partitioning builds every layer on every rank with ``parameters`` and counts trainable parameters only.
+    So it is told of one layer a stage, of which this rank's is real.
+    """
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
+
+    replicas = torch.distributed.get_world_size() // stages
+    topology = (
+        ProcessTopology(axes=["data", "pipe"], dims=[replicas, stages])
+        if column_major
+        else PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
+    )
+    layers = [stage if index == stage_id else nn.Identity() for index in range(stages)]
+    with quiet():
+        return PipelineModule(layers=layers, topology=topology, partition_method="uniform")
+
+
+def engine_config(micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    No ``bf16`` block: with it DeepSpeed casts fp32 adapters to bf16; without it every tensor travels in its own type.
+    The throughput timer is off because it synchronises the device in every micro-batch.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        "zero_optimization": {"stage": 0},
+    }

@@ -1,0 +1,86 @@
+"""Starts the other ranks of a node and sees to it that no rank is left over before the lifeline takes over."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from typing_extensions import override
+
+from lightning_pipelite.strategy.lifeline import LAUNCHER_PID, announce, describe_exit, end_processes
+
+
+class PipeLiteLauncher(_SubprocessScriptLauncher):
+    """Launches the script once for each further device of the node, as Lightning's own launcher does.
+
+    It differs in what happens when a rank dies. Lightning's observer kills the main process with SIGKILL, and with it
+    every message. Here, until the :class:`~lightning_pipelite.strategy.lifeline.Lifeline` is connected, a thread
+    watches the children, and when one dies ends them all and says which; a child whose launcher dies ends with it.
+
+    Args:
+        cluster_environment: Says which rank this process has, and whether something else has launched the ranks.
+        num_processes: The number of ranks on this node.
+        num_nodes: The number of nodes.
+        before_launch: Called with the trainer and the arguments of the launched function, in every process, before any
+            child is started: what it raises needs no clean-up.
+    """
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        before_launch: Callable[[pl.Trainer | None, tuple[Any, ...]], None],
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._before_launch = before_launch
+        self._lifeline_holds = threading.Event()
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Checks the configuration, starts the other ranks of this node unless something else does, calls ``function``.
+
+        Args:
+            function: Called in every rank with ``args`` and ``kwargs``.
+            *args: See ``function``.
+            trainer: Handed to ``before_launch``.
+            **kwargs: See ``function``.
+        """
+        self._before_launch(trainer, args)
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=self._watch, name="pipelite-launcher", daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def stop_watching(self) -> None:
+        """Hands the watch over; called once the lifeline is connected."""
+        self._lifeline_holds.set()
+
+    @override
+    def _call_children_scripts(self) -> None:
+        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of lifeline.py
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[LAUNCHER_PID]
+
+    def _watch(self) -> None:
+        while not self._lifeline_holds.wait(0.1):
+            for local_rank, child in enumerate(self.procs, start=1):
+                code = child.poll()
+                if code is None or self._lifeline_holds.is_set():
+                    continue
+                rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
+                try:
+                    end_processes(self.procs, patience=1.0)
+                    announce(f"rank {rank} {describe_exit(code)}, before the training began")
+                finally:
+                    os._exit(1)

@@ -1,0 +1,106 @@
+"""What a LightningModule hands to the strategy: its layers, and the loss on what the last one returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.errors import ConfigurationError
+
+Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor]"]
+"""``loss(outputs, targets)`` of one micro-batch.
+
+It returns either a scalar, the mean over the micro-batch (every micro-batch then weighs the same), or a pair
+``(total, count)``: the sum of the losses and the number of terms in it (tokens, say). With the pair, what is trained
+on is exactly the sum of all totals over the sum of all counts in the global batch.
+"""
+
+
+@runtime_checkable
+class PipelineLayers(Protocol):
+    """Layers that are built a stage at a time, so that no process ever holds those of another stage."""
+
+    names: Sequence[str]
+    """The class name of each layer, in order; ``partition_method="type:REGEX"`` looks at these."""
+
+    def parameter_counts(self) -> Sequence[int]:
+        """The number of parameters of each layer, frozen ones too."""
+        ...
+
+    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        """Build layers ``start`` to ``stop`` (exclusive) on ``device``, as one module from inputs to outputs.
+
+        Its parameter names must not depend on the partition. A parameter that stands under one name in several
+        stages is tied: its gradients are summed over them.
+        """
+        ...
+
+
+class SequentialLayers:
+    """A plain list of modules as pipeline layers: each maps the former's output to its own.
+
+    Args:
+        layers: the modules, in order. One module may stand in several places; its parameters are then tied.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, nn.Module):
+                raise ConfigurationError(
+                    f"pipeline_layers() must return torch.nn.Modules, but item {index} is a {type(layer).__name__}."
+                )
+        self._layers = list(layers)
+        self.names = [type(layer).__name__ for layer in layers]
+
+    def parameter_counts(self) -> list[int]:
+        return [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
+
+    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        # The first position of a layer names it, in whichever stage it stands.
+        first = {id(layer): index for index, layer in reversed(list(enumerate(self._layers)))}
+        kept = {id(layer) for layer in self._layers[start:stop]}
+        for layer in self._layers:
+            layer.to(device if id(layer) in kept else "meta")
+        return _Chain([(str(first[id(layer)]), layer) for layer in self._layers[start:stop]])
+
+
+class _Chain(nn.Module):
+    """Modules in a row, registered under given names; one that stands in several places is registered once."""
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        for name, layer in layers:
+            self.add_module(name, layer)
+        self._order = [name for name, _ in layers]
+
+    def forward(self, inputs: Any) -> Any:
+        for name in self._order:
+            inputs = self._modules[name](inputs)  # type: ignore[misc]
+        return inputs
+
+
+def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
+    """Ask a LightningModule for its layers and its loss.
+
+    Args:
+        module: a LightningModule with a method ``pipeline_layers()`` that returns ``(layers, loss)``: a list of
+            modules or a :class:`PipelineLayers`, and a :data:`Loss`.
+
+    Raises:
+        ConfigurationError: if there is no such method, or it returns something else.
+    """
+    if not callable(getattr(module, "pipeline_layers", None)):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no method pipeline_layers(); "
+            "PipeLiteStrategy needs one that returns (layers, loss)."
+        )
+    handed = module.pipeline_layers()
+    if not isinstance(handed, tuple) or len(handed) != 2 or not callable(handed[1]):
+        raise ConfigurationError(f"{type(module).__name__}.pipeline_layers() must return a pair (layers, loss).")
+    layers, loss = handed
+    if not isinstance(layers, PipelineLayers):
+        layers = SequentialLayers(layers)
+    return layers, loss

@@ -1,0 +1,427 @@
+"""The Lightning strategy that runs a LightningModule's layers as a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy import checkpoint as disk
+from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
+from lightning_pipelite.strategy.gradients import clip_factor, global_norm, scale_gradients
+from lightning_pipelite.strategy.launcher import PipeLiteLauncher
+from lightning_pipelite.strategy.layers import Loss, PipelineLayers, hand_out_layers
+from lightning_pipelite.strategy.lifeline import Lifeline
+from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.strategy.topology import Topology
+
+
+class PipeLiteStrategy(DDPStrategy):
+    """Pipeline parallelism, and data parallelism over the rest of the devices, on DeepSpeed's pipeline engine.
+
+    The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``, see
+    :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step`` and
+    ``validation_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` itself,
+    the same values on every rank. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
+
+    Example::
+
+        class Model(L.LightningModule):
+            def pipeline_layers(self):
+                return [nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)], nn.functional.cross_entropy
+
+        Trainer(strategy=PipeLiteStrategy(pipeline_stages=3), devices=3, accumulate_grad_batches=8)
+
+    Args:
+        pipeline_stages: the number of stages; it must divide the number of devices.
+        partition_method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, frozen
+            ones too) or ``type:REGEX`` (equal numbers of layers whose class name matches).
+        use_column_major_topology: put the stages of one pipeline on neighbouring devices, and with that the hidden
+            states on a node's own links and the gradients on the network; otherwise the other way round.
+        timeout: how long a rank may make no progress before the job is ended, in seconds.
+        process_group_backend: ``nccl`` or ``gloo``; chosen by the device if not given.
+        cluster_environment: Lightning's, for special clusters.
+
+    Raises:
+        ConfigurationError: by ``Trainer.fit``, before any process is started, if the configuration does not fit.
+    """
+
+    strategy_name = "pipelite"
+
+    def __init__(
+        self,
+        pipeline_stages: int = 1,
+        partition_method: str = "uniform",
+        use_column_major_topology: bool = False,
+        timeout: float = 1800.0,
+        process_group_backend: str | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+        )
+        if timeout <= 0:
+            raise ConfigurationError(f"strategy: timeout must be a positive number of seconds, not {timeout}.")
+        self.pipeline_stages = pipeline_stages
+        self.partition_method = partition_method
+        self.use_column_major_topology = use_column_major_topology
+        self.stage: nn.Module | None = None
+        self._handed: tuple[PipelineLayers, Loss] | None = None
+        self._lifeline: Lifeline | None = None
+        self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
+        self._micro_batches: list[Any] = []
+        self._eval_batches: list[Any] = []
+        self._eval_sums: Tensor | None = None
+        self._loss = torch.zeros(())
+        self.eval_micro_batches = 4 * pipeline_stages
+        """How many micro-batches of an evaluation run through the pipeline at once."""
+
+    # Where this rank stands
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.num_nodes * self.num_processes, self.pipeline_stages, self.use_column_major_topology)
+
+    @property
+    def stage_id(self) -> int:
+        return self.topology.stage_of(self.global_rank)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All stages of a pipeline see the same data, so a sampler counts pipelines, not processes."""
+        return {"num_replicas": self.topology.replicas, "rank": self.topology.replica_of(self.global_rank)}
+
+    # Before and while the processes start
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = PipeLiteLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, before_launch=self._check
+        )
+
+    def _check(self, trainer: pl.Trainer | None, arguments: tuple[Any, ...]) -> None:
+        """Refuse what cannot work, in the process that would start the others."""
+        assert trainer is not None
+        topology = self.topology
+        if trainer.state.fn not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+            raise ConfigurationError("PipeLiteStrategy trains and validates; test and predict without it.")
+        if trainer.precision != "32-true":
+            raise ConfigurationError(
+                f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
+                "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
+            )
+        module = next((argument for argument in arguments if isinstance(argument, pl.LightningModule)), None)
+        module = module or trainer.lightning_module
+        if not module.automatic_optimization:
+            raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
+        self._handed = hand_out_layers(module)
+        partition(self._handed[0], topology.stages, self.partition_method)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        load_deepspeed(self.root_device, self.local_rank)
+        launcher = self._launcher
+        assert isinstance(launcher, PipeLiteLauncher) and self.cluster_environment is not None
+        self._lifeline = Lifeline.connect(
+            rank=self.global_rank,
+            world_size=self.world_size,
+            local_rank=self.local_rank,
+            stage=self.stage_id,
+            host=self.cluster_environment.main_address,
+            children=launcher.procs,
+            timeout=self._timeout or timedelta(minutes=30),
+        )
+        launcher.stop_watching()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        from lightning_pipelite.strategy.engine import PipeLiteEngine
+
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin = _GlobalNormClipping(self)
+        layers, loss = self._handed or hand_out_layers(self.lightning_module)
+        self._handed = None
+        bounds = partition(layers, self.pipeline_stages, self.partition_method)
+        self.stage = layers.build_stage(bounds[self.stage_id], bounds[self.stage_id + 1], self.root_device)
+        # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
+        self.lightning_module.add_module("pipeline_stage", self.stage)
+        self._engine = PipeLiteEngine(
+            self.stage,
+            self.stage_id,
+            self.pipeline_stages,
+            self.use_column_major_topology,
+            loss,
+            progress=self._progress,
+            step=self._step,
+        )
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._refuse_nothing_to_train()
+            self.setup_optimizers(trainer)
+        # Dropout masks of layers that happen to have the same place in their stages must not be the same.
+        torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing to do: the stage was built where it belongs."""
+
+    def _refuse_nothing_to_train(self) -> None:
+        trainable = torch.tensor(float(sum(p.requires_grad for p in self._parameters())), device=self.root_device)
+        dist.all_reduce(trainable)
+        if trainable.item() == 0:
+            raise ConfigurationError("no parameter of any stage requires a gradient: there is nothing to train.")
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) != 1:
+            raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(self.optimizers)}.")
+        mine = {id(p) for p in self._parameters() if p.requires_grad}
+        for group in self.optimizers[0].param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in mine]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        assert self.stage is not None
+        return self.stage.parameters()
+
+    def _progress(self, activity: str, waits: bool) -> None:
+        if self._lifeline is not None:
+            self._lifeline.progress(activity, waits=waits)
+
+    # Training
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The stages in the middle only need to know the shapes."""
+        if 0 < self.stage_id < self.pipeline_stages - 1:
+            device = torch.device("cpu")
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        """Collect the micro-batches of a step; with the last one, run them all and take the step."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._micro_batches.clear()
+        self._micro_batches.append(_pair(batch))
+        if not trainer.fit_loop._should_accumulate():
+            micro_batches, self._micro_batches = self._micro_batches, []
+            self._engine.train_on(micro_batches)
+        return self._loss
+
+    def _step(self, sums: Tensor) -> None:
+        """The optimizer step, where the schedule has it, with Lightning's hooks around it.
+
+        The gradients are those of the sum of all losses, divided by the number of replicas. Divided by the number of
+        terms of the global batch instead they are exact, however the valid tokens are spread over the micro-batches.
+        """
+        module = self.lightning_module
+        assert module is not None
+        trainer, optimizer = module.trainer, self.optimizers[0]
+        total, count = sums.tolist()
+        if not (count > 0 and math.isfinite(total)):
+            why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
+            raise RuntimeError(f"step {trainer.global_step + 1}: {why}; training stops before the weights are changed")
+        scale_gradients(self._parameters(), self.topology.replicas / count)
+        call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
+        norm = self.gradient_norm()
+        self.precision_plugin._clip_gradients(
+            module, optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        self._loss = torch.tensor(total / count)
+        module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
+        module.log("train/grad_norm", norm, batch_size=1)
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the gradients over all stages, each tied parameter counted once; a scalar. Collective."""
+        group = self._engine.grid.get_pipe_parallel_group() if self.pipeline_stages > 1 else None
+        counted = [p for p in self._parameters() if self._engine.ties.counts_here(p)]
+        return global_norm(counted, group, self.root_device)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing to do: the engine went backward in ``training_step``."""
+        return closure_loss
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Run the closure: the step itself is taken within it, where the pipeline's schedule has it."""
+        return closure()
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        yield
+
+    # Evaluation
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+        """Collect micro-batches and run them a pipeline-full at a time; log the mean with the last one."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
+        last = loop.batch_progress.is_last_batch or batch_idx + 1 == loop.max_batches[dataloader_idx]
+        if batch_idx == 0:
+            self._eval_batches, self._eval_sums = [], None
+        self._eval_batches.append(_pair(batch))
+        if not last and len(self._eval_batches) < self.eval_micro_batches:
+            return
+        sums = self._engine.evaluate_on(self._eval_batches)
+        self._eval_batches = []
+        self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        if last:
+            total, count = self._engine.share(self._eval_sums).tolist()
+            loss = total / count if count else math.nan
+            self.lightning_module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
+
+    # What was trained
+
+    def collect_stages(self, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
+
+        Args:
+            tensors: what this rank's stage has; only the first replica's are sent.
+
+        Returns:
+            On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an
+            empty one.
+        """
+        topology = self.topology
+        if self.global_rank == 0:
+            return self._receive_stages(tensors)
+        if topology.replica_of(self.global_rank) == 0:
+            described = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+            dist.send_object_list([described], dst=0, device=self.root_device)
+            for tensor in tensors.values():
+                dist.send(tensor.detach().to(self.root_device).contiguous(), dst=0)
+        return iter(())
+
+    def _receive_stages(self, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        yield {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        for stage in range(1, self.pipeline_stages):
+            source = self.topology.rank_of(stage, 0)
+            described: list[Any] = [None]
+            dist.recv_object_list(described, src=source, device=self.root_device)
+            received = {}
+            for name, shape, dtype in described[0]:
+                buffer = torch.empty(shape, dtype=dtype, device=self.root_device)
+                dist.recv(buffer, src=source)
+                received[name] = buffer.cpu()
+            yield received
+
+    # Checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # saved by stage
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {}  # saved by stage
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        assert self.stage is not None
+        disk.save(
+            Path(filepath),
+            checkpoint,
+            self.stage,
+            self.optimizers[0] if self.optimizers else None,
+            stage_id=self.stage_id,
+            writes=self.topology.replica_of(self.global_rank) == 0,
+            barrier=self.barrier,
+        )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return disk.load_trainer_state(Path(checkpoint_path))
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.stage is not None
+        disk.load_parameters(Path(checkpoint[disk.PATH_KEY]), self.stage)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.stage is not None
+        disk.load_optimizer(Path(checkpoint[disk.PATH_KEY]), self.stage, self.optimizers[0])
+
+    # The end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._lifeline is not None:
+            self._lifeline.fail(exception)
+
+    @override
+    def teardown(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.close()
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if cls.strategy_name not in strategy_registry:
+            strategy_registry.register(cls.strategy_name, cls, description="Pipeline parallelism on DeepSpeed's engine")
+
+
+PipeLiteStrategy.register_strategies(StrategyRegistry)
+
+
+class _GlobalNormClipping(Precision):
+    """Leaves every dtype as it is, and clips by the norm over all stages."""
+
+    def __init__(self, strategy: PipeLiteStrategy) -> None:
+        self._strategy = strategy
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        factor = clip_factor(self._strategy.gradient_norm(), float(clip_val))
+        scale_gradients(self._strategy._parameters(), factor)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigurationError(
+            f"PipeLiteStrategy needs micro-batches that are pairs (inputs, targets), not {type(batch).__name__}; "
+            "on_after_batch_transfer() of the module can make them so."
+        )
+    return batch[0], batch[1]

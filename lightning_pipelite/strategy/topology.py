@@ -1,0 +1,48 @@
+"""Which rank is which stage of which pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a job as a grid of pipeline stages and data-parallel replicas.
+
+    Args:
+        world_size: the number of processes.
+        stages: the number of pipeline stages; it must divide ``world_size``.
+        column_major: neighbouring ranks are the stages of one pipeline (rank = replica x stages + stage), so that
+            hidden states stay within a node; otherwise they are the replicas of one stage (rank = stage x replicas +
+            replica), so that gradients do.
+
+    Raises:
+        ConfigurationError: if the stages do not divide the processes.
+    """
+
+    world_size: int
+    stages: int
+    column_major: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.world_size % self.stages:
+            raise ConfigurationError(
+                f"pipeline_stages={self.stages} must divide the number of devices ({self.world_size}); "
+                "change pipeline_stages, or devices and num_nodes."
+            )
+
+    @property
+    def replicas(self) -> int:
+        """The data-parallel size: how many pipelines there are."""
+        return self.world_size // self.stages
+
+    def stage_of(self, rank: int) -> int:
+        return rank % self.stages if self.column_major else rank // self.replicas
+
+    def replica_of(self, rank: int) -> int:
+        return rank // self.stages if self.column_major else rank % self.replicas
+
+    def rank_of(self, stage: int, replica: int) -> int:
+        return replica * self.stages + stage if self.column_major else stage * self.replicas + replica
