@@ -8,7 +8,8 @@ the other, and compares the peak of the process's resident memory over what it w
 Two peaks are reported. "peak" is VmHWM, the kernel's own high-water mark, reset after the imports: it counts every
 resident page, so also the pages of the weight files that are mapped while they are read. "anon" is the highest RssAnon
 that a thread saw every millisecond: the memory that the process really holds, without file pages, which the kernel can
-take back at any time. The stage is held to the stricter one, "peak". Linux only.
+take back at any time. The stage is held to the stricter one, "peak". Every weight is read once after the load, since
+weights that need no cast stay views of the mapped files, whose pages come in with their first use. Linux only.
 
     python benchmarks/load_memory.py
 """
@@ -57,7 +58,7 @@ def write_model(directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="100MB")
 
 
-def load_stage(directory: Path, number: int, load_in_4bit: bool) -> dict[str, int]:
+def load_stage(directory: Path, number: int) -> dict[str, int]:
     """Load one stage in this process and return the bytes it holds and the peaks of memory it took."""
     from lightning_pipelite.adapters import LoRA
     from lightning_pipelite.models import CausalLMLayers
@@ -74,10 +75,9 @@ def load_stage(directory: Path, number: int, load_in_4bit: bool) -> dict[str, in
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    layers = CausalLMLayers(directory, adapter=LoRA(rank=8), load_in_4bit=load_in_4bit)
+    layers = CausalLMLayers(directory, adapter=LoRA(rank=8))
     size = LAYERS // STAGES
     stage = layers.build_stage(number * size, (number + 1) * size, torch.device("cpu"))
-    # Weights that need no cast are views of the mapped file, which no page of has been read yet: read them all.
     for parameter in stage.parameters():
         parameter.detach().view(torch.uint8).max()
     peak = memory("VmHWM")
@@ -90,12 +90,11 @@ def load_stage(directory: Path, number: int, load_in_4bit: bool) -> dict[str, in
 def main() -> int:
     """Run the four loads, print the table, and return 1 if one is over its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_in_4bit", action="store_true", help="quantise while loading")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # these two: one of the fresh processes
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage is not None:
-        print(json.dumps(load_stage(options.directory, options.stage, options.load_in_4bit)))
+        print(json.dumps(load_stage(options.directory, options.stage)))
         return 0
     failed = False
     with tempfile.TemporaryDirectory() as directory:
@@ -103,11 +102,10 @@ def main() -> int:
         shards = sorted(Path(directory).glob("*.safetensors"))
         total = sum(path.stat().st_size for path in shards)
         largest = 32000 * 1024 * 2
-        print(f"model {total / MB:.0f} MB in {len(shards)} shards, torch {torch.__version__}, MB over the empty process")
+        print(f"{total / MB:.0f} MB in {len(shards)} shards, torch {torch.__version__}; MB over the empty process")
         print("stage     own  largest tensor   limit    peak    anon  ok")
         for number in range(STAGES):
             command = [sys.executable, __file__, "--directory", directory, "--stage", str(number)]
-            command += ["--load_in_4bit"] * options.load_in_4bit
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(answer.splitlines()[-1])
             limit = SLACK * (result["own"] + largest)

@@ -37,12 +37,13 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.distributed", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR if name == "bitsandbytes" else logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _run() -> None:
+    from jsonargparse import ActionConfigFile
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from lightning_pipelite.data import PackedDataModule
@@ -56,8 +57,9 @@ def _run() -> None:
 
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            kwargs.setdefault("dump_header", ["pipelite's configuration"])
-            return Parser(**kwargs)
+            parser = Parser(**kwargs)
+            parser.add_argument("-c", "--config", action=ActionConfigFile, help="A YAML or JSON file of these options.")
+            return parser
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
@@ -76,14 +78,13 @@ def _run() -> None:
                 replicas = getattr(strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)
                 self.datamodule.check(replicas, accumulate)
             if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-                print(self.datamodule.summary(), flush=True)
+                print("\n".join(self.datamodule.summary()), flush=True)
 
     CLI(
         PipeLiteModule,
         PackedDataModule,
         trainer_defaults={"strategy": "pipelite", "enable_model_summary": False},
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"default_env": True},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class PipeLiteModule(pl.LightningModule):
         if eps <= 0:
             raise ConfigurationError(f"model.eps must be positive, not {eps}.")
         self.save_hyperparameters(ignore=["adapter"])
+        # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
+        warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
         self.model_dir = model_dir
         self.lr, self.betas, self.eps = lr, (beta1, beta2), eps

@@ -30,7 +30,7 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve() would replace a link's target)
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ConfigurationError(f"{directory} exists and is not a plain directory; choose another place to save to.")
-    for entry in directory.iterdir() if directory.exists() else ():
+    for entry in sorted(directory.iterdir()) if directory.exists() else ():
         if not any(fnmatch(entry.name, pattern) for pattern in known_files):
             raise ConfigurationError(
                 f"{directory} holds {entry.name}, which saving would delete; move it or save to another place."

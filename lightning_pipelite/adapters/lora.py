@@ -77,7 +77,8 @@ class LoRA(Adapter):
         targets = [name for name in self._targets(skeleton) if name in owned]
         if not targets:
             return
-        inject_adapter_in_model(self._config(targets), model, adapter_name=ADAPTER)
+        # On the meta device, as PEFT's own initial values would draw from the global random numbers in vain.
+        inject_adapter_in_model(self._config(targets), model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
         for name in targets:
             self._initialise(model.get_submodule(name), name, seed)
 
@@ -112,9 +113,9 @@ class LoRA(Adapter):
         if self.target_modules != "all-linear":
             targets = match_modules(modules, self.target_modules)
             if others := [name for name in targets if name not in in_decoder]:
+                kind = type(modules[others[0]]).__name__
                 raise ConfigurationError(
-                    f"target_modules matches {others[0]}, a {type(modules[others[0]]).__name__}; LoRA is for Linear modules "
-                    "of decoder layers only."
+                    f"target_modules matches {others[0]}, a {kind}; name Linear modules of decoder layers only."
                 )
         layers = set(parse_layers(self.layers_to_transform, len(skeleton.layers)))
         chosen = [name for name in targets if skeleton.layer_of(name) in layers]
@@ -127,10 +128,11 @@ class LoRA(Adapter):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        values = torch.empty(down.weight.shape, dtype=torch.float32)
+        values = torch.empty(down.weight.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        for module, value in ((down, values), (up, torch.zeros(up.weight.shape))):
-            module.weight.data = value.to(device=module.weight.device, dtype=DTYPES[self.dtype])
+        device, dtype = layer.get_base_layer().weight.device, DTYPES[self.dtype]
+        down.weight = nn.Parameter(values.to(device, dtype))
+        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device, dtype=dtype))
 
 
 def _shortest_targets(targets: list[str], skeleton: Skeleton) -> list[str]:

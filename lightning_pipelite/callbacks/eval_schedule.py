@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -67,7 +66,7 @@ class EvalSchedule(Callback):
             return
         loss = value.item()
         change = "" if not self._last else f" ({100 * (loss / self._last - 1):+.2f} % since the last)"
-        rank_zero_info(f"step {trainer.global_step}: {self.monitor} {loss:.4f}{change}")
+        pl_module.print(f"step {trainer.global_step}: {self.monitor} {loss:.4f}{change}")
         self._last = loss
 
     @override

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 
@@ -26,4 +25,4 @@ class SaveTrained(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fast_dev_run:
             pl_module.save_trained(Path(self.output_dir))
-            rank_zero_info(f"saved what was trained to {self.output_dir}")
+            pl_module.print(f"saved what was trained to {self.output_dir}")

@@ -23,8 +23,9 @@ from lightning_pipelite.errors import ConfigurationError
 FORMAT_VERSION = 1
 """Part of the cache key: raise it whenever the same options give other arrays, or arrays of another form."""
 
+# Enough to keep the tokenizer's threads busy; while it works, it takes some fifty times a batch's size.
 _BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 1 << 22
+_BATCH_CHARACTERS = 1 << 20
 
 
 class PackBuilder:
@@ -82,9 +83,9 @@ class PackBuilder:
         eval_layout = self._lay_out([group[held_out[group]] for group in groups], lengths, share)
         if held_out.any() and not eval_layout.sequences:
             raise ConfigurationError(
-                f"The {int(held_out.sum())} documents held out for evaluation fill no sequence of "
-                f"{options.sequence_len} tokens, and drop_tails drops partial ones: raise eval_fraction, set it to 0 "
-                "or turn drop_tails off."
+                f"What is held out for evaluation ({int(held_out.sum())} of {len(chosen)} documents) fills no sequence "
+                f"of {options.sequence_len} tokens, and drop_tails drops partial ones: raise eval_fraction, set it "
+                "to 0, or turn drop_tails off."
             )
         rest = None if limit is None else limit - eval_layout.sequences
         train_layout = self._lay_out([group[~held_out[group]] for group in groups], lengths, rest)

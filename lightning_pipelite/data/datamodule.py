@@ -68,6 +68,7 @@ class PackedDataModule(LightningDataModule):
         cache_dir: Where packed data is kept; by default ``lightning_pipelite`` in the user's cache directory.
 
     Attributes:
+        eval_gradient_accumulation_steps: As given; whoever runs evaluation may take that many micro-batches at once.
         statistics: Documents, tokens, sequences and padding of both sets, after `prepare_data` or `setup`; else None.
 
     Raises:
@@ -122,7 +123,7 @@ class PackedDataModule(LightningDataModule):
         )
         self._tokenizer_dir = tokenizer_dir
         self._isolate_documents = isolate_documents
-        self._eval_gradient_accumulation_steps = eval_gradient_accumulation_steps
+        self.eval_gradient_accumulation_steps = eval_gradient_accumulation_steps
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._cache_entry: Path | None = None
         self._train: PackedSequences | None = None
@@ -194,7 +195,7 @@ class PackedDataModule(LightningDataModule):
         assert self._eval is not None
         if len(self._eval) == 0:
             return []
-        return self._loader(self._eval, shuffle=False, round_to=self._eval_gradient_accumulation_steps)
+        return self._loader(self._eval, shuffle=False, round_to=self.eval_gradient_accumulation_steps)
 
     def _loader(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> DataLoader[dict[str, Tensor]]:
         strategy = getattr(self.trainer, "strategy", None)

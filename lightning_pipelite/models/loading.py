@@ -45,8 +45,16 @@ def load_trimmed(
             f"{skeleton.model_dir}: the weight {name} has shape {list(found)} but config.json asks for {list(wanted)}; "
             "fetch the model again."
         )
-    if skeleton.tied:
-        _drop_spare_end(model, skeleton, start, stop)
+    is_first, is_last = start == 0, stop == len(skeleton.layers)
+    if skeleton.tied and (is_first or is_last):
+        embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))
+        if head.weight is not embedding.weight:  # transformers only warns, and does not tie them
+            raise ConfigurationError(
+                f"{skeleton.model_dir} ties {skeleton.head_name} to {skeleton.embedding_name} but its files hold two "
+                "different weights; set tie_word_embeddings to false in config.json."
+            )
+        if not is_last:
+            _replace(model, skeleton.head_name)
     return model
 
 
@@ -82,16 +90,6 @@ def _trim(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int) -> 
             _replace(model, name)
     if skeleton.tied and not keeps_ends:
         model.all_tied_weights_keys = {}
-
-
-def _drop_spare_end(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int) -> None:
-    embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))
-    is_last = stop == len(skeleton.layers)
-    if start == 0 and not is_last:
-        _replace(model, skeleton.head_name)
-    # transformers leaves them apart, with a warning, if the files hold two different weights despite the configuration.
-    elif start > 0 and is_last and head.weight is not embedding.weight:
-        _replace(model, skeleton.embedding_name)
 
 
 def _replace(model: PreTrainedModel, name: str) -> None:

@@ -130,10 +130,12 @@ class Skeleton:
             raise self._refusal("its decoder layers do not run once each in order")
         if side_inputs:
             raise self._refusal(f"its decoder layers also need {', '.join(sorted(side_inputs))}")
-        self.tail_names = [name for name in outside if name in order[order.index(layer_names[-1]) :]]
-        front = [name for name in outside if name not in self.tail_names]
-        if front != [self.embedding_name] or self.head_name not in self.tail_names or len(returns_tuple) != 1:
-            raise self._refusal(f"beside its decoder layers it has weights in {', '.join(outside)}")
+        last = order.index(layer_names[-1])
+        self.tail_names = [name for name in outside if name in order[last:] and name not in order[:last]]
+        if misplaced := set(outside) - {self.embedding_name, *self.tail_names}:
+            raise self._refusal(f"it has weights in {', '.join(sorted(misplaced))} outside embedding, layers and head")
+        if self.embedding_name in self.tail_names or self.head_name not in self.tail_names or len(returns_tuple) != 1:
+            raise self._refusal("it does not run as embedding, decoder layers of one kind, and head")
         self.layers_return_tuple = returns_tuple.pop()
 
     def _refusal(self, reason: str) -> ConfigurationError:

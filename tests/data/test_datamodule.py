@@ -237,7 +237,7 @@ def test_drop_tails_begins_each_sequence_afresh(
 def test_drop_tails_that_leaves_no_evaluation(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data([write_jsonl(tmp_path / "a.jsonl", ["short", "brief"])], drop_tails=True)
     with pytest.raises(
-        ConfigurationError, match="The 1 documents held out for evaluation fill no sequence of 64 tokens"
+        ConfigurationError, match=r"held out for evaluation \(1 of 2 documents\) fills no sequence of 64 tokens"
     ):
         data.prepare_data()
 
@@ -427,7 +427,7 @@ def test_build_killed_at_any_moment(
         killed += process.exitcode == -signal.SIGKILL
         entries = [path for path in (tmp_path / "cache").glob("*") if re.fullmatch("[0-9a-f]{32}", path.name)]
         assert all((entry / "meta.json").exists() for entry in entries)
-    assert killed >= 3
+    assert killed >= 2
     data = make_data([source])
     data.prepare_data()
     assert data.statistics == reference.statistics
@@ -439,7 +439,7 @@ def test_damaged_entry(tmp_path: Path, make_data: MakeData, texts: list[str]) ->
     make_data([source]).prepare_data()
     [tokens] = (tmp_path / "cache").glob("*/train/tokens.npy")
     os.truncate(tokens, 1000)
-    with pytest.raises(ConfigurationError, match="The cache entry .* is damaged .*: delete it"):
+    with pytest.raises(ConfigurationError, match=r"The cache entry .* is damaged .*: delete it"):
         make_data([source]).prepare_data()
 
 
@@ -455,8 +455,8 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         data.check(4, 3)
     lines = data.summary()
     assert lines[0] == (
-        f"train: {train.documents} documents, {train.tokens:,} tokens in 10 sequences of 64 ({train.padding:.1%} padding)"
-        f", {train.dropped_tokens:,} tokens dropped"
+        f"train: {train.documents} documents, {train.tokens:,} tokens in 10 sequences of 64 "
+        f"({train.padding:.1%} padding), {train.dropped_tokens:,} tokens dropped"
     )
     assert lines[1].startswith(f"eval: {held_out.documents} documents, {held_out.tokens:,} tokens in 2 sequences of 64")
 

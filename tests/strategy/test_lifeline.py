@@ -1,39 +1,40 @@
-"""Jobs of real processes over gloo that fail in every way; all their stderr goes into one pipe, to see who speaks last.
+"""Jobs of real processes that fail in every way; all their stderr goes into one pipe, to see who speaks last.
 
-That the pipe ends also shows that no process is left: each holds it open.
+They talk over gloo; LIFELINE_BACKEND=nccl runs them on the GPUs of a machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from lightning_pipelite.strategy import lifeline as room
+from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 
-HERE = Path(__file__).parent
-AT_MOST = 30.0  # seconds: what the job promises, the start of its processes included
+JOB = str(Path(__file__).with_name("lifeline_job.py"))
 RAISED = "failed: ValueError: the message"
+SILENT = "died without a word (killed, or out of memory?)"
 
 
 @dataclass
 class Outcome:
-    """The end of a job: the exit statuses of the processes that the test started, stderr, and the seconds from the failure."""
+    """The end of a job: the ranks' exit statuses (where their parent is not a rank, else the parent's), and stderr."""
 
     codes: list[int]
     stderr: str
-    pids: list[int]
 
     @property
     def last_line(self) -> str:
@@ -41,69 +42,56 @@ class Outcome:
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
+def run(tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs commands as one job; fails unless every process is gone within 15 s of the failure."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")},
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(JOB).parents[2])}
+
+    def run(*commands: list[str]) -> Outcome:
+        reader, writer = os.pipe()
+        with os.fdopen(reader, "rb") as pipe:
+            processes = [
+                subprocess.Popen([sys.executable, *command], env=environment, stdout=writer, stderr=writer)
+                for command in commands
+            ]
+            os.close(writer)
+            alarm = threading.Timer(100.0, lambda: [process.kill() for process in processes])
+            alarm.start()
+            stderr = pipe.read().decode()  # ends with the last process that could write to it
+            codes = [process.wait() for process in processes]
+            alarm.cancel()
+        failed = tmp_path / "failed"
+        assert not failed.exists() or time.time() - float(failed.read_text()) < 15.0, stderr
+        deadline = time.monotonic() + 5.0  # a process closes its files a little before it is gone
+        while (left := [path for path in tmp_path.glob("pid*") if _alive(path)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert left == []
+        if (tmp_path / "codes.json").exists():
+            codes = json.loads((tmp_path / "codes.json").read_text())
+        return Outcome(codes, stderr)
+
+    return run
 
 
-def run(
-    folder: Path, environment: dict[str, str], what: str, victim: int, *, launched: bool, ranks: int = 3
-) -> Outcome:
-    """Runs a job: the ranks are children of rank 0 (``launched``), or all children of a neutral parent, this test."""
-    jobs = []
-    for rank in [0] if launched else range(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        own |= {"LAUNCH": "1"} if launched else {"TORCHELASTIC_ERROR_FILE": str(folder / f"error{rank}.json")}
-        jobs.append((environment | own, [str(HERE / "lifeline_rank.py"), str(folder), what, str(victim)]))
-    return finish(folder, jobs)
+def _alive(pid_file: Path) -> bool:
+    try:
+        return Path(f"/proc/{pid_file.read_text()}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-def finish(folder: Path, jobs: list[tuple[dict[str, str], list[str]]]) -> Outcome:
-    reader, writer = os.pipe()
-    with os.fdopen(reader, "rb") as pipe:
-        processes = [
-            subprocess.Popen([sys.executable, *command], env=env, stdout=writer, stderr=writer) for env, command in jobs
-        ]
-        os.close(writer)
-        alarm = threading.Timer(AT_MOST, lambda: [process.kill() for process in processes])
-        alarm.start()
-        stderr = pipe.read().decode()  # until the last process is gone
-        codes = [process.wait() for process in processes]
-        assert alarm.is_alive(), f"the job did not end in time: {stderr}"
-        alarm.cancel()
-    return Outcome(codes, stderr, [int(path.read_text()) for path in folder.glob("pid*")])
-
-
-@pytest.fixture(autouse=True)
-def _no_process_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    left = []
-    for path in tmp_path.glob("pid*"):
-        try:
-            os.kill(int(path.read_text()), signal.SIGKILL)
-            left.append(path.name)
-        except ProcessLookupError:
-            pass
-    assert left == []
-
-
-@pytest.mark.parametrize(("victim", "launched"), [(0, True), (2, True), (0, False), (1, False)])
-def test_a_rank_that_raises(tmp_path: Path, environment: dict[str, str], victim: int, launched: bool) -> None:
-    outcome = run(tmp_path, environment, "raise", victim, launched=launched)
+@pytest.mark.parametrize(("victim", "how"), [(0, "launched"), (2, "launched"), (0, "neutral"), (1, "neutral")])
+def test_a_rank_that_raises(tmp_path: Path, run: Callable[..., Outcome], victim: int, how: str) -> None:
+    outcome = run([JOB, how, str(tmp_path), "raise", str(victim), "3"])
     assert outcome.last_line == f"pipelite: rank {victim} (stage {victim}) {RAISED}"
     assert outcome.stderr.count("pipelite:") == 1
-    assert outcome.stderr.count("Traceback") == 1  # the others' errors are consequences
-    assert outcome.codes == [1] * len(outcome.codes)
-    assert len(outcome.pids) == 3
-    if not launched:
+    assert outcome.stderr.count("Traceback") == 1  # the errors of the others are consequences
+    assert outcome.codes == [1] * (1 if how == "launched" else 3)
+    assert len(list(tmp_path.glob("pid*"))) == 3
+    if how == "neutral":
         messages = [json.loads((tmp_path / f"error{rank}.json").read_text())["message"] for rank in range(3)]
         assert messages[victim]["message"] == "ValueError: the\n  message"
         assert "in train" in messages[victim]["extraInfo"]["py_callstack"]
@@ -111,28 +99,27 @@ def test_a_rank_that_raises(tmp_path: Path, environment: dict[str, str], victim:
 
 
 @pytest.mark.parametrize(
-    ("what", "victim", "launched", "how"),
+    ("what", "victim", "how", "died", "speakers"),
     [
-        ("kill", 2, True, "killed by SIGKILL"),
-        ("kill", 1, False, "without a word (killed, or out of memory?)"),
-        ("kill-plainly", 0, True, "without a word (killed, or out of memory?)"),
+        ("kill", 2, "launched", "died: killed by SIGKILL", 1),
+        ("kill", 1, "neutral", SILENT, 1),
+        ("kill", 0, "neutral", SILENT, 2),
+        ("kill plainly", 0, "launched", SILENT, 2),
     ],
 )
 def test_a_rank_that_is_killed(
-    tmp_path: Path, environment: dict[str, str], what: str, victim: int, launched: bool, how: str
+    tmp_path: Path, run: Callable[..., Outcome], what: str, victim: int, how: str, died: str, speakers: int
 ) -> None:
-    """ "kill" leaves a fork that holds the rank's sockets, so that, as on NCCL, no collective tells the survivors."""
-    started = time.monotonic()
-    outcome = run(tmp_path, environment, what, victim, launched=launched)
-    assert time.monotonic() - started < 12.0  # while the fork still holds the sockets
-    assert outcome.last_line == f"pipelite: rank {victim} (stage {victim}) died: {how}".replace(": without", " without")
-    assert "Traceback" not in outcome.stderr
-    assert outcome.stderr.count("pipelite:") == (2 if victim == 0 else 1)
-    assert all(code != 0 for code in outcome.codes)
+    """With "kill", a fork holds the sockets of the rank for 12 s: as on NCCL, nothing tells the survivors."""
+    outcome = run([JOB, how, str(tmp_path), what, str(victim), "3"])
+    assert time.time() - float((tmp_path / "failed").read_text()) < 10.0
+    assert outcome.stderr == f"\npipelite: rank {victim} (stage {victim}) {died}\n" * speakers
+    if how == "neutral":
+        assert outcome.codes == [-9 if rank == victim else 1 for rank in range(3)]
 
 
-def test_a_rank_that_hangs(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "hang", 1, launched=True)
+def test_a_rank_that_hangs(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "launched", str(tmp_path), "hang", "1", "3"])
     assert outcome.last_line == (
         'pipelite: rank 1 (stage 1) has made no progress for 2 s in "forward"; '
         "raise the strategy's timeout if that is expected"
@@ -141,100 +128,61 @@ def test_a_rank_that_hangs(tmp_path: Path, environment: dict[str, str]) -> None:
     assert outcome.codes == [1]
 
 
-def test_ranks_that_wait_for_each_other(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "wait", 0, launched=False, ranks=2)
+def test_ranks_that_wait_for_each_other(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "neutral", str(tmp_path), "wait", "0", "2"])
     assert 'has waited for other ranks for 3 s in "receive"' in outcome.last_line
     assert outcome.codes == [1, 1]
 
 
-def test_a_clean_run_is_silent_and_strangers_are_ignored(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "clean", 0, launched=True)
+def test_a_clean_run_is_silent_and_strangers_are_ignored(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "neutral", str(tmp_path), "clean", "0", "3"])
     assert outcome.stderr == ""
-    assert outcome.codes == [0]
-    assert len(outcome.pids) == 3
+    assert outcome.codes == [0, 0, 0]
 
 
-def test_who_catches_the_exception_goes_on(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "catch", 1, launched=False, ranks=2)
+def test_who_catches_the_exception_goes_on(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "neutral", str(tmp_path), "catch", "1", "2"])
     assert outcome.codes == [1, 0]
     assert (tmp_path / "went on").exists()
-    assert outcome.stderr.strip() == f"pipelite: rank 1 (stage 1) {RAISED}"
+    assert outcome.stderr == f"\npipelite: rank 1 (stage 1) {RAISED}\n"
 
 
-def test_who_leaves_ends_the_others(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "leave", 1, launched=False, ranks=2)
+def test_who_leaves_ends_the_others(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "neutral", str(tmp_path), "leave", "1", "2"])
     assert outcome.codes == [1, 0]
-    assert outcome.stderr.strip() == "pipelite: rank 1 (stage 1) left by SystemExit: 0"
+    assert outcome.stderr == "\npipelite: rank 1 (stage 1) left by SystemExit: 0\n"
 
 
-def test_two_nodes(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Each node has a launcher; the exit status of rank 3 is known to the second one only."""
-    jobs = []
-    for rank in (0, 2):
-        own = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LAUNCH": "1"}
-        jobs.append((environment | own, [str(HERE / "lifeline_rank.py"), str(tmp_path), "kill", "3"]))
-    outcome = finish(tmp_path, jobs)
-    assert outcome.stderr.split("\n") == ["", "pipelite: rank 3 (stage 3) died: killed by SIGKILL", ""] * 2
+def test_two_nodes(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    """The exit status of rank 3 is known to the launcher of the second node only; each node prints the last line."""
+    outcome = run(*([JOB, "launched", str(tmp_path), "kill", "3", "2", first, "4"] for first in ("0", "2")))
+    assert outcome.stderr == "\npipelite: rank 3 (stage 3) died: killed by SIGKILL\n" * 2
     assert outcome.codes == [1, 1]
 
 
-def test_torchrun_names_the_reason(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", environment["MASTER_PORT"]]
-    command += [str(HERE / "lifeline_rank.py"), str(tmp_path), "raise", "1"]
-    outcome = finish(tmp_path, [(environment, command)])
+def test_torchrun_names_the_reason(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    outcome = run([*torchrun, JOB, "one", str(tmp_path), "raise", "1", "2"])
     ours, _, report = outcome.stderr.partition(f"pipelite: rank 1 (stage 1) {RAISED}\n")
     assert "Traceback" in ours
     assert "ValueError: the" in report
     assert outcome.codes == [1]
 
 
-LAUNCH = """
-import os, sys, time
-from pathlib import Path
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning_pipelite.strategy.launcher import PipeLiteLauncher
-
-folder = Path(sys.argv[1])
-def check(trainer, arguments):
-    (folder / f"checked{os.environ.get('LOCAL_RANK', '0')}").write_text(str(arguments))
-
-def work(what):
-    rank = int(os.environ["LOCAL_RANK"])
-    (folder / f"pid{rank}").write_text(str(os.getpid()))
-    while len(list(folder.glob("pid*"))) < 3:
-        time.sleep(0.05)
-    if what == "child" and rank == 2:
-        sys.exit(7)
-    if what == "launcher" and rank == 0:
-        os.kill(os.getpid(), 9)
-    time.sleep(60)
-
-PipeLiteLauncher(LightningEnvironment(), 3, 1, before_launch=check).launch(work, sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize(
-    ("what", "code", "stderr"),
-    [("child", 1, "\npipelite: rank 2 died: exit code 7, before the training began\n"), ("launcher", -9, "")],
-)
-def test_launcher_before_the_lifeline(
-    tmp_path: Path, environment: dict[str, str], what: str, code: int, stderr: str
-) -> None:
-    script = tmp_path / "job.py"
-    script.write_text(LAUNCH)
-    outcome = finish(tmp_path, [(environment, [str(script), str(tmp_path), what])])
-    assert outcome.stderr == stderr
-    assert outcome.codes == [code]
-    assert [(tmp_path / f"checked{rank}").read_text() for rank in range(3)] == [f"({what!r},)"] * 3
+def test_one_rank_is_watched(tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    outcome = run([JOB, "launched", str(tmp_path), "hang", "0", "1"])
+    assert outcome.last_line.startswith('pipelite: rank 0 (stage 0) has made no progress for 2 s in "forward"')
+    assert outcome.codes == [1]
 
 
 def test_one_rank_needs_no_network_and_lets_exceptions_be() -> None:
     hook = sys.excepthook
     alone = room.Lifeline.connect(
-        rank=0, world_size=1, local_rank=0, stage=0, host="nowhere.invalid", timeout=timedelta(seconds=60)
+        rank=0, world_size=1, local_rank=0, stage=0, host="nowhere.invalid", timeout=timedelta(seconds=0.3)
     )
     alone.progress("forward")
-    alone.suspend()
+    alone.suspend()  # else this process would end
+    time.sleep(0.6)
     alone.fail(ValueError())
     assert sys.excepthook is hook
     alone.close()
@@ -243,7 +191,66 @@ def test_one_rank_needs_no_network_and_lets_exceptions_be() -> None:
     assert not alone._thread.is_alive()
 
 
-def test_one_rank_is_watched(tmp_path: Path, environment: dict[str, str]) -> None:
-    outcome = run(tmp_path, environment, "hang", 0, launched=False, ranks=1)
-    assert outcome.last_line.startswith('pipelite: rank 0 (stage 0) has made no progress for 2 s in "forward"')
-    assert outcome.codes == [1]
+# The launched children do not import Lightning: it takes seconds.
+LAUNCH = """
+import os, signal, sys, time, types
+from pathlib import Path
+
+folder, package, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+for name in ("lightning_pipelite", "lightning_pipelite.strategy"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(package.joinpath(*name.split(".")[1:]))]
+
+def work():
+    rank = int(os.environ["LOCAL_RANK"])
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    while len(list(folder.glob("pid*"))) < 3:
+        time.sleep(0.05)
+    (folder / "failed").write_text(str(time.time()))
+    if what == "child" and rank == 2:
+        sys.exit(7)
+    if what == "launcher" and rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+if "LOCAL_RANK" in os.environ:
+    import lightning_pipelite.strategy.lifeline
+    assert "PIPELITE_LAUNCHER_PID" not in os.environ
+    work()
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning_pipelite.strategy.launcher import PipeLiteLauncher
+PipeLiteLauncher(LightningEnvironment(), 3, 1, before_launch=lambda *_: None).launch(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "stderr"),
+    [("child", 1, "\npipelite: rank 2 died: exit code 7, before the training began\n"), ("launcher", -9, "")],
+)
+def test_launcher_before_the_lifeline(
+    tmp_path: Path, run: Callable[..., Outcome], what: str, code: int, stderr: str
+) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(LAUNCH)
+    outcome = run([str(script), str(tmp_path), str(Path(JOB).parents[2] / "lightning_pipelite"), what])
+    assert outcome.stderr == stderr
+    assert outcome.codes == [code]
+
+
+def test_launcher_checks_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")  # someone else has launched
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    calls: list[Any] = []
+    launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=lambda *given: calls.append(given))
+    assert launcher.launch(lambda a, b: calls.append((a, b)) or "result", 1, b=2) == "result"
+    assert calls == [(None, (1,)), (1, 2)]
+    assert launcher.procs == []
+
+    def refuse(*given: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.delenv("LOCAL_RANK")
+    launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=refuse)
+    with pytest.raises(ValueError, match="no"):
+        launcher.launch(lambda: None)
+    assert launcher.procs == []

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, write_model
+from transformers import BertConfig, GPT2Config, MixtralConfig, T5Config
+
+from lightning_pipelite.adapters import Full, LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", "llama", max_shard_size="100KB")
+
+
+def refuses(model_dir: Path, *words: str, **options: object) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        CausalLMLayers(model_dir, **{"adapter": LoRA(4), **options})
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def shard(model_dir: Path) -> Path:
+    return sorted(model_dir.glob("model-*.safetensors"))[1]
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    refuses(tmp_path / "nowhere", "nowhere")
+
+
+def test_missing_config(model_dir: Path) -> None:
+    (model_dir / "config.json").unlink()
+    refuses(model_dir, "config.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": "llama", "hidden_size": "a"}']
+)
+def test_damaged_config(model_dir: Path, text: str) -> None:
+    (model_dir / "config.json").write_text(text)
+    refuses(model_dir, "config.json")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_shard(model_dir: Path, kept: int) -> None:
+    path = shard(model_dir)
+    path.write_bytes(path.read_bytes()[:kept])
+    refuses(model_dir, path.name)
+
+
+def test_shard_with_garbage_for_a_header(model_dir: Path) -> None:
+    shard(model_dir).write_bytes((16).to_bytes(8, "little") + b"[1, 2, 3]" + b" " * 7)
+    refuses(model_dir, shard(model_dir).name)
+
+
+def test_missing_shard(model_dir: Path) -> None:
+    path = shard(model_dir)
+    path.unlink()
+    refuses(model_dir, path.name)
+
+
+def test_index_that_names_a_missing_weight(model_dir: Path) -> None:
+    path = model_dir / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.mlp.weight"] = shard(model_dir).name
+    path.write_text(json.dumps(index))
+    refuses(model_dir, "model.layers.9.mlp.weight", shard(model_dir).name)
+
+
+def test_damaged_index(model_dir: Path) -> None:
+    path = model_dir / "model.safetensors.index.json"
+    for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        path.write_text(text)
+        refuses(model_dir, path.name)
+
+
+def test_no_weights_and_pickled_weights(model_dir: Path) -> None:
+    for path in model_dir.glob("model*"):
+        path.unlink()
+    refuses(model_dir, "model.safetensors")
+    (model_dir / "pytorch_model.bin").touch()
+    refuses(model_dir, ".bin")
+
+
+def test_adapter_beside_the_model(model_dir: Path) -> None:
+    (model_dir / "adapter_config.json").write_text("{}")
+    refuses(model_dir, "adapter_config.json")
+
+
+def test_weight_that_the_files_lack_or_hold_in_another_shape(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    for value in (None, torch.zeros(3, 5)):
+        changed = {n: w for n, w in weights.items() if n != name} | ({} if value is None else {name: value})
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full())
+        layers.build_stage(0, 2, CPU)  # not this stage's
+        with pytest.raises(ConfigurationError, match=name):
+            layers.build_stage(2, 4, CPU)
+
+
+def test_missing_head_is_not_made_up(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"lm_head\.weight"):
+        CausalLMLayers(tmp_path, adapter=Full()).build_stage(2, 4, CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (BertConfig(num_hidden_layers=2), "position_embeddings"),
+        (T5Config(), "causal"),
+        (GPT2Config(n_layer=2), "wpe"),  # a learned position embedding before the layers
+    ],
+    ids=["bert", "t5", "gpt2"],
+)
+def test_models_that_cannot_be_split(tmp_path: Path, config: object, word: str) -> None:
+    config.save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    refuses(tmp_path, word)
+
+
+def test_fused_experts_are_not_silently_left_unquantised(tmp_path: Path) -> None:
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=128)
+    config.save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    refuses(tmp_path, "load_in_4bit", "experts", load_in_4bit=True)
+
+
+def test_quantised_checkpoint(model_dir: Path) -> None:
+    path = model_dir / "config.json"
+    quantization = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantization))
+    refuses(model_dir, "quantization_config")
+
+
+def test_wrong_options(model_dir: Path) -> None:
+    refuses(model_dir, "activation_memory", activation_memory="offload")
+    refuses(model_dir, "q_prjo", "q_proj", adapter=LoRA(4, target_modules=["q_prjo"]))
+    refuses(model_dir, "7", adapter=LoRA(4, layers_to_transform="2:7"))
+    refuses(model_dir, "load_in_4bit", adapter=Full(), load_in_4bit=True)
+    with pytest.raises(ValueError, match="range"):
+        CausalLMLayers(model_dir, adapter=LoRA(4)).build_stage(2, 5, CPU)
