@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -35,9 +35,25 @@ from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.models import CausalLMLayers
 
-VOCABULARY, SEQUENCE, SEQUENCES, MICRO_BATCHES = 512, 64, 75, 8
-CLIP, LR = 0.1, 2e-3
+MICRO_BATCHES, CLIP, LR = 8, 0.1, 2e-3
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the model and the data are, and where they are computed."""
+
+    vocabulary: int = 512
+    hidden: int = 64
+    layers: int = 4
+    sequence: int = 64
+    sequences: int = 75
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gpu: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda:0" if self.gpu else "cpu")
 
 
 @dataclass(frozen=True)
@@ -79,36 +95,38 @@ SPLITS = tuple(
 )
 
 
-def make_model(directory: Path, tied: bool) -> None:
-    """Write a Llama of four layers with random weights, norms included."""
+def make_model(directory: Path, tied: bool, scale: Scale) -> int:
+    """Write a Llama with random weights, norms included, and return the number of its parameters."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=SEQUENCE,
-        )
+    config = LlamaConfig(
+        vocab_size=scale.vocabulary, hidden_size=scale.hidden, intermediate_size=4 * scale.hidden,
+        num_hidden_layers=scale.layers, num_attention_heads=max(4, scale.hidden // 128), num_key_value_heads=2,
+        tie_word_embeddings=tied, max_position_embeddings=scale.sequence,
     )  # fmt: skip
+    with torch.device(scale.device):
+        model = LlamaForCausalLM(config).to(getattr(torch, scale.dtype))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(directory)
+    return sum(p.numel() for p in model.parameters())
 
 
-def sequences() -> list[dict[str, Tensor]]:
+def sequences(scale: Scale) -> list[dict[str, Tensor]]:
     """Packed sequences of random tokens: documents of random lengths, and unequal numbers of masked labels."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, size: tuple[int, ...] = ()) -> Tensor:
         return torch.randint(low, high, size, generator=generator)
 
-    made = []
-    for _ in range(SEQUENCES):
-        tokens = draw(0, VOCABULARY, (SEQUENCE,))
+    made, length = [], scale.sequence
+    for _ in range(scale.sequences):
+        tokens = draw(0, scale.vocabulary, (length,))
         labels = torch.cat([tokens[1:], torch.tensor([-100])])
-        border = int(draw(8, SEQUENCE - 8))
-        positions = torch.cat([torch.arange(border), torch.arange(SEQUENCE - border)])
+        border = int(draw(8, length - 8))
+        positions = torch.cat([torch.arange(border), torch.arange(length - border)])
         labels[border - 1] = -100
-        labels[int(draw(4, SEQUENCE)) :] = -100
+        labels[int(draw(4, length)) :] = -100
         made.append({"input_ids": tokens, "labels": labels, "position_ids": positions})
     return made
 
@@ -129,10 +147,12 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         if index is not None:
             return self._items[index]
-        return {**self._items[0], "labels": torch.full((SEQUENCE,), -100)}
+        return {**self._items[0], "labels": torch.full_like(self._items[0]["labels"], -100)}
 
 
-def train_split(case: Case, split: Split, model_dir: str, steps: int) -> tuple[list[float], dict[str, Tensor]] | None:
+def train_split(
+    case: Case, split: Split, model_dir: str, steps: int, scale: Scale
+) -> tuple[list[float], dict[str, Tensor]] | None:
     """Train under PipeLiteStrategy, as one rank of several.
 
     Returns:
@@ -145,15 +165,17 @@ def train_split(case: Case, split: Split, model_dir: str, steps: int) -> tuple[l
             if len(losses) < trainer.global_step:
                 losses.append(float(trainer.callback_metrics["train/loss"]))
 
+    processes = split.stages * split.replicas
     strategy = PipeLiteStrategy(split.stages, use_column_major_topology=split.column_major)
     trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=split.stages * split.replicas,
+        strategy=strategy, accelerator="gpu" if scale.gpu else "cpu", devices=1 if scale.gpu else processes,
+        num_nodes=processes if scale.gpu else 1,  # ranks that share one GPU look like nodes of one each
         accumulate_grad_batches=MICRO_BATCHES // split.replicas, gradient_clip_val=CLIP, max_steps=steps, max_epochs=-1,
         callbacks=[Losses()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    module = PipeLiteModule(model_dir, make_adapter(case), load_in_4bit=case.in_4bit, lr=LR, dtype="float32")
-    data = Sequences(sequences())
+    module = PipeLiteModule(model_dir, make_adapter(case), load_in_4bit=case.in_4bit, lr=LR, dtype=scale.dtype)
+    data = Sequences(sequences(scale))
     sampler = PackedSampler(data, **strategy.distributed_sampler_kwargs, shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=1, sampler=sampler))
     state = module._layers.trained_state(module.pipeline_stage)
@@ -161,35 +183,36 @@ def train_split(case: Case, split: Split, model_dir: str, steps: int) -> tuple[l
     return (losses, collected) if strategy.is_global_zero else None
 
 
-def train_plain(case: Case, model_dir: str, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[list[float], dict[str, Tensor]]:
     """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    dtype = getattr(torch, scale.dtype)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, quantization_config=quantization if case.in_4bit else None
-    )
+        model_dir, dtype=dtype, device_map={"": scale.device},
+        quantization_config=quantization if case.in_4bit else None,
+    )  # fmt: skip
     if not case.full:
         adapter = make_adapter(case)
         with tempfile.TemporaryDirectory() as directory:
-            layers = CausalLMLayers(model_dir, dtype=torch.float32, load_in_4bit=case.in_4bit, adapter=adapter)
-            state = layers.trained_state(layers.build_stage(0, 4, torch.device("cpu")))
+            layers = CausalLMLayers(model_dir, dtype=dtype, load_in_4bit=case.in_4bit, adapter=adapter)
+            state = layers.trained_state(layers.build_stage(0, scale.layers, scale.device))
             adapter.save(Path(directory) / "adapter", [state], Path(model_dir))
             model = PeftModel.from_pretrained(model, f"{directory}/adapter", is_trainable=True)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Adam(parameters, lr=LR, betas=(0.9, 0.99), eps=1e-6)
-    data = sequences()
+    data = sequences(scale)
     rounds = [data[i : i + MICRO_BATCHES] for i in range(0, len(data), MICRO_BATCHES)]
     losses = []
     for step, micro_batches in zip(range(steps), itertools.cycle(rounds), strict=False):
         count = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
         total = 0.0
         for batch in micro_batches:
-            logits = model(
-                input_ids=batch["input_ids"][None], position_ids=batch["position_ids"][None], use_cache=False
-            ).logits
-            loss = nn.functional.cross_entropy(logits[0], batch["labels"], reduction="sum") / count
+            tokens, positions, labels = (
+                batch[key][None].to(scale.device) for key in ("input_ids", "position_ids", "labels")
+            )
+            logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits[0].float(), labels[0], reduction="sum") / count
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -199,7 +222,7 @@ def train_plain(case: Case, model_dir: str, steps: int) -> tuple[list[float], di
         optimizer.step()
         optimizer.zero_grad()
     weights = model.state_dict() if case.full else get_peft_model_state_dict(model)
-    return losses, {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return losses, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
 
 def differences(ours: Any, reference: Any) -> tuple[float, float]:
@@ -213,15 +236,17 @@ def differences(ours: Any, reference: Any) -> tuple[float, float]:
     return loss, weight
 
 
-def compare(workers: Workers, case: Case, splits: Sequence[Split], steps: int) -> Iterator[tuple[Split, float, float]]:
+def compare(
+    workers: Workers, case: Case, splits: Sequence[Split], steps: int, scale: Scale
+) -> Iterator[tuple[Split, float, float]]:
     """Train a case in every split, and give each one's differences to the plain loop."""
     with tempfile.TemporaryDirectory() as directory:
-        make_model(Path(directory), case.tied)
-        reference = workers.run(1, train_plain, case, directory, steps)[0]
+        make_model(Path(directory), case.tied, scale)
+        reference = workers.run(1, train_plain, case, directory, steps, scale)[0]
         moved = max(abs(loss - reference[0][0]) for loss in reference[0])
         assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"
         for split in splits:
-            ours = workers.run(split.stages * split.replicas, train_split, case, split, directory, steps)[0]
+            ours = workers.run(split.stages * split.replicas, train_split, case, split, directory, steps, scale)[0]
             yield split, *differences(ours, reference)
 
 
@@ -234,7 +259,7 @@ def main() -> None:
     report = Report("exactness", "| training | stages x replicas | loss | weights |", "| --- | --- | --- | --- |")
     failed = False
     for case in CASES:
-        for split, loss, weight in compare(workers, case, SPLITS, arguments.steps):
+        for split, loss, weight in compare(workers, case, SPLITS, arguments.steps, Scale()):
             report.row(f"| {case.name} | {split} | {loss:.1e} | {weight:.1e} |")
             failed |= not (loss <= LOSS_LIMIT and weight <= WEIGHT_LIMIT)
     workers.close()

@@ -26,10 +26,12 @@ class Workers:
 
     Args:
         size: the most ranks that a job may have; processes start when first needed.
+        one_gpu: the ranks share the first GPU; they then look like nodes of one process each.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, one_gpu: bool = False) -> None:
         self._size = size
+        self._one_gpu = one_gpu
         self._context = mp.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -59,7 +61,11 @@ class Workers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
-            connection.send((rank, world_size, port, function, args))
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
+            if self._one_gpu:
+                ranks = {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+            variables = {**ranks, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            connection.send((variables, function, args))
         results, errors = [], []
         for rank, (process, connection) in enumerate(self._workers[:world_size]):
             try:
@@ -96,18 +102,15 @@ def _serve(connection: Connection) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     while True:
         try:
-            rank, world_size, port, function, args = connection.recv()
+            variables, function, args = connection.recv()
         except EOFError:
             return
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-            GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="workers",
-        )  # fmt: skip
+        os.environ.update({name: str(value) for name, value in variables.items()}, TORCHELASTIC_RUN_ID="workers")
         try:
             with _no_output():
                 connection.send((function(*args), None))
         except BaseException:
-            connection.send((None, f"rank {rank}: {traceback.format_exc()}"))
+            connection.send((None, f"rank {variables['RANK']}: {traceback.format_exc()}"))
         finally:
             _leave_process_group()
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import read_json
+from lightning_pipelite.models.trace import trace_forward
+
+# Kinds of layer that a mask built from the positions keeps inside each document; a recurrent state is not among them.
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Skeleton:
@@ -45,9 +46,14 @@ class Skeleton:
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.config = _read_config(self.model_dir)
-        # bfloat16 because some meta kernels (grouped matrix products) exist for no other type; only shapes matter.
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                # bfloat16 as some kernels (grouped matrix products) exist for no other type; only shapes matter here.
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{self.model_dir / 'config.json'} describes no model that can be built: {_first_line(error)}"
+            ) from error
         self.config = self.model.config
         self.layers_name, self.layers = self._find_layers()
         self.embedding_name = self._name_of(self.model.get_input_embeddings(), "input embedding")
@@ -84,59 +90,36 @@ class Skeleton:
         raise self._refusal(f"it names no {what}")
 
     def _trace(self) -> None:
-        """Run one forward of fake tensors and check that the model is embedding, layers in order, then the rest."""
-        order: list[str] = []
-        returns_tuple: set[bool] = set()
-        side_inputs: set[str] = set()
+        """Check, by a trial forward, that the model is embedding, layers in order, then the rest."""
         layer_names = [f"{self.layers_name}.{number}" for number in range(len(self.layers))]
-
-        def before(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                order.append(name)
-                if name in layer_names:
-                    hidden = args[0] if args else kwargs.get("hidden_states")
-                    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-                        side_inputs.add("hidden states that are not [batch, seq, hidden]")
-                    rest = {**{f"argument {i}": v for i, v in enumerate(args) if i}, **kwargs}
-                    side_inputs.update(k for k, v in rest.items() if v is not hidden and _carries_gradient(v))
-
-            return hook
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            returns_tuple.add(isinstance(output, tuple))
-
         outside = [
             name
             for name, module in self.model.named_modules()
             if self.layer_of(name) is None and any(p is not None for p in module._parameters.values())
         ]
-        handles = []
-        for name in outside + layer_names:
-            module = self.model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles += [layer.register_forward_hook(after) for layer in self.layers]
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                input_ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-                position_ids = torch.arange(8, device="meta")[None]
-                self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            trace = trace_forward(self.model, layer_names, outside)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._refusal(f"a trial forward with position_ids failed: {reason}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
+            raise self._refusal(f"a trial forward with position_ids failed: {_first_line(error)}") from error
+        order = trace.order
         if [name for name in order if name in layer_names] != layer_names:
             raise self._refusal("its decoder layers do not run once each in order")
-        if side_inputs:
-            raise self._refusal(f"its decoder layers also need {', '.join(sorted(side_inputs))}")
+        if trace.side_inputs:
+            raise self._refusal(f"its decoder layers are also called with {', '.join(sorted(trace.side_inputs))}")
         last = order.index(layer_names[-1])
         self.tail_names = [name for name in outside if name in order[last:] and name not in order[:last]]
         if misplaced := set(outside) - {self.embedding_name, *self.tail_names}:
             raise self._refusal(f"it has weights in {', '.join(sorted(misplaced))} outside embedding, layers and head")
-        if self.embedding_name in self.tail_names or self.head_name not in self.tail_names or len(returns_tuple) != 1:
+        if (
+            self.embedding_name in self.tail_names
+            or self.head_name not in self.tail_names
+            or len(trace.returns_tuple) != 1
+        ):
             raise self._refusal("it does not run as embedding, decoder layers of one kind, and head")
-        self.layers_return_tuple = returns_tuple.pop()
+        kinds = set(getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ())
+        if not trace.packed_masks == trace.masks > 0 or not kinds <= ATTENTION_KINDS:
+            raise self._refusal("it would let packed documents see each other")
+        self.layers_return_tuple = trace.returns_tuple.pop()
 
     def _refusal(self, reason: str) -> ConfigurationError:
         return ConfigurationError(
@@ -145,12 +128,8 @@ class Skeleton:
         )
 
 
-def _carries_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, dict):
-        return any(map(_carries_gradient, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_carries_gradient, value))
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _read_config(model_dir: Path) -> PretrainedConfig:
@@ -160,8 +139,9 @@ def _read_config(model_dir: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here: ValueError, KeyError, validation errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigurationError(f"{path} is no configuration that this transformers knows: {reason}") from error
+        raise ConfigurationError(
+            f"{path} is no configuration that this version of transformers knows: {_first_line(error)}"
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping or getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
     if getattr(config, "quantization_config", None) is not None:

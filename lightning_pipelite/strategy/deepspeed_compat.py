@@ -26,8 +26,10 @@ def load_deepspeed(device: torch.device, local_rank: int) -> None:
     * On a CPU it compiles a shared-memory communication op at the first collective: two minutes, a compiler needed,
       and a stale lock file hangs it. gloo does the same work. Remove when the op is optional (``deepspeed_shm_comm``).
     * ``PipelineModule`` reads ``LOCAL_RANK`` even with one process. Remove when it takes the device from the caller.
+    * It sends one tensor at a time over the default group, about which NCCL warns in every process.
     * It logs dozens of lines that a user can do nothing about.
     """
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))

@@ -20,7 +20,8 @@ from lightning_pipelite.strategy.ties import TiedParameters
 MicroBatch = tuple[Any, Any]
 """``(inputs, targets)``: what the first stage starts from, and what the loss on the last stage needs."""
 
-_WAITING = (schedule.RecvActivation, schedule.RecvGrad, schedule.SendActivation, schedule.SendGrad)
+_COMPUTING = (schedule.LoadMicroBatch, schedule.ForwardPass, schedule.BackwardPass)
+"""Instructions that need no other rank. On a GPU the others wait where the host reads a result, in the step, say."""
 
 
 class PipeLiteEngine(PipelineEngine):
@@ -119,7 +120,7 @@ class PipeLiteEngine(PipelineEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for instructions in pipe_schedule:
             for instruction in instructions:
-                self._progress(instruction.name, isinstance(instruction, _WAITING))
+                self._progress(instruction.name, not isinstance(instruction, _COMPUTING))
                 self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
         self._progress("outside of the pipeline", True)
 

@@ -85,10 +85,11 @@ class Failure:
 
 
 def announce(message: str) -> None:
-    """Writes the last line of a job to stderr, past Python's buffers, whose locks a stuck main thread may hold."""
+    """Writes the last line of a job to stderr, even if a stuck main thread holds the locks of Python's buffers."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
+        flush = threading.Thread(target=stream.flush, daemon=True)
+        flush.start()
+        flush.join(1.0)
     with suppress(OSError):
         os.write(2, f"\npipelite: {message}\n".encode(errors="replace"))  # a progress bar leaves its line open
 

@@ -80,10 +80,12 @@ class PipeLiteStrategy(DDPStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
+            # Longer than the lifeline's, which can tell which rank is stuck; NCCL would only abort.
+            timeout=timedelta(seconds=timeout + 60),
         )
         if timeout <= 0:
             raise ConfigurationError(f"strategy: timeout must be a positive number of seconds, not {timeout}.")
+        self.timeout = timedelta(seconds=timeout)
         self.pipeline_stages = pipeline_stages
         self.partition_method = partition_method
         self.use_column_major_topology = use_column_major_topology
@@ -154,7 +156,7 @@ class PipeLiteStrategy(DDPStrategy):
             stage=self.stage_id,
             host=self.cluster_environment.main_address,
             children=launcher.procs,
-            timeout=self._timeout or timedelta(minutes=30),
+            timeout=self.timeout,
         )
         launcher.stop_watching()
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, write_model
-from transformers import BertConfig, GPT2Config, MixtralConfig, T5Config
+from transformers import (
+    BertConfig,
+    Gemma3nTextConfig,
+    GPT2Config,
+    GptOssConfig,
+    MambaConfig,
+    MixtralConfig,
+    T5Config,
+)
 
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
@@ -42,7 +50,15 @@ def test_missing_config(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": "llama", "hidden_size": "a"}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "no_such_type"}',
+        '{"model_type": "llama", "hidden_size": "a"}',
+        '{"model_type": "llama", "pad_token_id": 99999}',
+    ],
 )
 def test_damaged_config(model_dir: Path, text: str) -> None:
     (model_dir / "config.json").write_text(text)
@@ -123,8 +139,11 @@ def test_missing_head_is_not_made_up(tmp_path: Path) -> None:
         (BertConfig(num_hidden_layers=2), "position_embeddings"),
         (T5Config(), "causal"),
         (GPT2Config(n_layer=2), "wpe"),  # a learned position embedding before the layers
+        (MambaConfig(num_hidden_layers=2), "packed"),
+        (GptOssConfig(num_hidden_layers=2), "packed"),
+        (Gemma3nTextConfig(), "argument 2"),  # a second embedding feeds every layer
     ],
-    ids=["bert", "t5", "gpt2"],
+    ids=["bert", "t5", "gpt2", "mamba", "gpt_oss", "gemma3n"],
 )
 def test_models_that_cannot_be_split(tmp_path: Path, config: object, word: str) -> None:
     config.save_pretrained(tmp_path)  # type: ignore[attr-defined]

@@ -84,6 +84,7 @@ class Job:
             (self.folder / "went on").touch()
         else:
             self.lifeline.close()
+            dist.destroy_process_group()
         for child in children:
             child.wait()
 

@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Callable[..., Outcome]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(JOB).parents[2])}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}  # NCCL's process group warns a lot
 
     def run(*commands: list[str]) -> Outcome:
         reader, writer = os.pipe()

@@ -1,0 +1,59 @@
+"""The LoRA and QLoRA jobs on a GPU, with a Llama of more than a billion random weights, and in two stages over NCCL.
+
+    python benchmarks/gpu_jobs.py [--steps 10] [--write]
+
+bf16 weights with fp32 adapters. Each job's losses against one stage's, and one stage's against a plain loop of transformers +
+PEFT. Two stages share the first GPU, which NCCL allows from 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1. Exits with 1 if a difference
+passes 1e-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from exactness import Case, Scale, Split, differences, make_model, train_plain, train_split
+from processes import Workers
+from report import Report
+
+LIMIT = 1e-2
+SCALE = Scale(vocabulary=32_000, hidden=2048, layers=16, sequence=1024, sequences=44, dtype="bfloat16", gpu=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/gpu_jobs.md")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_jobs.py needs a GPU")
+    workers = Workers(2, one_gpu=True)
+    report = Report("gpu_jobs", "| job | compared with | loss, first to last | largest difference |", "| --- | --- | --- | --- |")
+    failed = False
+    with tempfile.TemporaryDirectory() as directory:
+        parameters = make_model(Path(directory), False, SCALE)
+        torch.cuda.empty_cache()
+        for case in (Case("LoRA, all layers"), Case("LoRA, 4-bit base", in_4bit=True)):
+            compared = workers.run(1, train_plain, case, directory, arguments.steps, SCALE)[0], "transformers + PEFT"
+            for stages in (1, 2):
+                ours = workers.run(stages, train_split, case, Split(stages), directory, arguments.steps, SCALE)[0]
+                loss, _ = differences(ours, compared[0])
+                failed |= not loss <= LIMIT
+                losses = ours[0]
+                report.row(
+                    f"| {case.name}, {stages} stage{'s' * (stages > 1)} | {compared[1]} | {losses[0]:.4f} to {losses[-1]:.4f} "
+                    f"| {loss:.1e} |"
+                )
+                compared = (ours, "one stage") if stages == 1 else compared
+    workers.close()
+    report.line(f"{parameters / 1e9:.2f} billion parameters, {arguments.steps} steps; limit {LIMIT:.0e}: {'FAILED' if failed else 'all within'}")
+    if arguments.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What all tests share: worker processes that stay, one thread each, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from processes import Workers
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Ranks over gloo: `workers.run(world_size, function, ...)`."""
+    pool = Workers(4)
+    yield pool
+    pool.close()

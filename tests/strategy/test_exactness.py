@@ -1,0 +1,23 @@
+"""Training through stages equals a plain loop over the unsplit model: a part of benchmarks/exactness.py."""
+
+from __future__ import annotations
+
+import pytest
+from exactness import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, compare
+from processes import Workers
+
+SPLITS = {
+    "full, untied": [Split(2, 2, True)],
+    "full, tied": [Split(1), Split(4), Split(2, 2)],
+    "LoRA, all layers": [Split(1, 2), Split(2, 2)],
+    "LoRA, first layer only": [Split(2)],
+    "LoRA, last layer only": [Split(4)],
+    "LoRA, 4-bit base": [Split(2)],
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_losses_and_weights_are_those_of_a_plain_loop(workers: Workers, case: Case) -> None:
+    for split, loss, weight in compare(workers, case, SPLITS[case.name], steps=12, scale=Scale(sequences=43)):
+        assert loss <= LOSS_LIMIT, split
+        assert weight <= WEIGHT_LIMIT, split

@@ -1,0 +1,68 @@
+"""Cutting a row of layers into stages."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.partition import balanced_bounds, partition
+
+
+@dataclass
+class Layers:
+    names: list[str]
+    counts: list[int] = field(default_factory=list)
+
+    def parameter_counts(self) -> list[int]:
+        return self.counts
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 8))
+def test_no_cut_has_a_lighter_heaviest_part_or_then_a_smaller_sum_of_squares(weights: list[int], parts: int) -> None:
+    parts = min(parts, len(weights))
+
+    def cost(bounds: tuple[int, ...]) -> tuple[int, int]:
+        sums = [sum(weights[a:b]) for a, b in itertools.pairwise(bounds)]
+        return max(sums), sum(s * s for s in sums)
+
+    inner = itertools.combinations(range(1, len(weights)), parts - 1)
+    best = min(cost((0, *cut, len(weights))) for cut in inner)
+    bounds = balanced_bounds(weights, parts)
+    assert len(bounds) == parts + 1
+    assert all(a < b for a, b in itertools.pairwise(bounds))
+    assert cost(tuple(bounds)) == best
+
+
+def test_uniform_gives_the_first_stages_the_odd_layers() -> None:
+    assert partition(Layers(["L"] * 10), 4) == [0, 3, 6, 8, 10]
+
+
+def test_parameters_weighs_frozen_embeddings_too() -> None:
+    assert partition(Layers(["L"] * 4, [90, 10, 10, 70]), 2, "parameters") == [0, 1, 4]
+
+
+def test_type_counts_matching_layers_only() -> None:
+    assert partition(Layers(["Dense", "Dense", "Dense", "MoE", "Dense", "MoE"]), 2, "type:moe") in (
+        [0, 4, 6],
+        [0, 5, 6],
+    )
+
+
+@pytest.mark.parametrize(
+    ("stages", "method", "message"),
+    [
+        (5, "uniform", "pipeline_stages=5 is more than the 4 layers"),
+        (2, "type:mamba", "'mamba' matches none of the layer types A"),
+        (2, "type:(", "is not a regular expression"),
+        (2, "best", "must be uniform, parameters or type:REGEX, not 'best'"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=".*") as caught:
+        partition(Layers(["A"] * 4), stages, method)
+    assert message in str(caught.value)
