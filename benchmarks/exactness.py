@@ -76,7 +76,9 @@ class Split:
     column_major: bool = False
 
     def __str__(self) -> str:
-        layout = "" if self.stages == 1 or self.replicas == 1 else ", column-major" if self.column_major else ", row-major"
+        layout = (
+            "" if self.stages == 1 or self.replicas == 1 else ", column-major" if self.column_major else ", row-major"
+        )
         return f"{self.stages} x {self.replicas}{layout}"
 
 

@@ -44,7 +44,10 @@ class Failure:
 
 
 def failures(ranks: int) -> list[Failure]:
-    raised = [Failure("raise", rank, f"rank {rank} (stage {rank}) failed: ValueError: broken on purpose") for rank in range(ranks)]
+    raised = [
+        Failure("raise", rank, f"rank {rank} (stage {rank}) failed: ValueError: broken on purpose")
+        for rank in range(ranks)
+    ]
     killed = [Failure("kill", rank, f"rank {rank} (stage {rank}) died") for rank in (0, ranks - 1)]
     hung = Failure("hang", ranks - 1, f"rank {ranks - 1} (stage {ranks - 1}) has made no progress")
     return [*raised, *killed, hung, Failure("nan", 0, "step 3: the loss is nan")]
@@ -143,11 +146,20 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False) -> Outco
         environments: list[dict[str, str]] = [{}]
         command = [python, *options]
         if launcher == "torchrun":
-            command = [python, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}", *options]
+            command = [
+                python,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc-per-node={ranks}",
+                f"--master-port={port}",
+                *options,
+            ]
         elif launcher == "deepspeed":
             command = [python, "-m", "deepspeed.launcher.launch", *deepspeed_options(ranks, port), *options]
         elif launcher == "nodes":
-            environments = [{"NODE_RANK": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for n in range(ranks)]
+            environments = [
+                {"NODE_RANK": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for n in range(ranks)
+            ]
         with log.open("wb") as output:
             started = [
                 subprocess.Popen(
@@ -174,8 +186,6 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False) -> Outco
         code = max(process.returncode != 0 for process in started)
         shown = named[-1] if named else (lines[-1] if lines else "")
         return Outcome(ended - began, shown, bool(named), int(code), len(left))
-
-
 
 
 def deepspeed_options(ranks: int, port: str) -> list[str]:
@@ -216,12 +226,16 @@ def main() -> None:
 
     ranks, launchers = (2, ["nodes"]) if arguments.gpu else (3, ["lightning", "torchrun", "deepspeed", "nodes"])
     name = "failures_nccl" if arguments.gpu else "failures"
-    report = Report(name, "| launcher | failure | seconds | exit | left | last line |", "| --- | --- | --- | --- | --- | --- |")
+    report = Report(
+        name, "| launcher | failure | seconds | exit | left | last line |", "| --- | --- | --- | --- | --- | --- |"
+    )
     failed = False
     for launcher in launchers:
         for failure in failures(ranks):
             o = run(failure, launcher, ranks, arguments.gpu)
-            report.row(f"| {launcher} | {failure.how}, rank {failure.rank} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |")
+            report.row(
+                f"| {launcher} | {failure.how}, rank {failure.rank} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |"
+            )
             failed |= o.seconds > LIMIT or not o.named or o.code == 0 or o.left > 0
     report.line("FAILED" if failed else f"all within {LIMIT:.0f} s, named, and nothing left")
     if arguments.write:

@@ -31,7 +31,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("gpu_jobs.py needs a GPU")
     workers = Workers(2, one_gpu=True)
-    report = Report("gpu_jobs", "| job | compared with | loss, first to last | largest difference |", "| --- | --- | --- | --- |")
+    report = Report(
+        "gpu_jobs", "| job | compared with | loss, first to last | largest difference |", "| --- | --- | --- | --- |"
+    )
     failed = False
     with tempfile.TemporaryDirectory() as directory:
         parameters = make_model(Path(directory), False, SCALE)
@@ -49,7 +51,9 @@ def main() -> None:
                 )
                 compared = (ours, "one stage") if stages == 1 else compared
     workers.close()
-    report.line(f"{parameters / 1e9:.2f} billion parameters, {arguments.steps} steps; limit {LIMIT:.0e}: {'FAILED' if failed else 'all within'}")
+    report.line(
+        f"{parameters / 1e9:.2f} billion parameters, {arguments.steps} steps; limit {LIMIT:.0e}: {'FAILED' if failed else 'all within'}"
+    )
     if arguments.write:
         report.write()
     sys.exit(failed)

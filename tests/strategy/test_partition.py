@@ -63,6 +63,6 @@ def test_type_counts_matching_layers_only() -> None:
     ],
 )
 def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=".*") as caught:
+    with pytest.raises(ConfigurationError) as caught:
         partition(Layers(["A"] * 4), stages, method)
     assert message in str(caught.value)
