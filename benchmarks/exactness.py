@@ -4,9 +4,9 @@
 
 For each way to train, number of stages, number of replicas and layout of the ranks: the largest difference in the loss
 of any step, and in the final weights (relative, in the 2-norm, the worst tensor), to a loop in plain torch without
-Lightning or DeepSpeed; for LoRA that loop is transformers + PEFT. Float32 on
-CPUs over gloo, gradients clipped, unequally masked tokens, packed documents, and a last batch that is short and does not divide by the replicas. Exits with 1 if a difference passes
-the limits: 1e-5 (losses), 1e-4 (weights).
+Lightning or DeepSpeed; for LoRA that loop is transformers + PEFT. Float32 on CPUs over gloo, gradients clipped,
+unequally masked tokens, packed documents, and a last batch that is short and does not divide by the replicas. Exits
+with 1 if a difference passes the limits: 1e-5 (losses), 1e-4 (weights).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from processes import Workers
-from report import Report
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.models import CausalLMLayers
+from processes import Workers
+from report import Report
 
 MICRO_BATCHES, CLIP, LR = 8, 0.1, 2e-3
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
@@ -253,7 +253,7 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/exactness.md")
     arguments = parser.parse_args()

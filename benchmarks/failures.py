@@ -2,10 +2,10 @@
 
     python benchmarks/failures.py [--write] [--gpu]
 
-Jobs of three stages (with --gpu: two stages over NCCL; ranks may share one GPU if NCCL allows it) fail in the third step, in
-every way, under every launcher. The seconds count from the failure, for a hang from its timeout. Exits with 1 if a job takes
-more than 30 s, leaves a process, exits with 0, or does not name the rank and the reason in its last line (torchrun and deepspeed
-add lines of their own after it).
+Jobs of three stages (with --gpu: two stages over NCCL; ranks may share one GPU if NCCL allows it) fail in the third
+step, in every way, under every launcher. The seconds count from the failure, for a hang from its timeout. Exits with 1
+if a job takes more than 30 s, leaves a process, exits with 0, or does not name the rank and the reason in its last line
+(torchrun and deepspeed add lines of their own after it).
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def members(sessions: set[int]) -> list[psutil.Process]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/failures.md")
     parser.add_argument("--gpu", action="store_true", help="two ranks over NCCL on the first GPU")
     for name in ("--how", "--marker"):
@@ -233,9 +233,8 @@ def main() -> None:
     for launcher in launchers:
         for failure in failures(ranks):
             o = run(failure, launcher, ranks, arguments.gpu)
-            report.row(
-                f"| {launcher} | {failure.how}, rank {failure.rank} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |"
-            )
+            how = f"{failure.how}, rank {failure.rank}"
+            report.row(f"| {launcher} | {how} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |")
             failed |= o.seconds > LIMIT or not o.named or o.code == 0 or o.left > 0
     report.line("FAILED" if failed else f"all within {LIMIT:.0f} s, named, and nothing left")
     if arguments.write:

@@ -1,10 +1,11 @@
 """The LoRA and QLoRA jobs on a GPU, with a Llama of more than a billion random weights, and in two stages over NCCL.
 
-    python benchmarks/gpu_jobs.py [--steps 10] [--write]
+    python benchmarks/gpu_jobs.py [--steps 16] [--write]
 
-bf16 weights with fp32 adapters. Each job's losses against one stage's, and one stage's against a plain loop of transformers +
-PEFT. Two stages share the first GPU, which NCCL allows from 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1. Exits with 1 if a difference
-passes 1e-2.
+bf16 weights with fp32 adapters. Each job's losses against one stage's, and one stage's against a plain loop of
+transformers + PEFT. The few sequences come again and again, so that the loss falls. Two stages share the
+first GPU, which NCCL allows from 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1. Exits with 1 if a difference passes 1e-2,
+or no loss falls.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from exactness import Case, Scale, Split, differences, make_model, train_plain, train_split
 from processes import Workers
 from report import Report
 
 LIMIT = 1e-2
-SCALE = Scale(vocabulary=32_000, hidden=2048, layers=16, sequence=1024, sequences=44, dtype="bfloat16", gpu=True)
+SCALE = Scale(vocabulary=32_000, hidden=2048, layers=16, sequence=1024, sequences=11, dtype="bfloat16", gpu=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--steps", type=int, default=10)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/gpu_jobs.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -43,17 +45,14 @@ def main() -> None:
             for stages in (1, 2):
                 ours = workers.run(stages, train_split, case, Split(stages), directory, arguments.steps, SCALE)[0]
                 loss, _ = differences(ours, compared[0])
-                failed |= not loss <= LIMIT
                 losses = ours[0]
-                report.row(
-                    f"| {case.name}, {stages} stage{'s' * (stages > 1)} | {compared[1]} | {losses[0]:.4f} to {losses[-1]:.4f} "
-                    f"| {loss:.1e} |"
-                )
+                failed |= not (loss <= LIMIT and losses[-1] < losses[0] - 0.1)
+                name = f"{case.name}, {stages} stage{'s' * (stages > 1)}"
+                report.row(f"| {name} | {compared[1]} | {losses[0]:.4f} to {losses[-1]:.4f} | {loss:.1e} |")
                 compared = (ours, "one stage") if stages == 1 else compared
     workers.close()
-    report.line(
-        f"{parameters / 1e9:.2f} billion parameters, {arguments.steps} steps; limit {LIMIT:.0e}: {'FAILED' if failed else 'all within'}"
-    )
+    verdict = "FAILED" if failed else "all within"
+    report.line(f"{parameters / 1e9:.2f} billion parameters, {arguments.steps} steps; limit {LIMIT:.0e}: {verdict}")
     if arguments.write:
         report.write()
     sys.exit(failed)

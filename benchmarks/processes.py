@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class WorkerDied(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker ended instead of answering."""
 
 
@@ -48,7 +48,7 @@ class Workers:
 
         Raises:
             RuntimeError: with the first rank's traceback, if one raised. All workers are then replaced.
-            WorkerDied: if one ended, or took too long. All workers are then replaced.
+            WorkerError: if one ended, or took too long. All workers are then replaced.
         """
         assert world_size <= self._size
         while len(self._workers) < world_size:
@@ -79,12 +79,12 @@ class Workers:
         if errors:
             self.close()
             told = [error for error in errors if "Traceback" in error]
-            raise RuntimeError(told[0]) if told else WorkerDied(errors[0])
+            raise RuntimeError(told[0]) if told else WorkerError(errors[0])
         return results
 
     def close(self) -> None:
         """End all workers."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
             process.join(5)

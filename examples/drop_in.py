@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pydoc_data.topics import topics
 from typing import Any
 
 import lightning as L
 import torch
-from pydoc_data.topics import topics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -1,6 +1,6 @@
 """The quickstart: from nothing to a fine-tuned model, in a few minutes, on whatever this machine has.
 
-    python examples/quickstart.py [DIRECTORY]
+    python examples/quickstart.py [DIRECTORY] [--steps N]
 
 Nothing is downloaded: the text is Python's own documentation, which every machine has. A tokenizer is made and a small
 Llama trained from random weights on the documentation of the standard library; then a LoRA is trained on top of it, on
@@ -9,6 +9,7 @@ Python's language reference, in two pipeline stages: two processes, or two GPUs 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -22,13 +23,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = """abc argparse array ast asyncio base64 bisect bz2 calendar cmath cmd code codecs collections configparser
-contextlib copy csv ctypes curses dataclasses datetime decimal difflib dis doctest email enum filecmp fileinput fnmatch
-fractions functools gc getopt gettext glob gzip hashlib heapq hmac html http imaplib inspect io ipaddress itertools json
-keyword linecache locale logging lzma mailbox math mimetypes multiprocessing numbers operator optparse os pathlib pdb
-pickle pickletools platform plistlib pprint profile pstats queue random re sched select shelve shlex shutil signal smtplib
-socket socketserver sqlite3 ssl stat statistics string struct subprocess sys tarfile tempfile textwrap threading timeit
-tokenize trace traceback types typing unittest urllib uuid warnings weakref xml zipfile zlib""".split()
+# Of the standard library, what is documented at length and does nothing when it is imported.
+MODULES = """
+argparse array ast asyncio base64 bz2 calendar cmath cmd collections configparser contextlib copy csv ctypes
+dataclasses datetime decimal difflib dis doctest email enum fileinput fractions functools gc glob gzip hashlib heapq
+html imaplib inspect io ipaddress itertools json linecache locale logging lzma mailbox math multiprocessing numbers
+operator optparse os pathlib pdb pickle platform plistlib pprint profile pstats queue random re sched select shelve
+shlex shutil signal smtplib socket socketserver sqlite3 ssl statistics string struct subprocess sys tarfile tempfile
+textwrap threading timeit tokenize trace traceback types typing unittest urllib uuid warnings weakref zipfile zlib
+"""
 
 
 def write_texts(directory: Path) -> None:
@@ -36,9 +39,9 @@ def write_texts(directory: Path) -> None:
     base, reference = directory / "texts" / "library", directory / "texts" / "reference"
     for folder in (base, reference):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in MODULES:
+    for name in MODULES.split():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # not all are on every system
-            text = pydoc.plain(pydoc.render_doc(importlib.import_module(name)))[:40_000]
+            text = pydoc.plain(pydoc.render_doc(importlib.import_module(name)))[:24_000]
             (base / f"{name}.txt").write_text(text, encoding="utf-8")
     from pydoc_data.topics import topics
 
@@ -71,13 +74,15 @@ def make_base_model(directory: Path) -> Path:
     return target
 
 
-def fit(config: str, directory: Path) -> None:
+def fit(config: str, directory: Path, steps: int) -> None:
     """Run `pipelite fit` on one of the quickstart's configurations, on GPUs if there are any."""
     command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(ROOT / "configs" / config)]
     if gpus := min(torch.cuda.device_count(), 2):
         command += [f"--trainer.devices={gpus}", "--trainer.accelerator=gpu"]
         if config == "quickstart.yaml":
             command += [f"--trainer.strategy.init_args.pipeline_stages={gpus}"]
+    if steps >= 0:
+        command += [f"--trainer.max_steps={steps}"]
     print(f"\n$ pipelite {' '.join(command[3:])}", flush=True)
     subprocess.run(command, check=True, cwd=directory)
 
@@ -92,13 +97,16 @@ def eval_losses(logs: Path) -> list[float]:
 
 
 def main() -> None:
-    started = time.monotonic()
-    directory = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart").resolve()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", nargs="?", type=Path, default="quickstart", help="where everything is written")
+    parser.add_argument("--steps", type=int, default=-1, help="stop each training after so many optimizer steps")
+    arguments = parser.parse_args()
+    started, directory = time.monotonic(), arguments.directory.resolve()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
     write_texts(directory)
     make_base_model(directory)
-    fit("quickstart_base.yaml", directory)
-    fit("quickstart.yaml", directory)
+    fit("quickstart_base.yaml", directory, arguments.steps)
+    fit("quickstart.yaml", directory, arguments.steps)
     losses = eval_losses(directory / "logs" / "lora")
     shown = os.path.relpath(directory)
     print(f"""

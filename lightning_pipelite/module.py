@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.optim import rms_ratio_schedule
 from lightning_pipelite.strategy import PipeLiteStrategy
 
@@ -45,7 +45,7 @@ class PipeLiteModule(pl.LightningModule):
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
     """
 
-    pipeline_stage: nn.Module  # put here by the strategy
+    pipeline_stage: Stage  # put here by the strategy
 
     def __init__(
         self,
@@ -114,10 +114,8 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        # from_pretrained returns a model in eval mode, and Lightning leaves modes as they are.
-        self.pipeline_stage.train()
-        evaluated_at_once = getattr(self.trainer.datamodule, "eval_gradient_accumulation_steps", None)
-        if evaluated_at_once and isinstance(self.trainer.strategy, PipeLiteStrategy):
+        evaluated_at_once = getattr(getattr(self.trainer, "datamodule", None), "eval_gradient_accumulation_steps", 1)
+        if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
             self.trainer.strategy.eval_micro_batches = evaluated_at_once
 
     @override

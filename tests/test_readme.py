@@ -1,0 +1,99 @@
+"""Every code block of the README, every configuration and every example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quickstart
+from processes import Workers
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+MODES = ["lora", "qlora", "full"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's directory: the quickstart's texts and its random model, under the names that the README uses."""
+    made = tmp_path_factory.mktemp("user")
+    quickstart.write_texts(made)
+    (made / "models").mkdir()
+    quickstart.make_base_model(made).rename(made / "models" / "base")
+    for path in sorted((made / "texts" / "reference").glob("*.txt"))[:12]:
+        path.rename(made / "texts" / path.name)
+    return made
+
+
+def run_blocks(directory: str, blocks: list[str]) -> None:
+    """Run Python blocks one after the other, in a directory, as one program."""
+    import os
+
+    os.chdir(directory)
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_readme_python_blocks_run(workers: Workers, directory: Path) -> None:
+    assert len(PYTHON) == 3
+    workers.run(1, run_blocks, str(directory), PYTHON)
+    assert (directory / "output" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def run_command(directory: str, arguments: list[str]) -> None:
+    """Run `pipelite` with arguments, in a directory."""
+    import os
+
+    from lightning_pipelite.cli import main
+
+    os.chdir(directory)
+    sys.argv = ["pipelite", *arguments]
+    main()
+
+
+def test_readme_command_runs(workers: Workers, directory: Path) -> None:
+    (command,) = [code for language, code in BLOCKS if language == "bash"]
+    program, *arguments = shlex.split(command.replace("\\\n", " "))
+    assert program == "pipelite"
+    index = arguments.index("--config") + 1
+    arguments[index] = str(ROOT / arguments[index])
+    extra = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--model.dtype=float32"]
+    workers.run(2, run_command, str(directory), [*arguments, *extra])
+    assert (directory / "output" / "lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_configurations_train(workers: Workers, directory: Path, mode: str) -> None:
+    arguments = [
+        "fit", "--config", str(ROOT / "configs" / f"{mode}.yaml"), "--trainer.devices=1", "--trainer.max_steps=2",
+        "--trainer.accumulate_grad_batches=2", "--trainer.limit_val_batches=1", "--data.sequence_len=128",
+    ]  # fmt: skip
+    workers.run(1, run_command, str(directory), arguments)
+    name = "model.safetensors.index.json" if mode == "full" else "adapter_model.safetensors"
+    assert (directory / "output" / mode / name).is_file()
+
+
+def test_every_configuration_is_run_by_a_test() -> None:
+    quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
+    assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"quickstart", "drop_in"}
+
+
+@pytest.mark.timeout(600)
+def test_the_quickstart(tmp_path: Path) -> None:
+    """The real thing, shortened to a few steps of each training."""
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (float(value) for value in re.findall(r"evaluation loss \w+ training:\s+([\d.]+)", done.stdout))
+    assert after < before
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert "tensorboard --logdir" in done.stdout
