@@ -11,7 +11,7 @@ that a thread saw every millisecond: the memory that the process really holds, w
 take back at any time. The stage is held to the stricter one, "peak". Every weight is read once after the load, since
 weights that need no cast stay views of the mapped files, whose pages come in with their first use. Linux only.
 
-    python benchmarks/load_memory.py
+    python benchmarks/load_memory.py [--write]
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from report import Report
 
 STAGES = 4
 LAYERS = 16
@@ -92,28 +94,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # these two: one of the fresh processes
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/load_memory.md")
     options = parser.parse_args()
     if options.stage is not None:
         print(json.dumps(load_stage(options.directory, options.stage)))
         return 0
     failed = False
+    report = Report(
+        "load_memory",
+        "| stage | own weights, MB | largest tensor | limit | peak | anonymous |",
+        "| --- | --- | --- | --- | --- | --- |",
+    )
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
         shards = sorted(Path(directory).glob("*.safetensors"))
         total = sum(path.stat().st_size for path in shards)
         largest = 32000 * 1024 * 2
-        print(f"{total / MB:.0f} MB in {len(shards)} shards, torch {torch.__version__}; MB over the empty process")
-        print("stage     own  largest tensor   limit    peak    anon  ok")
         for number in range(STAGES):
             command = [sys.executable, __file__, "--directory", directory, "--stage", str(number)]
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(answer.splitlines()[-1])
             limit = SLACK * (result["own"] + largest)
-            ok = result["peak"] <= limit
-            failed |= not ok
+            failed |= result["peak"] > limit
             row = [result["own"], largest, limit, result["peak"], result["anon"]]
-            own, tensor, most, peak, anon = (f"{value / MB:.1f}" for value in row)
-            print(f"{number:5} {own:>7} {tensor:>15} {most:>7} {peak:>7} {anon:>7}  {'yes' if ok else 'NO'}")
+            report.row(f"| {number} | {' | '.join(f'{value / MB:.1f}' for value in row)} |")
+    report.line(
+        f"{total / MB:.0f} MB in {len(shards)} shards; {'OVER THE LIMIT' if failed else 'all within the limit'}"
+    )
+    if options.write:
+        report.write()
     return int(failed)
 
 
