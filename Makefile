@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint setup
+.PHONY: quickstart test lint coverage setup
 
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +15,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: setup
+	$(BIN)/python benchmarks/coverage.py --write
 
 setup: $(VENV)/installed
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import check_weights
+from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
@@ -28,14 +29,18 @@ class CausalLMLayers:
     Args:
         model_dir: Directory with ``config.json`` and safetensors weights.
         dtype: Type of the weights (other than 4-bit ones) and of the computation.
-        load_in_4bit: Hold the linear layers of the decoder in nf4; embedding and head keep ``dtype``.
+        load_in_4bit: Hold the linear layers and the fused experts of the decoder in nf4; embedding, head, norms and
+            routers keep ``dtype``.
         adapter: What is trained.
         activation_memory: ``"recompute"`` keeps each decoder layer's input and runs the layer again in the backward
             pass (activation checkpointing); ``"keep"`` keeps all activations.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
+        packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
+            keep them apart; they train with one document a sequence, and ``packed`` must be false.
 
     Attributes:
-        names: Class name of each decoder layer, in order.
+        names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
+            that need each other (``skeleton.groups``).
         skeleton: The whole model on the meta device.
 
     Raises:
@@ -58,6 +63,7 @@ class CausalLMLayers:
         adapter: Adapter,
         activation_memory: Literal["keep", "recompute"] = "recompute",
         seed: int = 0,
+        packed: bool = True,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
             raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
@@ -66,34 +72,45 @@ class CausalLMLayers:
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
             )
+        if packed and not self.skeleton.isolates_documents:
+            raise ConfigurationError(
+                f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
+                "other; set packed to false and give one document a sequence, or choose another model."
+            )
+        if activation_memory == "recompute" and not self.skeleton.can_recompute:
+            raise ConfigurationError(
+                f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
+                "activation_memory to keep."
+            )
         check_weights(self.skeleton.model_dir)
-        if load_in_4bit:
-            self._check_quantisable()
+        if load_in_4bit and (name := unknown_linear(self.skeleton.model, self.skeleton.layer_names)):
+            kind = type(self.skeleton.model.get_submodule(name)).__name__
+            raise ConfigurationError(
+                f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
+            )
         adapter.check(self.skeleton, load_in_4bit=load_in_4bit)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
         self.activation_memory = activation_memory
         self.seed = seed
-        self.names = [type(layer).__name__ for layer in self.skeleton.layers]
+        self.packed = packed
+        self.names = [type(self.skeleton.layers[first]).__name__ for first in self.skeleton.groups[:-1]]
 
     def __len__(self) -> int:
-        """Return the number of decoder layers."""
+        """Return the number of items that can be dealt out: of decoder layers, unless some need each other."""
         return len(self.names)
 
     def parameter_counts(self) -> list[int]:
-        """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each decoder layer.
+        """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.
 
-        The embedding is counted in the first layer, final norm and head in the last; a weight that ties embedding and
+        The embedding is counted in the first item, final norm and head in the last; a weight that ties embedding and
         head is counted in both, as both stages hold it.
         """
-        counts = [sum(p.numel() for p in layer.parameters()) for layer in self.skeleton.layers]
-        counts[0] += self._own_parameters(self.skeleton.embedding_name)
-        counts[-1] += sum(map(self._own_parameters, self.skeleton.tail_names))
-        return counts
+        return self.skeleton.parameter_counts()
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> Stage:
-        """Load decoder layers [start, stop) to ``device``, adapt them and return them as a stage, in training mode.
+        """Load items [start, stop) to ``device``, adapt them and return them as a stage, in training mode.
 
         The first stage has the embedding, the last the final norm and the head. ``Stage.named_parameters()`` gives
         each parameter the same name in every partition, and a weight that ties embedding and head one name on both
@@ -101,10 +118,11 @@ class CausalLMLayers:
 
         Raises:
             ConfigurationError: A weight of the stage is missing from the files or has another shape there.
-            ValueError: ``start`` and ``stop`` are no range of decoder layers.
+            ValueError: ``start`` and ``stop`` are no range of items.
         """
         if not 0 <= start < stop <= len(self):
-            raise ValueError(f"decoder layers [{start}, {stop}) are no range of {len(self)} layers")
+            raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
+        start, stop = self.skeleton.groups[start], self.skeleton.groups[stop]
         model = load_trimmed(
             self.skeleton, start, stop, dtype=self.dtype, device=device, load_in_4bit=self.load_in_4bit
         )
@@ -115,20 +133,15 @@ class CausalLMLayers:
             model._set_gradient_checkpointing(
                 enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
             )
-        return Stage(model, self.skeleton.layers_name, start, stop).train()
+        return Stage(
+            model,
+            self.skeleton.layers_name,
+            start,
+            stop,
+            takes_positions=self.skeleton.takes_positions,
+            packed=self.packed,
+        ).train()
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:
         """Return what ``adapter.save`` wants of ``stage``: tensors on the CPU by their names in the saved file."""
         return self.adapter.state_dict(stage.causal_lm)
-
-    def _own_parameters(self, module_name: str) -> int:
-        return sum(p.numel() for p in self.skeleton.model.get_submodule(module_name).parameters(recurse=False))
-
-    def _check_quantisable(self) -> None:
-        for name, parameter in self.skeleton.model.named_parameters():
-            # bitsandbytes replaces Linear modules only: fused experts would silently stay in full precision.
-            if parameter.ndim > 2 and self.skeleton.layer_of(name) is not None:
-                raise ConfigurationError(
-                    f"load_in_4bit cannot quantise weights such as {name} of {self.skeleton.model_dir}, which is no "
-                    "Linear layer's; set load_in_4bit to false."
-                )

@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.skeleton import Skeleton
-from lightning_pipelite.models.stage import Placeholder
+from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load
+from lightning_pipelite.models.skeleton import Skeleton, embedding_first
+from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
+
+# What multimodal checkpoints, old and new, call the weights of their text model.
+TEXT_MODEL_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.(?!model\.)": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
 
 
 def load_trimmed(
@@ -25,13 +33,17 @@ def load_trimmed(
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
-    model, report = _trimming_class(skeleton, start, stop).from_pretrained(
+    trimming_class = _trimming_class(skeleton, start, stop, device, load_in_4bit=load_in_4bit)
+    model, report = trimming_class.from_pretrained(
         str(skeleton.model_dir),
         config=skeleton.config,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=_nf4(skeleton, dtype) if load_in_4bit else None,
+        quantization_config=nf4([skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype)
+        if load_in_4bit
+        else None,
         use_safetensors=True,
+        key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
         output_loading_info=True,
@@ -54,17 +66,24 @@ def load_trimmed(
                 "different weights; set tie_word_embeddings to false in config.json."
             )
         if not is_last:
-            _replace(model, skeleton.head_name)
+            for name in skeleton.tail_names:
+                if _holds(name, skeleton.head_name):
+                    _drop(model, name, device)
     return model
 
 
-def _trimming_class(skeleton: Skeleton, start: int, stop: int) -> type[PreTrainedModel]:
+def _trimming_class(
+    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool
+) -> type[PreTrainedModel]:
     """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for."""
     whole_class = type(skeleton.model)
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         whole_class.__init__(self, config, *args, **kwargs)
-        _trim(self, skeleton, start, stop)
+        embedding_first(self)
+        _trim(self, skeleton, start, stop, device)
+        if load_in_4bit:
+            quantise_on_load(list(self.get_submodule(skeleton.layers_name))[start:stop])
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
@@ -75,34 +94,41 @@ def _trimming_class(skeleton: Skeleton, start: int, stop: int) -> type[PreTraine
     return type(whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__})
 
 
-def _trim(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int) -> None:
+def _trim(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int, device: torch.device) -> None:
     layers = model.get_submodule(skeleton.layers_name)
     for number, layer in enumerate(layers):
         if not start <= number < stop:
-            layers[number] = Placeholder(layer, leaves=number == stop, returns_tuple=skeleton.layers_return_tuple)
+            layers[number] = Placeholder(layer, leaves=number == stop, tuple_length=skeleton.tuple_lengths[number])
     is_first, is_last = start == 0, stop == len(layers)
     # Where they are tied, both ends are loaded together: transformers then finds the weight under either name.
     keeps_ends = skeleton.tied and (is_first or is_last)
-    if not is_first and not keeps_ends:
-        _replace(model, skeleton.embedding_name)
+    for name in skeleton.start_names:
+        nested = any(_holds(outer, name) for outer in skeleton.start_names if outer != name)
+        if not is_first and not nested and not (keeps_ends and name == skeleton.embedding_name):
+            _replace(model, name, StandIn(model.get_submodule(name), model.dtype, device))
     for name in skeleton.tail_names:
-        if not is_last and not (keeps_ends and name == skeleton.head_name):
-            _replace(model, name)
-    if skeleton.tied and not keeps_ends:
-        model.all_tied_weights_keys = {}
+        if not is_last and not (keeps_ends and _holds(name, skeleton.head_name)):
+            _drop(model, name, device)
+    held = dict(model.named_parameters(remove_duplicate=False))
+    ties = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if {name, source} <= held.keys()}
 
 
-def _replace(model: PreTrainedModel, name: str) -> None:
+def _holds(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer + ".")
+
+
+def _replace(model: PreTrainedModel, name: str, substitute: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Identity())
+    setattr(model.get_submodule(parent), child, substitute)
 
 
-def _nf4(skeleton: Skeleton, dtype: torch.dtype) -> BitsAndBytesConfig:
-    # The head is named because transformers, left alone, guesses it as a model's last module: on a trimmed model that
-    # is a decoder layer's.
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[skeleton.head_name],
-    )
+def _drop(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    """Take out a module that never runs on this stage; of one with modules inside, its own weights alone."""
+    module = model.get_submodule(name)
+    if next(module.children(), None) is None:
+        _replace(model, name, Absent(module, model.dtype, device))
+    else:
+        for parameter in list(module._parameters):
+            delattr(module, parameter)
+            setattr(module, parameter, torch.empty(0, dtype=model.dtype, device=device))

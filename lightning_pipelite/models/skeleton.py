@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -10,31 +11,35 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import read_json
-from lightning_pipelite.models.trace import trace_forward
-
-# Kinds of layer that a mask built from the positions keeps inside each document; a recurrent state is not among them.
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.trace import START
 
 
 class Skeleton:
     """A causal LM on the meta device, with the names of the parts that a pipeline deals out.
 
-    No table of models: the decoder layers are the outermost ``ModuleList`` of the configured length, and one forward
-    of fake tensors shows what runs before, in and after them.
+    No table of models: the decoder layers are a ``ModuleList`` whose modules run once each, in order, and a trial of a
+    tiny model of the same class shows what runs before, in and after them and what passes between them.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM; only ``config.json`` is read.
 
     Attributes:
-        config: The model's configuration, with ``use_cache`` off.
+        config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
         model: The whole model on the meta device. Tied weights are one and the same parameter in it.
+        is_text_part: Whether this is the text model of a multimodal one; images and sound are left out.
         layers_name: Name of the list of decoder layers, such as ``model.layers``.
         layers: The decoder layers, in order.
         embedding_name: Name of the input embedding, such as ``model.embed_tokens``.
         head_name: Name of the output projection, such as ``lm_head``.
+        start_names: Modules with weights that run before the first decoder layer, the embedding among them.
         tail_names: Modules with weights that run after the last decoder layer: final norm and head.
         tied: Whether head and embedding share one weight.
-        layers_return_tuple: Whether a decoder layer returns a tuple with the hidden states first.
+        groups: Bounds of the groups of decoder layers that share more than hidden states, and so must share a stage:
+            group g has the layers from ``groups[g]`` to ``groups[g + 1]``, exclusive. Mostly one layer each.
+        tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
+        takes_positions: Whether the model's forward takes ``position_ids``.
+        isolates_documents: Whether packed documents, told by their positions, do not see each other.
 
     Raises:
         ConfigurationError: No readable ``config.json``, not a causal LM that transformers ships, or a model that
@@ -46,6 +51,7 @@ class Skeleton:
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.config = _read_config(self.model_dir)
+        self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
         try:
             with torch.device("meta"):
                 # bfloat16 as some kernels (grouped matrix products) exist for no other type; only shapes matter here.
@@ -55,33 +61,35 @@ class Skeleton:
                 f"{self.model_dir / 'config.json'} describes no model that can be built: {_first_line(error)}"
             ) from error
         self.config = self.model.config
-        self.layers_name, self.layers = self._find_layers()
+        embedding_first(self.model)
         self.embedding_name = self._name_of(self.model.get_input_embeddings(), "input embedding")
         self.head_name = self._name_of(self.model.get_output_embeddings(), "output head")
         embedding, head = (self.model.get_submodule(name) for name in (self.embedding_name, self.head_name))
         self.tied = embedding.weight is head.weight
-        self.tail_names: list[str] = []
-        self.layers_return_tuple = False
-        self._trace()
+        try:
+            probe = Probe(self.config)
+        except Exception as error:
+            raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
+        self.takes_positions = probe.takes_positions
+        self._explore(probe)
+        try:
+            if probe.sees_the_future():
+                raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
+            self.isolates_documents = probe.isolates_documents()
+        except (RuntimeError, TypeError, IndexError, AttributeError):
+            self.isolates_documents = False
         if self.tied and f"{self.embedding_name}.weight" not in dict(self.model.named_parameters()):
             raise self._refusal(f"its tied weight is called after {self.head_name}, not {self.embedding_name}")
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The names of the decoder layers, in order."""
+        return [f"{self.layers_name}.{number}" for number in range(len(self.layers))]
 
     def layer_of(self, name: str) -> int | None:
         """Return the number of the decoder layer that the module or parameter ``name`` is in, or None."""
         prefix = self.layers_name + "."
         return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
-
-    def _find_layers(self) -> tuple[str, list[nn.Module]]:
-        count = getattr(self.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-        found: dict[str, nn.ModuleList] = {}
-        for name, module in self.model.named_modules():
-            nested = any(name.startswith(outer + ".") for outer in found)
-            if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not nested:
-                found[name] = module
-        if len(found) != 1:
-            raise self._refusal(f"it has {len(found)} lists of {count} decoder layers instead of one")
-        ((name, layers),) = found.items()
-        return name, list(layers)
 
     def _name_of(self, module: nn.Module | None, what: str) -> str:
         for name, candidate in self.model.named_modules():
@@ -89,43 +97,85 @@ class Skeleton:
                 return name
         raise self._refusal(f"it names no {what}")
 
-    def _trace(self) -> None:
-        """Check, by a trial forward, that the model is embedding, layers in order, then the rest."""
-        layer_names = [f"{self.layers_name}.{number}" for number in range(len(self.layers))]
-        outside = [
-            name
-            for name, module in self.model.named_modules()
-            if self.layer_of(name) is None and any(p is not None for p in module._parameters.values())
+    def parameter_counts(self) -> list[int]:
+        """Return the number of parameters that come with each group; see ``CausalLMLayers.parameter_counts``."""
+        counts = [
+            sum(p.numel() for layer in self.layers[first:after] for p in layer.parameters())
+            for first, after in itertools.pairwise(self.groups)
         ]
-        try:
-            trace = trace_forward(self.model, layer_names, outside)
-        except Exception as error:
-            raise self._refusal(f"a trial forward with position_ids failed: {_first_line(error)}") from error
+        for name, module in self.model.named_modules():
+            own = sum(p.numel() for p in module.parameters(recurse=False))
+            if name in self.start_names:
+                counts[0] += own
+            if name in self.tail_names:
+                counts[-1] += own
+        return counts
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model's code can run a decoder layer again in the backward pass (activation checkpointing)."""
+        switch = any(hasattr(module, "gradient_checkpointing") for module in self.model.modules())
+        return switch and self.model.supports_gradient_checkpointing
+
+    def _explore(self, probe: Probe) -> None:
+        """Find the decoder layers by a trial, and check that the model is embedding, layers in order, then the rest."""
+        modules = {name: module for name, module in self.model.named_modules() if name}
+        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 0]
+        weighted = [name for name, m in modules.items() if any(p is not None for p in m._parameters.values())]
+        outermost = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
+        reasons = []
+        for name in sorted(outermost, key=lambda name: -sum(p.numel() for p in modules[name].parameters())):
+            try:
+                unfit = self._try_layers(probe, name, weighted)
+            except Exception as error:
+                raise self._refusal(f"a trial forward failed: {_first_line(error)}") from error
+            if unfit is None:
+                return
+            reasons.append(unfit)
+        raise self._refusal([*reasons, "it has no list of decoder layers"][0])
+
+    def _try_layers(self, probe: Probe, layers_name: str, weighted: list[str]) -> str | None:
+        """Take the list ``layers_name`` for the decoder layers; return why that does not fit, or None."""
+        self.layers_name = layers_name
+        self.layers = list(self.model.get_submodule(layers_name))
+        layer_names = [f"{layers_name}.{number}" for number in range(len(self.layers))]
+        outside = [name for name in weighted if self.layer_of(name) is None]
+        trace = probe.trace(layer_names, outside)
         order = trace.order
         if [name for name in order if name in layer_names] != layer_names:
-            raise self._refusal("its decoder layers do not run once each in order")
-        if trace.side_inputs:
-            raise self._refusal(f"its decoder layers are also called with {', '.join(sorted(trace.side_inputs))}")
-        last = order.index(layer_names[-1])
+            return "its decoder layers do not run once each in order"
+        if trace.hidden_missing:
+            return "its decoder layers are not called with hidden states first"
+        first, last = order.index(layer_names[0]), order.index(layer_names[-1])
+        self.start_names = [name for name in outside if name in order[:first] and name not in order[first:]]
         self.tail_names = [name for name in outside if name in order[last:] and name not in order[:last]]
-        if misplaced := set(outside) - {self.embedding_name, *self.tail_names}:
-            raise self._refusal(f"it has weights in {', '.join(sorted(misplaced))} outside embedding, layers and head")
-        if (
-            self.embedding_name in self.tail_names
-            or self.head_name not in self.tail_names
-            or len(trace.returns_tuple) != 1
-        ):
-            raise self._refusal("it does not run as embedding, decoder layers of one kind, and head")
-        kinds = set(getattr(self.config.get_text_config(decoder=True), "layer_types", None) or ())
-        if not trace.packed_masks == trace.masks > 0 or not kinds <= ATTENTION_KINDS:
-            raise self._refusal("it would let packed documents see each other")
-        self.layers_return_tuple = trace.returns_tuple.pop()
+        if misplaced := set(outside) - {*self.start_names, *self.tail_names}:
+            return f"it has weights in {', '.join(sorted(misplaced))} that are not only before or after its layers"
+        if self.embedding_name not in self.start_names or self.head_name not in self.tail_names:
+            return "it does not run as embedding, decoder layers, and head"
+        self.tuple_lengths = trace.tuple_lengths
+        bound = {0, len(self.layers)}
+        self.groups = sorted(
+            bound | {cut for cut in range(1, len(self.layers)) if not any(i < cut <= j for i, j in trace.carried)}
+        )
+        if len(self.groups) == 2 < len(self.layers):
+            source = "what comes before them" if any(i == START for i, _ in trace.carried) else "each other's state"
+            return f"all its decoder layers need {source}, beside the hidden states"
+        return None
 
     def _refusal(self, reason: str) -> ConfigurationError:
         return ConfigurationError(
             f"{self.model_dir}: a model of type {self.config.model_type} cannot be split into pipeline stages because "
             f"{reason}; choose another model."
         )
+
+
+def embedding_first(model: PreTrainedModel) -> None:
+    """Put the part of ``model`` that holds the embedding first, so that a tied weight is called after the embedding."""
+    embedding = model.get_input_embeddings()
+    for name, child in list(model.named_children()):
+        if not any(module is embedding for module in child.modules()):
+            model._modules[name] = model._modules.pop(name)
 
 
 def _first_line(error: Exception) -> str:
@@ -142,11 +192,21 @@ def _read_config(model_dir: Path) -> PretrainedConfig:
         raise ConfigurationError(
             f"{path} is no configuration that this version of transformers knows: {_first_line(error)}"
         ) from error
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config and text_config.model_type != config.model_type:
+        # Beside images or sound: the text model alone, with the outer word on whether its ends are tied.
+        if "tie_word_embeddings" in read_json(path):
+            text_config.tie_word_embeddings = config.tie_word_embeddings
+        config = text_config
     if type(config) not in AutoModelForCausalLM._model_mapping or getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(
             f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
+        )
+    if getattr(config, "output_router_logits", False):  # that is how a model is told to train with it
+        raise ConfigurationError(
+            f"{path} sets output_router_logits, but the router's auxiliary loss is not trained here; set it to false."
         )
     config.use_cache = False
     return config

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.packing import documents_apart
 
 
 class Stage(nn.Module):
@@ -19,12 +24,24 @@ class Stage(nn.Module):
         layers_name: Name of the list of decoder layers in ``causal_lm``.
         start: Number of the first decoder layer that this stage owns.
         stop: Number after the last one.
+        takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
+        packed: Whether inputs may hold several documents. If not, one that does is an error.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, layers_name: str, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        layers_name: str,
+        start: int,
+        stop: int,
+        *,
+        takes_positions: bool = True,
+        packed: bool = True,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
+        self._takes_positions, self._packed = takes_positions, packed
         # In a list, so that the layer is not registered a second time under another name.
         self._entry = [] if start == 0 else [_receive_at(causal_lm.get_submodule(f"{layers_name}.{start}"))]
 
@@ -34,25 +51,36 @@ class Stage(nn.Module):
         Args:
             inputs: ``(input_ids, position_ids, *extra)`` on the first stage, ``(hidden_states, position_ids, *extra)``
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
-                hidden] in the model's dtype. Positions start again at 0 where a packed document starts; attention
-                then stays inside each document. ``extra`` are small integer tensors passed on untouched.
+                hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
+                packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
+                passed on untouched.
 
         Returns:
             The logits [batch, seq, vocabulary] in the model's dtype on the last stage, otherwise
             ``(hidden_states, position_ids, *extra)`` for the next.
+
+        Raises:
+            ConfigurationError: Packed documents reach a stage that cannot keep them apart.
         """
         first, position_ids, *extra = inputs
+        if not self._packed and not self._entry and bool((position_ids.diff(dim=-1) != 1).any()):
+            raise ConfigurationError(
+                "the data packs several documents into a sequence but packed is false; give one document a sequence."
+            )
         # No attention mask and no cache: with either, transformers no longer tells packed documents apart.
-        arguments: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self._takes_positions:
+            arguments["position_ids"] = position_ids
         if self._entry:
-            # The embedding's place is taken only to give the model a shape, a dtype and a device: what it makes of it
-            # (some models scale it) is put aside at the first owned layer.
+            # Token 0 everywhere only gives the model a shape and a device: what it makes of it is put aside at the
+            # first owned layer.
             self._entry[0].received = first
-            arguments["inputs_embeds"] = first.detach()
+            arguments["input_ids"] = torch.zeros_like(position_ids)
         else:
             arguments["input_ids"] = first
         try:
-            return self.causal_lm(**arguments).logits
+            with documents_apart(position_ids if self._packed else None):
+                return self.causal_lm(**arguments).logits
         except LeaveStage as leave:
             return (leave.hidden_states, position_ids, *extra)
         finally:
@@ -72,21 +100,65 @@ class Placeholder(nn.Module):
     """Stands, without parameters, for a decoder layer that another stage owns.
 
     Args:
-        layer: The layer; its plain attributes, such as ``attention_type``, are kept as the model's code may ask.
+        layer: The layer, which answers where the model's code asks for an attribute such as ``attention_type``.
         leaves: Whether the forward ends here: true right after the last owned layer.
-        returns_tuple: Whether the model expects a tuple from its layers.
+        tuple_length: How many values the layer returns in a tuple; 0 if it returns the hidden states alone.
     """
 
-    def __init__(self, layer: nn.Module, *, leaves: bool, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, *, leaves: bool, tuple_length: int) -> None:
         super().__init__()
-        self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
+        self.__dict__["layer"] = layer  # not as a submodule: its weights, on the meta device, are nobody's
         self.leaves = leaves
-        self.returns_tuple = returns_tuple
+        self.tuple_length = tuple_length
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_parameters", "_buffers", "_modules"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         if self.leaves:
             raise LeaveStage(hidden_states)
-        return (hidden_states,) if self.returns_tuple else hidden_states
+        return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
+
+
+class Absent(nn.Module):
+    """Stands, without parameters, for a module that another stage owns and that this one never runs.
+
+    Args:
+        module: The module; its weights become plain empty tensors, as the model's code may initialise them or ask for
+            their device.
+        dtype: Type of the empty tensors.
+        device: Where they are.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_")})
+        self.__dict__.update({name: torch.empty(0, dtype=dtype, device=device) for name in module._parameters})
+
+
+class StandIn(Absent):
+    """Stands for a module before the layers: gives zeros of the same shape.
+
+    Args:
+        module: An embedding (``weight`` [count, size], called with indices), a linear layer, or a norm.
+        dtype: Type of the zeros.
+        device: Where they are.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(module, dtype, device)
+        self._embeds = isinstance(module, nn.Embedding)
+        size = "embedding_dim" if self._embeds else "out_features"
+        self._size: int | None = getattr(module, size, None)
+        self._dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        kept = first.shape if self._embeds else first.shape[:-1]
+        return first.new_zeros(*kept, self._size or first.shape[-1], dtype=self._dtype)
 
 
 class _Receiver:

@@ -1,16 +1,19 @@
-"""What a causal LM does in one forward, seen without weights and without computing."""
+"""What a causal LM does in one forward: which parts run where, and what passes from layer to layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel, masking_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+START = -1  # what the first stage alone has: the tokens, and what is made of them and of weights before the layers
 
 
 @dataclass
@@ -19,73 +22,135 @@ class Trace:
 
     Attributes:
         order: Names of the watched modules and layers, in the order of their calls.
-        side_inputs: What reaches a layer beside the hidden states and would need a gradient sent back.
-        returns_tuple: For each kind of layer output that was seen, whether it is a tuple.
-        masks: How many attention masks were built.
-        packed_masks: How many of them keep packed documents apart by their positions.
+        tuple_lengths: For each layer, how many values it returns in a tuple; 0 if it returns the hidden states alone.
+        carried: Pairs ``(i, j)``: layer j, or what follows it, uses what layer i (or :data:`START`) made, other than
+            through the hidden states. Both must be on one stage.
+        hidden_missing: Whether a layer got no tensor of hidden states as its first argument.
     """
 
     order: list[str] = field(default_factory=list)
-    side_inputs: set[str] = field(default_factory=set)
-    returns_tuple: set[bool] = field(default_factory=set)
-    masks: int = 0
-    packed_masks: int = 0
+    tuple_lengths: list[int] = field(default_factory=list)
+    carried: set[tuple[int, int]] = field(default_factory=set)
+    hidden_missing: bool = False
 
 
-def trace_forward(model: PreTrainedModel, layer_names: Sequence[str], other_names: Sequence[str]) -> Trace:
-    """Run one forward of fake tensors [1, 8] through a model on the meta device, called as a stage calls it.
+def trace_forward(
+    model: PreTrainedModel,
+    layer_names: Sequence[str],
+    other_names: Sequence[str],
+    run: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+) -> Trace:
+    """Watch ``run(input_ids)``, a forward of ``model`` that returns the logits.
 
     Args:
-        model: A causal LM on the meta device.
+        model: A causal LM.
         layer_names: Names of its decoder layers.
         other_names: Names of further modules whose calls are of interest.
+        run: Calls the model.
+        input_ids: int64 [batch, seq].
 
     Raises:
         Exception: Whatever the model raises.
     """
-    trace = Trace()
+    trace = Trace(tuple_lengths=[0] * len(layer_names))
+    flow = _Flow(trace, len(layer_names))
+    flow.mark([input_ids], {START})
+    flow.mark(model.parameters(), {START})
+    for number, name in enumerate(layer_names):
+        flow.mark(model.get_submodule(name).parameters(), {number})
 
-    def before(name: str) -> Callable[..., None]:
+    def before_layer(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            trace.order.append(name)
-            if name not in layer_names:
-                return
+            trace.order.append(layer_names[number])
             hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-                trace.side_inputs.add("hidden states that are not [batch, seq, hidden]")
-            rest = {**{f"argument {i}": v for i, v in enumerate(args) if i}, **kwargs}
-            trace.side_inputs.update(key for key, v in rest.items() if v is not hidden and _carries_gradient(v))
+            if isinstance(hidden, Tensor):
+                flow.enter(number, hidden, sum(value is hidden for value in tree_leaves((args, kwargs))))
+            else:
+                trace.hidden_missing = True
 
         return hook
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        trace.returns_tuple.add(isinstance(output, tuple))
+    def after_layer(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            trace.tuple_lengths[number] = len(output) if isinstance(output, tuple) else 0
+            flow.leave()
+
+        return hook
+
+    def before_other(name: str) -> Callable[..., None]:
+        return lambda module, args: trace.order.append(name)
 
     handles = []
-    for name in (*layer_names, *other_names):
-        handles.append(model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True))
-    for name in layer_names:
-        handles.append(model.get_submodule(name).register_forward_hook(after))
-    # transformers builds every mask through the first of these, and through the second only if it is given positions.
-    masks = patch.object(masking_utils, "_preprocess_mask_arguments", wraps=masking_utils._preprocess_mask_arguments)
-    packed = patch.object(
-        masking_utils, "find_packed_sequence_indices", wraps=masking_utils.find_packed_sequence_indices
-    )
+    for number, name in enumerate(layer_names):
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(before_layer(number), with_kwargs=True))
+        handles.append(layer.register_forward_hook(after_layer(number)))
+    for name in other_names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(before_other(name)))
     try:
-        with masks as mask_calls, packed as packed_calls, FakeTensorMode(allow_non_fake_inputs=True):
-            input_ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-            position_ids = torch.arange(8, device="meta")[None]
-            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with torch.no_grad(), flow:
+            logits = run(input_ids)
+        flow.finish(logits)
     finally:
         for handle in handles:
             handle.remove()
-    trace.masks, trace.packed_masks = mask_calls.call_count, packed_calls.call_count
     return trace
 
 
-def _carries_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, dict):
-        return any(map(_carries_gradient, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_carries_gradient, value))
+class _Flow(TorchDispatchMode):
+    """Follows through every operation where its inputs come from: the layers' numbers, or :data:`START`."""
+
+    def __init__(self, trace: Trace, count: int) -> None:
+        super().__init__()
+        self.trace = trace
+        self.count = count
+        self.last = START  # the layer that was entered last
+        self.inside = False
+        self.hidden: Tensor | None = None  # the argument of the layer that runs
+        self.sources: dict[int, frozenset[int]] = {}
+        self.alive: list[Tensor] = []  # so that no id is given twice
+
+    def mark(self, tensors: Iterable[Tensor], sources: Iterable[int]) -> None:
+        for tensor in tensors:
+            self.sources[id(tensor)] = frozenset(sources)
+            self.alive.append(tensor)
+
+    def enter(self, number: int, hidden: Tensor, occurrences: int) -> None:
+        # What runs between two layers runs on the earlier one's stage.
+        self._use(self._sources_of(hidden), self.last)
+        if occurrences > 1:  # a stage puts the received hidden states in the first place only
+            self._use({self.last}, number)
+        self.last, self.inside, self.hidden = number, True, hidden
+
+    def leave(self) -> None:
+        self.inside = False
+
+    def _sources_of(self, tensor: Tensor) -> frozenset[int]:
+        if self.inside and tensor is self.hidden:
+            return frozenset()  # sent from stage to stage; used outside the layer, it is the earlier stage's
+        return self.sources.get(id(tensor), frozenset())
+
+    def finish(self, logits: Tensor) -> None:
+        self._use(self._sources_of(logits), self.last)
+
+    def _use(self, sources: Iterable[int], user: int) -> None:
+        self.trace.carried.update((source, user) for source in sources if source != user)
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        sources: frozenset[int] = frozenset()
+        if not name.endswith("_like") and not name.startswith("new_"):  # those take shapes, not values
+            weights = self.last == self.count - 1 and not self.inside
+            for tensor in tree_leaves((args, kwargs)):
+                # Weights after the last layer (norm, head, the embedding that is tied to it) are on its stage.
+                if isinstance(tensor, Tensor) and not (weights and isinstance(tensor, nn.Parameter)):
+                    sources |= self._sources_of(tensor)
+        if self.inside:
+            self._use(sources, self.last)
+            sources = frozenset({self.last})
+        self.mark([tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)], sources)
+        return output

@@ -5,12 +5,21 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from tiny_models import CUTS, POSITIONS, build, micro_batches, run_stages, train_stages, write_model
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 
 torch.set_num_threads(1)
@@ -47,3 +56,67 @@ def test_four_bit_stages_equal_the_unsplit_four_bit_model(tmp_path: Path, kind: 
         _, gradients = train_stages(stages)
         assert len(gradients) == 4 * 7 * 2
     assert layers.parameter_counts() == CausalLMLayers(tmp_path, adapter=LoRA(4)).parameter_counts()
+
+
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+MOE = {
+    "mixtral": MixtralConfig(**SIZES, **EXPERTS),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts_per_tok=2, num_experts=4, moe_intermediate_size=64),
+    "gpt_oss": GptOssConfig(**SIZES, **EXPERTS),
+}
+
+
+@pytest.mark.parametrize("kind", list(MOE))
+def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MOE[kind], dtype=torch.float32).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=quantization)
+    experts = {n: p for n, p in whole.named_parameters() if p.ndim == 3}  # transformers leaves them as they are
+    assert len(experts) == 4 * 2
+    for parameter in experts.values():
+        parameter.data = dequantize_4bit(*quantize_4bit(parameter.data, quant_type="nf4"))
+    (input_ids, _), _ = micro_batches()
+    positions = torch.arange(12).expand(2, -1)
+    with torch.no_grad():
+        expected_logits = whole.train()(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4))
+    for cuts in CUTS:
+        stages = build(layers, cuts)
+        for stage in stages:
+            for name, parameter in stage.causal_lm.named_parameters():
+                assert parameter.ndim < 3, name
+            for name, expert in experts.items():
+                if stage.start <= int(name.split(".")[2]) < stage.stop:
+                    module, _, weight = name.rpartition(".")
+                    held = stage.causal_lm.get_submodule(module)
+                    assert torch.equal(getattr(held, weight), expert), name
+                    parametrization = held.parametrizations[weight]
+                    size = parametrization.original.nbytes + parametrization[0].quant_state.absmax.nbytes
+                    assert size <= 0.30 * 2 * expert.numel(), name
+        torch.testing.assert_close(run_stages(stages, input_ids, positions), expected_logits, rtol=0, atol=1e-5)
+        _, gradients = train_stages(stages)
+        assert len(gradients) == 2 * sum(hasattr(m, "lora_A") for s in stages for m in s.modules())
+        assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_linear_layers_that_nobody_quantises_are_told(tmp_path: Path) -> None:
+    FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ConfigurationError, match="FalconLinear"):
+        CausalLMLayers(tmp_path, load_in_4bit=True, adapter=LoRA(4))
+
+
+def test_routers_keep_their_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    layers = CausalLMLayers(
+        tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4, target_modules=["q_proj"])
+    )
+    stage = layers.build_stage(0, 2, CPU)
+    quantised = {n.rpartition(".")[2] for n, m in stage.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert quantised == {"base_layer", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {p.dtype for n, p in stage.named_parameters() if "gate." in n} == {torch.float32}

@@ -1,0 +1,96 @@
+"""Weights in 4 bits (nf4): linear layers as transformers quantises them, and the fused experts that it leaves out.
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://arxiv.org/abs/2305.14314).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import BitsAndBytesConfig
+from typing_extensions import override
+
+SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
+ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
+
+
+def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
+    """Return the linear layers of the named decoder layers that keep their precision: routers, gates of experts.
+
+    They are small and steer much. Most classes have routers that are no linear layers; here are the others.
+    """
+    return [
+        f"{layer_name}.{name}"
+        for layer_name in layer_names
+        for name, module in model.get_submodule(layer_name).named_modules()
+        if isinstance(module, nn.Linear) and any(ROUTER.fullmatch(part) for part in name.split("."))
+    ]
+
+
+def unknown_linear(model: nn.Module, layer_names: Iterable[str]) -> str | None:
+    """Return the name of a linear layer that transformers would silently leave as it is, or None."""
+    layer_names = list(layer_names)
+    kept = set(kept_names(model, layer_names))
+    for layer_name in layer_names:
+        for name, module in model.get_submodule(layer_name).named_modules():
+            full = f"{layer_name}.{name}"
+            if isinstance(module, nn.Linear) and type(module) is not nn.Linear and full not in kept:
+                return full
+    return None
+
+
+def nf4(kept: list[str], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the quantisation of linear layers other than those ``kept``, computed in ``dtype``.
+
+    ``kept`` must name the head: transformers, left alone, guesses it as a model's last module, and on a trimmed model
+    that is a decoder layer's.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[rf"{re.escape(name)}$" for name in kept],
+    )
+
+
+def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the weights of many experts in one tensor [experts, ., .], each as its module and its name there."""
+    for module in (module for layer in layers for module in layer.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = parameter.ndim == 3 and min(parameter.shape[1:]) >= SMALLEST_SIDE
+            if matrix and not isinstance(module, nn.modules.conv._ConvNd):
+                yield module, name
+
+
+def quantise_on_load(layers: Iterable[nn.Module]) -> None:
+    """Make the fused weights of ``layers``, still on the meta device, turn into nf4 as each is loaded."""
+    for module, name in list(fused_weights(layers)):
+        if not isinstance(module, _QuantisedOnLoad):
+            whole_class = type(module)
+            members = {"__module__": whole_class.__module__, "fused_names": frozenset[str]()}
+            module.__class__ = type(whole_class.__name__, (_QuantisedOnLoad, whole_class), members)
+        type(module).fused_names |= {name}  # type: ignore[attr-defined]
+
+
+class _QuantisedOnLoad(nn.Module):
+    """Mixed into a module with fused weights: quantises what is assigned to them.
+
+    Not after loading: all experts of a stage would then be held in full precision at once.
+    """
+
+    fused_names: frozenset[str]
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        loaded = isinstance(value, nn.Parameter) and value.is_floating_point() and not value.is_meta
+        if loaded and name in self.fused_names and not is_parametrized(self, name):
+            replace_parameter_4bit(self, name, quant_type="nf4")
+            # So that transformers does not take the weight for one that no file held.
+            self.get_parameter(f"parametrizations.{name}.original")._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,0 +1,143 @@
+"""A configuration of the same model class with small sizes, to try on it what the class does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+# Small values by the names that configurations give their sizes. Not a table of models: a name that a configuration
+# does not have is left out. Heads times head size is the hidden size, and everything in 4 bits is a multiple of 64.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "emb_dim": 64,
+    "embedding_size": 64,
+    "embedding_dim": 64,
+    "word_embed_proj_dim": 64,
+    "lru_width": 64,
+    "attention_hidden_size": 64,
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 128,
+    "n_inner": 128,
+    "ffn_dim": 128,
+    "dim_ff": 128,
+    "ffn_hidden_size": 128,
+    "decoder_ffn_dim": 128,
+    "encoder_ffn_dim": 128,
+    "shared_intermediate_size": 128,
+    "dense_intermediate_size": 128,
+    "prefix_dense_intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "expert_ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "shared_experts_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "swa_num_attention_heads": 4,
+    "linear_num_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "num_query_groups": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+    "dim_head": 16,
+    "swa_head_dim": 16,
+    "global_head_dim": 16,
+    "attention_head_dim": 32,
+    "attention_head_size": 16,
+    "linear_head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rotary_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "o_lora_rank": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_group": 1,
+    "mamba_d_state": 8,
+    "state_size": 8,
+    "ssm_state_size": 8,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "n_mamba_heads": 2,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_headdim": 16,
+    "mamba_n_groups": 1,
+    "mamba_ngroups": 1,
+    "n_groups": 1,
+    "mamba_dt_rank": 8,
+    "time_step_rank": 8,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 128,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "vocab_size": 128,
+}
+
+UNSET = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}  # None means a default
+
+
+def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the sizes among ``config``'s values, made small; the number of layers and their kinds stay."""
+    values = config.to_dict()
+    small = {}
+    for name, size in SIZES.items():
+        value = values.get(name)
+        if name in values and (type(value) is int or (value is None and name in UNSET)):
+            # Some classes know one expert a token only.
+            small[name] = min(size, value) if "per_tok" in name and value is not None else size
+    if "qk_rope_head_dim" in small and "head_dim" in small:  # multi-head latent attention rotates this part only
+        small["head_dim"] = small["qk_rope_head_dim"]
+    heads = {values.get("num_attention_heads"), values.get("num_key_value_heads")}
+    if len(heads) == 1 and "num_key_value_heads" in small:  # some classes know no grouped queries
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    small.update({name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in values})
+    for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
+        if type(values.get(name)) is int:
+            small[name] = 4  # shorter than the texts of a trial, so that it matters
+    # A size that is one shape more than the hidden size says so by a ratio.
+    if values.get("expand") and "mamba_num_heads" not in small and values.get("num_heads"):
+        small["num_heads"], small["head_dim"] = 8, int(values["expand"] * 64) // 8
+    return small
+
+
+def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration of the class, depth and kinds of layers of ``config`` with small sizes.
+
+    Raises:
+        Exception: Whatever the class raises if these sizes do not fit together.
+    """
+    values = {**config.to_dict(), **small_sizes(config)}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        # Long rotary scaling has a factor for each pair of the head's dimensions.
+        values["rope_parameters"] = {k: v[:8] if k in ("long_factor", "short_factor") else v for k, v in rope.items()}
+    return type(config).from_dict(values)

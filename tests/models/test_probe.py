@@ -1,0 +1,102 @@
+"""What a trial finds out about real configurations, given by their config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3nTextConfig, GptOssConfig, MambaConfig, Qwen3NextConfig, RobertaConfig
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import Skeleton
+
+torch.set_num_threads(1)
+
+# Sizes, depths and rotary scaling as published; everything else is the class's default.
+REAL: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": [128001, 128008],
+        "rope_theta": 500000.0, "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    },
+    "phi3": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32064, "sliding_window": 262144, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "pad_token_id": 32000,
+        "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 48, "short_factor": [1.1] * 48},
+    },
+    "gemma3_text": {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024,
+    },
+    "qwen3_moe": {
+        "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
+        "decoder_sparse_step": 1, "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        "hidden_size": 7168, "num_hidden_layers": 61, "n_routed_experts": 256, "n_group": 8, "topk_group": 4,
+        "first_k_dense_replace": 3, "q_lora_rank": 1536,
+        "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+                         "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096},
+    },
+    "gpt_oss": {
+        "hidden_size": 2880, "num_hidden_layers": 24, "num_local_experts": 32, "sliding_window": 128,
+        "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                         "original_max_position_embeddings": 4096},
+    },
+    "cohere": {"hidden_size": 8192, "num_hidden_layers": 40, "num_attention_heads": 64, "logit_scale": 0.0625},
+    "gemma2": {"hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "glm4": {"hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2},
+    "olmo3": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096},
+    "mixtral": {"num_hidden_layers": 32, "num_local_experts": 8, "sliding_window": None},
+    "qwen2": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", list(REAL))
+def test_real_configurations_can_be_cut_everywhere_and_packed(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **REAL[model_type]}))
+    skeleton = Skeleton(tmp_path)
+    assert skeleton.groups == list(range(REAL[model_type]["num_hidden_layers"] + 1))
+    assert skeleton.isolates_documents
+    assert skeleton.takes_positions
+    assert skeleton.model.config.hidden_size == skeleton.model.get_submodule(skeleton.embedding_name).embedding_dim
+
+
+def skeleton_of(tmp_path: Path, config: Any) -> Skeleton:
+    config.save_pretrained(tmp_path)
+    return Skeleton(tmp_path)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
+
+
+def test_recurrent_layers_are_told_to_leak(tmp_path: Path) -> None:
+    assert not skeleton_of(tmp_path / "mamba", MambaConfig(hidden_size=64, num_hidden_layers=2)).isolates_documents
+    config = Qwen3NextConfig(**SMALL, num_hidden_layers=4, num_attention_heads=4, num_experts=4)
+    assert not skeleton_of(tmp_path / "next", config).isolates_documents
+    assert skeleton_of(tmp_path / "oss", GptOssConfig(num_hidden_layers=2)).isolates_documents
+
+
+def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Path) -> None:
+    config = RobertaConfig(is_decoder=True, num_hidden_layers=2)
+    skeleton = skeleton_of(tmp_path, config)
+    assert not skeleton.takes_positions
+    assert not skeleton.isolates_documents
+
+
+def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="what comes before"):
+        skeleton_of(tmp_path, Gemma3nTextConfig())
+
+
+def test_router_loss_that_would_be_left_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "output_router_logits": True}))
+    with pytest.raises(ConfigurationError, match="output_router_logits"):
+        Skeleton(tmp_path)
