@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layers import Loss
+from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.ties import TiedParameters
 
 MicroBatch = tuple[Any, Any]
@@ -38,9 +41,7 @@ class PipeLiteEngine(PipelineEngine):
         column_major: the layout of the ranks, see :class:`~lightning_pipelite.strategy.topology.Topology`.
         loss: the loss of one micro-batch, used on the last stage.
         progress: told of every instruction before it runs: its name, and whether it may wait for other ranks.
-        step: called on every rank where the schedule has the optimizer step, with the sum and the count of the losses
-            of the global batch, a float64 tensor of shape (2,) on the device; gradients are then summed, and divided
-            by the number of replicas.
+        randomness: what the layers draw random numbers from.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class PipeLiteEngine(PipelineEngine):
         column_major: bool,
         loss: Loss,
         progress: Callable[[str, bool], None],
-        step: Callable[[Tensor], None],
+        randomness: LayerRandomness,
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
@@ -67,21 +68,48 @@ class PipeLiteEngine(PipelineEngine):
         self._stage = stage
         self._loss_of = loss
         self._progress = progress
-        self._step = step
+        self._randomness = randomness
         self._shapes: object = None
+        self._sent: object = None
+        self._compared: set[bool] = set()
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
+
+    @override
+    def _broadcast_model(self) -> None:
+        """Nothing: DeepSpeed's views every parameter as bytes, which a scalar cannot be, and leaves out the buffers."""
+
+    def _equalize_replicas(self) -> None:
+        if not self.is_data_parallel:
+            return
+        group = self.grid.get_data_parallel_group()
+        for tensor in (*self._stage.parameters(), *self._stage.buffers()):
+            sent = tensor.data.contiguous()
+            dist.broadcast(sent, src=dist.get_global_rank(group, 0), group=group)
+            tensor.data.copy_(sent)
 
     # What the strategy calls
 
-    def train_on(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forward and backward of all micro-batches of a step, then the step itself.
+    def train_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Forward and backward of all micro-batches of a step.
+
+        The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
 
         Args:
             micro_batches: the same on all stages of a pipeline; the same number on all replicas.
+
+        Returns:
+            The sum and the count of the losses of the global batch, float64, shape (2,), the same on every rank.
+
+        Raises:
+            ConfigurationError: if the stages of a pipeline have different micro-batches (seen in the first step).
+            RuntimeError: if a trainable parameter gets no gradient in the first step.
         """
         self.set_train_batch_size(len(micro_batches) * self.grid.data_parallel_size)
-        self._run(micro_batches, self._train_schedule())
+        self._run(micro_batches, self._train_schedule(), training=True)
+        self.global_steps += 1
+        return self.share(self._sums)
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Forward of some micro-batches, without gradients.
@@ -90,7 +118,7 @@ class PipeLiteEngine(PipelineEngine):
             The sum and the count of their losses, float64, shape (2,); zeros but on the last stage.
         """
         with torch.no_grad():
-            self._run(micro_batches, self._inference_schedule(len(micro_batches)))
+            self._run(micro_batches, self._inference_schedule(len(micro_batches)), training=False)
         return self._sums.clone()
 
     def share(self, sums: Tensor) -> Tensor:
@@ -103,17 +131,33 @@ class PipeLiteEngine(PipelineEngine):
 
     # How the schedule runs
 
-    def _run(self, micro_batches: Sequence[MicroBatch], steps: Any) -> None:
+    def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
+        if self.is_pipe_parallel and training not in self._compared:
+            self._require_same_data(micro_batches)
+            self._compared.add(training)
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
         # micro-batches, so each knows without communication when they must be sent anew.
-        shapes = [_shapes(batch) for batch in micro_batches]
+        shapes = [(training, _shapes(batch)) for batch in micro_batches]
         self.dynamic_shape = any(shape != shapes[0] for shape in shapes)
         if self.dynamic_shape or shapes[0] != self._shapes:
             self.reset_activation_shape()
+            self._sent = None
         self._shapes = None if self.dynamic_shape else shapes[0]
         self._sums.zero_()
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
-        self._exec_schedule(steps)
+        with self._randomness.drawn_from():
+            self._exec_schedule(steps)
+
+    def _require_same_data(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Inputs from one sequence and targets from another would train, on nonsense, without any other sign."""
+        digests = [0] * self.num_stages
+        dist.all_gather_object(digests, _digest(micro_batches), group=self.grid.get_pipe_parallel_group())
+        if len(set(digests)) > 1:
+            raise ConfigurationError(
+                "the stages of a pipeline were given different micro-batches; let the data loader's order and random "
+                "numbers depend on nothing that differs between ranks (L.seed_everything(SEED) at the start), and give "
+                "its sampler the strategy's distributed_sampler_kwargs."
+            )
 
     @override
     def _exec_schedule(self, pipe_schedule: Any) -> None:
@@ -141,25 +185,56 @@ class PipeLiteEngine(PipelineEngine):
     def _forward(self, buffer_id: int) -> None:
         outputs = self._stage(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
-            self.pipe_buffers["outputs"][buffer_id] = outputs
+            self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)
             return
         terms = self._loss_of(outputs, self.pipe_buffers["labels"][buffer_id])
         self.loss, count = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
         self.pipe_buffers["labels"][buffer_id] = None
         self._sums += torch.stack([self.loss.detach().to(self._sums), count.detach().to(self._sums)])
 
+    def _sendable(self, outputs: Any) -> Any:
+        if isinstance(outputs, list):
+            outputs = tuple(outputs)
+        if not isinstance(outputs, Tensor) and not (
+            isinstance(outputs, tuple) and all(isinstance(item, Tensor) for item in outputs)
+        ):
+            raise ConfigurationError(
+                f"stage {self.stage_id} ends with a layer that returns a {type(outputs).__name__}; between stages only "
+                "a tensor or a tuple of tensors can be handed on."
+            )
+        shapes = _shapes(outputs)
+        if not self.dynamic_shape and self._sent not in (None, shapes):
+            # The receiver's buffers are of the old shapes: it would read beyond or short of what is sent.
+            raise RuntimeError(
+                f"stage {self.stage_id} hands on {shapes} after {self._sent}, for micro-batches of equal shapes; the "
+                "shapes between stages may only depend on the shapes of the micro-batch"
+            )
+        self._sent = shapes
+        return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
+
     def _backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
-            outputs, gradients = [self.loss], [None]
+            outputs: list[Tensor] = [self.loss]
+            gradients: list[Tensor | None] = [None]
             self.loss = self.loss.detach()
         else:
             outputs = _tensors(self.pipe_buffers["outputs"][buffer_id])
-            gradients = _tensors(self.grad_layer)
+            gradients = [*_tensors(self.grad_layer)]
             self.pipe_buffers["outputs"][buffer_id] = None
         # A first stage without trainable parameters has nothing to propagate to.
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        if not self.is_first_stage():
+            self._complete_gradients(_tensors(self.pipe_buffers["inputs"][buffer_id]))
+
+    def _complete_gradients(self, inputs: list[Tensor]) -> None:
+        """The stage before waits for a gradient of everything that it sent, also of what is not used here."""
+        if inputs and all(tensor.grad is None for tensor in inputs):
+            raise RuntimeError(f"stage {self.stage_id}: the loss does not depend on what the stage before hands on")
+        for tensor in inputs:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
 
     def _reduce_tied_gradients(self) -> None:
         if self.global_steps == 0:
@@ -182,8 +257,7 @@ class PipeLiteEngine(PipelineEngine):
             self._exec_reduce_grads()
 
     def _optimizer_step(self) -> None:
-        self._step(self.share(self._sums))
-        self.global_steps += 1
+        """Nothing: Lightning takes it, after its hooks."""
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 - the name and the kind are DeepSpeed's
         **PipelineEngine._INSTRUCTION_MAP,
@@ -202,6 +276,21 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _shapes(batch: Any) -> Any:
+    """What the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape), batch.dtype
-    return [_shapes(item) for item in batch] if isinstance(batch, (tuple, list)) else None
+    if isinstance(batch, Mapping):
+        return [(key, _shapes(item)) for key, item in batch.items()]
+    if isinstance(batch, (tuple, list)):
+        return [_shapes(item) for item in batch]
+    return batch if batch is None or isinstance(batch, (bool, int, float, str)) else object()
+
+
+def _digest(batch: Any, so_far: int = 0) -> int:
+    """A checksum of all tensors in a batch."""
+    if isinstance(batch, Tensor):
+        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), so_far)
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    for item in items:
+        so_far = _digest(item, so_far)
+    return so_far

@@ -13,7 +13,10 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from lightning_pipelite.strategy.lifeline import LAUNCHER_PID, announce, describe_exit, end_processes
+from lightning_pipelite.strategy.lifeline import patience
+from lightning_pipelite.strategy.lifeline.failure import is_communication_error
+from lightning_pipelite.strategy.lifeline.orphans import LAUNCHER_PID
+from lightning_pipelite.strategy.lifeline.processes import describe_exit, end_processes, leave
 
 
 class PipeLiteLauncher(_SubprocessScriptLauncher):
@@ -21,7 +24,8 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
 
     It differs in what happens when a rank dies. Lightning's observer kills the main process with SIGKILL, and with it
     every message. Here, until the :class:`~lightning_pipelite.strategy.lifeline.Lifeline` is connected, a thread
-    watches the children, and when one dies ends them all and says which; a child whose launcher dies ends with it.
+    watches the children, and when one dies ends them all and says which; if the main process raises it ends the
+    children and its own traceback comes last; a child whose launcher dies ends with it.
 
     Args:
         cluster_environment: Says which rank this process has, and whether something else has launched the ranks.
@@ -40,7 +44,8 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch = before_launch
-        self._lifeline_holds = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="pipelite-launcher", daemon=True)
+        self._relieved = threading.Event()  # the lifeline holds, or the main thread has raised
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -56,31 +61,42 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            threading.Thread(target=self._watch, name="pipelite-launcher", daemon=True).start()
+            self._watcher.start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as exception:
+            if self._watcher.is_alive() and not self._relieved.is_set():
+                if is_communication_error(exception):
+                    self._watcher.join(patience.CAUSE)  # if a child has died, this process ends here
+                self._relieved.set()
+                end_processes(self.procs, patience.STATUS)
+            raise
 
     def stop_watching(self) -> None:
         """Hands the watch over; called once the lifeline is connected."""
-        self._lifeline_holds.set()
+        self._relieved.set()
 
     @override
     def _call_children_scripts(self) -> None:
-        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of lifeline.py
+        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of lifeline/orphans.py
         try:
             super()._call_children_scripts()
         finally:
             del os.environ[LAUNCHER_PID]
 
     def _watch(self) -> None:
-        while not self._lifeline_holds.wait(0.1):
+        while not self._relieved.wait(patience.TICK):
             for local_rank, child in enumerate(self.procs, start=1):
                 code = child.poll()
-                if code is None or self._lifeline_holds.is_set():
-                    continue
-                rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
-                try:
-                    end_processes(self.procs, patience=1.0)
-                    announce(f"rank {rank} {describe_exit(code)}, before the training began")
-                finally:
-                    os._exit(1)
+                if code is not None:
+                    self._end(local_rank, code)
+                    return
+
+    def _end(self, local_rank: int, code: int) -> None:
+        rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
+        try:
+            end_processes(self.procs, patience.STATUS)
+        finally:
+            if not self._relieved.wait(patience.STATUS):  # else the main thread speaks: it may have raised the same
+                leave(f"rank {rank} {describe_exit(code)}, before the training began")

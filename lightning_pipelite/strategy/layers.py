@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -43,7 +43,8 @@ class SequentialLayers:
     """A plain list of modules as pipeline layers: each maps the former's output to its own.
 
     Args:
-        layers: the modules, in order. One module may stand in several places; its parameters are then tied.
+        layers: the modules, in order. One module may stand in several places, and several may share a parameter; both
+            ties it.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -53,6 +54,13 @@ class SequentialLayers:
                     f"pipeline_layers() must return torch.nn.Modules, but item {index} is a {type(layer).__name__}."
                 )
         self._layers = list(layers)
+        owners: dict[int, set[int]] = {}
+        parameters = {id(p): p for layer in layers for p in layer.parameters()}
+        for layer in layers:
+            for parameter in layer.parameters():
+                owners.setdefault(id(parameter), set()).add(id(layer))
+        # Under the name of its first layer, a stage without that layer would not know it for the same parameter.
+        self._shared = {f"shared_{i}": parameters[p] for i, p in enumerate(p for p in owners if len(owners[p]) > 1)}
         self.names = [type(layer).__name__ for layer in layers]
 
     def parameter_counts(self) -> list[int]:
@@ -61,17 +69,25 @@ class SequentialLayers:
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
         # The first position of a layer names it, in whichever stage it stands.
         first = {id(layer): index for index, layer in reversed(list(enumerate(self._layers)))}
-        kept = {id(layer) for layer in self._layers[start:stop]}
-        for layer in self._layers:
-            layer.to(device if id(layer) in kept else "meta")
-        return _Chain([(str(first[id(layer)]), layer) for layer in self._layers[start:stop]])
+        mine = self._layers[start:stop]
+        kept = {id(module) for layer in mine for module in layer.modules()}
+        for module in (module for layer in self._layers for module in layer.modules()):
+            if id(module) not in kept:
+                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+        for layer in mine:
+            layer.to(device)
+        here = {id(p) for layer in mine for p in layer.parameters()}
+        shared = {name: p for name, p in self._shared.items() if id(p) in here}
+        return _Chain([(str(first[id(layer)]), layer) for layer in mine], shared)
 
 
 class _Chain(nn.Module):
     """Modules in a row, registered under given names; one that stands in several places is registered once."""
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]], shared: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
+        for name, parameter in shared.items():  # before the layers, so that this is its name
+            self.register_parameter(name, parameter)
         for name, layer in layers:
             self.add_module(name, layer)
         self._order = [name for name, _ in layers]

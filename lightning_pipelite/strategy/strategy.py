@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
@@ -29,6 +32,7 @@ from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.layers import Loss, PipelineLayers, hand_out_layers
 from lightning_pipelite.strategy.lifeline import Lifeline
 from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.topology import Topology
 
 
@@ -94,8 +98,10 @@ class PipeLiteStrategy(DDPStrategy):
         self._lifeline: Lifeline | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
         self._micro_batches: list[Any] = []
+        self._gradients: list[tuple[Tensor, Tensor]] = []
         self._eval_batches: list[Any] = []
         self._eval_sums: Tensor | None = None
+        self._eval_seen, self._eval_loader = 0, 0
         self._loss = torch.zeros(())
         self.eval_micro_batches = 4 * pipeline_stages
         """How many micro-batches of an evaluation run through the pipeline at once."""
@@ -140,15 +146,19 @@ class PipeLiteStrategy(DDPStrategy):
         module = module or trainer.lightning_module
         if not module.automatic_optimization:
             raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
-        self._handed = hand_out_layers(module)
-        partition(self._handed[0], topology.stages, self.partition_method)
+        if self._layer_sync is not None:
+            raise ConfigurationError("Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.")
+        if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
+            self._handed = hand_out_layers(module)
+            partition(self._handed[0], topology.stages, self.partition_method)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         load_deepspeed(self.root_device, self.local_rank)
         launcher = self._launcher
-        assert isinstance(launcher, PipeLiteLauncher) and self.cluster_environment is not None
+        assert isinstance(launcher, PipeLiteLauncher)
+        assert self.cluster_environment is not None
         self._lifeline = Lifeline.connect(
             rank=self.global_rank,
             world_size=self.world_size,
@@ -164,15 +174,17 @@ class PipeLiteStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         from lightning_pipelite.strategy.engine import PipeLiteEngine
 
-        assert self.accelerator is not None and self.lightning_module is not None
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self.precision_plugin = _GlobalNormClipping(self)
+        self.precision_plugin = _PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
-        bounds = partition(layers, self.pipeline_stages, self.partition_method)
-        self.stage = layers.build_stage(bounds[self.stage_id], bounds[self.stage_id + 1], self.root_device)
-        # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
-        self.lightning_module.add_module("pipeline_stage", self.stage)
+        self.stage = self._build_stage(layers)
+        if isinstance(loss, nn.Module):
+            loss.to(self.root_device)
+        randomness = LayerRandomness(self, self.global_rank, self.root_device)
+        self._micro_batches, self._gradients, self._loss = [], [], torch.zeros(())
         self._engine = PipeLiteEngine(
             self.stage,
             self.stage_id,
@@ -180,13 +192,31 @@ class PipeLiteStrategy(DDPStrategy):
             self.use_column_major_topology,
             loss,
             progress=self._progress,
-            step=self._step,
+            randomness=randomness,
         )
         if trainer.state.fn == TrainerFn.FITTING:
             self._refuse_nothing_to_train()
             self.setup_optimizers(trainer)
-        # Dropout masks of layers that happen to have the same place in their stages must not be the same.
-        torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def _build_stage(self, layers: PipelineLayers) -> nn.Module:
+        """This rank's layers; those of the run before, if there was one, with what they have learnt."""
+        module = self.lightning_module
+        assert module is not None
+        bounds = partition(layers, self.pipeline_stages, self.partition_method)
+        place = (bounds[self.stage_id], bounds[self.stage_id + 1], bounds[-1], str(self.root_device))
+        built: tuple[nn.Module, Any] | None = getattr(module, "_pipelite_stage", None)
+        if built is None:
+            stage = layers.build_stage(*place[:2], self.root_device)
+            # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
+            module.add_module("pipeline_stage", stage)
+            object.__setattr__(module, "_pipelite_stage", (stage, place))  # not one more submodule
+            return stage
+        if built[1] != place:
+            raise ConfigurationError(
+                f"this {type(module).__name__} has been split into other stages before: this process holds only its "
+                f"layers {built[1][0]} to {built[1][1]}; make a new one, and pass ckpt_path to load what was trained."
+            )
+        return built[0]
 
     @override
     def model_to_device(self) -> None:
@@ -203,8 +233,19 @@ class PipeLiteStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(self.optimizers)}.")
-        mine = {id(p) for p in self._parameters() if p.requires_grad}
+        if isinstance(self.optimizers[0], torch.optim.LBFGS):
+            raise ConfigurationError("LBFGS needs all parameters in one process; use another optimizer.")
+        mine = {id(p) for p in self._parameters()}
+        assert self.lightning_module is not None
+        names = {id(p): name for name, p in self.lightning_module.named_parameters()}
         for group in self.optimizers[0].param_groups:
+            # The layers of other stages are on the meta device here. What is neither there nor here is in no stage.
+            stray = [p for p in group["params"] if id(p) not in mine and p.requires_grad and not p.is_meta]
+            if stray:
+                raise ConfigurationError(
+                    f"the optimizer was given {names.get(id(stray[0]), 'a parameter')}, which is in none of the layers "
+                    "of pipeline_layers() and so would never be trained; put it in a layer, or freeze it."
+                )
             group["params"] = [p for p in group["params"] if id(p) in mine]
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -225,59 +266,53 @@ class PipeLiteStrategy(DDPStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
-        """Collect the micro-batches of a step; with the last one, run them all and take the step."""
+    def training_step(self, batch: Any, *_: Any) -> Tensor:
+        """Collect the micro-batches of a step; with the last one, run them all forward and backward."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        # Lightning passes the index only to a training_step that asks for it, and goes by the module's.
+        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._micro_batches.clear()
         self._micro_batches.append(_pair(batch))
         if not trainer.fit_loop._should_accumulate():
             micro_batches, self._micro_batches = self._micro_batches, []
-            self._engine.train_on(micro_batches)
+            self._train_on(micro_batches)
         return self._loss
 
-    def _step(self, sums: Tensor) -> None:
-        """The optimizer step, where the schedule has it, with Lightning's hooks around it.
+    def _train_on(self, micro_batches: list[Any]) -> None:
+        """Compute the loss and the gradients of a step.
 
-        The gradients are those of the sum of all losses, divided by the number of replicas. Divided by the number of
-        terms of the global batch instead they are exact, however the valid tokens are spread over the micro-batches.
+        The engine's gradients are those of the sum of all losses, divided by the number of replicas. Divided by the
+        number of terms of the global batch instead they are exact, however the valid tokens are spread over the
+        micro-batches. Lightning sets gradients to zero between its training step and its backward, so until then they
+        are kept aside.
         """
         module = self.lightning_module
         assert module is not None
-        trainer, optimizer = module.trainer, self.optimizers[0]
-        total, count = sums.tolist()
+        for parameter in self._parameters():
+            parameter.grad = None
+        total, count = self._engine.train_on(micro_batches).tolist()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
-            raise RuntimeError(f"step {trainer.global_step + 1}: {why}; training stops before the weights are changed")
+            step = module.trainer.global_step + 1
+            raise RuntimeError(f"step {step}: {why}; training stops before the weights are changed")
         scale_gradients(self._parameters(), self.topology.replicas / count)
-        call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
-        call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
-        norm = self.gradient_norm()
-        self.precision_plugin._clip_gradients(
-            module, optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm
-        )
-        optimizer.step()
-        optimizer.zero_grad()
+        self._gradients = [(p, p.grad) for p in self._parameters() if p.grad is not None]
+        for parameter, _ in self._gradients:
+            parameter.grad = None
         self._loss = torch.tensor(total / count)
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
-        module.log("train/grad_norm", norm, batch_size=1)
+
+    def _hand_over_gradients(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients = []
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the gradients over all stages, each tied parameter counted once; a scalar. Collective."""
         group = self._engine.grid.get_pipe_parallel_group() if self.pipeline_stages > 1 else None
         counted = [p for p in self._parameters() if self._engine.ties.counts_here(p)]
         return global_norm(counted, group, self.root_device)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Nothing to do: the engine went backward in ``training_step``."""
-        return closure_loss
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Run the closure: the step itself is taken within it, where the pipeline's schedule has it."""
-        return closure()
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -286,15 +321,25 @@ class PipeLiteStrategy(DDPStrategy):
     # Evaluation
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+    def validation_step(self, batch: Any, *indices: int) -> None:
         """Collect micro-batches and run them a pipeline-full at a time; log the mean with the last one."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
-        last = loop.batch_progress.is_last_batch or batch_idx + 1 == loop.max_batches[dataloader_idx]
-        if batch_idx == 0:
-            self._eval_batches, self._eval_sums = [], None
+        # Lightning passes only the indices that the module's own validation_step asks for.
+        loader = indices[-1] if loop._is_sequential and loop.num_dataloaders > 1 else 0
+        first = loop.batch_progress.current.ready == 1
+        if first or loader != self._eval_loader:
+            if not first and (self._eval_batches or self._eval_sums is not None):
+                raise ConfigurationError(
+                    f"validation dataloader {self._eval_loader} has no length, so that its end is not known; give it a "
+                    "__len__, or set limit_val_batches to a number."
+                )
+            self._eval_batches, self._eval_sums, self._eval_seen, self._eval_loader = [], None, 0, loader
         self._eval_batches.append(_pair(batch))
+        self._eval_seen += 1
+        limit = loop.max_batches[loader] if loop._is_sequential else math.inf
+        last = loop.batch_progress.is_last_batch or self._eval_seen == limit
         if not last and len(self._eval_batches) < self.eval_micro_batches:
             return
         sums = self._engine.evaluate_on(self._eval_batches)
@@ -302,8 +347,22 @@ class PipeLiteStrategy(DDPStrategy):
         self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         if last:
             total, count = self._engine.share(self._eval_sums).tolist()
+            self._eval_sums = None
+            self._warn_of_repeats(loop, loader)
             loss = total / count if count else math.nan
             self.lightning_module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
+
+    def _warn_of_repeats(self, loop: Any, loader: int) -> None:
+        """Lightning's sampler for several processes gives all of them equally many rows, some twice if need be."""
+        sampler: Any = getattr(loop._combined_loader.flattened[loader], "sampler", None)
+        if type(sampler) not in (DistributedSampler, DistributedSamplerWrapper):  # not a user's own kind
+            return
+        repeats = sampler.total_size - len(sampler.dataset)
+        if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
+            rank_zero_warn(
+                f"eval/loss counts {repeats} of {len(sampler.dataset)} validation samples twice, because they do not "
+                f"divide by {self.topology.replicas} replicas; PackedDataModule's sampler repeats none."
+            )
 
     # What was trained
 
@@ -408,11 +467,20 @@ class PipeLiteStrategy(DDPStrategy):
 PipeLiteStrategy.register_strategies(StrategyRegistry)
 
 
-class _GlobalNormClipping(Precision):
-    """Leaves every dtype as it is, and clips by the norm over all stages."""
+class _PipelinePrecision(Precision):
+    """Leaves every dtype as it is; takes the gradients from the engine, and clips by their norm over all stages."""
 
     def __init__(self, strategy: PipeLiteStrategy) -> None:
         self._strategy = strategy
+
+    @override
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self._strategy._hand_over_gradients()
+
+    @override
+    def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        model.log("train/grad_norm", self._strategy.gradient_norm(), batch_size=1)
+        super()._clip_gradients(model, *args, **kwargs)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:

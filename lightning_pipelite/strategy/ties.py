@@ -28,25 +28,26 @@ class TiedParameters:
         mine = {name: p.requires_grad for name, p in stage.named_parameters()}
         everyones: list[dict[str, bool]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(everyones, mine, group=group)
-        owners = {name: [i for i, theirs in enumerate(everyones) if name in theirs] for own in everyones for name in own}
-        tied = {name: stages for name, stages in owners.items() if len(stages) > 1}
+        names = {name for own in everyones for name in own}
+        owners = {name: [i for i, theirs in enumerate(everyones) if name in theirs] for name in names}
+        tied = {name: tuple(stages) for name, stages in owners.items() if len(stages) > 1}
         for name, stages in tied.items():
             if len({everyones[i][name] for i in stages}) > 1:
-                raise RuntimeError(f"{name} is tied between stages {stages}, but not trained in all of them")
+                raise RuntimeError(f"{name} is tied between stages {list(stages)}, but not trained in all of them")
 
         parameters = dict(stage.named_parameters())
         rank = dist.get_rank()
         groups: dict[tuple[int, ...], Any] = {}
-        for stages in sorted({tuple(stages) for stages in tied.values()}):
+        for stages in sorted(set(tied.values())):
             for pipeline in pipelines:  # every rank takes part in making every group
                 ranks = tuple(pipeline[i] for i in stages)
                 made = dist.new_group(list(ranks))
                 if rank in ranks:
                     groups[stages] = (made, ranks[0])
         self._tied = [
-            (parameters[name], *groups[tuple(stages)])
+            (parameters[name], *groups[stages])
             for name, stages in sorted(tied.items())
-            if tuple(stages) in groups and name in parameters
+            if stages in groups and name in parameters
         ]
         for parameter, made, source in self._tied:
             dist.broadcast(parameter.data, src=source, group=made)

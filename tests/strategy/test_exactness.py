@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from exactness import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, compare
 from processes import Workers
 

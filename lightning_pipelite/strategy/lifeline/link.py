@@ -1,0 +1,76 @@
+"""One connection between rank 0 and another rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import weakref
+from contextlib import suppress
+from typing import Any
+
+_LONGEST_LINE = 1 << 16  # bytes; what is longer does not come from a rank
+
+
+class Link:
+    """A TCP connection that carries JSON objects, a line each.
+
+    The kernel closes the connections of a process that dies, so a death is seen without heartbeats; TCP keepalive
+    covers a lost machine.
+
+    Args:
+        sock: The connected socket, owned by the link from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._buffer = b""
+        self._socket = sock
+        _OPEN.add(self)
+        sock.settimeout(2.0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", 5),
+            ("TCP_KEEPINTVL", 2),
+            ("TCP_KEEPCNT", 5),
+            ("TCP_USER_TIMEOUT", 15000),
+        ):
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, **message: Any) -> None:
+        with suppress(OSError):  # a broken connection shows when it is read
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Reads what has arrived.
+
+        Raises:
+            EOFError: If the connection has ended, or speaks another language.
+        """
+        try:
+            data = self._socket.recv(_LONGEST_LINE)
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise EOFError from error
+        if not data or len(self._buffer) > _LONGEST_LINE or not all(isinstance(message, dict) for message in messages):
+            raise EOFError
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+_OPEN: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked data loader worker must not hold the connection open when its rank is killed."""
+    for link in list(_OPEN):
+        link.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)

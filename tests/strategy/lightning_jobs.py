@@ -1,0 +1,426 @@
+"""The same LightningModule under the strategy and under Lightning's own for one device; what each of them did."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from stage_jobs import Catchable, Model, Module, collected, linears, loader, token_loss, tokens, trainer_for
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_pipelite import PipeLiteStrategy
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.layers import SequentialLayers
+
+ROWS = 4
+
+
+class Mlp(L.LightningModule):
+    """A module that trains the same under any strategy, and notes its hooks."""
+
+    def __init__(self, skip_odd_steps: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.skip_odd_steps = skip_odd_steps
+        self.hooks: list[str] = []
+        self.gradients: list[tuple[str, float]] = []
+
+    def pipeline_layers(self) -> Any:
+        return list(self.net), nn.functional.cross_entropy
+
+    def training_step(self, batch: Any) -> Tensor:  # Lightning then does not pass the index
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("eval/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _note(self, hook: str) -> None:
+        self.hooks.append(hook)
+        squares = [p.grad.square().sum() for p in self.parameters() if p.grad is not None]
+        self.gradients.append((hook, float(sum(squares, torch.zeros(())))))
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.hooks.append("on_before_zero_grad")
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.hooks.append("on_before_backward")
+
+    def on_after_backward(self) -> None:
+        self.hooks.append("on_after_backward")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._note("on_before_optimizer_step")
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        self._note("before clipping")
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._note("after clipping")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        if self.skip_odd_steps and self.trainer.global_step % 2:
+            optimizer_closure()
+            self._note("skipped step")
+        else:
+            optimizer.step(closure=optimizer_closure)
+            self._note("after step")
+
+
+class Events(L.Callback):
+    """What happened, and when."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.events.append(("batch", trainer.current_epoch, batch_idx, trainer.global_step, rate))
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.events.append(("validation", trainer.current_epoch, trainer.global_step, trainer.sanity_checking))
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
+        if not trainer.sanity_checking:
+            self.metrics.append(found)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.events.append(("epoch", trainer.current_epoch))
+
+
+def data(rows: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(9)
+    inputs = torch.randn(rows, 6, generator=generator)
+    return TensorDataset(inputs, inputs[:, :3].argmax(1))
+
+
+def fit(options: dict[str, Any], stages: int | None, skip_odd_steps: bool = False, loaders: int = 1) -> dict[str, Any]:
+    """One fit: `stages` of None is Lightning's own strategy for one device."""
+    options = dict(options)
+    events, callbacks = Events(), []
+    if stop := options.pop("early_stopping", None):
+        callbacks.append(EarlyStopping("eval/loss", **stop))
+    strategy: Any = "auto" if stages is None else PipeLiteStrategy(stages)
+    module = Mlp(skip_odd_steps)
+    trainer = trainer_for(strategy, stages or 1, callbacks=[events, *callbacks], **options)
+    evaluated = [DataLoader(data(20 + 8 * index), batch_size=ROWS) for index in range(loaders)]
+    trainer.fit(module, DataLoader(data(40), batch_size=ROWS), evaluated if loaders > 1 else evaluated[0])
+    weights = module.net.state_dict() if stages is None else collected(strategy)
+    return {
+        "events": events.events, "metrics": events.metrics, "weights": list(weights.values()), "hooks": module.hooks,
+        "gradients": module.gradients, "step": trainer.global_step, "epoch": trainer.current_epoch,
+        "all metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }  # fmt: skip
+
+
+def fits(jobs: list[dict[str, Any]], stages: int) -> list[dict[str, Any]]:
+    """Several fits in one process."""
+    return [fit(stages=stages, **job) for job in jobs]
+
+
+def log_everything(folder: str, stages: int | None) -> dict[str, Any]:
+    """With both loggers, the learning rate's monitor and both progress bars."""
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+    shown = {}
+    for kind in (TQDMProgressBar, RichProgressBar):
+        where = Path(folder) / kind.__name__
+        bar, strategy = kind(), "auto" if stages is None else PipeLiteStrategy(stages)
+        trainer = trainer_for(
+            strategy, stages or 1, logger=[CSVLogger(where, "", "csv"), TensorBoardLogger(where, "", "tb")],
+            callbacks=[bar, LearningRateMonitor("step")], enable_progress_bar=True, max_epochs=1, log_every_n_steps=1,
+            accumulate_grad_batches=2,
+        )  # fmt: skip
+        trainer.fit(Mlp(), DataLoader(data(40), batch_size=ROWS), DataLoader(data(20), batch_size=ROWS))
+        shown[kind.__name__] = sorted(trainer.progress_bar_metrics)
+    return shown
+
+
+def seed_this_fit(seed: int | None) -> None:
+    """As L.seed_everything does, or at random; but the process goes on to other jobs, which must not inherit it."""
+    if seed is None:
+        torch.seed()
+        random.seed()
+        return
+    L.seed_everything(seed)
+    del os.environ["PL_GLOBAL_SEED"], os.environ["PL_SEED_WORKERS"]
+
+
+class Numbered(Dataset[Any]):
+    """Every row names itself, in the inputs and in the targets; a row may be augmented at random."""
+
+    def __init__(self, random_rows: bool = False, seed: int = 0) -> None:
+        self.random_rows = random_rows
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        name = index + self.seed
+        if self.random_rows:
+            name += 1000 * int(torch.randint(1000, ())) + 10**6 * random.randrange(100)
+        return (torch.randn(6), torch.tensor(name)), torch.tensor(name)
+
+
+class SideName(nn.Module):
+    def __init__(self, dropout: bool) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(0.5 if dropout else 0.0)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.drop(self.linear(inputs[0])), inputs[1]
+
+
+def compare_names(kind: str, stages: int, replicas: int) -> dict[str, Any]:
+    """Train on rows that name themselves; the loss is told the names of its inputs and of its targets."""
+    seed_this_fit(None if kind == "unseeded" else 1)
+    pairs: list[tuple[int, int]] = []
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        pairs.extend(zip(outputs[1].tolist(), targets.tolist(), strict=True))
+        return outputs[0].square().mean()
+
+    strategy = Catchable(stages)
+    rank_seed = 0
+    if kind == "different":
+        rank_seed = int(os.environ["RANK"])
+    dataset = Numbered(kind in ("augmented", "unseeded"), rank_seed)
+    injected = kind == "injected"
+    trainer = trainer_for(
+        strategy, stages * replicas, max_epochs=2, accumulate_grad_batches=3, use_distributed_sampler=injected,
+    )  # fmt: skip
+    model = Model([SideName(dropout=True) for _ in range(stages)], [], loss)
+    try:
+        trainer.fit(Module(model), DataLoader(dataset, batch_size=2, shuffle=kind != "different"))
+    except ConfigurationError as error:
+        return {"error": str(error)}
+    return {"pairs": pairs, "sampler": type(trainer.train_dataloader.sampler).__name__}  # type: ignore[union-attr]
+
+
+class Masks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(1, 1)
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mask = nn.functional.dropout(torch.ones(64), 0.5, self.training)
+        self.seen.append(mask)
+        return self.scale(inputs) * mask.mean()
+
+
+def dropout_masks(stages: int, replicas: int) -> list[list[float]]:
+    seed_this_fit(1)
+    layers = [Masks() for _ in range(stages)]
+    batches = [(torch.randn(2, 1), torch.randn(2, 1)) for _ in range(4)]
+    strategy = PipeLiteStrategy(stages)
+    trainer = trainer_for(strategy, stages * replicas, max_epochs=1, num_sanity_val_steps=0)
+    sampled = loader(batches, strategy)
+    trainer.fit(Module(Model(list(layers), batches, nn.functional.mse_loss)), sampled, sampled)
+    return [mask.tolist() for mask in layers[strategy.stage_id].seen]
+
+
+def not_a_number(stages: int) -> dict[str, Any]:
+    """The loss of the third step is not finite."""
+    torch.manual_seed(2)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 3)]
+    batches = [(torch.randn(2, 6), torch.randint(3, (2,))) for _ in range(8)]
+    batches[5] = (batches[5][0] * float("inf"), batches[5][1])
+    strategy, before = Catchable(stages), []
+
+    class Before(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            assert strategy.stage is not None
+            before.append([p.detach().clone() for p in strategy.stage.parameters()])
+
+    trainer = trainer_for(strategy, stages, accumulate_grad_batches=2, max_epochs=1, callbacks=[Before()])
+    module = Module(Model(list(layers), batches))
+    try:
+        trainer.fit(module, loader(batches, strategy))
+    except RuntimeError as error:
+        assert strategy.stage is not None
+        same = all(torch.equal(a, b) for a, b in zip(before[-1], strategy.stage.parameters(), strict=True))
+        return {"error": str(error), "untouched": same, "step": trainer.global_step}
+    return {}
+
+
+def refusal(kind: str) -> str:
+    """What the strategy says to a configuration or a module that it cannot train, in one process."""
+    layers: list[nn.Module] = [nn.Linear(6, 6), nn.Linear(6, 3)]
+    batches = [(torch.randn(2, 6), torch.randint(3, (2,))) for _ in range(4)]
+    module, options = Module(Model(layers, batches)), {"max_epochs": 1}
+    strategy = Catchable(1)
+    if kind == "stray parameter":
+        module.temperature = nn.Parameter(torch.ones(1))
+    elif kind == "unused parameter":
+        layers[0].extra = nn.Parameter(torch.ones(1))
+    elif kind == "sync_batchnorm":
+        options["sync_batchnorm"] = True
+    elif kind == "precision":
+        options["precision"] = "bf16-mixed"
+    elif kind == "lbfgs":
+        module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
+    elif kind == "frozen":
+        module.requires_grad_(False)
+    elif kind == "all masked":
+        batches[0] = (batches[0][0], torch.full((2,), -100))
+        module.model.loss = lambda o, t: (nn.functional.cross_entropy(o, t, reduction="sum"), (t != -100).sum())
+    elif kind == "batch":
+        batches[0] = {"x": 1}  # type: ignore[assignment]
+    trainer = trainer_for(strategy, 1, **options)
+    try:
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    except (ConfigurationError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def late_layers(stages: int) -> float:
+    """The layers are made in `setup`, which Lightning calls in every process; the first is a frozen-then-thawed one."""
+
+    class Late(Mlp):
+        def setup(self, stage: str) -> None:
+            if not hasattr(self, "made"):
+                self.made = list(self.net)
+                self.net[0].requires_grad_(False)
+
+        def pipeline_layers(self) -> Any:
+            return self.made, nn.functional.cross_entropy
+
+        def on_train_epoch_start(self) -> None:
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+    module, strategy = Late(), PipeLiteStrategy(stages)
+    first = module.net[0].weight.detach().clone()
+    trainer_for(strategy, stages, max_epochs=2).fit(module, DataLoader(data(16), batch_size=ROWS))
+    trained = collected(strategy)
+    return float((trained["0.weight"] - first).abs().max()) if strategy.is_global_zero else 0.0
+
+
+def fit_and_validate(stages: int) -> list[float]:
+    """Evaluations by one trainer and by new ones: before a fit, after it, and in a second fit of the same module."""
+    module = Mlp()
+    losses = []
+
+    def validate(trainer: L.Trainer) -> None:
+        losses.append(trainer.validate(module, DataLoader(data(20), batch_size=ROWS), verbose=False)[0]["eval/loss"])
+
+    def fresh() -> L.Trainer:
+        return trainer_for(PipeLiteStrategy(stages), stages, max_epochs=1, accumulate_grad_batches=2)
+
+    validate(fresh())
+    trainer = fresh()
+    trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
+    validate(trainer)
+    validate(fresh())
+    again = fresh()
+    again.fit(module, DataLoader(data(40), batch_size=ROWS))
+    validate(again)
+    return losses
+
+
+def fit_and_validate_plainly() -> list[float]:
+    module, losses = Mlp(), []
+
+    def validate() -> None:
+        trainer = trainer_for("auto", 1)
+        losses.append(trainer.validate(module, DataLoader(data(20), batch_size=ROWS), verbose=False)[0]["eval/loss"])
+
+    def train() -> None:
+        trainer = trainer_for("auto", 1, max_epochs=1, accumulate_grad_batches=2)
+        trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
+
+    validate()
+    train()
+    validate()
+    validate()
+    train()
+    validate()
+    return losses
+
+
+class Dealt(DistributedSampler[Any]):
+    """Deals rows to replicas, and fills up with None."""
+
+    def __init__(self, rows: Any, **replica: int) -> None:
+        super().__init__(rows, **replica, shuffle=False)
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        padded = [*range(len(self.rows)), *[None] * (self.total_size - len(self.rows))]
+        return iter(padded[self.rank :: self.num_replicas])
+
+
+class Rows(Dataset[Any]):
+    """Micro-batches; None is one without targets."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int | None) -> Any:
+        inputs, targets = self.batches[index or 0]
+        return (inputs, targets) if index is not None else (inputs, torch.full_like(targets, -100))
+
+
+def validate_set(kind: str, number: int, stages: int, replicas: int) -> tuple[float, list[str]]:
+    """An evaluation of sequences of which some are masked, by a token loss; and the warnings."""
+    torch.manual_seed(4)
+    rows = Rows(tokens(number))
+    model = Model(linears(4), [], token_loss)
+    strategy = PipeLiteStrategy(stages)
+    trainer = trainer_for(strategy, stages * replicas, use_distributed_sampler=True)
+    sampler = Dealt(rows, **strategy.distributed_sampler_kwargs) if kind == "dealt" else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = DataLoader(rows, batch_size=None, sampler=sampler)
+        loss = trainer.validate(Module(model), loaded, verbose=False)[0]["eval/loss"]
+    return loss, [str(warning.message) for warning in caught]
+
+
+def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
+    """A model from disk, whose adapter must be the trained one when the same trainer evaluates after its fit."""
+    from exactness import Scale, Sequences, sequences
+    from lightning_pipelite import PipeLiteModule
+    from lightning_pipelite.adapters import LoRA
+
+    strategy = PipeLiteStrategy(stages)
+    data = Sequences(sequences(Scale(sequences=4)))
+    trainer = trainer_for(strategy, stages, max_epochs=3)
+    module = PipeLiteModule(model_dir, LoRA(rank=4), lr=0.05, dtype="float32")
+    loaded = DataLoader(data, batch_size=1)
+    before = trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]
+    trainer.fit(module, loaded, loaded)
+    in_fit = float(trainer.callback_metrics["eval/loss"])
+    return [before, in_fit, trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]]
+
+
+def split_again() -> str:
+    """The same module in layers that are not those of its first fit."""
+    strategy = Catchable(1)
+    module = Mlp()
+    trainer_for(strategy, 1, max_epochs=1).fit(module, DataLoader(data(8), batch_size=ROWS))
+    strategy._build_stage(SequentialLayers([*module.net]))
+    try:
+        strategy._build_stage(SequentialLayers([module.net]))
+    except ConfigurationError as error:
+        return str(error)
+    return "built"
