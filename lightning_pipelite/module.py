@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import Strategy
 from optimi import Adam
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -103,17 +105,59 @@ class PipeLiteModule(pl.LightningModule):
         Args:
             directory: replaced once the new one is complete.
         """
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, PipeLiteStrategy)
+        strategy = self.check_strategy(self.trainer.strategy)
         stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
         if strategy.is_global_zero:
             self.adapter.save(directory, stages, Path(self.model_dir))
         strategy.barrier()
 
+    def check_save(self, directory: Path) -> None:
+        """Refuse now what ``save_trained(directory)`` would refuse at the end of training.
+
+        Raises:
+            ConfigurationError: if ``directory`` cannot be written, or holds what saving would delete.
+        """
+
+        def rehearsal() -> Iterator[dict[str, Tensor]]:
+            raise _EnoughError
+            yield
+
+        try:  # the adapter does all that it does to save, up to the first tensor, and puts everything back
+            self.adapter.save(directory, rehearsal(), Path(self.model_dir))
+        except _EnoughError:
+            pass
+        except OSError as error:
+            raise ConfigurationError(
+                f"{directory} cannot be written ({error.strerror or error}); choose another place to save to."
+            ) from error
+
+    @staticmethod
+    def check_strategy(strategy: Strategy) -> PipeLiteStrategy:
+        """Return the strategy if it is one that can train this module.
+
+        Raises:
+            ConfigurationError: if it is another one.
+        """
+        if not isinstance(strategy, PipeLiteStrategy):
+            raise ConfigurationError(
+                f"PipeLiteModule trains under PipeLiteStrategy, not {type(strategy).__name__}: set trainer.strategy to "
+                "pipelite."
+            )
+        return strategy
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.check_strategy(self.trainer.strategy)
+
     # What is logged beside the strategy's losses and norms
 
     @override
     def on_fit_start(self) -> None:
+        for layer in self.pipeline_stage.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
+                # product has no backward: from then on most gradients would be wrong, with no more than a warning.
+                layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         evaluated_at_once = getattr(getattr(self.trainer, "datamodule", None), "eval_gradient_accumulation_steps", 1)
         if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
             self.trainer.strategy.eval_micro_batches = evaluated_at_once
@@ -141,11 +185,15 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise ConfigurationError("PipeLiteModule trains under PipeLiteStrategy: pass Trainer(strategy='pipelite').")
+        raise NotImplementedError("PipeLiteStrategy runs the layers itself.")
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.training_step()
+
+
+class _EnoughError(Exception):
+    """Ends the rehearsal of saving."""
 
 
 def cross_entropy_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

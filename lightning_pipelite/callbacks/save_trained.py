@@ -8,21 +8,45 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_pipelite.errors import ConfigurationError
+
 
 class SaveTrained(Callback):
     """Writes the trained adapter (a PEFT directory) or model (a Hugging Face directory) at the end of training.
 
-    The module must have a method ``save_trained(directory)``, called on every rank.
+    The module must have a method ``save_trained(directory)``, called on every rank. If it has ``check_save(directory)``
+    as well, rank 0 calls that before training, so that a place that cannot be written is told then, not hours later.
 
     Args:
         output_dir: the directory to write; an earlier result in it is replaced once the new one is complete.
     """
 
     def __init__(self, output_dir: str) -> None:
+        if not output_dir:
+            raise ConfigurationError("SaveTrained: output_dir is empty; name the directory to write.")
         self.output_dir = output_dir
+
+    def check(self, module: pl.LightningModule) -> None:
+        """Ask the module whether it could save there.
+
+        Raises:
+            ConfigurationError: if it cannot save at all, or (its own) not there.
+        """
+        if not callable(getattr(module, "save_trained", None)):
+            raise ConfigurationError(
+                f"SaveTrained needs a method save_trained(directory) of {type(module).__name__}; write it, or leave "
+                "SaveTrained out."
+            )
+        if callable(check := getattr(module, "check_save", None)):
+            check(Path(self.output_dir))
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.check(pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            pl_module.save_trained(Path(self.output_dir))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            pl_module.save_trained(Path(self.output_dir))  # type: ignore[operator]
             pl_module.print(f"saved what was trained to {self.output_dir}")

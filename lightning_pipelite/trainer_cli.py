@@ -1,0 +1,154 @@
+"""``pipelite fit`` and ``pipelite validate``: LightningCLI, with everything checked before any process is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from lightning_pipelite import __version__
+from lightning_pipelite.callbacks import SaveTrained
+from lightning_pipelite.data import PackedDataModule
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.module import PipeLiteModule
+from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+
+DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
+{ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
+its order."""
+
+
+class TrainerCLI(LightningCLI):
+    """Parses ``sys.argv``, checks, and runs the Trainer.
+
+    Raises:
+        ConfigurationError: if anything is wrong that can be told before training.
+        MisconfigurationException: Lightning's own of that kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            PipeLiteModule,
+            PackedDataModule,
+            save_config_callback=SaveConfig,
+            trainer_defaults={
+                "strategy": {"class_path": "lightning_pipelite.PipeLiteStrategy"},
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "version": __version__,
+                "env_prefix": ENV_PREFIX,
+                "default_env": True,
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,  # the module has its own
+        )
+
+    # Parsing
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=_ConfigFile, help="A YAML or JSON file of these options.")
+        return parser
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate")}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Not when parsing: jsonargparse applies such links before it has seen the command line, if the environment
+        # is parsed too, and then refuses the model_dir that is not there yet.
+        parser.link_arguments("model.model_dir", "data.tokenizer_dir", apply_on="instantiate")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_environment(self._subcommand_parsers)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from None
+        given = self.config[self.config.subcommand]
+        for section in SECTIONS:
+            if not isinstance(given.get(section), Namespace):
+                raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
+        seed = given.seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
+        path = given.get("ckpt_path")
+        if path not in (None, "last", "hpc") and not (Path(path) / "trainer.pt").is_file():
+            raise ConfigurationError(
+                f"ckpt_path: {path} is not a checkpoint (a directory with trainer.pt); name one, or leave it out."
+            )
+
+    # Checking
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand].trainer
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):  # Lightning takes all
+            if options[name] is not None and options[name] <= 0:
+                raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's of a union of types, which hides what a class has said
+            if "Union subtypes" not in str(error):
+                raise
+            raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from error
+        model, data = self.model, self.datamodule
+        strategy = model.check_strategy(self.trainer.strategy)
+        topology = strategy.topology
+        partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
+        data.prepare_data()  # tokenises and packs what is not in the cache yet
+        if self.subcommand == "fit":
+            data.check(topology.replicas, self.trainer.accumulate_grad_batches)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveTrained) and self.trainer.is_global_zero:
+                    callback.check(model)
+        elif not data.statistics.eval.sequences:
+            raise ConfigurationError("there is nothing to validate on: give data.eval_fraction a value above 0.")
+        if self.trainer.is_global_zero:
+            print("\n".join(data.summary()), flush=True)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration beside the logs, and never over another file.
+
+    Without a logger it saves none: the log directory is then the working directory, and the file there called
+    config.yaml may well be the user's own.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.logger is None:
+            return
+        directory = Path(trainer.log_dir or ".")  # on every rank: it is broadcast
+        number = 1
+        while trainer.is_global_zero and (directory / self.config_filename).exists():
+            number += 1
+            self.config_filename = f"config-{number}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class _ConfigFile(ActionConfigFile):
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        check_config_file(values)
+        super().__call__(parser, cfg, values, option_string)

@@ -1,0 +1,196 @@
+"""What a user gave wrongly on the command line, in a file or in the environment, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+from argparse import Action, ArgumentParser
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError
+
+from lightning_pipelite.errors import ConfigurationError
+
+ENV_PREFIX = "PIPELITE"
+SECTIONS = ("trainer", "model", "data")
+
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "NoneType": "null",
+    "list": "a list",
+    "dict": "a mapping",
+}
+
+
+_TYPE_ERRORS = (
+    "Expected a",
+    "Problem with given class_path",
+    "Not a valid subclass",
+    "Subclass types",
+    "a class path",
+    "a dict with",
+    "Parser key",
+)
+
+
+def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
+    """Turn jsonargparse's message, an indented tree of lines, into a sentence.
+
+    Args:
+        message: what jsonargparse says.
+        parsers: the parsers of the subcommands, whose options are proposed for misspelt ones.
+    """
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    text = " ".join(lines)
+    # The tree names the option from the outside in: "model.adapter", then "rank".
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
+
+    def found(pattern: str) -> str | None:
+        match = re.search(pattern, text)
+        return match[1] if match else None
+
+    # What is most precise comes first: a union of types says for each of them why it is not that.
+    if name := found(r"unrecognized arguments: (\S+)") or found(r"does not accept option '([^']+)'"):
+        return f"{name} is not an option; {_proposal(name, parsers)}"
+    if name := found(r"Option '([^']+)' is not accepted"):
+        return f"{key}.{name} is not an option; correct its name or remove it."
+    if names := found(r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)"):
+        missing = [name.split(".", 1)[1] if name.split(".")[0] in parsers else name for name in names.split(", ")]
+        missing = [f"{key}.{name}" if key else name for name in missing]
+        return f"{', '.join(missing)} must be given, in the configuration file or on the command line."
+    reason = _after(lines, "Problem with given class_path")
+    if reason and "Parser key" not in reason:  # else it is an option of that class
+        name = found(r"Problem with given class_path '([^']+)'")
+        return f"{key}: class_path {name} cannot be imported ({reason}); correct it."
+    if name := found(r"Expected a dot import path string: (\S+)"):
+        return f"{key}: there is no class {name}; give its class_path, as in package.module.{name}."
+    if wrong := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
+        return f"{key}: class_path {wrong[1]} is not a subclass of {wrong[2]}; give one that is."
+    if problem := found(r'Parser key "config": (.*)'):
+        return f"--config: {problem}; give a YAML or JSON file."
+    if link := re.search(r"argument (\S+) --> (\S+):", text):
+        return f"{link[2]} is always {link[1]}; leave it out."
+    if name := found(r"argument (?:-\w/)?(\S+): expected one argument"):
+        return f"{name} is given without a value; write one behind it."
+    if value := found(r"Unable to load config '([^']+)'"):
+        return f"{key} is {value!r}; put the options of {key} there, or the name of a file that holds them."
+    if text.startswith('expected "subcommand"') or "argument subcommand: invalid choice" in text:
+        return f"say what to do: pipelite {' or pipelite '.join(parsers)}."
+    if told := next((line for line in _errors(lines) if not line.startswith(_TYPE_ERRORS)), None):
+        return told  # by a class that was given what it cannot take
+    inner = _innermost(message)
+    shown = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", inner, re.MULTILINE)
+    expected = list(dict.fromkeys(words for each in shown if (words := _type(each))))
+    expected += [f"a class_path of {kind}" for kind in re.findall(r"Not a valid subclass of (\w+)", inner)]
+    if key and expected:
+        value = (re.findall(r"Given value: (.*)", inner) or re.findall(r"Got value: (.*)", inner) or ["that"])[0]
+        if value == "None":
+            return f"{key} must be given, in the configuration file or on the command line."
+        return f"{key} must be {' or '.join(expected)}, not {value}."
+    return text.replace("Parser key ", "")
+
+
+def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:
+    options = sorted({a.dest for parser in parsers.values() for a in options_of(parser)} - {*SECTIONS})
+    near = difflib.get_close_matches(name.split("=")[0].lstrip("-"), options, 1, cutoff=0.75)
+    dashes = "--" if name.startswith("--") else ""
+    return f"did you mean {dashes}{near[0]}?" if near else f"pipelite {next(iter(parsers))} --help lists the options."
+
+
+def _errors(lines: list[str]) -> list[str]:
+    """What a union of types says of each."""
+    if not {"Errors:"} <= {*lines}:
+        return []
+    end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
+    return lines[lines.index("Errors:") + 1 : end]
+
+
+def _innermost(message: str) -> str:
+    """The part of the tree that is about the innermost option."""
+    lines = message.splitlines()
+    last = max((number for number, line in enumerate(lines) if "Parser key" in line), default=0)
+    depth = lines[last].index("Parser key") if "Parser key" in lines[last] else -1
+    below = itertools.takewhile(lambda line: len(line) - len(line.lstrip(" -")) > depth, lines[last + 1 :])
+    return "\n".join([lines[last].rpartition('":')[2], *below])
+
+
+def _after(lines: list[str], start: str) -> str | None:
+    """What follows the line's start, or its colon, on that line or on the next."""
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith(start):
+            return (line.removeprefix(start).strip() if start.endswith(":") else line.partition(": ")[2]) or following
+    return None
+
+
+def _type(shown: str) -> str | None:
+    """A type as jsonargparse shows it, in words."""
+    if shown.startswith(("path but", "dot import")):  # of two further ways to give a value
+        return None
+    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", shown):
+        return f"one of {literal[1]}"
+    name = shown.removeprefix("<class '").removesuffix("'>").rsplit(".", 1)[-1]
+    return _TYPES.get(name, f"a {name}")
+
+
+def options_of(parser: ArgumentParser) -> Iterator[Action]:
+    """The options of a subcommand that take a value."""
+    return (a for a in parser._actions if a.option_strings and a.option_strings[-1].startswith("--") and a.nargs != 0)
+
+
+def check_config_file(given: str) -> None:
+    """Refuse a configuration file that is none, by its name.
+
+    Args:
+        given: as on the command line; what is no file is left to jsonargparse, which takes YAML itself, too.
+
+    Raises:
+        ArgumentError: if the file does not hold options in YAML or JSON.
+    """
+    path = Path(given).expanduser()
+    try:
+        if not path.is_file():
+            return
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ArgumentError(None, f"the configuration file {given} cannot be read ({reason}); correct it.") from None
+    if not isinstance(content, dict):
+        raise ArgumentError(None, f"the configuration file {given} holds no options; write them as in model: ...")
+
+
+def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
+    """Refuse variables that look like options and are none, as nobody would ever look at them.
+
+    Raises:
+        ConfigurationError: if a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` names no option.
+    """
+    known = {
+        f"{ENV_PREFIX}_{name}__{action.dest.replace('.', '__')}".upper()
+        for name, parser in parsers.items()
+        for action in options_of(parser)
+        if action.dest not in SECTIONS
+    }
+    for variable in sorted(os.environ):
+        if not variable.startswith(f"{ENV_PREFIX}_") or "__" not in variable or variable in known:
+            continue
+        advice = "correct its name or unset it."
+        if parents := [name for name in known if variable.startswith(f"{name}__")]:
+            advice = f"give all of {max(parents, key=len)} as JSON."
+        elif near := difflib.get_close_matches(variable, known, 1, cutoff=0.75):
+            advice = f"did you mean {near[0]}?"
+        raise ConfigurationError(f"the environment variable {variable} is not an option; {advice}")
+    for name in parsers:
+        if file := os.environ.get(f"{ENV_PREFIX}_{name}__CONFIG".upper()):
+            try:
+                check_config_file(file)
+            except ArgumentError as error:
+                raise ConfigurationError(str(error)) from None
