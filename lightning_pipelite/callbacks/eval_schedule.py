@@ -14,7 +14,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 class EvalSchedule(Callback):
-    """Evaluates before the first step and then at evenly spaced optimizer steps, the last of each epoch and of training among them.
+    """Evaluates before the first step and at evenly spaced steps, the last of each epoch and of training among them.
 
     It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps. Each
     evaluation prints one line with the loss and its change against the one before.
