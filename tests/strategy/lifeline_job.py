@@ -12,7 +12,6 @@ longer than any job, happen once. Each job then runs to the end of the interpret
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
@@ -255,7 +254,5 @@ if __name__ == "__main__":
         main()
     else:
         importlib.import_module("lightning_pipelite.strategy.engine")  # with Lightning and DeepSpeed
-
-        gc.freeze()  # else a process that ends takes a second to go through what it never used
         if serve(socket.socket(fileno=int(sys.argv[2]))):
             main()
