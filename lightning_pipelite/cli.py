@@ -13,7 +13,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def main() -> None:
-    """Run ``pipelite fit`` or ``pipelite validate``; errors of configuration are one sentence, and exit status 2."""
+    """Run the command that ``sys.argv`` names; errors of configuration are one sentence, and exit status 2."""
     if sys.argv[1:] == ["--version"]:  # at once, without ten seconds of imports
         print(f"pipelite {__version__}")
         return
@@ -32,6 +32,7 @@ def _quiet() -> None:
         ("lightning.pytorch.utilities.rank_zero", logging.WARNING),  # which devices there are, and tips
         ("lightning.fabric.utilities.distributed", logging.WARNING),  # a line for each process that joined
         ("lightning.fabric.utilities.seed", logging.WARNING),  # "Seed set to 0", in every process
+        ("DeepSpeed", logging.ERROR),  # which accelerator it chose
         ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
     ):
         logging.getLogger(name).setLevel(level)
@@ -43,6 +44,12 @@ def _run() -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from transformers.utils import logging as transformers_logging
+
+    from lightning_pipelite.commands import COMMANDS
+
+    if (name := sys.argv[1] if sys.argv[1:] else "") in COMMANDS:
+        COMMANDS[name].run(name, sys.argv[2:])
+        return
 
     from lightning_pipelite.trainer_cli import TrainerCLI
 

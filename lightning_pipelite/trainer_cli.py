@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_pipelite import __version__
 from lightning_pipelite.callbacks import SaveTrained
+from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
@@ -21,7 +22,7 @@ from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, ch
 
 DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
 {ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
-its order."""
+its order. Further commands: {"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
 
 
 class TrainerCLI(LightningCLI):

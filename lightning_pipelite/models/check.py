@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
@@ -84,6 +86,28 @@ def check_model(model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tin
         for count in stages
     }
     return CheckReport(stage_bytes, differences, layers.packed)
+
+
+def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False) -> CheckReport:
+    """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
+
+    The exit status is 1 where they differ.
+
+    Args:
+        model_dir: directory of a Hugging Face causal LM.
+        stages: numbers of stages to try.
+        tiny: try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
+    """
+    try:
+        counts = [int(count) for count in stages.strip("[]").split(",")]
+    except ValueError:
+        raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
+    disable_progress_bar()  # one for each stage of each partition tells nothing
+    report = check_model(model_dir, counts, tiny=tiny)
+    if report.differences:
+        print(report, flush=True)
+        sys.exit(1)
+    return report
 
 
 def exact_layers(model_dir: Path, *, packed: bool) -> CausalLMLayers:
