@@ -32,10 +32,11 @@ def _quiet() -> None:
         ("lightning.pytorch.utilities.rank_zero", logging.WARNING),  # which devices there are, and tips
         ("lightning.fabric.utilities.distributed", logging.WARNING),  # a line for each process that joined
         ("lightning.fabric.utilities.seed", logging.WARNING),  # "Seed set to 0", in every process
-        ("DeepSpeed", logging.ERROR),  # which accelerator it chose
         ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
     ):
         logging.getLogger(name).setLevel(level)
+    # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
