@@ -39,6 +39,11 @@ class CausalLMLayers:
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
+        bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
+        allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
+        trust_remote_code: Run the model's own code from ``model_dir``.
+        router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, config.json decides, by ``output_router_logits`` and its own coefficient.
 
     Attributes:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
@@ -66,11 +71,14 @@ class CausalLMLayers:
         activation_memory: Literal["keep", "recompute"] = "recompute",
         seed: int = 0,
         packed: bool = True,
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
         router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
             raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
-        self.skeleton = Skeleton(model_dir)
+        self.skeleton = Skeleton(model_dir, trust_remote_code=trust_remote_code)
         if (self.skeleton.model_dir / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
@@ -85,7 +93,7 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
             )
-        check_weights(self.skeleton.model_dir)
+        self._pickled = not check_weights(self.skeleton.model_dir, allow_pickled=allow_pickled_weights)
         if load_in_4bit and (name := unknown_linear(self.skeleton.model, self.skeleton.layer_names)):
             kind = type(self.skeleton.model.get_submodule(name)).__name__
             raise ConfigurationError(
@@ -100,6 +108,7 @@ class CausalLMLayers:
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
+        self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
         self.seed = seed
         self.packed = packed
@@ -132,7 +141,14 @@ class CausalLMLayers:
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
         start, stop = self.skeleton.groups[start], self.skeleton.groups[stop]
         model = load_trimmed(
-            self.skeleton, start, stop, dtype=self.dtype, device=device, load_in_4bit=self.load_in_4bit
+            self.skeleton,
+            start,
+            stop,
+            dtype=self.dtype,
+            device=device,
+            load_in_4bit=self.load_in_4bit,
+            double_quant=self._double_quant,
+            pickled=self._pickled,
         )
         self.adapter.apply(model, self.skeleton, self.seed)
         if self.activation_memory == "recompute":
