@@ -13,12 +13,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
 from optimi import Adam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.optim import rms_ratio_schedule
 from lightning_pipelite.strategy import PipeLiteStrategy
@@ -42,6 +43,13 @@ class PipeLiteModule(pl.LightningModule):
         dtype: the dtype of the base model's weights and of the hidden states.
         activation_memory: keep all activations of a micro-batch until its backward pass, or recompute each layer's
             then from its input.
+        packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
+            those with recurrent layers, are refused unless this is false and each sequence is one document.
+        bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
+        allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
+        trust_remote_code: run the model's own Python code from model_dir.
+        router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -60,6 +68,11 @@ class PipeLiteModule(pl.LightningModule):
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         activation_memory: Literal["keep", "recompute"] = "recompute",
+        packed: bool = True,
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -67,6 +80,8 @@ class PipeLiteModule(pl.LightningModule):
                 raise ConfigurationError(f"model.{name} must be at least {low} and less than {high:g}, not {value}.")
         if eps <= 0:
             raise ConfigurationError(f"model.eps must be positive, not {eps}.")
+        if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
+            raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
         self.save_hyperparameters(ignore=["adapter"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
@@ -80,12 +95,18 @@ class PipeLiteModule(pl.LightningModule):
             adapter=adapter,
             activation_memory=activation_memory,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            packed=packed,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            allow_pickled_weights=allow_pickled_weights,
+            trust_remote_code=trust_remote_code,
+            router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0
         self._step_began = 0.0
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
-        return self._layers, cross_entropy_terms
+        router_loss = self._layers.router_loss
+        return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
@@ -194,16 +215,3 @@ class PipeLiteModule(pl.LightningModule):
 
 class _EnoughError(Exception):
     """Ends the rehearsal of saving."""
-
-
-def cross_entropy_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy of a micro-batch, in float32, and the number of tokens in it.
-
-    Args:
-        logits: (batch, sequence, vocabulary), any floating dtype.
-        labels: (batch, sequence), int64; the token to predict at each position, or -100.
-    """
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return total, (labels != -100).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import check_weights
 from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.loading import load_trimmed
+from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
 
@@ -37,6 +39,11 @@ class CausalLMLayers:
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
+        bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
+        allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
+        trust_remote_code: Run the model's own code from ``model_dir``.
+        router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, config.json decides, by ``output_router_logits`` and its own coefficient.
 
     Attributes:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
@@ -64,10 +71,14 @@ class CausalLMLayers:
         activation_memory: Literal["keep", "recompute"] = "recompute",
         seed: int = 0,
         packed: bool = True,
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
             raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
-        self.skeleton = Skeleton(model_dir)
+        self.skeleton = Skeleton(model_dir, trust_remote_code=trust_remote_code)
         if (self.skeleton.model_dir / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
@@ -82,16 +93,22 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
             )
-        check_weights(self.skeleton.model_dir)
+        self._pickled = not check_weights(self.skeleton.model_dir, allow_pickled=allow_pickled_weights)
         if load_in_4bit and (name := unknown_linear(self.skeleton.model, self.skeleton.layer_names)):
             kind = type(self.skeleton.model.get_submodule(name)).__name__
             raise ConfigurationError(
                 f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
             )
         adapter.check(self.skeleton, load_in_4bit=load_in_4bit)
+        self.router_loss: RouterLoss | None = None
+        if router_aux_loss_coef or (router_aux_loss_coef is None and self.skeleton.balances_routers):
+            self.router_loss = self.skeleton.router_loss()
+            if router_aux_loss_coef is not None:
+                self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
+        self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
         self.seed = seed
         self.packed = packed
@@ -124,7 +141,14 @@ class CausalLMLayers:
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
         start, stop = self.skeleton.groups[start], self.skeleton.groups[stop]
         model = load_trimmed(
-            self.skeleton, start, stop, dtype=self.dtype, device=device, load_in_4bit=self.load_in_4bit
+            self.skeleton,
+            start,
+            stop,
+            dtype=self.dtype,
+            device=device,
+            load_in_4bit=self.load_in_4bit,
+            double_quant=self._double_quant,
+            pickled=self._pickled,
         )
         self.adapter.apply(model, self.skeleton, self.seed)
         if self.activation_memory == "recompute":
@@ -140,6 +164,7 @@ class CausalLMLayers:
             stop,
             takes_positions=self.skeleton.takes_positions,
             packed=self.packed,
+            router_loss=self.router_loss,
         ).train()
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Probe:
 
     Args:
         config: The real model's configuration.
+        build: Builds a model from a configuration.
 
     Attributes:
         model: The tiny model, in evaluation mode.
@@ -31,13 +32,13 @@ class Probe:
         Exception: Whatever the class raises where a tiny model cannot be built.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(
+        self, config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             with torch.device("cpu"):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    tiny_config(config), dtype=torch.float32
-                ).eval()
+                self.model = build(tiny_config(config), dtype=torch.float32).eval()
             for parameter in self.model.parameters():
                 parameter.data += NOISE * torch.randn_like(parameter)
             self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)))
