@@ -74,6 +74,7 @@ def compare_times(tokens: int, length: int) -> tuple[float, float, float]:
     inputs = [
         torch.randn(1, heads, tokens, 128, device=GPU, dtype=torch.bfloat16, requires_grad=True) for heads in (32, 8, 8)
     ]
+    query, key, value = inputs
     positions = (torch.arange(tokens, device=GPU) % length)[None]
     document = torch.arange(tokens, device=GPU) // length
     place = torch.arange(tokens, device=GPU)
@@ -81,12 +82,12 @@ def compare_times(tokens: int, length: int) -> tuple[float, float, float]:
 
     def varlen() -> Tensor:
         with documents_apart(positions):
-            return varlen_attention(nn.Module(), *inputs, None)[0]
+            return varlen_attention(nn.Module(), query, key, value, None)[0]
 
     return (
         milliseconds(varlen, inputs),
-        milliseconds(lambda: scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True), inputs),
-        milliseconds(lambda: scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True), inputs),
+        milliseconds(lambda: scaled_dot_product_attention(query, key, value, mask, enable_gqa=True), inputs),
+        milliseconds(lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), inputs),
     )
 
 
@@ -113,9 +114,9 @@ def main() -> None:
     report.row("| tokens | documents of | varlen ms | mask ms | one causal document ms |")
     report.row("| --- | --- | --- | --- | --- |")
     for tokens, length in ((4096, 512), (4096, 2048), (16384, 1024), (16384, 16384)):
-        varlen, mask, causal = compare_times(tokens, length)
-        report.row(f"| {tokens} | {length} | {varlen:.2f} | {mask:.2f} | {causal:.2f} |")
-        failed |= length < tokens and not varlen <= causal
+        ours_ms, mask_ms, causal_ms = compare_times(tokens, length)
+        report.row(f"| {tokens} | {length} | {ours_ms:.2f} | {mask_ms:.2f} | {causal_ms:.2f} |")
+        failed |= length < tokens and not ours_ms <= causal_ms
     report.line("FAILED" if failed else "varlen is as exact as eager, and no slower than one causal document")
     if arguments.write:
         report.write()
