@@ -45,6 +45,8 @@ class PipeLiteModule(pl.LightningModule):
             then from its input.
         packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
             those with recurrent layers, are refused unless this is false and each sequence is one document.
+        attn_implementation: varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
+            varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
         bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
         allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
         trust_remote_code: run the model's own Python code from model_dir.
@@ -69,6 +71,7 @@ class PipeLiteModule(pl.LightningModule):
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         activation_memory: Literal["keep", "recompute"] = "recompute",
         packed: bool = True,
+        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
         bnb_4bit_use_double_quant: bool = False,
         allow_pickled_weights: bool = False,
         trust_remote_code: bool = False,
@@ -96,6 +99,7 @@ class PipeLiteModule(pl.LightningModule):
             activation_memory=activation_memory,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             packed=packed,
+            attn_implementation=attn_implementation,
             bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
             allow_pickled_weights=allow_pickled_weights,
             trust_remote_code=trust_remote_code,

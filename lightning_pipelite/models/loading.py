@@ -24,6 +24,7 @@ def load_trimmed(
     load_in_4bit: bool,
     double_quant: bool = False,
     pickled: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Return the model trimmed to decoder layers [start, stop), its weights loaded straight to ``device``.
 
@@ -48,6 +49,7 @@ def load_trimmed(
         if load_in_4bit
         else None,
         use_safetensors=not pickled,
+        attn_implementation=attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import read_json
 from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
@@ -26,6 +27,7 @@ class Skeleton:
     Args:
         model_dir: Directory of a Hugging Face causal LM; only ``config.json`` is read.
         trust_remote_code: Run the model's own code from ``model_dir``, if it has any.
+        attn_implementation: How attention is computed; transformers' choice if not given.
 
     Attributes:
         config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
@@ -50,12 +52,16 @@ class Skeleton:
             cannot be cut between its decoder layers.
     """
 
-    def __init__(self, model_dir: str | Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, model_dir: str | Path, *, trust_remote_code: bool = False, attn_implementation: str | None = None
+    ) -> None:
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.config = _read_config(self.model_dir, trust_remote_code)
         self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        if attn_implementation is not None:
+            self._build = partial(self._build, attn_implementation=attn_implementation)
         self.balances_routers = bool(getattr(self.config, "output_router_logits", False))
         if self.balances_routers:
             self.config.output_router_logits = False  # a stage has the routers of its own layers only: see router.py
@@ -118,6 +124,14 @@ class Skeleton:
             if name in self.tail_names:
                 counts[-1] += own
         return counts
+
+    def fits_varlen(self) -> bool:
+        """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
+        try:
+            probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
+            return probe.attends_as(Probe(self.config))
+        except Exception:  # whatever the class asks for that it does not do
+            return False
 
     def router_loss(self) -> RouterLoss:
         """Return how the class balances its routers.
