@@ -42,7 +42,7 @@ FAMILIES = {
     "starcoder2": "layer norms and biases, tied, sliding window",
     "gpt_neox": "parallel blocks, fused projections, biases",
     "falcon": "parallel blocks, one key and value, tied",
-    "gpt2": "learned positions, transposed weights, tied",
+    "opt": "learned positions, layer norms and biases, tied",
     "mixtral": "experts",
     "qwen3_moe": "experts",
     "deepseek_v3": "latent attention, experts in groups, shared experts, a dense layer first",

@@ -49,7 +49,7 @@ def load_trimmed(
         if load_in_4bit
         else None,
         use_safetensors=not pickled,
-        attn_implementation=attn_implementation,
+        attn_implementation=attn_implementation or skeleton.config._attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
