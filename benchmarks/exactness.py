@@ -65,6 +65,7 @@ class Case:
     tied: bool = False
     full: bool = False
     layers: str | None = None
+    targets: tuple[str, ...] = ()
     in_4bit: bool = False
     experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
@@ -139,7 +140,9 @@ def sequences(scale: Scale) -> list[dict[str, Tensor]]:
 
 
 def make_adapter(case: Case) -> Adapter:
-    return Full() if case.full else LoRA(rank=4, layers_to_transform=case.layers)
+    if case.full:
+        return Full()
+    return LoRA(rank=4, layers_to_transform=case.layers, target_modules=list(case.targets) or "all-linear")
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
