@@ -14,6 +14,7 @@ from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load
 from lightning_pipelite.models.skeleton import Skeleton, embedding_first
 from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
 
+
 def load_trimmed(
     skeleton: Skeleton,
     start: int,
