@@ -103,6 +103,7 @@ class PipeLiteModule(pl.LightningModule):
             bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
             allow_pickled_weights=allow_pickled_weights,
             trust_remote_code=trust_remote_code,
+            fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0
