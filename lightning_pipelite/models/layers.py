@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import check_weights
+from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
@@ -126,6 +127,8 @@ class CausalLMLayers:
             self.router_loss = self.skeleton.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
+        if not self._pickled:  # those have no headers; what is wrong with them shows as they are loaded
+            check_contents(self.skeleton)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
