@@ -109,7 +109,9 @@ def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
             part.clear()
 
     members = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
-    rehearsing_class = type(whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__})
+    rehearsing_class: type[PreTrainedModel] = type(
+        whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__}
+    )
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
