@@ -2,8 +2,8 @@
 
     python benchmarks/four_bit.py [--write] [model_type ...]
 
-Of each family a model of four layers with random weights is saved, loaded in two stages with load_in_4bit, in float32 on
-the CPU, and held against the same model unsplit:
+Of each family a model of four layers with random weights is saved, loaded in two stages with load_in_4bit, in float32
+on the CPU, and held against the same model unsplit:
 
 - each linear layer's dequantised weight equals, bit for bit, that of transformers' own 4-bit model,
 - each fused weight of many experts, which transformers leaves in full precision, equals, bit for bit, the plain weight
