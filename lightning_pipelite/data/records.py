@@ -131,7 +131,7 @@ class _Reader:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield from self._take(
-                        lambda line=line, number=number: self._parse(self._decode(line, number), number),  # type: ignore[misc]
+                        lambda line=line, number=number: self._parse(self._decode(line, number).strip(), number),  # type: ignore[misc]
                         f"{self._path}, line {number}",
                     )
 
