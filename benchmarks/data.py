@@ -227,8 +227,8 @@ def main() -> int:
         in_process(folder, "pack", "large", cache)
         again_large = in_process(folder, "pack", "large", cache)
     report.line(
-        f"Peak memory over all processes: {small / MEGABYTE:.0f} MB for 30 MB of text, {large / MEGABYTE:.0f} MB for 300 "
-        f"MB: {(large - small) / MEGABYTE:+.0f} MB (limit {MEMORY_LIMIT / MEGABYTE:.0f})."
+        f"Peak memory over all processes: {small / MEGABYTE:.0f} MB for 30 MB of text, {large / MEGABYTE:.0f} MB for "
+        f"300 MB: {(large - small) / MEGABYTE:+.0f} MB (limit {MEMORY_LIMIT / MEGABYTE:.0f})."
     )
     report.line(
         f"A cached start, after the imports: {again['seconds']:.3f} s to open, {again['first']:.3f} s to the first "

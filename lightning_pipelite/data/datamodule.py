@@ -19,6 +19,7 @@ from lightning_pipelite.data.loader import PackedLoader
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.data.sequences import PackedSequences
 from lightning_pipelite.data.statistics import DataStatistics
+from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -194,6 +195,14 @@ class PackedDataModule(LightningDataModule):
         lines += [f"dataset {dataset.describe()}" for dataset in cache.statistics.datasets]
         return [*lines, f"packed data: {cache.entry}"]
 
+    def tokenizer(self) -> DocumentTokenizer:
+        """Load the tokenizer as it is used for packing.
+
+        Raises:
+            ConfigurationError: If it cannot be loaded, or an option does not fit it.
+        """
+        return DocumentTokenizer(self._directory(), self._options)
+
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Give this replica's micro-batches, in an order of its own each epoch."""
@@ -228,12 +237,14 @@ class PackedDataModule(LightningDataModule):
 
     def _open(self) -> _Cache:
         if self._cache is None:
-            if self._tokenizer_dir is None:
-                raise ConfigurationError("data.tokenizer_dir is not set: name the directory of the model's tokenizer.")
-            directory = Path(self._tokenizer_dir).expanduser()
-            entry = build_entry(self._cache_dir, self._options, directory)
+            entry = build_entry(self._cache_dir, self._options, self._directory())
             self._cache = _Cache(entry, self._isolate_documents)
         return self._cache
+
+    def _directory(self) -> Path:
+        if self._tokenizer_dir is None:
+            raise ConfigurationError("data.tokenizer_dir is not set: name the directory of the model's tokenizer.")
+        return Path(self._tokenizer_dir).expanduser()
 
 
 class _Cache:
