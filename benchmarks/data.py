@@ -4,10 +4,12 @@ The text is what the machine has: the sources and documentation of Python's stan
 packages, a file a document. A BPE tokenizer with a vocabulary of 8192 is trained on a part of it.
 
 Both sides have the same two cores and the same jsonl of 30 MB, and every run is a fresh process. The tokenizer's side
-holds the texts in memory already and does nothing with the ids; it is run by its own threads, as ``tokenizer(texts)`` and as ``backend_tokenizer.encode_batch_fast(texts)``, which
-is the fastest there is, in batches of 100 and of 1000, and the fastest of all these counts. The side of the data module is all of ``prepare_data()`` with an empty cache: hash the tokenizer's
-files and load it, read and parse, tokenise, shuffle, split, pack, write, and sync to disk. The sides take turns, so
-that whatever else runs on the machine meets both; processor time, which counts that out, is shown beside the clock's.
+holds the texts in memory already and does nothing with the ids; it is run by its own threads, as ``tokenizer(texts)``
+and as ``backend_tokenizer.encode_batch_fast(texts)``, which is the fastest there is, in batches of 100 and of 1000, and
+the fastest of all these counts. The side of the data module is all of ``prepare_data()`` with an empty cache: hash the
+tokenizer's files and load it, read and parse, tokenise, shuffle, split, pack, write, and sync to disk. The sides take
+turns, so that whatever else runs on the machine meets both; processor time, which counts that out, is shown beside the
+clock's.
 
 Memory is the proportional set size (PSS) of all processes of a build together, seen every 20 ms from outside. The
 larger text is the smaller ten times, each time with other first words. Linux only.
@@ -157,8 +159,8 @@ def in_process(folder: Path, *arguments: Any, watch: Callable[[psutil.Process], 
     return json.loads(answer.splitlines()[-1])
 
 
-def peak_memory(folder: Path, name: str) -> int:
-    """Build once, and give the highest sum of the PSS of all its processes."""
+def peak_memory(folder: Path, name: str, cache: Path) -> int:
+    """Build into a cache, and give the highest sum of the PSS of all processes of it."""
     peak = 0
 
     def watch(process: psutil.Process) -> None:
@@ -171,8 +173,7 @@ def peak_memory(folder: Path, name: str) -> int:
                     total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
         peak = max(peak, total)
 
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        in_process(folder, "pack", name, cache, watch=watch)
+    in_process(folder, "pack", name, cache, watch=watch)
     return peak
 
 
@@ -197,8 +198,8 @@ def measure_speed(folder: Path, repeats: int, report: Report) -> float:
     cheapest = max(costs[name] for name in sides)
     for name, values in speeds.items():
         report.row(
-            f"| {name} | {medians[name]:,.0f} | {values[0]:,.0f} to {values[-1]:,.0f} | {medians[name] / fastest:.0%} | "
-            f"{costs[name]:,.0f} | {costs[name] / cheapest:.0%} |"
+            f"| {name} | {medians[name]:,.0f} | {values[0]:,.0f} to {values[-1]:,.0f} | {medians[name] / fastest:.0%} "
+            f"| {costs[name]:,.0f} | {costs[name] / cheapest:.0%} |"
         )
     return medians[ours] / fastest
 
@@ -230,12 +231,9 @@ def main() -> int:
             "| --- | --- | --- | --- | --- | --- |",
         )
         share = measure_speed(folder, options.repeats, report)
-        small, large = peak_memory(folder, "small"), peak_memory(folder, "large")
         cache = folder / "cache"
-        in_process(folder, "pack", "small", cache)
-        again = in_process(folder, "pack", "small", cache)
-        in_process(folder, "pack", "large", cache)
-        again_large = in_process(folder, "pack", "large", cache)
+        small, large = peak_memory(folder, "small", cache), peak_memory(folder, "large", cache)
+        again, again_large = in_process(folder, "pack", "small", cache), in_process(folder, "pack", "large", cache)
     report.line(
         f"Peak memory over all processes: {small / MEGABYTE:.0f} MB for 30 MB of text, {large / MEGABYTE:.0f} MB for "
         f"300 MB: {(large - small) / MEGABYTE:+.0f} MB (limit {MEMORY_LIMIT / MEGABYTE:.0f})."

@@ -29,10 +29,10 @@ class DatasetConfig:
     """One source of documents.
 
     Args:
-        dataset_path: A file, a directory (the files directly in it), a glob (``**`` crosses directories) of ``.txt`` (a
-            document a file), ``.json`` (a list), ``.jsonl`` (a record a line), ``.parquet`` or ``.arrow``, the first
-            three also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that Hugging Face datasets
-            saved.
+        dataset_path: A file, a directory (the files directly in it) or a glob (``**`` crosses directories) of ``.txt``
+            (a document a file), ``.json`` (a list, read as a whole), ``.jsonl`` (a record a line), ``.parquet`` or
+            ``.arrow``, the first three also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that
+            Hugging Face datasets saved.
         max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.
         control_class: The class of its documents for Control Adapters: 1, -1, or 0 for either, about half and half,
             decided by a document's content.

@@ -55,10 +55,9 @@ class PackedSampler(DistributedSampler):
 
     @override
     def __iter__(self) -> Iterator[int | None]:
-        order: list[int | None] = list(range(self._size))
+        order = np.arange(self._size)
         if self.shuffle:
             # Both numbers seed the generator, not their sum: epoch 1 of seed 0 is not epoch 0 of seed 1.
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size).tolist()
-        order = order[self.start :]
-        order += [None] * (self.rounds_left(self.start) * self.num_replicas - len(order))
-        return iter(order[self.rank :: self.num_replicas])
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size)
+        share: list[int | None] = order[self.start :][self.rank :: self.num_replicas].tolist()
+        return iter(share + [None] * (self.rounds_left(self.start) - len(share)))

@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -40,7 +41,8 @@ def map_in_order(function: Callable[[In], Out], batches: Iterable[In]) -> Iterat
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, _FEW + 1))
-    processes = len(os.sched_getaffinity(0))
+    # Elsewhere a fork is not safe, and nothing ends a process with its parent.
+    processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if len(first) <= _FEW or processes == 1:
         yield from map(function, itertools.chain(first, batches))
         return

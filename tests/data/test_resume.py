@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from data_jobs import Row, train
 from test_datamodule import write_jsonl
 
@@ -141,6 +142,33 @@ def test_the_next_epoch_begins_at_its_beginning(data: dict[str, Any], dataset: l
     one.load_state_dict({**state, "epoch": 1, "sequences_seen": 20})
     assert len(list(one)) == 5
     assert len(list(one)) == 25  # only once
+
+
+def test_a_process_that_fetches_ahead_does_not_count(data: dict[str, Any], dataset: list[Row]) -> None:
+    """The loader as it is for a GPU, where a process that stays fetches ahead."""
+    packed = PackedDataModule(**data)
+    packed.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))  # type: ignore[assignment]
+    options = packed._on_gpu()
+    assert options == {"pin_memory": True, "num_workers": 1, "persistent_workers": True}
+    rows = packed.train_dataloader().dataset
+
+    def make() -> tuple[PackedLoader, PackedSampler]:
+        sampler = PackedSampler(rows, shuffle=True)  # type: ignore[arg-type]
+        return PackedLoader(rows, sampler, fingerprint="x", **{**options, "pin_memory": False}), sampler
+
+    one, sampler = make()
+    order = [[tuple(batch["input_ids"][0].tolist()) for batch in one]]
+    sampler.set_epoch(1)
+    begun = iter(one)
+    order.append([tuple(next(begun)["input_ids"][0].tolist()) for _ in range(7)])
+    state = one.state_dict()
+    assert (state["epoch"], state["sequences_seen"]) == (1, 7)
+    other, sampler = make()
+    other.load_state_dict(state)
+    sampler.set_epoch(1)
+    order[1] += [tuple(batch["input_ids"][0].tolist()) for batch in other]
+    assert Counter(order[0]) == Counter(order[1]) == Counter(dataset)
+    assert order[0] != order[1]
 
 
 def test_a_position_in_other_data_is_refused(data: dict[str, Any], tmp_path: Path, texts: list[str]) -> None:
