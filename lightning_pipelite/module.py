@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from optimi import Adam
 from torch import Tensor, nn
@@ -20,7 +23,14 @@ from typing_extensions import override
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
-from lightning_pipelite.optim import rms_ratio_schedule
+from lightning_pipelite.optim import (
+    SCHEDULES,
+    OptimizerFactory,
+    check_patterns,
+    group_parameters,
+    make_optimizer,
+    make_schedule,
+)
 from lightning_pipelite.strategy import PipeLiteStrategy
 
 
@@ -29,19 +39,26 @@ class PipeLiteModule(pl.LightningModule):
 
     Batches are dicts of int64 tensors of shape (batch, sequence): ``input_ids``; ``position_ids``, which restart at
     every document so that attention stays within it; and ``labels``, already shifted, -100 where there is nothing to
-    learn.
+    learn. A Control Adapter needs ``control_classes`` as well.
 
     Args:
         model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
-        adapter: what is trained: LoRA or Full.
+        adapter: what is trained: LoRA, ControlAdapter or Full.
         load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
-        lr: the learning rate, approached by the RMS-ratio schedule.
+        lr: the learning rate, which the schedule approaches.
         beta1: Adam's decay rate of the first moment.
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.
         dtype: the dtype of the base model's weights and of the hidden states.
         activation_memory: keep all activations of a micro-batch until its backward pass, or recompute each layer's
             then from its input.
+        optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
+            summation where weights are bf16. beta1, beta2 and eps are for the default.
+        schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
+            the end of training.
+        warmup_steps: steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
+        parameter_groups: other options for some parameters, by a regular expression that is searched in their names:
+            ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -60,6 +77,10 @@ class PipeLiteModule(pl.LightningModule):
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         activation_memory: Literal["keep", "recompute"] = "recompute",
+        optimizer: OptimizerFactory | None = None,
+        schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
+        warmup_steps: int = 0,
+        parameter_groups: dict[str, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -67,12 +88,26 @@ class PipeLiteModule(pl.LightningModule):
                 raise ConfigurationError(f"model.{name} must be at least {low} and less than {high:g}, not {value}.")
         if eps <= 0:
             raise ConfigurationError(f"model.eps must be positive, not {eps}.")
-        self.save_hyperparameters(ignore=["adapter"])
+        if optimizer is not None and (beta1, beta2, eps) != (0.9, 0.99, 1e-6):
+            raise ConfigurationError(
+                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
+            )
+        if schedule not in SCHEDULES:
+            raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
+        if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
+            raise ConfigurationError(
+                f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
+                "rms_ratio, which warms up by itself."
+            )
+        check_patterns(parameter_groups or {})
+        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
         self.model_dir = model_dir
-        self.lr, self.betas, self.eps = lr, (beta1, beta2), eps
+        self.lr = lr
+        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps)
+        self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
         self._layers = CausalLMLayers(
             model_dir,
             dtype=getattr(torch, dtype),
@@ -89,14 +124,29 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
-        return (batch["input_ids"], batch["position_ids"]), batch["labels"]
+        if missing := [key for key in self.adapter.batch_keys if key not in batch]:
+            raise ConfigurationError(
+                f"{type(self.adapter).__name__} needs batches with {missing[0]}; let the data module give them."
+            )
+        return (
+            (batch["input_ids"], batch["position_ids"], *(batch[key] for key in self.adapter.batch_keys)),
+            batch["labels"],
+        )
 
     @override
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # A stage may have nothing to train; torch refuses [], but not an empty group.
-        optimizer = Adam([{"params": trained}], lr=self.lr, betas=self.betas, eps=self.eps)
-        scheduler = rms_ratio_schedule(optimizer, self.betas[1])
+        groups = group_parameters(self.named_parameters(), self._groups)
+        matched: list[Any] = [[bool(group["params"]) for group in groups[1:]]]
+        if dist.is_initialized():  # a stage may have nothing of a group, but some stage must
+            matched = [None] * dist.get_world_size()
+            dist.all_gather_object(matched, [bool(group["params"]) for group in groups[1:]])
+        for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
+            if not any(found):
+                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self.pipeline_stage.causal_lm))
+        total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
+        scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_trained(self, directory: Path) -> None:

@@ -42,6 +42,7 @@ class Stage(nn.Module):
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
         self._takes_positions, self._packed = takes_positions, packed
+        causal_lm.extra_inputs = ()
         # In a list, so that the layer is not registered a second time under another name.
         self._entry = [] if start == 0 else [_receive_at(causal_lm.get_submodule(f"{layers_name}.{start}"))]
 
@@ -53,7 +54,7 @@ class Stage(nn.Module):
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
                 hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
                 packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
-                passed on untouched.
+                passed on untouched; while the stage runs, its model has them as ``extra_inputs``.
 
         Returns:
             The logits [batch, seq, vocabulary] in the model's dtype on the last stage, otherwise
@@ -78,12 +79,14 @@ class Stage(nn.Module):
             arguments["input_ids"] = torch.zeros_like(position_ids)
         else:
             arguments["input_ids"] = first
+        self.causal_lm.extra_inputs = tuple(extra)
         try:
             with documents_apart(position_ids if self._packed else None):
                 return self.causal_lm(**arguments).logits
         except LeaveStage as leave:
             return (leave.hidden_states, position_ids, *extra)
         finally:
+            self.causal_lm.extra_inputs = ()
             if self._entry:
                 self._entry[0].received = None
 
