@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from optimi import Adam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.optim import (
     SCHEDULES,
@@ -59,6 +60,10 @@ class PipeLiteModule(pl.LightningModule):
         warmup_steps: steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
         parameter_groups: other options for some parameters, by a regular expression that is searched in their names:
             ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
+        packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
+            those with recurrent layers, are refused unless this is false and each sequence is one document.
+        router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -81,6 +86,8 @@ class PipeLiteModule(pl.LightningModule):
         schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
         warmup_steps: int = 0,
         parameter_groups: dict[str, dict[str, float]] | None = None,
+        packed: bool = True,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -101,6 +108,9 @@ class PipeLiteModule(pl.LightningModule):
             )
         check_patterns(parameter_groups or {})
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
+        if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
+            raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
+        self.save_hyperparameters(ignore=["adapter"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
@@ -115,12 +125,15 @@ class PipeLiteModule(pl.LightningModule):
             adapter=adapter,
             activation_memory=activation_memory,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            packed=packed,
+            router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0
         self._step_began = 0.0
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
-        return self._layers, cross_entropy_terms
+        router_loss = self._layers.router_loss
+        return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
@@ -244,16 +257,3 @@ class PipeLiteModule(pl.LightningModule):
 
 class _EnoughError(Exception):
     """Ends the rehearsal of saving."""
-
-
-def cross_entropy_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy of a micro-batch, in float32, and the number of tokens in it.
-
-    Args:
-        logits: (batch, sequence, vocabulary), any floating dtype.
-        labels: (batch, sequence), int64; the token to predict at each position, or -100.
-    """
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return total, (labels != -100).sum()

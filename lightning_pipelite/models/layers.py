@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import check_weights
 from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.loading import load_trimmed
+from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
 
@@ -64,6 +66,7 @@ class CausalLMLayers:
         activation_memory: Literal["keep", "recompute"] = "recompute",
         seed: int = 0,
         packed: bool = True,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
             raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
@@ -89,6 +92,11 @@ class CausalLMLayers:
                 f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
             )
         adapter.check(self.skeleton, load_in_4bit=load_in_4bit)
+        self.router_loss: RouterLoss | None = None
+        if router_aux_loss_coef or (router_aux_loss_coef is None and self.skeleton.balances_routers):
+            self.router_loss = self.skeleton.router_loss()
+            if router_aux_loss_coef is not None:
+                self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
@@ -140,6 +148,7 @@ class CausalLMLayers:
             stop,
             takes_positions=self.skeleton.takes_positions,
             packed=self.packed,
+            router_loss=self.router_loss,
         ).train()
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import read_json
 from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.trace import START
 
 
@@ -40,6 +41,7 @@ class Skeleton:
         tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
         takes_positions: Whether the model's forward takes ``position_ids``.
         isolates_documents: Whether packed documents, told by their positions, do not see each other.
+        balances_routers: Whether config.json asks for the routers' auxiliary loss (``output_router_logits``).
 
     Raises:
         ConfigurationError: No readable ``config.json``, not a causal LM that transformers ships, or a model that
@@ -51,6 +53,9 @@ class Skeleton:
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.config = _read_config(self.model_dir)
+        self.balances_routers = bool(getattr(self.config, "output_router_logits", False))
+        if self.balances_routers:
+            self.config.output_router_logits = False  # a stage has the routers of its own layers only: see router.py
         self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
         try:
             with torch.device("meta"):
@@ -110,6 +115,21 @@ class Skeleton:
             if name in self.tail_names:
                 counts[-1] += own
         return counts
+
+    def router_loss(self) -> RouterLoss:
+        """Return how the class balances its routers.
+
+        Raises:
+            ConfigurationError: It has no routers, or balances them in a way of its own.
+        """
+        try:
+            probe = Probe(self.config)
+            return find_router_loss(self.model, probe.model, probe.input_ids)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
+                f"{_first_line(error)}; set router_aux_loss_coef to 0."
+            ) from error
 
     @property
     def can_recompute(self) -> bool:
@@ -203,10 +223,6 @@ def _read_config(model_dir: Path) -> PretrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(
             f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
-        )
-    if getattr(config, "output_router_logits", False):  # that is how a model is told to train with it
-        raise ConfigurationError(
-            f"{path} sets output_router_logits, but the router's auxiliary loss is not trained here; set it to false."
         )
     config.use_cache = False
     return config
