@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,13 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.optim import (
-    SCHEDULES,
     OptimizerFactory,
     check_patterns,
+    check_schedule,
     group_parameters,
     make_optimizer,
     make_schedule,
@@ -99,13 +100,7 @@ class PipeLiteModule(pl.LightningModule):
             raise ConfigurationError(
                 "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
             )
-        if schedule not in SCHEDULES:
-            raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
-        if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
-            raise ConfigurationError(
-                f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
-                "rms_ratio, which warms up by itself."
-            )
+        check_schedule(schedule, warmup_steps)
         check_patterns(parameter_groups or {})
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
@@ -130,6 +125,7 @@ class PipeLiteModule(pl.LightningModule):
         )
         self._tokens = 0
         self._step_began = 0.0
+        self._evaluation = Evaluation([])
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
         router_loss = self._layers.router_loss
@@ -221,9 +217,30 @@ class PipeLiteModule(pl.LightningModule):
                 # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
                 # product has no backward: from then on most gradients would be wrong, with no more than a warning.
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        evaluated_at_once = getattr(getattr(self.trainer, "datamodule", None), "eval_gradient_accumulation_steps", 1)
+        evaluated_at_once = getattr(self._data_module, "eval_gradient_accumulation_steps", 1)
         if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
             self.trainer.strategy.eval_micro_batches = evaluated_at_once
+
+    def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
+        """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
+
+        Args:
+            total: the summed loss of an evaluation set.
+            count: the number of tokens in it.
+            dataloader_idx: which set it is; they come in order.
+        """
+        if dataloader_idx == 0:
+            sets: Any = self.trainer.val_dataloaders
+            names = list(sets) if isinstance(sets, Mapping) else getattr(self._data_module, "eval_names", [])
+            number = len(sets) if isinstance(sets, (Mapping, list)) else 1
+            self._evaluation = Evaluation(names if len(names) == number else [str(i) for i in range(number)])
+        for name, value in self._evaluation.add(total, count).items():
+            shown = name == "eval/loss"
+            self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
+
+    @property
+    def _data_module(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

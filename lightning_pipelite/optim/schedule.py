@@ -51,6 +51,21 @@ def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
     return LambdaLR(optimizer, lambda epoch: rms_ratio(epoch + 1, beta2))
 
 
+def check_schedule(schedule: str, warmup_steps: int) -> None:
+    """Refuse what can be told before training.
+
+    Raises:
+        ConfigurationError: if there is no such schedule, or it takes no such warm-up.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
+    if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
+        raise ConfigurationError(
+            f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
+            "rms_ratio, which warms up by itself."
+        )
+
+
 def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_steps: float) -> LambdaLR:
     """Return the schedule of that name; to be stepped once an optimizer step.
 
@@ -64,13 +79,13 @@ def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_
         ConfigurationError: if these do not go together.
     """
     if schedule == "rms_ratio":
-        betas = optimizer.defaults.get("betas")
-        if not betas or betas[-1] is None or not 0 < betas[-1] < 1:
+        beta2 = optimizer.defaults.get("beta2", (optimizer.defaults.get("betas") or (None,))[-1])  # optimi's, torch's
+        if beta2 is None or not 0 < beta2 < 1:
             raise ConfigurationError(
                 f"model.schedule is rms_ratio, but {type(optimizer).__name__} has no second beta between 0 and 1; set "
                 "model.schedule to constant or cosine."
             )
-        return rms_ratio_schedule(optimizer, betas[-1])
+        return rms_ratio_schedule(optimizer, beta2)
     if schedule == "constant":
         factor = partial(constant, warmup_steps=warmup_steps)
     else:
