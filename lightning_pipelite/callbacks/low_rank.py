@@ -67,8 +67,10 @@ class Chunk:
         return self.pairs[0].scale
 
     def stack(self) -> tuple[Tensor, Tensor]:
-        """Copy A and B, in float32: [pairs · experts, rank, in] and [pairs · experts, out, rank]."""
-        return torch.stack(self.downs).float(), torch.stack(self.ups).float()
+        """Copy A and B, in float32: [pairs · experts, rank, in], a view of [rank, pairs · experts, in], and
+        [pairs · experts, out, rank].
+        """
+        return torch.stack(self.downs, dim=1).float().transpose(0, 1), torch.stack(self.ups).float()
 
     def norms(self, gram_a: Tensor, gram_b: Tensor) -> Tensor:
         """‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.
@@ -133,5 +135,23 @@ def chunks(pairs: Iterable[LowRank], key: Callable[[LowRank], Hashable] = lambda
 
 
 def gram_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """G_A = A Aᵀ and G_B = Bᵀ B, each [..., rank, rank]."""
-    return a @ a.mT, b.mT @ b
+    """G_A = A Aᵀ and G_B = Bᵀ B, each [pairs, rank, rank], of what :meth:`Chunk.stack` gives.
+
+    The long dimension is summed in slices: a GPU would give each pair to one of its many multiprocessors, and that one
+    would go through thousands of columns alone.
+    """
+    pairs, rank, inner = a.shape
+    slices = _slices(inner)
+    parts = a.transpose(0, 1).reshape(rank, pairs * slices, inner // slices).transpose(0, 1)  # no copy
+    gram_a = torch.bmm(parts, parts.mT).view(pairs, slices, rank, rank).sum(1)
+    slices = _slices(b.shape[1])
+    parts = b.reshape(pairs * slices, b.shape[1] // slices, rank)
+    return gram_a, torch.bmm(parts.mT, parts).view(pairs, slices, rank, rank).sum(1)
+
+
+def _slices(length: int) -> int:
+    """Into how many equal slices of 256 to 512 to cut, if halving gives such."""
+    slices = 1
+    while length > 512 and length % 2 == 0:
+        length, slices = length // 2, 2 * slices
+    return slices
