@@ -95,13 +95,14 @@ def _parts(tensor: Tensor, count: int) -> list[Tensor]:
     return parts
 
 
-def _in_parts(narrow: Tensor, wide: Tensor) -> bool:
-    return narrow.is_cuda and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+def _in_parts(narrow: torch.dtype | None, wide: Tensor) -> bool:
+    """Whether products of these types go over the tensor cores in parts."""
+    return wide.is_cuda and narrow == torch.bfloat16 and wide.dtype == torch.float32
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in at least float32, where ``right`` has few columns."""
-    if _in_parts(left, right):  # exact products on the tensor cores, with no float32 copy of ``left``
+    if _in_parts(left.dtype, right):  # exact products on the tensor cores, with no float32 copy of ``left``
         columns = right.shape[1]
         product = torch.mm(left, torch.cat(_parts(right, 3), dim=1), out_dtype=torch.float32)
         return product.view(-1, 3, columns).sum(1)
@@ -113,7 +114,7 @@ def _add_product(base: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     """base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``, with few columns in ``left``."""
     dtype = dtype if base is None else base.dtype
     assert dtype is not None
-    if left.is_cuda and dtype == torch.bfloat16 and right.dtype == torch.float32:
+    if _in_parts(dtype, right):
         a, b = _parts(left, 2), _parts(right, 2)
         # The product of the two small parts is below what float32 keeps of the sum.
         left, right = torch.cat([a[0], a[0], a[1]], dim=1), torch.cat([b[0], b[1], b[0]], dim=1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_pipelite.adapters.control as control_module
 from lightning_pipelite.adapters.control import control, keep_orthogonal
 
 torch.set_num_threads(1)
@@ -75,6 +76,50 @@ def test_dtypes(hidden_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     assert relative(found, expected) < (4e-3 if half else 1e-6)
     found.sum().backward()
     assert [t.grad.dtype for t in low] == [t.dtype for t in low]
+
+
+def check_mixed_precision(device: str) -> None:
+    """bfloat16 hidden states and float32 adapters: only the result and the gradients of the states are rounded."""
+    *tensors, c = (t.to(device) for t in draw())
+    low = [t.bfloat16() if t.ndim == 3 else t.float() for t in tensors]
+    exact = [t.double().requires_grad_() for t in low]
+    low = [t.requires_grad_() for t in low]
+    expected, found = reference(*exact, c), control(*low, c)
+    weights = torch.randn(expected.shape).to(device).bfloat16()
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    assert relative(found, expected) < 3e-3
+    limits = (1e-6, 3e-3, 1e-6, 1e-6)
+    for ours, theirs, limit in zip(low, exact, limits, strict=True):
+        assert relative(ours.grad, theirs.grad) < limit
+
+
+def test_mixed_precision_without_tensor_cores() -> None:
+    check_mixed_precision("cpu")
+
+
+def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes, with its one operation that a CPU lacks put in."""
+    monkeypatch.setattr(
+        control_module,
+        "_in_parts",
+        lambda narrow, wide: narrow == torch.bfloat16 and wide.dtype == torch.float32,
+    )
+    calls = []
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        calls.append(b.shape)
+        return (a.double() @ b.double()).to(out_dtype)
+
+    monkeypatch.setattr(control_module.torch, "mm", mm)
+    check_mixed_precision("cpu")
+    assert calls == [(HIDDEN, 3 * RANK)] * 2 + [(21, 3 * RANK)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_mixed_precision_on_a_gpu() -> None:
+    check_mixed_precision("cuda")
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.1])
