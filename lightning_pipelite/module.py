@@ -63,6 +63,11 @@ class PipeLiteModule(pl.LightningModule):
             ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
         packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
             those with recurrent layers, are refused unless this is false and each sequence is one document.
+        attn_implementation: varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
+            varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
+        bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
+        allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
+        trust_remote_code: run the model's own Python code from model_dir.
         router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
 
@@ -88,6 +93,10 @@ class PipeLiteModule(pl.LightningModule):
         warmup_steps: int = 0,
         parameter_groups: dict[str, dict[str, float]] | None = None,
         packed: bool = True,
+        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
         router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
@@ -121,6 +130,10 @@ class PipeLiteModule(pl.LightningModule):
             activation_memory=activation_memory,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             packed=packed,
+            attn_implementation=attn_implementation,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            allow_pickled_weights=allow_pickled_weights,
+            trust_remote_code=trust_remote_code,
             router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0

@@ -22,7 +22,16 @@ TEXT_MODEL_NAMES = {
 
 
 def load_trimmed(
-    skeleton: Skeleton, start: int, stop: int, *, dtype: torch.dtype, device: torch.device, load_in_4bit: bool
+    skeleton: Skeleton,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_in_4bit: bool,
+    double_quant: bool = False,
+    pickled: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Return the model trimmed to decoder layers [start, stop), its weights loaded straight to ``device``.
 
@@ -33,16 +42,21 @@ def load_trimmed(
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
-    trimming_class = _trimming_class(skeleton, start, stop, device, load_in_4bit=load_in_4bit)
+    trimming_class = _trimming_class(
+        skeleton, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
+    )
     model, report = trimming_class.from_pretrained(
         str(skeleton.model_dir),
         config=skeleton.config,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=nf4([skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype)
+        quantization_config=nf4(
+            [skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype, double_quant=double_quant
+        )
         if load_in_4bit
         else None,
-        use_safetensors=True,
+        use_safetensors=not pickled,
+        attn_implementation=attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
@@ -73,7 +87,7 @@ def load_trimmed(
 
 
 def _trimming_class(
-    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool
+    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool, double_quant: bool
 ) -> type[PreTrainedModel]:
     """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for."""
     whole_class = type(skeleton.model)
@@ -83,7 +97,8 @@ def _trimming_class(
         embedding_first(self)
         _trim(self, skeleton, start, stop, device)
         if load_in_4bit:
-            quantise_on_load(list(self.get_submodule(skeleton.layers_name))[start:stop])
+            layers = list(self.get_submodule(skeleton.layers_name))[start:stop]
+            quantise_on_load(layers, double_quant=double_quant)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.

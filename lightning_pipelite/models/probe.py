@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Probe:
 
     Args:
         config: The real model's configuration.
+        build: Builds a model from a configuration.
 
     Attributes:
         model: The tiny model, in evaluation mode.
@@ -31,13 +32,13 @@ class Probe:
         Exception: Whatever the class raises where a tiny model cannot be built.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(
+        self, config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             with torch.device("cpu"):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    tiny_config(config), dtype=torch.float32
-                ).eval()
+                self.model = build(tiny_config(config), dtype=torch.float32).eval()
             for parameter in self.model.parameters():
                 parameter.data += NOISE * torch.randn_like(parameter)
             self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)))
@@ -65,9 +66,12 @@ class Probe:
     def isolates_documents(self) -> bool:
         """Tell whether each of two packed documents has the logits that it has alone."""
         documents = self.input_ids.split(DOCUMENTS, dim=1)
-        position_ids = torch.cat([_count(ids) for ids in documents], dim=1)
-        packed = self._logits(self.input_ids, position_ids).split(DOCUMENTS, dim=1)
+        packed = self._logits(self.input_ids, _packed_positions()).split(DOCUMENTS, dim=1)
         return all(_equal(self._logits(ids), logits) for ids, logits in zip(documents, packed, strict=True))
+
+    def attends_as(self, other: Probe) -> bool:
+        """Tell whether packed documents have the logits that they have in a model that attends by other code."""
+        return _equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))
 
     @torch.no_grad()
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -83,6 +87,10 @@ def takes_positions(model: PreTrainedModel) -> bool:
     inner = inspect.signature(type(model.base_model).forward).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
     return "position_ids" in outer or (passes_on and "position_ids" in inner)
+
+
+def _packed_positions() -> Tensor:
+    return torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
 
 
 def _count(input_ids: Tensor) -> Tensor:

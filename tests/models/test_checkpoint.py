@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, write_model
+from tiny_models import CPU, POSITIONS, build, micro_batches, run_stages, write_model
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     Gemma3nTextConfig,
     MambaConfig,
@@ -100,7 +101,57 @@ def test_no_weights_and_pickled_weights(model_dir: Path) -> None:
         path.unlink()
     refuses(model_dir, "model.safetensors")
     (model_dir / "pytorch_model.bin").touch()
-    refuses(model_dir, ".bin")
+    refuses(model_dir, ".bin", "allow_pickled_weights")
+
+
+def test_pickled_weights_if_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), allow_pickled_weights=True)
+    stage = layers.build_stage(1, 3, CPU)
+    held = dict(stage.causal_lm.named_parameters())
+    assert held
+    assert all(torch.equal(parameter, state[name]) for name, parameter in held.items())
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x-1.bin"}}))
+    (tmp_path / "x-2.bin").touch()
+    refuses(tmp_path, "x-1.bin", allow_pickled_weights=True)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+"""
+
+
+def test_own_code_if_trusted(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    (tmp_path / "own.py").write_text(CODE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuses(tmp_path, "config.json", "trust_remote_code")
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), trust_remote_code=True)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, trust_remote_code=True)
+    (input_ids, _), _ = micro_batches()
+    expected = whole(input_ids=input_ids, position_ids=POSITIONS, use_cache=False).logits
+    for cuts in ([0, 4], [0, 1, 4]):
+        torch.testing.assert_close(run_stages(build(layers, cuts), input_ids, POSITIONS), expected)
 
 
 def test_adapter_beside_the_model(model_dir: Path) -> None:
