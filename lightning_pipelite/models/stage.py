@@ -47,6 +47,7 @@ class Stage(nn.Module):
         self.start, self.stop = start, stop
         self.fused_head: FusedHead | None = None
         self._takes_positions, self._packed = takes_positions, packed
+        causal_lm.extra_inputs = ()
         self._routers: RouterSums | None = None
         if router_loss is not None:
             mine = [f"{layers_name}.{number}." for number in range(start, stop)]
@@ -63,8 +64,8 @@ class Stage(nn.Module):
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
                 hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
                 packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
-                passed on untouched. Where routers are balanced in training, the sums over the routers of the stages
-                before follow last.
+                passed on untouched; while the stage runs, its model has them as ``extra_inputs``. Where routers are
+                balanced in training, the sums over the routers of the stages before follow last.
 
         Returns:
             The logits [batch, seq, vocabulary] in the model's dtype, or :class:`~lightning_pipelite.models.head.
@@ -95,6 +96,7 @@ class Stage(nn.Module):
             arguments["input_ids"] = torch.zeros_like(position_ids)
         else:
             arguments["input_ids"] = first
+        self.causal_lm.extra_inputs = tuple(extra)
         try:
             with documents_apart(position_ids if self._packed else None):
                 outputs: Any = (
@@ -108,6 +110,7 @@ class Stage(nn.Module):
         except LeaveStage as leave:
             return (leave.hidden_states, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
+            self.causal_lm.extra_inputs = ()
             if self._entry:
                 self._entry[0].received = None
 
