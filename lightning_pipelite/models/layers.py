@@ -17,6 +17,7 @@ from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import check_weights
 from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.four_bit import unknown_linear
+from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.packing import documents_when_recomputed
 from lightning_pipelite.models.router import RouterLoss
@@ -49,6 +50,8 @@ class CausalLMLayers:
         bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
         allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
         trust_remote_code: Run the model's own code from ``model_dir``.
+        fuse_head: Leave the head to the loss where it is linear: the last stage then returns its inputs,
+            :class:`~lightning_pipelite.models.head.HeadInputs`.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, config.json decides, by ``output_router_logits`` and its own coefficient.
 
@@ -82,6 +85,7 @@ class CausalLMLayers:
         bnb_4bit_use_double_quant: bool = False,
         allow_pickled_weights: bool = False,
         trust_remote_code: bool = False,
+        fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
@@ -128,6 +132,7 @@ class CausalLMLayers:
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
+        self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
         self.seed = seed
@@ -181,7 +186,7 @@ class CausalLMLayers:
                     checkpoint, use_reentrant=False, context_fn=documents_when_recomputed
                 ),
             )
-        return Stage(
+        built = Stage(
             model,
             self.skeleton.layers_name,
             start,
@@ -190,6 +195,9 @@ class CausalLMLayers:
             packed=self.packed,
             router_loss=self.router_loss,
         ).train()
+        if self._fuse_head and stop == len(self.skeleton.layers):
+            built.fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name))
+        return built
 
     def _attention_on(self, device: torch.device) -> str | None:
         if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):

@@ -156,7 +156,7 @@ class Skeleton:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
         try:
             probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
-            return probe.attends_as(Probe(self.config))
+            return probe.attends_as(Probe(self.config, self._build))
         except Exception:  # whatever the class asks for that it does not do
             return False
 

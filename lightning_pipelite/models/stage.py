@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.packing import documents_apart
 from lightning_pipelite.models.router import RouterLoss, RouterSums
 
@@ -44,7 +45,9 @@ class Stage(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
+        self.fused_head: FusedHead | None = None
         self._takes_positions, self._packed = takes_positions, packed
+        causal_lm.extra_inputs = ()
         self._routers: RouterSums | None = None
         if router_loss is not None:
             mine = [f"{layers_name}.{number}." for number in range(start, stop)]
@@ -61,11 +64,12 @@ class Stage(nn.Module):
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
                 hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
                 packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
-                passed on untouched. Where routers are balanced in training, the sums over the routers of the stages
-                before follow last.
+                passed on untouched; while the stage runs, its model has them as ``extra_inputs``. Where routers are
+                balanced in training, the sums over the routers of the stages before follow last.
 
         Returns:
-            The logits [batch, seq, vocabulary] in the model's dtype on the last stage, otherwise
+            The logits [batch, seq, vocabulary] in the model's dtype, or :class:`~lightning_pipelite.models.head.
+            HeadInputs` where the head is left to the loss, on the last stage, otherwise
             ``(hidden_states, position_ids, *extra)`` for the next. Where routers are balanced in training,
             ``(logits, loss)`` with their loss, a float32 scalar, or one more tensor for the next stage.
 
@@ -92,15 +96,21 @@ class Stage(nn.Module):
             arguments["input_ids"] = torch.zeros_like(position_ids)
         else:
             arguments["input_ids"] = first
+        self.causal_lm.extra_inputs = tuple(extra)
         try:
             with documents_apart(position_ids if self._packed else None):
-                logits = self.causal_lm(**arguments).logits
+                outputs: Any = (
+                    self.causal_lm(**arguments).logits
+                    if self.fused_head is None
+                    else self.fused_head.inputs(self.causal_lm, arguments)
+                )
             if routers is None:
-                return logits
-            return logits, routers.loss.loss(routers.finish(sums), position_ids.numel())
+                return outputs
+            return outputs, routers.loss.loss(routers.finish(sums), position_ids.numel())
         except LeaveStage as leave:
             return (leave.hidden_states, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
+            self.causal_lm.extra_inputs = ()
             if self._entry:
                 self._entry[0].received = None
 

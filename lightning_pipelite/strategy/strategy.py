@@ -42,7 +42,8 @@ class PipeLiteStrategy(DDPStrategy):
     The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``, see
     :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step`` and
     ``validation_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` itself,
-    the same values on every rank. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
+    the same values on every rank; ``eval/loss`` is left to a method ``log_evaluation(total, count, dataloader_idx)`` of
+    the module, if it has one. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
 
     Example::
 
@@ -353,6 +354,9 @@ class PipeLiteStrategy(DDPStrategy):
             total, count, *_ = self._engine.share(self._eval_sums).tolist()
             self._eval_sums = None
             self._warn_of_repeats(loop, loader)
+            if callable(log := getattr(self.lightning_module, "log_evaluation", None)):
+                log(total, count, loader)
+                return
             loss = total / count if count else math.nan
             self.lightning_module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
 

@@ -110,7 +110,7 @@ def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
             for name, expert in experts.items():
                 if stage.start <= int(name.split(".")[2]) < stage.stop:
                     module, _, weight = name.rpartition(".")
-                    held = stage.causal_lm.get_submodule(module)
+                    held = stage.causal_lm.get_submodule(module).get_base_layer()  # inside of the LoRA layers
                     assert torch.equal(getattr(held, weight), expert), name
                     parametrization = held.parametrizations[weight]
                     size = parametrization.original.nbytes + parametrization[0].quant_state.absmax.nbytes
