@@ -226,11 +226,11 @@ def test_layers_that_predict_further_tokens_are_left_out_and_a_routers_bias_is_n
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     change(tmp_path, **{"model.layers.4.eh_proj.weight": torch.zeros(64, 128)})
     set_config(tmp_path, num_nextn_predict_layers=0)
-    refuses(tmp_path, "model.layers.4.eh_proj.weight")
+    refuses(tmp_path, "model.layers.4.eh_proj.weight", adapter=Full())
     set_config(tmp_path, num_nextn_predict_layers=1)
     CausalLMLayers(tmp_path, adapter=Full())
     change(tmp_path, **{"model.layers.3.mlp.gate.e_score_correction_bias": None})
-    refuses(tmp_path, "model.layers.3.mlp.gate.e_score_correction_bias")
+    refuses(tmp_path, "model.layers.3.mlp.gate.e_score_correction_bias", adapter=Full())
 
 
 def test_weights_stored_in_a_type_that_needs_scales(tmp_path: Path) -> None:
