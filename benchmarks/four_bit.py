@@ -121,9 +121,8 @@ class Outcome:
         ratio = f"{self.ratio:.3f}" if self.fused else ""
         kept = ", ".join(f"{count} {kind}" for kind, count in self.kept.items())
         verdict = "; ".join(self.wrong) or "equal"
-        return (
-            f"| {self.model_type} | {self.linear} | {self.fused} | {ratio} | {kept} | {self.logits:.0e} | {verdict} |"
-        )
+        cells = (self.model_type, self.linear, self.fused, ratio, kept, f"{self.logits:.0e}", verdict)
+        return f"| {' | '.join(map(str, cells))} |"
 
 
 HEAD = (
@@ -304,9 +303,8 @@ def main() -> int:
         report.row(outcomes[-1].row())
     wrong = sum(bool(outcome.wrong) for outcome in outcomes)
     experts = sum(outcome.fused > 0 for outcome in outcomes)
-    report.line(
-        f"{len(outcomes)} families, {experts} with fused experts: {len(outcomes) - wrong} equal, {wrong} wrong."
-    )
+    total = len(outcomes)
+    report.line(f"{total} families, {experts} with fused experts: {total - wrong} equal, {wrong} wrong.")
     peaks = [measure_peak(depth) for depth in DEPTHS]
     growth = peaks[-1] - peaks[0]
     report.line(

@@ -103,8 +103,8 @@ class Skeleton:
 
     def layer_of(self, name: str) -> int | None:
         """Return the number of the decoder layer that the module or parameter ``name`` is in, or None."""
-        prefix = self.layers_name + "."
-        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+        number = name.removeprefix(self.layers_name + ".").split(".")[0]
+        return int(number) if number.isdigit() and name.startswith(self.layers_name + ".") else None
 
     def _name_of(self, module: nn.Module | None, what: str) -> str:
         for name, candidate in self.model.named_modules():
