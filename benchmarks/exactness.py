@@ -65,6 +65,7 @@ class Case:
     tied: bool = False
     full: bool = False
     layers: str | None = None
+    targets: tuple[str, ...] = ()
     in_4bit: bool = False
     experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
@@ -139,7 +140,9 @@ def sequences(scale: Scale) -> list[dict[str, Tensor]]:
 
 
 def make_adapter(case: Case) -> Adapter:
-    return Full() if case.full else LoRA(rank=4, layers_to_transform=case.layers)
+    if case.full:
+        return Full()
+    return LoRA(rank=4, layers_to_transform=case.layers, target_modules=list(case.targets) or "all-linear")
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -190,8 +193,18 @@ def train_split(
     return (losses, collected) if strategy.is_global_zero else None
 
 
-def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[list[float], dict[str, Tensor]]:
-    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file."""
+def train_plain(
+    case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
+
+    Args:
+        case: The way to train.
+        model_dir: The model.
+        steps: How many.
+        scale: The data.
+        alone: Run each document of a sequence by itself. Some models would let packed ones see each other.
+    """
     dtype = getattr(torch, scale.dtype)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -218,10 +231,15 @@ def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[l
             tokens, positions, labels = (
                 batch[key][None].to(scale.device) for key in ("input_ids", "position_ids", "labels")
             )
-            outputs = model(input_ids=tokens, position_ids=positions, use_cache=False)
-            loss = nn.functional.cross_entropy(outputs.logits[0].float(), labels[0], reduction="sum") / count
+            starts = (positions[0] == 0).nonzero().flatten().tolist() if alone else [0]
+            runs = [
+                model(input_ids=tokens[:, a:b], position_ids=positions[:, a:b], use_cache=False)
+                for a, b in itertools.pairwise([*starts, tokens.shape[1]])
+            ]
+            logits = torch.cat([outputs.logits for outputs in runs], dim=1)[0].float()
+            loss = nn.functional.cross_entropy(logits, labels[0], reduction="sum") / count
             if case.experts:
-                loss = loss + (labels != -100).sum() / count * model.config.router_aux_loss_coef * outputs.aux_loss
+                loss = loss + (labels != -100).sum() / count * model.config.router_aux_loss_coef * runs[0].aux_loss
             loss.backward()
             total += loss.item()
         losses.append(total)

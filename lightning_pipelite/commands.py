@@ -63,4 +63,7 @@ COMMANDS = {
     "check": Command(
         "lightning_pipelite.models.check", "check", "Hold a model in stages against the same model unsplit.", True
     ),
+    "preview": Command(
+        "lightning_pipelite.data.preview", "preview", "Show the first packed sequences of a configuration as text."
+    ),
 }

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_pipelite.models.head import HeadInputs
 
 
 class CausalLMLoss:
@@ -20,21 +25,26 @@ class CausalLMLoss:
         self._coefficient = router_aux_loss_coef
         self.logged = ("router_aux_loss",) if router_aux_loss_coef else ()
 
-    def __call__(self, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
         """Return the summed loss of a micro-batch, float32, the number of tokens in it, and sums of what is logged.
 
         A micro-batch's routers weigh as much as its tokens, as they do where the unsplit model's loss of each
         micro-batch counts by its tokens. In evaluation there is the cross-entropy alone.
 
         Args:
-            outputs: logits (batch, sequence, vocabulary), any floating dtype; with the routers' loss, a scalar, if
-                there is one.
+            outputs: logits (batch, sequence, vocabulary), any floating dtype, or a head's inputs; in a pair with the
+                routers' loss, a scalar, if there is one.
             labels: (batch, sequence), int64; the token to predict at each position, or -100.
         """
-        logits, *routers = (outputs,) if isinstance(outputs, Tensor) else outputs
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        scores, *routers = (outputs,) if isinstance(outputs, (Tensor, HeadInputs)) else outputs
+        if isinstance(scores, HeadInputs):
+            total = linear_cross_entropy(
+                scores.hidden, scores.weight, labels, bias=scores.bias, scale=scores.scale, softcap=scores.softcap
+            )
+        else:
+            total = nn.functional.cross_entropy(
+                scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
         count = (labels != -100).sum()
         if not self.logged:
             return total, count

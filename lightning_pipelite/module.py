@@ -111,10 +111,9 @@ class PipeLiteModule(pl.LightningModule):
             )
         check_schedule(schedule, warmup_steps)
         check_patterns(parameter_groups or {})
-        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
             raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
-        self.save_hyperparameters(ignore=["adapter"])
+        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
@@ -134,6 +133,7 @@ class PipeLiteModule(pl.LightningModule):
             bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
             allow_pickled_weights=allow_pickled_weights,
             trust_remote_code=trust_remote_code,
+            fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0

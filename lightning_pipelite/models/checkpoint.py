@@ -93,6 +93,19 @@ def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
     return True
 
 
+def weight_entries(model_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return what the headers of the safetensors files of ``model_dir`` say of each weight: ``dtype`` and ``shape``.
+
+    Of all weights in the files that belong to the model, as transformers reads them, not only of those in the index.
+
+    Raises:
+        ConfigurationError: As :func:`check_weights`.
+    """
+    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
+    files = [single] if single.exists() else [model_dir / shard for shard in sorted(set(_weight_map(index).values()))]
+    return {name: entry for path in files for name, entry in read_header(path).items()}
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import check_weights
+from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.four_bit import unknown_linear
+from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.packing import documents_when_recomputed
 from lightning_pipelite.models.router import RouterLoss
@@ -48,6 +50,8 @@ class CausalLMLayers:
         bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
         allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
         trust_remote_code: Run the model's own code from ``model_dir``.
+        fuse_head: Leave the head to the loss where it is linear: the last stage then returns its inputs,
+            :class:`~lightning_pipelite.models.head.HeadInputs`.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, config.json decides, by ``output_router_logits`` and its own coefficient.
 
@@ -81,6 +85,7 @@ class CausalLMLayers:
         bnb_4bit_use_double_quant: bool = False,
         allow_pickled_weights: bool = False,
         trust_remote_code: bool = False,
+        fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
@@ -122,9 +127,12 @@ class CausalLMLayers:
             self.router_loss = self.skeleton.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
+        if not self._pickled:  # those have no headers; what is wrong with them shows as they are loaded
+            check_contents(self.skeleton)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
+        self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
         self.seed = seed
@@ -167,7 +175,10 @@ class CausalLMLayers:
             double_quant=self._double_quant,
             pickled=self._pickled,
             attn_implementation=self._attention_on(device),
-        )
+        ).train()
+        leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
+        # Before the adapter's layers, which may need more than tokens.
+        fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         self.adapter.apply(model, self.skeleton, self.seed)
         if self.activation_memory == "recompute":
             # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
@@ -186,6 +197,7 @@ class CausalLMLayers:
             takes_positions=self.skeleton.takes_positions,
             packed=self.packed,
             router_loss=self.router_loss,
+            fused_head=fused_head,
         ).train()
 
     def _attention_on(self, device: torch.device) -> str | None:

@@ -9,16 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
 from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load
 from lightning_pipelite.models.skeleton import Skeleton, embedding_first
 from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
-
-# What multimodal checkpoints, old and new, call the weights of their text model.
-TEXT_MODEL_NAMES = {
-    r"^language_model\.model\.": "model.",
-    r"^model\.language_model\.(?!model\.)": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
 
 
 def load_trimmed(
@@ -56,21 +50,14 @@ def load_trimmed(
         if load_in_4bit
         else None,
         use_safetensors=not pickled,
-        attn_implementation=attn_implementation,
+        attn_implementation=attn_implementation or skeleton.config._attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
         output_loading_info=True,
     )
-    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    if missing:
-        raise ConfigurationError(f"{skeleton.model_dir} lacks the weights {', '.join(missing)}; fetch the model again.")
-    if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"], key=lambda entry: entry[0])[0]
-        raise ConfigurationError(
-            f"{skeleton.model_dir}: the weight {name} has shape {list(found)} but config.json asks for {list(wanted)}; "
-            "fetch the model again."
-        )
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    refuse_misfits(skeleton.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
     is_first, is_last = start == 0, stop == len(skeleton.layers)
     if skeleton.tied and (is_first or is_last):
         embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))

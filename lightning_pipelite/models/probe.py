@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.models.packing import documents_apart
@@ -15,6 +15,7 @@ from lightning_pipelite.models.tiny import tiny_config
 from lightning_pipelite.models.trace import Trace, trace_forward
 
 DOCUMENTS = (5, 7)  # tokens of the packed documents of the trial
+STRONG = 8.0  # what weights are multiplied with so that attention scores reach the caps and sinks of real models
 NOISE = 0.1  # added to every weight: as they are initialised, norms, biases and gates would hide much
 
 
@@ -72,6 +73,48 @@ class Probe:
     def attends_as(self, other: Probe) -> bool:
         """Tell whether packed documents have the logits that they have in a model that attends by other code."""
         return _equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))
+
+    @torch.no_grad()
+    def layers_attend_as(self, other: Probe, layer_names: Sequence[str]) -> bool:
+        """Tell whether each decoder layer gives what it gives in a model that attends by other code.
+
+        With strong weights, and each layer by itself: all get what the first one gets, so that neither rounding errors
+        nor the size of the hidden states grow from layer to layer.
+        """
+        outputs: list[list[Tensor]] = []
+        for probe in (self, other):
+            outputs.append(probe._outputs_with_strong_weights(layer_names))
+        return all(
+            torch.equal(a.isfinite(), b.isfinite()) and bool((a - b).abs().nan_to_num().max() <= 1e-3 * b.abs().max())
+            for a, b in zip(*outputs, strict=True)
+        )
+
+    def _outputs_with_strong_weights(self, layer_names: Sequence[str]) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        first: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append(args[0] if args else kwargs["hidden_states"])
+            return ((first[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first[0]})
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        layers = [self.model.get_submodule(name) for name in layer_names]
+        matrices = [p for layer in layers for p in layer.parameters() if p.ndim > 1]
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(after) for layer in layers]
+        kept = [matrix.data for matrix in matrices]
+        try:
+            for matrix in matrices:
+                matrix.data = matrix.data * STRONG
+            self._logits(self.input_ids, _count(self.input_ids))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for matrix, data in zip(matrices, kept, strict=True):
+                matrix.data = data
+        return outputs
 
     @torch.no_grad()
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

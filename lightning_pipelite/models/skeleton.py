@@ -84,8 +84,9 @@ class Skeleton:
             probe = Probe(self.config, self._build)
         except Exception as error:
             raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
-        self.takes_positions = probe.takes_positions
         self._explore(probe)
+        probe = self._attend_exactly(probe, asked=attn_implementation)
+        self.takes_positions = probe.takes_positions
         try:
             if probe.sees_the_future():
                 raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
@@ -125,11 +126,37 @@ class Skeleton:
                 counts[-1] += own
         return counts
 
+    def _attend_exactly(self, probe: Probe, *, asked: str | None) -> Probe:
+        """Attend in plain operations ("eager") if the class's faster code leaves out something of its attention.
+
+        Before transformers 5.23, scaled dot-product attention drops the soft cap of Gemma 2's scores without a word.
+
+        Returns:
+            A probe that attends as the model will.
+        """
+        if self.config._attn_implementation == "eager":
+            return probe
+        build = partial(self._build, attn_implementation="eager")
+        try:
+            eager = Probe(self.config, build)
+            same = probe.layers_attend_as(eager, self.layer_names)
+        except Exception:  # the class has no other code, or none that can be tried
+            return probe
+        if same:
+            return probe
+        if asked is not None:
+            raise ConfigurationError(
+                f"{self.model_dir}: attn_implementation {asked} leaves out something of how a model of type "
+                f"{self.config.model_type} attends; set it to auto."
+            )
+        self._build, self.config._attn_implementation = build, "eager"
+        return eager
+
     def fits_varlen(self) -> bool:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
         try:
             probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
-            return probe.attends_as(Probe(self.config))
+            return probe.attends_as(Probe(self.config, self._build))
         except Exception:  # whatever the class asks for that it does not do
             return False
 

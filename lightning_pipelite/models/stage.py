@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.packing import documents_apart
 from lightning_pipelite.models.router import RouterLoss, RouterSums
 
@@ -28,6 +29,7 @@ class Stage(nn.Module):
         takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
         packed: Whether inputs may hold several documents. If not, one that does is an error.
         router_loss: The load-balancing loss of the model's routers, if it is trained.
+        fused_head: The head, if it is left to the loss.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Stage(nn.Module):
         takes_positions: bool = True,
         packed: bool = True,
         router_loss: RouterLoss | None = None,
+        fused_head: FusedHead | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
+        self.fused_head = fused_head
         self._takes_positions, self._packed = takes_positions, packed
         causal_lm.extra_inputs = ()
         self._routers: RouterSums | None = None
@@ -66,7 +70,8 @@ class Stage(nn.Module):
                 balanced in training, the sums over the routers of the stages before follow last.
 
         Returns:
-            The logits [batch, seq, vocabulary] in the model's dtype on the last stage, otherwise
+            The logits [batch, seq, vocabulary] in the model's dtype, or :class:`~lightning_pipelite.models.head.
+            HeadInputs` where the head is left to the loss, on the last stage, otherwise
             ``(hidden_states, position_ids, *extra)`` for the next. Where routers are balanced in training,
             ``(logits, loss)`` with their loss, a float32 scalar, or one more tensor for the next stage.
 
@@ -96,10 +101,14 @@ class Stage(nn.Module):
         self.causal_lm.extra_inputs = tuple(extra)
         try:
             with documents_apart(position_ids if self._packed else None):
-                logits = self.causal_lm(**arguments).logits
+                outputs: Any = (
+                    self.causal_lm(**arguments).logits
+                    if self.fused_head is None
+                    else self.fused_head.inputs(self.causal_lm, arguments)
+                )
             if routers is None:
-                return logits
-            return logits, routers.loss.loss(routers.finish(sums), position_ids.numel())
+                return outputs
+            return outputs, routers.loss.loss(routers.finish(sums), position_ids.numel())
         except LeaveStage as leave:
             return (leave.hidden_states, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
