@@ -50,7 +50,7 @@ class Skeleton:
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
-        self.config = _read_config(self.model_dir)
+        self.config = read_config(self.model_dir)
         self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
         try:
             with torch.device("meta"):
@@ -182,7 +182,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _read_config(model_dir: Path) -> PretrainedConfig:
+def read_config(model_dir: Path) -> PretrainedConfig:
     path = model_dir / "config.json"
     if not read_json(path).get("model_type"):
         raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")
