@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from models.tiny_models import CONFIGS, SIZES
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -97,3 +99,40 @@ def logits(model: Any) -> Tensor:
 def with_adapter(base: Path, adapter: Path) -> Tensor:
     """The logits of the base with the adapter beside it, through PEFT."""
     return logits(PeftModel.from_pretrained(load(base), adapter).eval())
+
+
+def write_control_adapter(
+    directory: Path, layers: str = "model.layers", numbers: tuple[int, ...] = (0, 1, 2, 3), rank: int = 4, size: float = 0.3
+) -> Path:
+    """Save a random Control Adapter of width 64 with orthonormal directions."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for number in numbers:
+        directions = torch.linalg.qr(torch.randn(64, rank, generator=generator))[0]
+        tensors[f"base_model.model.{layers}.{number}.control_Q"] = directions.contiguous()
+        tensors[f"base_model.model.{layers}.{number}.control_S"] = size * torch.randn(rank, generator=generator)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "CONTROL_ADAPTER", "task_type": "CAUSAL_LM", "r": rank}
+    (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+@torch.no_grad()
+def with_control(base: Path, adapter: Path, sign: int) -> Tensor:
+    """The logits of the base with a Control Adapter, written once more, from its definition alone."""
+    model = load(base)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key in [key for key in tensors if key.endswith("_Q")]:
+        directions = tensors[key]
+        matrix = torch.eye(64) + directions @ torch.diag(torch.exp(sign * tensors[key[:-1] + "S"]) - 1) @ directions.T
+
+        def hook(_layer: Any, args: Any, kwargs: Any, returned: Any, matrix: Tensor = matrix) -> Any:
+            entered = args[0] if args else kwargs["hidden_states"]
+            output = returned[0] if isinstance(returned, tuple) else returned
+            output = entered + (output - entered) @ matrix.T
+            return (output, *returned[1:]) if isinstance(returned, tuple) else output
+
+        layer = key.removeprefix("base_model.model.").removesuffix(".control_Q")
+        model.get_submodule(layer).register_forward_hook(hook, with_kwargs=True)
+    return logits(model)
