@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE
+from lightning_pipelite.export.lora import CONFIG_FILE, read_tensors
 from lightning_pipelite.models.checkpoint import read_json
 
 KEY = re.compile(r"base_model\.model\.(.+)\.(\d+)\.control_(Q|S|A|B)(?:\.weight)?")
@@ -67,7 +65,7 @@ class ControlAdapterFile:
         self.directory = Path(directory)
         tensors: dict[int, dict[str, Tensor]] = {}
         names: set[str] = set()
-        for key, tensor in _read(self.directory).items():
+        for key, tensor in read_tensors(self.directory).items():
             match = KEY.fullmatch(key)
             if match is None:
                 raise ConfigurationError(f"{directory} holds {key}, which is no part of a Control Adapter.")
@@ -104,14 +102,4 @@ def is_control_adapter(directory: str | Path) -> bool:
     directory = Path(directory)
     if read_json(directory / CONFIG_FILE).get("peft_type") == "CONTROL_ADAPTER":
         return True
-    return any(KEY.fullmatch(key) for key in _read(directory))
-
-
-def _read(directory: Path) -> dict[str, Tensor]:
-    path, pickled = directory / WEIGHTS_FILE, directory / "adapter_model.bin"
-    if not (directory / CONFIG_FILE).exists() or not (path.exists() or pickled.exists()):
-        raise ConfigurationError(f"{directory} has no {CONFIG_FILE} or no {WEIGHTS_FILE}; give an adapter's directory.")
-    try:
-        return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
+    return any(KEY.fullmatch(key) for key in read_tensors(directory))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
@@ -66,7 +68,7 @@ class LoRAOfBase:
         self, base: BaseModel, directory: str | Path, scale: float = 1.0, device: str | torch.device = "cpu"
     ) -> None:
         self.directory = Path(directory)
-        self.config = _read_config(self.directory)
+        self.config = read_lora_config(self.directory)
         self._model = self._place(base, device)
         self._layers: dict[str, LoraLayer] = {}
         self._biases: dict[str, LoraLayer] = {}
@@ -105,8 +107,13 @@ class LoRAOfBase:
                     "needed."
                 )
 
+    def products(self) -> Iterator[tuple[str, Factors]]:
+        """Give, in the model's order, the name of each parameter that a product B·A is for, and its factors."""
+        for name, layer in self._layers.items():
+            yield name, _factors(layer)
+
     def factors(self) -> Iterator[tuple[str, Factors]]:
-        """Give, in the model's order, each changed parameter's name and the factors of what is added to it.
+        """Give the same where that is all that the adapter does.
 
         Raises:
             ConfigurationError: The adapter does more than add products of factors.
@@ -116,8 +123,7 @@ class LoRAOfBase:
             raise ConfigurationError(
                 f"{self.directory} is {what}, which has no factors; merge it into its base (pipelite merge) instead."
             )
-        for name, layer in self._layers.items():
-            yield name, _factors(layer)
+        yield from self.products()
 
     def apply(self, name: str, value: Tensor) -> Tensor:
         """Return the parameter ``name`` with the adapter in it.
@@ -146,7 +152,9 @@ class LoRAOfBase:
         try:
             holder._parameters[parameter] = nn.Parameter(value, requires_grad=False)
             if layer.lora_bias.get(ADAPTER):  # PEFT merges it as well, here into nothing: see _biases
-                holder._parameters["bias"] = nn.Parameter(value.new_zeros(value.shape[0]), requires_grad=False)
+                holder._parameters["bias"] = nn.Parameter(
+                    torch.zeros_like(layer.lora_B[ADAPTER].bias), requires_grad=False
+                )
             with torch.no_grad():
                 layer.merge(adapter_names=[ADAPTER])
             return holder._parameters[parameter].detach()
@@ -205,7 +213,27 @@ def _adapter_stays() -> Iterator[None]:
                 kind._move_adapter_to_device_of_base_layer = method
 
 
-def _read_config(directory: Path) -> LoraConfig:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's directory, by name.
+
+    Raises:
+        ConfigurationError: They are missing or damaged.
+    """
+    path, pickled = directory / WEIGHTS_FILE, directory / "adapter_model.bin"
+    if not (directory / CONFIG_FILE).exists() or not (path.exists() or pickled.exists()):
+        raise ConfigurationError(f"{directory} has no {CONFIG_FILE} or no {WEIGHTS_FILE}; give an adapter's directory.")
+    try:
+        return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+        raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
+
+
+def read_lora_config(directory: Path) -> LoraConfig:
+    """Return PEFT's configuration of a LoRA.
+
+    Raises:
+        ConfigurationError: It is missing, not a LoRA's, or of a kind that says too little of what is added to the base.
+    """
     if not (directory / CONFIG_FILE).exists():
         raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of a PEFT adapter.")
     kind = read_json(directory / CONFIG_FILE).get("peft_type")
