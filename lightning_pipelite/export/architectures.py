@@ -32,7 +32,6 @@ PLAIN = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "seed_oss": "seed_oss",
-    "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
 PERMUTED = {
