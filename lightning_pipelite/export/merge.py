@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,9 +53,9 @@ def merge(
         total = sum(len(header) for header in model.headers.values())
         with tqdm(total=total, unit="tensors", desc="merging") as progress:
             for name in model.headers:
-                _write_shard(model.directory / name, partial / name, changed, progress)
+                write_shard(model.directory / name, partial / name, changed, progress)
         changed.check_complete()
-        _copy_companions(model.directory, partial)
+        copy_companions(model.directory, partial)
     parameters = {name for each in loras for name in each.changed}
     return f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files."
 
@@ -115,8 +116,19 @@ class _Changed:
             raise RuntimeError(f"not merged: {sorted(wanted - self._applied)}")
 
 
-def _write_shard(source: Path, target: Path, changed: _Changed, progress: tqdm) -> None:
-    """Write ``source`` with the same header and the changed tensors in place of theirs."""
+class Tensors(Protocol):
+    """Tensors by name, which may be made when they are asked for."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) -> None:
+    """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
+
+    Raises:
+        ConfigurationError: A changed tensor is not finite in the file's type.
+    """
     header = read_header(source)
     with source.open("rb") as before, target.open("wb") as after:
         length = before.read(8)
@@ -129,7 +141,7 @@ def _write_shard(source: Path, target: Path, changed: _Changed, progress: tqdm) 
                 if list(value.shape) != entry["shape"] or value.nbytes != end - first:
                     raise RuntimeError(f"{name} came out as {value.dtype} {list(value.shape)}")
                 if not torch.isfinite(value).all():
-                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} once merged; lower scale.")
+                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} in the end; lower scale.")
                 after.seek(start + first)
                 after.write(value.reshape(-1).view(torch.uint8).numpy().data)
             else:
@@ -140,8 +152,8 @@ def _write_shard(source: Path, target: Path, changed: _Changed, progress: tqdm) 
             progress.update()
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Copy all but weights; config.json last, so that a directory that was not finished does not load."""
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy all of a model's directory but weights; config.json last, so that a directory that was not finished does not load."""
     paths = [path for path in source.iterdir() if not path.name.startswith(".")]
     for path in sorted(paths, key=lambda path: path.name == "config.json"):
         if path.is_file() and path.suffix not in WEIGHT_FILES:
