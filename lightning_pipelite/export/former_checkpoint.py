@@ -153,6 +153,8 @@ class _Trained:
             prefix = outside.get(number, f"model.layers.{number - BEFORE_LAYERS}.")
             for key, tensor in _load(path).items():
                 name = prefix + key.removeprefix("orig.").removeprefix("lm_head.")
+                if name == "lm_head.weight" and base.config.tie_word_embeddings:
+                    continue  # the embedding once more
                 if name not in held or held[name]["shape"] != list(tensor.shape):
                     raise ConfigurationError(
                         f"{path} holds {key} with shape {list(tensor.shape)}, for which {base.directory} has no "

@@ -69,6 +69,7 @@ class LoRAOfBase:
     ) -> None:
         self.directory = Path(directory)
         self.config = read_lora_config(self.directory)
+        _check_same_kind(self.config, self.directory, base)
         self._model = self._place(base, device)
         self._layers: dict[str, LoraLayer] = {}
         self._biases: dict[str, LoraLayer] = {}
@@ -85,6 +86,9 @@ class LoRAOfBase:
                 for parameter, value in module.named_parameters(recurse=False):
                     if value.device.type != "meta" and not inside:
                         self._replaced[f"{plain}.{parameter}"] = value.detach()
+        for name, value in list(self._replaced.items()):  # with an embedding, PEFT saves its unchanged weight as well
+            if name in base.groups and torch.equal(value.cpu(), base.read_parameter(name)):
+                del self._replaced[name]
         self.changed = {*self._layers, *self._biases, *self._replaced}
         if not self.changed:
             raise ConfigurationError(f"{directory} changes no weight of {base.directory}; give the adapter's base.")
@@ -255,6 +259,20 @@ def read_lora_config(directory: Path) -> LoraConfig:
     config.init_lora_weights = True  # whatever it was, the values come from the file
     config.inference_mode = True
     return config
+
+
+def _check_same_kind(config: LoraConfig, directory: Path, base: BaseModel) -> None:
+    """Check that the base is of the kind of the model that was trained, where that is still to be found."""
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    if not path.is_file():
+        return
+    trained, given = read_json(path), read_json(base.directory / "config.json")
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if trained.get(key) != given.get(key):
+            raise ConfigurationError(
+                f"{directory} was trained on {path.parent}, whose {key} is {trained.get(key)}, but that of "
+                f"{base.directory} is {given.get(key)}; give the adapter's base."
+            )
 
 
 def _factors(layer: Any) -> Factors:
