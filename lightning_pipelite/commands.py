@@ -65,7 +65,9 @@ COMMANDS = {
     ),
     "merge": Command("lightning_pipelite.export.merge", "merge", "Add LoRAs to the weights of their base model."),
     "convert": Command(
-        "lightning_pipelite.export.convert", "convert", "Write what a training checkpoint holds as an adapter or a model."
+        "lightning_pipelite.export.convert",
+        "convert",
+        "Write what a training checkpoint holds as an adapter or a model.",
     ),
     "control-to-lora": Command(
         "lightning_pipelite.export.control_to_lora", "control_to_lora", "Make a LoRA of a Control Adapter."

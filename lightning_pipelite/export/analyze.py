@@ -25,7 +25,7 @@ LORA_TERMS = {
     "‖ΔW‖_F": "Frobenius norm of ΔW = scaling · B A, of fused experts that of all together.",
     "‖ΔW‖₂": "Spectral norm, the largest singular value.",
     "rank": "Number of singular values.",
-    "eff. rank": "Effective rank (Σσ)² / Σσ²: how many directions ΔW uses, between 1 and its rank.",
+    "eff. rank": "Effective rank ‖ΔW‖²_* / ‖ΔW‖²_F: how many directions ΔW uses, between 1 and its rank.",
     "‖ΔW‖/‖W‖": "Frobenius norm relative to that of the base's weight; needs --base.",
 }
 CONTROL_TERMS = {
@@ -34,7 +34,7 @@ CONTROL_TERMS = {
     "‖W‖₂": "Spectral norm, and in brackets the error of max |λ| in its place.",
     "‖W‖_*": "Nuclear norm, and in brackets the error of Σ |λ| in its place.",
     "eff. rank": "Effective rank ‖W‖²_* / ‖W‖²_F, between 1 and the rank.",
-    "κ": "Condition number σ₁ / σ_r of W.",
+    "κ": "Condition number of W on its rank: largest over smallest singular value.",
     "λ min": "Smallest eigenvalue of W for class +1.",
     "λ max": "Largest eigenvalue of W for class +1.",
 }
@@ -82,7 +82,8 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None) ->
         about = f"{kind} in {source}" + (f", on {base}" if base else "")
         text = page(f"Analysis of {source.name}", about, pngs, head, rows, terms)
         (partial / "analysis.html").write_text(text, encoding="utf-8")
-    return f"{about}\n\n{_table(head, rows)}\n\n{target}: analysis.html, analysis.json, {', '.join(f'{n}.png' for n in pngs)}"
+    written = ", ".join(["analysis.html", "analysis.json", *(f"{name}.png" for name in pngs)])
+    return f"{about}\n\n{_table(head, rows)}\n\n{target}: {written}"
 
 
 def _lora(adapter: Path, base: str | None) -> dict[str, Product]:

@@ -284,7 +284,9 @@ def _factors(layer: Any) -> Factors:
             b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
         return Factors(a, b, scaling, transposed=not layer._did_swap_in_out_features and layer.num_experts > 1)
     if ADAPTER in layer.lora_embedding_A:  # the embedding's weight is [in, out] of the map from one-hot to hidden
-        return Factors(layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach(), scaling, True)
+        return Factors(
+            layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach(), scaling, True
+        )
     a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
     return Factors(a, b, scaling, transposed=bool(layer.fan_in_fan_out))
 

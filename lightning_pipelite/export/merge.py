@@ -153,7 +153,7 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) ->
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy all of a model's directory but weights; config.json last, so that a directory that was not finished does not load."""
+    """Copy all of a model's directory but weights; config.json last: without it, an unfinished model does not load."""
     paths = [path for path in source.iterdir() if not path.name.startswith(".")]
     for path in sorted(paths, key=lambda path: path.name == "config.json"):
         if path.is_file() and path.suffix not in WEIGHT_FILES:

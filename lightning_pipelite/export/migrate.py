@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.places import check_new_file, new_file
@@ -77,7 +77,7 @@ class Migration:
         for key, (value, why) in ONLY.items():
             if key in self._left and self._left.pop(key) != value:
                 raise ConfigurationError(f"{path}: {key} has no counterpart ({why}); set it to {value!r} or remove it.")
-        self.content = {
+        self.content: dict[str, Any] = {
             "seed_everything": 0,
             "trainer": self._trainer(),
             "model": self._model(),
@@ -91,7 +91,10 @@ class Migration:
 
     def yaml(self) -> str:
         """Return the YAML, with its comments."""
-        lines = [f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.", *self._lines(self.content, ())]
+        lines = [
+            f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.",
+            *self._lines(self.content, ()),
+        ]
         return "\n".join(lines) + "\n"
 
     def _trainer(self) -> dict[str, Any]:
@@ -156,9 +159,7 @@ class Migration:
                 raise ConfigurationError(f"{self.path} sets evals_per_epoch and evals_per_run; remove the latter.")
             evals = max(1, round((run - 1) / epochs))
             self._say(f"Was evals_per_run = {run}: one at the start and {run - 1} on the way.", "trainer", "callbacks")
-        callbacks.append(
-            self._class(f"{CALLBACKS}.EvalSchedule", {"evals_per_epoch": 10 if evals is None else evals})
-        )
+        callbacks.append(self._class(f"{CALLBACKS}.EvalSchedule", {"evals_per_epoch": 10 if evals is None else evals}))
         callbacks.append(self._class(f"{CALLBACKS}.SaveTrained", {"output_dir": f"{self.output_dir}/trained"}))
         self._say(
             "Runs have no directories with a date: checkpoints, logs and result lie in output_dir itself. To resume, "
@@ -236,9 +237,7 @@ class Migration:
         data |= self._common
         data["eval_fraction"] = self._take("eval_fraction", (int, float), 0.01)
         self._say("Whole documents are held out now, so that none is in both sets.", "data", "eval_fraction")
-        data["eval_gradient_accumulation_steps"] = self._take(
-            "eval_gradient_accumulation_steps", int, self.accumulate
-        )
+        data["eval_gradient_accumulation_steps"] = self._take("eval_gradient_accumulation_steps", int, self.accumulate)
         self._say(
             "Documents packed into one sequence do not see each other any more, where the model can keep them apart.",
             "data",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,8 +35,8 @@ def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
     try:
-        from lightning_pipelite.strategy.checkpoint import read_checkpoint
-    except ImportError:
+        read_checkpoint = importlib.import_module("lightning_pipelite.strategy.checkpoint").read_checkpoint
+    except AttributeError:
         raise ConfigurationError(f"{checkpoint}: this version cannot read its own checkpoints.") from None
     meta, parameters = read_checkpoint(checkpoint)
     values = dict(parameters)

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_pipelite.export.spectra import Control, Product
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -66,7 +66,9 @@ def place(name: str) -> tuple[int | None, str]:
 
 def _in_order(modules: Iterable[str]) -> list[str]:
     """Return the modules, each once: attention before MLP, as the data flows; the rest by name."""
-    return sorted(set(modules), key=lambda name: (next((i for i, e in enumerate(FLOW) if name.startswith(e)), 99), name))
+    return sorted(
+        set(modules), key=lambda name: (next((i for i, e in enumerate(FLOW) if name.startswith(e)), 99), name)
+    )
 
 
 def _maps(products: Mapping[str, Product], title: str, figure_of: Callable[[Product], float]) -> Figure:
@@ -94,7 +96,7 @@ def _maps(products: Mapping[str, Product], title: str, figure_of: Callable[[Prod
     axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=14)
     bar.set_label(title)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -128,7 +130,7 @@ def _spectra(products: Mapping[str, Product]) -> Figure:
 def _layer_bar(figure: Figure, axes: Any, norm: Normalize) -> None:
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.015, aspect=24)
     bar.set_label("layer")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.locator = MaxNLocator(6, integer=True)
     bar.update_ticks()
 

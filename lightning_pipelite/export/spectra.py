@@ -26,7 +26,7 @@ class Product:
         singular_values: Of ΔW, in order; of fused experts their mean over the experts.
         frobenius: ‖ΔW‖_F, of fused experts of the stack.
         spectral: ‖ΔW‖₂, of fused experts the largest.
-        effective_rank: (Σσ)² / Σσ², between 1 and the rank; of fused experts their mean. 0 if ΔW is 0.
+        effective_rank: ‖ΔW‖²_* / ‖ΔW‖²_F, between 1 and the rank; of fused experts their mean. 0 if ΔW is 0.
         relative: ‖ΔW‖_F / ‖W‖_F of the base's weight; None without a base.
     """
 
@@ -49,7 +49,7 @@ class Control:
         spectral: ‖W‖₂.
         nuclear: ‖W‖_*, the sum of the singular values.
         effective_rank: ‖W‖²_* / ‖W‖²_F, between 1 and the rank. 0 if W is 0.
-        condition: σ₁ / σ_r of W; None if σ_r is 0.
+        condition: largest over smallest of the singular values on the rank; None if that is 0.
         spectral_approximated: max |λ|, which is ‖W‖₂ if Q is orthogonal; None without Q.
         spectral_error: (approximated - true) / true.
         nuclear_approximated: Σ |λ|, which is ‖W‖_* if Q is orthogonal; None without Q.
@@ -73,7 +73,7 @@ class Control:
 def singular_values(b: Tensor, a: Tensor) -> Tensor:
     """Return the singular values of B A, float64 [.., rank], from the QR decompositions of B and Aᵀ.
 
-    With B = U R and Aᵀ = V T, B A = U (R Tᵀ) Vᵀ, so that they are those of the rank × rank matrix R Tᵀ.
+    With B = U R and Aᵀ = V T, B A = U (R Tᵀ) Vᵀ, so that they are those of R Tᵀ, square and of the rank's size.
 
     Args:
         b: [.., out, rank].
@@ -103,7 +103,8 @@ def control(transform: Transform) -> Control:
     left, right = (each.double() for each in transform.factors())
     values = singular_values(left, right)
     spectral, nuclear, frobenius = float(values[0]), float(values.sum()), float(values.norm())
-    orthogonality, approximated = None, (None, None)
+    orthogonality: float | None = None
+    approximated: tuple[float | None, float | None] = (None, None)
     if transform.log_scales is not None:
         q = transform.left.double()
         orthogonality = float((q.mT @ q - torch.eye(q.shape[1])).square().sum())
@@ -165,7 +166,7 @@ def _effective_rank(values: Tensor) -> Tensor:
 def _eigenvalues(transform: Transform, *, inverse: bool) -> list[float]:
     """Return the eigenvalues of L R that can differ from 0, in falling order.
 
-    They are those of the rank × rank matrix R L; with Q = U T, those of T diag(λ) Tᵀ, which is symmetric.
+    They are those of R L, square and of the rank's size; with Q = U T, those of T diag(λ) Tᵀ, which is symmetric.
     """
     left, right = (each.double() for each in transform.factors(inverse=inverse))
     if transform.log_scales is None:

@@ -92,9 +92,7 @@ def export_gguf(
     return f"{output}: {count} tensors for architecture {target.name}, {outtype}, alpha {alpha:g}."
 
 
-def _placed(
-    base: BaseModel, target: Architecture, name: str, factors: Factors
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Give the GGUF tensors that the parameter ``name`` becomes, with the A and B of each."""
     group = base.group_of(name)
     if factors.a.ndim == 3:

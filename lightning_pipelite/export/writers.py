@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ class _Trial:
         if not last or not _small(rest, delta):
             raise ConfigurationError(
                 f"{self.name}, a {type(self.layer).__name__}, adds more than the products of its weights to its input "
-                "(a norm after them, for one), so no LoRA does what a Control Adapter does there; run the model with the "
-                "Control Adapter itself instead."
+                "(a norm after them, for one), so no LoRA does what a Control Adapter does there; run the model with "
+                "the Control Adapter itself instead."
             )
         return LayerWriters(tuple(map(self._writer, last)), tuple(map(self._writer, first)))
 
@@ -141,17 +142,15 @@ class _Trial:
     def _passes(self, name: str) -> bool:
         """Tell whether a vector added to the module's output comes out of the layer as itself, scaled by token."""
         before = self.run()
+        scales: list[Tensor] = []
         for seed in (0, 1):
             vector = torch.randn(self.hidden, generator=torch.Generator().manual_seed(seed))
-            with self.changing(name, lambda out, v=vector: out + v if out.shape[-1] == len(v) else out):  # type: ignore[misc]
+            with self.changing(name, partial(_plus, vector)):
                 change = self.run() - before
-            scale = change @ vector / (vector @ vector)
-            if seed and not torch.allclose(scale, scales, rtol=1e-3, atol=1e-4):  # noqa: F821
+            scales.append(change @ vector / (vector @ vector))
+            if not _small(change - scales[-1][..., None] * vector, change) or not bool((scales[-1].abs() > 1e-3).any()):
                 return False
-            scales = scale  # noqa: F841
-            if not _small(change - scale[..., None] * vector, change) or not bool((scale.abs() > 1e-3).any()):
-                return False
-        return True
+        return torch.allclose(scales[0], scales[1], rtol=1e-3, atol=1e-4)
 
     def _unwritten(self, names: list[str], delta: Tensor) -> Tensor:
         """Return what is left of ``delta`` without the outputs of ``names``."""
@@ -185,7 +184,12 @@ class _Trial:
 
     def _output(self, name: str) -> Tensor:
         kept: list[Tensor] = []
-        with self.changing(name, lambda output: (kept.append(output), output)[1]):  # type: ignore[func-returns-value]
+
+        def keep(output: Tensor) -> Tensor:
+            kept.append(output)
+            return output
+
+        with self.changing(name, keep):
             self.run()
         return kept[0]
 
@@ -201,6 +205,10 @@ def _matrices(module: nn.Module, hidden: int) -> Iterator[tuple[str, bool]]:
 
 def _is_bias(parameter: nn.Parameter | None, hidden: int) -> bool:
     return parameter is not None and parameter.ndim in (1, 2) and parameter.shape[-1] == hidden
+
+
+def _plus(vector: Tensor, output: Tensor) -> Tensor:
+    return output + vector if output.shape[-1] == len(vector) else output
 
 
 def _small(difference: Tensor, size: Tensor) -> bool:

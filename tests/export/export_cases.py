@@ -102,7 +102,11 @@ def with_adapter(base: Path, adapter: Path) -> Tensor:
 
 
 def write_control_adapter(
-    directory: Path, layers: str = "model.layers", numbers: tuple[int, ...] = (0, 1, 2, 3), rank: int = 4, size: float = 0.3
+    directory: Path,
+    layers: str = "model.layers",
+    numbers: tuple[int, ...] = (0, 1, 2, 3),
+    rank: int = 4,
+    size: float = 0.3,
 ) -> Path:
     """Save a random Control Adapter of width 64 with orthonormal directions."""
     generator = torch.Generator().manual_seed(3)

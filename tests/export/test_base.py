@@ -54,7 +54,7 @@ def test_the_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
 def test_a_base_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     directory = write_base(tmp_path / "base", "llama")
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="also holds an adapter_config.json"):
+    with pytest.raises(ConfigurationError, match=r"also holds an adapter_config\.json"):
         BaseModel(directory)
     (directory / "adapter_config.json").unlink()
     (directory / "model.safetensors").write_bytes(b"short")

@@ -152,7 +152,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "for layers of width 32 but those of .* have 64",
     ),
     "depth": (
-        lambda t: (t.clear(), t.update({f"{KEY}Q".replace("0", "9"): torch.eye(64, 2), f"{KEY}S".replace("0", "9"): torch.zeros(2)})),
+        lambda t: (
+            t.clear(),
+            t.update({f"{KEY}Q".replace("0", "9"): torch.eye(64, 2), f"{KEY}S".replace("0", "9"): torch.zeros(2)}),
+        ),
         "transforms model.layers.9, which .* does not have",
     ),
     "other": (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "no part of a Control Adapter"),

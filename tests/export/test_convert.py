@@ -56,7 +56,9 @@ def test_a_lora(layers: list[int] | None, tmp_path: Path) -> None:
     # 4-bit weights leave their statistics in the files.
     items[3]["orig.self_attn.q_proj.base_layer.weight.absmax"] = torch.ones(3)
     _write_layers(tmp_path / "run", items)
-    told = convert(str(tmp_path / "run"), str(tmp_path / "out"), str(_config(tmp_path, base, "lora_rank = 4\nlora_alpha = 8")))
+    told = convert(
+        str(tmp_path / "run"), str(tmp_path / "out"), str(_config(tmp_path, base, "lora_rank = 4\nlora_alpha = 8"))
+    )
     assert "alpha = 8" in told
     assert torch.equal(with_adapter(base, tmp_path / "out"), with_adapter(base, adapter))
 
@@ -91,12 +93,16 @@ def test_a_whole_model_of_which_some_layers_were_trained(kind: str, tmp_path: Pa
     items[1] = {"orig.weight": trained["model.embed_tokens.weight"]}
     items[LAYERS + 2] = {"orig.weight": trained["model.norm.weight"]}
     items[LAYERS + 3] = (
-        {"orig.weight": items[1]["orig.weight"]} if kind == "llama_tied" else {"lm_head.weight": trained["lm_head.weight"]}
+        {"orig.weight": items[1]["orig.weight"]}
+        if kind == "llama_tied"
+        else {"lm_head.weight": trained["lm_head.weight"]}
     )
     run = _write_layers(tmp_path / "run", items)
     convert(str(run), str(tmp_path / "out"), str(_config(tmp_path, base, "full_fine_tune = true")))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()}
-    before, after = ({n: t for s in each.glob("*.safetensors") for n, t in load_file(s).items()} for each in (base, tmp_path / "out"))
+    before, after = (
+        {n: t for s in each.glob("*.safetensors") for n, t in load_file(s).items()} for each in (base, tmp_path / "out")
+    )
     for name, tensor in after.items():
         assert torch.equal(tensor, trained.get(name, before[name]))
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
@@ -112,7 +118,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     base = write_base(tmp_path / "base", "llama")
     run = _write_layers(tmp_path / "run", {})
     torch.save(_Hostile(), run / "layer_03-model_states.pt")
-    with pytest.raises(ConfigurationError, match="layer_03-model_states.pt cannot be read as weights alone"):
+    with pytest.raises(ConfigurationError, match=r"layer_03-model_states\.pt cannot be read as weights alone"):
         convert(str(run), str(tmp_path / "out"), str(_config(tmp_path, base, "lora_rank = 4")))
     assert not (tmp_path / "hostile").exists()
     assert not (tmp_path / "out").exists()
@@ -129,7 +135,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="holds no adapter"):
         convert(str(run), str(tmp_path / "out"), str(config))
     torch.save({"orig.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, 64)}, run / "layer_02-model_states.pt")
-    with pytest.raises(ConfigurationError, match="lacks|does not fit"):
+    with pytest.raises(ConfigurationError, match=r"lacks|does not fit"):
         convert(str(run), str(tmp_path / "out"), str(config))
     torch.save({"orig.weight": torch.zeros(3)}, run / "layer_01-model_states.pt")
     with pytest.raises(ConfigurationError, match=r"holds orig.weight with shape \[3\]"):

@@ -65,7 +65,9 @@ def _migrated(path: Path) -> dict[str, Any]:
 
 
 def _callbacks(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {each["class_path"].rpartition(".")[2]: each.get("init_args", {}) for each in content["trainer"]["callbacks"]}
+    return {
+        each["class_path"].rpartition(".")[2]: each.get("init_args", {}) for each in content["trainer"]["callbacks"]
+    }
 
 
 def _missing(content: Any) -> list[str]:
