@@ -84,7 +84,7 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
 def test_every_configuration_is_run_by_a_test() -> None:
     quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"quickstart", "drop_in"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"quickstart", "drop_in", "compare_llama_cpp"}
 
 
 @pytest.mark.timeout(600)

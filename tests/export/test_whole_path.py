@@ -1,4 +1,4 @@
-"""From training to use, with the command line: adapters trained by `pipelite fit`, then merged, converted, generated with."""
+"""From training to use: adapters trained by `pipelite fit`, then merged, converted, and generated with."""
 
 from __future__ import annotations
 
