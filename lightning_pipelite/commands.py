@@ -81,4 +81,7 @@ COMMANDS = {
     "migrate": Command(
         "lightning_pipelite.export.migrate", "migrate", "Turn a configuration of qlora-pipe-lite into YAML.", True
     ),
+    "preview": Command(
+        "lightning_pipelite.data.preview", "preview", "Show the first packed sequences of a configuration as text."
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -70,6 +71,30 @@ def test_readme_command_runs(workers: Workers, directory: Path) -> None:
     assert (directory / "output" / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_readme_data_options_pack(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (block,) = [code for language, code in BLOCKS if language == "yaml"]
+    talks = [
+        {"messages": [{"role": "user", "content": f"Who is {n}?"}, {"role": "assistant", "content": f"Python {n}."}]}
+        for n in range(2000)
+    ]
+    (directory / "more").mkdir()
+    (directory / "more" / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks) + "no record\n")
+    (directory / "more" / "held.jsonl").write_text(json.dumps({"text": "held out"}))
+    (directory / "chat").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / "chat" / name).write_bytes((directory / "models" / "base" / name).read_bytes())
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    (directory / "chat" / "chat_template.jinja").write_text(template)
+    (directory / "data.yaml").write_text(f"{block}\nmodel:\n  model_dir: chat\n")
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+    run_command(str(directory), ["preview", "--config", "data.yaml"])
+    printed = capsys.readouterr().out
+    assert "1 bad records skipped (the first: " in printed
+    assert "eval held: 1 documents" in printed
+    assert len(re.findall(r"^sequence \d: ", printed, re.MULTILINE)) == 3
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations_train(workers: Workers, directory: Path, mode: str) -> None:
     arguments = [
@@ -84,7 +109,9 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
 def test_every_configuration_is_run_by_a_test() -> None:
     quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"quickstart", "drop_in", "compare_llama_cpp"}
+    # The last two by tests/callbacks and tests/export.
+    examples = {"quickstart", "drop_in", "callbacks_ddp", "compare_llama_cpp"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == examples
 
 
 @pytest.mark.timeout(600)

@@ -1,6 +1,8 @@
 """Callbacks for any Lightning project."""
 
+from lightning_pipelite.callbacks.adapter_norms import AdapterNorms
+from lightning_pipelite.callbacks.composite_weight_decay import CompositeWeightDecay
 from lightning_pipelite.callbacks.eval_schedule import EvalSchedule
 from lightning_pipelite.callbacks.save_trained import SaveTrained
 
-__all__ = ["EvalSchedule", "SaveTrained"]
+__all__ = ["AdapterNorms", "CompositeWeightDecay", "EvalSchedule", "SaveTrained"]

@@ -78,7 +78,9 @@ class BaseModel:
             raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")
         if (self.directory / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
-        self.config = read_config(self.directory)
+        self.config = read_config(self.directory, trust_remote_code=False)
+        if getattr(self.config, "output_router_logits", False):
+            self.config.output_router_logits = False  # a matter of training
         check_weights(self.directory)
         self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
         self.model = self.skeleton()
