@@ -18,7 +18,7 @@ from processes import Workers
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-MODES = ["lora", "qlora", "full"]
+MODES = ["lora", "qlora", "full", "control_adapter"]
 
 
 @pytest.fixture(scope="module")
