@@ -2,5 +2,6 @@
 
 from lightning_pipelite.callbacks.eval_schedule import EvalSchedule
 from lightning_pipelite.callbacks.save_trained import SaveTrained
+from lightning_pipelite.callbacks.timed_checkpoint import TimedCheckpoint
 
-__all__ = ["EvalSchedule", "SaveTrained"]
+__all__ = ["EvalSchedule", "SaveTrained", "TimedCheckpoint"]

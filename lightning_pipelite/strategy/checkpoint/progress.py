@@ -1,0 +1,67 @@
+"""Lightning's counters of micro-batches: at the end of a step, and for another number of replicas."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning_pipelite.errors import ConfigurationError
+
+_BATCHES = "epoch_loop.batch_progress"
+_COUNTS = ("ready", "started", "processed", "completed")
+
+
+def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any]) -> dict[str, Any]:
+    """The state of the fit loop when the last step ended.
+
+    Until the next step ends the weights are what they were then, so that a checkpoint that is asked for in between can
+    still be that of the last step.
+
+    Args:
+        fit_loop: its ``state_dict()``, now.
+        ahead: how many micro-batches have been taken since.
+        loaders: the states of the data loaders at that time.
+    """
+    fit_loop = copy.deepcopy(fit_loop)
+    for span in ("total", "current"):
+        for count in _COUNTS:
+            fit_loop[_BATCHES][span][count] -= ahead
+    fit_loop[_BATCHES]["is_last_batch"] = False
+    if loaders:
+        fit_loop["combined_loader"] = loaders
+    return fit_loop
+
+
+def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[int, int]) -> None:
+    """Adjust the counters of micro-batches, which Lightning counts on one replica.
+
+    Args:
+        loops: all loops' states, changed in place.
+        before: the numbers of replicas and of micro-batches a step of each, when the checkpoint was written.
+        after: the same now.
+
+    Raises:
+        ConfigurationError: if the global batch is another one.
+    """
+    if before == after:
+        return
+    (replicas, batches), (replicas_now, batches_now) = before, after
+    a_step = replicas * batches
+    if a_step != replicas_now * batches_now:
+        advice = (
+            f"set accumulate_grad_batches to {a_step // replicas_now}"
+            if a_step % replicas_now == 0
+            else f"choose a number of replicas that divides {a_step}"
+        )
+        raise ConfigurationError(
+            f"ckpt_path: the checkpoint was trained with {a_step} micro-batches a step ({batches} on each of "
+            f"{replicas} replicas), not {replicas_now * batches_now} ({batches_now} on each of {replicas_now}): "
+            f"{advice}."
+        )
+    progress = loops["fit_loop"][_BATCHES]
+    for span in ("total", "current"):
+        counts = progress[span]
+        behind = {count: counts["ready"] - counts[count] for count in _COUNTS}  # 0 or 1 each: where the loop stands
+        ready = -(-counts["ready"] * replicas // replicas_now)  # a last round that is not full is filled up
+        for count in _COUNTS:
+            counts[count] = ready - behind[count]
