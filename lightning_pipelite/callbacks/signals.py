@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-SAVE, SAVE_AND_STOP = 1, 2
-_MEANING = {signal.SIGUSR1: SAVE, signal.SIGTERM: SAVE_AND_STOP}
+SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP = 1, 2, 3
+_MEANING = {signal.SIGUSR1: SAVE_AND_PASS_ON, signal.SIGTERM: SAVE_AND_STOP}
 
 
 class Signals:
@@ -30,14 +29,14 @@ class Signals:
             self._former = {signum: signal.signal(signum, self._note) for signum in _MEANING}
 
     def ignore(self) -> None:
-        """Put back the handlers that were there before, but let a late SIGTERM not end what is being saved."""
+        """Put back the handlers that were there before, unless Lightning has put back what was there before its own."""
         former, self._former = self._former, {}
         for signum, handler in former.items():
-            with contextlib.suppress(ValueError):
+            if signal.getsignal(signum) == self._note:
                 signal.signal(signum, handler)
 
     def take(self) -> int:
-        """What has been asked for since the last call: nothing (0), SAVE or SAVE_AND_STOP."""
+        """What has been asked for since the last call: nothing (0), SAVE_AND_PASS_ON or SAVE_AND_STOP."""
         noted, self._noted = self._noted, 0
         return noted
 

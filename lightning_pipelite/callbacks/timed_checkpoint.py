@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_STOP, Signals
+from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
 from lightning_pipelite.errors import ConfigurationError
 
 TRIGGER = "save_now"
@@ -35,9 +34,9 @@ class TimedCheckpoint(ModelCheckpoint):
     - on SIGTERM, which then ends the training with exit status 143, as of a process that this signal has killed.
 
     A signal to any rank counts; rank 0 watches the clock and the file. If the module has a method
-    ``save_trained(directory)``, what is trained is written at the end of each epoch as well, as ``epoch=NUMBER.trained``
-    beside the checkpoint. Works with any strategy. For Lightning it is a ModelCheckpoint: ``ckpt_path="last"`` and, with
-    a ``monitor``, ``"best"`` find its checkpoints.
+    ``save_trained(directory)``, what is trained is written at the end of each epoch as well, as
+    ``epoch=NUMBER.trained`` beside the checkpoint. Works with any strategy. For Lightning it is a ModelCheckpoint:
+    ``ckpt_path="last"`` and, with a ``monitor``, ``"best"`` find its checkpoints.
 
     Args:
         checkpoint_interval_hours: the time between two checkpoints.
@@ -103,6 +102,8 @@ class TimedCheckpoint(ModelCheckpoint):
         self._prune(trainer)
         wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
         self._request = int(trainer.strategy.reduce(wish, reduce_op="max"))  # type: ignore[arg-type]
+        if trainer.global_step == trainer.max_steps and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
         if self._request and not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
@@ -119,7 +120,7 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:  # type: ignore[attr-defined]
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.global_step > 0 and self._is_best(trainer):
             self._request = max(self._request, SAVE)
@@ -139,18 +140,8 @@ class TimedCheckpoint(ModelCheckpoint):
                 rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        self._save(trainer)  # training may end within an epoch
-
-    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prune(trainer)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._signals.ignore()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,11 +154,10 @@ class TimedCheckpoint(ModelCheckpoint):
         self._save(trainer)
         if trainer.is_global_zero:
             (self._directory / TRIGGER).unlink(missing_ok=True)
-        self._signals.pass_on()
+        if request == SAVE_AND_PASS_ON:
+            self._signals.pass_on()
         if request == SAVE_AND_STOP:
-            trainer.print(
-                f"SIGTERM: training ends after step {trainer.global_step}; ckpt_path=last goes on from there."
-            )
+            trainer.print(f"SIGTERM: training ends after step {trainer.global_step}; resume with ckpt_path=last.")
             raise SIGTERMException(SIGTERM_STATUS)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -215,7 +205,7 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        newest = max(self._existing(), key=lambda path: (os.stat(path).st_mtime, path.name), default=None)
+        newest = max(self._existing(), key=lambda path: (path.stat().st_mtime, path.name), default=None)
         return {str(newest)} if newest else set()
 
     @override
