@@ -97,11 +97,11 @@ class TimedCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fast_dev_run or trainer.fit_loop._should_accumulate():  # type: ignore[attr-defined]
+        if _only_tries(trainer) or trainer.fit_loop._should_accumulate():
             return
         self._prune(trainer)
         wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
-        self._request = int(trainer.strategy.reduce(wish, reduce_op="max"))  # type: ignore[arg-type]
+        self._request = int(trainer.strategy.reduce(wish, reduce_op="max"))
         if trainer.global_step == trainer.max_steps and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
@@ -120,7 +120,7 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.sanity_checking or _only_tries(trainer) or trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.global_step > 0 and self._is_best(trainer):
             self._request = max(self._request, SAVE)
@@ -129,7 +129,7 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if _only_tries(trainer):
             return
         self._save(trainer)
         if callable(save_trained := getattr(pl_module, "save_trained", None)):
@@ -222,3 +222,7 @@ class TimedCheckpoint(ModelCheckpoint):
 def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
+
+
+def _only_tries(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.checkpoint.encoding import encode
+from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
 from lightning_pipelite.strategy.checkpoint.progress import at_step_end, for_replicas
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
@@ -105,6 +106,8 @@ class PipeLiteStrategy(DDPStrategy):
         self._randomness: LayerRandomness | None = None
         self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
         self._step_ended: tuple[list[Any], dict[str, Any]] = [], {}  # the data loaders and generators at that time
+        self._evaluated = False  # right after that step
+        self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._eval_batches: list[Any] = []
@@ -139,8 +142,8 @@ class PipeLiteStrategy(DDPStrategy):
             self.cluster_environment, self.num_processes, self.num_nodes, before_launch=self._check
         )
 
-    def _check(self, trainer: pl.Trainer | None, arguments: tuple[Any, ...]) -> None:
-        """Refuse what cannot work, in the process that would start the others."""
+    def _check(self, trainer: pl.Trainer | None, arguments: dict[str, Any]) -> None:
+        """Refuse what cannot work, in the process that would start the others; resolve ``ckpt_path="last"``."""
         assert trainer is not None
         topology = self.topology
         if trainer.state.fn not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
@@ -150,8 +153,7 @@ class PipeLiteStrategy(DDPStrategy):
                 f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
                 "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
             )
-        module = next((argument for argument in arguments if isinstance(argument, pl.LightningModule)), None)
-        module = module or trainer.lightning_module
+        module = arguments.get("model") or trainer.lightning_module
         if not module.automatic_optimization:
             raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
         if self._layer_sync is not None:
@@ -159,6 +161,11 @@ class PipeLiteStrategy(DDPStrategy):
         if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
             self._handed = hand_out_layers(module)
             partition(self._handed[0], topology.stages, self.partition_method)
+        arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=self._starts_the_job())
+
+    def _starts_the_job(self) -> bool:
+        assert self.cluster_environment is not None
+        return self.cluster_environment.global_rank() == 0
 
     @override
     def setup_environment(self) -> None:
@@ -429,12 +436,38 @@ class PipeLiteStrategy(DDPStrategy):
         """Copy everything to host memory; while training goes on, the files are written in the background."""
         assert self.stage is not None
         assert self._checkpoints is not None
+        if self._evaluation_follows():
+            # Lightning does not make up for it when it resumes from a checkpoint before it.
+            self._to_save[str(filepath)] = "optimizer_states" not in checkpoint
+            return
         self._progress("copying for a checkpoint", True)
         state, meta = self._describe(checkpoint)
         optimizer = self.optimizers[0] if self.optimizers and "optimizer_states" in checkpoint else None
         self._checkpoints.save(Path(filepath), state, meta, self.stage, optimizer)
         if not self._trains:
             self._checkpoints.wait()
+
+    def _evaluation_follows(self) -> bool:
+        """Whether this is called in the last hook of a batch, before an evaluation."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        counts: Any = loop.batch_progress.current
+        in_hook = trainer.training and counts.ready == counts.processed == counts.completed + 1
+        return in_hook and fetcher is not None and trainer.enable_validation and loop._should_check_val_fx(fetcher)
+
+    def on_validation_end(self) -> None:
+        """Called after the callbacks."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if not self._micro_batches:
+            self._note_step_end()
+            self._evaluated = True
+        to_save, self._to_save = self._to_save, {}
+        for path, weights_only in to_save.items():
+            trainer.save_checkpoint(path, weights_only)
 
     @property
     def _trains(self) -> bool:
@@ -449,7 +482,8 @@ class PipeLiteStrategy(DDPStrategy):
         state = {**checkpoint, "random_states": self._randomness.state()}
         if self._micro_batches:  # in the middle of a step: the checkpoint is that of the last one
             loaders, state["random_states"] = self._step_ended
-            fit_loop = at_step_end(checkpoint["loops"]["fit_loop"], len(self._micro_batches), loaders)
+            ahead = len(self._micro_batches)
+            fit_loop = at_step_end(checkpoint["loops"]["fit_loop"], ahead, loaders, self._evaluated)
             state["loops"] = {**checkpoint["loops"], "fit_loop": fit_loop}
         return state, {
             "step": checkpoint["global_step"],
@@ -495,7 +529,7 @@ class PipeLiteStrategy(DDPStrategy):
         """Remove it as soon as what is being written is safely on the disk; if that fails, later."""
         assert self._checkpoints is not None
         if self.is_global_zero:
-            self._checkpoints.remove(Path(filepath))
+            self._checkpoints.remove(Path(filepath), after_next=bool(self._to_save))
 
     def on_train_start(self) -> None:
         """Called when the data loaders have been made, which drew from the generators."""
@@ -520,6 +554,7 @@ class PipeLiteStrategy(DDPStrategy):
         loader = self.lightning_module.trainer.fit_loop._combined_loader
         loaders = loader._state_dicts() if loader is not None and self.is_global_zero else []
         self._step_ended = loaders, self._randomness.state()
+        self._evaluated = False
 
     # The end
 

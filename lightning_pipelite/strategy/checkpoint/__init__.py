@@ -3,6 +3,7 @@
 - :mod:`.layout`, :mod:`.manifest`, :mod:`.encoding`, :mod:`.tensor_file`: the format,
 - :mod:`.reader`: reads it, without Lightning or DeepSpeed; :func:`read_checkpoint` is for other programs,
 - :mod:`.directory`: whole or absent,
+- :mod:`.find`: which one ``last`` is,
 - :mod:`.writer`: copies at once, writes in the background, on all ranks,
 - :mod:`.stage_state`: a stage's parameters and optimizer state by name,
 - :mod:`.progress`: Lightning's counters under another number of replicas,

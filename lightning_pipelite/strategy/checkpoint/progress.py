@@ -11,7 +11,7 @@ _BATCHES = "epoch_loop.batch_progress"
 _COUNTS = ("ready", "started", "processed", "completed")
 
 
-def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any]) -> dict[str, Any]:
+def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evaluated: bool) -> dict[str, Any]:
     """The state of the fit loop when the last step ended.
 
     Until the next step ends the weights are what they were then, so that a checkpoint that is asked for in between can
@@ -21,14 +21,18 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any]) -> dic
         fit_loop: its ``state_dict()``, now.
         ahead: how many micro-batches have been taken since.
         loaders: the states of the data loaders at that time.
+        evaluated: whether there was an evaluation right after that step.
     """
     fit_loop = copy.deepcopy(fit_loop)
     for span in ("total", "current"):
-        for count in _COUNTS:
-            fit_loop[_BATCHES][span][count] -= ahead
+        counts = fit_loop[_BATCHES][span]
+        ready = counts["ready"] - ahead
+        # Within the last hook of a batch, or within the evaluation that follows: there Lightning can resume.
+        counts.update(ready=ready, started=ready, processed=ready, completed=ready if evaluated else ready - 1)
     fit_loop[_BATCHES]["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts a step after its hooks
     if loaders:
-        fit_loop["combined_loader"] = loaders
+        fit_loop["state_dict"]["combined_loader"] = loaders
     return fit_loop
 
 

@@ -78,9 +78,14 @@ class CheckpointStore:
         if self._writes:
             self._copy.reserve(size_of(stage_state(stage, optimizer)[0]))
 
-    def remove(self, path: Path) -> None:
-        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0."""
-        self._writer.remove(path.absolute())
+    def remove(self, path: Path, after_next: bool = False) -> None:
+        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0.
+
+        Args:
+            path: the checkpoint.
+            after_next: once the next one is, too.
+        """
+        self._writer.remove(path.absolute(), after_next)
 
     def wait(self) -> None:
         """Return when nothing is being written."""

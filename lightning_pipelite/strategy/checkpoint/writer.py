@@ -56,11 +56,16 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def remove(self, path: Path) -> None:
-        """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0."""
+    def remove(self, path: Path, after_next: bool) -> None:
+        """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0.
+
+        Args:
+            path: the checkpoint.
+            after_next: wait at least until one is written that has not been started yet.
+        """
         with self._lock:
             self._doomed.append(path)
-            if not self._busy and not self._failed:
+            if not self._busy and not self._failed and not after_next:
                 self._remove_doomed()
 
     def share(self, mine: Any) -> list[Any]:

@@ -1,0 +1,160 @@
+"""A training with everything that a resumed one could get wrong, and a record of all that it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
+from torch import Tensor, nn
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+class Deal:
+    """A data loader with a position, in micro-batches of the whole job: number k goes to replica k % replicas."""
+
+    def __init__(self, batches: list[Batch], replicas: int, replica: int) -> None:
+        self._batches, self._replicas, self._replica = batches, replicas, replica
+        self._epoch, self._taken, self._at = 0, 0, (0, 0)
+        self.batch_sampler = SimpleNamespace(sampler=self)  # Lightning looks here for set_epoch()
+
+    def __len__(self) -> int:
+        return -(-len(self._batches) // self._replicas)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._taken = self._at[1] if self._at[0] == self._epoch else 0
+        generator = torch.Generator().manual_seed(self._epoch)
+        order = torch.randperm(len(self._batches), generator=generator).tolist()
+        while self._taken < len(order):
+            mine = self._taken + self._replica
+            self._taken += self._replicas
+            inputs, targets = self._batches[order[mine if mine < len(order) else 0]]
+            # What the process draws for the data, the same on all stages
+            noise = torch.rand(()) if self._replicas == 1 else torch.zeros(())
+            yield inputs + noise, targets if mine < len(order) else torch.full_like(targets, -100)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._at = state["epoch"], (state["epoch"], state["taken"])
+
+
+class Functional(nn.Module):
+    """Drops without a module for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(torch.tanh(self.linear(inputs)), 0.2, self.training)
+
+
+class Record(Logger):
+    """All that is logged, with its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str, float]] = []
+
+    name, version = "record", 0
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.lines += [(step or 0, key, float(value)) for key, value in sorted(metrics.items())]
+
+
+class SaveEverywhere(L.Callback):
+    """Saves at many hooks, under names that tell which."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, trainer: L.Trainer, where: str) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.folder / f"{where}-{trainer.fit_loop.epoch_loop.total_batch_idx:02d}.ckpt")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "eval")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "epoch")
+
+
+class Scheduled(Module):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30), "interval": "step"},
+        ]
+
+
+def make() -> Scheduled:
+    torch.manual_seed(5)
+    layers: list[nn.Module] = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)),
+        Functional(),
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()),
+        nn.Sequential(nn.Dropout(0.1), nn.Linear(WIDTH, CLASSES)),
+    ]
+    batches: list[Batch] = []
+    for index in range(10):
+        targets = torch.randint(CLASSES, (2, 6))
+        targets[:, : index % 5] = -100
+        batches.append((torch.randn(2, 6, WIDTH), targets))
+    return Scheduled(Model(layers, batches, token_loss))
+
+
+def train(
+    stages: int = 1,
+    replicas: int = 1,
+    accumulate: int = 2,
+    ckpt_path: str | None = None,
+    callbacks: tuple[Any, ...] = (),
+    seed: int = 11,
+    plain: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
+    strategy: Any = "auto" if plain else Catchable(stages)
+    module = make()
+    torch.manual_seed(seed)
+    record = Record()
+    trainer = trainer_for(
+        strategy, stages * replicas, accumulate_grad_batches=accumulate, logger=record, log_every_n_steps=1,
+        callbacks=[*callbacks], enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        **{"max_epochs": 3, "val_check_interval": 2 * accumulate, **options},
+    )  # fmt: skip
+    rank = {"num_replicas": 1, "rank": 0} if plain else strategy.distributed_sampler_kwargs
+    loaders = [Deal(module.model.batches, rank["num_replicas"], rank["rank"]) for _ in range(2)]
+    try:
+        trainer.fit(module, *loaders, ckpt_path=ckpt_path)
+    except ConfigurationError as error:
+        return {"error": str(error)}
+    return {
+        "lines": record.lines,
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "weights": {} if plain else collected(strategy),
+        "rates": [group["lr"] for group in trainer.optimizers[0].param_groups],
+    }
+
+
+def train_and_save(folder: str, *args: Any, **options: Any) -> dict[str, Any]:
+    return train(*args, callbacks=(SaveEverywhere(Path(folder)),), **options)
