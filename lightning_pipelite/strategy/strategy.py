@@ -492,6 +492,7 @@ class PipeLiteStrategy(DDPStrategy):
             "replicas": self.topology.replicas,
             "micro_batches": trainer.accumulate_grad_batches,
             "identity": self._identity(),
+            "hyper_parameters": encode(checkpoint.get("hyper_parameters", {}), {}, "hyper_parameters"),
             "versions": {name: version(name) for name in ("lightning-pipelite", "torch", "lightning", "deepspeed")},
         }
 

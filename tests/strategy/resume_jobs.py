@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,39 +14,15 @@ from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collecte
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
+from resumable import Deal
 
 
-class Deal:
-    """A data loader with a position, in micro-batches of the whole job: number k goes to replica k % replicas."""
-
-    def __init__(self, batches: list[Batch], replicas: int, replica: int) -> None:
-        self._batches, self._replicas, self._replica = batches, replicas, replica
-        self._epoch, self._taken, self._at = 0, 0, (0, 0)
-        self.batch_sampler = SimpleNamespace(sampler=self)  # Lightning looks here for set_epoch()
-
-    def __len__(self) -> int:
-        return -(-len(self._batches) // self._replicas)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+class Noisy(Deal):
+    """Adds what the process draws for the data, the same on all stages; with several replicas nothing."""
 
     def __iter__(self) -> Iterator[Batch]:
-        self._taken = self._at[1] if self._at[0] == self._epoch else 0
-        generator = torch.Generator().manual_seed(self._epoch)
-        order = torch.randperm(len(self._batches), generator=generator).tolist()
-        while self._taken < len(order):
-            mine = self._taken + self._replica
-            self._taken += self._replicas
-            inputs, targets = self._batches[order[mine if mine < len(order) else 0]]
-            # What the process draws for the data, the same on all stages
-            noise = torch.rand(()) if self._replicas == 1 else torch.zeros(())
-            yield inputs + noise, targets if mine < len(order) else torch.full_like(targets, -100)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "taken": self._taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._at = state["epoch"], (state["epoch"], state["taken"])
+        for inputs, targets in super().__iter__():
+            yield inputs + (torch.rand(()) if self._replicas == 1 else 0.0), targets
 
 
 class Functional(nn.Module):
@@ -142,7 +117,7 @@ def train(
         **{"max_epochs": 3, "val_check_interval": 2 * accumulate, **options},
     )  # fmt: skip
     rank = {"num_replicas": 1, "rank": 0} if plain else strategy.distributed_sampler_kwargs
-    loaders = [Deal(module.model.batches, rank["num_replicas"], rank["rank"]) for _ in range(2)]
+    loaders = [Noisy(module.model.batches, **rank) for _ in range(2)]
     try:
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
     except ConfigurationError as error:
