@@ -143,6 +143,11 @@ class Life:
             if rank in self.alive:
                 os.kill(self.alive[rank], signum)
 
+    def end_as_torchrun_does(self) -> None:
+        """Send SIGTERM to all once one has ended: until they are connected, ranks wait for each other for ever."""
+        self.wait_for(lambda: bool(self.statuses), PATIENCE)
+        self.send(signal.SIGTERM, [*self.alive])
+
     def lines(self) -> list[Line]:
         """What has been logged; of the last line only if it is complete."""
         text = self._log.read_text() if self._log.exists() else ""
@@ -209,6 +214,8 @@ def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: R
             begun = life.steps() > 0
             ranks = {WAYS[0]: [drawn.randrange(stages)], WAYS[1]: [*range(stages)], WAYS[2]: [0]}[way]
             life.send(signal.SIGTERM if way == WAYS[2] else signal.SIGKILL, ranks)
+            if not begun:
+                life.end_as_torchrun_does()
         life.wait_for(lambda: False, 600 if last else PATIENCE)
         if life.alive:
             tally.orphans += len(life.alive)
@@ -218,7 +225,9 @@ def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: R
         for line in lines:
             if line.kind != "start":
                 seen.add((line.kind, line.step))
-                tally.differences += expected.get((line.kind, line.step)) != line.loss
+                if (loss := expected.get((line.kind, line.step))) != line.loss:
+                    tally.differences += 1
+                    print(f"life {tally.kills}: {line}, not {loss}", file=sys.stderr)
             elif tally.kills:
                 lost = reached - line.step
                 tally.lost, tally.most_lost = tally.lost + lost, max(tally.most_lost, lost)
@@ -232,7 +241,9 @@ def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: R
         tally.broken += begun and way == WAYS[2] and set(life.statuses.values()) != {128 + signal.SIGTERM}
         tally.kills += 1
         done[moment, way] += 1
-    tally.differences += len(expected.keys() - seen)
+    if missing := sorted(expected.keys() - seen):
+        tally.differences += len(missing)
+        print(f"never seen: {missing[:3]}", file=sys.stderr)
     for (moment, way), count in sorted(done.items()):
         report.row(f"| {way} | {moment} | {count} |")
     return tally
@@ -267,7 +278,7 @@ def main() -> None:
         left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
         failed = bool(tally.differences or tally.orphans or tally.broken or left)
         if failed:
-            print((folder / "output.txt").read_text()[-5000:], file=sys.stderr)
+            print((folder / "output.txt").read_text()[-3000:], file=sys.stderr)
     report.line(f"{tally.kills} kills, {tally.lost} steps lost, {tally.differences} differences")
     report.line(
         f"At most {tally.most_lost} steps lost at once; {tally.orphans} processes left, {len(left)} temporaries left, "

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loop_state import within_last_batch
 
 TRIGGER = "save_now"
 SIGTERM_STATUS = 128 + 15
@@ -86,6 +87,13 @@ class TimedCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
         self._directory = Path(str(self.dirpath))
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.max_steps != -1:
+            within_last_batch(checkpoint["loops"]["fit_loop"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loop_state import at_step_end, for_replicas, within_last_batch
 from lightning_pipelite.strategy.checkpoint.encoding import encode
 from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
-from lightning_pipelite.strategy.checkpoint.progress import at_step_end, for_replicas
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.gradients import clip_factor, global_norm, scale_gradients
@@ -192,6 +193,8 @@ class PipeLiteStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        # Lightning's own broadcasts within the handler, amid whatever the ranks are doing, which then never ends.
+        trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)  # type: ignore[method-assign]
         self.precision_plugin = _PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
@@ -509,6 +512,8 @@ class PipeLiteStrategy(DDPStrategy):
         state, meta = self._checkpoints.open(Path(checkpoint_path), self._identity())
         self._random_states = state.pop("random_states")
         if trainer.state.fn == TrainerFn.FITTING:
+            if trainer.max_steps != -1:
+                within_last_batch(state["loops"]["fit_loop"])
             before = meta["replicas"], meta["micro_batches"]
             for_replicas(state["loops"], before, (self.topology.replicas, trainer.accumulate_grad_batches))
         return state
@@ -606,6 +611,11 @@ class _PipelinePrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         factor = clip_factor(self._strategy.gradient_norm(), float(clip_val))
         scale_gradients(self._strategy._parameters(), factor)
+
+
+def _note_sigterm(trainer: pl.Trainer, signum: int, frame: Any) -> None:
+    """Before the next micro-batch rank 0 tells all ranks, and they leave."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -18,11 +18,11 @@ from resumable import Deal
 
 
 class Noisy(Deal):
-    """Adds what the process draws for the data, the same on all stages; with several replicas nothing."""
+    """Adds what the process draws for the data, the same on all stages."""
 
     def __iter__(self) -> Iterator[Batch]:
         for inputs, targets in super().__iter__():
-            yield inputs + (torch.rand(()) if self._replicas == 1 else 0.0), targets
+            yield inputs + torch.rand(()), targets
 
 
 class Functional(nn.Module):
@@ -104,6 +104,7 @@ def train(
     callbacks: tuple[Any, ...] = (),
     seed: int = 11,
     plain: bool = False,
+    noisy: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
@@ -117,7 +118,7 @@ def train(
         **{"max_epochs": 3, "val_check_interval": 2 * accumulate, **options},
     )  # fmt: skip
     rank = {"num_replicas": 1, "rank": 0} if plain else strategy.distributed_sampler_kwargs
-    loaders = [Noisy(module.model.batches, **rank) for _ in range(2)]
+    loaders = [(Noisy if noisy else Deal)(module.model.batches, **rank) for _ in range(2)]
     try:
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
     except ConfigurationError as error:
@@ -133,3 +134,10 @@ def train(
 
 def train_and_save(folder: str, *args: Any, **options: Any) -> dict[str, Any]:
     return train(*args, callbacks=(SaveEverywhere(Path(folder)),), **options)
+
+
+def train_with_model_checkpoint(folder: str, ckpt_path: str | None, steps: int) -> dict[str, Any]:
+    saving = ModelCheckpoint(folder, "{step}", monitor="eval/loss", save_top_k=2, save_last=True, every_n_train_steps=2)
+    done = train(2, ckpt_path=ckpt_path, callbacks=(saving,), max_steps=steps, max_epochs=-1)
+    kept = {Path(path).name for path in (saving.last_model_path, *saving.best_k_models)}
+    return {**done, "best": float(saving.best_model_score or 0.0), "kept": kept}

@@ -6,7 +6,6 @@
 - :mod:`.find`: which one ``last`` is,
 - :mod:`.writer`: copies at once, writes in the background, on all ranks,
 - :mod:`.stage_state`: a stage's parameters and optimizer state by name,
-- :mod:`.progress`: Lightning's counters under another number of replicas,
 - :mod:`.store`: what the strategy calls.
 """
 

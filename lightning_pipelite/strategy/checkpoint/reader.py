@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
@@ -22,7 +23,7 @@ from lightning_pipelite.strategy.checkpoint.layout import (
     TRAINER,
     TRAINER_TENSORS,
 )
-from lightning_pipelite.strategy.checkpoint.manifest import check_files, read_manifest
+from lightning_pipelite.strategy.checkpoint.manifest import ADVICE, check_files, read_manifest
 
 
 def read_checkpoint(directory: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
@@ -61,7 +62,8 @@ def check_whole(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """A JSON file of a checkpoint."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    with _explained(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def stage_tensors(
@@ -70,7 +72,7 @@ def stage_tensors(
     """The tensors of all stages whose names are ``wanted``, each once, without the first ``skip`` letters of a name."""
     seen: set[str] = set()
     for stage in range(stages):
-        with safe_open(path / STAGE_TENSORS.format(stage), framework="pt") as opened:
+        with _opened(path / STAGE_TENSORS.format(stage)) as opened:
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 if key not in seen and wanted(key):
                     seen.add(key)
@@ -84,7 +86,7 @@ def stage_settings(path: Path, stages: int) -> list[dict[str, Any]]:
 
 def trainer_state(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The Trainer's state as JSON, and the tensors that it refers to."""
-    with safe_open(path / TRAINER_TENSORS, framework="pt") as opened:
+    with _opened(path / TRAINER_TENSORS) as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
     return read_json(path / TRAINER), tensors
 
@@ -115,6 +117,23 @@ def newest(directories: Iterable[Path]) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with _explained(path), safe_open(path, framework="pt") as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What has its hash, but is not what it should be: somebody has made it so."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"ckpt_path: {path} cannot be read ({error}); {ADVICE}.") from None
+
+
 def _looks_like_one(path: Path) -> bool:
     return any((path / name).exists() for name in (MANIFEST, MANIFEST_HASH, META))
 
@@ -130,5 +149,5 @@ def _written_at(path: Path) -> tuple[float, str]:
     try:
         meta = read_json(path / META)
         return float(meta["written_at"]), path.name
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ConfigurationError, ValueError, LookupError, TypeError):
         return path.stat().st_mtime, path.name

@@ -1,4 +1,4 @@
-"""Lightning's counters of micro-batches: at the end of a step, and for another number of replicas."""
+"""The state of Lightning's fit loop in a checkpoint, put right where Lightning would not resume exactly from it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
     if loaders:
         fit_loop["state_dict"]["combined_loader"] = loaders
     return fit_loop
+
+
+def within_last_batch(fit_loop: dict[str, Any]) -> None:
+    """Turn the state at the end of an epoch into that at the end of its last batch, in place; leave others as they are.
+
+    With ``max_epochs`` Lightning (2.6) takes up a checkpoint from ``on_train_epoch_end`` as it should. With
+    ``max_steps`` it resumes within the epoch that has ended, and repeats the order of its data. From one of
+    ``on_train_batch_end`` it goes on with the next epoch in both cases.
+    """
+    epochs = fit_loop["epoch_progress"]
+    now = epochs["current"]
+    if not now["ready"] == now["started"] == now["processed"] == now["completed"] + 1:
+        return
+    for span in ("total", "current"):
+        epochs[span]["processed"] -= 1
+        fit_loop[_BATCHES][span]["completed"] -= 1
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[int, int]) -> None:
