@@ -278,6 +278,7 @@ def main() -> None:
         left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
         failed = bool(tally.differences or tally.orphans or tally.broken or left)
         if failed:
+            print(f"left: {left}", file=sys.stderr)
             print((folder / "output.txt").read_text()[-3000:], file=sys.stderr)
     report.line(f"{tally.kills} kills, {tally.lost} steps lost, {tally.differences} differences")
     report.line(

@@ -114,7 +114,7 @@ class TimedCheckpoint(ModelCheckpoint):
             self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
-        if self._request and not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
+        if not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
             self._answer(trainer)
 
     def _wish(self, trainer: pl.Trainer) -> int:
@@ -132,20 +132,20 @@ class TimedCheckpoint(ModelCheckpoint):
             return
         if trainer.global_step > 0 and self._is_best(trainer):
             self._request = max(self._request, SAVE)
-        if self._request:
-            self._answer(trainer)
+        self._answer(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _only_tries(trainer):
             return
-        self._save(trainer)
         if callable(save_trained := getattr(pl_module, "save_trained", None)):
             directory = self._directory / f"epoch={trainer.current_epoch}.trained"
-            try:
+            try:  # before the checkpoint: what resumes from that does not come here again
                 save_trained(directory)
             except OSError as error:
                 rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
+        self._request = max(self._request, SAVE)
+        self._answer(trainer, ends_epoch=True)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,7 +157,10 @@ class TimedCheckpoint(ModelCheckpoint):
 
     # Saving
 
-    def _answer(self, trainer: pl.Trainer) -> None:
+    def _answer(self, trainer: pl.Trainer, ends_epoch: bool = False) -> None:
+        """Do what is requested, if anything; after the last batch of an epoch, at the end of the epoch."""
+        if not self._request or (trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not ends_epoch):
+            return
         request, self._request = self._request, 0
         self._save(trainer)
         if trainer.is_global_zero:

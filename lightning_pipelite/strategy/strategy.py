@@ -108,6 +108,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
         self._step_ended: tuple[list[Any], dict[str, Any]] = [], {}  # the data loaders and generators at that time
         self._evaluated = False  # right after that step
+        self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
         self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
@@ -310,6 +311,11 @@ class PipeLiteStrategy(DDPStrategy):
         assert module is not None
         for parameter in self._parameters():
             parameter.grad = None
+        if self._reserves and self.optimizers[0].state:
+            self._reserves = False
+            assert self._checkpoints is not None
+            assert self.stage is not None
+            self._checkpoints.reserve(self.stage, self.optimizers[0])
         total, count = self._engine.train_on(micro_batches, module.trainer.global_step).tolist()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
@@ -553,6 +559,7 @@ class PipeLiteStrategy(DDPStrategy):
         if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             state, _ = self._describe(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
             encode(state, {})
+            self._reserves = self.root_device.type == "cuda"
 
     def _note_step_end(self) -> None:
         assert self.lightning_module is not None

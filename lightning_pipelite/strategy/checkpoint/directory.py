@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from lightning_pipelite.locks import is_abandoned, lock
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.ckpt-(?P<kind>partial|old)")
 
@@ -34,9 +35,7 @@ class PartialDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent)
         self.path.mkdir()
-        self._lock = os.open(self.path, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = lock(self.path)
 
     def publish(self) -> None:
         """Give it its name, in place of what had that name before."""
@@ -70,7 +69,7 @@ def remove_leftovers(parent: Path) -> None:
     for path, target, is_old in _temporaries(parent):
         if is_old and not os.path.lexists(target):
             path.rename(target)
-        elif is_old or _is_abandoned(path):
+        elif is_old or is_abandoned(path):
             _remove(path)
 
 
@@ -106,20 +105,6 @@ def _temporaries(parent: Path) -> Iterator[tuple[Path, Path, bool]]:
     for path in sorted(parent.iterdir()):
         if is_temporary(path):
             yield path, target_of(path), path.name.endswith("old")
-
-
-def _is_abandoned(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False  # another process was faster
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _remove(path: Path) -> None:
