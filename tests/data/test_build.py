@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_datamodule import items, write_jsonl
+from packed_files import items, write_jsonl
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, corpus
 from lightning_pipelite.data.build import PackBuilder

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from data_jobs import packed_step
-from test_datamodule import BOS, EOS
+from packed_files import BOS, EOS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

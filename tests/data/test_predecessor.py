@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_datamodule import BOS, EOS, items, write_jsonl
+from packed_files import BOS, EOS, items, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import PackedDataModule

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_datamodule import EOS
+from packed_files import EOS
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite import cli

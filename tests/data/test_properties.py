@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packed_files import EOS, items, write_jsonl
 from packing_reference import Slot, label_slowly
-from test_datamodule import EOS, items, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule

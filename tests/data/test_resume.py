@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from data_jobs import Row, train
-from test_datamodule import write_jsonl
+from packed_files import write_jsonl
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, PackedSampler
 from lightning_pipelite.data.loader import PackedLoader
