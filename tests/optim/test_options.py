@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import textwrap
@@ -18,10 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     command = ["pipelite", "fit", "--config", str(ROOT / "configs" / "lora.yaml"), *arguments, "--print_config"]
     monkeypatch.setattr(sys, "argv", command)
-    try:
+    with contextlib.suppress(SystemExit):
         cli.main()
-    except SystemExit:
-        pass
     out, err = capsys.readouterr()
     return err if "pipelite: error" in err else out
 
