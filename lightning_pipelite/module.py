@@ -49,7 +49,7 @@ class PipeLiteModule(pl.LightningModule):
         model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
         adapter: what is trained: LoRA, ControlAdapter or Full.
         load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
-        lr: the learning rate, which the schedule approaches.
+        lr: the learning rate, approached by the RMS-ratio schedule unless another is chosen.
         beta1: Adam's decay rate of the first moment.
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart.make_base_model(made).rename(made / "models" / "base")
     for path in sorted((made / "texts" / "reference").glob("*.txt"))[:12]:
         path.rename(made / "texts" / path.name)
+    for kind, folder in (("positive", "library"), ("negative", "reference")):
+        (made / kind).mkdir()
+        for path in sorted((made / "texts" / folder).glob("*.txt"))[:6]:
+            shutil.copy(path, made / kind)
     return made
 
 
