@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loop_state import at_step_end, for_replicas, within_last_batch
 from lightning_pipelite.strategy.checkpoint.encoding import encode
@@ -510,7 +511,10 @@ class PipeLiteStrategy(DDPStrategy):
             "micro_batches": trainer.accumulate_grad_batches,
             "identity": self._identity(),
             "hyper_parameters": encode(checkpoint.get("hyper_parameters", {}), {}, "hyper_parameters"),
-            "versions": {name: version(name) for name in ("lightning-pipelite", "torch", "lightning", "deepspeed")},
+            "versions": {
+                "lightning-pipelite": __version__,
+                **{name: version(name) for name in ("torch", "lightning", "deepspeed")},
+            },
         }
 
     def _identity(self) -> dict[str, Any]:
