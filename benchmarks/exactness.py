@@ -24,9 +24,10 @@ import lightning as L
 import torch
 from optimi import Adam
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, Full, LoRA
@@ -64,7 +65,9 @@ class Case:
     tied: bool = False
     full: bool = False
     layers: str | None = None
+    targets: tuple[str, ...] = ()
     in_4bit: bool = False
+    experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ CASES = (
     Case("LoRA, first layer only", layers="0"),
     Case("LoRA, last layer only", layers="3"),
     Case("LoRA, 4-bit base", in_4bit=True),
+    Case("full, experts and router loss", full=True, experts=True),
 )
 SPLITS = tuple(
     Split(stages, replicas, column_major)
@@ -97,16 +101,18 @@ SPLITS = tuple(
 )
 
 
-def make_model(directory: Path, tied: bool, scale: Scale) -> int:
-    """Write a Llama with random weights, norms included, and return the number of its parameters."""
+def make_model(directory: Path, case: Case, scale: Scale) -> int:
+    """Write a Llama or a Mixtral with random weights, norms included, and return the number of its parameters."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=scale.vocabulary, hidden_size=scale.hidden, intermediate_size=4 * scale.hidden,
-        num_hidden_layers=scale.layers, num_attention_heads=max(4, scale.hidden // 128), num_key_value_heads=2,
-        tie_word_embeddings=tied, max_position_embeddings=scale.sequence,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": scale.vocabulary, "hidden_size": scale.hidden, "intermediate_size": 4 * scale.hidden,
+        "num_hidden_layers": scale.layers, "num_attention_heads": max(4, scale.hidden // 128), "num_key_value_heads": 2,
+        "tie_word_embeddings": case.tied, "max_position_embeddings": scale.sequence,
+    }  # fmt: skip
+    experts = MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.05)
     with torch.device(scale.device):
-        model = LlamaForCausalLM(config).to(getattr(torch, scale.dtype))
+        model = AutoModelForCausalLM.from_config(experts if case.experts else LlamaConfig(**sizes))
+        model = model.to(getattr(torch, scale.dtype))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -134,7 +140,9 @@ def sequences(scale: Scale) -> list[dict[str, Tensor]]:
 
 
 def make_adapter(case: Case) -> Adapter:
-    return Full() if case.full else LoRA(rank=4, layers_to_transform=case.layers)
+    if case.full:
+        return Full()
+    return LoRA(rank=4, layers_to_transform=case.layers, target_modules=list(case.targets) or "all-linear")
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -185,8 +193,18 @@ def train_split(
     return (losses, collected) if strategy.is_global_zero else None
 
 
-def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[list[float], dict[str, Tensor]]:
-    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file."""
+def train_plain(
+    case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
+
+    Args:
+        case: The way to train.
+        model_dir: The model.
+        steps: How many.
+        scale: The data.
+        alone: Run each document of a sequence by itself. Some models would let packed ones see each other.
+    """
     dtype = getattr(torch, scale.dtype)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -213,8 +231,15 @@ def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[l
             tokens, positions, labels = (
                 batch[key][None].to(scale.device) for key in ("input_ids", "position_ids", "labels")
             )
-            logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-            loss = nn.functional.cross_entropy(logits[0].float(), labels[0], reduction="sum") / count
+            starts = (positions[0] == 0).nonzero().flatten().tolist() if alone else [0]
+            runs = [
+                model(input_ids=tokens[:, a:b], position_ids=positions[:, a:b], use_cache=False)
+                for a, b in itertools.pairwise([*starts, tokens.shape[1]])
+            ]
+            logits = torch.cat([outputs.logits for outputs in runs], dim=1)[0].float()
+            loss = nn.functional.cross_entropy(logits, labels[0], reduction="sum") / count
+            if case.experts:
+                loss = loss + (labels != -100).sum() / count * model.config.router_aux_loss_coef * runs[0].aux_loss
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -223,8 +248,12 @@ def train_plain(case: Case, model_dir: str, steps: int, scale: Scale) -> tuple[l
         optimizer.param_groups[0]["lr"] = LR * ((1 - decayed) / (1 + decayed)) ** 0.5
         optimizer.step()
         optimizer.zero_grad()
-    weights = model.state_dict() if case.full else get_peft_model_state_dict(model)
-    return losses, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    if not case.full:
+        weights = get_peft_model_state_dict(model)
+        return losses, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory() as directory:  # in the names and the layout of the files
+        model.save_pretrained(directory)
+        return losses, load_file(f"{directory}/model.safetensors")
 
 
 def differences(ours: Any, reference: Any) -> tuple[float, float]:
@@ -243,7 +272,7 @@ def compare(
 ) -> Iterator[tuple[Split, float, float]]:
     """Train a case in every split, and give each one's differences to the plain loop."""
     with tempfile.TemporaryDirectory() as directory:
-        make_model(Path(directory), case.tied, scale)
+        make_model(Path(directory), case, scale)
         reference = workers.run(1, train_plain, case, directory, steps, scale)[0]
         moved = max(abs(loss - reference[0][0]) for loss in reference[0])
         assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"

@@ -38,7 +38,7 @@ def main() -> None:
     )
     failed = False
     with tempfile.TemporaryDirectory() as directory:
-        parameters = make_model(Path(directory), False, SCALE)
+        parameters = make_model(Path(directory), Case("Llama"), SCALE)
         torch.cuda.empty_cache()
         for case in (Case("LoRA, all layers"), Case("LoRA, 4-bit base", in_4bit=True)):
             compared = workers.run(1, train_plain, case, directory, arguments.steps, SCALE)[0], "transformers + PEFT"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -15,11 +16,18 @@ PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandb
 
 
 def environment() -> str:
-    """The hardware, the versions and the commit, in one line."""
+    """The hardware, the versions and the commit (that of ``COMMIT`` where there is no git), in one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return f"{device}; Python {platform.python_version()}, {versions}; commit {git.stdout.strip() or 'unknown'}"
+    commit = os.environ.get("COMMIT") or _git("describe", "--always", "--dirty") or "unknown"
+    return f"{device}; Python {platform.python_version()}, {versions}; commit {commit}"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 class Report:

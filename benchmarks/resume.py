@@ -23,9 +23,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from exactness import CLIP, LR, MICRO_BATCHES, Scale, Split, make_model, sequences
+from exactness import CLIP, LR, MICRO_BATCHES, Case, Scale, Split, make_model, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
-from lightning_pipelite.adapters import Adapter, Full, LoRA
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from processes import Workers
 from report import Report
 from resumable import Deal, batched
@@ -44,14 +44,15 @@ class Training:
     """What is trained."""
 
     name: str
+    adapter: Adapter
     tied: bool = False
-    full: bool = False
-
-    def adapter(self) -> Adapter:
-        return Full() if self.full else LoRA(rank=4, dropout=0.1)
 
 
-TRAININGS = (Training("LoRA, dropout 0.1"), Training("full, tied", tied=True, full=True))
+TRAININGS = (
+    Training("LoRA, dropout 0.1", LoRA(rank=4, dropout=0.1)),
+    Training("full, tied", Full(), tied=True),
+    Training("Control Adapters, dropout 0.1", ControlAdapter(rank=4, dropout=0.1)),
+)
 
 
 @dataclass
@@ -87,8 +88,10 @@ def train(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    module = PipeLiteModule(model_dir, training.adapter(), lr=LR, dtype="float32")
+    module = PipeLiteModule(model_dir, training.adapter, lr=LR, dtype="float32")
     items = batched(sequences(SCALE))
+    for item in items:
+        item["control_classes"] = torch.where(item["labels"] == -100, 0, item["labels"] % 3 - 1)
     training_data, held_out = (Deal(items, **strategy.distributed_sampler_kwargs) for _ in range(2))
 
     class Save(L.Callback):
@@ -141,7 +144,7 @@ def main() -> None:
         for change in CHANGES:
             with tempfile.TemporaryDirectory() as directory:
                 folder, first = Path(directory), change[0]
-                make_model(folder, training.tied, SCALE)
+                make_model(folder, Case("base", tied=training.tied), SCALE)
                 if first not in undisturbed:
                     ranks = first.stages * first.replicas
                     course = workers.run(ranks, train, training, first, directory, arguments.steps, None, None)[0]

@@ -33,7 +33,7 @@ os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLEL
 import lightning as L
 import torch
 
-from exactness import Scale, make_model, sequences
+from exactness import Case, Scale, make_model, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.callbacks import TimedCheckpoint
@@ -193,7 +193,7 @@ class Tally:
 def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: Report) -> Tally:
     """Run the training undisturbed, then kill it ``kills`` times and let it end."""
     drawn, tally = random.Random(seed), Tally()
-    make_model(folder / "model", False, SCALE)
+    make_model(folder / "model", Case("untied"), SCALE)
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir()
     (undisturbed / "model").symlink_to(folder / "model")

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from optimi import Adam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.evaluation import Evaluation
+from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.fingerprint import fingerprint
-from lightning_pipelite.optim import rms_ratio_schedule
+from lightning_pipelite.optim import (
+    OptimizerFactory,
+    check_patterns,
+    check_schedule,
+    group_parameters,
+    make_optimizer,
+    make_schedule,
+)
 from lightning_pipelite.strategy import PipeLiteStrategy
 
 
@@ -31,19 +43,35 @@ class PipeLiteModule(pl.LightningModule):
 
     Batches are dicts of int64 tensors of shape (batch, sequence): ``input_ids``; ``position_ids``, which restart at
     every document so that attention stays within it; and ``labels``, already shifted, -100 where there is nothing to
-    learn.
+    learn. A Control Adapter needs ``control_classes`` as well.
 
     Args:
         model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
-        adapter: what is trained: LoRA or Full.
+        adapter: what is trained: LoRA, ControlAdapter or Full.
         load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
-        lr: the learning rate, approached by the RMS-ratio schedule.
+        lr: the learning rate, approached by the RMS-ratio schedule unless another is chosen.
         beta1: Adam's decay rate of the first moment.
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.
         dtype: the dtype of the base model's weights and of the hidden states.
         activation_memory: keep all activations of a micro-batch until its backward pass, or recompute each layer's
             then from its input.
+        optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
+            summation where weights are bf16. beta1, beta2 and eps are for the default.
+        schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
+            the end of training.
+        warmup_steps: steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
+        parameter_groups: other options for some parameters, by a regular expression that is searched in their names:
+            ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
+        packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
+            those with recurrent layers, are refused unless this is false and each sequence is one document.
+        attn_implementation: varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
+            varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
+        bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
+        allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
+        trust_remote_code: run the model's own Python code from model_dir.
+        router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -62,6 +90,16 @@ class PipeLiteModule(pl.LightningModule):
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         activation_memory: Literal["keep", "recompute"] = "recompute",
+        optimizer: OptimizerFactory | None = None,
+        schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
+        warmup_steps: int = 0,
+        parameter_groups: dict[str, dict[str, float]] | None = None,
+        packed: bool = True,
+        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -69,12 +107,22 @@ class PipeLiteModule(pl.LightningModule):
                 raise ConfigurationError(f"model.{name} must be at least {low} and less than {high:g}, not {value}.")
         if eps <= 0:
             raise ConfigurationError(f"model.eps must be positive, not {eps}.")
-        self.save_hyperparameters(ignore=["adapter"])
+        if optimizer is not None and (beta1, beta2, eps) != (0.9, 0.99, 1e-6):
+            raise ConfigurationError(
+                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
+            )
+        check_schedule(schedule, warmup_steps)
+        check_patterns(parameter_groups or {})
+        if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
+            raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
+        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
         self.model_dir = model_dir
-        self.lr, self.betas, self.eps = lr, (beta1, beta2), eps
+        self.lr = lr
+        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps)
+        self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
         self._layers = CausalLMLayers(
             model_dir,
             dtype=getattr(torch, dtype),
@@ -82,23 +130,47 @@ class PipeLiteModule(pl.LightningModule):
             adapter=adapter,
             activation_memory=activation_memory,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            packed=packed,
+            attn_implementation=attn_implementation,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            allow_pickled_weights=allow_pickled_weights,
+            trust_remote_code=trust_remote_code,
+            fuse_head=True,
+            router_aux_loss_coef=router_aux_loss_coef,
         )
         self._tokens = 0
         self._step_began = 0.0
+        self._evaluation = Evaluation([])
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
-        return self._layers, cross_entropy_terms
+        router_loss = self._layers.router_loss
+        return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
-        return (batch["input_ids"], batch["position_ids"]), batch["labels"]
+        if missing := [key for key in self.adapter.batch_keys if key not in batch]:
+            raise ConfigurationError(
+                f"{type(self.adapter).__name__} needs batches with {missing[0]}; let the data module give them."
+            )
+        return (
+            (batch["input_ids"], batch["position_ids"], *(batch[key] for key in self.adapter.batch_keys)),
+            batch["labels"],
+        )
 
     @override
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # A stage may have nothing to train; torch refuses [], but not an empty group.
-        optimizer = Adam([{"params": trained}], lr=self.lr, betas=self.betas, eps=self.eps)
-        scheduler = rms_ratio_schedule(optimizer, self.betas[1])
+        groups = group_parameters(self.named_parameters(), self._groups)
+        matched: list[Any] = [[bool(group["params"]) for group in groups[1:]]]
+        if dist.is_initialized():  # a stage may have nothing of a group, but some stage must
+            matched = [None] * dist.get_world_size()
+            dist.all_gather_object(matched, [bool(group["params"]) for group in groups[1:]])
+        for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
+            if not any(found):
+                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self.pipeline_stage.causal_lm))
+        total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
+        scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_trained(self, directory: Path) -> None:
@@ -184,9 +256,30 @@ class PipeLiteModule(pl.LightningModule):
                 # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
                 # product has no backward: from then on most gradients would be wrong, with no more than a warning.
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        evaluated_at_once = getattr(getattr(self.trainer, "datamodule", None), "eval_gradient_accumulation_steps", 1)
+        evaluated_at_once = getattr(self._data_module, "eval_gradient_accumulation_steps", 1)
         if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
             self.trainer.strategy.eval_micro_batches = evaluated_at_once
+
+    def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
+        """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
+
+        Args:
+            total: the summed loss of an evaluation set.
+            count: the number of tokens in it.
+            dataloader_idx: which set it is; they come in order.
+        """
+        if dataloader_idx == 0:
+            sets: Any = self.trainer.val_dataloaders
+            names = list(sets) if isinstance(sets, Mapping) else getattr(self._data_module, "eval_names", [])
+            number = len(sets) if isinstance(sets, (Mapping, list)) else 1
+            self._evaluation = Evaluation(names if len(names) == number else [str(i) for i in range(number)])
+        for name, value in self._evaluation.add(total, count).items():
+            shown = name == "eval/loss"
+            self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
+
+    @property
+    def _data_module(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -220,16 +313,3 @@ class PipeLiteModule(pl.LightningModule):
 
 class _EnoughError(Exception):
     """Ends the rehearsal of saving."""
-
-
-def cross_entropy_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy of a micro-batch, in float32, and the number of tokens in it.
-
-    Args:
-        logits: (batch, sequence, vocabulary), any floating dtype.
-        labels: (batch, sequence), int64; the token to predict at each position, or -100.
-    """
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return total, (labels != -100).sum()

@@ -126,7 +126,9 @@ class TrainerCLI(LightningCLI):
                 if isinstance(callback, SaveTrained) and self.trainer.is_global_zero:
                     callback.check(model)
         elif not data.statistics.eval.sequences:
-            raise ConfigurationError("there is nothing to validate on: give data.eval_fraction a value above 0.")
+            raise ConfigurationError(
+                "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets."
+            )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
 

@@ -287,7 +287,8 @@ CASES = {
     "no dataset": Case("data.datasets is empty: list at least one dataset with its dataset_path.",
         edit={"data.datasets": []}),
     "no such file": Case(
-        "dataset_path none/*.txt matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet.",
+        "dataset_path none/*.txt matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet, "
+        ".arrow.",
         edit={"data.datasets": [{"dataset_path": "none/*.txt"}]},
     ),
     "empty file": Case(
@@ -310,7 +311,7 @@ CASES = {
         edit={"trainer.accumulate_grad_batches": 1000, "trainer.devices": 2},
     ),
     "nothing to validate on": Case(
-        "there is nothing to validate on: give data.eval_fraction a value above 0.",
+        "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets.",
         edit={"data.eval_fraction": 0.0},
         command=["validate", "--config", "config.yaml"],
     ),
@@ -578,7 +579,8 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
     assert starts == ["first", "1"]
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["train:", "19"], ["eval:", "1"], ["packed", "data:"], ["step", "0:"], ["step", "2:"], ["saved", "what"]
+        ["train:", "19"], ["eval:", "1"], ["dataset", f"{job}/texts/*.txt:"], ["packed", "data:"], ["step", "0:"],
+        ["step", "2:"], ["saved", "what"],
     ]  # fmt: skip
     assert lines[-1] == "saved what was trained to deep/down/lora"
     progress = [line for line in result.stderr.replace("\r", "\n").splitlines() if line]

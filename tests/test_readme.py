@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from processes import Workers
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-MODES = ["lora", "qlora", "full"]
+MODES = ["lora", "qlora", "full", "control_adapter"]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart.make_base_model(made).rename(made / "models" / "base")
     for path in sorted((made / "texts" / "reference").glob("*.txt"))[:12]:
         path.rename(made / "texts" / path.name)
+    for kind, folder in (("positive", "library"), ("negative", "reference")):
+        (made / kind).mkdir()
+        for path in sorted((made / "texts" / folder).glob("*.txt"))[:6]:
+            shutil.copy(path, made / kind)
     return made
 
 
@@ -70,6 +76,30 @@ def test_readme_command_runs(workers: Workers, directory: Path) -> None:
     assert (directory / "output" / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_readme_data_options_pack(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (block,) = [code for language, code in BLOCKS if language == "yaml"]
+    talks = [
+        {"messages": [{"role": "user", "content": f"Who is {n}?"}, {"role": "assistant", "content": f"Python {n}."}]}
+        for n in range(2000)
+    ]
+    (directory / "more").mkdir()
+    (directory / "more" / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks) + "no record\n")
+    (directory / "more" / "held.jsonl").write_text(json.dumps({"text": "held out"}))
+    (directory / "chat").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / "chat" / name).write_bytes((directory / "models" / "base" / name).read_bytes())
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    (directory / "chat" / "chat_template.jinja").write_text(template)
+    (directory / "data.yaml").write_text(f"{block}\nmodel:\n  model_dir: chat\n")
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+    run_command(str(directory), ["preview", "--config", "data.yaml"])
+    printed = capsys.readouterr().out
+    assert "1 bad records skipped (the first: " in printed
+    assert "eval held: 1 documents" in printed
+    assert len(re.findall(r"^sequence \d: ", printed, re.MULTILINE)) == 3
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations_train(workers: Workers, directory: Path, mode: str) -> None:
     arguments = [
@@ -84,7 +114,9 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
 def test_every_configuration_is_run_by_a_test() -> None:
     quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"quickstart", "drop_in"}
+    # The last two by tests/callbacks and tests/export.
+    examples = {"quickstart", "drop_in", "callbacks_ddp", "compare_llama_cpp"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == examples
 
 
 @pytest.mark.timeout(600)

@@ -1,7 +1,9 @@
-"""What is trained: LoRA or the model's own weights, for all or for chosen layers."""
+"""What is trained: LoRA, Control Adapters or the model's own weights, for all or for chosen layers."""
 
 from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.control_adapter import ControlAdapter
+from lightning_pipelite.adapters.control_files import load_control_adapter
 from lightning_pipelite.adapters.full import Full
 from lightning_pipelite.adapters.lora import LoRA
 
-__all__ = ["Adapter", "Full", "LoRA"]
+__all__ = ["Adapter", "ControlAdapter", "Full", "LoRA", "load_control_adapter"]

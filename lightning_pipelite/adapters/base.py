@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.models.skeleton import Skeleton
@@ -17,7 +17,13 @@ class Adapter(ABC):
 
     An adapter holds its options only, so one object serves every stage. All that it does on a stage follows from the
     whole model's skeleton and the seed: never from the partition.
+
+    Attributes:
+        batch_keys: What a batch must hold beside tokens, positions and labels: int64 tensors of the tokens' shape. They
+            pass through all stages as their extra inputs.
     """
+
+    batch_keys: tuple[str, ...] = ()
 
     @abstractmethod
     def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
@@ -33,6 +39,9 @@ class Adapter(ABC):
 
         Initial values depend on ``seed`` and the module's name alone. A stage may end up with nothing to train.
         """
+
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027  (most have nothing to do)
+        """Do what each optimizer step is to be followed by, on one stage, in place."""
 
     @abstractmethod
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
-"""Low-rank adapters on the linear layers of the decoder."""
+"""Low-rank adapters on the linear layers and the experts of the decoder."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,11 +18,11 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter
 from lightning_pipelite.adapters.directory import whole_directory
-from lightning_pipelite.adapters.selection import match_modules, parse_layers
+from lightning_pipelite.adapters.experts import wrap_experts
+from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.skeleton import Skeleton
 
-ADAPTER = "default"
 FILE_PREFIX = "base_model.model."
 KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,12 +39,19 @@ class LoRA(Adapter):
         dropout: Probability of dropout on the adapter's input.
         dtype: Type of the adapter's weights: "float32", "bfloat16" or "float16".
         target_modules: Linear layers of the decoder to adapt: "all-linear", a list of names such as "q_proj", or a
-            regular expression for the full name.
+            regular expression for the full name. The experts of a MoE model, fused into parameters such as
+            "mlp.experts.down_proj", count as linear layers; each expert gets an A and B of its own.
         layers_to_transform: Decoder layers to adapt, such as "0:3, 7, 12:15" (ranges are inclusive) or a list of
             numbers; all by default.
+        use_rslora: Scale B·A by sqrt(rank) (https://arxiv.org/abs/2312.03732).
+        use_dora: Train the magnitude of W + B·A apart from its direction (https://arxiv.org/abs/2402.09353).
+        init_lora_weights: "default"; "gaussian", A normal with deviation 1/rank; or "pissa", A and B from the largest
+            singular values of W, which is left with the rest (https://arxiv.org/abs/2404.02948), or "pissa_niter_N",
+            that by N iterations of a randomised decomposition. PiSSA is saved as a LoRA of twice the rank on the
+            unchanged W.
 
     Raises:
-        ConfigurationError: An option out of its range.
+        ConfigurationError: An option out of its range, or two that do not go together.
     """
 
     def __init__(
@@ -53,49 +61,91 @@ class LoRA(Adapter):
         dtype: str = "float32",
         target_modules: str | list[str] = "all-linear",
         layers_to_transform: str | list[int] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: str = "default",
     ) -> None:
-        if rank < 1:
-            raise ConfigurationError(f"rank is {rank}; set it to 1 or more.")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigurationError(f"dropout is {dropout}; set it to at least 0 and less than 1.")
-        if dtype not in DTYPES:
-            raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
+        check_options(rank, dropout, dtype)
+        if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init_lora_weights):
+            raise ConfigurationError(
+                f"init_lora_weights is {init_lora_weights!r}; set it to default, gaussian, pissa or pissa_niter_N."
+            )
         self.rank = rank
         self.dropout = dropout
         self.dtype = dtype
         self.target_modules = target_modules
         self.layers_to_transform = layers_to_transform
+        self.use_rslora = use_rslora
+        self.use_dora = use_dora
+        self.init_lora_weights = init_lora_weights
+        if self._pissa and (use_rslora or use_dora):
+            raise ConfigurationError("init_lora_weights pissa goes with plain LoRA; set use_rslora and use_dora false.")
+
+    @property
+    def _pissa(self) -> bool:
+        return self.init_lora_weights.startswith("pissa")
 
     @override
     def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
-        self._targets(skeleton)
+        linear, fused = self._targets(skeleton)
+        if self._pissa and load_in_4bit:
+            raise ConfigurationError("init_lora_weights pissa changes the weights, which load_in_4bit cannot; use one.")
+        if self._pissa and (small := [n for n in linear if min(_shape(skeleton, n)) < self.rank]):
+            raise ConfigurationError(
+                f"rank is {self.rank}, but {small[0]}, which init_lora_weights pissa decomposes, has only "
+                f"{min(_shape(skeleton, small[0]))} singular values; lower rank."
+            )
+        for name, option in (("dropout", self.dropout), ("use_dora", self.use_dora), ("pissa", self._pissa)):
+            if fused and option:
+                raise ConfigurationError(
+                    f"{name} does not work on fused experts such as {fused[0]}; leave it out, or name other "
+                    "target_modules."
+                )
+        check_peft_loads(self._saved_config(skeleton), skeleton, {*linear, *fused})
 
     @override
     def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
         model.requires_grad_(False)
-        owned = {name for name, module in model.named_modules() if hasattr(module, "in_features")}
-        targets = [name for name in self._targets(skeleton) if name in owned]
-        if not targets:
-            return
-        # On the meta device, as PEFT's own initial values would draw from the global random numbers in vain.
-        inject_adapter_in_model(self._config(targets), model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-        for name in targets:
-            self._initialise(model.get_submodule(name), name, seed)
+        linear, fused = self._targets(skeleton)
+        owned = dict(model.named_modules())
+        linear = [name for name in linear if name in owned]
+        fused = [name for name in fused if name.rpartition(".")[0] in owned]
+        if linear:
+            # On the meta device, as PEFT's own initial values would draw from the global random numbers in vain.
+            # Into the list of layers: given a model, PEFT takes gate_proj and its like for the experts' in some types.
+            prefix = skeleton.layers_name + "."
+            config = self._config([name.removeprefix(prefix) for name in linear])
+            inject_adapter_in_model(config, owned[skeleton.layers_name], adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        layers = [(name, model.get_submodule(name)) for name in linear]
+        for name in fused:
+            module, _, parameter = name.rpartition(".")
+            layers.append((name, wrap_experts(model, module, parameter, self._config([]), ADAPTER)))
+        for name, layer in layers:
+            self._initialise(layer, name, seed)
 
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return {
-            FILE_PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
+        state = {
+            FILE_PREFIX + _name_in_file(name): parameter.detach().cpu().contiguous()
             for name, parameter in model.named_parameters()
             if ".lora_" in name
         }
+        for name, layer in model.named_modules():
+            # W - B₀A₀ is frozen, but the file is for W: BA - B₀A₀ is a product of twice the rank.
+            if (start := getattr(layer, "pissa_start", None)) is not None:
+                a, b = (f"{FILE_PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
+                state[a] = torch.cat([state[a], start[0].to(state[a])])
+                state[b] = torch.cat([state[b], -start[1].to(state[b])], dim=1)
+        return state
 
     @override
     def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
         with whole_directory(directory, KNOWN_FILES) as partial:
             weights = {name: tensor for state in states for name, tensor in state.items()}
             skeleton = Skeleton(model_dir)
-            config = self._config(_shortest_targets(self._targets(skeleton), skeleton))
+            config = self._saved_config(skeleton)
+            if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
+                raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
             config.task_type = "CAUSAL_LM"
             config.base_model_name_or_path = str(model_dir.absolute())
             config.inference_mode = True
@@ -103,40 +153,81 @@ class LoRA(Adapter):
             save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def _config(self, targets: list[str]) -> LoraConfig:
-        return LoraConfig(r=self.rank, lora_alpha=self.rank, lora_dropout=self.dropout, target_modules=targets)
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
 
-    def _targets(self, skeleton: Skeleton) -> list[str]:
-        """Return the full names of the linear layers to adapt in the whole model."""
-        modules = {name: module for name, module in skeleton.model.named_modules() if name}
-        in_decoder = [n for n, m in modules.items() if isinstance(m, nn.Linear) and skeleton.layer_of(n) is not None]
-        targets = in_decoder
-        if self.target_modules != "all-linear":
-            targets = match_modules(modules, self.target_modules)
-            if others := [name for name in targets if name not in in_decoder]:
-                kind = type(modules[others[0]]).__name__
-                raise ConfigurationError(
-                    f"target_modules matches {others[0]}, a {kind}; name Linear modules of decoder layers only."
-                )
-        layers = set(parse_layers(self.layers_to_transform, len(skeleton.layers)))
-        chosen = [name for name in targets if skeleton.layer_of(name) in layers]
-        if not chosen:
-            raise ConfigurationError("target_modules matches no linear layer of layers_to_transform; widen either.")
-        return chosen
+    def _saved_config(self, skeleton: Skeleton) -> LoraConfig:
+        linear, fused = self._targets(skeleton)
+        config = self._config(shortest(linear, [name for name, _ in skeleton.model.named_modules()], 1))
+        if fused:
+            config.target_parameters = shortest(fused, [name for name, _ in skeleton.model.named_parameters()], 3)
+        if self._pissa:
+            config.r = config.lora_alpha = 2 * self.rank
+        return config
 
-    def _initialise(self, layer: LoraLayer, name: str, seed: int) -> None:
+    def _targets(self, skeleton: Skeleton) -> tuple[list[str], list[str]]:
+        return lora_targets(skeleton, self.target_modules, self.layers_to_transform)
+
+    def _initialise(self, layer: Any, name: str, seed: int) -> None:
         """Set A and B to values that depend on ``seed`` and ``name`` alone, drawn on the CPU for every device."""
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        values = torch.empty(down.weight.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        device, dtype = layer.get_base_layer().weight.device, DTYPES[self.dtype]
-        down.weight = nn.Parameter(values.to(device, dtype))
-        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device, dtype=dtype))
+        device, dtype = next(layer.get_base_layer().parameters()).device, DTYPES[self.dtype]
+        generator = generator_of(seed, name)
+        a = torch.empty(down.weight.shape, dtype=torch.float32, device="cpu")
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / self.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        b = torch.zeros(up.weight.shape, dtype=torch.float32, device="cpu")
+        down.weight, up.weight = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+        if self._pissa:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # pissa_niter draws from it
+                torch.manual_seed(generator.initial_seed())
+                layer.pissa_init(ADAPTER, self.init_lora_weights)
+            layer.pissa_start = (down.weight.detach().cpu().clone(), up.weight.detach().cpu().clone())
+        if self.use_dora:
+            magnitude = layer.lora_magnitude_vector[ADAPTER]
+            magnitude.update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=down.weight,
+                lora_B=up.weight,
+                scaling=layer.scaling[ADAPTER],
+            )
+            magnitude.weight = nn.Parameter(magnitude.weight.detach().to(dtype))
+        down.weight, up.weight = (nn.Parameter(each.weight.detach().to(dtype)) for each in (down, up))
 
 
-def _shortest_targets(targets: list[str], skeleton: Skeleton) -> list[str]:
-    """Return the last components of ``targets`` if they name the same modules, as people and other tools expect."""
-    last = {name.rpartition(".")[2] for name in targets}
-    matched = {name for name, _ in skeleton.model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last) if matched == set(targets) else targets
+def check_options(rank: int, dropout: float, dtype: str) -> None:
+    """Refuse what no adapter takes.
+
+    Raises:
+        ConfigurationError: A value out of its range.
+    """
+    if rank < 1:
+        raise ConfigurationError(f"rank is {rank}; set it to 1 or more.")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigurationError(f"dropout is {dropout}; set it to at least 0 and less than 1.")
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return random numbers, on the CPU, that depend on ``seed`` and ``name`` alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _name_in_file(name: str) -> str:
+    """PEFT's name for a parameter: without the adapter's, and DoRA's magnitude as if it were no module."""
+    magnitude = f".lora_magnitude_vector.{ADAPTER}.weight"
+    return name.replace(magnitude, ".lora_magnitude_vector").replace(f".{ADAPTER}.", ".")
+
+
+def _shape(skeleton: Skeleton, name: str) -> torch.Size:
+    return skeleton.model.get_submodule(name).weight.shape

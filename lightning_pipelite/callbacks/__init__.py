@@ -1,7 +1,9 @@
 """Callbacks for any Lightning project."""
 
+from lightning_pipelite.callbacks.adapter_norms import AdapterNorms
+from lightning_pipelite.callbacks.composite_weight_decay import CompositeWeightDecay
 from lightning_pipelite.callbacks.eval_schedule import EvalSchedule
 from lightning_pipelite.callbacks.save_trained import SaveTrained
 from lightning_pipelite.callbacks.timed_checkpoint import TimedCheckpoint
 
-__all__ = ["EvalSchedule", "SaveTrained", "TimedCheckpoint"]
+__all__ = ["AdapterNorms", "CompositeWeightDecay", "EvalSchedule", "SaveTrained", "TimedCheckpoint"]

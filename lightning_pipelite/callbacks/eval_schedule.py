@@ -17,7 +17,8 @@ class EvalSchedule(Callback):
     """Evaluates before the first step and at evenly spaced steps, the last of each epoch and of training among them.
 
     It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps. Each
-    evaluation prints one line with the loss and its change against the one before.
+    evaluation prints one line with the loss and its change in per cent against the one before; where there are several
+    evaluation sets, with those of each, the metrics called ``MONITOR/NAME``.
 
     Args:
         evals_per_epoch: how many evaluations an epoch has, at most one a step.
@@ -32,7 +33,7 @@ class EvalSchedule(Callback):
             raise ConfigurationError(f"EvalSchedule: evals_per_epoch must be at least 1, not {evals_per_epoch}.")
         self.evals_per_epoch = evals_per_epoch
         self.monitor = monitor
-        self._last: float | None = None
+        self._last: dict[str, float] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,13 +70,21 @@ class EvalSchedule(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor)
-        if not isinstance(value, Tensor) or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
-        loss = value.item()
-        change = "" if not self._last else f" ({100 * (loss / self._last - 1):+.2f} % since the last)"
-        pl_module.print(f"step {trainer.global_step}: {self.monitor} {loss:.4f}{change}")
-        self._last = loss
+        found = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if isinstance(value, Tensor) and (name == self.monitor or name.startswith(self.monitor + "/"))
+        }
+        if found:
+            told = ", ".join(f"{name} {found[name]:.4f}{self._change(name, found[name])}" for name in sorted(found))
+            pl_module.print(f"step {trainer.global_step}: {told}")
+            self._last = found
+
+    def _change(self, name: str, loss: float) -> str:
+        last = self._last.get(name)
+        return f" ({100 * (loss / last - 1):+.2f} % since the last)" if last else ""
 
     @override
     def state_dict(self) -> dict[str, Any]:

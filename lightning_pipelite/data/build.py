@@ -1,53 +1,100 @@
-"""From files to the packed arrays of a cache entry."""
+"""From files to the packed sequences of a cache entry."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from array import array
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import tokenizers
+import transformers
 
-from lightning_pipelite.data.config import DatasetConfig, PackingOptions
-from lightning_pipelite.data.packing import Ints, Layout, choose_evaluation, lay_out, within_tokens
+from lightning_pipelite.data.cache import build_once, content_key, file_stamp, tokenizer_stamp
+from lightning_pipelite.data.config import HELD_OUT, PackingOptions
+from lightning_pipelite.data.corpus import Corpus, tokenise
+from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
+from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequences import write_sequences
-from lightning_pipelite.data.sources import read_documents
-from lightning_pipelite.data.statistics import SplitStatistics
+from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-FORMAT_VERSION = 1
-"""Part of the cache key: raise it whenever the same options give other arrays, or arrays of another form."""
+FORMAT_VERSION = 2
+"""Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
 
-# Enough to keep the tokenizer's threads busy; while it works, it takes some fifty times a batch's size.
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 1 << 20
+META = "meta.json"
+
+
+def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -> Path:
+    """Give the cache entry of these options, files and tokenizer, and build it if it is missing.
+
+    Args:
+        cache_dir: Where entries live.
+        options: What to build.
+        tokenizer_dir: The directory of the tokenizer.
+
+    Returns:
+        The entry's directory; see `PackBuilder`.
+
+    Raises:
+        ConfigurationError: If files, tokenizer or cache directory are not usable; the sentence names them.
+    """
+    if not tokenizer_dir.is_dir():
+        raise ConfigurationError(f"data.tokenizer_dir {tokenizer_dir} is no directory: name one with a tokenizer.")
+    files = [find_files(dataset.dataset_path) for dataset in options.sources]
+
+    def key() -> str:
+        return content_key(
+            {
+                "format": FORMAT_VERSION,
+                "libraries": [tokenizers.__version__, transformers.__version__],
+                "options": asdict(options),
+                "files": [[file_stamp(path) for path in paths] for paths in files],
+                "tokenizer": tokenizer_stamp(tokenizer_dir),
+            }
+        )
+
+    before = key()
+
+    def build(folder: Path) -> None:
+        PackBuilder(options, files, DocumentTokenizer(tokenizer_dir, options))(folder)
+        if key() != before:
+            raise ConfigurationError("A data or tokenizer file changed while it was read: start again.")
+
+    return build_once(cache_dir, before, build)
+
+
+@dataclass
+class _Split:
+    """A set of sequences: its documents, by groups that share no sequence, and where they lie."""
+
+    name: str
+    groups: list[Ints]
+    layout: Layout
 
 
 class PackBuilder:
     """Tokenises each document once, then chooses, orders and packs.
 
-    In memory stay a batch of text and three numbers a document; the tokens go through a file.
+    In memory stay a few batches of text and some numbers for each document; the tokens go through a file.
 
     Args:
         options: What to build.
-        files: The files of each dataset in `options.datasets`.
-        tokenizer: Turns texts into ids.
+        files: The files of each dataset in ``options.sources``.
+        tokenizer: Turns documents into ids.
     """
 
     def __init__(self, options: PackingOptions, files: list[list[Path]], tokenizer: DocumentTokenizer) -> None:
         self._options = options
         self._files = files
         self._tokenizer = tokenizer
-        self._lengths = array("q")
-        self._digests = array("Q")
+        self._capacity = options.sequence_len - len(tokenizer.sequence_prefix)
 
     def __call__(self, folder: Path) -> None:
-        """Write ``train/``, ``eval/`` and ``meta.json``.
+        """Write ``train.arrow``, ``eval-0.arrow`` and so on, and ``meta.json``.
 
         Args:
             folder: An empty directory.
@@ -55,112 +102,164 @@ class PackBuilder:
         Raises:
             ConfigurationError: If a document cannot be read, a dataset yields none, or evaluation no sequence.
         """
-        options = self._options
         scratch = folder / "documents.u32"
-        ends = []
-        with scratch.open("wb") as file:
-            for dataset, paths in zip(options.datasets, self._files, strict=True):
-                for ids in self._tokenised(dataset, paths):
-                    data = np.asarray(ids, np.uint32).tobytes()
-                    file.write(data)
-                    self._lengths.append(len(ids))
-                    self._digests.append(self._digest(data))
-                ends.append(len(self._lengths))
-                if ends[-1] == (ends[-2] if len(ends) > 1 else 0):
-                    raise ConfigurationError(
-                        f"{dataset.dataset_path} holds no document with a token: remove it or fill it."
-                    )
-
-        lengths = np.asarray(self._lengths, np.int64)
-        groups = self._in_order(ends, lengths)
-        chosen = np.concatenate(groups)
-        held_out = np.zeros(len(lengths), bool)
-        held_out[chosen] = choose_evaluation(np.asarray(self._digests, np.uint64)[chosen], options.eval_fraction)
-
-        # Evaluation first: what it takes of max_sequences is its share, training gets the rest.
-        limit = options.max_sequences
-        share = None if limit is None else min(max(1, round(limit * options.eval_fraction)), max(1, limit - 1))
-        eval_layout = self._lay_out([group[held_out[group]] for group in groups], lengths, share)
-        if held_out.any() and not eval_layout.sequences:
-            raise ConfigurationError(
-                f"What is held out for evaluation ({int(held_out.sum())} of {len(chosen)} documents) fills no sequence "
-                f"of {options.sequence_len} tokens, and drop_tails drops partial ones: raise eval_fraction, set it "
-                "to 0, or turn drop_tails off."
-            )
-        rest = None if limit is None else limit - eval_layout.sequences
-        train_layout = self._lay_out([group[~held_out[group]] for group in groups], lengths, rest)
-
-        tokens = np.memmap(scratch, np.uint32, mode="r")
-        offsets = np.cumsum(lengths) - lengths
-        statistics = {}
-        for name, layout, side in (("train", train_layout, ~held_out), ("eval", eval_layout, held_out)):
-            (folder / name).mkdir()
-            write_sequences(
-                folder / name,
-                layout,
-                tokens,
+        corpus = tokenise(self._options, self._files, self._tokenizer, scratch)
+        splits = self._splits(corpus)
+        offsets = np.cumsum(corpus.lengths) - corpus.lengths
+        classes = self._classes(corpus)
+        fingerprints = []
+        for number, split in enumerate(splits):
+            fingerprint = write_sequences(
+                folder / ("train.arrow" if number == 0 else f"eval-{number - 1}.arrow"),
+                split.layout,
+                scratch,
                 offsets,
-                sequence_len=options.sequence_len,
+                classes,
+                sequence_len=self._options.sequence_len,
                 prefix=self._tokenizer.sequence_prefix,
                 padding_id=self._tokenizer.padding_id,
             )
-            statistics[name] = asdict(self._statistics(layout, int(lengths[chosen[side[chosen]]].sum())))
-        del tokens
+            fingerprints.append(fingerprint)
         scratch.unlink()
+        train, *evals = (self._split_statistics(split, corpus.lengths) for split in splits)
+        names = [split.name for split in splits[1:]]
+        datasets = [self._dataset_statistics(number, corpus, splits) for number in range(len(corpus.ends))]
         meta = {
-            "statistics": statistics,
+            "statistics": DataStatistics(train, dict(zip(names, evals, strict=True)), datasets).as_dict(),
+            "fingerprint": fingerprints[0],
             "masked_ids": self._tokenizer.masked_ids,
             "padding_id": self._tokenizer.padding_id,
+            "prefix_len": len(self._tokenizer.sequence_prefix),
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        (folder / META).write_text(json.dumps(meta, indent=1))
 
-    def _tokenised(self, dataset: DatasetConfig, paths: list[Path]) -> Iterator[list[int]]:
-        texts: list[str] = []
-        characters = 0
-        for text in chain.from_iterable(read_documents(path, dataset.text_field) for path in paths):
-            texts.append(text)
-            characters += len(text)
-            if len(texts) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                yield from filter(None, self._tokenizer.encode(texts))
-                texts, characters = [], 0
-        if texts:
-            yield from filter(None, self._tokenizer.encode(texts))
+    # Which documents
 
-    def _digest(self, data: bytes) -> int:
-        key = str(self._options.seed).encode()
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
-
-    def _in_order(self, ends: list[int], lengths: Ints) -> list[Ints]:
-        """Shuffle each dataset's documents, keep its max_tokens, and mix the datasets if asked to."""
-        seed = self._options.seed
-        groups = []
-        for number, dataset in enumerate(self._options.datasets):
-            begin = ends[number - 1] if number else 0
-            order = begin + np.random.default_rng((seed, number)).permutation(ends[number] - begin)
-            count = within_tokens(lengths[order], dataset.max_tokens)
-            if not count:
+    def _splits(self, corpus: Corpus) -> list[_Split]:
+        """The training set, what is held out from it, and the datasets for evaluation."""
+        options, lengths = self._options, corpus.lengths
+        chosen = [self._within_max_tokens(number, corpus) for number in range(len(corpus.ends))]
+        groups, eval_groups = chosen[: len(options.datasets)], chosen[len(options.datasets) :]
+        if eval_groups:
+            elsewhere = corpus.digests[np.concatenate(eval_groups)]
+            groups = [group[~np.isin(corpus.digests[group], elsewhere)] for group in groups]
+            if not sum(map(len, groups)):
                 raise ConfigurationError(
-                    f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}, less than the first document in "
-                    f"shuffled order has ({int(lengths[order[0]])}): raise it, or split the document."
+                    "Every document of data.datasets is in data.eval_datasets, too: none is left for training."
                 )
-            groups.append(order[:count])
-        if self._options.mix_datasets:
-            mixed = np.concatenate(groups)
-            groups = [mixed[np.random.default_rng((seed, len(groups))).permutation(len(mixed))]]
-        return groups
+        everything = np.concatenate(groups)
+        held_out = np.zeros(len(lengths), bool)
+        held_out[everything] = choose_evaluation(corpus.digests[everything], options.eval_fraction)
 
-    def _lay_out(self, groups: list[Ints], lengths: Ints, max_sequences: int | None) -> Layout:
-        capacity = self._options.sequence_len - len(self._tokenizer.sequence_prefix)
-        return lay_out(groups, lengths, capacity, drop_tails=self._options.drop_tails, max_sequences=max_sequences)
+        # What is held out first: what it takes of max_sequences is its share, training gets the rest.
+        limit = options.max_sequences
+        share = None if limit is None else min(max(1, round(limit * options.eval_fraction)), max(1, limit - 1))
+        held = self._pack(HELD_OUT, self._mixed([group[held_out[group]] for group in groups]), lengths, share)
+        if held_out.any() and not held.layout.sequences:
+            raise ConfigurationError(
+                f"What is held out for evaluation ({int(held_out.sum())} of {len(everything)} documents) fills no "
+                f"sequence of {options.sequence_len} tokens, and drop_tails drops partial ones: raise eval_fraction, "
+                "set it to 0, or turn drop_tails off."
+            )
+        rest = None if limit is None else limit - held.layout.sequences
+        train_groups = self._within_weights([group[~held_out[group]] for group in groups], lengths)
+        splits = [self._pack("train", self._mixed(train_groups), lengths, rest)]
+        if held.layout.sequences:
+            splits.append(held)
+        for name, dataset, group in zip(options.eval_names, options.eval_datasets, eval_groups, strict=True):
+            splits.append(self._pack(name, [group], lengths, None))
+            if not splits[-1].layout.sequences:
+                raise ConfigurationError(
+                    f"{dataset.dataset_path} of data.eval_datasets fills no sequence of {options.sequence_len} tokens, "
+                    "and drop_tails drops partial ones: add to it, or turn drop_tails off."
+                )
+        return splits
 
-    def _statistics(self, layout: Layout, available_tokens: int) -> SplitStatistics:
-        tokens = int(layout.kept.sum())
-        positions = layout.sequences * self._options.sequence_len
-        used = tokens + layout.sequences * len(self._tokenizer.sequence_prefix)
+    def _within_max_tokens(self, number: int, corpus: Corpus) -> Ints:
+        """A dataset's documents in shuffled order, as many as its max_tokens allows."""
+        dataset, documents = self._options.sources[number], corpus.documents(number)
+        order = documents[np.random.default_rng((self._options.seed, number)).permutation(len(documents))]
+        count = within_tokens(corpus.lengths[order], dataset.max_tokens)
+        if not count:
+            raise ConfigurationError(
+                f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}, less than the first document in "
+                f"shuffled order has ({int(corpus.lengths[order[0]])}): raise it, or split the document."
+            )
+        return order[:count]
+
+    def _within_weights(self, groups: list[Ints], lengths: Ints) -> list[Ints]:
+        weights = [dataset.weight for dataset in self._options.datasets if dataset.weight is not None]
+        if not weights:
+            return groups
+        limits = within_weights([int(lengths[group].sum()) for group in groups], weights)
+        taken = [group[: within_tokens(lengths[group], limit)] for group, limit in zip(groups, limits, strict=True)]
+        for dataset, group, limit in zip(self._options.datasets, taken, limits, strict=True):
+            if not len(group):
+                raise ConfigurationError(
+                    f"{dataset.dataset_path} gets {limit} training tokens by its weight, less than its first document "
+                    "has: give it a larger weight, or add to the dataset that has the fewest tokens for its weight."
+                )
+        return taken
+
+    def _mixed(self, groups: list[Ints]) -> list[Ints]:
+        if not self._options.mix_datasets:
+            return groups
+        mixed = np.concatenate(groups)
+        return [mixed[np.random.default_rng((self._options.seed, len(self._files))).permutation(len(mixed))]]
+
+    def _classes(self, corpus: Corpus) -> npt.NDArray[np.int8]:
+        classes = np.empty(len(corpus.lengths), np.int8)
+        for number, dataset in enumerate(self._options.sources):
+            documents = corpus.documents(number)
+            classes[documents] = dataset.control_class or class_of(corpus.digests[documents])
+        return classes
+
+    # Where they lie
+
+    def _pack(self, name: str, groups: list[Ints], lengths: Ints, max_sequences: int | None) -> _Split:
+        options = self._options
+        if options.best_fit:
+            layout = best_fit(groups, lengths, self._capacity, max_sequences=max_sequences, seed=options.seed)
+        else:
+            layout = lay_out(
+                groups, lengths, self._capacity, drop_tails=options.drop_tails, max_sequences=max_sequences
+            )
+        return _Split(name, groups, layout)
+
+    def _split_statistics(self, split: _Split, lengths: Ints) -> SplitStatistics:
+        layout = split.layout
+        tokens = int(layout.sizes.sum())
         return SplitStatistics(
-            documents=len(layout.documents),
+            documents=len(np.unique(layout.documents)),
             tokens=tokens,
             sequences=layout.sequences,
-            padding=1 - used / positions if positions else 0.0,
-            dropped_tokens=available_tokens - tokens,
+            padding=self._padding(layout.sequences, tokens),
+            dropped_tokens=int(lengths[np.concatenate(split.groups)].sum()) - tokens,
         )
+
+    def _dataset_statistics(self, number: int, corpus: Corpus, splits: list[_Split]) -> DatasetStatistics:
+        documents = corpus.documents(number)
+        begin, end = (int(documents[0]), int(documents[-1]) + 1)
+        packed = tokens = sequences = filled = 0
+        for layout in (split.layout for split in splits):
+            ours = (layout.documents >= begin) & (layout.documents < end)
+            rows = layout.starts // self._capacity
+            touched = np.unique(rows[ours])
+            packed += len(np.unique(layout.documents[ours]))
+            tokens += int(layout.sizes[ours].sum())
+            sequences += len(touched)
+            filled += int(layout.sizes[np.isin(rows, touched)].sum())
+        return DatasetStatistics(
+            dataset_path=self._options.sources[number].dataset_path,
+            documents=packed,
+            tokens=tokens,
+            sequences=sequences,
+            padding=self._padding(sequences, filled),
+            unused_documents=len(documents) - packed,
+            skipped=corpus.skipped[number].count,
+            first_skipped=corpus.skipped[number].first,
+        )
+
+    def _padding(self, sequences: int, tokens: int) -> float:
+        positions = sequences * self._options.sequence_len
+        return (sequences * self._capacity - tokens) / positions if sequences else 0.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
 
 from lightning_pipelite.errors import ConfigurationError
 
@@ -13,20 +17,39 @@ MaskSpec = bool | int | list[int] | None
 """Tokens to mask: true for all special tokens, an id, a list of ids; none or false for no token."""
 
 
+HELD_OUT = "held_out"
+"""The name of the evaluation set that `eval_fraction` holds out."""
+
+Packing = Literal["concatenate", "best_fit"]
+"""How documents fill sequences."""
+
+
 @dataclass
 class DatasetConfig:
     """One source of documents.
 
     Args:
-        dataset_path: A file, a directory (the files directly in it) or a glob (``**`` crosses directories) of
-            ``.txt`` (a document a file), ``.json`` (a list), ``.jsonl`` (a record a line) or ``.parquet``.
+        dataset_path: A file, a directory (the files directly in it) or a glob (``**`` crosses directories) of ``.txt``
+            (a document a file), ``.json`` (a list, read as a whole), ``.jsonl`` (a record a line), ``.parquet`` or
+            ``.arrow``, the first three also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that
+            Hugging Face datasets saved.
         max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.
-        text_field: The field or column of .json, .jsonl and .parquet records that holds the text.
+        control_class: The class of its documents for Control Adapters: 1, -1, or 0 for either, about half and half,
+            decided by a document's content.
+        weight: Its share of the training tokens beside the other datasets' weights. The dataset that runs out first
+            sets the total; of the others, whole documents are left out. Null everywhere: all tokens of all datasets.
+        text_field: The field or column of records that holds the text.
+        messages_field: The field or column of records that holds a conversation, a list of messages with ``role`` and
+            ``content``, in place of a text. The tokenizer's chat template renders it, and only the assistant's turns
+            are labels.
     """
 
     dataset_path: str
     max_tokens: int | None = None
+    control_class: Literal[-1, 0, 1] = 1
+    weight: float | None = None
     text_field: str = "text"
+    messages_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +63,12 @@ class PackingOptions:
     """
 
     datasets: list[DatasetConfig]
+    eval_datasets: list[DatasetConfig]
     sequence_len: int
     max_sequences: int | None
     drop_tails: bool
     mix_datasets: bool
+    packing: Packing | None
     sequence_prefix: TokenSpec
     document_prefix: TokenSpec
     document_suffix: TokenSpec
@@ -51,16 +76,41 @@ class PackingOptions:
     eval_fraction: float
     add_prefix_space: bool
     trust_remote_code: bool
+    skip_bad_records: bool
     seed: int
 
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ConfigurationError("data.datasets is empty: list at least one dataset with its dataset_path.")
-        for dataset in self.datasets:
+        for dataset in self.sources:
+            if dataset.control_class not in (-1, 0, 1):
+                raise ConfigurationError(
+                    f"control_class of {dataset.dataset_path} is {dataset.control_class}: give -1, 0 or 1."
+                )
             if dataset.max_tokens is not None and dataset.max_tokens < 1:
                 raise ConfigurationError(
                     f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}: give a positive number."
                 )
+        weights = [dataset.weight for dataset in self.datasets]
+        for dataset in self.datasets:
+            if dataset.weight is None and any(weight is not None for weight in weights):
+                raise ConfigurationError(f"{dataset.dataset_path} has no weight: give every dataset one, or none.")
+            if dataset.weight is not None and not 0 < dataset.weight < float("inf"):
+                raise ConfigurationError(
+                    f"weight of {dataset.dataset_path} is {dataset.weight}: give a positive number."
+                )
+        for dataset in self.eval_datasets:
+            if dataset.weight is not None:
+                raise ConfigurationError(
+                    f"{dataset.dataset_path} of data.eval_datasets has a weight: remove it, weights are for training."
+                )
+        if self.packing not in (None, "concatenate", "best_fit"):
+            raise ConfigurationError(f"data.packing is {self.packing}: give concatenate, best_fit or null.")
+        if self.drop_tails and self.best_fit:
+            raise ConfigurationError(
+                "data.drop_tails cuts documents, which best-fit packing never does: turn drop_tails off, or set "
+                "data.packing to concatenate."
+            )
         if self.sequence_len < 1 or self.sequence_len % 64:
             raise ConfigurationError(
                 f"data.sequence_len is {self.sequence_len}: give a positive multiple of 64, the size of a GPU tile."
@@ -74,3 +124,34 @@ class PackingOptions:
             )
         if self.seed < 0:
             raise ConfigurationError(f"data.seed is {self.seed}: give 0 or a positive integer.")
+
+    @property
+    def sources(self) -> list[DatasetConfig]:
+        """All datasets, those for evaluation last."""
+        return [*self.datasets, *self.eval_datasets]
+
+    @property
+    def eval_names(self) -> list[str]:
+        """A name for each of `eval_datasets`, from its path, no two the same."""
+        names: list[str] = []
+        for dataset in self.eval_datasets:
+            name = _name_of(dataset.dataset_path)
+            taken = [HELD_OUT, *names]
+            number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}-{n}") not in taken)
+            names.append(name if number == 1 else f"{name}-{number}")
+        return names
+
+    @property
+    def has_conversations(self) -> bool:
+        return any(dataset.messages_field is not None for dataset in self.sources)
+
+    @property
+    def best_fit(self) -> bool:
+        """Whether documents are kept whole; null chooses that for conversations."""
+        return self.has_conversations if self.packing is None else self.packing == "best_fit"
+
+
+def _name_of(dataset_path: str) -> str:
+    """The last part of a path that is no glob, without endings: "wiki" of wiki.jsonl.gz, "texts" of texts/*.txt."""
+    plain = [part for part in PurePath(dataset_path).parts if not re.search(r"[*?\[]", part)]
+    return re.sub(r"[^\w-]+", "_", plain[-1].split(".")[0] if plain else "").strip("_") or "eval"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-import transformers
-from lightning.pytorch import LightningDataModule
+import pyarrow as pa
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_pipelite.data.build import FORMAT_VERSION, PackBuilder
-from lightning_pipelite.data.cache import build_once, content_key, default_cache_dir, file_stamp, tokenizer_stamp
-from lightning_pipelite.data.config import DatasetConfig, MaskSpec, PackingOptions, TokenSpec
+from lightning_pipelite.data.build import META, build_entry
+from lightning_pipelite.data.cache import default_cache_dir
+from lightning_pipelite.data.config import HELD_OUT, DatasetConfig, MaskSpec, Packing, PackingOptions, TokenSpec
+from lightning_pipelite.data.loader import PackedLoader
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.data.sequences import PackedSequences
-from lightning_pipelite.data.sources import find_files
-from lightning_pipelite.data.statistics import DataStatistics, SplitStatistics
+from lightning_pipelite.data.statistics import DataStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
@@ -28,35 +26,44 @@ from lightning_pipelite.errors import ConfigurationError
 class PackedDataModule(LightningDataModule):
     """Packs documents into sequences of fixed length, once, into a cache on disk, and deals them to replicas.
 
-    A sequence is `sequence_prefix` and then a slice of the concatenated documents, each followed by `document_suffix`.
-    A micro-batch is one sequence: a dict of int64 tensors of shape [1, sequence_len] with
+    A sequence is `sequence_prefix` and then documents, each followed by `document_suffix`: a slice of all of them in a
+    row, or with best-fit packing as many as it has room for. A micro-batch is one sequence: a dict of int64 tensors of
+    shape [1, sequence_len] with
 
     - ``input_ids``;
     - ``labels``: ``labels[t]`` is the token to be predicted from position t, so that the loss is the cross-entropy of
       ``logits[t]`` against it; -100 at the end of the sequence, on padding, for masked tokens, and where the next
       token belongs to another document that `isolate_documents` keeps apart;
+    - ``control_classes``: ``control_classes[t]`` is the class of the document that ``labels[t]`` belongs to, 1 or -1,
+      and 0 where there is no label and for the sequence prefix;
     - ``position_ids``: restart at 0 at each document, at a document's continuation in the next sequence and at
       padding, so that attention stays within a document; the sequence prefix belongs to the first document.
 
-    Train and evaluation share no document: they are split before slicing, and equal documents stay on one side. Every
-    token of a document that is kept is packed exactly once, unless an option drops it. Padding and empty micro-batches
-    (all labels -100) make the data fit; nothing is dropped for that.
+    Train and evaluation share no document: they are split before slicing, equal documents stay on one side, and what is
+    in a dataset for evaluation is left out of training. Every token of a document that is kept is packed exactly once,
+    unless an option drops it. Padding and empty micro-batches (all labels -100) make the data fit; nothing is dropped
+    for that.
 
     Args:
         datasets: The sources of documents.
         sequence_len: Tokens of a sequence, a multiple of 64.
         tokenizer_dir: Directory of the tokenizer; the command line takes it from the model's.
-        max_sequences: At most this many sequences, training and evaluation together.
+        eval_datasets: Sources of documents for evaluation alone, each with a loader of its own. Beside them,
+            `eval_fraction` still holds documents of `datasets` out.
+        max_sequences: At most this many sequences of `datasets`, training and held out together.
         drop_tails: Drop the rest of a document that a sequence has no room for, so that every sequence begins with a
             fresh document, and the last, partial sequence.
         mix_datasets: Shuffle the documents of all datasets together. Otherwise no sequence mixes two datasets.
-        sequence_prefix: Tokens that begin each sequence: null is the tokenizer's BOS if it has one, "" nothing; or a
-            text, an id, a list of ids.
-        document_prefix: Tokens before each document: null or "" is nothing; or a text (joined to the document before
-            tokenising), an id, a list of ids.
-        document_suffix: Tokens after each document: null is the tokenizer's EOS if it has one, "" nothing; or a text
-            (joined to the document before tokenising), an id, a list of ids.
-        mask_tokens: Tokens that are no labels: true is all special tokens; or an id, a list of ids.
+        packing: "concatenate" fills every sequence and splits documents at its end. "best_fit" splits no document that
+            fits into a sequence, and pads. Null is best_fit where there are conversations, else concatenate.
+        sequence_prefix: Tokens that begin each sequence: null is the tokenizer's BOS if it has one (nothing where there
+            are conversations, whose template writes it), "" nothing; or a text, an id, a list of ids.
+        document_prefix: Tokens before each document but conversations: null or "" is nothing; or a text (joined to the
+            document before tokenising), an id, a list of ids.
+        document_suffix: Tokens after each document but conversations: null is the tokenizer's EOS if it has one, ""
+            nothing; or a text (joined to the document before tokenising), an id, a list of ids.
+        mask_tokens: Tokens that are no labels and have no control class: true is all special tokens; or an id, a list
+            of ids.
         eval_fraction: Share of documents held out for evaluation, at least one of two or more; 0 for no evaluation.
         eval_gradient_accumulation_steps: Micro-batches of an evaluation step: each replica's share of the evaluation
             set is filled up to a multiple of it with empty ones.
@@ -64,12 +71,13 @@ class PackedDataModule(LightningDataModule):
             and labels cross borders, as documents may then see each other.
         add_prefix_space: Whether the tokenizer puts a space before a text.
         trust_remote_code: Whether the tokenizer may run Python code from its directory.
+        skip_bad_records: Leave out and count records that cannot be read, in place of an error.
         seed: Of the order of documents, of the split and of each epoch's order.
         cache_dir: Where packed data is kept; by default ``lightning_pipelite`` in the user's cache directory.
 
     Attributes:
         eval_gradient_accumulation_steps: As given; whoever runs evaluation may take that many micro-batches at once.
-        statistics: Documents, tokens, sequences and padding of both sets, after `prepare_data` or `setup`; else None.
+        statistics: Documents, tokens, sequences and padding of all sets, after `prepare_data` or `setup`; else None.
 
     Raises:
         ConfigurationError: If an option is out of its range.
@@ -86,9 +94,11 @@ class PackedDataModule(LightningDataModule):
         sequence_len: int,
         tokenizer_dir: str | None = None,
         *,
+        eval_datasets: list[DatasetConfig] | None = None,
         max_sequences: int | None = None,
         drop_tails: bool = False,
         mix_datasets: bool = False,
+        packing: Packing | None = None,
         sequence_prefix: TokenSpec = None,
         document_prefix: TokenSpec = None,
         document_suffix: TokenSpec = None,
@@ -98,6 +108,7 @@ class PackedDataModule(LightningDataModule):
         isolate_documents: bool = True,
         add_prefix_space: bool = False,
         trust_remote_code: bool = False,
+        skip_bad_records: bool = False,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -108,10 +119,12 @@ class PackedDataModule(LightningDataModule):
             )
         self._options = PackingOptions(
             datasets=datasets,
+            eval_datasets=eval_datasets or [],
             sequence_len=sequence_len,
             max_sequences=max_sequences,
             drop_tails=drop_tails,
             mix_datasets=mix_datasets,
+            packing=packing,
             sequence_prefix=sequence_prefix,
             document_prefix=document_prefix,
             document_suffix=document_suffix,
@@ -119,16 +132,23 @@ class PackedDataModule(LightningDataModule):
             eval_fraction=eval_fraction,
             add_prefix_space=add_prefix_space,
             trust_remote_code=trust_remote_code,
+            skip_bad_records=skip_bad_records,
             seed=seed,
         )
         self._tokenizer_dir = tokenizer_dir
         self._isolate_documents = isolate_documents
         self.eval_gradient_accumulation_steps = eval_gradient_accumulation_steps
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self._cache_entry: Path | None = None
-        self._train: PackedSequences | None = None
-        self._eval: PackedSequences | None = None
-        self.statistics: DataStatistics | None = None
+        self._cache: _Cache | None = None
+
+    @property
+    def statistics(self) -> DataStatistics | None:
+        return None if self._cache is None else self._cache.statistics
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The names of the evaluation sets, in the order of `val_dataloader`'s loaders."""
+        return list(self._open().statistics.evals)
 
     @override
     def prepare_data(self) -> None:
@@ -154,9 +174,7 @@ class PackedDataModule(LightningDataModule):
         Raises:
             ConfigurationError: If there are fewer sequences than one step takes.
         """
-        self._open()
-        assert self.statistics is not None
-        sequences, needed = self.statistics.train.sequences, replicas * micro_batches_per_step
+        sequences, needed = self._open().statistics.train.sequences, replicas * micro_batches_per_step
         if sequences < needed:
             raise ConfigurationError(
                 f"The training set has {sequences} sequences of {self._options.sequence_len} tokens, but one step "
@@ -165,86 +183,85 @@ class PackedDataModule(LightningDataModule):
             )
 
     def summary(self) -> list[str]:
-        """Tell in lines what was packed; `prepare_data` or `setup` comes first."""
-        self._open()
-        assert self.statistics is not None
-        held_out = self.statistics.eval
-        if held_out.sequences:
-            evaluation = held_out.describe(self._options.sequence_len)
-        elif self._options.eval_fraction == 0:
-            evaluation = "none (eval_fraction is 0)"
-        else:
-            evaluation = "none (it takes two different documents to hold one out)"
-        return [
-            f"train: {self.statistics.train.describe(self._options.sequence_len)}",
-            f"eval: {evaluation}",
-            f"packed data: {self._cache_entry}",
-        ]
+        """Tell in lines what was packed."""
+        cache, options = self._open(), self._options
+        lines = [f"train: {cache.statistics.train.describe(options.sequence_len)}"]
+        for name, held_out in cache.statistics.evals.items():
+            label = "eval" if self.eval_names == [HELD_OUT] else f"eval {name}"
+            lines.append(f"{label}: {held_out.describe(options.sequence_len)}")
+        if not cache.statistics.evals:
+            two = "it takes two different documents to hold one out"
+            lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")
+        lines += [f"dataset {dataset.describe()}" for dataset in cache.statistics.datasets]
+        return [*lines, f"packed data: {cache.entry}"]
+
+    def tokenizer(self) -> DocumentTokenizer:
+        """Load the tokenizer as it is used for packing.
+
+        Raises:
+            ConfigurationError: If it cannot be loaded, or an option does not fit it.
+        """
+        return DocumentTokenizer(self._directory(), self._options)
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Give this replica's micro-batches, in an order of its own each epoch."""
-        self._open()
-        assert self._train is not None
-        return self._loader(self._train, shuffle=True, round_to=1)
+        cache = self._open()
+        sampler = self._sampler(cache.train, shuffle=True, round_to=1)
+        trainer = self.trainer if isinstance(self.trainer, Trainer) else None
+        return PackedLoader(cache.train, sampler, fingerprint=cache.fingerprint, trainer=trainer, **self._on_gpu())
 
     @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """Give this replica's evaluation micro-batches, or an empty list if nothing is held out."""
-        self._open()
-        assert self._eval is not None
-        if len(self._eval) == 0:
-            return []
-        return self._loader(self._eval, shuffle=False, round_to=self.eval_gradient_accumulation_steps)
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Give this replica's evaluation micro-batches: a loader for each of `eval_names`, in a list unless it is one.
 
-    def _loader(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> DataLoader[dict[str, Tensor]]:
+        Each is filled up with empty micro-batches, to a multiple of `eval_gradient_accumulation_steps`.
+        """
+        loaders: list[DataLoader[dict[str, Tensor]]] = []
+        for dataset in self._open().evals:
+            sampler = self._sampler(dataset, shuffle=False, round_to=self.eval_gradient_accumulation_steps)
+            loaders.append(DataLoader(dataset, batch_size=1, sampler=sampler, **self._on_gpu()))
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def _sampler(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> PackedSampler:
         strategy = getattr(self.trainer, "strategy", None)
         replica = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        sampler = PackedSampler(dataset, shuffle=shuffle, seed=self._options.seed, round_to=round_to, **replica)
-        device = getattr(strategy, "root_device", None)
-        pin_memory = device is not None and device.type == "cuda"
-        return DataLoader(dataset, batch_size=1, sampler=sampler, pin_memory=pin_memory)
+        return PackedSampler(dataset, shuffle=shuffle, seed=self._options.seed, round_to=round_to, **replica)
 
-    def _open(self) -> None:
-        if self.statistics is not None:
-            return
+    def _on_gpu(self) -> dict[str, Any]:
+        """The loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
+        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
+        if device is None or device.type != "cuda":
+            return {}
+        return {"pin_memory": True, "num_workers": 1, "persistent_workers": True}
+
+    def _open(self) -> _Cache:
+        if self._cache is None:
+            entry = build_entry(self._cache_dir, self._options, self._directory())
+            self._cache = _Cache(entry, self._isolate_documents)
+        return self._cache
+
+    def _directory(self) -> Path:
         if self._tokenizer_dir is None:
             raise ConfigurationError("data.tokenizer_dir is not set: name the directory of the model's tokenizer.")
-        directory = Path(self._tokenizer_dir).expanduser()
-        if not directory.is_dir():
-            raise ConfigurationError(f"data.tokenizer_dir {directory} is no directory: name one with a tokenizer.")
-        files = [find_files(dataset.dataset_path) for dataset in self._options.datasets]
+        return Path(self._tokenizer_dir).expanduser()
 
-        def key() -> str:
-            return content_key(
-                {
-                    "format": FORMAT_VERSION,
-                    "libraries": [tokenizers.__version__, transformers.__version__],
-                    "options": asdict(self._options),
-                    "files": [[file_stamp(path) for path in paths] for paths in files],
-                    "tokenizer": tokenizer_stamp(directory),
-                }
-            )
 
-        before = key()
+class _Cache:
+    """An open cache entry."""
 
-        def build(folder: Path) -> None:
-            PackBuilder(self._options, files, DocumentTokenizer(directory, self._options))(folder)
-            if key() != before:
-                raise ConfigurationError("A data or tokenizer file changed while it was read: start again.")
-
-        entry = build_once(self._cache_dir, before, build)
+    def __init__(self, entry: Path, isolate_documents: bool) -> None:
+        self.entry = entry
         try:
-            meta = json.loads((entry / "meta.json").read_text())
-            common = {
-                "isolate_documents": self._isolate_documents,
-                "masked_ids": meta["masked_ids"],
-                "padding_id": meta["padding_id"],
-            }
-            self._train = PackedSequences(entry / "train", **common)
-            self._eval = PackedSequences(entry / "eval", **common)
-            sides = {name: SplitStatistics(**values) for name, values in meta["statistics"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            meta = json.loads((entry / META).read_text())
+            self.statistics = DataStatistics.from_dict(meta["statistics"])
+            self.fingerprint: str = meta["fingerprint"]
+            common = {name: meta[name] for name in ("masked_ids", "padding_id", "prefix_len")}
+            common["isolate_documents"] = isolate_documents
+            self.train = PackedSequences(entry / "train.arrow", **common)
+            self.evals = [
+                PackedSequences(entry / f"eval-{number}.arrow", **common)
+                for number in range(len(self.statistics.evals))
+            ]
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise ConfigurationError(f"The cache entry {entry} is damaged ({error}): delete it.") from error
-        self._cache_entry = entry
-        self.statistics = DataStatistics(**sides)

@@ -25,6 +25,10 @@ class PackedSampler(DistributedSampler):
         seed: Of the shuffle.
         round_to: Fill each replica's share up to a multiple of this.
 
+    Attributes:
+        start: How many sequences of the epoch have been seen already, by whatever number of replicas: they are left
+            out of the next iteration. The length stays that of a whole epoch.
+
     Example:
         >>> list(PackedSampler(range(5), num_replicas=2, rank=1, shuffle=False))
         [1, 3, None]
@@ -34,15 +38,26 @@ class PackedSampler(DistributedSampler):
         self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0, shuffle: bool, seed: int = 0, round_to: int = 1
     ) -> None:
         super().__init__(cast(Any, dataset), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.start = 0
         self._size = len(dataset)
-        self.num_samples = -(-self._size // (num_replicas * round_to)) * round_to
+        self._round_to = round_to
+        self.num_samples = self.rounds_left(0)
         self.total_size = self.num_samples * num_replicas
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an epoch, over all replicas."""
+        return self._size
+
+    def rounds_left(self, start: int) -> int:
+        """Count the micro-batches of each replica that are left when `start` sequences have been seen."""
+        return -(-(self._size - start) // (self.num_replicas * self._round_to)) * self._round_to
 
     @override
     def __iter__(self) -> Iterator[int | None]:
-        order: list[int | None] = list(range(self._size))
+        order = np.arange(self._size)
         if self.shuffle:
             # Both numbers seed the generator, not their sum: epoch 1 of seed 0 is not epoch 0 of seed 1.
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size).tolist()
-        order += [None] * (self.total_size - self._size)
-        return iter(order[self.rank :: self.num_replicas])
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size)
+        share: list[int | None] = order[self.start :][self.rank :: self.num_replicas].tolist()
+        return iter(share + [None] * (self.rounds_left(self.start) - len(share)))

@@ -2,107 +2,135 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from lightning_pipelite.data.corpus import UNLABELLED
 from lightning_pipelite.data.packing import Ints, Layout
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
 
+_BATCH_TOKENS = 1 << 18
+
 
 def write_sequences(
-    folder: Path,
+    path: Path,
     layout: Layout,
-    tokens: npt.NDArray[np.uint32],
+    scratch: Path,
     offsets: Ints,
+    classes: npt.NDArray[np.int8],
     *,
     sequence_len: int,
     prefix: list[int],
     padding_id: int,
-) -> None:
-    """Write the sequences of a layout, one after the other, with memory for one.
+) -> str:
+    """Write the sequences of a layout to an Arrow file, with memory for a megabyte of them.
 
-    Four arrays: ``tokens`` uint32 [sequences, sequence_len]; ``lengths`` int32 [sequences], where padding begins;
-    ``borders`` int32, the columns at which a document begins after another one in the same sequence;
-    ``border_offsets`` int64 [sequences + 1], which of them belong to which sequence.
+    A row is a sequence: ``tokens`` uint32 [sequence_len], ids with the flag `UNLABELLED`; ``length`` int32, where
+    padding begins; ``borders`` list of int32, the columns at which another document begins; ``classes`` list of int8,
+    the control class of each document in it.
 
     Args:
-        folder: A directory that exists.
+        path: The file to write.
         layout: Where documents lie; its capacity is ``sequence_len - len(prefix)``.
-        tokens: The tokens of all documents, one after the other.
-        offsets: Shape [documents], where each begins in `tokens`.
+        scratch: A file of the tokens of all documents, uint32, one after the other.
+        offsets: Shape [documents], where each begins in it.
+        classes: Shape [documents], the control class of each.
         sequence_len: Tokens of a sequence.
         prefix: Token ids that begin every sequence.
         padding_id: Token id behind the last document.
+
+    Returns:
+        A hash of all that was written.
     """
     capacity = sequence_len - len(prefix)
-    lengths = np.zeros(layout.sequences, np.int32)
-    borders: list[int] = []
-    border_offsets = np.zeros(layout.sequences + 1, np.int64)
+    begins = offsets[layout.documents] + layout.sources
+    sequence = layout.starts // capacity
+    rows = max(1, _BATCH_TOKENS // sequence_len)
     empty = np.full(sequence_len, padding_id, np.uint32)
     empty[: len(prefix)] = prefix
-
-    # Written by ordinary writes, not through a memory map: on a full disk that is an error, not a SIGBUS.
-    with (folder / "tokens.npy").open("wb") as file:
-        _write_header(file, (layout.sequences, sequence_len))
-        row, current = empty.copy(), 0
-        for document, start, kept in zip(
-            layout.documents.tolist(), layout.starts.tolist(), layout.kept.tolist(), strict=True
-        ):
-            source, done = int(offsets[document]), 0
-            while done < kept:
-                sequence, slot = divmod(start + done, capacity)
-                if sequence != current:
-                    file.write(row.tobytes())
-                    row, current = empty.copy(), sequence
-                column, taken = len(prefix) + slot, min(kept - done, capacity - slot)
-                row[column : column + taken] = tokens[source + done : source + done + taken]
-                if slot > 0:
-                    borders.append(column)
-                    border_offsets[sequence + 1] += 1
-                lengths[sequence] = column + taken
-                done += taken
-        if layout.sequences:
-            file.write(row.tobytes())
-    np.save(folder / "lengths.npy", lengths)
-    np.save(folder / "borders.npy", np.asarray(borders, np.int32))
-    np.save(folder / "border_offsets.npy", np.cumsum(border_offsets))
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, int]) -> None:
-    description = np.lib.format.dtype_to_descr(np.dtype(np.uint32))
-    np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": shape})
+    tokens_type, list_type = pa.list_(pa.uint32(), sequence_len), pa.list_(pa.int32())
+    schema = pa.schema(
+        {"tokens": tokens_type, "length": pa.int32(), "borders": list_type, "classes": pa.list_(pa.int8())}
+    )
+    fingerprint = hashlib.blake2b(digest_size=16)
+    # Written and read by ordinary calls: on a full disk that is an error, with a memory map it were a SIGBUS, and
+    # mapped pages count as memory of the process.
+    with scratch.open("rb") as source, path.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for first in range(0, layout.sequences, rows):
+            count = min(rows, layout.sequences - first)
+            low, high = np.searchsorted(sequence, (first, first + count)).tolist()
+            block = np.tile(empty, (count, 1))
+            row = sequence[low:high] - first
+            column = len(prefix) + layout.starts[low:high] - sequence[low:high] * capacity
+            size = layout.sizes[low:high]
+            for r, c, n, b in zip(row.tolist(), column.tolist(), size.tolist(), begins[low:high].tolist(), strict=True):
+                block[r, c : c + n] = np.frombuffer(os.pread(source.fileno(), 4 * n, 4 * b), np.uint32)
+            lengths = np.zeros(count, np.int32)
+            lengths[row] = column + size  # of segments in the same row the last one counts
+            segments = np.searchsorted(row, np.arange(count + 1)).astype(np.int32)
+            inner = column > len(prefix)
+            borders = np.concatenate(([0], np.cumsum(inner)))[segments].astype(np.int32)
+            held = classes[layout.documents[low:high]]
+            for array in (block, lengths, segments, column, held):
+                fingerprint.update(array.tobytes())
+            columns = [
+                pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), sequence_len),
+                pa.array(lengths),
+                pa.ListArray.from_arrays(pa.array(borders), pa.array(column[inner].astype(np.int32))),
+                pa.ListArray.from_arrays(pa.array(segments), pa.array(held)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+    return fingerprint.hexdigest()
 
 
 class PackedSequences(Dataset[dict[str, Tensor]]):
     """Memory-mapped sequences as training items.
 
     Args:
-        folder: What `write_sequences` wrote.
+        path: What `write_sequences` wrote.
         isolate_documents: Restart ``position_ids`` at each document and mask the label across a border.
         masked_ids: Token ids that are never a label.
         padding_id: The token id of the empty item.
+        prefix_len: Tokens of the sequence prefix, which have no control class.
     """
 
-    def __init__(self, folder: Path, *, isolate_documents: bool, masked_ids: list[int], padding_id: int) -> None:
-        self._tokens = _open(folder / "tokens.npy")
-        self._lengths = _open(folder / "lengths.npy")
-        self._borders = _open(folder / "borders.npy")
-        self._border_offsets = _open(folder / "border_offsets.npy")
+    def __init__(
+        self, path: Path, *, isolate_documents: bool, masked_ids: list[int], padding_id: int, prefix_len: int
+    ) -> None:
+        self._arguments = (path, isolate_documents, masked_ids, padding_id, prefix_len)
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        self._width: int = file.schema.field("tokens").type.list_size
+        self._rows = batches[0].num_rows if batches else 1
+        self._length = sum(batch.num_rows for batch in batches)
+        self._tokens = [b.column("tokens").values.to_numpy().reshape(-1, self._width) for b in batches]
+        self._lengths = [batch.column("length").to_numpy() for batch in batches]
+        self._borders = [_lists(batch.column("borders")) for batch in batches]
+        self._classes = [_lists(batch.column("classes")) for batch in batches]
         self._isolate = isolate_documents
         self._masked_ids = np.asarray(masked_ids, np.int64)
         self._padding_id = padding_id
+        self._prefix_len = prefix_len
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._length
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Any], Any]:
+        return _open, self._arguments  # another process maps the file itself
 
     @override
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
@@ -112,34 +140,62 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
             index: Which one; None for the empty micro-batch, which no label counts in.
 
         Returns:
-            ``input_ids``, ``labels`` and ``position_ids``, int64 of shape [sequence_len]. ``labels[t]`` is the token to
-            be predicted from position t, that is ``input_ids[t + 1]``, or -100.
+            ``input_ids``, ``labels``, ``position_ids`` and ``control_classes``, int64 of shape [sequence_len].
+            ``labels[t]`` is the token to be predicted from position t, that is ``input_ids[t + 1]``, or -100;
+            ``control_classes[t]`` the class of that token's document, 1 or -1, or 0 where there is no label.
         """
-        width = self._tokens.shape[1]
-        positions = np.arange(width)
-        labels = np.full(width, IGNORED, np.int64)
+        width = self._width
         if index is None:
-            return _tensors(np.full(width, self._padding_id, np.int64), labels, positions)
+            ids, labels = np.full(width, self._padding_id, np.int64), np.full(width, IGNORED, np.int64)
+            return _tensors(ids, labels, np.arange(width), np.zeros(width, np.int64))
 
-        tokens = self._tokens[index].astype(np.int64)
-        length = int(self._lengths[index])
-        labels[: length - 1] = tokens[1:length]
+        batch, row = divmod(index, self._rows)
+        stored = self._tokens[batch][row]
+        ids = (stored & ~UNLABELLED).astype(np.int64)
+        borders, length = self.borders(index)
+
+        labels = np.full(width, IGNORED, np.int64)
+        labels[: length - 1] = ids[1:length]
+        labels[:-1][stored[1:] >= UNLABELLED] = IGNORED
         labels[np.isin(labels, self._masked_ids)] = IGNORED
+        positions = np.arange(width)
         if self._isolate:
-            borders = self._borders[self._border_offsets[index] : self._border_offsets[index + 1]]
             labels[borders - 1] = IGNORED
             begins = np.concatenate(([0], borders, [length] if length < width else [])).astype(np.int64)
             positions -= np.repeat(begins, np.diff(begins, append=width))
-        return _tensors(tokens, labels, positions)
+        sizes = np.diff(np.concatenate(([self._prefix_len], borders, [length])))
+        classes = np.zeros(width + 1, np.int64)
+        classes[self._prefix_len : length] = np.repeat(self.classes(index), sizes)
+        classes = np.where(labels == IGNORED, 0, classes[1:])
+        return _tensors(ids, labels, positions, classes)
+
+    def borders(self, index: int) -> tuple[Ints, int]:
+        """Give the columns at which documents begin after another one in a sequence, and that of its padding."""
+        batch, row = divmod(index, self._rows)
+        offsets, values = self._borders[batch]
+        return values[offsets[row] : offsets[row + 1]].astype(np.int64), int(self._lengths[batch][row])
+
+    def classes(self, index: int) -> Ints:
+        """Give the control class of each document in a sequence."""
+        batch, row = divmod(index, self._rows)
+        offsets, values = self._classes[batch]
+        return values[offsets[row] : offsets[row + 1]].astype(np.int64)
 
 
-def _open(path: Path) -> npt.NDArray[np.generic]:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def _lists(column: pa.ListArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
 
 
-def _tensors(tokens: Ints, labels: Ints, positions: Ints) -> dict[str, Tensor]:
+def _open(path: Path, isolate: bool, masked_ids: list[int], padding_id: int, prefix_len: int) -> PackedSequences:
+    return PackedSequences(
+        path, isolate_documents=isolate, masked_ids=masked_ids, padding_id=padding_id, prefix_len=prefix_len
+    )
+
+
+def _tensors(ids: Ints, labels: Ints, positions: Ints, classes: Ints) -> dict[str, Tensor]:
     return {
-        "input_ids": torch.from_numpy(tokens),
+        "input_ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
+        "control_classes": torch.from_numpy(classes),
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """The training or the evaluation set.
+    """The training set, or an evaluation set.
 
     Args:
         documents: Documents of which at least one token is packed.
@@ -23,6 +25,19 @@ class SplitStatistics:
     padding: float
     dropped_tokens: int
 
+    @classmethod
+    def total(cls, parts: Iterable[SplitStatistics]) -> SplitStatistics:
+        """Add sets up; all zero if there is none."""
+        parts = list(parts)
+        sequences = sum(part.sequences for part in parts)
+        return cls(
+            documents=sum(part.documents for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            sequences=sequences,
+            padding=sum(part.padding * part.sequences for part in parts) / max(1, sequences),
+            dropped_tokens=sum(part.dropped_tokens for part in parts),
+        )
+
     def describe(self, sequence_len: int) -> str:
         """Say it in a line."""
         line = (
@@ -33,13 +48,75 @@ class SplitStatistics:
 
 
 @dataclass(frozen=True)
+class DatasetStatistics:
+    """One of the datasets.
+
+    Args:
+        dataset_path: As in its `DatasetConfig`.
+        documents: Its documents of which at least one token is packed, for training or evaluation.
+        tokens: Their packed tokens.
+        sequences: Sequences that hold any of them.
+        padding: Share of padding in those sequences, 0 to 1.
+        unused_documents: Documents that `max_tokens`, `weight`, `max_sequences` or `drop_tails` left out, or that are
+            in a dataset for evaluation, too.
+        skipped: Records that `skip_bad_records` left out.
+        first_skipped: What was wrong with the first of them.
+    """
+
+    dataset_path: str
+    documents: int
+    tokens: int
+    sequences: int
+    padding: float
+    unused_documents: int
+    skipped: int
+    first_skipped: str
+
+    def describe(self) -> str:
+        """Say it in a line."""
+        line = (
+            f"{self.dataset_path}: {self.documents:,} documents, {self.tokens:,} tokens in {self.sequences:,} "
+            f"sequences ({self.padding:.1%} padding)"
+        )
+        if self.unused_documents:
+            line += f", {self.unused_documents:,} documents not used"
+        if self.skipped:
+            line += f", {self.skipped:,} bad records skipped (the first: {self.first_skipped})"
+        return line
+
+
+@dataclass(frozen=True)
 class DataStatistics:
-    """Both sets.
+    """All sets, and all datasets.
 
     Args:
         train: The training set.
-        eval: The evaluation set, all zero if there is none.
+        evals: The evaluation sets by name, in the order of their loaders; there may be none.
+        datasets: In the order of `datasets` and `eval_datasets`.
     """
 
     train: SplitStatistics
-    eval: SplitStatistics
+    evals: dict[str, SplitStatistics]
+    datasets: list[DatasetStatistics]
+
+    @property
+    def eval(self) -> SplitStatistics:
+        """All evaluation sets together."""
+        return SplitStatistics.total(self.evals.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataStatistics:
+        """Take what `as_dict` gave.
+
+        Raises:
+            TypeError, KeyError: If it is something else.
+        """
+        return cls(
+            train=SplitStatistics(**values["train"]),
+            evals={name: SplitStatistics(**each) for name, each in values["evals"].items()},
+            datasets=[DatasetStatistics(**each) for each in values["datasets"]],
+        )

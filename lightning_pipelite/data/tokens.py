@@ -8,8 +8,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lightning_pipelite.data.chat import ChatRenderer, Flags
 from lightning_pipelite.data.config import PackingOptions, TokenSpec
 from lightning_pipelite.errors import ConfigurationError
+
+_SAMPLE = ["The quick\n\n  brown fox's 3.14", " é漢字🙂\t<s> </s> [CLS] <|endoftext|>", "", "\r\nDEF foo(x): return x"]
 
 
 class DocumentTokenizer:
@@ -34,7 +37,10 @@ class DocumentTokenizer:
         if options.add_prefix_space:
             self._check_prefix_space(options.trust_remote_code)
 
-        self.sequence_prefix = self._resolve("sequence_prefix", options.sequence_prefix, self._tokenizer.bos_token_id)
+        self._backend = self._fast_backend()
+        # A chat template writes BOS itself, where the model wants one.
+        bos = None if options.has_conversations else self._tokenizer.bos_token_id
+        self.sequence_prefix = self._resolve("sequence_prefix", options.sequence_prefix, bos)
         if len(self.sequence_prefix) >= options.sequence_len:
             raise ConfigurationError(
                 f"data.sequence_prefix is {len(self.sequence_prefix)} tokens long, which leaves no room in a sequence "
@@ -51,6 +57,7 @@ class DocumentTokenizer:
         self._text_after = suffix if isinstance(suffix, str) else ""
         self._ids_before = [] if self._text_before else self._resolve("document_prefix", prefix, None)
         self._ids_after = [] if self._text_after else self._resolve("document_suffix", suffix, eos)
+        self._chat = ChatRenderer(self._tokenizer, tokenizer_dir) if options.has_conversations else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise documents.
@@ -63,7 +70,30 @@ class DocumentTokenizer:
         """
         if self._text_before or self._text_after:
             texts = [self._text_before + text + self._text_after for text in texts]
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [self._ids_before + encoding.ids + self._ids_after for encoding in encodings]
         return [self._ids_before + ids + self._ids_after for ids in self._ids_of(self._tokenizer, list(texts))]
+
+    def encode_conversation(self, messages: list[dict[str, Any]], place: str) -> tuple[list[int], Flags]:
+        """Tokenise a conversation, as `ChatRenderer.encode` does; document prefix and suffix are not for it."""
+        assert self._chat is not None
+        return self._chat.encode(messages, place)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Give the text of token ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _fast_backend(self) -> Any:
+        """The Rust tokenizer behind a plain one, which alone does not compute where in the text each token lies."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "encode_batch_fast"):
+            return None
+        expected = self._ids_of(self._tokenizer, _SAMPLE)  # also switches padding and truncation off
+        backend.no_truncation()
+        backend.no_padding()
+        same = [e.ids for e in backend.encode_batch_fast(_SAMPLE, add_special_tokens=False)] == expected
+        return backend if same else None  # a class of its own may do more than its backend
 
     def _load(self, add_prefix_space: bool, trust_remote_code: bool) -> Any:
         if not self._name.is_dir():

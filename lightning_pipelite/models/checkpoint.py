@@ -10,6 +10,8 @@ from lightning_pipelite.errors import ConfigurationError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 # The safetensors format caps its header at 100 MB; a larger length is a damaged file, not a larger header.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -58,27 +60,67 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_weights(model_dir: Path) -> None:
+def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
     """Check that every weight file of ``model_dir`` is there and whole, reading headers only.
 
+    Args:
+        model_dir: Directory of the model.
+        allow_pickled: Whether pickled weights will do where there are no safetensors.
+
+    Returns:
+        Whether the weights are safetensors.
+
     Raises:
-        ConfigurationError: No safetensors weights, a missing or truncated shard, or a weight that the index names
-            and its shard does not hold.
+        ConfigurationError: No weights, a missing or truncated shard, or a weight that the index names and its shard
+            does not hold.
     """
     if (model_dir / SINGLE_FILE).exists():  # transformers, too, looks for the single file first
         read_header(model_dir / SINGLE_FILE)
-        return
+        return True
     index = model_dir / INDEX_FILE
     if not index.exists():
         if any(model_dir.glob("*.bin")):
-            raise ConfigurationError(f"{model_dir} has .bin weights only; convert them to safetensors first.")
+            _check_pickled(model_dir, allow_pickled)
+            return False
         raise ConfigurationError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the model's weights.")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ConfigurationError(f"{index} has no usable weight_map; fetch the file again.")
+    weight_map = _weight_map(index)
     held = {shard: read_header(model_dir / shard) for shard in sorted(set(weight_map.values()))}
     for weight, shard in weight_map.items():
         if weight not in held[shard]:
             raise ConfigurationError(
                 f"{index} places the weight {weight} in {shard}, which does not hold it; fetch both files again."
             )
+    return True
+
+
+def weight_entries(model_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return what the headers of the safetensors files of ``model_dir`` say of each weight: ``dtype`` and ``shape``.
+
+    Of all weights in the files that belong to the model, as transformers reads them, not only of those in the index.
+
+    Raises:
+        ConfigurationError: As :func:`check_weights`.
+    """
+    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
+    files = [single] if single.exists() else [model_dir / shard for shard in sorted(set(_weight_map(index).values()))]
+    return {name: entry for path in files for name, entry in read_header(path).items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConfigurationError(f"{index} has no usable weight_map; fetch the file again.")
+    return weight_map
+
+
+def _check_pickled(model_dir: Path, allowed: bool) -> None:
+    if not allowed:
+        raise ConfigurationError(
+            f"{model_dir} has pickled weights (.bin) only; convert them to safetensors, or set allow_pickled_weights "
+            "to true if you trust who made them."
+        )
+    index = model_dir / PICKLED_INDEX_FILE
+    shards = set(_weight_map(index).values()) if index.exists() else {PICKLED_FILE}
+    for shard in sorted(shards):
+        if not (model_dir / shard).is_file():
+            raise ConfigurationError(f"{model_dir / shard} does not exist; fetch the missing weight file.")

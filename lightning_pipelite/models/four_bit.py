@@ -45,8 +45,10 @@ def unknown_linear(model: nn.Module, layer_names: Iterable[str]) -> str | None:
     return None
 
 
-def nf4(kept: list[str], dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBytesConfig:
     """Return the quantisation of linear layers other than those ``kept``, computed in ``dtype``.
+
+    With ``double_quant`` the scales of the blocks are quantised too, to 8 bits.
 
     ``kept`` must name the head: transformers, left alone, guesses it as a model's last module, and on a trimmed model
     that is a decoder layer's.
@@ -55,6 +57,7 @@ def nf4(kept: list[str], dtype: torch.dtype) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double_quant,
         llm_int8_skip_modules=[rf"{re.escape(name)}$" for name in kept],
     )
 
@@ -68,12 +71,16 @@ def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]
                 yield module, name
 
 
-def quantise_on_load(layers: Iterable[nn.Module]) -> None:
+def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None:
     """Make the fused weights of ``layers``, still on the meta device, turn into nf4 as each is loaded."""
     for module, name in list(fused_weights(layers)):
         if not isinstance(module, _QuantisedOnLoad):
             whole_class = type(module)
-            members = {"__module__": whole_class.__module__, "fused_names": frozenset[str]()}
+            members = {
+                "__module__": whole_class.__module__,
+                "fused_names": frozenset[str](),
+                "double_quant": double_quant,
+            }
             module.__class__ = type(whole_class.__name__, (_QuantisedOnLoad, whole_class), members)
         type(module).fused_names |= {name}  # type: ignore[attr-defined]
 
@@ -85,12 +92,13 @@ class _QuantisedOnLoad(nn.Module):
     """
 
     fused_names: frozenset[str]
+    double_quant: bool
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         loaded = isinstance(value, nn.Parameter) and value.is_floating_point() and not value.is_meta
         if loaded and name in self.fused_names and not is_parametrized(self, name):
-            replace_parameter_4bit(self, name, quant_type="nf4")
+            replace_parameter_4bit(self, name, quant_type="nf4", compress_statistics=self.double_quant)
             # So that transformers does not take the weight for one that no file held.
             self.get_parameter(f"parametrizations.{name}.original")._is_hf_initialized = True  # type: ignore[attr-defined]

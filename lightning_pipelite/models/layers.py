@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,9 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import check_weights
+from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.four_bit import unknown_linear
+from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
+from lightning_pipelite.models.packing import documents_when_recomputed
+from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
 
@@ -37,6 +44,16 @@ class CausalLMLayers:
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
+        attn_implementation: ``"varlen"`` is FlashAttention over packed documents (:mod:`~lightning_pipelite.models.
+            attention`), ``"sdpa"`` and ``"eager"`` are transformers'. ``"auto"`` is varlen on GPUs that have it, for
+            models that attend in no other way, else transformers' choice.
+        bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
+        allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
+        trust_remote_code: Run the model's own code from ``model_dir``.
+        fuse_head: Leave the head to the loss where it is linear: the last stage then returns its inputs,
+            :class:`~lightning_pipelite.models.head.HeadInputs`.
+        router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, config.json decides, by ``output_router_logits`` and its own coefficient.
 
     Attributes:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
@@ -64,10 +81,26 @@ class CausalLMLayers:
         activation_memory: Literal["keep", "recompute"] = "recompute",
         seed: int = 0,
         packed: bool = True,
+        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
+        fuse_head: bool = False,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         if activation_memory not in ("keep", "recompute"):
             raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
-        self.skeleton = Skeleton(model_dir)
+        self._attn_implementation = None if attn_implementation == "auto" else attn_implementation
+        self.skeleton = Skeleton(
+            model_dir,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=None if attn_implementation in ("auto", varlen.NAME) else attn_implementation,
+        )
+        if attn_implementation == varlen.NAME and not self.skeleton.fits_varlen():
+            raise ConfigurationError(
+                f"{model_dir}: a model of type {self.skeleton.config.model_type} attends in a way that varlen does not "
+                "know; set attn_implementation to auto."
+            )
         if (self.skeleton.model_dir / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
@@ -82,16 +115,25 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
             )
-        check_weights(self.skeleton.model_dir)
+        self._pickled = not check_weights(self.skeleton.model_dir, allow_pickled=allow_pickled_weights)
         if load_in_4bit and (name := unknown_linear(self.skeleton.model, self.skeleton.layer_names)):
             kind = type(self.skeleton.model.get_submodule(name)).__name__
             raise ConfigurationError(
                 f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
             )
         adapter.check(self.skeleton, load_in_4bit=load_in_4bit)
+        self.router_loss: RouterLoss | None = None
+        if router_aux_loss_coef or (router_aux_loss_coef is None and self.skeleton.balances_routers):
+            self.router_loss = self.skeleton.router_loss()
+            if router_aux_loss_coef is not None:
+                self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
+        if not self._pickled:  # those have no headers; what is wrong with them shows as they are loaded
+            check_contents(self.skeleton)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
+        self._fuse_head = fuse_head
+        self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
         self.seed = seed
         self.packed = packed
@@ -124,14 +166,28 @@ class CausalLMLayers:
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
         start, stop = self.skeleton.groups[start], self.skeleton.groups[stop]
         model = load_trimmed(
-            self.skeleton, start, stop, dtype=self.dtype, device=device, load_in_4bit=self.load_in_4bit
-        )
+            self.skeleton,
+            start,
+            stop,
+            dtype=self.dtype,
+            device=device,
+            load_in_4bit=self.load_in_4bit,
+            double_quant=self._double_quant,
+            pickled=self._pickled,
+            attn_implementation=self._attention_on(device),
+        ).train()
+        leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
+        # Before the adapter's layers, which may need more than tokens.
+        fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         self.adapter.apply(model, self.skeleton, self.seed)
         if self.activation_memory == "recompute":
             # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
             # reentrant checkpoints need and which sends gradients below the lowest trained weight.
             model._set_gradient_checkpointing(
-                enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+                enable=True,
+                gradient_checkpointing_func=partial(
+                    checkpoint, use_reentrant=False, context_fn=documents_when_recomputed
+                ),
             )
         return Stage(
             model,
@@ -140,7 +196,21 @@ class CausalLMLayers:
             stop,
             takes_positions=self.skeleton.takes_positions,
             packed=self.packed,
+            router_loss=self.router_loss,
+            fused_head=fused_head,
         ).train()
+
+    def _attention_on(self, device: torch.device) -> str | None:
+        if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):
+            return self._attn_implementation
+        if self.skeleton.fits_varlen():
+            return varlen.NAME
+        warnings.warn(
+            f"{self.skeleton.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a "
+            f"model of type {self.skeleton.config.model_type} attends in a way that FlashAttention does not know.",
+            stacklevel=2,
+        )
+        return None
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:
         """Return what ``adapter.save`` wants of ``stage``: tensors on the CPU by their names in the saved file."""

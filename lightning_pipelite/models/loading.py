@@ -9,20 +9,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
 from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load
 from lightning_pipelite.models.skeleton import Skeleton, embedding_first
 from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
 
-# What multimodal checkpoints, old and new, call the weights of their text model.
-TEXT_MODEL_NAMES = {
-    r"^language_model\.model\.": "model.",
-    r"^model\.language_model\.(?!model\.)": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
-
 
 def load_trimmed(
-    skeleton: Skeleton, start: int, stop: int, *, dtype: torch.dtype, device: torch.device, load_in_4bit: bool
+    skeleton: Skeleton,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_in_4bit: bool,
+    double_quant: bool = False,
+    pickled: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Return the model trimmed to decoder layers [start, stop), its weights loaded straight to ``device``.
 
@@ -33,30 +36,28 @@ def load_trimmed(
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
-    trimming_class = _trimming_class(skeleton, start, stop, device, load_in_4bit=load_in_4bit)
+    trimming_class = _trimming_class(
+        skeleton, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
+    )
     model, report = trimming_class.from_pretrained(
         str(skeleton.model_dir),
         config=skeleton.config,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=nf4([skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype)
+        quantization_config=nf4(
+            [skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype, double_quant=double_quant
+        )
         if load_in_4bit
         else None,
-        use_safetensors=True,
+        use_safetensors=not pickled,
+        attn_implementation=attn_implementation or skeleton.config._attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
         output_loading_info=True,
     )
-    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    if missing:
-        raise ConfigurationError(f"{skeleton.model_dir} lacks the weights {', '.join(missing)}; fetch the model again.")
-    if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"], key=lambda entry: entry[0])[0]
-        raise ConfigurationError(
-            f"{skeleton.model_dir}: the weight {name} has shape {list(found)} but config.json asks for {list(wanted)}; "
-            "fetch the model again."
-        )
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    refuse_misfits(skeleton.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
     is_first, is_last = start == 0, stop == len(skeleton.layers)
     if skeleton.tied and (is_first or is_last):
         embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))
@@ -73,7 +74,7 @@ def load_trimmed(
 
 
 def _trimming_class(
-    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool
+    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool, double_quant: bool
 ) -> type[PreTrainedModel]:
     """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for."""
     whole_class = type(skeleton.model)
@@ -83,7 +84,8 @@ def _trimming_class(
         embedding_first(self)
         _trim(self, skeleton, start, stop, device)
         if load_in_4bit:
-            quantise_on_load(list(self.get_submodule(skeleton.layers_name))[start:stop])
+            layers = list(self.get_submodule(skeleton.layers_name))[start:stop]
+            quantise_on_load(layers, double_quant=double_quant)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.

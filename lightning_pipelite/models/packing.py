@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,11 +30,31 @@ def documents_apart(position_ids: Tensor | None) -> Iterator[None]:
     Args:
         position_ids: int64 [batch, seq], starting again where a document starts; None changes nothing.
     """
-    token = _documents.set(None if position_ids is None else find_packed_sequence_indices(position_ids))
+    with _set(None if position_ids is None else find_packed_sequence_indices(position_ids)):
+        yield
+
+
+def documents_when_recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Let a layer that is recomputed in the backward pass see the documents that it saw before.
+
+    A ``context_fn`` of ``torch.utils.checkpoint``: without it the recomputation would see no documents, or those of
+    another micro-batch.
+    """
+    return nullcontext(), _set(_documents.get())
+
+
+@contextmanager
+def _set(documents: Tensor | None) -> Iterator[None]:
+    token = _documents.set(documents)
     try:
         yield
     finally:
         _documents.reset(token)
+
+
+def current_documents() -> Tensor | None:
+    """Return which document each token is in, int64 [batch, seq], inside :func:`documents_apart`; None if in one."""
+    return _documents.get()
 
 
 def _document_mask(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.models.packing import documents_apart
@@ -15,6 +15,7 @@ from lightning_pipelite.models.tiny import tiny_config
 from lightning_pipelite.models.trace import Trace, trace_forward
 
 DOCUMENTS = (5, 7)  # tokens of the packed documents of the trial
+STRONG = 8.0  # what weights are multiplied with so that attention scores reach the caps and sinks of real models
 NOISE = 0.1  # added to every weight: as they are initialised, norms, biases and gates would hide much
 
 
@@ -23,6 +24,7 @@ class Probe:
 
     Args:
         config: The real model's configuration.
+        build: Builds a model from a configuration.
 
     Attributes:
         model: The tiny model, in evaluation mode.
@@ -31,13 +33,13 @@ class Probe:
         Exception: Whatever the class raises where a tiny model cannot be built.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(
+        self, config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             with torch.device("cpu"):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    tiny_config(config), dtype=torch.float32
-                ).eval()
+                self.model = build(tiny_config(config), dtype=torch.float32).eval()
             for parameter in self.model.parameters():
                 parameter.data += NOISE * torch.randn_like(parameter)
             self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)))
@@ -65,9 +67,54 @@ class Probe:
     def isolates_documents(self) -> bool:
         """Tell whether each of two packed documents has the logits that it has alone."""
         documents = self.input_ids.split(DOCUMENTS, dim=1)
-        position_ids = torch.cat([_count(ids) for ids in documents], dim=1)
-        packed = self._logits(self.input_ids, position_ids).split(DOCUMENTS, dim=1)
+        packed = self._logits(self.input_ids, _packed_positions()).split(DOCUMENTS, dim=1)
         return all(_equal(self._logits(ids), logits) for ids, logits in zip(documents, packed, strict=True))
+
+    def attends_as(self, other: Probe) -> bool:
+        """Tell whether packed documents have the logits that they have in a model that attends by other code."""
+        return _equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))
+
+    @torch.no_grad()
+    def layers_attend_as(self, other: Probe, layer_names: Sequence[str]) -> bool:
+        """Tell whether each decoder layer gives what it gives in a model that attends by other code.
+
+        With strong weights, and each layer by itself: all get what the first one gets, so that neither rounding errors
+        nor the size of the hidden states grow from layer to layer.
+        """
+        outputs: list[list[Tensor]] = []
+        for probe in (self, other):
+            outputs.append(probe._outputs_with_strong_weights(layer_names))
+        return all(
+            torch.equal(a.isfinite(), b.isfinite()) and bool((a - b).abs().nan_to_num().max() <= 1e-3 * b.abs().max())
+            for a, b in zip(*outputs, strict=True)
+        )
+
+    def _outputs_with_strong_weights(self, layer_names: Sequence[str]) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        first: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append(args[0] if args else kwargs["hidden_states"])
+            return ((first[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first[0]})
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        layers = [self.model.get_submodule(name) for name in layer_names]
+        matrices = [p for layer in layers for p in layer.parameters() if p.ndim > 1]
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(after) for layer in layers]
+        kept = [matrix.data for matrix in matrices]
+        try:
+            for matrix in matrices:
+                matrix.data = matrix.data * STRONG
+            self._logits(self.input_ids, _count(self.input_ids))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for matrix, data in zip(matrices, kept, strict=True):
+                matrix.data = data
+        return outputs
 
     @torch.no_grad()
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -83,6 +130,10 @@ def takes_positions(model: PreTrainedModel) -> bool:
     inner = inspect.signature(type(model.base_model).forward).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
     return "position_ids" in outer or (passes_on and "position_ids" in inner)
+
+
+def _packed_positions() -> Tensor:
+    return torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
 
 
 def _count(input_ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import read_json
 from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.trace import START
 
 
@@ -23,6 +26,8 @@ class Skeleton:
 
     Args:
         model_dir: Directory of a Hugging Face causal LM; only ``config.json`` is read.
+        trust_remote_code: Run the model's own code from ``model_dir``, if it has any.
+        attn_implementation: How attention is computed; transformers' choice if not given.
 
     Attributes:
         config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
@@ -40,22 +45,31 @@ class Skeleton:
         tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
         takes_positions: Whether the model's forward takes ``position_ids``.
         isolates_documents: Whether packed documents, told by their positions, do not see each other.
+        balances_routers: Whether config.json asks for the routers' auxiliary loss (``output_router_logits``).
 
     Raises:
         ConfigurationError: No readable ``config.json``, not a causal LM that transformers ships, or a model that
             cannot be cut between its decoder layers.
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(
+        self, model_dir: str | Path, *, trust_remote_code: bool = False, attn_implementation: str | None = None
+    ) -> None:
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
-        self.config = _read_config(self.model_dir)
+        self.config = read_config(self.model_dir, trust_remote_code)
+        self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        if attn_implementation is not None:
+            self._build = partial(self._build, attn_implementation=attn_implementation)
+        self.balances_routers = bool(getattr(self.config, "output_router_logits", False))
+        if self.balances_routers:
+            self.config.output_router_logits = False  # a stage has the routers of its own layers only: see router.py
         self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
         try:
             with torch.device("meta"):
                 # bfloat16 as some kernels (grouped matrix products) exist for no other type; only shapes matter here.
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+                self.model: PreTrainedModel = self._build(self.config, dtype=torch.bfloat16)
         except Exception as error:
             raise ConfigurationError(
                 f"{self.model_dir / 'config.json'} describes no model that can be built: {_first_line(error)}"
@@ -67,11 +81,12 @@ class Skeleton:
         embedding, head = (self.model.get_submodule(name) for name in (self.embedding_name, self.head_name))
         self.tied = embedding.weight is head.weight
         try:
-            probe = Probe(self.config)
+            probe = Probe(self.config, self._build)
         except Exception as error:
             raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
-        self.takes_positions = probe.takes_positions
         self._explore(probe)
+        probe = self._attend_exactly(probe, asked=attn_implementation)
+        self.takes_positions = probe.takes_positions
         try:
             if probe.sees_the_future():
                 raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
@@ -88,8 +103,8 @@ class Skeleton:
 
     def layer_of(self, name: str) -> int | None:
         """Return the number of the decoder layer that the module or parameter ``name`` is in, or None."""
-        prefix = self.layers_name + "."
-        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+        number = name.removeprefix(self.layers_name + ".").split(".")[0]
+        return int(number) if number.isdigit() and name.startswith(self.layers_name + ".") else None
 
     def _name_of(self, module: nn.Module | None, what: str) -> str:
         for name, candidate in self.model.named_modules():
@@ -110,6 +125,55 @@ class Skeleton:
             if name in self.tail_names:
                 counts[-1] += own
         return counts
+
+    def _attend_exactly(self, probe: Probe, *, asked: str | None) -> Probe:
+        """Attend in plain operations ("eager") if the class's faster code leaves out something of its attention.
+
+        Before transformers 5.23, scaled dot-product attention drops the soft cap of Gemma 2's scores without a word.
+
+        Returns:
+            A probe that attends as the model will.
+        """
+        if self.config._attn_implementation == "eager":
+            return probe
+        build = partial(self._build, attn_implementation="eager")
+        try:
+            eager = Probe(self.config, build)
+            same = probe.layers_attend_as(eager, self.layer_names)
+        except Exception:  # the class has no other code, or none that can be tried
+            return probe
+        if same:
+            return probe
+        if asked is not None:
+            raise ConfigurationError(
+                f"{self.model_dir}: attn_implementation {asked} leaves out something of how a model of type "
+                f"{self.config.model_type} attends; set it to auto."
+            )
+        self._build, self.config._attn_implementation = build, "eager"
+        return eager
+
+    def fits_varlen(self) -> bool:
+        """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
+        try:
+            probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
+            return probe.attends_as(Probe(self.config, self._build))
+        except Exception:  # whatever the class asks for that it does not do
+            return False
+
+    def router_loss(self) -> RouterLoss:
+        """Return how the class balances its routers.
+
+        Raises:
+            ConfigurationError: It has no routers, or balances them in a way of its own.
+        """
+        try:
+            probe = Probe(self.config, self._build)
+            return find_router_loss(self.model, probe.model, probe.input_ids)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
+                f"{_first_line(error)}; set router_aux_loss_coef to 0."
+            ) from error
 
     @property
     def can_recompute(self) -> bool:
@@ -182,13 +246,17 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _read_config(model_dir: Path) -> PretrainedConfig:
+def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
     path = model_dir / "config.json"
     if not read_json(path).get("model_type"):
         raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")
     try:
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here: ValueError, KeyError, validation errors
+        if not trust_remote_code and "auto_map" in read_json(path):
+            raise ConfigurationError(
+                f"{path} asks for code of the model's own; set trust_remote_code to true if you trust who wrote it."
+            ) from error
         raise ConfigurationError(
             f"{path} is no configuration that this version of transformers knows: {_first_line(error)}"
         ) from error
@@ -198,15 +266,13 @@ def _read_config(model_dir: Path) -> PretrainedConfig:
         if "tie_word_embeddings" in read_json(path):
             text_config.tie_word_embeddings = config.tie_word_embeddings
         config = text_config
-    if type(config) not in AutoModelForCausalLM._model_mapping or getattr(config, "is_encoder_decoder", False):
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    brought = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (known or brought) or getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(
             f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
-        )
-    if getattr(config, "output_router_logits", False):  # that is how a model is told to train with it
-        raise ConfigurationError(
-            f"{path} sets output_router_logits, but the router's auxiliary loss is not trained here; set it to false."
         )
     config.use_cache = False
     return config

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.packing import documents_apart
+from lightning_pipelite.models.router import RouterLoss, RouterSums
 
 
 class Stage(nn.Module):
@@ -26,6 +28,8 @@ class Stage(nn.Module):
         stop: Number after the last one.
         takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
         packed: Whether inputs may hold several documents. If not, one that does is an error.
+        router_loss: The load-balancing loss of the model's routers, if it is trained.
+        fused_head: The head, if it is left to the loss.
     """
 
     def __init__(
@@ -37,11 +41,20 @@ class Stage(nn.Module):
         *,
         takes_positions: bool = True,
         packed: bool = True,
+        router_loss: RouterLoss | None = None,
+        fused_head: FusedHead | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
+        self.fused_head = fused_head
         self._takes_positions, self._packed = takes_positions, packed
+        causal_lm.extra_inputs = ()
+        self._routers: RouterSums | None = None
+        if router_loss is not None:
+            mine = [f"{layers_name}.{number}." for number in range(start, stop)]
+            names = [name for name in router_loss.places if name.startswith(tuple(mine))]
+            self._routers = RouterSums(causal_lm, router_loss, names)
         # In a list, so that the layer is not registered a second time under another name.
         self._entry = [] if start == 0 else [_receive_at(causal_lm.get_submodule(f"{layers_name}.{start}"))]
 
@@ -53,16 +66,23 @@ class Stage(nn.Module):
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
                 hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
                 packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
-                passed on untouched.
+                passed on untouched; while the stage runs, its model has them as ``extra_inputs``. Where routers are
+                balanced in training, the sums over the routers of the stages before follow last.
 
         Returns:
-            The logits [batch, seq, vocabulary] in the model's dtype on the last stage, otherwise
-            ``(hidden_states, position_ids, *extra)`` for the next.
+            The logits [batch, seq, vocabulary] in the model's dtype, or :class:`~lightning_pipelite.models.head.
+            HeadInputs` where the head is left to the loss, on the last stage, otherwise
+            ``(hidden_states, position_ids, *extra)`` for the next. Where routers are balanced in training,
+            ``(logits, loss)`` with their loss, a float32 scalar, or one more tensor for the next stage.
 
         Raises:
             ConfigurationError: Packed documents reach a stage that cannot keep them apart.
         """
         first, position_ids, *extra = inputs
+        routers = self._routers if self.training else None
+        if routers is not None:
+            sums = extra.pop() if self._entry else first.new_zeros(2, routers.loss.experts, dtype=torch.float32)
+            routers.start()
         if not self._packed and not self._entry and bool((position_ids.diff(dim=-1) != 1).any()):
             raise ConfigurationError(
                 "the data packs several documents into a sequence but packed is false; give one document a sequence."
@@ -78,12 +98,21 @@ class Stage(nn.Module):
             arguments["input_ids"] = torch.zeros_like(position_ids)
         else:
             arguments["input_ids"] = first
+        self.causal_lm.extra_inputs = tuple(extra)
         try:
             with documents_apart(position_ids if self._packed else None):
-                return self.causal_lm(**arguments).logits
+                outputs: Any = (
+                    self.causal_lm(**arguments).logits
+                    if self.fused_head is None
+                    else self.fused_head.inputs(self.causal_lm, arguments)
+                )
+            if routers is None:
+                return outputs
+            return outputs, routers.loss.loss(routers.finish(sums), position_ids.numel())
         except LeaveStage as leave:
-            return (leave.hidden_states, position_ids, *extra)
+            return (leave.hidden_states, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
+            self.causal_lm.extra_inputs = ()
             if self._entry:
                 self._entry[0].received = None
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_pipelite.errors import ConfigurationError
+
+SCHEDULES = ("rms_ratio", "constant", "cosine")
 
 
 def rms_ratio(step: int, beta2: float) -> float:
@@ -17,6 +24,22 @@ def rms_ratio(step: int, beta2: float) -> float:
     return ((1 - decayed) / (1 + decayed)) ** 0.5
 
 
+def constant(step: int, warmup_steps: int) -> float:
+    """The factor of step t, counted from 1: t / warmup_steps, then 1."""
+    return min(1.0, step / max(1, warmup_steps))
+
+
+def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The factor of step t, counted from 1: t / warmup_steps, then half a cosine that would reach 0 a step too late.
+
+    Loshchilov and Hutter 2017, "SGDR" (https://arxiv.org/abs/1608.03983), without restarts.
+    """
+    if step <= warmup_steps:
+        return step / warmup_steps
+    done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
 def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
     """lr · sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) in step t, see :func:`rms_ratio`; to be stepped once an optimizer step.
 
@@ -26,3 +49,50 @@ def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
     if not 0 < beta2 < 1:
         raise ValueError(f"beta2 must lie between 0 and 1, not {beta2}.")
     return LambdaLR(optimizer, lambda epoch: rms_ratio(epoch + 1, beta2))
+
+
+def check_schedule(schedule: str, warmup_steps: int) -> None:
+    """Refuse what can be told before training.
+
+    Raises:
+        ConfigurationError: if there is no such schedule, or it takes no such warm-up.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
+    if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
+        raise ConfigurationError(
+            f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
+            "rms_ratio, which warms up by itself."
+        )
+
+
+def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_steps: float) -> LambdaLR:
+    """Return the schedule of that name; to be stepped once an optimizer step.
+
+    Args:
+        optimizer: its groups' learning rates are what the factors multiply; ``rms_ratio`` takes its second beta.
+        schedule: ``rms_ratio``, ``constant`` or ``cosine``.
+        warmup_steps: the steps of a linear rise from 0 to the full rate, for ``constant`` and ``cosine``.
+        total_steps: all steps of the training, for ``cosine``.
+
+    Raises:
+        ConfigurationError: if these do not go together.
+    """
+    if schedule == "rms_ratio":
+        beta2 = optimizer.defaults.get("beta2", (optimizer.defaults.get("betas") or (None,))[-1])  # optimi's, torch's
+        if beta2 is None or not 0 < beta2 < 1:
+            raise ConfigurationError(
+                f"model.schedule is rms_ratio, but {type(optimizer).__name__} has no second beta between 0 and 1; set "
+                "model.schedule to constant or cosine."
+            )
+        return rms_ratio_schedule(optimizer, beta2)
+    if schedule == "constant":
+        factor = partial(constant, warmup_steps=warmup_steps)
+    else:
+        if not warmup_steps < total_steps < math.inf:
+            raise ConfigurationError(
+                f"model.schedule is cosine with {warmup_steps} warmup_steps, but training has {total_steps:g} steps; "
+                "set trainer.max_steps or max_epochs, or fewer warmup_steps."
+            )
+        factor = partial(cosine, warmup_steps=warmup_steps, total_steps=int(total_steps))
+    return LambdaLR(optimizer, lambda epoch: factor(step=epoch + 1))

@@ -73,7 +73,7 @@ class PipeLiteEngine(PipelineEngine):
         self._sent: object = None
         self._compared: set[bool] = set()
         self._step = self._forwarded = 0
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
 
@@ -102,7 +102,8 @@ class PipeLiteEngine(PipelineEngine):
             step: the number of steps taken before, on which the random numbers depend.
 
         Returns:
-            The sum and the count of the losses of the global batch, float64, shape (2,), the same on every rank.
+            The sum and the count of the losses of the global batch, and the sums of what the loss wants logged,
+            float64, shape (2 + logged,), the same on every rank.
 
         Raises:
             ConfigurationError: if the stages of a pipeline have different micro-batches (seen in the first step).
@@ -118,7 +119,7 @@ class PipeLiteEngine(PipelineEngine):
         """Forward of some micro-batches, without gradients.
 
         Returns:
-            The sum and the count of their losses, float64, shape (2,); zeros but on the last stage.
+            The sum and the count of their losses, and what follows these; float64; zeros but on the last stage.
         """
         with torch.no_grad():
             self._run(micro_batches, self._inference_schedule(len(micro_batches)), training=False)
@@ -196,9 +197,9 @@ class PipeLiteEngine(PipelineEngine):
             self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)
             return
         terms = self._loss_of(outputs, self.pipe_buffers["labels"][buffer_id])
-        self.loss, count = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
+        self.loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
         self.pipe_buffers["labels"][buffer_id] = None
-        self._sums += torch.stack([self.loss.detach().to(self._sums), count.detach().to(self._sums)])
+        self._sums += torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
 
     def _sendable(self, outputs: Any) -> Any:
         if isinstance(outputs, list):

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
 
-Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor]"]
+Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, ...]"]
 """``loss(outputs, targets)`` of one micro-batch.
 
 It returns either a scalar, the mean over the micro-batch (every micro-batch then weighs the same), or a pair
 ``(total, count)``: the sum of the losses and the number of terms in it (tokens, say). With the pair, what is trained
 on is exactly the sum of all totals over the sum of all counts in the global batch.
+
+A loss with an attribute ``logged``, a tuple of names, returns after the pair one more scalar for each name; the
+strategy logs ``train/NAME``, the sum of these over the sum of all counts.
 """
 
 

@@ -48,7 +48,8 @@ class PipeLiteStrategy(DDPStrategy):
     The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``, see
     :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step`` and
     ``validation_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` itself,
-    the same values on every rank. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
+    the same values on every rank; ``eval/loss`` is left to a method ``log_evaluation(total, count, dataloader_idx)`` of
+    the module, if it has one. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
 
     Example::
 
@@ -116,6 +117,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._eval_sums: Tensor | None = None
         self._eval_seen, self._eval_loader = 0, 0
         self._loss = torch.zeros(())
+        self._logged: tuple[str, ...] = ()
         self.eval_micro_batches = 4 * pipeline_stages
         """How many micro-batches of an evaluation run through the pipeline at once."""
 
@@ -205,6 +207,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._randomness = LayerRandomness(self, self.root_device, self.stage)
         self._checkpoints = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
         self._micro_batches, self._gradients, self._loss = [], [], torch.zeros(())
+        self._logged = tuple(getattr(loss, "logged", ()))
         self._engine = PipeLiteEngine(
             self.stage,
             self.stage_id,
@@ -316,7 +319,7 @@ class PipeLiteStrategy(DDPStrategy):
             assert self._checkpoints is not None
             assert self.stage is not None
             self._checkpoints.reserve(self.stage, self.optimizers[0])
-        total, count = self._engine.train_on(micro_batches, module.trainer.global_step).tolist()
+        total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step).tolist()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
             step = module.trainer.global_step + 1
@@ -328,6 +331,8 @@ class PipeLiteStrategy(DDPStrategy):
         self._loss = torch.tensor(total / count)
         self._note_step_end()
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
+        for name, value in zip(self._logged, logged, strict=True):
+            module.log(f"train/{name}", value / count, batch_size=1)
 
     def _hand_over_gradients(self) -> None:
         for parameter, gradient in self._gradients:
@@ -372,9 +377,12 @@ class PipeLiteStrategy(DDPStrategy):
         self._eval_batches = []
         self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         if last:
-            total, count = self._engine.share(self._eval_sums).tolist()
+            total, count, *_ = self._engine.share(self._eval_sums).tolist()
             self._eval_sums = None
             self._warn_of_repeats(loop, loader)
+            if callable(log := getattr(self.lightning_module, "log_evaluation", None)):
+                log(total, count, loader)
+                return
             loss = total / count if count else math.nan
             self.lightning_module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
 

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # tiny_models
+# tiny_models, stage_jobs
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("models", "strategy")]

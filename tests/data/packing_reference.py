@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Slot(NamedTuple):
+    """A position of a sequence; padding is owned by "padding", a prefix by "prefix"."""
+
+    token: int
+    owner: object
+    labelled: bool = True
+
 
 def pack_slowly(
-    groups: list[list[list[int]]],
+    groups: Sequence[Sequence[Sequence[int]]],
     prefix: list[int],
     sequence_len: int,
     drop_tails: bool,
     max_sequences: int | None,
     padding_id: int,
-) -> list[list[tuple[int, object]]]:
-    """Pack lists of documents: sequences of (token, owner); padding is owned by "padding", a prefix by "prefix"."""
-    sequences: list[list[tuple[int, object]]] = []
+) -> list[list[Slot]]:
+    """Concatenate documents and slice them; a document's owner is (number of its group, its number there)."""
+    sequences: list[list[Slot]] = []
     for group_number, group in enumerate(groups):
-        sequence: list[tuple[int, object]] = [(token, "prefix") for token in prefix]
+        sequence = [Slot(token, "prefix") for token in prefix]
         for document_number, document in enumerate(group):
             for token in document:
-                sequence.append((token, (group_number, document_number)))
+                sequence.append(Slot(token, (group_number, document_number)))
                 if len(sequence) == sequence_len:
                     sequences.append(sequence)
-                    sequence = [(token, "prefix") for token in prefix]
+                    sequence = [Slot(token, "prefix") for token in prefix]
                     if drop_tails:
                         break
         if len(sequence) > len(prefix) and not drop_tails:
-            sequences.append(sequence + [(padding_id, "padding")] * (sequence_len - len(sequence)))
+            sequences.append(sequence + [Slot(padding_id, "padding")] * (sequence_len - len(sequence)))
     return sequences[:max_sequences]
 
 
+class Expected(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+    position_ids: list[int]
+    control_classes: list[int]
+
+
 def label_slowly(
-    sequence: list[tuple[int, object]], isolate: bool, masked: set[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Give input_ids, labels and position_ids of a sequence of (token, owner)."""
-    owners = [owner for _, owner in sequence]
+    sequence: list[Slot], isolate: bool, masked: set[int], classes: dict[object, int] | int = 1
+) -> Expected:
+    """Give what a training item has, by a dict of each owner's control class, or one for all."""
+    owners = [slot.owner for slot in sequence]
     first = next(owner for owner in owners if owner != "prefix")
     owners = [first if owner == "prefix" else owner for owner in owners]
-    labels, positions = [], []
-    for here, (_, owner) in enumerate(zip(sequence, owners, strict=True)):
+    labels, positions, controls = [], [], []
+    for here, owner in enumerate(owners):
         positions.append(positions[-1] + 1 if here and (not isolate or owner == owners[here - 1]) else 0)
-        unseen = here + 1 == len(sequence) or owners[here + 1] == "padding"
-        hidden = unseen or (isolate and owners[here + 1] != owner) or sequence[here + 1][0] in masked
-        labels.append(-100 if hidden else sequence[here + 1][0])
-    return [token for token, _ in sequence], labels, positions
+        following = sequence[here + 1] if here + 1 < len(sequence) else None
+        hidden = following is None or following.owner == "padding" or not following.labelled
+        hidden = hidden or following.token in masked or (isolate and owners[here + 1] != owner)
+        labels.append(-100 if hidden else following.token)
+        unclassed = hidden or following.owner == "prefix"
+        controls.append(0 if unclassed else classes if isinstance(classes, int) else classes[following.owner])
+    return Expected([slot.token for slot in sequence], labels, positions, controls)

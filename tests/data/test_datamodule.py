@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import re
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,42 +16,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from packed_files import BOS, EOS, documents_of, items, write_jsonl
 from packing_reference import label_slowly, pack_slowly
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, PackedSampler
-from lightning_pipelite.data.build import PackBuilder
 from lightning_pipelite.errors import ConfigurationError
 
-BOS, EOS = 1, 0
 MakeData = Callable[..., PackedDataModule]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> DatasetConfig:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return DatasetConfig(str(path))
-
-
-def items(loader: Any) -> list[dict[str, list[int]]]:
-    """The sequences of a loader's dataset in their order on disk."""
-    if loader == []:
-        return []
-    dataset = loader.dataset
-    return [{key: value.tolist() for key, value in dataset[i].items()} for i in range(len(dataset))]
-
-
-def documents_of(sequences: list[dict[str, list[int]]], prefix: int = 1) -> list[tuple[int, ...]]:
-    """Cut the stream at its EOS; padding, which repeats EOS, gives nothing."""
-    stream = [token for item in sequences for token in item["input_ids"][prefix:]]
-    found, document = [], []
-    for token in stream:
-        document.append(token)
-        if token == EOS:
-            if len(document) > 1:
-                found.append(tuple(document))
-            document = []
-    assert not document
-    return found
 
 
 @pytest.fixture
@@ -82,10 +50,10 @@ def test_stream_is_what_the_rules_give(
         assert len(side) == len(expected) == statistics.sequences
         for item, sequence in zip(side, expected, strict=True):
             labelled = label_slowly(sequence, isolate, {BOS, EOS} if mask else set())
-            assert (item["input_ids"], item["labels"], item["position_ids"]) == labelled
+            assert item == labelled._asdict()
         assert statistics.documents == len(order)
         assert statistics.tokens == sum(map(len, order))
-        padding = sum(owner == "padding" for sequence in expected for _, owner in sequence)
+        padding = sum(slot.owner == "padding" for sequence in expected for slot in sequence)
         assert statistics.padding == pytest.approx(padding / (64 * len(expected)))
         assert statistics.dropped_tokens == 0
 
@@ -172,7 +140,7 @@ def test_batches_and_fill(tmp_path: Path, make_data: MakeData, texts: list[str])
         fill = [dealt[number % 3][number // 3] for number in range(len(whole), 3 * len(dealt[0]))]
         for batch in [*fill, *(batch for share in dealt for batch in share)]:
             assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dict.fromkeys(
-                ("input_ids", "labels", "position_ids"), ((1, 64), torch.int64)
+                ("input_ids", "labels", "position_ids", "control_classes"), ((1, 64), torch.int64)
             )
         assert all((batch["labels"] == -100).all() for batch in fill)
 
@@ -284,11 +252,11 @@ def test_mix_datasets(tmp_path: Path, make_data: MakeData, texts: list[str], enc
         order = [list(document) for document in documents_of(sequences)]
         groups = [order] if mix else [[d for d in order if home[tuple(d)] == n] for n in (0, 1)]
         expected = pack_slowly(groups, [BOS], 64, False, None, EOS)
-        assert [item["input_ids"] for item in sequences] == [[token for token, _ in s] for s in expected]
+        assert [item["input_ids"] for item in sequences] == [[slot.token for slot in s] for s in expected]
         names = [home[tuple(document)] for group in groups for document in group]
         flat = [(g, d) for g, group in enumerate(groups) for d in range(len(group))]
         home_of = dict(zip(flat, names, strict=True))
-        return [{home_of[owner] for _, owner in s if owner not in ("prefix", "padding")} for s in expected]
+        return [{home_of[slot.owner] for slot in s if slot.owner not in ("prefix", "padding")} for s in expected]
 
     assert all(len(found) == 1 for found in owners(False))
     assert any(len(found) == 2 for found in owners(True))
@@ -307,142 +275,6 @@ def test_seed_decides(tmp_path: Path, make_data: MakeData, texts: list[str]) -> 
     assert set(documents_of(sides(3, "one")[1])) != set(documents_of(sides(4, "one")[1]))
 
 
-CHANGES: dict[str, Any] = {
-    "sequence_len": 128,
-    "max_sequences": 7,
-    "drop_tails": True,
-    "mix_datasets": True,
-    "sequence_prefix": "",
-    "document_prefix": 5,
-    "document_suffix": "",
-    "mask_tokens": True,
-    "eval_fraction": 0.3,
-    "add_prefix_space": True,
-    "trust_remote_code": True,
-    "seed": 1,
-}
-
-
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The builds that take place."""
-    builds: list[Path] = []
-    build = PackBuilder.__call__
-
-    def note(self: PackBuilder, folder: Path) -> None:
-        builds.append(folder)
-        build(self, folder)
-
-    monkeypatch.setattr(PackBuilder, "__call__", note)
-    return builds
-
-
-def test_second_start_reuses(tmp_path: Path, make_data: MakeData, texts: list[str], built: list[Path]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    first, second = make_data([source]), make_data([source])
-    for data in (first, first, second):
-        data.prepare_data()
-        data.setup("fit")
-    assert len(built) == 1
-    assert first.statistics == second.statistics
-    assert items(first.train_dataloader()) == items(second.train_dataloader())
-    for read_only in ({"isolate_documents": False}, {"eval_gradient_accumulation_steps": 3}):
-        make_data([source], **read_only).prepare_data()
-    assert len(built) == 1
-
-
-def test_whatever_matters_changes_the_key(
-    tmp_path: Path,
-    make_data: MakeData,
-    make_tokenizer: Callable[..., Path],
-    texts: list[str],
-    built: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lightning_pipelite.data.tokens.DocumentTokenizer._check_prefix_space", lambda *_: None)
-    folder = make_tokenizer({"bos_token": "<s>", "eos_token": "</s>"})
-    source = write_jsonl(tmp_path / "a.jsonl", texts[:20])
-    other = write_jsonl(tmp_path / "b.jsonl", texts[:20])
-    datasets = {
-        "max_tokens": [DatasetConfig(source.dataset_path, max_tokens=10_000)],
-        "file": [other],
-        "two": [source, other],
-    }
-    count = 0
-    for options in (
-        {},
-        *({key: value} for key, value in CHANGES.items()),
-        *({"datasets": d} for d in datasets.values()),
-    ):
-        options = {"datasets": [source], "tokenizer_dir": str(folder), "eval_fraction": 0.2, **options}
-        make_data(options.pop("datasets"), **options).prepare_data()
-        count += 1
-        assert len(built) == count, options
-
-    def start() -> int:
-        make_data([source], tokenizer_dir=str(folder)).prepare_data()
-        return len(built)
-
-    assert start() == start() == count + 1
-    os.utime(source.dataset_path, ns=(0, 0))
-    assert start() == start() == count + 2
-    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
-    assert start() == start() == count + 3
-
-
-def test_file_that_changes_while_it_is_read(
-    tmp_path: Path, make_data: MakeData, texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    data = make_data([source])
-    build = PackBuilder.__call__
-
-    def disturb(self: PackBuilder, folder: Path) -> None:
-        build(self, folder)
-        write_jsonl(tmp_path / "a.jsonl", texts[1:])
-
-    monkeypatch.setattr(PackBuilder, "__call__", disturb)
-    with pytest.raises(ConfigurationError, match="file changed while it was read"):
-        data.prepare_data()
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-
-
-def test_build_killed_at_any_moment(
-    tmp_path: Path, make_data: MakeData, texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    source = write_jsonl(tmp_path / "a.jsonl", [f"{number} {text}" for number in range(10) for text in texts])
-    reference = make_data([source], cache_dir=str(tmp_path / "reference"))
-    begin = time.perf_counter()
-    reference.prepare_data()
-    whole = time.perf_counter() - begin
-
-    killed = 0
-    for moment in range(10):
-        process = multiprocessing.get_context("fork").Process(target=make_data([source]).prepare_data)
-        process.start()
-        time.sleep(whole * moment / 10)
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        entries = [path for path in (tmp_path / "cache").glob("*") if re.fullmatch("[0-9a-f]{32}", path.name)]
-        assert all((entry / "meta.json").exists() for entry in entries)
-    assert killed >= 2
-    data = make_data([source])
-    data.prepare_data()
-    assert data.statistics == reference.statistics
-    assert items(data.train_dataloader()) == items(reference.train_dataloader())
-
-
-def test_damaged_entry(tmp_path: Path, make_data: MakeData, texts: list[str]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    make_data([source]).prepare_data()
-    [tokens] = (tmp_path / "cache").glob("*/train/tokens.npy")
-    os.truncate(tokens, 1000)
-    with pytest.raises(ConfigurationError, match=r"The cache entry .* is damaged .*: delete it"):
-        make_data([source]).prepare_data()
-
-
 def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]) -> None:
     data = make_data([write_jsonl(tmp_path / "a.jsonl", texts)], max_sequences=12, eval_fraction=0.2)
     data.prepare_data()
@@ -459,6 +291,12 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         f"({train.padding:.1%} padding), {train.dropped_tokens:,} tokens dropped"
     )
     assert lines[1].startswith(f"eval: {held_out.documents} documents, {held_out.tokens:,} tokens in 2 sequences of 64")
+    used = train.documents + held_out.documents
+    assert re.fullmatch(
+        rf"dataset .*a\.jsonl: {used} documents, {train.tokens + held_out.tokens:,} tokens in 12 sequences "
+        rf"\(.*% padding\), {60 - used} documents not used",
+        lines[2],
+    )
 
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], drop_tails=True)
     assert data.summary()[1] == "eval: none (it takes two different documents to hold one out)"
@@ -466,6 +304,111 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         data.check(1, 1)
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], eval_fraction=0)
     assert data.summary()[1] == "eval: none (eval_fraction is 0)"
+
+
+def test_each_dataset_is_told(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
+    first, second = write_jsonl(tmp_path / "a.jsonl", texts[:30]), write_jsonl(tmp_path / "b.jsonl", texts[30:])
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"text": 7}\n{"text": "x"\n')
+    data = make_data([first, second], skip_bad_records=True, eval_fraction=0.1)
+    data.prepare_data()
+    one, two = data.statistics.datasets
+    for told, part in ((one, texts[:30]), (two, texts[30:])):
+        assert (told.documents, told.unused_documents) == (30, 0)
+        assert told.tokens == sum(len(encode(text)) for text in part)
+    whole = data.statistics
+    assert one.sequences + two.sequences == whole.train.sequences + whole.eval.sequences
+    assert (one.skipped, two.skipped) == (0, 2)
+    assert data.summary()[3].endswith(
+        "2 bad records skipped (the first: "
+        f"{tmp_path / 'b.jsonl'}, line 31: the field 'text' is int, not text; give it a string.)"
+    )
+    with pytest.raises(ConfigurationError, match=r"b\.jsonl, line 31: the field 'text' is int"):
+        make_data([first, second], eval_fraction=0.1).prepare_data()
+
+
+def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.txt").write_text(texts[50])
+    # One of its documents is a training document, too.
+    others = [write_jsonl(tmp_path / "wiki.jsonl", texts[45:55]), DatasetConfig(str(tmp_path / "more" / "*.txt"))]
+    data = make_data([source], eval_datasets=[*others, others[0]], eval_fraction=0)
+    data.prepare_data()
+    assert data.eval_names == ["wiki", "more", "wiki-2"]
+    train = documents_of(items(data.train_dataloader()))
+    wiki, more, again = (documents_of(items(loader)) for loader in data.val_dataloader())
+    assert Counter(train) == Counter(map(encode, texts[:45]))
+    assert Counter(wiki) == Counter(again) == Counter(map(encode, texts[45:55]))
+    assert more == [encode(texts[50])]
+    assert [line.split(":")[0] for line in data.summary()[1:4]] == ["eval wiki", "eval more", "eval wiki-2"]
+    assert data.statistics.datasets[0].unused_documents == 5
+    assert data.statistics.eval.sequences == sum(len(loader.dataset) for loader in data.val_dataloader())
+
+    both = make_data([source], eval_datasets=others[1:], eval_fraction=0.2)
+    both.prepare_data()
+    assert both.eval_names == ["held_out", "more"]
+    held_out, more = (documents_of(items(loader)) for loader in both.val_dataloader())
+    train = documents_of(items(both.train_dataloader()))
+    assert len(held_out) == 10
+    assert Counter(train) + Counter(held_out) == Counter(map(encode, texts[:50]))
+    with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
+        make_data([source], eval_datasets=[source]).prepare_data()
+
+
+def test_weights(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
+    home = {encode(text): number % 2 for number, text in enumerate(texts)}
+    datasets = [write_jsonl(tmp_path / f"{number}.jsonl", texts[number::2]) for number in (0, 1)]
+    longest = max(map(len, home))
+
+    def shares(*weights: float) -> list[int]:
+        for dataset, weight in zip(datasets, weights, strict=True):
+            dataset.weight = weight
+        data = make_data(datasets, eval_fraction=0, mix_datasets=True)
+        data.prepare_data()
+        kept = documents_of(items(data.train_dataloader()))
+        assert len(kept) == len(set(kept))
+        return [sum(len(document) for document in kept if home[document] == number) for number in (0, 1)]
+
+    whole = [sum(len(document) for document in home if home[document] == number) for number in (0, 1)]
+    one, two = shares(1.0, 4.0)
+    assert two == whole[1]
+    assert two / 4 - longest < one <= two / 4
+    one, two = shares(8.0, 1.0)
+    assert one == whole[0]
+    assert one / 8 - longest < two <= one / 8
+    with pytest.raises(ConfigurationError, match=r"0\.jsonl gets \d training tokens by its weight, less than"):
+        shares(1.0, 1e4)
+
+
+def test_conversations_from_disk_to_labels(tmp_path: Path, make_tokenizer: Any, make_data: MakeData) -> None:
+    folder = make_tokenizer({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    talks = [
+        [{"role": "user", "content": f"the {n}"}, {"role": "assistant", "content": "a" * (n % 9 + 1)}]
+        for n in range(40)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"talk": talk}) + "\n" for talk in talks))
+    source = DatasetConfig(str(tmp_path / "talks.jsonl"), messages_field="talk", control_class=-1)
+    data = make_data([source], tokenizer_dir=str(folder), eval_fraction=0)
+    data.prepare_data()
+    found = Counter()
+    for item in items(data.train_dataloader()):
+        starts = [t for t, position in enumerate(item["position_ids"]) if position == 0]
+        for begin, end in zip(starts, [*starts[1:], 64], strict=True):
+            text = tokenizer.decode(item["input_ids"][begin:end])
+            labels = [label for label in item["labels"][begin:end] if label != -100]
+            assert item["control_classes"][begin:end] == [-int(label != -100) for label in item["labels"][begin:end]]
+            if labels:
+                found[text, tokenizer.decode(labels)] += 1
+            else:
+                assert set(text.split("</s>")) == {""}  # padding
+    assert found == Counter(
+        (f"u: {user['content']}</s>a: {reply['content']}</s>", f"a: {reply['content']}</s>") for user, reply in talks
+    )
+    assert 0 < data.statistics.train.padding < 0.5
 
 
 @pytest.mark.parametrize(
@@ -481,6 +424,13 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         ({"max_sequences": 0, "eval_fraction": 0}, r"data\.max_sequences is 0"),
         ({"eval_gradient_accumulation_steps": 0}, r"data\.eval_gradient_accumulation_steps is 0"),
         ({"seed": -1}, r"data\.seed is -1"),
+        ({"packing": "tight"}, r"data\.packing is tight: give concatenate, best_fit or null"),
+        ({"packing": "best_fit", "drop_tails": True}, r"data\.drop_tails cuts documents, which best-fit packing never"),
+        ({"datasets": [DatasetConfig("x.txt", control_class=2)]}, r"control_class of x\.txt is 2: give -1, 0 or 1"),
+        ({"datasets": [DatasetConfig("x.txt", weight=0.0)]}, r"weight of x\.txt is 0\.0: give a positive number"),
+        ({"datasets": [DatasetConfig("x.txt", weight=1.0), DatasetConfig("y.txt")]}, r"y\.txt has no weight"),
+        ({"eval_datasets": [DatasetConfig("y.txt", weight=1.0)]}, r"y\.txt of data\.eval_datasets has a weight"),
+        ({"eval_datasets": [DatasetConfig("y.txt", max_tokens=0)]}, r"max_tokens of y\.txt is 0"),
     ],
 )
 def test_options_out_of_range(make_data: MakeData, options: dict[str, Any], message: str) -> None:

@@ -46,6 +46,25 @@ def test_every_sequence_once_in_an_order_free_of_replicas(
     assert dealt[:size] == deal(1, 1)[0]
 
 
+@given(size=st.integers(1, 40), replicas=st.integers(1, 7), round_to=st.integers(1, 4), start=st.integers(0, 40))
+def test_what_is_left(size: int, replicas: int, round_to: int, start: int) -> None:
+    start = min(start, size)
+    shares = []
+    for rank in range(replicas):
+        sampler = PackedSampler(range(size), num_replicas=replicas, rank=rank, shuffle=True, round_to=round_to)
+        whole = len(sampler)
+        sampler.start = start
+        shares.append(list(sampler))
+        assert len(sampler) == whole  # the epoch's, whatever is left
+        assert len(shares[-1]) == sampler.rounds_left(start) <= whole
+        assert len(shares[-1]) % round_to == 0
+    dealt = list(chain.from_iterable(zip_longest(*shares)))
+    left = list(PackedSampler(range(size), shuffle=True))[start:]
+    assert dealt[: len(left)] == left
+    assert set(dealt[len(left) :]) <= {None}
+    assert len(dealt) - len(left) < replicas * round_to  # no round, or multiple of rounds, is empty
+
+
 def test_order_changes_with_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int, shuffle: bool = True) -> tuple[int | None, ...]:
         sampler = PackedSampler(range(50), shuffle=shuffle, seed=seed)

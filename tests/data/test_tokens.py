@@ -16,10 +16,12 @@ from lightning_pipelite.errors import ConfigurationError
 
 OPTIONS = PackingOptions(
     datasets=[DatasetConfig("x.txt")],
+    eval_datasets=[],
     sequence_len=64,
     max_sequences=None,
     drop_tails=False,
     mix_datasets=False,
+    packing=None,
     sequence_prefix=None,
     document_prefix=None,
     document_suffix=None,
@@ -27,6 +29,7 @@ OPTIONS = PackingOptions(
     eval_fraction=0.0,
     add_prefix_space=False,
     trust_remote_code=False,
+    skip_bad_records=False,
     seed=0,
 )
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, write_model
+from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages, write_model
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
     Gemma3nTextConfig,
     MambaConfig,
+    MixtralConfig,
     T5Config,
 )
 
@@ -19,6 +22,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 
 torch.set_num_threads(1)
+CODES = torch.ones(8)
 
 
 @pytest.fixture
@@ -100,7 +104,57 @@ def test_no_weights_and_pickled_weights(model_dir: Path) -> None:
         path.unlink()
     refuses(model_dir, "model.safetensors")
     (model_dir / "pytorch_model.bin").touch()
-    refuses(model_dir, ".bin")
+    refuses(model_dir, ".bin", "allow_pickled_weights")
+
+
+def test_pickled_weights_if_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), allow_pickled_weights=True)
+    stage = layers.build_stage(1, 3, CPU)
+    held = dict(stage.causal_lm.named_parameters())
+    assert held
+    assert all(torch.equal(parameter, state[name]) for name, parameter in held.items())
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x-1.bin"}}))
+    (tmp_path / "x-2.bin").touch()
+    refuses(tmp_path, "x-1.bin", allow_pickled_weights=True)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+"""
+
+
+def test_own_code_if_trusted(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    (tmp_path / "own.py").write_text(CODE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuses(tmp_path, "config.json", "trust_remote_code")
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), trust_remote_code=True)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, trust_remote_code=True)
+    (input_ids, _), _ = micro_batches()
+    expected = whole(input_ids=input_ids, position_ids=POSITIONS, use_cache=False).logits
+    for cuts in ([0, 4], [0, 1, 4]):
+        torch.testing.assert_close(run_stages(build(layers, cuts), input_ids, POSITIONS), expected)
 
 
 def test_adapter_beside_the_model(model_dir: Path) -> None:
@@ -108,36 +162,110 @@ def test_adapter_beside_the_model(model_dir: Path) -> None:
     refuses(model_dir, "adapter_config.json")
 
 
+def change(model_dir: Path, **changed: torch.Tensor | None) -> None:
+    """Put weights into the one file of a model, or take them out."""
+    weights = load_file(model_dir / "model.safetensors")
+    kept = {n: w for n, w in {**weights, **changed}.items() if w is not None}
+    save_file(kept, model_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(model_dir: Path, **values: object) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def test_weight_that_the_files_lack_or_hold_in_another_shape(tmp_path: Path) -> None:
     write_model(tmp_path, "llama")
-    weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.2.mlp.up_proj.weight"
-    for value in (None, torch.zeros(3, 5)):
-        changed = {n: w for n, w in weights.items() if n != name} | ({} if value is None else {name: value})
-        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full())
-        layers.build_stage(0, 2, CPU)  # not this stage's
-        with pytest.raises(ConfigurationError, match=name):
-            layers.build_stage(2, 4, CPU)
+    change(tmp_path, **{name: torch.zeros(3, 5)})
+    refuses(tmp_path, name, "[3, 5]", "[128, 64]")
+    change(tmp_path, **{name: None})
+    refuses(tmp_path, name, "lacks")
 
 
-def test_configuration_with_a_layer_more_than_the_weights(tmp_path: Path) -> None:
+def test_configuration_with_other_sizes_than_the_weights(tmp_path: Path) -> None:
     write_model(tmp_path, "llama")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5, "layer_types": None}))
-    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full())
-    layers.build_stage(0, 4, CPU)
-    with pytest.raises(ConfigurationError, match=r"model\.layers\.4\."):
-        layers.build_stage(4, 5, CPU)
+    set_config(tmp_path, intermediate_size=192)
+    refuses(tmp_path, "mlp.down_proj.weight", "[64, 128]", "[64, 192]")
+
+
+def test_shard_that_another_model_has_under_the_same_name(model_dir: Path) -> None:
+    shard(model_dir).write_bytes(sorted(model_dir.glob("model-*.safetensors"))[2].read_bytes())
+    refuses(model_dir, "does not hold", shard(model_dir).name)
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_configuration_with_another_number_of_layers_than_the_weights(tmp_path: Path, layers: int) -> None:
+    write_model(tmp_path, "llama")
+    set_config(tmp_path, num_hidden_layers=layers)
+    refuses(tmp_path, "model.layers.4." if layers == 5 else "model.layers.3.")
+
+
+def test_weights_that_the_configurations_model_has_no_place_for(tmp_path: Path) -> None:
+    write_model(tmp_path, "qwen3")
+    set_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    refuses(tmp_path, "self_attn.k_norm.weight", "config.json")
+    change(tmp_path, **{f"model.layers.{i}.self_attn.{n}_norm.weight": None for i in range(4) for n in "qk"})
+    CausalLMLayers(tmp_path, adapter=Full())
+    change(tmp_path, **{"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)})
+    refuses(tmp_path, "q_proj.bias", "config.json")
+    change(tmp_path, **{"model.layers.1.self_attn.q_proj.bias": None, "model.layers.0.rotary_emb.inv_freq": CODES})
+    CausalLMLayers(tmp_path, adapter=Full())  # nothing that is trained
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_a_routers_bias_is_not(tmp_path: Path) -> None:
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    config = DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "head_dim": 8},
+        **sizes,
+        **experts,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    change(tmp_path, **{"model.layers.4.eh_proj.weight": torch.zeros(64, 128)})
+    set_config(tmp_path, num_nextn_predict_layers=0)
+    refuses(tmp_path, "model.layers.4.eh_proj.weight", adapter=Full())
+    set_config(tmp_path, num_nextn_predict_layers=1)
+    CausalLMLayers(tmp_path, adapter=Full())
+    change(tmp_path, **{"model.layers.3.mlp.gate.e_score_correction_bias": None})
+    refuses(tmp_path, "model.layers.3.mlp.gate.e_score_correction_bias", adapter=Full())
+
+
+def test_weights_stored_in_a_type_that_needs_scales(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype, word in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        change(tmp_path, **{name: torch.zeros(128, 64).to(dtype)})
+        refuses(tmp_path, name, word)
+
+
+@pytest.mark.parametrize("lost", [("w1",), ("w1", "w3"), ("w2",), ("w1", "w2", "w3")])
+def test_expert_that_the_files_lack(tmp_path: Path, lost: tuple[str, ...]) -> None:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=4)).save_pretrained(
+        tmp_path
+    )
+    change(tmp_path, **{f"model.layers.1.block_sparse_moe.experts.2.{name}.weight": None for name in lost})
+    refuses(tmp_path, "model.layers.1.mlp.experts.")
 
 
 def test_missing_head_is_not_made_up(tmp_path: Path) -> None:
     write_model(tmp_path, "llama")
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigurationError, match=r"lm_head\.weight"):
-        CausalLMLayers(tmp_path, adapter=Full()).build_stage(2, 4, CPU)
+    change(tmp_path, **{"lm_head.weight": None})
+    refuses(tmp_path, "lm_head.weight")
+
+
+def test_files_that_change_after_the_check_are_told_as_they_are_loaded(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama")
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full())
+    name = "model.layers.2.mlp.up_proj.weight"
+    for value in (torch.zeros(3, 5), None):
+        change(tmp_path, **{name: value})
+        layers.build_stage(0, 2, CPU)  # not this stage's
+        with pytest.raises(ConfigurationError, match=name):
+            layers.build_stage(2, 4, CPU)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ MOE = {
 }
 
 
+def test_double_quantisation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MOE["mixtral"], dtype=torch.float32).save_pretrained(tmp_path)
+    states = []
+    for double in (False, True):
+        layers = CausalLMLayers(
+            tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4), bnb_4bit_use_double_quant=double
+        )
+        model = layers.build_stage(0, 1, CPU).causal_lm
+        linear = [m.weight.quant_state for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        experts = [
+            p.quant_state for m in model.modules() for n, ps in getattr(m, "parametrizations", {}).items() for p in ps
+        ]
+        assert len(linear) == 4
+        assert len(experts) == 2
+        states.append([state.nested for state in (*linear, *experts)])
+    assert states == [[False] * 6, [True] * 6]
+
+
 @pytest.mark.parametrize("kind", list(MOE))
 def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
@@ -91,7 +110,7 @@ def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
             for name, expert in experts.items():
                 if stage.start <= int(name.split(".")[2]) < stage.stop:
                     module, _, weight = name.rpartition(".")
-                    held = stage.causal_lm.get_submodule(module)
+                    held = stage.causal_lm.get_submodule(module).get_base_layer()  # inside of the LoRA layers
                     assert torch.equal(getattr(held, weight), expert), name
                     parametrization = held.parametrizations[weight]
                     size = parametrization.original.nbytes + parametrization[0].quant_state.absmax.nbytes

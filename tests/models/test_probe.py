@@ -94,9 +94,3 @@ def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Pat
 def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="what comes before"):
         skeleton_of(tmp_path, Gemma3nTextConfig())
-
-
-def test_router_loss_that_would_be_left_out_is_told(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "output_router_logits": True}))
-    with pytest.raises(ConfigurationError, match="output_router_logits"):
-        Skeleton(tmp_path)

@@ -91,12 +91,13 @@ def test_names_do_not_depend_on_the_partition_and_counts_cover_all(model_dir: Pa
 def test_no_tensor_of_another_stage_is_read(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.core_model_loading as loading
 
+    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full())
     read: list[tuple[int, ...]] = []
     materialize = loading._materialize_copy
     monkeypatch.setattr(
         loading, "_materialize_copy", lambda t, *a, **k: read.append(tuple(t.get_shape())) or materialize(t, *a, **k)
     )
-    stage = CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full()).build_stage(1, 2, CPU)
+    stage = layers.build_stage(1, 2, CPU)
     assert sorted(read) == sorted(tuple(p.shape) for p in stage.parameters())
 
 

@@ -77,36 +77,39 @@ def build(layers: CausalLMLayers, cuts: Sequence[int]) -> list[Stage]:
     return [layers.build_stage(start, stop, CPU) for start, stop in itertools.pairwise(cuts)]
 
 
-def run_stages(stages: list[Stage], input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def run_stages(stages: list[Stage], input_ids: Tensor, position_ids: Tensor, *extra: Tensor) -> Tensor:
     """Return the logits of a chain of stages."""
-    passed: tuple[Tensor, ...] | Tensor = (input_ids, position_ids)
+    passed: tuple[Tensor, ...] | Tensor = (input_ids, position_ids, *extra)
     for stage in stages:
         passed = stage(passed)
     assert isinstance(passed, Tensor)
     return passed
 
 
-def train_stages(stages: list[Stage]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def train_stages(
+    stages: list[Stage], positions: Tensor = POSITIONS, classes: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run forward and backward as a pipeline does: tensors detached between stages, gradients handed back.
 
-    All micro-batches go forward before any goes backward, so a stage that mixed up its micro-batches would show.
+    All micro-batches, each with its ``classes`` as extra input, go forward before any goes backward, so a stage that
+    mixed up its micro-batches would show.
 
     Returns:
         The logits of each micro-batch, and the gradients by name, those of one name summed over the stages.
     """
     tapes: list[list[tuple[Tensor, Tensor]]] = []
     logits = []
-    for input_ids, labels in micro_batches():
+    for number, (input_ids, labels) in enumerate(micro_batches()):
         tape = []
-        received, class_ids = input_ids, torch.tensor([7, 8])
+        received, class_ids = input_ids, torch.tensor([7, 8]) if classes is None else classes[number]
         for stage in stages:
             received = received.detach().requires_grad_(received.is_floating_point())
-            output = stage((received, POSITIONS, class_ids))
+            output = stage((received, positions, class_ids))
             if stage is stages[-1]:
                 logits.append(output.detach())
                 tape.append((received, cross_entropy(output, labels)))
             else:
-                assert output[1] is POSITIONS
+                assert output[1] is positions
                 assert output[2] is class_ids
                 tape.append((received, output[0]))
                 received = output[0]

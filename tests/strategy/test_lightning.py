@@ -26,7 +26,7 @@ from lightning_jobs import (
 from stage_jobs import linears, token_loss, tokens
 from torch import nn
 
-from exactness import Scale, make_model
+from exactness import Case, Scale, make_model
 from processes import Workers
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -208,7 +208,7 @@ def test_fits_and_validations_of_one_module_follow_each_other(workers: Workers, 
 
 
 def test_a_trained_adapter_is_what_is_evaluated_after_the_fit(workers: Workers, tmp_path: Path) -> None:
-    make_model(tmp_path, tied=True, scale=Scale())
+    make_model(tmp_path, Case("tied", tied=True), Scale())
     for stages in (1, 2):
         for before, in_fit, after in workers.run(stages, fit_and_validate_lora, str(tmp_path), stages):
             assert after == pytest.approx(in_fit, abs=1e-6)

@@ -1,0 +1,140 @@
+"""A training step with Control Adapters against one where they are taken out.
+
+    python benchmarks/control.py [--gpu] [--write]
+
+On a GPU: the geometry of a Llama 8B (32 layers, 4096 wide, vocabulary 32 000), random bf16 weights, one stage, 4096
+tokens of two documents with classes of all kinds, Control Adapters of rank 16 in float32 on every layer, each layer
+recomputed in the backward pass; a step is forward, backward, optimizer and the step that keeps Q orthogonal. Without
+the adapters nothing is trained, but the gradient goes all the way down as it does with them. Steps of both kinds
+alternate; times are medians. Exits with 1 if the ratio passes 1.05. Without --gpu, a small model on the CPU, where the
+ratio is only told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimi import Adam
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lightning_pipelite.adapters import ControlAdapter
+from lightning_pipelite.models import Stage, attention
+from lightning_pipelite.models.skeleton import Skeleton
+from report import Report
+
+LIMIT = 1.05
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    tokens: int
+    repeats: int
+    dtype: torch.dtype
+
+
+GPU = Size(32, 4096, 14336, 32, 4096, 8, torch.bfloat16)
+CPU = Size(2, 256, 896, 4, 256, 3, torch.float32)
+
+
+def make_stage(skeleton: Skeleton, adapter: ControlAdapter | None, size: Size, device: torch.device) -> Stage:
+    """A whole random model as one stage, which recomputes its layers and sends gradients down to the embedding."""
+    torch.manual_seed(0)
+    kernel = attention.NAME if attention.has_kernel(device, size.dtype) else None  # as CausalLMLayers chooses it
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(skeleton.config, dtype=size.dtype, attn_implementation=kernel)
+    model.requires_grad_(False)
+    if adapter is not None:
+        adapter.apply(model, skeleton, seed=0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("control_S"):
+                nn.init.normal_(parameter, std=0.1)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+    return Stage(model, skeleton.layers_name, 0, size.layers).train()
+
+
+def training_step(stage: Stage, adapter: ControlAdapter | None, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward, backward and, if anything is trained, the optimizer."""
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    optimizer: Any = Adam(trained, lr=1e-5) if trained else None
+    labels = inputs[0].flatten().roll(-1)
+
+    def step() -> None:
+        logits = stage(inputs if trained else inputs[:2])
+        assert isinstance(logits, Tensor)
+        nn.functional.cross_entropy(logits[0].float(), labels).backward()
+        if adapter is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+            adapter.after_step(stage.causal_lm)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="Llama 8B's geometry on the first GPU, with the limit")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/control.md")
+    arguments = parser.parse_args()
+    if arguments.gpu and not torch.cuda.is_available():
+        sys.exit("control.py --gpu needs a GPU")
+    size, device = (GPU, torch.device("cuda:0")) if arguments.gpu else (CPU, torch.device("cpu"))
+    config = LlamaConfig(
+        vocab_size=32_000 if arguments.gpu else 512, hidden_size=size.hidden, intermediate_size=size.inner,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=max(1, size.heads // 4),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        skeleton = Skeleton(Path(directory))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (1, size.tokens), generator=generator)
+    half = size.tokens // 2
+    positions = torch.cat([torch.arange(half), torch.arange(size.tokens - half)])[None]
+    classes = torch.randint(-1, 2, (1, size.tokens), generator=generator)
+    inputs = tuple(tensor.to(device) for tensor in (tokens, positions, classes))
+    adapter = ControlAdapter(16)
+    kinds: dict[str, ControlAdapter | None] = {"without": None, "with Control Adapters": adapter}
+    steps = {
+        name: training_step(make_stage(skeleton, kind, size, device), kind, inputs) for name, kind in kinds.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(size.repeats + 2):  # two to warm up
+        for name, step in steps.items():
+            if arguments.gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if arguments.gpu:
+                torch.cuda.synchronize()
+            if repeat >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    report = Report("control_gpu" if arguments.gpu else "control", "| a step | ms |", "| --- | --- |")
+    for name, taken in times.items():
+        report.row(f"| {name} | {statistics.median(taken):.1f} |")
+    ratio = statistics.median(times["with Control Adapters"]) / statistics.median(times["without"])
+    failed = arguments.gpu and ratio > LIMIT
+    verdict = f"; limit {LIMIT}: {'FAILED' if failed else 'within'}" if arguments.gpu else ""
+    report.line(f"{size.layers} layers, {size.tokens} tokens, ratio {ratio:.3f}{verdict}")
+    if arguments.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Training of many families through two stages against a plain loop over the unsplit model.
+
+    python benchmarks/families.py [--steps 10] [--write] [model_type ...]
+
+Each family is a model of four layers with random weights (norms, biases and scales moved away from their initial
+values), trained in full and with LoRA by two processes over gloo: the largest difference in the loss of any step, and
+in the final weights (relative, in the 2-norm, the worst tensor), to a loop in plain torch that runs each packed
+document alone. Float32 on CPUs, gradients clipped, unequally masked tokens. Exits with 1 if a difference passes the
+limits: 1e-5 (losses), 1e-4 (weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+import coverage
+from exactness import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, differences, train_plain, train_split
+from processes import Workers
+from report import Report
+
+# What a family is there for.
+FAMILIES = {
+    "llama": "",
+    "mistral": "sliding window",
+    "qwen2": "biases, tied",
+    "qwen3": "norms of queries and keys",
+    "phi3": "fused projections, sliding window",
+    "gemma2": "soft-capped attention and logits, scaled and tied embedding, sliding window",
+    "gemma3_text": "two rotary bases, scaled and tied embedding, sliding window",
+    "cohere": "parallel blocks, layer norms without bias, tied, scaled logits",
+    "cohere2": "parallel blocks, layers without rotation, tied",
+    "glm4": "norms after attention and MLP, half rotated",
+    "olmo3": "norms after attention and MLP only, sliding window",
+    "granite": "scaled embedding, residuals, attention and logits",
+    "starcoder2": "layer norms and biases, tied, sliding window",
+    "gpt_neox": "parallel blocks, fused projections, biases",
+    "falcon": "parallel blocks, one key and value, tied",
+    "opt": "learned positions, layer norms and biases, tied",
+    "mixtral": "experts",
+    "qwen3_moe": "experts",
+    "deepseek_v3": "latent attention, experts in groups, shared experts, a dense layer first",
+    "gpt_oss": "experts with biases, attention sinks, sliding window",
+}
+# PEFT takes the names in DeepSeek's dense layers for those of the experts: there, attention alone.
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+SCALE = Scale(vocabulary=120, layers=coverage.LAYERS, sequence=32, sequences=43)
+
+
+def modes(model_type: str) -> tuple[Case, Case]:
+    """Return the ways to train a family."""
+    return Case("full", full=True), Case("LoRA", targets=LATENT if model_type == "deepseek_v3" else ())
+
+
+def try_family(workers: Workers, model_type: str, case: Case, steps: int) -> tuple[float, float]:
+    """Train a family in one way; return the largest difference of a loss and of a weight.
+
+    Raises:
+        AssertionError: The loss does not move, or the weights have other names.
+        RuntimeError: What a process raised.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        coverage.write(coverage.tiny(model_type), Path(directory))
+        reference = workers.run(1, partial(train_plain, alone=True), case, directory, steps, SCALE)[0]
+        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
+        assert moved > 100 * LOSS_LIMIT, f"the loss moves by {moved} only: nothing is compared"
+        return differences(workers.run(2, train_split, case, Split(2), directory, steps, SCALE)[0], reference)
+
+
+def main() -> int:
+    """Train the families, print the table, and return 1 if one passes the limits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="all families by default", metavar="model_type")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/families.md")
+    options = parser.parse_args()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    workers = Workers(2)
+    head = ("| family | build | training | loss | weights |", "| --- | --- | --- | --- | --- |")
+    report = Report("families", *head)
+    wrong = 0
+    for model_type in options.model_types or FAMILIES:
+        for case in modes(model_type):
+            loss, weight = try_family(workers, model_type, case, options.steps)
+            wrong += not (loss <= LOSS_LIMIT and weight <= WEIGHT_LIMIT)
+            report.row(f"| {model_type} | {FAMILIES[model_type]} | {case.name} | {loss:.1e} | {weight:.1e} |")
+    workers.close()
+    report.line(
+        f"{len(options.model_types or FAMILIES)} families, {options.steps} steps in two stages; limits "
+        f"{LOSS_LIMIT:.0e} (losses), {WEIGHT_LIMIT:.0e} (weights): "
+        f"{f'{wrong} PASSED THE LIMITS' if wrong else 'all within'}"
+    )
+    if options.write:
+        report.write()
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Cross-entropy over given logits, whose gradient takes their place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+IGNORED = -100
+# 16 values a thread: two 16-byte loads of bf16. A row is read in such blocks, so that any vocabulary fits.
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scaled and soft-capped logits and what their gradient is multiplied with."""
+    x = x.to(tl.float32) * scale
+    if SOFTCAP:
+        t = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0  # tanh
+        return softcap * t, scale * (1.0 - t * t)
+    return x, scale
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    logits, labels, weights, losses, stride, vocabulary, scale, softcap,
+    SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary may pass 2^31
+    logits += row * stride
+    label = tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)
+    if label == IGNORED:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, vocabulary, BLOCK):
+                tl.store(logits + start + columns, 0.0, mask=start + columns < vocabulary)
+        return
+    # The softmax's maximum and sum in one pass, each lane its own: no lane waits for another before the end.
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        x, _ = _transform(tl.load(logits + start + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
+        x = tl.where(inside, x, float("-inf"))
+        larger = tl.maximum(maximum, x)
+        safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
+        total = total * tl.exp(maximum - safe) + tl.exp(x - safe)
+        maximum = larger
+    largest = tl.max(maximum, axis=0)
+    log_sum = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), axis=0))
+    weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
+    known = (label >= 0) & (label < vocabulary)
+    target, _ = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
+    # A label that is no token must not pass for one: the loss is then not a number, and training stops.
+    tl.store(losses + row, tl.where(known, weight * (log_sum - target), float("nan")))
+    if GRADIENT:
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + columns < vocabulary
+            x, factor = _transform(tl.load(logits + start + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
+            gradient = tl.exp(x - log_sum) - tl.where(start + columns == label, 1.0, 0.0)
+            tl.store(logits + start + columns, weight * factor * gradient, mask=inside)
+
+
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+    gradient: bool = True,
+) -> Tensor:
+    """Return each row's cross-entropy, and leave the gradient of their sum in ``logits``.
+
+    Args:
+        logits: [rows, vocabulary], float32, bfloat16 or float16, each row contiguous. Before the softmax, x becomes
+            ``scale * x``, and then ``softcap * tanh(x / softcap)`` if there is one (Gemma 2,
+            https://arxiv.org/abs/2408.00118, section 2).
+        labels: [rows], int64; -100 for a row without loss. Another value that is no index gives a loss of NaN.
+        scale: What the logits are multiplied with.
+        softcap: What their size is limited to; None for no limit.
+        weights: [rows], what each loss is multiplied with; ones if not given.
+        gradient: Whether ``logits`` becomes the gradient; otherwise it stays as it is.
+
+    Returns:
+        [rows], float32.
+
+    Raises:
+        ValueError: The shapes do not fit, or rows are not contiguous.
+    """
+    rows, vocabulary = logits.shape
+    if labels.shape != (rows,) or (weights is not None and weights.shape != (rows,)) or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with strides {logits.stride()} do not fit labels {tuple(labels.shape)}; "
+            "give [rows, vocabulary] with contiguous rows, and as many labels and weights as rows"
+        )
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        _kernel[(rows,)](
+            logits, labels.contiguous(), losses if weights is None else weights.contiguous(), losses,
+            logits.stride(0), vocabulary, scale, 1.0 if softcap is None else softcap,
+            SOFTCAP=softcap is not None, WEIGHTED=weights is not None, GRADIENT=gradient, IGNORED=IGNORED,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=WARPS,
+        )  # fmt: skip
+    return losses
+
+
+def cross_entropy_reference_(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+    gradient: bool = True,
+) -> Tensor:
+    """:func:`cross_entropy_` in plain torch, for any device."""
+    with torch.enable_grad():
+        exact = torch.float64 if logits.dtype == torch.float32 else torch.float32
+        x = logits.detach().to(exact).requires_grad_(gradient)
+        z = x * scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        losses = torch.nn.functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
+        if weights is not None:
+            losses = losses * weights.to(exact)
+        if gradient:
+            logits.copy_(torch.autograd.grad(losses.sum(), x)[0])
+    return losses.detach().float()

@@ -1,0 +1,116 @@
+"""The output head and its cross-entropy in one, a chunk of tokens at a time: all logits are never held."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
+
+MAX_LOGITS_BYTES = 256 * 2**20
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> Tensor:
+    """Return the summed cross-entropy of ``hidden @ weight.T + bias``.
+
+    The gradients are computed in the forward pass, as the logits are gone in the backward pass: those of ``hidden``
+    always, those of a trained ``weight`` and ``bias`` in float32 over all chunks, so that small ones are not lost.
+
+    Args:
+        hidden: [..., size], float32, bfloat16 or float16.
+        weight: [vocabulary, size], of the same dtype.
+        labels: [...], int64; -100 for a token without loss.
+        bias: [vocabulary].
+        scale: What the logits are multiplied with.
+        softcap: What they are then limited to, see :func:`~lightning_pipelite.kernels.cross_entropy.cross_entropy_`.
+        max_logits_bytes: How much the logits of a chunk may take; at least one token is computed at a time.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do "
+            "not fit together"
+        )
+    total: Tensor = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), bias, scale, softcap, max_logits_bytes
+    )
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        max_logits_bytes: int,
+    ) -> Tensor:
+        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+        gradient = needs_hidden or needs_weight or needs_bias
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        compute = cross_entropy_ if hidden.is_cuda or interpreted else cross_entropy_reference_
+        ctx.of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        ctx.of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        ctx.of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            total += compute(logits, labels[part], scale=scale, softcap=softcap, gradient=gradient).sum()
+            # The logits are their own gradient now.
+            if ctx.of_hidden is not None:
+                torch.mm(logits, weight, out=ctx.of_hidden[part])
+            if ctx.of_weight is not None:
+                _add_product(ctx.of_weight, logits, hidden[part])
+            if ctx.of_bias is not None:
+                ctx.of_bias += logits.sum(dim=0, dtype=torch.float32)
+            del logits  # before the next chunk's are made
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (factor,) = gradients
+        hidden, weight, bias = (
+            None if of is None else of.mul_(factor) for of in (ctx.of_hidden, ctx.of_weight, ctx.of_bias)
+        )
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            hidden,
+            None if weight is None else weight.to(weight_dtype),
+            None,
+            None if bias is None else bias.to(bias_dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _add_product(sum_: Tensor, logits: Tensor, hidden: Tensor) -> None:
+    """Add ``logits.T @ hidden`` to a float32 sum, itself summed in float32."""
+    if logits.dtype == torch.float32:
+        sum_.addmm_(logits.T, hidden)
+    elif logits.is_cuda:
+        sum_ += torch.mm(logits.T, hidden, out_dtype=torch.float32)
+    else:
+        sum_.addmm_(logits.float().T, hidden.float())

@@ -1,0 +1,177 @@
+"""Control Adapters: what a decoder layer adds is scaled along learned directions, or scaled back, by class of token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.control import control, keep_orthogonal
+from lightning_pipelite.adapters.directory import whole_directory
+from lightning_pipelite.adapters.lora import DTYPES, FILE_PREFIX, KNOWN_FILES, check_options, generator_of
+from lightning_pipelite.adapters.selection import parse_layers
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.skeleton import Skeleton
+
+PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
+
+
+class ControlAdapter(Adapter):
+    """Trains, for each decoder layer, directions Q and log-scales S that act on what the layer adds.
+
+    With the layer's input h, its output y, d = y - h and the control class c ∈ {-1, 0, +1} of each token::
+
+        y' = y + Q diag(λ) Qᵀ dropout(d),   λ = expm1(c · S)
+
+    Q [hidden, rank] starts with orthonormal columns, and after each optimizer step goes back towards them: Q ← Q -
+    gamma · Q(QᵀQ - I). S [rank] starts at zero. Class +1 applies I + Q diag(exp(S) - 1) Qᵀ to d, class -1 exactly the
+    inverse, class 0 nothing. The method is qlora-pipe-lite's. :class:`~lightning_pipelite.callbacks.
+    CompositeWeightDecay` decays S.
+
+    A batch needs ``control_classes``, int64 [batch, sequence]: the class of the token to be predicted at each
+    position, as for labels, and 0 at the end and where the label is masked.
+
+    Args:
+        rank: Number of directions of each layer.
+        dropout: Probability of dropout on d.
+        dtype: Type of Q and S, and of the computation: "float32", "bfloat16" or "float16".
+        gamma: How far Q goes back to orthogonality after each step: more than 0, at most 0.5.
+        layers_to_transform: Decoder layers to adapt, such as "0:3, 7, 12:15" (ranges are inclusive) or a list of
+            numbers; all by default.
+
+    Raises:
+        ConfigurationError: An option out of its range.
+    """
+
+    batch_keys = ("control_classes",)
+
+    def __init__(
+        self,
+        rank: int,
+        dropout: float = 0.0,
+        dtype: str = "float32",
+        gamma: float = 0.5,
+        layers_to_transform: str | list[int] | None = None,
+    ) -> None:
+        check_options(rank, dropout, dtype)
+        if not 0.0 < gamma <= 0.5:
+            raise ConfigurationError(f"gamma is {gamma}; set it to more than 0 and at most 0.5.")
+        self.rank = rank
+        self.dropout = dropout
+        self.dtype = dtype
+        self.gamma = gamma
+        self.layers_to_transform = layers_to_transform
+
+    @override
+    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+        parse_layers(self.layers_to_transform, len(skeleton.layers))
+        hidden = _hidden_size(skeleton)
+        if self.rank > hidden:
+            raise ConfigurationError(f"rank is {self.rank}, but the model's layers are only {hidden} wide; lower rank.")
+
+    @override
+    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+        model.requires_grad_(False)
+        layers = model.get_submodule(skeleton.layers_name)
+        for number in parse_layers(self.layers_to_transform, len(skeleton.layers)):
+            layer = layers.get_submodule(str(number))
+            device = next((parameter.device for parameter in layer.parameters()), None)
+            if device is None:  # a placeholder for another stage's layer
+                continue
+            generator = generator_of(seed, f"{skeleton.layers_name}.{number}")
+            q = torch.empty(_hidden_size(skeleton), self.rank, dtype=torch.float32, device="cpu")
+            nn.init.orthogonal_(q, generator=generator)
+            _control(layer, q.to(device, DTYPES[self.dtype]), self.dropout, model)
+
+    @override
+    def after_step(self, model: nn.Module) -> None:
+        trained = [p for name, p in model.named_parameters() if name.endswith(".control_Q")]
+        keep_orthogonal(trained, self.gamma)
+
+    @override
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {
+            FILE_PREFIX + name: parameter.detach().cpu().contiguous()
+            for name, parameter in model.named_parameters()
+            if name.endswith((".control_Q", ".control_S"))
+        }
+
+    @override
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+        with whole_directory(directory, KNOWN_FILES) as partial:
+            weights = {name: tensor for state in states for name, tensor in state.items()}
+            layers = self.layers_to_transform
+            config = {
+                "peft_type": PEFT_TYPE,
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(model_dir.absolute()),
+                "r": self.rank,
+                "lora_alpha": self.rank,  # as qlora-pipe-lite's tools want it: the scale is 1
+                "lora_dropout": self.dropout,
+                "control_gamma": self.gamma,
+                "layers_to_transform": None if layers is None else sorted({_layer_of(name) for name in weights}),
+                "inference_mode": True,
+            }
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:
+    layer_class = type(layer)
+    layer.__class__ = type(layer_class.__name__, (_Controlled, layer_class), {"__module__": layer_class.__module__})
+    layer.control_Q = nn.Parameter(directions)
+    layer.control_S = nn.Parameter(torch.zeros_like(directions[0]))
+    layer.control_dropout = nn.Dropout(dropout)
+    layer._stage_model = [model]  # type: ignore[assignment]  # in a list, so that it is no submodule of its layer
+
+
+class _Controlled:
+    """Mixed into a decoder layer, so that activation checkpointing includes the adapter.
+
+    The classes are read before the checkpoint and handed to it: by the time of the recomputation another micro-batch
+    may have come to the stage.
+    """
+
+    control_Q: nn.Parameter  # noqa: N815  (the name in the file)
+    control_S: nn.Parameter  # noqa: N815
+    control_dropout: nn.Module
+    _stage_model: list[Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        extra = self._stage_model[0].extra_inputs
+        if len(extra) != 1:
+            raise ConfigurationError(
+                "a Control Adapter is trained, but the batches have no control_classes; give each dataset its "
+                "control_class."
+            )
+        return super().__call__(*args, control_classes=extra[0], **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, control_classes: Tensor, **kwargs: Any) -> Any:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        version = hidden_states._version
+        returned = super().forward(*args, **kwargs)  # type: ignore[misc]
+        output = returned[0] if isinstance(returned, tuple) else returned
+        if output.shape[:-1] != control_classes.shape or hidden_states._version != version:
+            raise ConfigurationError(
+                f"Control Adapters cannot be trained on a {type(self).__name__}: it has several streams of hidden "
+                "states, or overwrites its input; choose LoRA."
+            )
+        delta = self.control_dropout(output - hidden_states)
+        controlled = control(output, delta, self.control_Q, self.control_S, control_classes)
+        return (controlled, *returned[1:]) if isinstance(returned, tuple) else controlled
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[-2])
+
+
+def _hidden_size(skeleton: Skeleton) -> int:
+    return int(skeleton.config.get_text_config(decoder=True).hidden_size)

@@ -1,0 +1,81 @@
+"""LoRA layers of PEFT on fused experts, many in one parameter, in full precision or in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached, is_parametrized
+from typing_extensions import override
+
+
+def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig, adapter: str) -> ParamWrapper:
+    """Put a LoRA layer around the module ``name`` that adapts its fused weight ``parameter`` [experts, ., .].
+
+    Several weights of one module are wrapped one around the other; PEFT, when it loads, does so in the order in which
+    the module registers them.
+
+    Args:
+        model: Holds the module; changed in place.
+        name: The module's name.
+        parameter: The weight's name in it, in full precision or quantised by bitsandbytes' parametrization.
+        config: Rank and scale.
+        adapter: Name of the adapter.
+
+    Returns:
+        The layer, whose A and B are still on the meta device.
+    """
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(name)
+    innermost = module.get_base_layer() if isinstance(module, ParamWrapper) else module
+    kind = _QuantisedExperts if is_parametrized(innermost, parameter) else ParamWrapper
+    with torch.device("meta"):
+        wrapper = kind(module, adapter, parameter, config=config, r=config.r, lora_alpha=config.lora_alpha)
+    setattr(model.get_submodule(parent), child, wrapper)
+    return wrapper
+
+
+class _QuantisedExperts(ParamWrapper):
+    """Adds the adapter's product to experts that a parametrization keeps in 4 bits.
+
+    PEFT's own way stacks a parametrization on the one of bitsandbytes, but asks for the weight in between, which
+    bitsandbytes' cache then hands out without the adapter: it would not train. Nor is it taken off again.
+    """
+
+    @override
+    def get_param(self) -> Tensor:
+        """Return an empty tensor of the weight's shape, dtype and device: PEFT asks for no more here."""
+        original = self._chain().original
+        state = self._chain()[0].quant_state
+        return torch.empty((), dtype=state.dtype, device=original.device).expand(state.shape)
+
+    @contextmanager
+    @override
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        (adapter,) = active_adapters
+        chain = self._chain()
+        chain.append(_AddProduct(*self.get_delta_factors(adapter)))
+        try:
+            with cached():
+                yield
+        finally:  # also where a recomputation stops early, by an exception
+            del chain[-1]
+
+    def _chain(self) -> Any:
+        return self.get_base_layer().parametrizations[self.parameter_name]
+
+
+class _AddProduct(nn.Module):
+    """W + scale · left @ right, for each expert."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float) -> None:
+        super().__init__()
+        self.left, self.right, self.scale = left, right, scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.baddbmm(weight, self.left, self.right, alpha=self.scale)

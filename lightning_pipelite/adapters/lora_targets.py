@@ -1,0 +1,95 @@
+"""Which weights a LoRA adapts: linear layers of the decoder, and experts that are fused into one parameter."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lightning_pipelite.adapters.selection import match_modules, parse_layers
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.four_bit import fused_weights
+from lightning_pipelite.models.skeleton import Skeleton
+
+ADAPTER = "default"
+
+
+def lora_targets(
+    skeleton: Skeleton, target_modules: str | list[str], layers_to_transform: str | list[int] | None
+) -> tuple[list[str], list[str]]:
+    """Return the full names of the linear layers and of the fused weights to adapt in the whole model.
+
+    Raises:
+        ConfigurationError: A target that is neither, or nothing to adapt.
+    """
+    modules = {name: module for name, module in skeleton.model.named_modules() if name}
+    known = {n for n, m in modules.items() if skeleton.layer_of(n) is not None and _is_linear(m)}
+    names = {module: name for name, module in modules.items()}
+    experts = [f"{names[module]}.{name}" for module, name in fused_weights(skeleton.layers)]
+    targets = [*(name for name in modules if name in known), *experts]
+    if target_modules != "all-linear":
+        targets = match_modules([*modules, *experts], target_modules)
+        if others := [name for name in targets if name not in known and name not in experts]:
+            kind = type(modules[others[0]]).__name__
+            raise ConfigurationError(
+                f"target_modules matches {others[0]}, a {kind}; name Linear modules of decoder layers, or fused "
+                "experts, only."
+            )
+    layers = set(parse_layers(layers_to_transform, len(skeleton.layers)))
+    chosen = [name for name in targets if skeleton.layer_of(name) in layers]
+    if not chosen:
+        raise ConfigurationError("target_modules matches no linear layer of layers_to_transform; widen either.")
+    return [name for name in chosen if name in known], [name for name in chosen if name not in known]
+
+
+def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) -> None:
+    """Refuse, before hours of training, what PEFT would not adapt when it loads the result.
+
+    Args:
+        config: What will be saved.
+        skeleton: The whole model.
+        targets: Full names of what the LoRA adapts.
+
+    Raises:
+        ConfigurationError: PEFT refuses a target, or takes its name for another one's.
+    """
+    model = copy.deepcopy(skeleton.model)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigurationError(f"target_modules: {error}") from error
+    adapted = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            parameter = [layer.parameter_name] if hasattr(layer, "parameter_name") else []
+            adapted.add(".".join([name.replace(".base_layer", ""), *parameter]))
+    if lost := sorted(targets - adapted):
+        raise ConfigurationError(
+            f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
+            f"{skeleton.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
+            "target_modules."
+        )
+
+
+def shortest(targets: list[str], names: list[str], length: int) -> list[str]:
+    """Return the last components of ``targets`` if they name the same of ``names``, as people and tools expect."""
+
+    def last(name: str) -> str:
+        return ".".join(name.split(".")[-length:])
+
+    short = {last(name) for name in targets}
+    return sorted(short) if {name for name in names if last(name) in short} == set(targets) else targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module``, on the meta device, is a linear layer; some routers only inherit from one."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return isinstance(module, nn.Linear)
+    try:
+        output = module(torch.empty(1, 2, module.in_features, dtype=module.weight.dtype, device="meta"))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 2, module.out_features)

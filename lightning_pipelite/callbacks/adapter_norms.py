@@ -1,0 +1,81 @@
+"""How large the adapters of all layers are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_pipelite.callbacks.control import find_control, orthogonality, spectral_norm
+from lightning_pipelite.callbacks.heat_map import heat_map
+from lightning_pipelite.callbacks.low_rank import chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.over_ranks import logs_now, summarize
+from lightning_pipelite.precision import full_precision
+
+LAYERS_EVERY = 10
+"""After how many times that the averages are logged the single layers are."""
+
+
+class AdapterNorms(Callback):
+    """Logs the norms of the adapters of all layers of all ranks, whenever Lightning logs a step.
+
+    ``train/norms_{avg,min,max}``: for LoRA ‖s·B·A‖_F, for Control Adapters ‖W‖₂ = max |expm1(S)|.
+    ``train/orthogonality_{avg,min,max}``: for Control Adapters ‖QᵀQ - I‖²_F. The first time and every tenth time
+    after it, a TensorBoard logger also gets the norm of each layer: as a histogram ``train/norms_by_layer`` and as a
+    picture, ``train/norms_map``, of layers (rows) times modules (columns).
+
+    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT, and sees the weights
+    as :class:`CompositeWeightDecay` leaves them. B·A is never formed.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._logged = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._logged = trainer.global_step, 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if not (stepped and logs_now(trainer)):
+            return
+        controls = find_control(pl_module)
+        by_name = {pair.name: spectral_norm(pair) for pair in controls}
+        with torch.no_grad(), full_precision():
+            for chunk in chunks(find_low_rank(pl_module)):
+                values = chunk.norms(*gram_matrices(*chunk.stack()))
+                by_name.update(zip([pair.name for pair in chunk.pairs], values.unbind(), strict=True))
+        groups = {"norms": [*by_name.values()], "orthogonality": [orthogonality(pair) for pair in controls]}
+        for name, value in summarize(groups, trainer.strategy.root_device).items():
+            pl_module.log(f"train/{name}", value, batch_size=1)
+        if self._logged % LAYERS_EVERY == 0:
+            self._log_layers(trainer, by_name)
+        self._logged += 1
+
+    def _log_layers(self, trainer: pl.Trainer, by_name: dict[str, Tensor]) -> None:
+        """Show the norm of every layer. Collective."""
+        numbers = torch.stack(list(by_name.values())).tolist() if by_name else []
+        everywhere = dict(zip(by_name, numbers, strict=True))
+        if dist.is_available() and dist.is_initialized():
+            ranks: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(ranks, everywhere)
+            everywhere = {name: value for rank in ranks for name, value in rank.items()}
+        if not (trainer.is_global_zero and everywhere):
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                values = np.array(list(everywhere.values()))
+                logger.experiment.add_histogram("train/norms_by_layer", values, trainer.global_step)
+                picture = heat_map(everywhere)
+                logger.experiment.add_image("train/norms_map", picture, trainer.global_step, dataformats="HWC")

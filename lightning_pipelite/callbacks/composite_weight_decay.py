@@ -1,0 +1,172 @@
+"""Weight decay on what an adapter amounts to, W = B·A, not on A and B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pipelite.callbacks.control import ControlPair, find_control, spectral_norm
+from lightning_pipelite.callbacks.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.over_ranks import logs_now, summarize
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.precision import full_precision
+
+_Plan = tuple[list[tuple[tuple[int, int], Chunk]], dict[int, list[ControlPair]]]
+
+
+class CompositeWeightDecay(Callback):
+    """Decays the product W = s·B·A of every LoRA layer after each optimizer step, and S of every Control Adapter.
+
+    Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) of the penalty ½·‖W‖²_F,
+    with the learning rate of that step: A ← A - lr·wd·s²·Bᵀ(BA) and B ← B - lr·wd·s²·(BA)Aᵀ, both from the values
+    before. Decay on A and B apart would depend on how W is split in two.
+
+    BA is never formed: with G_B = BᵀB and G_A = AAᵀ, rank x rank, the updates are G_B·A and B·G_A.
+
+    For Control Adapters it is S ← S - lr·wd·S.
+
+    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT. It logs
+    ``train/weight_decay_{avg,min,max}``: by how much a step's decay lowered the norms of all layers of all ranks.
+
+    Example::
+
+        Trainer(callbacks=[CompositeWeightDecay(10.0), AdapterNorms()])
+
+    Args:
+        weight_decay: the factor wd, 0 or more. Against rates such as 2e-5, values of 1 to 20 are usual.
+
+    Raises:
+        ConfigurationError: if ``weight_decay`` is negative; by ``Trainer.fit``, if there is no adapter on any rank,
+            or one is not in float32, in which so small a change would be rounded away.
+    """
+
+    def __init__(self, weight_decay: float) -> None:
+        if not weight_decay >= 0:
+            raise ConfigurationError(f"CompositeWeightDecay: weight_decay must be 0 or more, not {weight_decay}.")
+        self.weight_decay = weight_decay
+        self._pairs: list[LowRank] = []
+        self._controls: list[ControlPair] = []
+        self._plans: dict[int, _Plan] = {}
+        self._hooks: list[Any] = []
+        self._steps = False
+        self._lost: list[Tensor] | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pairs, self._controls, self._plans = find_low_rank(pl_module), find_control(pl_module), {}
+        self._check(trainer, trainer.strategy.root_device)
+
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            # Only once for a step, should an optimizer's step call that of its base class.
+            if self._steps:
+                self._steps = False
+                self._after_step(optimizer, logs_now(trainer))
+
+        # Not in on_train_batch_end: here the learning rate is the step's own, a step that a gradient scaler skips is
+        # none, and all other callbacks see the decayed weights.
+        self._hooks = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+
+    def _check(self, trainer: pl.Trainer, device: torch.device) -> None:
+        trained = [p for pair in self._pairs for p in (pair.a, pair.b)] + [pair.s for pair in self._controls]
+        coarse = {str(p.dtype) for p in trained if p.dtype != torch.float32}
+        if self.weight_decay > 0 and coarse:
+            raise ConfigurationError(
+                f"CompositeWeightDecay: the adapter is in {', '.join(sorted(coarse))}, which rounds a step's decay "
+                "away; set the adapter's dtype to float32, or weight_decay to 0."
+            )
+        if not summarize({"adapters": [torch.ones((), device=device)] if trained else []}, device):
+            raise ConfigurationError(
+                "CompositeWeightDecay: the model has no LoRA layer of PEFT and no Control Adapter; add one, or leave "
+                "the callback out."
+            )
+        if not all(hasattr(optimizer, "register_step_post_hook") for optimizer in trainer.optimizers):
+            raise ConfigurationError(
+                f"CompositeWeightDecay: {type(trainer.strategy).__name__} wraps the optimizer so that its steps cannot "
+                "be followed; use another strategy, such as ddp or pipelite."
+            )
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._steps = True
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, logs: bool) -> None:
+        if self.weight_decay == 0:
+            return
+        lost: list[Tensor] | None = [] if logs else None
+        groups = optimizer.param_groups
+        if id(optimizer) not in self._plans:
+            self._plans[id(optimizer)] = self._plan(optimizer)
+        chunked, controls = self._plans[id(optimizer)]
+        # A parameter that this optimizer does not train, group -1, keeps its value.
+        decays = [group["lr"] * self.weight_decay for group in groups] + [0.0]
+        with full_precision():
+            for (group_a, group_b), chunk in chunked:
+                decay_products(chunk, decays[group_a], decays[group_b], lost)
+        for group, pairs in controls.items():
+            before = [spectral_norm(pair) for pair in pairs] if logs else []
+            torch._foreach_mul_([pair.s for pair in pairs], 1 - decays[group])
+            if lost is not None:
+                lost += [norm - spectral_norm(pair) for norm, pair in zip(before, pairs, strict=True)]
+        if lost is not None:
+            self._lost = (self._lost or []) + lost
+
+    def _plan(self, optimizer: Optimizer) -> _Plan:
+        """Sort out once what this optimizer trains: chunks and Control Adapters, by the groups of their parameters."""
+        group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        by_groups: dict[tuple[int, int], list[LowRank]] = {}
+        for pair in self._pairs:
+            if pair.a in group_of or pair.b in group_of:
+                by_groups.setdefault((group_of.get(pair.a, -1), group_of.get(pair.b, -1)), []).append(pair)
+        controls: dict[int, list[ControlPair]] = {}
+        for control in self._controls:
+            if control.s in group_of:
+                controls.setdefault(group_of[control.s], []).append(control)
+        return [(place, chunk) for place, pairs in by_groups.items() for chunk in chunks(pairs)], controls
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            for name, value in summarize({"weight_decay": lost}, trainer.strategy.root_device).items():
+                pl_module.log(f"train/{name}", value, batch_size=1)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._pairs, self._controls, self._plans = [], [], [], {}
+
+
+def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tensor] | None) -> None:
+    """Decay the products of a chunk of pairs in place, and add to ``lost`` by how much each norm falls.
+
+    Args:
+        chunk: pairs of one shape and scale.
+        decay_a: lr·wd for A.
+        decay_b: lr·wd for B.
+        lost: float64 scalars ‖W‖_F before minus after are added, one a pair; None if nobody wants to know.
+    """
+    chunk.refresh()
+    a, b = chunk.stack()
+    gram_a, gram_b = gram_matrices(a, b)
+    square = chunk.scale**2
+    torch._foreach_copy_(chunk.downs, list(torch.baddbmm(a, gram_b * (-decay_a * square), a).unbind()))
+    torch._foreach_copy_(chunk.ups, list(torch.baddbmm(b, b, gram_a * (-decay_b * square)).unbind()))
+    if lost is not None:
+        # A ← (I - c G_B) A turns G_A into (I - c G_B) G_A (I - c G_B): no second pass over A and B, and no difference
+        # of two nearly equal float32 numbers.
+        one = torch.eye(a.shape[1], dtype=torch.float64, device=a.device)
+        left, right = (one - decay_a * square * gram_b.double()), (one - decay_b * square * gram_a.double())
+        after = chunk.norms(left @ gram_a.double() @ left, right @ gram_b.double() @ right)
+        lost.extend((chunk.norms(gram_a, gram_b) - after).unbind())

@@ -1,0 +1,160 @@
+"""Products of low rank, W = s·B·A, without ever forming it: by rank x rank matrices, many layers at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_pipelite.errors import ConfigurationError
+
+CHUNK_BYTES = 28 * 2**20
+"""How much of A and B is stacked at a time, at most, with the results: enough for a GPU to be busy."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The adapter s·B·A of one module.
+
+    Args:
+        name: the module's name.
+        a: [rank, in], or [experts · rank, in] for the fused experts of one layer.
+        b: [out, rank], or [out, rank · experts].
+        scale: s, PEFT's alpha / rank or what its variants make of it.
+        experts: how many products A and B hold, as PEFT lays them out.
+    """
+
+    name: str
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    experts: int = 1
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Pairs of equal shapes, dtypes, device and scale, that are handled in one batch.
+
+    Views are made once: for hundreds of modules, making them takes longer than the arithmetic.
+
+    Args:
+        pairs: at least one.
+    """
+
+    pairs: Sequence[LowRank]
+    downs: list[Tensor] = field(init=False)
+    ups: list[Tensor] = field(init=False)
+    _downs_to_stack: list[Tensor] = field(init=False)
+    _pointers: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.downs = [a for pair in self.pairs for a in _down(pair).unbind()]
+        self.ups = [b for pair in self.pairs for b in _up(pair).unbind()]
+        self._downs_to_stack = [a.unsqueeze(1) for a in self.downs]
+        self._pointers = self._where()
+
+    def _where(self) -> list[int]:
+        return [weight.data_ptr() for pair in self.pairs for weight in (pair.a, pair.b)]
+
+    def refresh(self) -> None:
+        """Make the views anew if a parameter has got other memory."""
+        if self._where() != self._pointers:
+            self.__post_init__()
+
+    @property
+    def scale(self) -> float:
+        return self.pairs[0].scale
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """Copy A and B, in float32: [pairs · experts, rank, in], a view of [rank, pairs · experts, in], and
+        [pairs · experts, out, rank].
+        """
+        a, b = torch.cat(self._downs_to_stack, dim=1), torch.cat(self.ups)
+        return a.float().transpose(0, 1), b.float().view(len(self.ups), -1, b.shape[1])
+
+    def norms(self, gram_a: Tensor, gram_b: Tensor) -> Tensor:
+        """‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.
+
+        ‖BA‖²_F = tr(Aᵀ Bᵀ B A) = tr(G_B G_A), the sum over the elementwise product of two symmetric matrices. It is
+        summed in float64, so that a difference of two norms keeps its digits.
+        """
+        traces = (gram_a.double() * gram_b.double()).sum((-2, -1))
+        return self.scale * traces.view(len(self.pairs), -1).sum(1).clamp(min=0).sqrt()
+
+
+def _down(pair: LowRank) -> Tensor:
+    """A as a view [experts, rank, in]."""
+    return pair.a.detach().view(pair.experts, -1, pair.a.shape[1])
+
+
+def _up(pair: LowRank) -> Tensor:
+    """B as a view [experts, out, rank]."""
+    return pair.b.detach().view(pair.b.shape[0], -1, pair.experts).permute(2, 0, 1)
+
+
+def find_low_rank(module: nn.Module) -> list[LowRank]:
+    """Find the LoRA layers of PEFT in a module: linear ones and fused experts.
+
+    Raises:
+        ConfigurationError: a LoRA layer of another kind, or one whose weights are spread over processes.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if len(layer.lora_embedding_A):
+            raise ConfigurationError(f"{name} is a LoRA of an embedding, whose norm and decay are not supported here.")
+        for adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if any(w.ndim != 2 or isinstance(w, DTensor) for w in (a, b)) or a.shape[0] != b.shape[1]:
+                raise ConfigurationError(
+                    f"the LoRA weights of {name} are {list(a.shape)} and {list(b.shape)}: norms and decay need plain "
+                    "whole matrices; use a strategy that does not shard them, and adapt linear layers only."
+                )
+            experts = getattr(layer, "num_experts", 1)
+            parameter = [layer.parameter_name] if hasattr(layer, "parameter_name") else []
+            full = ".".join([name.replace(".base_layer", ""), *parameter])
+            found.append(LowRank(full, a, b, float(layer.scaling[adapter]), experts))
+    return found
+
+
+def chunks(pairs: Iterable[LowRank], key: Callable[[LowRank], Hashable] = lambda pair: None) -> list[Chunk]:
+    """Deal out pairs of equal shape, dtype, device, scale and ``key`` together, up to CHUNK_BYTES at a time."""
+    alike: dict[Hashable, list[LowRank]] = {}
+    for pair in pairs:
+        kind = (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.b.dtype, pair.a.device, pair.scale)
+        alike.setdefault((kind, key(pair)), []).append(pair)
+    made = []
+    for same in alike.values():
+        size = 4 * (same[0].a.numel() + same[0].b.numel())
+        step = max(1, CHUNK_BYTES // size)
+        made += [Chunk(same[start : start + step]) for start in range(0, len(same), step)]
+    return made
+
+
+def gram_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """G_A = A Aᵀ and G_B = Bᵀ B, each [pairs, rank, rank], of what :meth:`Chunk.stack` gives.
+
+    The long dimension is summed in slices: a GPU would give each pair to one of its many multiprocessors, and that one
+    would go through thousands of columns alone.
+    """
+    pairs, rank, inner = a.shape
+    slices = _slices(inner)
+    parts = a.transpose(0, 1).reshape(rank, pairs * slices, inner // slices).transpose(0, 1)  # no copy
+    gram_a = torch.bmm(parts, parts.mT).view(pairs, slices, rank, rank).sum(1)
+    slices = _slices(b.shape[1])
+    parts = b.reshape(pairs * slices, b.shape[1] // slices, rank)
+    return gram_a, torch.bmm(parts.mT, parts).view(pairs, slices, rank, rank).sum(1)
+
+
+def _slices(length: int) -> int:
+    """Into how many equal slices of 256 to 512 to cut, if halving gives such."""
+    slices = 1
+    while length > 512 and length % 2 == 0:
+        length, slices = length // 2, 2 * slices
+    return slices

@@ -1,0 +1,175 @@
+"""The documents of all datasets as tokens in one file, made by parallel processes."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_pipelite.data.config import PackingOptions
+from lightning_pipelite.data.records import Record, read_records, refuse
+from lightning_pipelite.data.tokens import DocumentTokenizer
+from lightning_pipelite.data.workers import map_in_order
+from lightning_pipelite.errors import ConfigurationError
+
+# A batch takes a process some fifty times its size while it is tokenised, and costs a message there and back.
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 1 << 18
+
+UNLABELLED = np.uint32(1 << 31)
+"""Set in a stored token that is never a label, such as one of a user's turn; the other bits are the token's id."""
+
+
+@dataclass
+class Skipped:
+    """Records of a dataset that `skip_bad_records` left out.
+
+    Args:
+        count: How many.
+        first: What was wrong with the first.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, error: ConfigurationError) -> None:
+        """Count a record."""
+        self.count += 1
+        self.first = self.first or str(error)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is kept in memory of the documents; those of a dataset follow each other.
+
+    Args:
+        tokens: A file of the tokens of all documents, uint32, one after the other; see `UNLABELLED`.
+        lengths: Shape [documents], tokens of each, at least 1.
+        digests: Shape [documents], a hash of each document's token ids, keyed by the seed.
+        ends: For each dataset, the number of documents of it and of those before it.
+        skipped: For each dataset.
+    """
+
+    tokens: Path
+    lengths: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+    ends: list[int]
+    skipped: list[Skipped]
+
+    def documents(self, dataset: int) -> npt.NDArray[np.int64]:
+        """Give the indices of a dataset's documents."""
+        return np.arange(self.ends[dataset - 1] if dataset else 0, self.ends[dataset])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    dataset: int
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    dataset: int
+    tokens: bytes
+    lengths: list[int]
+    digests: list[int]
+    errors: list[ConfigurationError] = field(default_factory=list)
+
+
+def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: DocumentTokenizer, path: Path) -> Corpus:
+    """Read and tokenise each document once, in order.
+
+    Args:
+        options: Says which datasets.
+        files: The files of each of ``options.sources``.
+        tokenizer: Turns documents into ids.
+        path: The file to write the tokens to.
+
+    Returns:
+        The documents that have a token.
+
+    Raises:
+        ConfigurationError: If a record is bad and not to be skipped, or a dataset yields no token.
+    """
+    lengths, digests = array("q"), array("Q")
+    counts = [0] * len(files)
+    skipped = [Skipped() for _ in files]
+    encoder = _Encoder(tokenizer, options.seed, options.skip_bad_records)
+    with path.open("wb") as file:
+        for encoded in map_in_order(encoder, _batches(options, files, skipped)):
+            file.write(encoded.tokens)
+            lengths.extend(encoded.lengths)
+            digests.extend(encoded.digests)
+            counts[encoded.dataset] += len(encoded.lengths)
+            for error in encoded.errors:
+                skipped[encoded.dataset].add(error)
+    for dataset, count, bad in zip(options.sources, counts, skipped, strict=True):
+        if not count:
+            reason = f" ({bad.count} records were skipped, the first: {bad.first})" if bad.count else ""
+            raise ConfigurationError(
+                f"{dataset.dataset_path} holds no document with a token{reason}: remove it or fill it."
+            )
+    ends = np.cumsum(counts).tolist()
+    return Corpus(path, np.asarray(lengths, np.int64), np.asarray(digests, np.uint64), ends, skipped)
+
+
+def _batches(options: PackingOptions, files: list[list[Path]], skipped: list[Skipped]) -> Iterator[_Batch]:
+    for number, (dataset, paths) in enumerate(zip(options.sources, files, strict=True)):
+        records: list[Record] = []
+        characters = 0
+        for path in paths:
+            for record in read_records(path, dataset, skipped[number].add if options.skip_bad_records else refuse):
+                records.append(record)
+                characters += len(record)
+                if len(records) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                    yield _Batch(number, records)
+                    records, characters = [], 0
+        if records:
+            yield _Batch(number, records)
+
+
+class _Encoder:
+    """What a process does with a batch."""
+
+    def __init__(self, tokenizer: DocumentTokenizer, seed: int, skip_bad_records: bool) -> None:
+        self._tokenizer = tokenizer
+        self._key = str(seed).encode()
+        self._skip = skip_bad_records
+
+    def __call__(self, batch: _Batch) -> _Encoded:
+        data, lengths, digests, errors = [], [], [], []
+        for result in self._documents(batch.records):
+            if isinstance(result, ConfigurationError):
+                errors.append(result)
+                continue
+            ids, flags = result
+            if len(ids):
+                tokens = np.asarray(ids, np.uint32)
+                digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=self._key).digest()
+                data.append((tokens | flags).tobytes())
+                lengths.append(len(ids))
+                digests.append(int.from_bytes(digest, "little"))
+        return _Encoded(batch.dataset, b"".join(data), lengths, digests, errors)
+
+    def _documents(
+        self, records: list[Record]
+    ) -> Iterator[tuple[list[int], np.uint32 | npt.NDArray[np.uint32]] | ConfigurationError]:
+        texts = [record.document for record in records if isinstance(record.document, str)]
+        encoded = iter(self._tokenizer.encode(texts) if texts else ())
+        for record in records:
+            if isinstance(record.document, str):
+                yield next(encoded), np.uint32(0)
+                continue
+            try:
+                ids, said = self._tokenizer.encode_conversation(record.document, record.place)
+            except ConfigurationError as error:
+                if not self._skip:
+                    raise
+                yield error
+            else:
+                yield ids, np.where(said, np.uint32(0), UNLABELLED)

@@ -1,0 +1,110 @@
+"""A loader that knows how far in the epoch training has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_pipelite.data.sampler import PackedSampler
+from lightning_pipelite.errors import ConfigurationError
+
+
+class PackedLoader(DataLoader[dict[str, Tensor]]):
+    """Gives a replica its micro-batches, one sequence each, and goes on after a restart where training stopped.
+
+    The position is a number of sequences: those of the epoch's order that all replicas together have trained on. It
+    counts neither what was fetched ahead nor the micro-batches of a step that is not complete, and it holds for any
+    number of stages, replicas and micro-batches a step.
+
+    Args:
+        dataset: The sequences.
+        sampler: Says which of them are this replica's.
+        fingerprint: Tells this training set from others.
+        trainer: Whose fit loop counts the micro-batches of an epoch; None where the loader is used alone.
+        **options: Of torch's `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, Tensor]],
+        sampler: PackedSampler,
+        *,
+        fingerprint: str,
+        trainer: pl.Trainer | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size=1, sampler=sampler, **options)
+        self._packed = sampler
+        self._data: dict[str, int | str] = {"fingerprint": fingerprint, "sequences": sampler.sequences}
+        self._data["seed"] = sampler.seed
+        self._trainer = trainer
+        self._epoch = sampler.epoch
+        self._start = 0  # sequences of the epoch that were seen before this iteration of it
+        self._given = 0  # micro-batches of this replica since
+        self._begin = 0  # the fit loop's number of the first of them
+        self._resume_epoch: int | None = None
+
+    @override
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        # A generator: Lightning makes the iterator before it tells the sampler the epoch.
+        sampler = self._packed
+        if sampler.epoch != self._resume_epoch:
+            self._start = 0
+        self._resume_epoch = None  # this once: the epoch may be run again
+        self._epoch, self._given, sampler.start = sampler.epoch, 0, self._start
+        if self._trainer is not None:
+            self._begin = self._progress.ready
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Tell the epoch, how many of its sequences have been trained on, and what the data is."""
+        seen = min(self._start + self._trained() * self._packed.num_replicas, self._packed.sequences)
+        return {"epoch": self._epoch, "sequences_seen": seen, **self._data}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position, once, when its epoch is next iterated.
+
+        Args:
+            state: What `state_dict` gave, perhaps with another number of replicas or micro-batches a step.
+
+        Raises:
+            ConfigurationError: If it is of other data.
+        """
+        for key, ours in self._data.items():
+            if state.get(key) != ours:
+                raise ConfigurationError(
+                    f"ckpt_path: the checkpoint was made with other training data ({key} {state.get(key)}, now "
+                    f"{ours}): give the datasets and the options of data that it was made with."
+                )
+        self._epoch = self._resume_epoch = state["epoch"]
+        self._start, self._given = state["sequences_seen"], 0
+        if self._trainer is not None:
+            # Lightning counts the micro-batches of a replica, of which there may now be more or fewer. They end with
+            # the epoch, so what is left decides.
+            self._begin = len(self) - self._packed.rounds_left(self._start)
+            shift = self._begin - self._progress.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(self._progress, name, getattr(self._progress, name) + shift)
+
+    @property
+    def _progress(self) -> Any:
+        """The fit loop's counts of the epoch's micro-batches."""
+        assert self._trainer is not None
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def _trained(self) -> int:
+        """Micro-batches of this iteration whose optimizer step is done."""
+        if self._trainer is None:
+            return self._given
+        progress = self._progress
+        waiting = progress.processed % self._trainer.accumulate_grad_batches
+        if progress.processed == progress.ready and not self._trainer.fit_loop._should_accumulate():
+            waiting = 0  # the last step of an epoch may be a short one
+        return max(0, progress.processed - waiting - self._begin)

@@ -1,0 +1,52 @@
+"""The loss of a causal LM on a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_pipelite.models.head import HeadInputs
+
+
+class CausalLMLoss:
+    """Cross-entropy of the next token, and the load-balancing loss of routers where it is trained.
+
+    Args:
+        router_aux_loss_coef: what the routers' loss is multiplied with; 0 if the stages hand on none.
+
+    Attributes:
+        logged: the names of what is returned beside the loss, for the strategy to log.
+    """
+
+    def __init__(self, router_aux_loss_coef: float = 0.0) -> None:
+        self._coefficient = router_aux_loss_coef
+        self.logged = ("router_aux_loss",) if router_aux_loss_coef else ()
+
+    def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        """Return the summed loss of a micro-batch, float32, the number of tokens in it, and sums of what is logged.
+
+        A micro-batch's routers weigh as much as its tokens, as they do where the unsplit model's loss of each
+        micro-batch counts by its tokens. In evaluation there is the cross-entropy alone.
+
+        Args:
+            outputs: logits (batch, sequence, vocabulary), any floating dtype, or a head's inputs; in a pair with the
+                routers' loss, a scalar, if there is one.
+            labels: (batch, sequence), int64; the token to predict at each position, or -100.
+        """
+        scores, *routers = (outputs,) if isinstance(outputs, (Tensor, HeadInputs)) else outputs
+        if isinstance(scores, HeadInputs):
+            total = linear_cross_entropy(
+                scores.hidden, scores.weight, labels, bias=scores.bias, scale=scores.scale, softcap=scores.softcap
+            )
+        else:
+            total = nn.functional.cross_entropy(
+                scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+        count = (labels != -100).sum()
+        if not self.logged:
+            return total, count
+        balance = count * (routers[0] if routers else torch.zeros_like(total))
+        return total + self._coefficient * balance, count, balance

@@ -1,0 +1,135 @@
+"""Whether the files hold the model that config.json describes, told from their headers before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.checkpoint import weight_entries
+from lightning_pipelite.models.skeleton import Skeleton, embedding_first
+
+# What multimodal checkpoints, old and new, call the weights of their text model.
+TEXT_MODEL_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.(?!model\.)": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
+
+
+def check_contents(skeleton: Skeleton) -> None:
+    """Check that the safetensors files hold each of the model's weights, in its shape, and no decoder layers more.
+
+    The load is rehearsed by transformers' own code with tensors on the meta device, of the shapes in the headers: that
+    renames and fuses them as the real load does.
+
+    Raises:
+        ConfigurationError: A weight that is missing, has another shape, does not belong to config.json's model, or is
+            stored in a type that is not a plain floating one.
+    """
+    entries = weight_entries(skeleton.model_dir)
+    for name, entry in entries.items():
+        if name.endswith(".weight") and entry["dtype"] not in FLOATS:
+            raise ConfigurationError(
+                f"{skeleton.model_dir}: the weight {name} is stored as {entry['dtype']}; give the model in bfloat16, "
+                "float16 or float32."
+            )
+    report = _rehearse(skeleton, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
+    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    buffers = {n for n, b in skeleton.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
+    missing = (parameters.keys() & report.missing_keys) | (buffers & report.unforgiven_keys)
+    refuse_misfits(skeleton.model_dir, missing, report.mismatched_keys)
+    if report.conversion_errors:
+        raise ConfigurationError(
+            f"{skeleton.model_dir}: the weights that make up {min(report.conversion_errors)} are not all there or have "
+            "different shapes; fetch the model again."
+        )
+    count = len(skeleton.layers)
+    heads = range(count, count + (getattr(skeleton.config, "num_nextn_predict_layers", 0) or 0))
+    for name in sorted(report.unexpected_keys):
+        layer, (module, _, own) = skeleton.layer_of(name), name.rpartition(".")
+        if layer is None or layer in heads:
+            continue  # of a multimodal model what is left out, or what predicts several tokens ahead
+        if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
+            raise ConfigurationError(
+                f"{skeleton.model_dir} holds the weight {name}, which the model that its config.json describes does "
+                "not have; correct config.json."
+            )
+
+
+def refuse_misfits(model_dir: Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise an error if a weight is missing or has another shape.
+
+    Args:
+        model_dir: Directory of the model.
+        missing: Names of weights that no file holds.
+        mismatched: Names, shapes in the files, shapes that config.json asks for.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    if names := sorted(missing):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ConfigurationError(
+            f"{model_dir} lacks weights that config.json asks for: {', '.join(names[:3])}{more}; fetch the model again."
+        )
+    for name, found, wanted in sorted(mismatched, key=lambda entry: entry[0]):
+        raise ConfigurationError(
+            f"{model_dir}: the weight {name} has shape {list(found)} but config.json asks for {list(wanted)}; fetch "
+            "the model again."
+        )
+
+
+class _Report:
+    """What transformers found in a load, before it turns some of it into errors of its own."""
+
+    missing_keys: set[str]
+    unforgiven_keys: set[str]  # those of them that the class does not declare to be no loss
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, Any, Any]]
+    conversion_errors: dict[str, str]
+
+
+def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
+    """Load ``state`` into a new model on the meta device."""
+    whole_class = type(skeleton.model)
+    found = _Report()
+
+    def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        whole_class.__init__(self, config, *args, **kwargs)
+        embedding_first(self)
+
+    def adjust_keys(self: PreTrainedModel, report: Any) -> None:
+        found.missing_keys = set(report.missing_keys)
+        whole_class._adjust_missing_and_unexpected_keys(self, report)
+        found.unforgiven_keys = set(report.missing_keys)
+        found.unexpected_keys, found.mismatched_keys = set(report.unexpected_keys), set(report.mismatched_keys)
+        found.conversion_errors = dict(report.conversion_errors)
+        for part in (report.missing_keys, report.unexpected_keys, report.mismatched_keys, report.conversion_errors):
+            part.clear()
+
+    members: dict[str, Any] = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
+    members["__module__"] = whole_class.__module__  # transformers looks it up to find the class's conversions
+    rehearsing_class: type[PreTrainedModel] = type(whole_class.__name__, (whole_class,), members)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        rehearsing_class.from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=state,
+            dtype=torch.bfloat16,
+            device_map={"": "meta"},
+            key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+    return found

@@ -1,0 +1,102 @@
+"""The output head left to the loss, which computes both in one without ever holding all logits."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class HeadInputs(NamedTuple):
+    """What the logits are made of: ``f(hidden @ weight.T + bias)``, where f scales and then limits.
+
+    Attributes:
+        hidden: [batch, seq, size].
+        weight: [vocabulary, size].
+        bias: [vocabulary], or None.
+        scale: What the logits are multiplied with.
+        softcap: The limit c of ``c * tanh(logits / c)``, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+class LeaveHead(Exception):  # noqa: N818 (control flow, not an error)
+    """Ends a model's forward where its head would run, with the head's input."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+@dataclass
+class FusedHead:
+    """A linear head that a stage leaves to the loss.
+
+    Args:
+        head: the head.
+        scale: what the model's code multiplies its logits with.
+        softcap: what it limits them to.
+    """
+
+    head: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def inputs(self, model: PreTrainedModel, arguments: dict[str, Any]) -> HeadInputs:
+        """Run the model up to its head."""
+        hook = self.head.register_forward_pre_hook(_leave)
+        try:
+            model(**arguments)
+        except LeaveHead as leave:
+            return HeadInputs(leave.hidden_states, self.head.weight, self.head.bias, self.scale, self.softcap)
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(model).__name__} ran without its head")
+
+
+def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
+    """Find out what a model's code makes of its head's output; None if it is not linear, or more is made of it.
+
+    The model runs once over two tokens, with known values in place of the head's output.
+
+    Args:
+        model: the last stage's, in training mode, so that nothing is done to 4-bit weights.
+        head: its output head.
+    """
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():  # an adapter's, or in 4 bits
+        return None
+    small = 2.0**-10
+    values = torch.linspace(-40.0, 40.0, head.out_features, device=head.weight.device)
+    values[0] = small
+    values = values.expand(1, 2, -1)
+    hook = head.register_forward_hook(lambda *_: values)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    devices = [head.weight.device] if head.weight.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout draws nothing from the run
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if logits.dtype != values.dtype or logits.shape != values.shape:
+        return None
+    slope = float(logits[0, 0, 0]) / small
+    limits = {None, getattr(model.config, "final_logit_softcapping", None)}
+    for scale, softcap in itertools.product((1.0, slope), limits):
+        scaled = values * scale
+        expected = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+        if torch.allclose(logits, expected, rtol=1e-6, atol=1e-6):
+            return FusedHead(head, scale, softcap)
+    return None
+
+
+def _leave(module: nn.Module, inputs: tuple[Tensor, ...]) -> NoReturn:
+    raise LeaveHead(inputs[0])

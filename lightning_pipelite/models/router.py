@@ -1,0 +1,151 @@
+"""The load-balancing loss of mixtures of experts, whose layers stand in several stages.
+
+Fedus et al. 2021, "Switch Transformers" (https://arxiv.org/abs/2101.03961), equations 4 to 6. Transformers averages
+over all layers before it multiplies,
+
+    aux = E * sum_e f_e * P_e,   f_e = assignments to expert e / N,   P_e = probabilities of expert e / N,
+
+with E experts and N = layers * tokens, so the loss is not a sum over layers or stages. Both sums are: they travel
+with the hidden states, each stage adds its own, and the last one has the loss. Its gradient comes back by the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """Where a model's routers are, and what its loss makes of them.
+
+    Args:
+        places: by module name, in which item of its output the router's logits are; None if they are the output.
+        experts: the number of experts E.
+        top_k: the number of experts that a token is sent to.
+        coefficient: what the loss is multiplied with before it is added to the cross-entropy.
+    """
+
+    places: dict[str, int | None]
+    experts: int
+    top_k: int
+    coefficient: float
+
+    def sums(self, logits: Tensor) -> Tensor:
+        """Return the assignments and the probabilities of each expert, float32 [2, experts].
+
+        Args:
+            logits: of one router, [..., experts].
+        """
+        probabilities = logits.reshape(-1, self.experts).softmax(dim=-1)
+        chosen = probabilities.topk(self.top_k, dim=-1).indices.flatten()
+        assigned = torch.zeros(self.experts, device=logits.device).scatter_add_(
+            0, chosen, torch.ones_like(chosen).float()
+        )
+        return torch.stack([assigned, probabilities.float().sum(dim=0)])
+
+    def loss(self, sums: Tensor, tokens: int) -> Tensor:
+        """Return the loss of a micro-batch, a float32 scalar, not yet multiplied with the coefficient.
+
+        Args:
+            sums: over all routers, [2, experts].
+            tokens: how many the micro-batch has.
+        """
+        assigned, probabilities = sums / (tokens * len(self.places))
+        return self.experts * (assigned * probabilities).sum()
+
+
+def find_router_loss(model: PreTrainedModel, tiny: PreTrainedModel, input_ids: Tensor) -> RouterLoss:
+    """Find out, by running a tiny model, how its class balances its routers.
+
+    Args:
+        model: the real model; may be on the meta device.
+        tiny: a model of the same class and depth, in evaluation mode.
+        input_ids: int64 [batch, seq], to run it on.
+
+    Raises:
+        ValueError: if the class has no such loss, or another one.
+    """
+    outputs: dict[str, Any] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+        for name, module in tiny.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        try:
+            result = tiny(input_ids=input_ids, labels=input_ids, output_router_logits=True, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        plain = tiny(input_ids=input_ids, labels=input_ids, output_router_logits=False, use_cache=False)
+    names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+    if any(not hasattr(model, name) for name in names) or not isinstance(getattr(result, "aux_loss", None), Tensor):
+        raise ValueError("its class has no auxiliary loss for its routers")
+    experts, top_k, coefficient = (getattr(tiny, name) for name in names)
+    found = RouterLoss(_places(result.router_logits, outputs), experts, top_k, coefficient)
+    sums = torch.stack([found.sums(logits) for logits in result.router_logits]).sum(dim=0)
+    loss = found.loss(sums, input_ids.numel())
+    if not (
+        torch.allclose(loss, result.aux_loss.float(), rtol=1e-4)
+        and torch.allclose(result.loss - plain.loss, coefficient * loss, rtol=1e-3, atol=1e-5)
+    ):
+        raise ValueError("its class balances its routers by another loss than that of the Switch Transformer")
+    return RouterLoss(found.places, *(getattr(model, name) for name in names))
+
+
+def _places(recorded: tuple[Tensor, ...], outputs: dict[str, Any]) -> dict[str, int | None]:
+    places: dict[str, int | None] = {}
+    for logits in recorded:
+        for name, output in outputs.items():
+            items = output if isinstance(output, (tuple, list)) else [output]
+            index = next((i for i, item in enumerate(items) if item is logits), None)
+            if index is not None:
+                places[name] = index if isinstance(output, (tuple, list)) else None
+                break
+        else:
+            raise ValueError("its routers' logits are not what one of its modules returns")
+    if len(places) != len(recorded):
+        raise ValueError("one module returns the logits of several routers")
+    return places
+
+
+class RouterSums:
+    """Adds up, during a stage's forward, what its routers choose.
+
+    Args:
+        causal_lm: the stage's model.
+        loss: what to add up.
+        names: of the routers that this stage has.
+    """
+
+    def __init__(self, causal_lm: nn.Module, loss: RouterLoss, names: list[str]) -> None:
+        self.loss = loss
+        self._sums: list[Tensor] | None = None
+        for name in names:
+            causal_lm.get_submodule(name).register_forward_hook(self._hook(loss.places[name]))
+
+    def _hook(self, index: int | None) -> Any:
+        def add(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not module.training:
+                return
+            # Also when a layer is recomputed: the recomputation must save the same tensors as the first forward.
+            sums = self.loss.sums(output if index is None else output[index])
+            if self._sums is not None:
+                self._sums.append(sums)
+
+        return add
+
+    def start(self) -> None:
+        """Begin a forward."""
+        self._sums = []
+
+    def finish(self, received: Tensor) -> Tensor:
+        """End the forward; return its sums and those ``received`` from the stages before, float32 [2, experts]."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        return sum(sums, start=received)

@@ -1,0 +1,76 @@
+"""Parameter groups by patterns of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_pipelite.errors import ConfigurationError
+
+OptimizerFactory = Callable[[Iterable[Any], float], Optimizer]
+"""Makes an optimizer of parameter groups and the learning rate, as the classes of torch and optimi do."""
+
+
+def check_patterns(patterns: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse a pattern that is no regular expression, and a group without options.
+
+    Raises:
+        ConfigurationError: the sentence names it.
+    """
+    for pattern, options in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigurationError(
+                f"model.parameter_groups: {pattern!r} is not a regular expression ({error})."
+            ) from None
+        if not options:
+            raise ConfigurationError(
+                f"model.parameter_groups: {pattern} has no options; give it some, such as lr: 1e-4."
+            )
+
+
+def group_parameters(
+    named: Iterable[tuple[str, Parameter]], patterns: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Put the trainable parameters into groups: the rest first, then one group a pattern, also where it is empty.
+
+    Every stage then has the same groups, whatever it trains.
+
+    Args:
+        named: parameters and their names.
+        patterns: by a regular expression that is searched in the names, what the optimizer is to do otherwise. A
+            parameter belongs to the first that matches.
+    """
+    groups: list[dict[str, Any]] = [{"params": []}, *({"params": [], **options} for options in patterns.values())]
+    for name, parameter in named:
+        if parameter.requires_grad:
+            matching = (i for i, pattern in enumerate(patterns, start=1) if re.search(pattern, name))
+            groups[next(matching, 0)]["params"].append(parameter)
+    return groups
+
+
+def make_optimizer(
+    factory: OptimizerFactory, lr: float, groups: list[dict[str, Any]], patterns: Iterable[str]
+) -> Optimizer:
+    """Make the optimizer, and see that it knows all that the groups ask for.
+
+    Raises:
+        ConfigurationError: if it does not: torch would ignore an unknown option.
+    """
+    try:
+        optimizer = factory(groups, lr)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"model.optimizer: {error}") from error
+    for pattern, group in zip(["", *patterns], groups, strict=True):
+        if unknown := group.keys() - optimizer.defaults.keys() - {"params"}:
+            known = ", ".join(sorted(optimizer.defaults))
+            raise ConfigurationError(
+                f"model.parameter_groups: {pattern} sets {sorted(unknown)[0]}, which {type(optimizer).__name__} does "
+                f"not know; it has {known}."
+            )
+    return optimizer

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_composite_weight_decay import QUIET, Net, rows
+
+from lightning_pipelite.callbacks import AdapterNorms
+from lightning_pipelite.callbacks.control import find_control, orthogonality, spectral_norm
+from lightning_pipelite.callbacks.heat_map import HEIGHT, MISSING, WIDTH, heat_map
+from lightning_pipelite.callbacks.over_ranks import summarize
+from processes import Workers
+
+torch.set_num_threads(1)
+
+
+def test_norms_of_control_adapters() -> None:
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    torch.manual_seed(0)
+    q, s = torch.linalg.qr(torch.randn(9, 3))[0] + 0.1 * torch.randn(9, 3), torch.tensor([0.3, -0.9, 0.1])
+    module[1].control_Q, module[1].control_S = torch.nn.Parameter(q), torch.nn.Parameter(s)
+    (pair,) = find_control(module)
+    assert pair.name == "1"
+    exact = q.double()
+    expected = (exact.T @ exact - torch.eye(3)).norm() ** 2
+    assert orthogonality(pair).item() == pytest.approx(expected.item(), rel=1e-6)
+    pair.q.data = torch.linalg.qr(q)[0]
+    w = pair.q.detach().double() @ torch.diag(s.double().exp() - 1) @ pair.q.detach().double().T
+    assert spectral_norm(pair).item() == pytest.approx(torch.linalg.matrix_norm(w, 2).item(), rel=1e-6)
+
+
+def test_layers_are_shown_now_and_then(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    trainer = L.Trainer(callbacks=[AdapterNorms()], max_steps=12, max_epochs=-1, **{**QUIET, "logger": logger})
+    module = Net()
+    trainer.fit(module, rows())
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0, "images": 0}).Reload()
+    steps = [event.step for event in events.Histograms("train/norms_by_layer")]
+    assert steps == [1, 11]
+    assert [event.step for event in events.Images("train/norms_map")] == steps
+    assert events.Images("train/norms_map")[0].width == 2 * WIDTH  # the layers' numbers, and one nameless module
+    shown = events.Histograms("train/norms_by_layer")[-1].histogram_value
+    logged = {name: events.Scalars(f"train/norms_{name}")[10].value for name in ("min", "max", "avg")}
+    assert (shown.min, shown.max) == pytest.approx((logged["min"], logged["max"]))
+    assert shown.sum / shown.num == pytest.approx(logged["avg"])
+
+
+def test_heat_map() -> None:
+    picture = heat_map({"m.layers.2.q_proj": 1.0, "m.layers.10.q_proj": 0.5, "m.layers.10.mlp.up_proj": 0.0})
+    assert picture.shape == (3 * HEIGHT, 3 * WIDTH, 3)
+
+    def cell(row: int, column: int) -> tuple[int, ...]:
+        return tuple(picture[row * HEIGHT + HEIGHT // 2, column * WIDTH + WIDTH // 2])
+
+    assert cell(1, 1) == (255, 255, 255)  # layer 2 before layer 10
+    assert cell(1, 2) == MISSING
+    assert cell(2, 1) == (255, 128, 0)
+    assert cell(2, 2) == (0, 0, 0)
+    assert picture.dtype == np.uint8
+
+
+def summaries() -> list[Any]:
+    """On one of two ranks there is nothing of one quantity, and on both nothing of another."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    values = {"a": [torch.tensor(v) for v in ([1.0, 5.0] if dist.get_rank() == 0 else [-3.0])], "b": [], "c": []}
+    if dist.get_rank() == 1:
+        values["c"] = [torch.tensor(2.0)]
+    return [summarize(values, torch.device("cpu"))]
+
+
+def test_statistics_over_ranks(workers: Workers) -> None:
+    expected = {"a_avg": 1.0, "a_min": -3.0, "a_max": 5.0, "c_avg": 2.0, "c_min": 2.0, "c_max": 2.0}
+    assert workers.run(2, summaries) == [[expected], [expected]]
+
+
+def run_example(arguments: list[str]) -> str:
+    """Run examples/callbacks_ddp.py as one of the ranks, and give what it printed."""
+    import contextlib
+    import io
+    import sys
+
+    import callbacks_ddp
+
+    sys.argv = ["callbacks_ddp.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        callbacks_ddp.main()
+    return printed.getvalue()
+
+
+def test_the_ddp_example(workers: Workers) -> None:
+    first, second = workers.run(2, run_example, ["--devices", "2", "--steps", "20"])
+    assert [line.split(":")[0] for line in first.splitlines() if "norms_avg" in line][-1] == "step 20"
+    assert "train/weight_decay_avg" in first
+    assert "norms_avg" not in second

@@ -1,0 +1,154 @@
+"""The kernels against plain torch in float64, under Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
+from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+native = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run natively")
+def test_under_the_interpreter() -> None:
+    """Triton decides at import whether it interprets, so this takes a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed, 1 skipped" in done.stdout  # this one
+
+
+def expected(logits, labels, scale, softcap, weights):  # type: ignore[no-untyped-def]
+    x = logits.detach().double().requires_grad_()
+    z = x * scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    kept = labels != -100
+    log_probabilities = z - z.logsumexp(dim=1, keepdim=True)
+    losses = -log_probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0] * kept
+    losses = losses if weights is None else losses * weights.double()
+    losses.sum().backward()
+    return losses.detach(), x.grad
+
+
+@pytest.mark.parametrize("function", [pytest.param(cross_entropy_, marks=native), cross_entropy_reference_])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "scale", "softcap", "weighted", "ignored"),
+    [
+        (5, 17, 1.0, None, False, 0),
+        (3, 4096, 0.25, None, True, 1),
+        (4, 5000, 1.0, 30.0, False, 2),
+        (3, 9001, 2.0, 5.0, True, 3),
+        (2, 262_144, 1.0, None, False, 0),
+        (0, 100, 1.0, None, False, 0),
+    ],
+)
+def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap, weighted, ignored) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    padded = (4 * torch.randn(rows, vocabulary + 3, device=DEVICE)).to(dtype)  # rows that do not follow each other
+    logits = padded[:, :vocabulary]
+    labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    labels[:ignored] = -100
+    weights = torch.rand(rows, device=DEVICE) if weighted else None
+    losses, gradients = expected(logits, labels, scale, softcap, weights)
+    kept = logits.clone()
+    options = {"scale": scale, "softcap": softcap, "weights": weights}
+    found = function(logits, labels, **options, gradient=False)
+    assert torch.equal(logits, kept)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+    beyond = padded[:, vocabulary:].clone()
+    torch.testing.assert_close(function(logits, labels, **options), found)
+    assert torch.equal(padded[:, vocabulary:], beyond)
+    torch.testing.assert_close(logits.double(), gradients, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
+
+
+@native
+def test_a_label_that_is_no_token_is_not_a_number() -> None:
+    for label in (17, -1, 2**40):
+        assert cross_entropy_(torch.zeros(1, 17, device=DEVICE), torch.tensor([label], device=DEVICE)).isnan().all()
+
+
+@native
+def test_extreme_logits() -> None:
+    logits = torch.tensor([[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [float("-inf"), 3.0, 1.0]], device=DEVICE)
+    labels = torch.tensor([0, 1, 2], device=DEVICE)
+    losses, gradients = expected(logits, labels, 1.0, None, None)
+    torch.testing.assert_close(cross_entropy_(logits, labels).double(), losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.double(), gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        cross_entropy_(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="do not fit"):
+        cross_entropy_(torch.zeros(5, 2).T, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_cross_entropy(torch.zeros(2, 5), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_head_and_loss(dtype: torch.dtype, trained: bool, biased: bool, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 7, 16, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(99, 16, device=DEVICE).to(dtype).requires_grad_(trained)
+    bias = torch.randn(99, device=DEVICE).to(dtype).requires_grad_(trained) if biased else None
+    labels = torch.randint(0, 99, (2, 7), device=DEVICE)
+    labels[0, 3] = labels[1, 6] = -100
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    wide = [t.detach().double().requires_grad_() if t is not None else None for t in (hidden, weight, bias)]
+    z = 0.5 * torch.nn.functional.linear(*wide)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    loss = torch.nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="sum") * 3
+    loss.backward()
+    total = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, scale=0.5, softcap=softcap, max_logits_bytes=3 * 99 * 4
+    )
+    (3 * total).backward()
+    tolerance = 4 * TOLERANCE[dtype]
+    torch.testing.assert_close(3 * total.double(), loss.detach(), rtol=tolerance, atol=tolerance)
+    for leaf, reference in zip(leaves, [t for t in wide if t is not None], strict=False):
+        scale = reference.grad.abs().max()
+        torch.testing.assert_close(leaf.grad.double() / scale, reference.grad / scale, rtol=tolerance, atol=tolerance)
+    assert trained or weight.grad is None
+
+
+def test_all_labels_ignored() -> None:
+    hidden = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    total = linear_cross_entropy(hidden, torch.randn(9, 8, device=DEVICE), torch.full((4,), -100, device=DEVICE))
+    total.backward()
+    assert total == 0
+    assert not hidden.grad.any()
+
+
+def test_without_gradients() -> None:
+    hidden, weight = torch.randn(4, 8, device=DEVICE), torch.randn(9, 8, device=DEVICE)
+    labels = torch.tensor([1, -100, 8, 0], device=DEVICE)
+    with torch.no_grad():
+        total = linear_cross_entropy(hidden, weight, labels)
+    reference = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(total, reference)
+
+
+def test_small_updates_of_a_trained_head_are_not_lost() -> None:
+    """A token's part of a head's gradient in bf16, added to a sum in bf16, would vanish beside that of others."""
+    torch.manual_seed(0)
+    hidden = torch.cat([torch.full((1, 8), 64.0), torch.full((512, 8), 2.0**-4)]).to(DEVICE, torch.bfloat16)
+    weight = torch.zeros(2, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(513, dtype=torch.int64, device=DEVICE)
+    linear_cross_entropy(hidden, weight, labels, max_logits_bytes=4).backward()
+    expected_sum = -0.5 * (64 + 512 * 2.0**-4)
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected_sum, device=DEVICE), rtol=4e-3, atol=0)

@@ -1,0 +1,98 @@
+"""Attention by bounds of documents: the same as by masks, and each document as if it were alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, reference, run_stages, write_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    PretrainedConfig,
+)
+
+from lightning_pipelite.adapters import Full
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.attention import _bounds, varlen_attention
+from lightning_pipelite.models.packing import documents_apart
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3"])
+def test_stages_equal_each_document_alone(tmp_path: Path, kind: str) -> None:
+    layers = CausalLMLayers(
+        write_model(tmp_path, kind), dtype=torch.float32, adapter=Full(), attn_implementation="varlen"
+    )
+    stages = build(layers, [0, 2, 4])
+    assert all(stage.causal_lm.config._attn_implementation == "varlen" for stage in stages)
+    whole = reference(tmp_path)
+    (input_ids, _), _ = micro_batches()
+    logits = run_stages(stages, input_ids, POSITIONS)
+    for row, length in enumerate((5, 2)):
+        alone = [whole(input_ids=ids).logits for ids in input_ids[row : row + 1].split([length, 12 - length], dim=1)]
+        torch.testing.assert_close(logits[row], torch.cat(alone, dim=1)[0])
+    logits.sum().backward()
+    assert all(p.grad is not None for stage in stages for p in stage.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZES),  # soft-capped scores
+        GptOssConfig(**SIZES, num_local_experts=4),  # sinks
+        Llama4TextConfig(**SIZES, attention_chunk_size=8),  # chunks
+        FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, alibi=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_another_kind_of_attention_is_refused(tmp_path: Path, config: PretrainedConfig) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="set attn_implementation to auto"):
+        CausalLMLayers(tmp_path, adapter=Full(), attn_implementation="varlen")
+    assert CausalLMLayers(tmp_path, adapter=Full()).skeleton.isolates_documents
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_implementation_that_was_chosen_is_used(tmp_path: Path, implementation: str) -> None:
+    write_model(tmp_path, "llama")
+    layers = CausalLMLayers(tmp_path, adapter=Full(), attn_implementation=implementation)  # type: ignore[arg-type]
+    assert layers.build_stage(0, 1, CPU).causal_lm.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("window", [None, 3, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_by_hand(window: int | None, packed: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 12, size) for heads, size in ((4, 8), (2, 8), (2, 6)))
+    with documents_apart(POSITIONS if packed else None):
+        output, _ = varlen_attention(nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window)
+    begins = {0: {0, 5}, 1: {0, 2}} if packed else {0: {0}, 1: {0}}
+    for row in range(2):
+        for place in range(12):
+            first = max(begin for begin in begins[row] if begin <= place)
+            first = max(first, place - (window or 12) + 1)
+            for head in range(4):
+                scores = 0.3 * key[row, head // 2, first : place + 1] @ query[row, head, place]
+                expected = scores.softmax(dim=0) @ value[row, head // 2, first : place + 1]
+                torch.testing.assert_close(output[row, place, head], expected)
+
+
+def test_bounds() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]])
+    assert _bounds(documents, 2, 5, CPU).tolist() == [0, 3, 5, 6, 7, 10]
+    assert _bounds(None, 2, 5, CPU).tolist() == [0, 5, 10]
+
+
+def test_what_it_does_not_do_is_an_error() -> None:
+    x = torch.randn(1, 2, 4, 8)
+    for asked in ({"softcap": 3.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}):
+        with pytest.raises(NotImplementedError):
+            varlen_attention(nn.Module(), x, x, x, None, **asked)
+    with pytest.raises(NotImplementedError):
+        varlen_attention(nn.Module(), x, x, x, torch.ones(4, 4))

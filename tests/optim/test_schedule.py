@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from optimi import Adam
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.optim import check_schedule, make_schedule, rms_ratio
+
+
+def rates(schedule: str, warmup: int, total: float, steps: int, optimizer: type = Adam) -> list[list[float]]:
+    """The learning rates of two groups in each step."""
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    made = optimizer([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}], lr=0.1)
+    scheduler = make_schedule(made, schedule, warmup, total)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in made.param_groups])
+        weights[0].grad = torch.ones(1)
+        made.step()
+        scheduler.step()
+    return found
+
+
+def test_constant() -> None:
+    found = rates("constant", 4, math.inf, 6)
+    assert [a for a, _ in found] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert [b for _, b in found] == pytest.approx([5 * a for a, _ in found])
+    assert [a for a, _ in rates("constant", 0, math.inf, 2)] == [0.1, 0.1]
+
+
+def test_cosine() -> None:
+    found = [a for a, _ in rates("cosine", 2, 10, 10)]
+    expected = [0.05, 0.1, *(0.05 * (1 + math.cos(math.pi * k / 8)) for k in range(8))]
+    assert found == pytest.approx(expected)
+    assert 0 < found[-1] < 0.005
+    assert [a for a, _ in rates("cosine", 0, 4, 6)][-2:] == [0, 0]
+
+
+def test_rms_ratio_takes_the_optimizers_beta() -> None:
+    beta = 0.99  # optimi's second
+    assert [a for a, _ in rates("rms_ratio", 0, math.inf, 3)] == pytest.approx(
+        [0.1 * rms_ratio(t, beta) for t in (1, 2, 3)]
+    )
+    with pytest.raises(ConfigurationError, match=r"SGD.*constant or cosine"):
+        rates("rms_ratio", 0, math.inf, 1, torch.optim.SGD)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 10), (3, math.inf)])
+def test_cosine_needs_an_end(warmup: int, total: float) -> None:
+    with pytest.raises(ConfigurationError, match="max_steps"):
+        rates("cosine", warmup, total, 1)
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0), ("rms_ratio", 5), ("constant", -1)])
+def test_wrong_options(schedule: str, warmup: int) -> None:
+    with pytest.raises(ConfigurationError, match="model"):
+        check_schedule(schedule, warmup)
