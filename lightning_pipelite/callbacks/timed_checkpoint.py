@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -164,7 +165,8 @@ class TimedCheckpoint(ModelCheckpoint):
         request, self._request = self._request, 0
         self._save(trainer)
         if trainer.is_global_zero:
-            (self._directory / TRIGGER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is broken need not end the training
+                (self._directory / TRIGGER).unlink()
         if request == SAVE_AND_PASS_ON:
             self._signals.pass_on()
         if request == SAVE_AND_STOP:
