@@ -72,8 +72,14 @@ class DocumentTokenizer:
             texts = [self._text_before + text + self._text_after for text in texts]
         if self._backend is not None:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [self._ids_before + encoding.ids + self._ids_after for encoding in encodings]
-        return [self._ids_before + ids + self._ids_after for ids in self._ids_of(self._tokenizer, list(texts))]
+            documents = [encoding.ids for encoding in encodings]
+        else:
+            documents = self._ids_of(self._tokenizer, list(texts))
+        if self._ids_before:
+            return [self._ids_before + ids + self._ids_after for ids in documents]
+        for ids in documents:
+            ids += self._ids_after  # in place: a copy of every document costs two per cent of the time
+        return documents
 
     def encode_conversation(self, messages: list[dict[str, Any]], place: str) -> tuple[list[int], Flags]:
         """Tokenise a conversation, as `ChatRenderer.encode` does; document prefix and suffix are not for it."""
