@@ -101,7 +101,9 @@ def test_the_examples_are_accepted_by_the_command_line(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    # DeepSpeed, if it is imported only now, says first which accelerator it found.
+    lines = [line for line in capsys.readouterr().out.splitlines() if "real_accelerator" not in line]
+    printed = yaml.safe_load("\n".join(lines))
     for part in ("model", "data"):
         for key, value in content[part].items():
             if key not in ("adapter", "datasets"):
