@@ -27,10 +27,10 @@ import torch
 from optimi import Adam
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_pipelite.adapters import ControlAdapter
-from lightning_pipelite.models import Stage
+from lightning_pipelite.models import Stage, attention
 from lightning_pipelite.models.skeleton import Skeleton
 from report import Report
 
@@ -55,11 +55,9 @@ CPU = Size(2, 256, 896, 4, 256, 3, torch.float32)
 def make_stage(skeleton: Skeleton, adapter: ControlAdapter | None, size: Size, device: torch.device) -> Stage:
     """A whole random model as one stage, which recomputes its layers and sends gradients down to the embedding."""
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(size.dtype)
+    kernel = attention.NAME if attention.has_kernel(device, size.dtype) else None  # as CausalLMLayers chooses it
     with device:
-        model = LlamaForCausalLM(skeleton.config)
-    torch.set_default_dtype(default)
+        model: Any = AutoModelForCausalLM.from_config(skeleton.config, dtype=size.dtype, attn_implementation=kernel)
     model.requires_grad_(False)
     if adapter is not None:
         adapter.apply(model, skeleton, seed=0)

@@ -21,15 +21,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,20 +33,19 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
-from typing_extensions import override
 
 import coverage
-from lightning_pipelite.adapters import Adapter
-from lightning_pipelite.models import CausalLMLayers, Skeleton, Stage
+from expert_memory import EXPERTS, Untrained, measure_peak
+from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.check import LIMIT, build, relative, tokens
-from load_memory import memory
 from report import Report
 
 RATIO_LIMIT = 0.30
 # Of one layer: the files' pieces, what is fused from them, and what bitsandbytes computes on a CPU to quantise it.
 PEAK_LIMIT, GROWTH_LIMIT = 2.5, 0.25
+DEPTHS = (4, 8)
 # The names of the routers' weights in each family; of a family without, there are none to find.
 FAMILIES = {
     **dict.fromkeys(
@@ -73,26 +67,6 @@ FAMILIES = {
     "dots1": r"mlp\.gate\.weight",
     "llama4_text": r"feed_forward\.router\.weight",
 }  # fmt: skip
-
-
-class Untrained(Adapter):
-    """Trains nothing: what is loaded is what is compared."""
-
-    @override
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
-        pass
-
-    @override
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
-        model.requires_grad_(False)
-
-    @override
-    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return {}
-
-    @override
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
-        raise NotImplementedError("nothing is trained")
 
 
 @dataclass
@@ -121,9 +95,8 @@ class Outcome:
         ratio = f"{self.ratio:.3f}" if self.fused else ""
         kept = ", ".join(f"{count} {kind}" for kind, count in self.kept.items())
         verdict = "; ".join(self.wrong) or "equal"
-        return (
-            f"| {self.model_type} | {self.linear} | {self.fused} | {ratio} | {kept} | {self.logits:.0e} | {verdict} |"
-        )
+        cells = (self.model_type, self.linear, self.fused, ratio, kept, f"{self.logits:.0e}", verdict)
+        return f"| {' | '.join(map(str, cells))} |"
 
 
 HEAD = (
@@ -236,67 +209,16 @@ def compare_logits(plain: PreTrainedModel, stages: list[Stage]) -> float:
     return relative(passed, plain.train()(input_ids=input_ids, use_cache=False).logits)
 
 
-EXPERTS, HIDDEN, INNER = 8, 512, 1024
-DEPTHS = (4, 8)
-
-
-def write_experts(directory: Path, depth: int) -> None:
-    """Write a Mixtral that is experts for the most part, in bfloat16."""
-    config = MixtralConfig(
-        vocab_size=1024, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=depth, num_attention_heads=8,
-        num_key_value_heads=2, num_local_experts=EXPERTS,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-
-
-def load_experts(directory: Path) -> float:
-    """Load all layers in this process; return the peak beside what stays, in units of one layer's experts.
-
-    In float32, not in the files' type, so that what is read is copied, as it is where it goes to a GPU.
-    """
-    layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained())
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, memory("RssAnon"))
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    stage = layers.build_stage(0, len(layers), torch.device("cpu"))
-    done.set()
-    watcher.join()
-    beside = peak - memory("RssAnon")
-    del stage
-    return beside / (4 * EXPERTS * 3 * HIDDEN * INNER)
-
-
-def measure_peak(depth: int) -> float:
-    """Call :func:`load_experts` in a process of its own."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_experts(Path(directory), depth)
-        # Freed blocks go back to the system at once, so that what is resident is what is held (mallopt(3)).
-        command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", sys.executable, __file__, "--directory", directory]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(answer.splitlines()[-1])
-
-
 def main() -> int:
     """Try the families, print the table, and return 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", help="all families by default", metavar="model_type")
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # the process of its own
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/four_bit.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if options.directory:
-        print(json.dumps(load_experts(options.directory)))
-        return 0
     report = Report("four_bit", *HEAD)
     outcomes = []
     for model_type in options.model_types or FAMILIES:
@@ -304,9 +226,8 @@ def main() -> int:
         report.row(outcomes[-1].row())
     wrong = sum(bool(outcome.wrong) for outcome in outcomes)
     experts = sum(outcome.fused > 0 for outcome in outcomes)
-    report.line(
-        f"{len(outcomes)} families, {experts} with fused experts: {len(outcomes) - wrong} equal, {wrong} wrong."
-    )
+    total = len(outcomes)
+    report.line(f"{total} families, {experts} with fused experts: {total - wrong} equal, {wrong} wrong.")
     peaks = [measure_peak(depth) for depth in DEPTHS]
     growth = peaks[-1] - peaks[0]
     report.line(

@@ -16,10 +16,12 @@ BLOCK, WARPS = 4096, 8
 def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the scaled and soft-capped logits and what their gradient is multiplied with."""
     x = x.to(tl.float32) * scale
+    factor = scale
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0  # tanh
-        return softcap * t, scale * (1.0 - t * t)
-    return x, scale
+        x = softcap * t
+        factor = scale * (1.0 - t * t)
+    return x, factor  # one return: Triton compares the types of several
 
 
 @triton.jit

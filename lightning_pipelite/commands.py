@@ -63,6 +63,24 @@ COMMANDS = {
     "check": Command(
         "lightning_pipelite.models.check", "check", "Hold a model in stages against the same model unsplit.", True
     ),
+    "merge": Command("lightning_pipelite.export.merge", "merge", "Add LoRAs to the weights of their base model."),
+    "convert": Command(
+        "lightning_pipelite.export.convert",
+        "convert",
+        "Write what a training checkpoint holds as an adapter or a model.",
+    ),
+    "control-to-lora": Command(
+        "lightning_pipelite.export.control_to_lora", "control_to_lora", "Make a LoRA of a Control Adapter."
+    ),
+    "export-gguf": Command(
+        "lightning_pipelite.export.to_gguf", "export_gguf", "Write an adapter as a GGUF file, for llama.cpp."
+    ),
+    "analyze": Command(
+        "lightning_pipelite.export.analyze", "analyze", "Print and draw the figures of a LoRA or a Control Adapter."
+    ),
+    "migrate": Command(
+        "lightning_pipelite.export.migrate", "migrate", "Turn a configuration of qlora-pipe-lite into YAML.", True
+    ),
     "preview": Command(
         "lightning_pipelite.data.preview", "preview", "Show the first packed sequences of a configuration as text."
     ),

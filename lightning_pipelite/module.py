@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
+from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
@@ -47,7 +49,7 @@ class PipeLiteModule(pl.LightningModule):
         model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
         adapter: what is trained: LoRA, ControlAdapter or Full.
         load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
-        lr: the learning rate, which the schedule approaches.
+        lr: the learning rate, approached by the RMS-ratio schedule unless another is chosen.
         beta1: Adam's decay rate of the first moment.
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.
@@ -111,10 +113,9 @@ class PipeLiteModule(pl.LightningModule):
             )
         check_schedule(schedule, warmup_steps)
         check_patterns(parameter_groups or {})
-        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
             raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
-        self.save_hyperparameters(ignore=["adapter"])
+        self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
         warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
         self.adapter = adapter
@@ -177,12 +178,36 @@ class PipeLiteModule(pl.LightningModule):
 
         Args:
             directory: replaced once the new one is complete.
+
+        Raises:
+            OSError: on every rank, if it cannot be written.
         """
         strategy = self.check_strategy(self.trainer.strategy)
         stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
+        failure: str | None = None
         if strategy.is_global_zero:
-            self.adapter.save(directory, stages, Path(self.model_dir))
-        strategy.barrier()
+            try:
+                self.adapter.save(directory, stages, Path(self.model_dir))
+            except OSError as error:
+                failure = error.strerror or str(error)
+                for _ in stages:  # the other stages wait to hand over theirs
+                    pass
+        if failure := strategy.broadcast(failure):
+            raise OSError(f"{directory} cannot be written: {failure}")
+
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
+
+        ``pipelite convert`` makes the adapter anew from it: ``adapter`` has the class and its options.
+        """
+        kind = type(self.adapter)
+        options = {name: getattr(self.adapter, name) for name in inspect.signature(kind).parameters}
+        return {
+            "base_model": fingerprint(Path(self.model_dir)),
+            "adapter": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options},
+            "dtype": self.hparams["dtype"],
+            "load_in_4bit": self.hparams["load_in_4bit"],
+        }
 
     def check_save(self, directory: Path) -> None:
         """Refuse now what ``save_trained(directory)`` would refuse at the end of training.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +18,8 @@ from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
+from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
+from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
 
@@ -88,10 +91,8 @@ class TrainerCLI(LightningCLI):
         if not 0 <= seed < 2**32:
             raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
         path = given.get("ckpt_path")
-        if path not in (None, "last", "hpc") and not (Path(path) / "trainer.pt").is_file():
-            raise ConfigurationError(
-                f"ckpt_path: {path} is not a checkpoint (a directory with trainer.pt); name one, or leave it out."
-            )
+        if path not in (None, "last", "hpc"):
+            read_manifest(located(Path(path)))
 
     # Checking
 
@@ -133,7 +134,7 @@ class TrainerCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the logs, and never over another file.
+    """Saves the configuration in every checkpoint and beside the logs, there never over another file.
 
     Without a logger it saves none: the log directory is then the working directory, and the file there called
     config.yaml may well be the user's own.
@@ -149,6 +150,10 @@ class SaveConfig(SaveConfigCallback):
             number += 1
             self.config_filename = f"config-{number}.yaml"
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["configuration"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
 
 
 class _ConfigFile(ActionConfigFile):

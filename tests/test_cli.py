@@ -363,19 +363,19 @@ CASES = {
         edit=callback("EvalSchedule", evals_per_epoch=0)),
     # What is on disk
     "checkpoint that is not there": Case(
-        "ckpt_path: none is not a checkpoint (a directory with trainer.pt); name one, or leave it out.",
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
         ["--ckpt_path", "none"],
     ),
     "file as a checkpoint": Case(
-        "ckpt_path: config.yaml is not a checkpoint (a directory with trainer.pt); name one, or leave it out.",
+        "ckpt_path: config.yaml is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
         ["--ckpt_path", "config.yaml"],
     ),
     "best checkpoint of nothing": Case(
-        "ckpt_path: best is not a checkpoint (a directory with trainer.pt); name one, or leave it out.",
+        "ckpt_path: best is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
         ["--ckpt_path", "best"],
     ),
     "checkpoint to validate that is not there": Case(
-        "ckpt_path: none is not a checkpoint (a directory with trainer.pt); name one, or leave it out.",
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
         ["--ckpt_path", "none"],
         command=["validate", "--config", "config.yaml"],
     ),

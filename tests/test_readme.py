@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from processes import Workers
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-MODES = ["lora", "qlora", "full"]
+MODES = ["lora", "qlora", "full", "control_adapter"]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart.make_base_model(made).rename(made / "models" / "base")
     for path in sorted((made / "texts" / "reference").glob("*.txt"))[:12]:
         path.rename(made / "texts" / path.name)
+    for kind, folder in (("positive", "library"), ("negative", "reference")):
+        (made / kind).mkdir()
+        for path in sorted((made / "texts" / folder).glob("*.txt"))[:6]:
+            shutil.copy(path, made / kind)
     return made
 
 
@@ -109,7 +114,8 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
 def test_every_configuration_is_run_by_a_test() -> None:
     quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    examples = {"quickstart", "drop_in", "callbacks_ddp"}  # the last by tests/callbacks
+    # The last two by tests/callbacks and tests/export.
+    examples = {"quickstart", "drop_in", "callbacks_ddp", "compare_llama_cpp"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == examples
 
 

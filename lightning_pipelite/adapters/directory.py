@@ -8,17 +8,20 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.locks import is_abandoned, lock
 
 
 @contextmanager
 def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
     """Give an empty directory to write in, which takes the place of ``directory`` once it is complete and on disk.
 
-    An exception inside leaves ``directory`` as it was. If the machine stops between the two renames at the end, the
-    former content is still there, whole, in ``.<name>.<number>.old`` beside it.
+    An exception inside leaves ``directory`` as it was. What a killed process has left of it is removed. If the machine
+    stops between the two renames at the end, the former content is still there, whole, in ``.<name>.<number>.old``
+    beside it.
 
     Args:
         directory: Where the files are to be. If it exists it is replaced.
@@ -36,9 +39,13 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
                 f"{directory} holds {entry.name}, which saving would delete; move it or save to another place."
             )
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.parent.glob(f".{escape(directory.name)}.????????.partial"):
+        if is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     unique = uuid.uuid4().hex[:8]
     partial = directory.with_name(f".{directory.name}.{unique}.partial")
     partial.mkdir()
+    held = lock(partial)
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
@@ -46,13 +53,16 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
         _sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
         raise
     former = directory.with_name(f".{directory.name}.{unique}.old")
     if directory.exists():
         directory.rename(former)
     partial.rename(directory)
     _sync(directory.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    os.close(held)
+    for old in directory.parent.glob(f".{escape(directory.name)}.????????.old"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -37,7 +37,11 @@ class EvalSchedule(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > 0 or trainer.fit_loop.epoch_loop.val_loop.skip or not trainer.enable_validation:
+        if trainer.global_step > 0:
+            # Lightning asks whether the evaluation after the last batch is done before it takes another.
+            self._schedule(trainer, trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step)
+            return
+        if trainer.fit_loop.epoch_loop.val_loop.skip or not trainer.enable_validation:
             return
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -47,10 +51,14 @@ class EvalSchedule(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._schedule(trainer, batch_idx, trainer.global_step + 1)
+
+    def _schedule(self, trainer: pl.Trainer, batch_idx: int, step: int) -> None:
+        """Have an evaluation after this batch, or none; if it ends a step, that is number ``step``."""
         # Lightning evaluates when val_check_batch divides the number of batches done in the epoch.
         batches, accumulate = int(trainer.num_training_batches), trainer.accumulate_grad_batches
         ends_step = (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == batches
-        ends_training = ends_step and trainer.global_step + 1 == trainer.max_steps
+        ends_training = ends_step and step == trainer.max_steps
         due = ends_training or batch_idx + 1 in self._due(batches, accumulate)
         trainer.val_check_batch = batch_idx + 1 if due else batch_idx + 2
 

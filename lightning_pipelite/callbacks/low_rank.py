@@ -47,11 +47,13 @@ class Chunk:
     pairs: Sequence[LowRank]
     downs: list[Tensor] = field(init=False)
     ups: list[Tensor] = field(init=False)
+    _downs_to_stack: list[Tensor] = field(init=False)
     _pointers: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.downs = [a for pair in self.pairs for a in _down(pair).unbind()]
         self.ups = [b for pair in self.pairs for b in _up(pair).unbind()]
+        self._downs_to_stack = [a.unsqueeze(1) for a in self.downs]
         self._pointers = self._where()
 
     def _where(self) -> list[int]:
@@ -70,7 +72,8 @@ class Chunk:
         """Copy A and B, in float32: [pairs · experts, rank, in], a view of [rank, pairs · experts, in], and
         [pairs · experts, out, rank].
         """
-        return torch.stack(self.downs, dim=1).float().transpose(0, 1), torch.stack(self.ups).float()
+        a, b = torch.cat(self._downs_to_stack, dim=1), torch.cat(self.ups)
+        return a.float().transpose(0, 1), b.float().view(len(self.ups), -1, b.shape[1])
 
     def norms(self, gram_a: Tensor, gram_b: Tensor) -> Tensor:
         """‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.

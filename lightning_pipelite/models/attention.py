@@ -6,10 +6,12 @@ different documents, by its slower kernels. Here the bounds of the documents tak
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -17,6 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from lightning_pipelite.models.packing import current_documents
 
 NAME = "varlen"
+# Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
+GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 LARGEST_HEAD = 256  # of FlashAttention
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
 
@@ -84,8 +88,6 @@ def varlen_attention(
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.11; needs its CUDA build
-
     batch, heads, length, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     head = -(-max(size, value.shape[-1]) // 8) * 8  # the kernel wants equal sizes, multiples of 8
@@ -98,7 +100,7 @@ def _kernel(
     left = -1 if window is None else window - 1
     output = varlen_attn(
         in_a_row(query), in_a_row(key), in_a_row(value), bounds, bounds, length, length,
-        scale=scaling, window_size=(left, 0), enable_gqa=heads != key.shape[1],
+        scale=scaling, window_size=(left, 0), **GROUPED_HEADS,
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output[..., : value.shape[-1]].reshape(batch, length, heads, value.shape[-1])

@@ -42,17 +42,21 @@ def check_contents(skeleton: Skeleton) -> None:
             )
     report = _rehearse(skeleton, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
     parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    refuse_misfits(skeleton.model_dir, parameters.keys() & report.missing_keys, report.mismatched_keys)
+    buffers = {n for n, b in skeleton.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
+    missing = (parameters.keys() & report.missing_keys) | (buffers & report.unforgiven_keys)
+    refuse_misfits(skeleton.model_dir, missing, report.mismatched_keys)
     if report.conversion_errors:
         raise ConfigurationError(
             f"{skeleton.model_dir}: the weights that make up {min(report.conversion_errors)} are not all there or have "
             "different shapes; fetch the model again."
         )
+    count = len(skeleton.layers)
+    heads = range(count, count + (getattr(skeleton.config, "num_nextn_predict_layers", 0) or 0))
     for name in sorted(report.unexpected_keys):
         layer, (module, _, own) = skeleton.layer_of(name), name.rpartition(".")
-        if layer is None:
-            continue  # the parts of a multimodal model that are left out, a head for something else
-        if layer >= len(skeleton.layers) or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
+        if layer is None or layer in heads:
+            continue  # of a multimodal model what is left out, or what predicts several tokens ahead
+        if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
             raise ConfigurationError(
                 f"{skeleton.model_dir} holds the weight {name}, which the model that its config.json describes does "
                 "not have; correct config.json."
@@ -86,6 +90,7 @@ class _Report:
     """What transformers found in a load, before it turns some of it into errors of its own."""
 
     missing_keys: set[str]
+    unforgiven_keys: set[str]  # those of them that the class does not declare to be no loss
     unexpected_keys: set[str]
     mismatched_keys: set[tuple[str, Any, Any]]
     conversion_errors: dict[str, str]
@@ -101,17 +106,17 @@ def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
         embedding_first(self)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
-        found.missing_keys = set(report.missing_keys)  # some classes forgive that
+        found.missing_keys = set(report.missing_keys)
         whole_class._adjust_missing_and_unexpected_keys(self, report)
+        found.unforgiven_keys = set(report.missing_keys)
         found.unexpected_keys, found.mismatched_keys = set(report.unexpected_keys), set(report.mismatched_keys)
         found.conversion_errors = dict(report.conversion_errors)
         for part in (report.missing_keys, report.unexpected_keys, report.mismatched_keys, report.conversion_errors):
             part.clear()
 
-    members = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
-    rehearsing_class: type[PreTrainedModel] = type(
-        whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__}
-    )
+    members: dict[str, Any] = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
+    members["__module__"] = whole_class.__module__  # transformers looks it up to find the class's conversions
+    rehearsing_class: type[PreTrainedModel] = type(whole_class.__name__, (whole_class,), members)
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

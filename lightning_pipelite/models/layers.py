@@ -175,7 +175,10 @@ class CausalLMLayers:
             double_quant=self._double_quant,
             pickled=self._pickled,
             attn_implementation=self._attention_on(device),
-        )
+        ).train()
+        leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
+        # Before the adapter's layers, which may need more than tokens.
+        fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         self.adapter.apply(model, self.skeleton, self.seed)
         if self.activation_memory == "recompute":
             # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
@@ -186,7 +189,7 @@ class CausalLMLayers:
                     checkpoint, use_reentrant=False, context_fn=documents_when_recomputed
                 ),
             )
-        built = Stage(
+        return Stage(
             model,
             self.skeleton.layers_name,
             start,
@@ -194,10 +197,8 @@ class CausalLMLayers:
             takes_positions=self.skeleton.takes_positions,
             packed=self.packed,
             router_loss=self.router_loss,
+            fused_head=fused_head,
         ).train()
-        if self._fuse_head and stop == len(self.skeleton.layers):
-            built.fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name))
-        return built
 
     def _attention_on(self, device: torch.device) -> str | None:
         if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):

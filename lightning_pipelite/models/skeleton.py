@@ -58,7 +58,7 @@ class Skeleton:
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
-        self.config = _read_config(self.model_dir, trust_remote_code)
+        self.config = read_config(self.model_dir, trust_remote_code)
         self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
         if attn_implementation is not None:
             self._build = partial(self._build, attn_implementation=attn_implementation)
@@ -103,8 +103,8 @@ class Skeleton:
 
     def layer_of(self, name: str) -> int | None:
         """Return the number of the decoder layer that the module or parameter ``name`` is in, or None."""
-        prefix = self.layers_name + "."
-        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+        number = name.removeprefix(self.layers_name + ".").split(".")[0]
+        return int(number) if number.isdigit() and name.startswith(self.layers_name + ".") else None
 
     def _name_of(self, module: nn.Module | None, what: str) -> str:
         for name, candidate in self.model.named_modules():
@@ -246,7 +246,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
     path = model_dir / "config.json"
     if not read_json(path).get("model_type"):
         raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")

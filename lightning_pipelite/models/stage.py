@@ -29,6 +29,7 @@ class Stage(nn.Module):
         takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
         packed: Whether inputs may hold several documents. If not, one that does is an error.
         router_loss: The load-balancing loss of the model's routers, if it is trained.
+        fused_head: The head, if it is left to the loss.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Stage(nn.Module):
         takes_positions: bool = True,
         packed: bool = True,
         router_loss: RouterLoss | None = None,
+        fused_head: FusedHead | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.start, self.stop = start, stop
-        self.fused_head: FusedHead | None = None
+        self.fused_head = fused_head
         self._takes_positions, self._packed = takes_positions, packed
         causal_lm.extra_inputs = ()
         self._routers: RouterSums | None = None

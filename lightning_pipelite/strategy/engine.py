@@ -72,6 +72,7 @@ class PipeLiteEngine(PipelineEngine):
         self._shapes: object = None
         self._sent: object = None
         self._compared: set[bool] = set()
+        self._step = self._forwarded = 0
         self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
@@ -91,13 +92,14 @@ class PipeLiteEngine(PipelineEngine):
 
     # What the strategy calls
 
-    def train_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def train_on(self, micro_batches: Sequence[MicroBatch], step: int) -> Tensor:
         """Forward and backward of all micro-batches of a step.
 
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
 
         Args:
             micro_batches: the same on all stages of a pipeline; the same number on all replicas.
+            step: the number of steps taken before, on which the random numbers depend.
 
         Returns:
             The sum and the count of the losses of the global batch, and the sums of what the loss wants logged,
@@ -107,6 +109,7 @@ class PipeLiteEngine(PipelineEngine):
             ConfigurationError: if the stages of a pipeline have different micro-batches (seen in the first step).
             RuntimeError: if a trainable parameter gets no gradient in the first step.
         """
+        self._step = step
         self.set_train_batch_size(len(micro_batches) * self.grid.data_parallel_size)
         self._run(micro_batches, self._train_schedule(), training=True)
         self.global_steps += 1
@@ -145,6 +148,7 @@ class PipeLiteEngine(PipelineEngine):
             self._sent = None
         self._shapes = None if self.dynamic_shape else shapes[0]
         self._sums.zero_()
+        self._forwarded = 0
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
         with self._randomness.drawn_from():
             self._exec_schedule(steps)
@@ -184,6 +188,10 @@ class PipeLiteEngine(PipelineEngine):
             self.pipe_buffers["labels"][buffer_id] = targets
 
     def _forward(self, buffer_id: int) -> None:
+        # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
+        replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
+        self._randomness.enter(self._step, self._forwarded * replicas + replica)
+        self._forwarded += 1
         outputs = self._stage(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)

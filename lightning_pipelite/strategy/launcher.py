@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -31,8 +32,8 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         cluster_environment: Says which rank this process has, and whether something else has launched the ranks.
         num_processes: The number of ranks on this node.
         num_nodes: The number of nodes.
-        before_launch: Called with the trainer and the arguments of the launched function, in every process, before any
-            child is started: what it raises needs no clean-up.
+        before_launch: Called with the trainer and the arguments of the launched function by name, which it may change,
+            in every process, before any child is started: what it raises needs no clean-up.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         cluster_environment: ClusterEnvironment,
         num_processes: int,
         num_nodes: int,
-        before_launch: Callable[[pl.Trainer | None, tuple[Any, ...]], None],
+        before_launch: Callable[[pl.Trainer | None, dict[str, Any]], None],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch = before_launch
@@ -57,14 +58,15 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
             trainer: Handed to ``before_launch``.
             **kwargs: See ``function``.
         """
-        self._before_launch(trainer, args)
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        self._before_launch(trainer, bound.arguments)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
             self._watcher.start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
         except BaseException as exception:
             if self._watcher.is_alive() and not self._relieved.is_set():
                 if is_communication_error(exception):

@@ -81,10 +81,10 @@ class SequentialLayers:
             layer.to(device)
         here = {id(p) for layer in mine for p in layer.parameters()}
         shared = {name: p for name, p in self._shared.items() if id(p) in here}
-        return _Chain([(str(first[id(layer)]), layer) for layer in mine], shared)
+        return Chain([(str(first[id(layer)]), layer) for layer in mine], shared)
 
 
-class _Chain(nn.Module):
+class Chain(nn.Module):
     """Modules in a row, registered under given names; one that stands in several places is registered once."""
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], shared: Mapping[str, nn.Parameter]) -> None:

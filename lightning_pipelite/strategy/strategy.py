@@ -6,6 +6,8 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -24,8 +27,12 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy import checkpoint as disk
+from lightning_pipelite.loop_state import at_step_end, for_replicas, within_last_batch
+from lightning_pipelite.strategy.checkpoint.encoding import encode
+from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
+from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.gradients import clip_factor, global_norm, scale_gradients
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
@@ -98,6 +105,13 @@ class PipeLiteStrategy(DDPStrategy):
         self._handed: tuple[PipelineLayers, Loss] | None = None
         self._lifeline: Lifeline | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
+        self._checkpoints: CheckpointStore | None = None
+        self._randomness: LayerRandomness | None = None
+        self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
+        self._step_ended: tuple[list[Any], dict[str, Any]] = [], {}  # the data loaders and generators at that time
+        self._evaluated = False  # right after that step
+        self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
+        self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._eval_batches: list[Any] = []
@@ -133,8 +147,8 @@ class PipeLiteStrategy(DDPStrategy):
             self.cluster_environment, self.num_processes, self.num_nodes, before_launch=self._check
         )
 
-    def _check(self, trainer: pl.Trainer | None, arguments: tuple[Any, ...]) -> None:
-        """Refuse what cannot work, in the process that would start the others."""
+    def _check(self, trainer: pl.Trainer | None, arguments: dict[str, Any]) -> None:
+        """Refuse what cannot work, in the process that would start the others; resolve ``ckpt_path="last"``."""
         assert trainer is not None
         topology = self.topology
         if trainer.state.fn not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
@@ -144,8 +158,7 @@ class PipeLiteStrategy(DDPStrategy):
                 f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
                 "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
             )
-        module = next((argument for argument in arguments if isinstance(argument, pl.LightningModule)), None)
-        module = module or trainer.lightning_module
+        module = arguments.get("model") or trainer.lightning_module
         if not module.automatic_optimization:
             raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
         if self._layer_sync is not None:
@@ -153,6 +166,11 @@ class PipeLiteStrategy(DDPStrategy):
         if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
             self._handed = hand_out_layers(module)
             partition(self._handed[0], topology.stages, self.partition_method)
+        arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=self._starts_the_job())
+
+    def _starts_the_job(self) -> bool:
+        assert self.cluster_environment is not None
+        return self.cluster_environment.global_rank() == 0
 
     @override
     def setup_environment(self) -> None:
@@ -179,13 +197,16 @@ class PipeLiteStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        # Lightning's own broadcasts within the handler, amid whatever the ranks are doing, which then never ends.
+        trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)  # type: ignore[method-assign]
         self.precision_plugin = _PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
         self.stage = self._build_stage(layers)
         if isinstance(loss, nn.Module):
             loss.to(self.root_device)
-        randomness = LayerRandomness(self, self.global_rank, self.root_device)
+        self._randomness = LayerRandomness(self, self.root_device, self.stage)
+        self._checkpoints = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
         self._micro_batches, self._gradients, self._loss = [], [], torch.zeros(())
         self._logged = tuple(getattr(loss, "logged", ()))
         self._engine = PipeLiteEngine(
@@ -195,7 +216,7 @@ class PipeLiteStrategy(DDPStrategy):
             self.use_column_major_topology,
             loss,
             progress=self._progress,
-            randomness=randomness,
+            randomness=self._randomness,
         )
         if trainer.state.fn == TrainerFn.FITTING:
             self._refuse_nothing_to_train()
@@ -294,7 +315,12 @@ class PipeLiteStrategy(DDPStrategy):
         assert module is not None
         for parameter in self._parameters():
             parameter.grad = None
-        total, count, *logged = self._engine.train_on(micro_batches).tolist()
+        if self._reserves and self.optimizers[0].state:
+            self._reserves = False
+            assert self._checkpoints is not None
+            assert self.stage is not None
+            self._checkpoints.reserve(self.stage, self.optimizers[0])
+        total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step).tolist()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
             step = module.trainer.global_step + 1
@@ -304,6 +330,7 @@ class PipeLiteStrategy(DDPStrategy):
         for parameter, _ in self._gradients:
             parameter.grad = None
         self._loss = torch.tensor(total / count)
+        self._note_step_end()
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
         for name, value in zip(self._logged, logged, strict=True):
             module.log(f"train/{name}", value / count, batch_size=1)
@@ -424,40 +451,149 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Copy everything to host memory; while training goes on, the files are written in the background."""
         assert self.stage is not None
-        disk.save(
-            Path(filepath),
-            checkpoint,
-            self.stage,
-            self.optimizers[0] if self.optimizers else None,
-            stage_id=self.stage_id,
-            writes=self.topology.replica_of(self.global_rank) == 0,
-            barrier=self.barrier,
-        )
+        assert self._checkpoints is not None
+        if self._evaluation_follows():
+            # Lightning does not make up for it when it resumes from a checkpoint before it.
+            self._to_save[str(filepath)] = "optimizer_states" not in checkpoint
+            return
+        self._progress("copying for a checkpoint", True)
+        state, meta = self._describe(checkpoint)
+        optimizer = self.optimizers[0] if self.optimizers and "optimizer_states" in checkpoint else None
+        self._checkpoints.save(Path(filepath), state, meta, self.stage, optimizer)
+        if not self._trains:
+            self._checkpoints.wait()
+
+    def _evaluation_follows(self) -> bool:
+        """Whether this is called in the last hook of a batch, before an evaluation."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        counts: Any = loop.batch_progress.current
+        in_hook = trainer.training and counts.ready == counts.processed == counts.completed + 1
+        return in_hook and fetcher is not None and trainer.enable_validation and loop._should_check_val_fx(fetcher)
+
+    def on_validation_end(self) -> None:
+        """Called after the callbacks."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if not self._micro_batches:
+            self._note_step_end()
+            self._evaluated = True
+        to_save, self._to_save = self._to_save, {}
+        for path, weights_only in to_save.items():
+            trainer.save_checkpoint(path, weights_only)
+
+    @property
+    def _trains(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module.trainer.state.status == "running"
+
+    def _describe(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What Lightning saves, with the random states; and what ``meta.json`` says."""
+        assert self.lightning_module is not None
+        assert self._randomness is not None
+        trainer = self.lightning_module.trainer
+        state = {**checkpoint, "random_states": self._randomness.state()}
+        if self._micro_batches:  # in the middle of a step: the checkpoint is that of the last one
+            loaders, state["random_states"] = self._step_ended
+            ahead = len(self._micro_batches)
+            fit_loop = at_step_end(checkpoint["loops"]["fit_loop"], ahead, loaders, self._evaluated)
+            state["loops"] = {**checkpoint["loops"], "fit_loop": fit_loop}
+        return state, {
+            "step": checkpoint["global_step"],
+            "epoch": checkpoint["epoch"],
+            "stages": self.pipeline_stages,
+            "replicas": self.topology.replicas,
+            "micro_batches": trainer.accumulate_grad_batches,
+            "identity": self._identity(),
+            "hyper_parameters": encode(checkpoint.get("hyper_parameters", {}), {}, "hyper_parameters"),
+            "versions": {
+                "lightning-pipelite": __version__,
+                **{name: version(name) for name in ("torch", "lightning", "deepspeed")},
+            },
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What tells the module's model and what is trained of it from others, if the module can say."""
+        describe = getattr(self.lightning_module, "checkpoint_identity", None)
+        return describe() if callable(describe) else {}
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return disk.load_trainer_state(Path(checkpoint_path))
+        assert self._checkpoints is not None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        state, meta = self._checkpoints.open(Path(checkpoint_path), self._identity())
+        self._random_states = state.pop("random_states")
+        if trainer.state.fn == TrainerFn.FITTING:
+            if trainer.max_steps != -1:
+                within_last_batch(state["loops"]["fit_loop"])
+            before = meta["replicas"], meta["micro_batches"]
+            for_replicas(state["loops"], before, (self.topology.replicas, trainer.accumulate_grad_batches))
+        return state
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.stage is not None
-        disk.load_parameters(Path(checkpoint[disk.PATH_KEY]), self.stage)
+        assert self._checkpoints is not None
+        self._checkpoints.load_parameters(self.stage)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.stage is not None
-        disk.load_optimizer(Path(checkpoint[disk.PATH_KEY]), self.stage, self.optimizers[0])
+        assert self._checkpoints is not None
+        self._checkpoints.load_optimizer(self.stage, self.optimizers[0])
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove it as soon as what is being written is safely on the disk; if that fails, later."""
+        assert self._checkpoints is not None
+        if self.is_global_zero:
+            self._checkpoints.remove(Path(filepath), after_next=bool(self._to_save))
+
+    def on_train_start(self) -> None:
+        """Called when the data loaders have been made, which drew from the generators."""
+        assert self._randomness is not None
+        if self._random_states is not None:
+            self._randomness.load_state(self._random_states)
+            self._random_states = None
+        self._note_step_end()
+        self._rehearse_saving()
+
+    def _rehearse_saving(self) -> None:
+        """What a checkpoint cannot hold is refused now, not hours later."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            state, _ = self._describe(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+            encode(state, {})
+            self._reserves = self.root_device.type == "cuda"
+
+    def _note_step_end(self) -> None:
+        assert self.lightning_module is not None
+        assert self._randomness is not None
+        loader = self.lightning_module.trainer.fit_loop._combined_loader
+        loaders = loader._state_dicts() if loader is not None and self.is_global_zero else []
+        self._step_ended = loaders, self._randomness.state()
+        self._evaluated = False
 
     # The end
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and self._checkpoints is not None:
+            self._checkpoints.wait()  # all ranks leave together; from fail() on they have some seconds only
         if self._lifeline is not None:
             self._lifeline.fail(exception)
 
     @override
     def teardown(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         if self._lifeline is not None:
             self._lifeline.close()
         self.precision_plugin.teardown()
@@ -494,6 +630,11 @@ class _PipelinePrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         factor = clip_factor(self._strategy.gradient_norm(), float(clip_val))
         scale_gradients(self._strategy._parameters(), factor)
+
+
+def _note_sigterm(trainer: pl.Trainer, signum: int, frame: Any) -> None:
+    """Before the next micro-batch rank 0 tells all ranks, and they leave."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

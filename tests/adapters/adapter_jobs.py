@@ -88,6 +88,17 @@ def train_jobs(model_dir: str, jobs: list[tuple[Adapter, str, float, dict[str, A
     return [train(model_dir, adapter, stages, 1, output, decay, **options) for adapter, output, decay, options in jobs]
 
 
+def resume(model_dir: str, adapter: Adapter, stages: int, checkpoint: str, epochs: int, resumes: bool) -> Any:
+    """Train to the end of an epoch of three steps, from a checkpoint or from the start, and write one."""
+    trainer = trainer_for(stages, callbacks=[CompositeWeightDecay(DECAY)], max_steps=-1, max_epochs=epochs)
+    module = PipeLiteModule(model_dir, adapter, dtype="float32", lr=LR)
+    data = loader(items()[: 3 * MICRO_BATCHES], trainer.strategy)
+    trainer.fit(module, data, ckpt_path=checkpoint if resumes else None)
+    if not resumes:
+        trainer.save_checkpoint(checkpoint)
+    return gathered(trainer.strategy, module)
+
+
 def train_control_plainly(model_dir: str, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
     """A loop over transformers' model with hooks that apply each class by a matrix of its own, and a naive decay."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train().requires_grad_(False)

@@ -18,6 +18,7 @@ from adapter_jobs import (
     items,
     learning_rates,
     refused,
+    resume,
     train,
     train_control_plainly,
     train_jobs,
@@ -71,6 +72,15 @@ def test_control_adapters_equal_a_plain_loop(workers: Workers, model_dir: str, t
     assert steps[-1]["train/weight_decay_max"] > 0
     read = load_control_adapter(tmp_path / "2-1")
     assert all(torch.equal(read[n][0], results[2, 1][1][f"base_model.model.model.layers.{n}.control_Q"]) for n in read)
+
+
+@pytest.mark.parametrize("adapter", [ControlAdapter(4, gamma=GAMMA), LoRA(4)], ids=["control", "lora"])
+def test_resumed_in_another_number_of_stages(workers: Workers, model_dir: str, tmp_path: Path, adapter: Any) -> None:
+    half, whole = (str(tmp_path / name) for name in ("half.ckpt", "whole.ckpt"))
+    (expected,) = workers.run(1, resume, model_dir, adapter, 1, whole, 2, False)
+    (middle,) = workers.run(1, resume, model_dir, adapter, 1, half, 1, False)
+    close(workers.run(2, resume, model_dir, adapter, 2, half, 2, True)[0], expected)
+    assert max(float((expected[name] - middle[name]).abs().max()) for name in expected) > 0.1 * LR
 
 
 def sums_of(model: Any, data: list[dict[str, Tensor]]) -> tuple[float, int]:

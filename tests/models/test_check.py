@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_model
-from transformers import LlamaConfig, MambaConfig
+from tiny_models import SIZES, write_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import Stage
@@ -56,3 +56,24 @@ def test_a_stage_that_computes_something_else_is_seen(tmp_path: Path, monkeypatc
 def test_more_stages_than_layers(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="stages: 5"):
         check_model(write_model(tmp_path, "llama"), stages=(5,))
+
+
+def test_what_stands_around_the_weights_does_not_matter(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "a [b]*? ü" / "org" / "name.safetensors", "llama", max_shard_size="100KB")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for shard in list(directory.glob("*.safetensors")):  # as in the hub's cache
+        shard.rename(blobs / shard.stem)
+        shard.symlink_to(blobs / shard.stem)
+    assert check_model(directory, stages=(2,)).differences == []
+    (directory / "generation_config.json").write_text("{")
+    assert check_model(directory, stages=(2,)).differences == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_layer(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    report = check_model(tmp_path, stages=(1,))
+    assert report.differences == []
+    assert report.packing

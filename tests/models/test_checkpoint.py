@@ -10,6 +10,7 @@ from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages,
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
     Gemma3nTextConfig,
     MambaConfig,
     MixtralConfig,
@@ -210,6 +211,26 @@ def test_weights_that_the_configurations_model_has_no_place_for(tmp_path: Path) 
     refuses(tmp_path, "q_proj.bias", "config.json")
     change(tmp_path, **{"model.layers.1.self_attn.q_proj.bias": None, "model.layers.0.rotary_emb.inv_freq": CODES})
     CausalLMLayers(tmp_path, adapter=Full())  # nothing that is trained
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_a_routers_bias_is_not(tmp_path: Path) -> None:
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    config = DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "head_dim": 8},
+        **sizes,
+        **experts,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    change(tmp_path, **{"model.layers.4.eh_proj.weight": torch.zeros(64, 128)})
+    set_config(tmp_path, num_nextn_predict_layers=0)
+    refuses(tmp_path, "model.layers.4.eh_proj.weight", adapter=Full())
+    set_config(tmp_path, num_nextn_predict_layers=1)
+    CausalLMLayers(tmp_path, adapter=Full())
+    change(tmp_path, **{"model.layers.3.mlp.gate.e_score_correction_bias": None})
+    refuses(tmp_path, "model.layers.3.mlp.gate.e_score_correction_bias", adapter=Full())
 
 
 def test_weights_stored_in_a_type_that_needs_scales(tmp_path: Path) -> None:

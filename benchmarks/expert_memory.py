@@ -1,0 +1,98 @@
+"""The memory that a load of 4-bit experts takes beside what stays; a part of benchmarks/four_bit.py. Linux only.
+
+    python benchmarks/expert_memory.py DIRECTORY
+
+Loads the Mixtral in DIRECTORY, in this process, and prints what :func:`load_experts` returns.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers.utils import logging
+from typing_extensions import override
+
+from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.models import CausalLMLayers, Skeleton
+from load_memory import memory
+
+EXPERTS, HIDDEN, INNER = 8, 512, 1024
+
+
+class Untrained(Adapter):
+    """Trains nothing: what is loaded is what is compared."""
+
+    @override
+    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+        pass
+
+    @override
+    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+        model.requires_grad_(False)
+
+    @override
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {}
+
+    @override
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+        raise NotImplementedError("nothing is trained")
+
+
+def write_experts(directory: Path, depth: int) -> None:
+    """Write a Mixtral that is experts for the most part, in bfloat16."""
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=depth, num_attention_heads=8,
+        num_key_value_heads=2, num_local_experts=EXPERTS,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+
+
+def load_experts(directory: Path) -> float:
+    """Load all layers in this process; return the peak beside what stays, in units of one layer's experts.
+
+    In float32, not in the files' type, so that what is read is copied, as it is where it goes to a GPU.
+    """
+    layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained())
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, memory("RssAnon"))
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    stage = layers.build_stage(0, len(layers), torch.device("cpu"))
+    done.set()
+    watcher.join()
+    beside = peak - memory("RssAnon")
+    del stage
+    return beside / (4 * EXPERTS * 3 * HIDDEN * INNER)
+
+
+def measure_peak(depth: int) -> float:
+    """Call :func:`load_experts` in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_experts(Path(directory), depth)
+        # Freed blocks go back to the system at once, so that what is resident is what is held (mallopt(3)).
+        command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", sys.executable, __file__, directory]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(answer.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    print(json.dumps(load_experts(Path(sys.argv[1]))))

@@ -1,0 +1,85 @@
+"""An adapter in llama.cpp against the trained model: next-token probabilities of the same text, side by side.
+
+    pipelite export-gguf --adapter DIR --base DIR --output adapter.gguf
+    python examples/compare_llama_cpp.py --base DIR --adapter DIR --base-gguf base.gguf --adapter-gguf adapter.gguf
+
+The base as GGUF comes from llama.cpp's convert_hf_to_gguf.py (--outtype f32 for a close comparison). llama.cpp's Python
+binding is needed: pip install llama-cpp-python. The adapter is a LoRA, or a Control Adapter, which is run here as the
+LoRA that control-to-lora makes of it: what its GGUF file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pipelite.export import control_to_lora
+from lightning_pipelite.export.control import is_control_adapter
+
+TEXT = "Python is an easy to learn, powerful programming language. It has efficient high-level data structures."
+
+
+@torch.no_grad()
+def trained_logits(base: str, adapter: str, tokens: list[int], inverse: bool = False) -> Tensor:
+    """Return the logits [tokens, vocabulary] of the base with its adapter, by transformers and PEFT."""
+    if is_control_adapter(adapter):
+        with tempfile.TemporaryDirectory() as directory:
+            control_to_lora(base, adapter, f"{directory}/lora", inverse)
+            return trained_logits(base, f"{directory}/lora", tokens)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    logits: Tensor = PeftModel.from_pretrained(model, adapter).eval()(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def llama_logits(base_gguf: str, adapter_gguf: str | None, tokens: list[int]) -> Tensor:
+    """Return the same by llama.cpp."""
+    from llama_cpp import Llama
+
+    llama = Llama(
+        base_gguf, lora_path=adapter_gguf, logits_all=True, n_ctx=len(tokens) + 8, n_gpu_layers=0, verbose=False
+    )
+    llama.eval(tokens)
+    return torch.tensor(llama.scores[: len(tokens)])
+
+
+def compare(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return the mean Kullback-Leibler divergence in nats, and in how many of the places the same token is first."""
+    one, other = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    divergence = float((one.exp() * (one - other)).sum(-1).mean())
+    return divergence, float((one.argmax(-1) == other.argmax(-1)).double().mean())
+
+
+def main() -> int:
+    """Print the comparison with the adapter, and without it for scale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--base", "--adapter", "--base-gguf", "--adapter-gguf"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--inverse", action="store_true", help="class -1 of a Control Adapter")
+    parser.add_argument("--text", default=TEXT)
+    options = parser.parse_args()
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        print("llama.cpp's Python binding is missing; pip install llama-cpp-python.", file=sys.stderr)
+        return 2
+    for path in (options.base_gguf, options.adapter_gguf):
+        if not Path(path).is_file():
+            print(f"{path} does not exist; see --help for how to make it.", file=sys.stderr)
+            return 2
+    tokens = AutoTokenizer.from_pretrained(options.base)(options.text).input_ids
+    wanted = trained_logits(options.base, options.adapter, tokens, options.inverse)
+    for told, adapter in (("with the adapter", options.adapter_gguf), ("without it", None)):
+        divergence, same = compare(wanted, llama_logits(options.base_gguf, adapter, tokens))
+        print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats a token, first token the same in {same:.0%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

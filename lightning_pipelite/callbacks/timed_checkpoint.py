@@ -1,0 +1,241 @@
+"""Checkpoints by the clock, at the end of each epoch, and when somebody asks for one."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loop_state import within_last_batch
+
+TRIGGER = "save_now"
+SIGTERM_STATUS = 128 + 15
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+class TimedCheckpoint(ModelCheckpoint):
+    """Saves ``step=NUMBER.ckpt`` by wall-clock time and at the end of each epoch, and keeps the newest ones.
+
+    At the end of the step it also saves
+
+    - on SIGUSR1, and if there is a file ``save_now`` in ``dirpath``, which is then removed; training goes on;
+    - on SIGTERM, which then ends the training with exit status 143, as of a process that this signal has killed.
+
+    A signal to any rank counts; rank 0 watches the clock and the file. If the module has a method
+    ``save_trained(directory)``, what is trained is written at the end of each epoch as well, as
+    ``epoch=NUMBER.trained`` beside the checkpoint. Works with any strategy. For Lightning it is a ModelCheckpoint:
+    ``ckpt_path="last"`` and, with a ``monitor``, ``"best"`` find its checkpoints.
+
+    Args:
+        checkpoint_interval_hours: the time between two checkpoints.
+        max_checkpoints: how many to keep, the newest by step; 0 for all. An old one is deleted when the one that takes
+            its place is on the disk, so that there is always a whole one.
+        dirpath: where they are.
+        monitor: a metric; each evaluation that is the best so far is then saved, and the best kept beside the newest.
+        mode: whether the best is the ``min`` or the ``max``.
+
+    Raises:
+        ConfigurationError: if a value is out of range.
+    """
+
+    def __init__(
+        self,
+        checkpoint_interval_hours: float = 1.0,
+        max_checkpoints: int = 3,
+        dirpath: str = "checkpoints",
+        monitor: str | None = None,
+        mode: str = "min",
+    ) -> None:
+        if checkpoint_interval_hours <= 0:
+            raise ConfigurationError(
+                f"TimedCheckpoint: checkpoint_interval_hours must be positive, not {checkpoint_interval_hours}."
+            )
+        if max_checkpoints < 0:
+            raise ConfigurationError(f"TimedCheckpoint: max_checkpoints must be at least 0, not {max_checkpoints}.")
+        if not dirpath or mode not in ("min", "max"):
+            raise ConfigurationError(f"TimedCheckpoint: dirpath is {dirpath!r} and mode {mode!r}; mode is min or max.")
+        super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1)
+        self.checkpoint_interval_hours = checkpoint_interval_hours
+        self.max_checkpoints = max_checkpoints
+        self._directory = Path(str(self.dirpath))
+        self._signals = Signals()
+        self._saved_at = 0.0
+        self._request = 0  # what is to be done after the evaluation that follows
+        self._unpruned = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "TimedCheckpoint"
+
+    # When to save
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+        self._directory = Path(str(self.dirpath))
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.max_steps != -1:
+            within_last_batch(checkpoint["loops"]["fit_loop"])
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at = time.monotonic()
+        self._last_global_step_saved = trainer.global_step  # nothing to save until a step is taken
+        self._signals.listen()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if _only_tries(trainer) or trainer.fit_loop._should_accumulate():
+            return
+        self._prune(trainer)
+        wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
+        self._request = int(trainer.strategy.reduce(wish, reduce_op="max"))
+        if trainer.global_step == trainer.max_steps and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
+        epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
+        if not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
+            self._answer(trainer)
+
+    def _wish(self, trainer: pl.Trainer) -> int:
+        """What this rank wants to be done."""
+        wish = self._signals.take()
+        if trainer.is_global_zero:
+            due = time.monotonic() - self._saved_at >= 3600 * self.checkpoint_interval_hours
+            if due or (self._directory / TRIGGER).exists():
+                wish = max(wish, SAVE)
+        return wish
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or _only_tries(trainer) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.global_step > 0 and self._is_best(trainer):
+            self._request = max(self._request, SAVE)
+        self._answer(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _only_tries(trainer):
+            return
+        if callable(save_trained := getattr(pl_module, "save_trained", None)):
+            directory = self._directory / f"epoch={trainer.current_epoch}.trained"
+            try:  # before the checkpoint: what resumes from that does not come here again
+                save_trained(directory)
+            except OSError as error:
+                rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
+        self._request = max(self._request, SAVE)
+        self._answer(trainer, ends_epoch=True)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prune(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._signals.ignore()
+
+    # Saving
+
+    def _answer(self, trainer: pl.Trainer, ends_epoch: bool = False) -> None:
+        """Do what is requested, if anything; after the last batch of an epoch, at the end of the epoch."""
+        if not self._request or (trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not ends_epoch):
+            return
+        request, self._request = self._request, 0
+        self._save(trainer)
+        if trainer.is_global_zero:
+            with contextlib.suppress(OSError):  # a disk that is broken need not end the training
+                (self._directory / TRIGGER).unlink()
+        if request == SAVE_AND_PASS_ON:
+            self._signals.pass_on()
+        if request == SAVE_AND_STOP:
+            trainer.print(f"SIGTERM: training ends after step {trainer.global_step}; resume with ckpt_path=last.")
+            raise SIGTERMException(SIGTERM_STATUS)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved_at = time.monotonic()
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        self._save_checkpoint(trainer, str(self._directory / f"step={trainer.global_step:08d}.ckpt"))
+        self._unpruned = True
+        self._prune(trainer)
+
+    def _is_best(self, trainer: pl.Trainer) -> bool:
+        """Whether this evaluation is the best so far; rank 0 decides."""
+        current = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        better = False
+        if isinstance(current, Tensor) and not current.isnan():
+            best = self.best_model_score
+            better = best is None or bool(current < best if self.mode == "min" else current > best)
+        if not trainer.strategy.broadcast(better):
+            return False
+        assert current is not None
+        self.best_model_score = current.detach().cpu()
+        self.best_model_path = str(self._directory / f"step={trainer.global_step:08d}.ckpt")
+        return True
+
+    # What is kept
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        """Delete what is one too many, once the newest is there: a strategy may write in the background."""
+        newest = Path(self._last_checkpoint_saved)
+        if not self._unpruned or not trainer.is_global_zero or not newest.exists():
+            return
+        self._unpruned = False
+        if self.max_checkpoints == 0:
+            return
+        last = _step_of(newest)
+        # Those of later steps are left from a training that was taken up again before them.
+        ranked = sorted(self._existing(), key=lambda path: (_step_of(path) <= last, _step_of(path)), reverse=True)
+        for path in ranked[self.max_checkpoints :]:
+            if str(path) != self.best_model_path:
+                trainer.strategy.remove_checkpoint(str(path))
+
+    def _existing(self) -> Iterator[Path]:
+        if self._directory.is_dir():
+            yield from (path for path in self._directory.iterdir() if _NAME.fullmatch(path.name))
+
+    @override
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        newest = max(self._existing(), key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        return {str(newest)} if newest else set()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_model_path": self.best_model_path, "best_model_score": self.best_model_score}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if Path(state_dict["best_model_path"]).exists():
+            self.best_model_path = state_dict["best_model_path"]
+            self.best_model_score = state_dict["best_model_score"]
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _only_tries(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

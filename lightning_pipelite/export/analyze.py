@@ -1,0 +1,148 @@
+"""Says in figures and pictures what an adapter has learned."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from lightning_pipelite.export.base import BaseModel
+from lightning_pipelite.export.control import ControlAdapterFile, is_control_adapter
+from lightning_pipelite.export.control_to_lora import layers_of
+from lightning_pipelite.export.lora import LoRAOfBase
+from lightning_pipelite.export.page import page
+from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
+from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.export.spectra import Control, Product, control, product, saved_factors
+
+DPI = 200
+LORA_TERMS = {
+    "‖ΔW‖_F": "Frobenius norm of ΔW = scaling · B A, of fused experts that of all together.",
+    "‖ΔW‖₂": "Spectral norm, the largest singular value.",
+    "rank": "Number of singular values.",
+    "eff. rank": "Effective rank ‖ΔW‖²_* / ‖ΔW‖²_F: how many directions ΔW uses, between 1 and its rank.",
+    "‖ΔW‖/‖W‖": "Frobenius norm relative to that of the base's weight; needs --base.",
+}
+CONTROL_TERMS = {
+    "‖QᵀQ-I‖²": "Squared Frobenius norm of QᵀQ - I: 0 if the directions are orthonormal.",
+    "‖W‖_F": "Frobenius norm of W = Q diag(λ) Qᵀ, λ = expm1(S).",
+    "‖W‖₂": "Spectral norm, and in brackets the error of max |λ| in its place.",
+    "‖W‖_*": "Nuclear norm, and in brackets the error of Σ |λ| in its place.",
+    "eff. rank": "Effective rank ‖W‖²_* / ‖W‖²_F, between 1 and the rank.",
+    "κ": "Condition number of W on its rank: largest over smallest singular value.",
+    "λ min": "Smallest eigenvalue of W for class +1.",
+    "λ max": "Largest eigenvalue of W for class +1.",
+}
+CAPTIONS = {
+    "norms": "Norms by layer.",
+    "relative_norms": "How much is added to each weight, relative to it.",
+    "effective_ranks": "Effective rank of what is added to each weight.",
+    "spectra": "Singular values of what is added to each weight, a line for each layer.",
+    "eigenvalues": "Eigenvalues of W by layer for both classes, and in order for class +1.",
+    "conditioning": "How well-formed each layer is.",
+}
+
+
+def analyze(adapter: str, base: str | None = None, output: str | None = None) -> str:
+    """Print and draw the figures of a LoRA or a Control Adapter.
+
+    Writes ``analysis.json``, a PNG for each picture, and ``analysis.html``, which holds all and needs no other file.
+    Everything is computed from the small factors. Of a DoRA, only its product B·A is looked at.
+
+    Args:
+        adapter: directory of the adapter.
+        base: directory of the model that it was trained on; gives norms relative to those of its weights.
+        output: directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
+    """
+    source = Path(adapter)
+    target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")
+    with new_directory(target, [source, *([Path(base)] if base else [])]) as partial:
+        if is_control_adapter(source):
+            layers = _control(source, base)
+            head, rows, terms = ["layer", *CONTROL_TERMS], _control_rows(layers), CONTROL_TERMS
+            pictures = control_pictures(layers)
+            figures: Mapping[str, object] = {str(number): asdict(each) for number, each in layers.items()}
+            kind = "Control Adapter"
+        else:
+            products = _lora(source, base)
+            terms = {name: text for name, text in LORA_TERMS.items() if base or "‖W‖" not in name}
+            head, rows = ["layer", "module", *terms], _lora_rows(products, relative=base is not None)
+            pictures = lora_pictures(products)
+            figures, kind = {name: asdict(each) for name, each in products.items()}, "LoRA"
+        pngs = {name: (_png(figure), CAPTIONS[name]) for name, figure in pictures.items()}
+        for name, (png, _) in pngs.items():
+            (partial / f"{name}.png").write_bytes(png)
+        content = json.dumps({"kind": kind, "figures": figures}, indent=1, allow_nan=False)
+        (partial / "analysis.json").write_text(content + "\n", encoding="utf-8")
+        about = f"{kind} in {source}" + (f", on {base}" if base else "")
+        text = page(f"Analysis of {source.name}", about, pngs, head, rows, terms)
+        (partial / "analysis.html").write_text(text, encoding="utf-8")
+    written = ", ".join(["analysis.html", "analysis.json", *(f"{name}.png" for name in pngs)])
+    return f"{about}\n\n{_table(head, rows)}\n\n{target}: {written}"
+
+
+def _lora(adapter: Path, base: str | None) -> dict[str, Product]:
+    if base is None:
+        return {name: product(each) for name, each in tqdm(list(saved_factors(adapter)), desc="analyzing", unit="")}
+    model = BaseModel(base)
+    lora = LoRAOfBase(model, adapter)
+    return {
+        name: product(each, float(model.read_parameter(name).norm()))
+        for name, each in tqdm(list(lora.products()), desc="analyzing", unit="")
+    }
+
+
+def _control(adapter: Path, base: str | None) -> dict[int, Control]:
+    control_file = ControlAdapterFile(adapter)
+    if base is not None:
+        layers_of(BaseModel(base), control_file)
+    return {number: control(each) for number, each in tqdm(control_file.transforms.items(), desc="analyzing", unit="")}
+
+
+def _lora_rows(products: Mapping[str, Product], *, relative: bool) -> list[list[str]]:
+    rows = []
+    for name, each in products.items():
+        layer, module = place(name)
+        row = ["" if layer is None else str(layer), module, f"{each.frobenius:.4g}", f"{each.spectral:.4g}"]
+        row += [str(len(each.singular_values)), f"{each.effective_rank:.2f}"]
+        rows.append([*row, f"{each.relative:.3%}"] if relative else row)
+    return rows
+
+
+def _control_rows(layers: Mapping[int, Control]) -> list[list[str]]:
+    return [
+        [
+            str(number),
+            "" if each.orthogonality is None else f"{each.orthogonality:.2e}",
+            f"{each.frobenius:.4g}",
+            f"{each.spectral:.4g}{_bracketed(each.spectral_error)}",
+            f"{each.nuclear:.4g}{_bracketed(each.nuclear_error)}",
+            f"{each.effective_rank:.2f}",
+            "" if each.condition is None else f"{each.condition:.4g}",
+            f"{each.eigenvalues[-1]:+.4f}",
+            f"{each.eigenvalues[0]:+.4f}",
+        ]
+        for number, each in layers.items()
+    ]
+
+
+def _bracketed(error: float | None) -> str:
+    return "" if error is None else f" ({error:+.2%})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

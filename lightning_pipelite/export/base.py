@@ -1,0 +1,225 @@
+"""The weights of a causal LM on disk, one at a time, by the names that the model in memory gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.checkpoint import INDEX_FILE, SINGLE_FILE, check_weights, read_header, read_json
+from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
+from lightning_pipelite.models.skeleton import read_config
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # of the safetensors format; what an adapter can be added to
+
+
+@dataclass
+class Group:
+    """Tensors of the files and parameters of the model that transformers turns into each other together.
+
+    Mostly one of each; or, for fused experts, many tensors and one parameter.
+
+    Attributes:
+        files: For each tensor of the files its name after transformers' renamings, and the pattern that matched it.
+        parameters: Names of the parameters.
+        converter: What turns one into the other; None if that is a matter of names.
+    """
+
+    files: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    converter: WeightConverter | None = None
+
+
+class BaseModel:
+    """A Hugging Face causal LM on disk whose weights are read one at a time.
+
+    transformers renames, fuses and splits weights as it loads them. This holds its mapping in both directions, so
+    that a parameter of the model, by its name there, can be read from the files and written back in their layout.
+
+    Args:
+        directory: Directory with ``config.json`` and safetensors weights.
+
+    Attributes:
+        config: Of the causal LM; of a multimodal model, its text model's.
+        model: The model on the meta device.
+        shapes: Shape of each parameter of the model.
+        headers: For each weight file, what its header says of each tensor.
+        groups: The :class:`Group` of each parameter that the files hold.
+
+    Raises:
+        ConfigurationError: The model is missing, damaged or not a causal LM that transformers ships.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")
+        if (self.directory / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
+            raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
+        self.config = read_config(self.directory, trust_remote_code=False)
+        if getattr(self.config, "output_router_logits", False):
+            self.config.output_router_logits = False  # a matter of training
+        check_weights(self.directory)
+        self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
+        self.model = self.skeleton()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.headers = {name: read_header(self.directory / name) for name in self._file_names()}
+        self._file_of = {tensor: name for name, header in self.headers.items() for tensor in header}
+        transforms = get_model_conversion_mapping(
+            self.model, key_mapping=TEXT_MODEL_NAMES if self.is_text_part else None
+        )
+        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self.groups = self._match()
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return a new model on the meta device, in float32."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+
+    def read(self, group: Group, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Return the parameters of ``group`` in float32 by name, made from the files."""
+        return self._join(group, {name: self._read_tensor(name, device) for name in group.files})
+
+    def read_parameter(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """Return the parameter ``name`` of the model in float32.
+
+        Raises:
+            ConfigurationError: The files do not hold it.
+        """
+        return self.read(self.group_of(name), device)[name]
+
+    def group_of(self, name: str) -> Group:
+        """Return the group of the parameter ``name``.
+
+        Raises:
+            ConfigurationError: The files do not hold it, so that it must be tied to another one.
+        """
+        if name not in self.groups:
+            raise ConfigurationError(
+                f"the adapter changes {name}, which {self.directory} ties to another weight; an untied base is needed."
+            )
+        return self.groups[name]
+
+    def split(self, group: Group, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the files that the ``parameters`` of ``group`` stand for, by their names there."""
+        if group.converter is None:
+            (file,), (parameter,) = group.files, group.parameters
+            return {file: parameters[parameter]}
+        reverse: Any = group.converter.reverse_transform()
+        first = ""
+        for name in sorted(parameters, key=dot_natural_key):
+            renamed, pattern = apply_converters(name, [reverse])
+            first = first or renamed
+            reverse.add_tensor(renamed, name, pattern, parameters[name])
+        split = reverse.convert(first, model=self.model, config=self.model.config)
+        split = {name: _only(value) for name, value in split.items()}
+        files = {renamed: name for name, (renamed, _) in group.files.items()}
+        if split.keys() != files.keys():
+            raise ConfigurationError(
+                f"{self.directory}: {group.parameters[0]} cannot be written back in the layout of its files; save the "
+                "model with transformers' save_pretrained and give that."
+            )
+        return {files[name]: value for name, value in split.items()}
+
+    def check_round_trip(self, group: Group) -> None:
+        """Check on the values of ``group`` that what is read and written back is what the files hold.
+
+        Raises:
+            ConfigurationError: It is not.
+        """
+        tensors = {name: self._read_tensor(name, "cpu") for name in group.files}
+        for name, value in self.split(group, self._join(group, tensors)).items():
+            if not torch.equal(value, tensors[name]):
+                raise ConfigurationError(
+                    f"{self.directory}: {name} does not survive being read and written back; save the model with "
+                    "transformers' save_pretrained and give that."
+                )
+
+    def _file_names(self) -> list[str]:
+        if (self.directory / SINGLE_FILE).exists():
+            return [SINGLE_FILE]
+        return sorted(set(read_json(self.directory / INDEX_FILE)["weight_map"].values()))
+
+    def _read_tensor(self, name: str, device: str | torch.device) -> Tensor:
+        dtype = self.headers[self._file_of[name]][name]["dtype"]
+        if dtype not in DTYPES:
+            raise ConfigurationError(f"{self.directory}: {name} has type {dtype}; a base in floating point is needed.")
+        with safe_open(self.directory / self._file_of[name], framework="pt", device=str(device)) as file:
+            return file.get_tensor(name).float()
+
+    def _match(self) -> dict[str, Group]:
+        """Sort the files' tensors into groups, as transformers does when it loads them."""
+        wanted = dict.fromkeys(self.shapes, True)
+        prefix = self.model.base_model_prefix
+        groups: dict[str, Group] = {}
+        for name in sorted(self._file_of, key=dot_natural_key):
+            first, pattern = rename_source_key(name, self._renamings, self._converters, prefix, wanted)
+            renamed = apply_renamings(name, self._renamings)
+            if first not in wanted and name in wanted:
+                first, pattern, renamed = name, None, name
+            if first not in wanted:
+                continue  # images, sound, buffers: nothing of the causal LM
+            group = groups.setdefault(first, Group())
+            group.files[name] = (renamed, pattern)
+            if pattern is not None:
+                group.converter = next(each for each in self._converters if pattern in each.source_patterns)
+        by_parameter: dict[str, Group] = {}
+        for first, group in groups.items():
+            if group.converter is None:
+                made = {first: self._shape(next(iter(group.files)))}
+            else:
+                metas = {name: torch.empty(self._shape(name), device="meta") for name in group.files}
+                made = {name: tuple(tensor.shape) for name, tensor in self._join(group, metas, first).items()}
+            for name, shape in made.items():
+                if self.shapes.get(name) != shape:
+                    raise ConfigurationError(
+                        f"{self.directory}: {name} has shape {list(shape)} in the files but config.json asks for "
+                        f"{list(self.shapes.get(name, ()))}; fetch the model again."
+                    )
+                by_parameter[name] = group
+            group.parameters = list(made)
+        return by_parameter
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.headers[self._file_of[name]][name]["shape"])
+
+    def _join(self, group: Group, tensors: dict[str, Tensor], first: str | None = None) -> dict[str, Tensor]:
+        """Return the parameters that ``tensors``, all those of ``group``, make."""
+        first = first or group.parameters[0]
+        if group.converter is None:
+            return {first: _only(list(tensors.values()))}
+        converter: Any = deepcopy(group.converter)
+        for name in sorted(group.files, key=dot_natural_key):
+            converter.add_tensor(first, name, group.files[name][1], tensors[name])
+        made = converter.convert(first, model=self.model, config=self.model.config)
+        return {name: _only(value) for name, value in made.items()}
+
+
+def _only(value: Tensor | Iterable[Tensor]) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    (tensor,) = value
+    return tensor

@@ -1,0 +1,188 @@
+"""Makes a LoRA of a Control Adapter: exact factors of what is multiplied into the weights, without an SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.base import BaseModel
+from lightning_pipelite.export.control import ControlAdapterFile, Transform
+from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.nearness import Nearness, measure
+from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers
+
+PREFIX = "base_model.model."
+
+
+def control_to_lora(
+    base: str,
+    adapter: str,
+    output: str,
+    inverse: bool = False,
+    writers: Literal["nearer", "last", "all"] = "nearer",
+) -> str:
+    """Make a LoRA of a Control Adapter.
+
+    For each matrix W that writes into the residual stream of a transformed layer, B = Q diag(λ) and A = Qᵀ W with
+    λ = expm1(±S): W + B A is W multiplied by what the Control Adapter multiplies the layer's delta with. Where
+    attention and MLP are parallel, or in general where the delta is the sum of these products, the LoRA does exactly
+    what the Control Adapter does. Where the MLP comes after the attention it only comes near: with the MLP's matrix
+    alone ("last") the attention's part of the delta is left out; with the attention's as well ("all") the MLP sees
+    another input. Both are then measured against the Control Adapter on the base, layer by layer.
+
+    A merge of such a LoRA is undone by the inverse LoRA, made on the merged model with the same ``writers``.
+
+    Args:
+        base: directory of the Hugging Face model that the adapter was trained on.
+        adapter: directory of the Control Adapter.
+        output: directory to write, as PEFT saves a LoRA; must not exist, or be empty.
+        inverse: of class -1, the exact inverse, in place of class +1.
+        writers: the matrices to adapt: "last" or "all" that write into a layer's output, or the "nearer" of the two.
+
+    Raises:
+        ConfigurationError: The adapter does not fit the base, or no LoRA does what it does on such a model.
+    """
+    with new_directory(Path(output), [Path(base), Path(adapter)]) as partial:
+        control = ControlAdapterFile(adapter)
+        model = BaseModel(base)
+        layers = layers_of(model, control)
+        found = find_writers(model.config, list(layers))
+        chosen, told = _choose(found, writers, base, control, inverse)
+        _save(partial, model, {name: chosen(each) for name, each in found.items()}, layers, inverse)
+        LoRAOfBase(model, partial)  # PEFT finds a place for each weight
+    return told
+
+
+def layers_of(base: BaseModel, control: ControlAdapterFile) -> dict[str, Transform]:
+    """Return the transform of each transformed layer, by the layer's full name.
+
+    Raises:
+        ConfigurationError: The base has no such layer, or one of another width.
+    """
+    layers = {f"{control.layers_name}.{number}": each for number, each in control.transforms.items()}
+    modules = dict(base.model.named_modules())
+    for name in layers:
+        if name not in modules:
+            raise ConfigurationError(
+                f"{control.directory} transforms {name}, which {base.directory} does not have; give the adapter's base."
+            )
+    hidden = base.config.hidden_size
+    if control.hidden != hidden:
+        raise ConfigurationError(
+            f"{control.directory} is for layers of width {control.hidden} but those of {base.directory} have {hidden}; "
+            "give the adapter's base."
+        )
+    return layers
+
+
+class _Last:
+    def __call__(self, layer: LayerWriters) -> tuple[Writer, ...]:
+        return layer.last
+
+
+class _All:
+    def __call__(self, layer: LayerWriters) -> tuple[Writer, ...]:
+        return layer.last + layer.first
+
+
+def _choose(
+    found: dict[str, LayerWriters],
+    writers: str,
+    base: str,
+    control: ControlAdapterFile,
+    inverse: bool,
+) -> tuple[_Last | _All, str]:
+    """Return which writers of each layer are adapted, and what to tell about it."""
+    if not any(each.first for each in found.values()):
+        return _Last(), f"Exact: every matrix that writes into the {len(found)} transformed layers is adapted."
+    near = measure(Path(base), control, found, inverse=inverse)
+    nearer = min(near, key=lambda name: near[name].divergence)
+    take = nearer if writers == "nearer" else writers
+    lines = [f"No LoRA is exact here. Against the Control Adapter, on {near[take].tokens} tokens:"]
+    for name, each in near.items():
+        matrices = {"last": "the last matrix of each layer", "all": "all that write into a layer"}[name]
+        lines.append(f"  {name:4} ({matrices}): {_told(each)}{'  <- taken' if name == take else ''}")
+    undo = "Merged, it undoes a merge made with" if inverse else "Once merged, it is undone by --inverse with"
+    lines.append(f"{undo} --writers {take}.")
+    return (_Last() if take == "last" else _All()), "\n".join(lines)
+
+
+def _told(near: Nearness) -> str:
+    return f"KL divergence {near.divergence:.3g} nats a token ({near.without:.3g} without any adapter)"
+
+
+def _save(
+    directory: Path,
+    base: BaseModel,
+    writers: dict[str, Sequence[Writer]],
+    layers: dict[str, Transform],
+    inverse: bool,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    biased: dict[str, bool] = {}
+    todo = [(name, writer) for name, each in writers.items() for writer in each]
+    for name, writer in tqdm(todo, desc="converting", unit="matrices"):
+        left, right = layers[name].factors(inverse=inverse)
+        module = writer.weight.rpartition(".")[0]
+        weight = base.read_parameter(writer.weight)
+        weight = weight.mT if writer.transposed else weight
+        if weight.ndim == 3:
+            if writer.bias is not None:
+                raise ConfigurationError(
+                    f"{base.directory}: the experts {module} have a bias, which a LoRA of them cannot change; run the "
+                    "model with the Control Adapter itself instead."
+                )
+            count = weight.shape[0]
+            a = torch.stack([right @ each for each in weight]).flatten(0, 1)
+            b = left[..., None].expand(*left.shape, count).flatten(1)
+            parameters.append(writer.weight)
+        else:
+            a, b = right @ weight, left
+            modules.append(module)
+            biased[module] = writer.bias is not None
+            if writer.bias is not None:
+                tensors[f"{PREFIX}{module}.lora_B.bias"] = left @ (right @ base.read_parameter(writer.bias))
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    if len(set(biased.values())) > 1:
+        raise ConfigurationError(
+            f"{base.directory}: some of the matrices that write into a layer have a bias and some have none, which "
+            "PEFT's LoRA cannot express; run the model with the Control Adapter itself instead."
+        )
+    rank = left.shape[1]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_shortest(modules, [name for name, _ in base.model.named_modules()], 1) or None,
+        target_parameters=_shortest(parameters, list(base.shapes), 3) or None,
+        lora_bias=any(biased.values()),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base.directory.absolute()),
+        inference_mode=True,
+    )
+    if not modules:
+        config.target_modules = set()
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+    assert (directory / CONFIG_FILE).exists()
+
+
+def _shortest(targets: list[str], names: Iterable[str], length: int) -> list[str]:
+    """Return the last components of ``targets`` if they name the same of ``names``, as people and tools expect."""
+
+    def last(name: str) -> str:
+        return ".".join(name.split(".")[-length:])
+
+    short = {last(name) for name in targets}
+    return sorted(short) if {name for name in names if last(name) in short} == set(targets) else targets

@@ -1,0 +1,32 @@
+"""Takes what was trained out of training checkpoints, of this project and of qlora-pipe-lite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.former_checkpoint import FormerCheckpoint
+from lightning_pipelite.export.own_checkpoint import convert_own
+
+
+def convert(checkpoint: str, output: str, config: str) -> str:
+    """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
+
+    Args:
+        checkpoint: directory of the checkpoint: one of this project's, or one of qlora-pipe-lite's with its
+            layer_NN-model_states.pt files (or the directory of a run, for its latest one).
+        output: directory to write; must not exist, or be empty.
+        config: configuration of the training: the YAML of pipelite fit, or the TOML of qlora-pipe-lite. The model is
+            found where it says.
+
+    Raises:
+        ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
+    """
+    directory, settings = Path(checkpoint), Path(config)
+    if not directory.is_dir():
+        raise ConfigurationError(f"{checkpoint} is not a directory; give that of a checkpoint.")
+    if not settings.is_file():
+        raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
+    if FormerCheckpoint.is_one(directory):
+        return FormerCheckpoint(directory, settings).convert(Path(output))
+    return convert_own(directory, Path(output), settings)

@@ -1,0 +1,162 @@
+"""Adds adapters to the weights of their base model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.base import DTYPES, BaseModel, Group
+from lightning_pipelite.export.lora import LoRAOfBase
+from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.models.checkpoint import read_header
+
+MAX_SCALE = 2.0
+WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+DIRECTORIES = ("additional_chat_templates",)
+CHUNK = 1 << 24  # bytes copied at a time
+
+
+def merge(
+    base: str, adapter: list[str] | str, output: str, scale: list[float] | float | None = None, device: str = "cpu"
+) -> str:
+    """Add one or several LoRAs to the weights of their base model.
+
+    The output has the base's files: the same names, tensors, types and metadata, with tokenizer, configuration and
+    templates copied. Sums are in float32. Beside the adapter, the memory is that of one tensor at a time (of the
+    experts of one layer, where transformers fuses them).
+
+    Args:
+        base: directory of the Hugging Face model that the adapters were trained on.
+        adapter: PEFT directory of the adapter, or a list of them.
+        output: directory to write; must not exist, or be empty.
+        scale: factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
+        device: where to compute: cpu, or cuda.
+
+    Raises:
+        ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
+    """
+    adapters = [adapter] if isinstance(adapter, str) else adapter
+    scales = _scales(scale, len(adapters))
+    with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
+        model = BaseModel(base)
+        loras = [LoRAOfBase(model, each, by, device) for each, by in zip(adapters, scales, strict=True)]
+        if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
+            raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
+        changed = _Changed(model, loras, device)
+        total = sum(len(header) for header in model.headers.values())
+        with tqdm(total=total, unit="tensors", desc="merging") as progress:
+            for name in model.headers:
+                write_shard(model.directory / name, partial / name, changed, progress)
+        changed.check_complete()
+        copy_companions(model.directory, partial)
+    parameters = {name for each in loras for name in each.changed}
+    return f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files."
+
+
+def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:
+    if scale is None:
+        scales = [1.0] * count
+    elif isinstance(scale, (int, float)):
+        scales = [float(scale)]
+    else:
+        scales = [float(each) for each in scale]
+    if len(scales) != count:
+        raise ConfigurationError(f"scale has {len(scales)} numbers for {count} adapters; give one for each.")
+    for each in scales:
+        if not -MAX_SCALE < each < MAX_SCALE:
+            raise ConfigurationError(f"scale is {each:g}; set it to more than -2 and less than 2.")
+    return scales
+
+
+class _Changed:
+    """The tensors of the files that adapters change, each made when it is asked for.
+
+    Those that belong together (the experts of a layer in one parameter) are made together and kept until the last of
+    them was asked for.
+    """
+
+    def __init__(self, base: BaseModel, loras: list[LoRAOfBase], device: str) -> None:
+        self._base, self._loras, self._device = base, loras, device
+        self._groups: dict[str, Group] = {}
+        for name in sorted({name for each in loras for name in each.changed}):
+            self._groups.update(dict.fromkeys(base.group_of(name).files, base.group_of(name)))
+        self._made: dict[str, Tensor] = {}
+        self._checked: set[int] = set()
+        self._applied: set[tuple[int, str]] = set()
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._groups
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        if tensor not in self._made:
+            group = self._groups[tensor]
+            if group.converter is not None and id(group.converter) not in self._checked:
+                self._base.check_round_trip(group)
+                self._checked.add(id(group.converter))
+            parameters = self._base.read(group, self._device)
+            for name in parameters:
+                for number, lora in enumerate(self._loras):
+                    if name in lora.changed:
+                        parameters[name] = lora.apply(name, parameters[name])
+                        self._applied.add((number, name))
+            self._made.update(self._base.split(group, parameters))
+        return self._made.pop(tensor)
+
+    def check_complete(self) -> None:
+        """Check that every parameter that an adapter changes was written."""
+        wanted = {(number, name) for number, lora in enumerate(self._loras) for name in lora.changed}
+        if wanted != self._applied or self._made:
+            raise RuntimeError(f"not merged: {sorted(wanted - self._applied)}")
+
+
+class Tensors(Protocol):
+    """Tensors by name, which may be made when they are asked for."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) -> None:
+    """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
+
+    Raises:
+        ConfigurationError: A changed tensor is not finite in the file's type.
+    """
+    header = read_header(source)
+    with source.open("rb") as before, target.open("wb") as after:
+        length = before.read(8)
+        after.write(length + before.read(int.from_bytes(length, "little")))
+        start = after.tell()
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, end = entry["data_offsets"]
+            if name in changed:
+                value = changed[name].to("cpu", DTYPES[entry["dtype"]]).contiguous()
+                if list(value.shape) != entry["shape"] or value.nbytes != end - first:
+                    raise RuntimeError(f"{name} came out as {value.dtype} {list(value.shape)}")
+                if not torch.isfinite(value).all():
+                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} in the end; lower scale.")
+                after.seek(start + first)
+                after.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                before.seek(start + first)
+                after.seek(start + first)
+                for left in range(end - first, 0, -CHUNK):
+                    after.write(before.read(min(left, CHUNK)))
+            progress.update()
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy all of a model's directory but weights; config.json last: without it, an unfinished model does not load."""
+    paths = [path for path in source.iterdir() if not path.name.startswith(".")]
+    for path in sorted(paths, key=lambda path: path.name == "config.json"):
+        if path.is_file() and path.suffix not in WEIGHT_FILES:
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name in DIRECTORIES:
+            shutil.copytree(path, target / path.name)

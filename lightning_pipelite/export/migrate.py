@@ -1,0 +1,304 @@
+"""Turns a configuration of qlora-pipe-lite into one of this project."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.places import check_new_file, new_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CALLBACKS = "lightning_pipelite.callbacks"
+ADAPTERS = "lightning_pipelite.adapters"
+DATASET_KEYS = {"dataset_path", "control_class", "max_tokens", "max_sequences", "drop_tails", "document_suffix"}
+# Keys of older versions whose only value that can be kept is the one that does nothing.
+ONLY = {
+    "lora_weight_decay_type": ("l2", "weight decay is that of ½‖BA‖²_F"),
+    "lora_max_norm": (0, "norms are held by weight decay alone"),
+    "control_adapter_type": ("full", "what a Control Adapter learns is symmetric"),
+    "control_class0_lambda": (0, "there is no auxiliary loss of class 0"),
+}
+SAME = ("max_sequences", "drop_tails", "mix_datasets", "sequence_prefix", "document_prefix", "mask_tokens")
+
+
+def migrate(config: str, output: str | None = None) -> str | None:
+    """Turn a configuration of qlora-pipe-lite into the YAML of `pipelite fit --config`.
+
+    Every key is carried over; a comment says where a meaning changed. What this project cannot do, and keys that
+    qlora-pipe-lite never had, are errors.
+
+    Args:
+        config: the TOML file.
+        output: file to write; must not exist. By default, the YAML is printed.
+
+    Raises:
+        ConfigurationError: The file is no TOML, or a key is unknown, of a wrong kind, or cannot be carried over.
+    """
+    if output is not None:
+        check_new_file(Path(output))
+    text = Migration(Path(config)).yaml()
+    if output is None:
+        return text.rstrip("\n")
+    with new_file(Path(output)) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return f"{output}: written; start it with pipelite fit --config {output}"
+
+
+class Migration:
+    """One configuration on its way.
+
+    Args:
+        path: The TOML file.
+
+    Raises:
+        ConfigurationError: See :func:`migrate`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._left: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigurationError(f"{path} cannot be read as TOML ({error}); give a configuration.") from None
+        self.comments: dict[tuple[str, ...], list[str]] = {}
+        self.full = self._take("full_fine_tune", bool, False)
+        self.control = self._take("use_control_adapters", bool, False)
+        if self.full and self.control:
+            raise ConfigurationError(f"{path} sets full_fine_tune and use_control_adapters; choose one.")
+        for key, (value, why) in ONLY.items():
+            if key in self._left and self._left.pop(key) != value:
+                raise ConfigurationError(f"{path}: {key} has no counterpart ({why}); set it to {value!r} or remove it.")
+        self.content: dict[str, Any] = {
+            "seed_everything": 0,
+            "trainer": self._trainer(),
+            "model": self._model(),
+            "data": self._data(),
+        }
+        if self._left:
+            raise ConfigurationError(
+                f"{path} has the key{'s' if len(self._left) > 1 else ''} {', '.join(sorted(self._left))}, which "
+                "qlora-pipe-lite does not know; correct or remove it."
+            )
+
+    def yaml(self) -> str:
+        """Return the YAML, with its comments."""
+        lines = [
+            f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.",
+            *self._lines(self.content, ()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _trainer(self) -> dict[str, Any]:
+        self.output_dir = self._take("output_dir", str)
+        epochs = self._take("epochs", int, 1)
+        self.accumulate = self._take("gradient_accumulation_steps", int, 1)
+        self._say("Micro-batches a step of each replica, as before.", "trainer", "accumulate_grad_batches")
+        self._say("The norm that is clipped is now that of all stages.", "trainer", "gradient_clip_val")
+        return {
+            "accelerator": "auto",
+            "devices": "auto",
+            "max_epochs": epochs,
+            "accumulate_grad_batches": self.accumulate,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+            "strategy": self._class("lightning_pipelite.PipeLiteStrategy", self._strategy()),
+            "callbacks": self._callbacks(epochs),
+            "logger": self._class(
+                "lightning.pytorch.loggers.TensorBoardLogger", {"save_dir": self.output_dir, "name": "logs"}
+            ),
+        }
+
+    def _strategy(self) -> dict[str, Any]:
+        strategy: dict[str, Any] = {"pipeline_stages": self._take("pipeline_stages", int, 1)}
+        method = self._take("partition_method", str, "uniform")
+        place = ("trainer", "strategy", "init_args", "partition_method")
+        if method.lower().startswith("type:"):
+            if not re.search(method[5:], "DecoderLayerPipe", re.IGNORECASE):
+                raise ConfigurationError(
+                    f"{self.path}: partition_method {method!r} balances layers other than the decoder's, which are "
+                    "all that is dealt out here; set it to uniform."
+                )
+            self._say(f"Was {method!r}: decoder layers are all that is dealt out.", *place)
+            method = "uniform"
+        elif method == "parameters":
+            self._say("Frozen parameters now count as well.", *place)
+        elif method != "uniform":
+            raise ConfigurationError(f"{self.path}: partition_method is {method!r}; set it to uniform or parameters.")
+        strategy["partition_method"] = method
+        strategy["use_column_major_topology"] = self._take("use_column_major_topology", bool, False)
+        return strategy
+
+    def _callbacks(self, epochs: int) -> list[dict[str, Any]]:
+        decay = self._take("lora_weight_decay", (int, float), 0.0)
+        callbacks: list[dict[str, Any]] = []
+        if decay and self.full:
+            raise ConfigurationError(f"{self.path}: lora_weight_decay is for adapters; remove it with full_fine_tune.")
+        if not self.full:
+            if decay or self.control:  # it also keeps the directions of Control Adapters orthogonal
+                callbacks.append(self._class(f"{CALLBACKS}.CompositeWeightDecay", {"weight_decay": float(decay)}))
+            callbacks.append({"class_path": f"{CALLBACKS}.AdapterNorms"})
+        timed = {
+            "checkpoint_interval_hours": self._take("checkpoint_interval_hours", (int, float), 1),
+            "max_checkpoints": self._take("max_checkpoints", int, 3),
+            "dirpath": f"{self.output_dir}/checkpoints",
+        }
+        callbacks.append(self._class(f"{CALLBACKS}.TimedCheckpoint", timed))
+        evals = self._take("evals_per_epoch", int, None)
+        run = self._take("evals_per_run", int, None)
+        if run is not None:
+            if evals is not None:
+                raise ConfigurationError(f"{self.path} sets evals_per_epoch and evals_per_run; remove the latter.")
+            evals = max(1, round((run - 1) / epochs))
+            self._say(f"Was evals_per_run = {run}: one at the start and {run - 1} on the way.", "trainer", "callbacks")
+        callbacks.append(self._class(f"{CALLBACKS}.EvalSchedule", {"evals_per_epoch": 10 if evals is None else evals}))
+        callbacks.append(self._class(f"{CALLBACKS}.SaveTrained", {"output_dir": f"{self.output_dir}/trained"}))
+        self._say(
+            "Runs have no directories with a date: checkpoints, logs and result lie in output_dir itself. To resume, "
+            "add --ckpt_path last.",
+            "trainer",
+            "callbacks",
+        )
+        return callbacks
+
+    def _model(self) -> dict[str, Any]:
+        model: dict[str, Any] = {"model_dir": self._take("model_dir", str), "adapter": self._adapter()}
+        load_in_4bit = self._take("load_in_4bit", bool, False)
+        if load_in_4bit and self.full:
+            self._say("load_in_4bit, which full_fine_tune ignored, is left out.", "model", "adapter")
+        elif load_in_4bit:
+            model["load_in_4bit"] = True
+        model["lr"] = self._take("lr", (int, float))
+        for key, default in (("beta1", 0.9), ("beta2", 0.99), ("eps", 1e-6)):
+            model[key] = self._take(key, (int, float), default)
+        return model
+
+    def _adapter(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        targets = self._take("target_modules", list, None)
+        layers = self._take("layers_to_transform", (str, int), None)
+        layers = None if layers is None else str(layers)
+        gamma = self._take("control_adapter_gamma", (int, float), None)
+        if "control_adapter_sigma" in self._left:
+            self._left.pop("control_adapter_sigma")
+            self._say("control_adapter_sigma is gone: λ = expm1(±S) has no bound.", "model", "adapter")
+        if self.full:
+            for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_weight_dtype"):
+                if key in self._left:
+                    self._left.pop(key)
+                    self._say(f"{key}, which full_fine_tune ignored, is left out.", "model", "adapter")
+            place = ("model", "adapter", "init_args")
+            if targets:
+                self._say("Names of modules or their ends; before, any part of a name.", *place, "target_modules")
+                options["target_modules"] = targets
+            if layers is not None:
+                self._say("Embedding, final norm and head are frozen now, too.", *place, "layers_to_transform")
+                options["layers_to_transform"] = layers
+            return self._class(f"{ADAPTERS}.Full", options)
+        options["rank"] = rank = self._take("lora_rank", int)
+        alpha = self._take("lora_alpha", (int, float), None)
+        if alpha is not None and alpha != rank:
+            self._say(
+                f"lora_alpha was {alpha}: B·A is no longer scaled by {alpha / rank:g}, but by 1; adapt lr and "
+                "weight_decay.",
+                "model",
+                "adapter",
+            )
+        options["dropout"] = float(self._take("lora_dropout", (int, float), 0.0))
+        options["dtype"] = self._take("lora_weight_dtype", str, "float32")
+        if layers is not None:
+            options["layers_to_transform"] = layers
+        if self.control:
+            if targets:
+                raise ConfigurationError(f"{self.path}: target_modules is not for use_control_adapters; remove it.")
+            options["gamma"] = 0.5 if gamma is None else gamma
+            return self._class(f"{ADAPTERS}.ControlAdapter", options)
+        if gamma is not None:
+            self._say("control_adapter_gamma, which LoRAs ignored, is left out.", "model", "adapter")
+        options["target_modules"] = targets or "all-linear"
+        return self._class(f"{ADAPTERS}.LoRA", options)
+
+    def _data(self) -> dict[str, Any]:
+        length = self._take("sequence_len", int)
+        data: dict[str, Any] = {"datasets": self._datasets(length), "sequence_len": length}
+        for key in SAME:
+            if key in self._left:
+                data[key] = self._left.pop(key)
+        if "document_suffix" in self._left:
+            data["document_suffix"] = self._left.pop("document_suffix")
+        data |= self._common
+        data["eval_fraction"] = self._take("eval_fraction", (int, float), 0.01)
+        self._say("Whole documents are held out now, so that none is in both sets.", "data", "eval_fraction")
+        data["eval_gradient_accumulation_steps"] = self._take("eval_gradient_accumulation_steps", int, self.accumulate)
+        self._say(
+            "Documents packed into one sequence do not see each other any more, where the model can keep them apart.",
+            "data",
+            "sequence_len",
+        )
+        return data
+
+    def _datasets(self, length: int) -> list[dict[str, Any]]:
+        datasets = self._take("datasets", list)
+        carried: list[dict[str, Any]] = []
+        common: dict[str, list[Any]] = {"drop_tails": [], "document_suffix": []}
+        for number, dataset in enumerate(datasets, start=1):
+            if not isinstance(dataset, dict) or not isinstance(dataset.get("dataset_path"), str):
+                raise ConfigurationError(f"{self.path}: dataset {number} has no dataset_path; add it.")
+            if unknown := sorted(dataset.keys() - DATASET_KEYS):
+                raise ConfigurationError(f"{self.path}: dataset {number} has the unknown key {unknown[0]}; remove it.")
+            one = {key: dataset[key] for key in ("dataset_path", "max_tokens", "control_class") if key in dataset}
+            if "max_sequences" in dataset:
+                one.setdefault("max_tokens", dataset["max_sequences"] * length)
+                self._say("max_sequences of a dataset is now max_tokens, times sequence_len.", "data", "datasets")
+            if not self.control and one.pop("control_class", None) is not None:
+                self._say("control_class is left out: it is for Control Adapters only.", "data", "datasets")
+            for key, values in common.items():
+                values.append(dataset.get(key))
+            carried.append(one)
+        self._common = {}
+        for key, values in common.items():
+            if any(value != values[0] for value in values):
+                raise ConfigurationError(f"{self.path}: {key} differs between datasets; make it the same for all.")
+            if values and values[0] is not None:
+                self._common[key] = values[0]
+        return carried
+
+    def _take(self, key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        if key not in self._left:
+            if not default:
+                raise ConfigurationError(f"{self.path} has no {key}; add it.")
+            return default[0]
+        value = self._left.pop(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(each.__name__ for each in kinds)
+            raise ConfigurationError(f"{self.path}: {key} is {value!r}; set it to a value of type {names}.")
+        return value
+
+    def _say(self, comment: str, *place: str) -> None:
+        self.comments.setdefault(place, []).append(comment)
+
+    @staticmethod
+    def _class(path: str, options: dict[str, Any]) -> dict[str, Any]:
+        return {"class_path": path, "init_args": options} if options else {"class_path": path}
+
+    def _lines(self, content: dict[str, Any], place: tuple[str, ...]) -> list[str]:
+        lines: list[str] = []
+        indent = "  " * len(place)
+        for key, value in content.items():
+            here = (*place, key)
+            lines += [f"{indent}# {comment}" for comment in self.comments.get(here, ())]
+            if isinstance(value, dict):
+                lines += [f"{indent}{key}:", *self._lines(value, here)]
+            else:
+                text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=1000)
+                lines += [f"{indent}{line}" for line in text.splitlines()]
+        return lines

@@ -1,0 +1,104 @@
+"""Takes what was trained out of a checkpoint of this project."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.models import CausalLMLayers
+
+CPU = torch.device("cpu")
+
+
+def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
+    """Write what ``checkpoint`` has trained as the training itself would have.
+
+    Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
+    they saw in training, and the memory is that of one layer.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        output: Directory to write.
+        config: YAML of the training.
+
+    Raises:
+        ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
+    """
+    try:
+        read_checkpoint = importlib.import_module("lightning_pipelite.strategy.checkpoint").read_checkpoint
+    except AttributeError:
+        raise ConfigurationError(f"{checkpoint}: this version cannot read its own checkpoints.") from None
+    meta, parameters = read_checkpoint(checkpoint)
+    values = dict(parameters)
+    settings = _settings(config)
+    model_dir = Path(settings["model"]["model_dir"])
+    with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
+        pass
+    output.rmdir()
+    adapter = _adapter(settings["model"]["adapter"], config)
+    layers = CausalLMLayers(
+        model_dir,
+        dtype=getattr(torch, settings["model"].get("dtype", "bfloat16")),
+        load_in_4bit=bool(settings["model"].get("load_in_4bit", False)),
+        adapter=adapter,
+        activation_memory="keep",
+        seed=int(settings.get("seed_everything") or 0),
+        packed=False,
+    )
+    unused = set(values)
+
+    def states() -> Iterator[dict[str, Tensor]]:
+        for number in tqdm(range(len(layers)), desc="converting", unit="layers"):
+            stage = layers.build_stage(number, number + 1, CPU)
+            for name, parameter in stage.named_parameters():
+                if parameter.requires_grad:
+                    if name not in values or values[name].shape != parameter.shape:
+                        raise ConfigurationError(
+                            f"{checkpoint} has no {name} of shape {list(parameter.shape)}; give the configuration "
+                            "that it was trained with."
+                        )
+                    parameter.data.copy_(values[name])
+                    unused.discard(name)
+            yield layers.trained_state(stage)
+        if unused:
+            raise ConfigurationError(
+                f"{checkpoint} holds {min(unused)}, for which there is no place; give the configuration that it was "
+                "trained with."
+            )
+
+    adapter.save(output, states(), model_dir)
+    return f"{output}: {type(adapter).__name__} of step {meta['step']}."
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings["model"]["model_dir"], str) or not isinstance(settings["model"]["adapter"], dict):
+            raise TypeError("model_dir or adapter")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path} has no model.model_dir and model.adapter ({error}); give the YAML of the training."
+        ) from None
+    return dict(settings)
+
+
+def _adapter(settings: dict[str, Any], path: Path) -> Adapter:
+    module, _, name = str(settings.get("class_path")).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        adapter = kind(**settings.get("init_args") or {})
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{path}: model.adapter cannot be made ({error}).") from None
+    if not isinstance(adapter, Adapter):
+        raise ConfigurationError(f"{path}: model.adapter is a {name}, which is no adapter of this project.")
+    return adapter

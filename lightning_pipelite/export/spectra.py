@@ -1,0 +1,182 @@
+"""Figures of adapters, from their small factors: a product B·A is never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.control import Transform
+from lightning_pipelite.export.lora import Factors, read_lora_config, read_tensors
+
+
+@dataclass(frozen=True)
+class Product:
+    """Figures of a matrix ΔW = scaling · B A, or of the stack of those of fused experts.
+
+    Attributes:
+        singular_values: Of ΔW, in order; of fused experts their mean over the experts.
+        frobenius: ‖ΔW‖_F, of fused experts of the stack.
+        spectral: ‖ΔW‖₂, of fused experts the largest.
+        effective_rank: ‖ΔW‖²_* / ‖ΔW‖²_F, between 1 and the rank; of fused experts their mean. 0 if ΔW is 0.
+        relative: ‖ΔW‖_F / ‖W‖_F of the base's weight; None without a base.
+    """
+
+    singular_values: list[float]
+    frobenius: float
+    spectral: float
+    effective_rank: float
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class Control:
+    """Figures of what a Control Adapter does to a decoder layer's delta: d becomes d + W d, W = Q diag(λ) Qᵀ.
+
+    Attributes:
+        orthogonality: ‖QᵀQ - I‖²_F; None where the file holds B and A.
+        eigenvalues: Of W for class +1, in falling order; without Q, their real parts.
+        eigenvalues_inverse: The same for class -1.
+        frobenius: ‖W‖_F.
+        spectral: ‖W‖₂.
+        nuclear: ‖W‖_*, the sum of the singular values.
+        effective_rank: ‖W‖²_* / ‖W‖²_F, between 1 and the rank. 0 if W is 0.
+        condition: largest over smallest of the singular values on the rank; None if that is 0.
+        spectral_approximated: max |λ|, which is ‖W‖₂ if Q is orthogonal; None without Q.
+        spectral_error: (approximated - true) / true.
+        nuclear_approximated: Σ |λ|, which is ‖W‖_* if Q is orthogonal; None without Q.
+        nuclear_error: (approximated - true) / true.
+    """
+
+    orthogonality: float | None
+    eigenvalues: list[float]
+    eigenvalues_inverse: list[float]
+    frobenius: float
+    spectral: float
+    nuclear: float
+    effective_rank: float
+    condition: float | None
+    spectral_approximated: float | None
+    spectral_error: float | None
+    nuclear_approximated: float | None
+    nuclear_error: float | None
+
+
+def singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Return the singular values of B A, float64 [.., rank], from the QR decompositions of B and Aᵀ.
+
+    With B = U R and Aᵀ = V T, B A = U (R Tᵀ) Vᵀ, so that they are those of R Tᵀ, square and of the rank's size.
+
+    Args:
+        b: [.., out, rank].
+        a: [.., rank, in].
+    """
+    r = torch.linalg.qr(b.double(), mode="r")[1]
+    t = torch.linalg.qr(a.double().mT, mode="r")[1]
+    return torch.linalg.svdvals(r @ t.mT)
+
+
+def product(factors: Factors, base_norm: float | None = None) -> Product:
+    """Return the figures of what a LoRA adds to a weight whose own Frobenius norm is ``base_norm``."""
+    values = abs(factors.scaling) * singular_values(factors.b, factors.a)
+    frobenius = float(values.norm())
+    ranks = _effective_rank(values)
+    return Product(
+        singular_values=(values.mean(0) if values.ndim == 2 else values).tolist(),
+        frobenius=frobenius,
+        spectral=float(values.max()),
+        effective_rank=float(ranks.mean()),
+        relative=None if base_norm is None else frobenius / base_norm if base_norm else math.inf,
+    )
+
+
+def control(transform: Transform) -> Control:
+    """Return the figures of a Control Adapter on one layer."""
+    left, right = (each.double() for each in transform.factors())
+    values = singular_values(left, right)
+    spectral, nuclear, frobenius = float(values[0]), float(values.sum()), float(values.norm())
+    orthogonality: float | None = None
+    approximated: tuple[float | None, float | None] = (None, None)
+    if transform.log_scales is not None:
+        q = transform.left.double()
+        orthogonality = float((q.mT @ q - torch.eye(q.shape[1])).square().sum())
+        scales = torch.expm1(transform.log_scales.double()).abs()
+        approximated = float(scales.max()), float(scales.sum())
+    return Control(
+        orthogonality=orthogonality,
+        eigenvalues=_eigenvalues(transform, inverse=False),
+        eigenvalues_inverse=_eigenvalues(transform, inverse=True),
+        frobenius=frobenius,
+        spectral=spectral,
+        nuclear=nuclear,
+        effective_rank=float(_effective_rank(values)),
+        condition=spectral / float(values[-1]) if values[-1] > 0 else None,
+        spectral_approximated=approximated[0],
+        spectral_error=_error(approximated[0], spectral),
+        nuclear_approximated=approximated[1],
+        nuclear_error=_error(approximated[1], nuclear),
+    )
+
+
+def saved_factors(directory: Path) -> Iterator[tuple[str, Factors]]:
+    """Give the name and the factors of each product of a saved LoRA, from its directory alone.
+
+    Fused experts have the name of their module, as the file does not say which of its weights is meant.
+
+    Raises:
+        ConfigurationError: The directory holds no LoRA.
+    """
+    config = read_lora_config(directory)
+    tensors = read_tensors(directory)
+    for key in sorted(tensors, key=dot_natural_key):
+        a = tensors[key]
+        for first, second in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+            if key.endswith(first):
+                name = key.removesuffix(first).removeprefix("base_model.model.")
+                b = tensors.get(key.removesuffix(first) + second)
+                if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                    raise ConfigurationError(f"{directory}: {name} has no A and B that fit each other; fetch it again.")
+                yield name, _saved(config, name, a.float(), b.float())
+
+
+def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor) -> Factors:
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    if a.shape[0] % rank:
+        raise ConfigurationError(f"{name} has rank {a.shape[0]} but adapter_config.json says {rank}.")
+    if (experts := a.shape[0] // rank) > 1:  # as PEFT's ParamWrapper lays them out
+        a = a.reshape(experts, rank, -1)
+        b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
+    return Factors(a, b, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed=False)
+
+
+def _effective_rank(values: Tensor) -> Tensor:
+    squares = values.square().sum(-1)
+    return torch.where(squares > 0, values.sum(-1).square() / squares, 0.0)
+
+
+def _eigenvalues(transform: Transform, *, inverse: bool) -> list[float]:
+    """Return the eigenvalues of L R that can differ from 0, in falling order.
+
+    They are those of R L, square and of the rank's size; with Q = U T, those of T diag(λ) Tᵀ, which is symmetric.
+    """
+    left, right = (each.double() for each in transform.factors(inverse=inverse))
+    if transform.log_scales is None:
+        values = torch.linalg.eigvals(right @ left).real
+    else:
+        t = torch.linalg.qr(transform.left.double(), mode="r")[1]
+        scales = torch.expm1(transform.log_scales.double() * (-1 if inverse else 1))
+        values = torch.linalg.eigvalsh(t * scales @ t.mT)
+    return values.sort(descending=True).values.tolist()
+
+
+def _error(approximated: float | None, true: float) -> float | None:
+    return None if approximated is None or true == 0 else (approximated - true) / true

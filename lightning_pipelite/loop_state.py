@@ -1,0 +1,88 @@
+"""The state of Lightning's fit loop in a checkpoint, put right where Lightning would not resume exactly from it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning_pipelite.errors import ConfigurationError
+
+_BATCHES = "epoch_loop.batch_progress"
+_COUNTS = ("ready", "started", "processed", "completed")
+
+
+def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evaluated: bool) -> dict[str, Any]:
+    """The state of the fit loop when the last step ended.
+
+    Until the next step ends the weights are what they were then, so that a checkpoint that is asked for in between can
+    still be that of the last step.
+
+    Args:
+        fit_loop: its ``state_dict()``, now.
+        ahead: how many micro-batches have been taken since.
+        loaders: the states of the data loaders at that time.
+        evaluated: whether there was an evaluation right after that step.
+    """
+    fit_loop = copy.deepcopy(fit_loop)
+    for span in ("total", "current"):
+        counts = fit_loop[_BATCHES][span]
+        ready = counts["ready"] - ahead
+        # Within the last hook of a batch, or within the evaluation that follows: there Lightning can resume.
+        counts.update(ready=ready, started=ready, processed=ready, completed=ready if evaluated else ready - 1)
+    fit_loop[_BATCHES]["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts a step after its hooks
+    if loaders:
+        fit_loop["state_dict"]["combined_loader"] = loaders
+    return fit_loop
+
+
+def within_last_batch(fit_loop: dict[str, Any]) -> None:
+    """Turn the state at the end of an epoch into that at the end of its last batch, in place; leave others as they are.
+
+    With ``max_epochs`` Lightning (2.6) takes up a checkpoint from ``on_train_epoch_end`` as it should. With
+    ``max_steps`` it resumes within the epoch that has ended, and repeats the order of its data. From one of
+    ``on_train_batch_end`` it goes on with the next epoch in both cases.
+    """
+    epochs = fit_loop["epoch_progress"]
+    now = epochs["current"]
+    if not now["ready"] == now["started"] == now["processed"] == now["completed"] + 1:
+        return
+    for span in ("total", "current"):
+        epochs[span]["processed"] -= 1
+        fit_loop[_BATCHES][span]["completed"] -= 1
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[int, int]) -> None:
+    """Adjust the counters of micro-batches, which Lightning counts on one replica.
+
+    Args:
+        loops: all loops' states, changed in place.
+        before: the numbers of replicas and of micro-batches a step of each, when the checkpoint was written.
+        after: the same now.
+
+    Raises:
+        ConfigurationError: if the global batch is another one.
+    """
+    if before == after:
+        return
+    (replicas, batches), (replicas_now, batches_now) = before, after
+    a_step = replicas * batches
+    if a_step != replicas_now * batches_now:
+        advice = (
+            f"set accumulate_grad_batches to {a_step // replicas_now}"
+            if a_step % replicas_now == 0
+            else f"choose a number of replicas that divides {a_step}"
+        )
+        raise ConfigurationError(
+            f"ckpt_path: the checkpoint was trained with {a_step} micro-batches a step ({batches} on each of "
+            f"{replicas} replicas), not {replicas_now * batches_now} ({batches_now} on each of {replicas_now}): "
+            f"{advice}."
+        )
+    progress = loops["fit_loop"][_BATCHES]
+    for span in ("total", "current"):
+        counts = progress[span]
+        behind = {count: counts["ready"] - counts[count] for count in _COUNTS}  # 0 or 1 each: where the loop stands
+        ready = -(-counts["ready"] * replicas // replicas_now)  # a last round that is not full is filled up
+        for count in _COUNTS:
+            counts[count] = ready - behind[count]

@@ -1,0 +1,132 @@
+"""Python objects as JSON and tensors, and back: a closed set of types, so that reading can never run code."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError
+
+INFORMATION = ("hyper_parameters", "datamodule_hyper_parameters")
+"""Keys of Lightning's checkpoint that nothing is restored from: what cannot be encoded there is kept as text."""
+
+
+def encode(value: Any, tensors: dict[str, Tensor], where: str = "") -> Any:
+    """Turn ``value`` into what JSON can hold; tensors and arrays go into ``tensors``.
+
+    None, bools, integers, finite floats, strings, lists and dicts with plain strings as keys stand for themselves. All
+    else is a dict with one key, which begins with ``$``: see docs/checkpoints.md.
+
+    Args:
+        value: anything made of the types of :func:`_tagged` and those above.
+        tensors: filled with the tensors found, by the names under which the result refers to them.
+        where: the path to ``value``, for the message.
+
+    Raises:
+        ConfigurationError: if something is of another type; the sentence names where it stands.
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, np.generic):
+        return encode(value.item(), tensors, where)
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if type(value) is list:
+        return [encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
+    if type(value) in (dict, OrderedDict):
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: encode(item, tensors, _step(where, key)) for key, item in value.items()}
+        return {"$dict": _pairs(value, tensors, where)}
+    return _tagged(value, tensors, where)
+
+
+def _tagged(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.is_sparse or value.is_quantized or value.is_meta:
+            raise _refusal(value, where)
+        return {"$tensor": _keep(value.detach(), tensors, where)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"$array": _keep(torch.from_numpy(np.array(value)), tensors, where)}
+    if type(value) is torch.Size:
+        return {"$size": list(value)}
+    if type(value) is tuple:
+        return {"$tuple": [encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]}
+    if type(value) in (set, frozenset):
+        items = [encode(item, tensors, where) for item in value]
+        return {f"${type(value).__name__}": sorted(items, key=repr)}
+    if type(value) is Counter:  # the milestones of torch's MultiStepLR
+        return {"$counter": _pairs(value, tensors, where)}
+    if isinstance(value, PurePath):
+        return {"$path": str(value)}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {f"${type(value).__name__}": str(value).removeprefix("torch.")}
+    if isinstance(value, Mapping) and where in INFORMATION:
+        return encode(dict(value), tensors, where)
+    if where.startswith(INFORMATION):
+        return {"$text": repr(value)}
+    raise _refusal(value, where)
+
+
+def _refusal(value: Any, where: str) -> ConfigurationError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return ConfigurationError(
+        f"the checkpoint cannot hold {where}, a {kind}: make it of numbers, strings, lists, tuples, dicts and tensors, "
+        "or leave it out of that state_dict()."
+    )
+
+
+def _pairs(value: Mapping[Any, Any], tensors: dict[str, Tensor], where: str) -> list[list[Any]]:
+    return [
+        [encode(key, tensors, f"{where} (key {key!r})"), encode(item, tensors, _step(where, key))]
+        for key, item in value.items()
+    ]
+
+
+def _step(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _keep(tensor: Tensor, tensors: dict[str, Tensor], where: str) -> str:
+    name = where if where not in tensors else f"{where} ({len(tensors)})"
+    tensors[name] = tensor
+    return name
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The reverse of :func:`encode`.
+
+    Raises:
+        ConfigurationError: if there is a tag that this version does not know.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value), "")
+    if len(value) != 1 or not tag.startswith("$"):
+        return {key: decode(item, tensors) for key, item in value.items()}
+    content = value[tag]
+    if tag in ("$tensor", "$array"):
+        return tensors[content].clone() if tag == "$tensor" else tensors[content].numpy().copy()
+    if tag in ("$dict", "$counter"):
+        pairs = {decode(key, tensors): decode(item, tensors) for key, item in content}
+        return pairs if tag == "$dict" else Counter(pairs)
+    if tag in ("$tuple", "$set", "$frozenset", "$size"):
+        made = {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$size": torch.Size}[tag]
+        return made(decode(content, tensors))
+    if tag == "$float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if tag == "$dtype" and isinstance(dtype := getattr(torch, content, None), torch.dtype):
+        return dtype
+    if tag == "$device":
+        return torch.device(content)
+    if tag in ("$path", "$text"):
+        return Path(content) if tag == "$path" else content
+    raise ConfigurationError(f"the checkpoint holds a value of the kind {tag}, which this version does not know.")

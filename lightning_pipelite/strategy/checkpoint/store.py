@@ -1,0 +1,184 @@
+"""The checkpoints of a run, as the strategy sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.checkpoint import layout
+from lightning_pipelite.strategy.checkpoint.encoding import decode, encode
+from lightning_pipelite.strategy.checkpoint.manifest import check_files, read_manifest
+from lightning_pipelite.strategy.checkpoint.reader import located, read_json, trainer_state
+from lightning_pipelite.strategy.checkpoint.stage_state import load_optimizer, load_parameters, stage_state, state_names
+from lightning_pipelite.strategy.checkpoint.tensor_file import HostCopy, Written, size_of, write_file
+from lightning_pipelite.strategy.checkpoint.writer import CheckpointWriter
+from lightning_pipelite.strategy.topology import Topology
+
+
+class CheckpointStore:
+    """Saves and loads checkpoints. All methods but ``wait`` and ``remove`` are collective.
+
+    Args:
+        topology: of the job.
+        rank: of this process.
+        device: where its stage is.
+        timeout: how long a rank may take to write its files.
+    """
+
+    def __init__(self, topology: Topology, rank: int, device: torch.device, timeout: timedelta) -> None:
+        self._stage_id, self._leads = topology.stage_of(rank), rank == 0
+        self._writes = topology.replica_of(rank) == 0
+        self._rank, self._world_size = rank, topology.world_size
+        self._writer = CheckpointWriter(rank, topology.world_size, timeout)
+        self._copy, self._trainer_copy = HostCopy(device), HostCopy(torch.device("cpu"))
+        self._loaded: tuple[Path, dict[str, Any]] | None = None
+
+    def save(
+        self, path: Path, state: dict[str, Any], meta: dict[str, Any], stage: nn.Module, optimizer: Optimizer | None
+    ) -> None:
+        """Copy everything to host memory and return; the files are written in the background.
+
+        Args:
+            path: the directory to write; an older checkpoint of that name is replaced.
+            state: of the Trainer; only rank 0's is written.
+            meta: what ``meta.json`` says of the checkpoint.
+            stage: this rank's stage.
+            optimizer: its optimizer, if its state is to be saved.
+
+        Raises:
+            ConfigurationError: if there is something in ``state`` or of the optimizer that cannot be written.
+        """
+        self._writer.wait()  # it writes from the memory that is copied to
+        files: dict[str, Callable[[Path], Written]] = {}
+        if self._writes:
+            tensors, settings = stage_state(stage, optimizer)
+            self._copy.take(tensors)
+            files[layout.STAGE_TENSORS.format(self._stage_id)] = self._copy.write
+            files[layout.STAGE_SETTINGS.format(self._stage_id)] = _json_writer(settings)
+        if self._leads:
+            kept: dict[str, Tensor] = {}
+            encoded = encode(state, kept)
+            self._trainer_copy.take(kept)
+            files[layout.TRAINER] = _json_writer(encoded)
+            files[layout.TRAINER_TENSORS] = self._trainer_copy.write
+            files[layout.META] = _json_writer({**meta, "written_at": time.time()})
+        self._writer.start(path.absolute(), files)
+
+    def reserve(self, stage: nn.Module, optimizer: Optimizer) -> None:
+        """Have the host memory for a checkpoint ready, so that not even the first copy waits for it."""
+        if self._writes:
+            self._copy.reserve(size_of(stage_state(stage, optimizer)[0]))
+
+    def remove(self, path: Path, after_next: bool = False) -> None:
+        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0.
+
+        Args:
+            path: the checkpoint.
+            after_next: once the next one is, too.
+        """
+        self._writer.remove(path.absolute(), after_next)
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        self._writer.wait()
+
+    def close(self) -> None:
+        """Wait, and give the memory back."""
+        self._writer.wait()
+        self._copy.release()
+
+    def open(self, path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Hold a checkpoint against its manifest, each rank some of its files, and read what it says of the Trainer.
+
+        Args:
+            path: the checkpoint; rank 0's is taken.
+            identity: of the model and what is trained of it, as in ``meta``.
+
+        Returns:
+            The Trainer's state and ``meta``.
+
+        Raises:
+            ConfigurationError: if it is not whole, or of another model or adapter; the same on every rank.
+        """
+        self._writer.wait()
+        path = located(self._writer.share(path.absolute())[0])
+        self._loaded = None
+
+        def check() -> None:
+            files = read_manifest(path)
+            check_files(path, files, sorted(files)[self._rank :: self._world_size])
+
+        self._together(check)
+        meta = read_json(path / layout.META)
+        refuse_another(path, meta["identity"], identity)
+        encoded, tensors = trainer_state(path)
+        self._loaded = path, meta
+        return decode(encoded, tensors), meta
+
+    def load_parameters(self, stage: nn.Module) -> None:
+        """Load this rank's trained parameters from the checkpoint that was opened last.
+
+        Raises:
+            ConfigurationError: if it is of another model or adapter; the same on every rank.
+        """
+        assert self._loaded is not None
+        path, meta = self._loaded
+        names = set().union(*self._writer.share(state_names(stage)))
+        self._together(lambda: load_parameters(path, meta["stages"], stage, names))
+
+    def load_optimizer(self, stage: nn.Module, optimizer: Optimizer) -> None:
+        """Load the state of this rank's optimizer from the checkpoint that was opened last.
+
+        Raises:
+            ConfigurationError: if it is of another optimizer; the same on every rank.
+        """
+        assert self._loaded is not None
+        path, meta = self._loaded
+        self._together(lambda: load_optimizer(path, meta["stages"], stage, optimizer))
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do it on every rank, and raise on every rank what one has raised."""
+        failure: str | None = None
+        try:
+            action()
+        except ConfigurationError as error:
+            failure = str(error)
+        if failure := next((theirs for theirs in self._writer.share(failure) if theirs), None):
+            raise ConfigurationError(failure)
+
+
+def refuse_another(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint of something else.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved: its identity: whatever JSON the module gives.
+        ours: that of what is to be trained.
+
+    Raises:
+        ConfigurationError: naming the first key that differs.
+    """
+    for key in sorted(saved.keys() | ours.keys()):
+        theirs, mine = saved.get(key), json.loads(json.dumps(ours.get(key)))
+        if isinstance(theirs, dict) and isinstance(mine, dict):
+            refuse_another(
+                path, {f"{key}.{k}": v for k, v in theirs.items()}, {f"{key}.{k}": v for k, v in mine.items()}
+            )
+        elif theirs != mine:
+            raise ConfigurationError(
+                f"ckpt_path: {path} is of another model or adapter: {key} is {theirs!r} there and {mine!r} here."
+            )
+
+
+def _json_writer(content: Any) -> Callable[[Path], Written]:
+    text = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    return lambda path: write_file(path, text)

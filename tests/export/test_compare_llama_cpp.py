@@ -1,0 +1,71 @@
+"""The example that holds llama.cpp against the trained model, with a stand-in for the binding."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from export_cases import load, with_adapter, with_control, write_adapter, write_base, write_control_adapter
+from peft import PeftModel
+from tiny_job import write_job
+from transformers import AutoModelForCausalLM
+
+import compare_llama_cpp
+
+
+def test_the_trained_models_logits(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "cohere")
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    control = write_control_adapter(tmp_path / "control")
+    tokens = [5, 17, 99, 3, 64, 21, 8, 90]  # the first row of INPUT_IDS
+    found = compare_llama_cpp.trained_logits(str(base), str(adapter), tokens)
+    assert torch.allclose(found, with_adapter(base, adapter)[0], atol=1e-6)
+    for inverse, sign in ((False, 1), (True, -1)):
+        found = compare_llama_cpp.trained_logits(str(base), str(control), tokens, inverse)
+        assert torch.allclose(found, with_control(base, control, sign)[0], atol=1e-5)
+
+
+def test_the_comparison() -> None:
+    one = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    other = torch.tensor([[0.0, 2.0, 1.0], [4.0, 1.0, 1.0]])
+    assert compare_llama_cpp.compare(one, one) == (0.0, 1.0)
+    p, q = one[0].softmax(0), other[0].softmax(0)
+    divergence, same = compare_llama_cpp.compare(one, other)
+    assert divergence == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-5)
+    assert same == 0.5
+
+
+def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_job(tmp_path / "job") / "model"
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"])
+    (tmp_path / "base.gguf").touch()
+    arguments = ["--base", str(base), "--adapter", str(adapter)]
+    arguments += ["--base-gguf", str(tmp_path / "base.gguf"), "--adapter-gguf", str(tmp_path / "adapter.gguf")]
+    monkeypatch.setattr(sys, "argv", ["compare_llama_cpp.py", *arguments])
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert compare_llama_cpp.main() == 2
+    assert "pip install llama-cpp-python" in capsys.readouterr().err
+
+    class Llama:
+        def __init__(self, path: str, lora_path: str | None, **_options: Any) -> None:
+            model = AutoModelForCausalLM.from_pretrained(base)
+            self.model = PeftModel.from_pretrained(model, adapter) if lora_path else load(base)
+
+        @torch.no_grad()
+        def eval(self, tokens: list[int]) -> None:
+            self.scores = self.model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+
+    binding = ModuleType("llama_cpp")
+    binding.Llama = Llama  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llama_cpp", binding)
+    assert compare_llama_cpp.main() == 2
+    assert "adapter.gguf does not exist" in capsys.readouterr().err
+    (tmp_path / "adapter.gguf").touch()
+    assert compare_llama_cpp.main() == 0
+    with_it, without = capsys.readouterr().out.splitlines()
+    assert "with the adapter: KL divergence 0.00e+00" in with_it
+    assert "without it: KL divergence 0.00e+00" not in without

@@ -1,0 +1,111 @@
+"""From training to use: adapters trained by `pipelite fit`, then merged, converted, and generated with."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_job import options, write_job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
+
+CALLBACKS = "lightning_pipelite.callbacks"
+
+
+def _has(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"))
+
+
+def _train(job: Path, folder: Path, adapter: str, init_args: dict[str, Any], *callbacks: dict[str, Any]) -> Path:
+    """Train two steps; return the configuration. The result is in ``trained``."""
+    saves = any("TimedCheckpoint" in each["class_path"] for each in callbacks)
+    config = options(job, max_steps=2, enable_checkpointing=saves)
+    save = {"class_path": f"{CALLBACKS}.SaveTrained", "init_args": {"output_dir": str(folder / "trained")}}
+    config["trainer"]["callbacks"] = [*callbacks, save]
+    config["model"]["adapter"] = {"class_path": f"lightning_pipelite.adapters.{adapter}", "init_args": init_args}
+    config["model"]["lr"] = 0.02
+    if adapter == "ControlAdapter":
+        config["data"]["datasets"][0]["control_class"] = 1
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(path)]
+    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return path
+
+
+def _generate(directory: Path) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    tokens = model.generate(**tokenizer("The object", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    return str(tokenizer.decode(tokens[0]))
+
+
+def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
+    _train(job, tmp_path, "LoRA", {"rank": 2})
+    base, trained = job / "model", tmp_path / "trained"
+    merge(str(base), str(trained), str(tmp_path / "merged"))
+    ids = torch.tensor([[3, 14, 15, 92]])
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained)(input_ids=ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        before = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-5)
+    assert not torch.allclose(merged, before, atol=1e-3)
+    assert _generate(tmp_path / "merged").startswith("The object")
+    export_gguf(str(trained), str(base), str(tmp_path / "lora.gguf"))
+    names = {each.name for each in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    assert len(names) == len(load_file(trained / "adapter_model.safetensors"))
+
+
+@pytest.mark.skipif(not _has("lightning_pipelite.adapters", "ControlAdapter"), reason="no Control Adapters here")
+def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> None:
+    decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
+    _train(job, tmp_path, "ControlAdapter", {"rank": 2}, decay)
+    base, trained = job / "model", tmp_path / "trained"
+    told = control_to_lora(str(base), str(trained), str(tmp_path / "lora"))
+    assert "KL divergence" in told
+    merge(str(base), str(tmp_path / "lora"), str(tmp_path / "merged"))
+    before, after = (load_file(each / "model.safetensors") for each in (base, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {f"model.layers.{number}.mlp.down_proj.weight" for number in range(4)} <= changed
+    assert _generate(tmp_path / "merged").startswith("The object")
+    export_gguf(str(trained), str(base), str(tmp_path / "control.gguf"))
+    assert gguf.GGUFReader(tmp_path / "control.gguf").tensors
+
+
+@pytest.mark.skipif(not _has(CALLBACKS, "TimedCheckpoint"), reason="no checkpoints of this project here")
+@pytest.mark.parametrize("adapter", ["LoRA", "Full", "ControlAdapter"])
+def test_a_checkpoint_is_converted_to_what_the_training_saved(adapter: str, job: Path, tmp_path: Path) -> None:
+    if not _has("lightning_pipelite.adapters", adapter):
+        pytest.skip("no Control Adapters here")
+    timed = {"class_path": f"{CALLBACKS}.TimedCheckpoint", "init_args": {"dirpath": str(tmp_path / "checkpoints")}}
+    decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
+    extra = [decay] if adapter == "ControlAdapter" else []
+    config = _train(job, tmp_path, adapter, {} if adapter == "Full" else {"rank": 2}, timed, *extra)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    convert(str(checkpoint), str(tmp_path / "converted"), str(config))
+    wanted, found = (
+        {name: tensor for path in sorted(each.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        for each in (tmp_path / "trained", tmp_path / "converted")
+    )
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)

@@ -1,0 +1,159 @@
+"""A training with everything that a resumed one could get wrong, and a record of all that it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
+from torch import Tensor, nn
+
+from lightning_pipelite.errors import ConfigurationError
+from resumable import Deal
+
+
+class Noisy(Deal):
+    """Adds what the process draws for the data, the same on all stages."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in super().__iter__():
+            yield inputs + torch.rand(()), targets
+
+
+class Functional(nn.Module):
+    """Drops without a module for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(torch.tanh(self.linear(inputs)), 0.2, self.training)
+
+
+class Record(Logger):
+    """All that is logged, with its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str, float]] = []
+
+    name, version = "record", 0
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.lines += [(step or 0, key, float(value)) for key, value in sorted(metrics.items())]
+
+
+class SaveEverywhere(L.Callback):
+    """Saves at many hooks, under names that tell which."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, trainer: L.Trainer, where: str) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.folder / f"{where}-{trainer.fit_loop.epoch_loop.total_batch_idx:02d}.ckpt")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "eval")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.save(trainer, "epoch")
+
+
+class Scheduled(Module):
+    """Under Lightning's own strategies without dropout, whose generators they do not bring back."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "train/loss")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step(batch, "eval/loss")
+
+    def _step(self, batch: Batch, name: str) -> Tensor:
+        hidden, targets = batch
+        for layer in self.eval().layers:
+            hidden = layer(hidden)
+        total, count = token_loss(hidden, targets)
+        self.log(name, total / count)
+        return total / count
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30), "interval": "step"},
+        ]
+
+
+def make() -> Scheduled:
+    torch.manual_seed(5)
+    layers: list[nn.Module] = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)),
+        Functional(),
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()),
+        nn.Sequential(nn.Dropout(0.1), nn.Linear(WIDTH, CLASSES)),
+    ]
+    batches: list[Batch] = []
+    for index in range(10):
+        targets = torch.randint(CLASSES, (2, 6))
+        targets[:, : index % 5] = -100
+        batches.append((torch.randn(2, 6, WIDTH), targets))
+    return Scheduled(Model(layers, batches, token_loss))
+
+
+def train(
+    stages: int = 1,
+    replicas: int = 1,
+    accumulate: int = 2,
+    ckpt_path: str | None = None,
+    callbacks: tuple[Any, ...] = (),
+    seed: int = 11,
+    plain: bool = False,
+    noisy: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
+    strategy: Any = "auto" if plain else Catchable(stages)
+    module = make()
+    torch.manual_seed(seed)
+    record = Record()
+    trainer = trainer_for(
+        strategy, stages * replicas, accumulate_grad_batches=accumulate, logger=record, log_every_n_steps=1,
+        callbacks=[*callbacks], enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        **{"max_epochs": 3, "val_check_interval": 2 * accumulate, **options},
+    )  # fmt: skip
+    rank = {"num_replicas": 1, "rank": 0} if plain else strategy.distributed_sampler_kwargs
+    loaders = [(Noisy if noisy else Deal)(module.model.batches, **rank) for _ in range(2)]
+    try:
+        trainer.fit(module, *loaders, ckpt_path=ckpt_path)
+    except ConfigurationError as error:
+        return {"error": str(error)}
+    return {
+        "lines": record.lines,
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "weights": {} if plain else collected(strategy),
+        "rates": [group["lr"] for group in trainer.optimizers[0].param_groups],
+    }
+
+
+def train_and_save(folder: str, *args: Any, **options: Any) -> dict[str, Any]:
+    return train(*args, callbacks=(SaveEverywhere(Path(folder)),), **options)
+
+
+def train_with_model_checkpoint(folder: str, ckpt_path: str | None, steps: int) -> dict[str, Any]:
+    saving = ModelCheckpoint(folder, "{step}", monitor="eval/loss", save_top_k=2, save_last=True, every_n_train_steps=2)
+    done = train(2, ckpt_path=ckpt_path, callbacks=(saving,), max_steps=steps, max_epochs=-1)
+    kept = {Path(path).name for path in (saving.last_model_path, *saving.best_k_models)}
+    return {**done, "best": float(saving.best_model_score or 0.0), "kept": kept}

@@ -1,0 +1,120 @@
+"""A resumed training does what one does that is not interrupted, wherever it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resume_jobs import train, train_and_save, train_with_model_checkpoint
+
+from processes import Workers
+
+# Ten micro-batches an epoch, two a step, an evaluation after every fourth; batch-04 is the first of the third step.
+HOOKS = (
+    "batch-00", "batch-01", "batch-03", "batch-04", "batch-06", "batch-09", "batch-10", "batch-13", "batch-14",
+    "batch-29", "epoch-09", "epoch-29", "eval-03", "eval-17",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("everywhere")
+    return request.param, folder, workers.run(request.param, train_and_save, str(folder), request.param)[0]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_to_the_bit_from_every_hook(undisturbed: Any, workers: Workers, hook: str) -> None:
+    """Losses, norms, evaluations and epochs under the steps where they are logged; dropout; noise of the data."""
+    stages, folder, reference = undisturbed
+    resumed = workers.run(stages, train, stages, 1, 2, str(folder / f"{hook}.ckpt"))[0]
+    assert resumed["lines"] == reference["lines"][len(reference["lines"]) - len(resumed["lines"]) :]
+    assert len(resumed["lines"]) >= (0 if hook.endswith("29") else 20)
+    assert (resumed["step"], resumed["epoch"], resumed["rates"]) == (15, 3, reference["rates"])
+    for name, weight in reference["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1), (2, 1)), ((2, 1), (4, 1)), ((4, 1), (1, 1)), ((1, 1), (1, 2)), ((1, 2), (1, 1)),
+                          ((2, 2), (1, 1))],
+)  # fmt: skip
+def test_with_other_stages_and_replicas(
+    workers: Workers, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    (stages, replicas), (stages_now, replicas_now) = before, after
+    reference = workers.run(
+        stages * replicas, train_quietly, str(tmp_path), stages, replicas, 4 // replicas
+    )[0]  # fmt: skip
+    checkpoint = str(tmp_path / f"batch-{8 // replicas - 1:02d}.ckpt")
+    resumed = workers.run(
+        stages_now * replicas_now, train_quietly, None, stages_now, replicas_now, 4 // replicas_now, checkpoint
+    )[0]  # fmt: skip
+    tail = reference["lines"][len(reference["lines"]) - len(resumed["lines"]) :]
+    assert len(tail) > 20
+    for (step, key, value), (step_now, key_now, value_now) in zip(tail, resumed["lines"], strict=True):
+        assert (step_now, key_now) == (step, key)
+        assert value_now == pytest.approx(value, abs=1e-6, rel=1e-5 if key == "train/grad_norm" else 0)
+    torch.testing.assert_close(resumed["weights"], reference["weights"], atol=1e-6, rtol=0)
+
+
+def train_quietly(folder: str | None, *args: Any) -> dict[str, Any]:
+    """Without noise that depends on how often a process draws."""
+    return train_and_save(folder, *args, noisy=False) if folder else train(*args, noisy=False)
+
+
+def test_another_global_batch_is_refused(workers: Workers, tmp_path: Path) -> None:
+    workers.run(1, train_and_save, str(tmp_path), 1, 1, 2)
+    refused = workers.run(2, train, 1, 2, 2, str(tmp_path / "batch-03.ckpt"))
+    assert {each["error"] for each in refused} == {
+        "ckpt_path: the checkpoint was trained with 2 micro-batches a step (2 on each of 1 replicas), not 4 (2 on each "
+        "of 2): set accumulate_grad_batches to 1."
+    }
+
+
+def test_resumed_again_and_again_with_more_steps_than_planned(workers: Workers, tmp_path: Path) -> None:
+    """By TimedCheckpoint at the end of each training; 4 and 7 are within an epoch, 10 is the end of one."""
+    reference = workers.run(1, train)[0]
+    lines, last = [], None
+    for steps in (4, 7, 10, 15):
+        run = workers.run(1, train_timed, str(tmp_path), last, steps)[0]
+        assert run["step"] == steps
+        lines += run["lines"]
+        last = "last"
+    assert lines == reference["lines"]
+
+
+def train_timed(folder: str, ckpt_path: str | None, steps: int) -> dict[str, Any]:
+    from lightning_pipelite.callbacks import TimedCheckpoint
+
+    return train(ckpt_path=ckpt_path, callbacks=(TimedCheckpoint(dirpath=folder),), max_steps=steps, max_epochs=-1)
+
+
+def test_model_checkpoint_with_last_and_best(workers: Workers, tmp_path: Path) -> None:
+    reference = workers.run(2, train_with_model_checkpoint, str(tmp_path / "a"), None, 15)[0]
+    for steps in (5, 9, 15):  # the first after a resumption is asked for in the middle of a step
+        run = workers.run(2, train_with_model_checkpoint, str(tmp_path / "b"), "last", steps)[0]
+    tail = reference["lines"][len(reference["lines"]) - len(run["lines"]) :]
+    assert len(tail) > 15
+    assert run["lines"] == tail
+    assert run["best"] == pytest.approx(min(value for _, key, value in reference["lines"] if key == "eval/loss"))
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(run["kept"])
+    assert len(run["kept"]) == 3
+
+
+def test_the_same_with_lightnings_own_strategy(workers: Workers, tmp_path: Path) -> None:
+    """TimedCheckpoint without PipeLiteStrategy: a training that is resumed twice has the same losses."""
+    reference = workers.run(1, train_plainly, str(tmp_path / "a"), None, 15)[0]
+    lines = []
+    for steps, path in ((4, None), (10, "last"), (15, "last")):
+        lines += workers.run(1, train_plainly, str(tmp_path / "b"), path, steps)[0]["lines"]
+    assert lines == reference["lines"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [f"step={n:08d}.ckpt" for n in (5, 10, 15)]
+
+
+def train_plainly(folder: str, ckpt_path: str | None, steps: int) -> dict[str, Any]:
+    from lightning_pipelite.callbacks import TimedCheckpoint
+
+    saving = TimedCheckpoint(dirpath=folder)
+    return train(ckpt_path=ckpt_path, callbacks=(saving,), max_steps=steps, max_epochs=-1, plain=True, noisy=False)

@@ -1,0 +1,16 @@
+"""A training that is killed at random moments, and resumed, has the losses of one that is not."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_handful_of_kills() -> None:
+    soak = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+    command = [sys.executable, str(soak), "--kills", "5", "--steps", "12", "--seed", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"^5 kills, \d+ steps lost, 0 differences$", done.stdout, re.MULTILINE)

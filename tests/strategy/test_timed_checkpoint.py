@@ -1,0 +1,69 @@
+"""TimedCheckpoint: when it saves, and what it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from resume_jobs import train
+from timed_jobs import asked, by_the_clock, on_a_full_disk
+
+from lightning_pipelite.callbacks import TimedCheckpoint
+from lightning_pipelite.errors import ConfigurationError
+from processes import Workers
+
+
+def steps(*numbers: int) -> list[str]:
+    return [f"step={number:08d}.ckpt" for number in numbers]
+
+
+@pytest.mark.parametrize("way", ["SIGUSR1", "trigger"])
+def test_on_request_it_saves_and_training_goes_on(workers: Workers, tmp_path: Path, way: str) -> None:
+    """Step 5 is the end of the epoch, and 8 that of the training."""
+    for rank in workers.run(2, asked, str(tmp_path / "a"), way):
+        assert rank["status"] == 0
+        assert rank["saved"] == steps(4, 5, 8)
+        assert rank["requeued"] == (way == "SIGUSR1")
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all(workers: Workers, tmp_path: Path) -> None:
+    reference = workers.run(2, train, 2)[0]
+    for rank in workers.run(2, asked, str(tmp_path / "a"), "SIGTERM"):
+        assert rank["status"] == 143
+        assert rank["saved"] == steps(4)
+    resumed = workers.run(2, train, 2, 1, 2, str(tmp_path / "a" / steps(4)[0]))[0]
+    assert resumed["lines"] == reference["lines"][-len(resumed["lines"]) :]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_rank_0_decides_and_the_newest_are_kept(workers: Workers, tmp_path: Path, keep: int) -> None:
+    everything = steps(1, 2, 3, 4, 5, 6, 7, 8)
+    for rank in workers.run(2, by_the_clock, str(tmp_path), keep, None):
+        assert rank["saved"] == everything[-keep:]
+
+
+def test_the_best_is_kept_beside_the_newest(workers: Workers, tmp_path: Path) -> None:
+    evaluated = {step: value for step, key, value in workers.run(2, train, 2)[0]["lines"] if key == "eval/loss"}
+    # They are logged with the number of steps before: the evaluations are after steps 2, 4 and 7.
+    best = min((step for step in evaluated if step < 8), key=lambda step: evaluated[step]) + 1
+    for rank in workers.run(2, by_the_clock, str(tmp_path), 1, "eval/loss"):
+        assert rank["best"] == steps(best)[0]
+        assert rank["saved"] == sorted({*steps(best), *steps(8)})
+        assert float(rank["score"]) == pytest.approx(evaluated[best - 1], abs=1e-6)
+
+
+def test_the_only_one_stays_while_nothing_can_be_written(workers: Workers, tmp_path: Path) -> None:
+    for rank in workers.run(2, on_a_full_disk, str(tmp_path / "a")):
+        assert rank["step"] == 9
+        assert rank["saved"] == steps(9)
+        assert all(steps(3)[0] in seen for seen in rank["seen"])
+
+
+def test_wrong_values_are_told() -> None:
+    for options, sentence in (
+        ({"checkpoint_interval_hours": 0}, "checkpoint_interval_hours must be positive, not 0"),
+        ({"max_checkpoints": -1}, "max_checkpoints must be at least 0, not -1"),
+        ({"mode": "least"}, "mode is min or max"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            TimedCheckpoint(**options)  # type: ignore[arg-type]
