@@ -103,8 +103,7 @@ class PackedLoader(DataLoader[dict[str, Tensor]]):
         """Micro-batches of this iteration whose optimizer step is done."""
         if self._trainer is None:
             return self._given
-        progress = self._progress
-        waiting = progress.processed % self._trainer.accumulate_grad_batches
-        if progress.processed == progress.ready and not self._trainer.fit_loop._should_accumulate():
-            waiting = 0  # the last step of an epoch may be a short one
-        return max(0, progress.processed - waiting - self._begin)
+        # Not what is processed: the strategy asks within the last micro-batch of a step, too, when the step is done.
+        ready = self._progress.ready
+        waits = self._trainer.fit_loop._should_accumulate()  # the last step of an epoch may be a short one
+        return max(0, ready - (ready % self._trainer.accumulate_grad_batches if waits else 0) - self._begin)
