@@ -21,6 +21,15 @@ def slow_square(number: int) -> tuple[int, int]:
     return number * number, os.getpid()
 
 
+@pytest.fixture
+def none_left() -> Iterator[None]:
+    """No child process is left that was not there before, as the suite's workers are."""
+    before = psutil.Process().children()
+    yield
+    assert set(psutil.Process().children()) <= set(before)
+
+
+@pytest.mark.usefixtures("none_left")
 @pytest.mark.parametrize("count", [0, 1, 3, 40])
 def test_results_in_order(count: int) -> None:
     results = list(map_in_order(slow_square, range(count)))
@@ -30,7 +39,6 @@ def test_results_in_order(count: int) -> None:
         assert processes <= {os.getpid()}
     elif len(os.sched_getaffinity(0)) > 1:
         assert len(processes - {os.getpid()}) > 1
-    assert not psutil.Process().children()
 
 
 def test_few_batches_are_under_way() -> None:
@@ -54,10 +62,10 @@ def refuse_seven(number: int) -> int:
     return number
 
 
+@pytest.mark.usefixtures("none_left")
 def test_an_error_in_a_process_is_that_error() -> None:
     with pytest.raises(ConfigurationError, match=r"seven: give another number\."):
         list(map_in_order(refuse_seven, range(30)))
-    assert not psutil.Process().children()
 
 
 def die_at_seven(number: int) -> int:
