@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from typing_extensions import override
 
@@ -18,7 +20,8 @@ from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import INDEX_FILE, read_json
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
+from lightning_pipelite.models.skeleton import Skeleton, read_config
 
 # What a model needs beside configuration and weights: generation defaults, tokenizer and chat template.
 COMPANIONS = (
@@ -78,12 +81,12 @@ class Full(Adapter):
         if directory.resolve() == model_dir.resolve():
             raise ConfigurationError(f"{directory} is the model that is trained; choose another place to save to.")
         with whole_directory(directory, KNOWN_FILES) as partial:
-            shards, dtype = _write_shards(partial, states)
+            config, is_text_part = _config(model_dir)
+            shards, dtype = _write_shards(partial, map(_as_text_model, states) if is_text_part else states)
             for pattern in COMPANIONS:
                 for path in model_dir.glob(pattern):
                     (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / path.name)
             _write_index(partial, shards)
-            config = read_json(model_dir / "config.json")
             config["dtype"] = dtype
             config.pop("torch_dtype", None)  # the older name of the same key
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -102,6 +105,28 @@ class Full(Adapter):
         if not names:
             raise ConfigurationError("target_modules matches no weight of layers_to_transform; widen either.")
         return names
+
+
+def _config(model_dir: Path) -> tuple[dict[str, Any], bool]:
+    """Return the configuration of what is saved, and whether that is the text model alone of a multimodal one."""
+    config = read_json(model_dir / "config.json")
+    if "text_config" not in config:
+        return config, False
+    text = read_config(model_dir, trust_remote_code=False)
+    if text.model_type == config["model_type"]:
+        return config, False
+    architecture = AutoModelForCausalLM._model_mapping[type(text)].__name__
+    return {**text.to_dict(), "architectures": [architecture], "use_cache": True}, True
+
+
+def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the names of a multimodal checkpoint off the weights of its text model."""
+    named = {}
+    for name, tensor in state.items():
+        for pattern, own in TEXT_MODEL_NAMES.items():
+            name = re.sub(pattern, own, name)
+        named[name] = tensor
+    return named
 
 
 def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple[list[dict[str, int]], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_job import options, write_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import quickstart
 from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
 
 CALLBACKS = "lightning_pipelite.callbacks"
@@ -32,7 +34,12 @@ def _has(module: str, name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_job(tmp_path_factory.mktemp("job"))
+    """A job on the quickstart's base."""
+    made = write_job(tmp_path_factory.mktemp("job"))
+    shutil.rmtree(made / "model")
+    quickstart.write_texts(made / "quickstart")
+    quickstart.make_base_model(made / "quickstart").rename(made / "model")
+    return made
 
 
 def _train(job: Path, folder: Path, adapter: str, init_args: dict[str, Any], *callbacks: dict[str, Any]) -> Path:

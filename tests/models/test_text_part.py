@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, SIZES, micro_batches, run_stages
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3TextConfig,
@@ -62,3 +63,10 @@ def test_text_model_of_a_multimodal_checkpoint(tmp_path: Path, kind: str, names:
     with torch.no_grad():
         expected = whole(input_ids=input_ids).logits
         torch.testing.assert_close(run_stages(stages, input_ids, positions), expected, rtol=0, atol=1e-5)
+    layers.adapter.save(tmp_path / "saved", (layers.trained_state(stage) for stage in stages), tmp_path)
+    saved, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    with torch.no_grad():
+        torch.testing.assert_close(saved.eval()(input_ids=input_ids).logits, expected, rtol=0, atol=1e-5)
