@@ -258,7 +258,8 @@ def _wait_until(life: Life, moment: str, checkpoints: Path, drawn: random.Random
     if moment == "step":
         life.wait_for(lambda: False, drawn.uniform(0.0, 0.05))
     else:
-        life.wait_for(lambda: any(checkpoints.glob(".*partial")), 5)
+        # One is written every second step; it may be done before it is seen, and training must not end meanwhile.
+        life.wait_for(lambda: any(checkpoints.glob(".*partial")) or life.steps() >= after + EVERY, 5)
         life.wait_for(lambda: False, drawn.uniform(0.0, 0.02))
 
 

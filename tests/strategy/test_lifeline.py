@@ -320,7 +320,7 @@ def test_launcher_checks_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[Any] = []
     launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=lambda *given: calls.append(given))
     assert launcher.launch(lambda a, b: calls.append((a, b)) or "result", 1, b=2) == "result"
-    assert calls == [(None, (1,)), (1, 2)]
+    assert calls == [(None, {"a": 1, "b": 2}), (1, 2)]
     assert launcher.procs == []
 
     def refuse(*given: Any) -> None:

@@ -1,6 +1,6 @@
 """The kernels on a GPU: time and memory against the floor that this GPU's matrix products and copies set.
 
-    python benchmarks/kernels.py [--write]
+    python benchmarks/kernel_speed.py [--write]
 
 - linear_cross_entropy, forward and backward, 4096 tokens, 4096 wide, frozen head, bf16. The floor is its two matrix
   products alone; the memory is what is allocated beside the inputs and their gradients.
@@ -116,12 +116,12 @@ def loss_alone(report: Report, vocabulary: int = 128_256) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/kernels.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/kernel_speed.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("kernels.py needs a GPU")
+        sys.exit("kernel_speed.py needs a GPU")
     report = Report(
-        "kernels",
+        "kernel_speed",
         "| vocabulary | two products, ms | linear_cross_entropy, ms | ratio | MiB | loss, relative difference |",
         "| --- | --- | --- | --- | --- | --- |",
     )
