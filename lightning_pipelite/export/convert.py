@@ -9,7 +9,7 @@ from lightning_pipelite.export.former_checkpoint import FormerCheckpoint
 from lightning_pipelite.export.own_checkpoint import convert_own
 
 
-def convert(checkpoint: str, output: str, config: str) -> str:
+def convert(checkpoint: str, output: str, config: str | None = None) -> str:
     """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
 
     Args:
@@ -17,16 +17,18 @@ def convert(checkpoint: str, output: str, config: str) -> str:
             layer_NN-model_states.pt files (or the directory of a run, for its latest one).
         output: directory to write; must not exist, or be empty.
         config: configuration of the training: the YAML of pipelite fit, or the TOML of qlora-pipe-lite. The model is
-            found where it says.
+            found where it says. A checkpoint of this project says it all itself, unless the model has moved.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    directory, settings = Path(checkpoint), Path(config)
+    directory, settings = Path(checkpoint), None if config is None else Path(config)
     if not directory.is_dir():
         raise ConfigurationError(f"{checkpoint} is not a directory; give that of a checkpoint.")
-    if not settings.is_file():
+    if settings is not None and not settings.is_file():
         raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
     if FormerCheckpoint.is_one(directory):
+        if settings is None:
+            raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config.")
         return FormerCheckpoint(directory, settings).convert(Path(output))
     return convert_own(directory, Path(output), settings)

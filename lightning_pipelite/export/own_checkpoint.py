@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_pipelite import adapters
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.places import new_directory
@@ -20,7 +21,7 @@ from lightning_pipelite.models import CausalLMLayers
 CPU = torch.device("cpu")
 
 
-def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
+def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
     """Write what ``checkpoint`` has trained as the training itself would have.
 
     Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
@@ -29,7 +30,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
     Args:
         checkpoint: Directory of the checkpoint.
         output: Directory to write.
-        config: YAML of the training.
+        config: YAML of the training; if not given, what the checkpoint says of it counts.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
@@ -40,12 +41,12 @@ def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
         raise ConfigurationError(f"{checkpoint}: this version cannot read its own checkpoints.") from None
     meta, parameters = read_checkpoint(checkpoint)
     values = dict(parameters)
-    settings = _settings(config)
+    settings = _said_by(meta, checkpoint) if config is None else _settings(config)
     model_dir = Path(settings["model"]["model_dir"])
     with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
         pass
     output.rmdir()
-    adapter = _adapter(settings["model"]["adapter"], config)
+    adapter = _adapter(settings["model"]["adapter"], config or checkpoint)
     layers = CausalLMLayers(
         model_dir,
         dtype=getattr(torch, settings["model"].get("dtype", "bfloat16")),
@@ -78,6 +79,20 @@ def convert_own(checkpoint: Path, output: Path, config: Path) -> str:
 
     adapter.save(output, states(), model_dir)
     return f"{output}: {type(adapter).__name__} of step {meta['step']}."
+
+
+def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    try:
+        identity, model_dir = meta["identity"], meta["hyper_parameters"]["model_dir"]
+        own = {f"{kind.__module__}.{name}" for name, kind in vars(adapters).items() if isinstance(kind, type)}
+        if identity["adapter"]["class_path"] not in own:  # else reading a checkpoint could run any code
+            raise TypeError(f"adapter {identity['adapter']['class_path']}")
+        model = {"model_dir": str(model_dir), **{key: identity[key] for key in ("adapter", "dtype", "load_in_4bit")}}
+    except (LookupError, TypeError) as error:
+        raise ConfigurationError(
+            f"{checkpoint} does not say what was trained ({error}); give the YAML of the training as config."
+        ) from None
+    return {"model": model}
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import convert
+from lightning_pipelite.export.own_checkpoint import _said_by
 
 LAYERS = 4
 
@@ -141,3 +142,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds orig.weight with shape \[3\]"):
         convert(str(run), str(tmp_path / "out"), str(_config(tmp_path, base, "full_fine_tune = true")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_names_no_code_of_others(tmp_path: Path) -> None:
+    meta = {
+        "identity": {
+            "adapter": {"class_path": "os.system", "init_args": {}},
+            "dtype": "float32",
+            "load_in_4bit": False,
+        },
+        "hyper_parameters": {"model_dir": "base"},
+    }
+    with pytest.raises(ConfigurationError, match=r"os\.system.*give the YAML"):
+        _said_by(meta, tmp_path)

@@ -116,3 +116,7 @@ def test_a_checkpoint_is_converted_to_what_the_training_saved(adapter: str, job:
     )
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    convert(str(checkpoint), str(tmp_path / "again"))  # by what the checkpoint says itself
+    for path in (tmp_path / "converted").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert list((tmp_path / "converted").glob("*.safetensors"))
