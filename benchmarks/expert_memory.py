@@ -11,8 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.models import CausalLMLayers, Skeleton
-from load_memory import memory
+from load_memory import PeakWatcher, memory
 
 EXPERTS, HIDDEN, INNER = 8, 512, 1024
 
@@ -64,20 +62,9 @@ def load_experts(directory: Path) -> float:
     In float32, not in the files' type, so that what is read is copied, as it is where it goes to a GPU.
     """
     layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained())
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, memory("RssAnon"))
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    stage = layers.build_stage(0, len(layers), torch.device("cpu"))
-    done.set()
-    watcher.join()
-    beside = peak - memory("RssAnon")
+    with PeakWatcher(0.0005) as watcher:
+        stage = layers.build_stage(0, len(layers), torch.device("cpu"))
+    beside = watcher.peak - memory("RssAnon")
     del stage
     return beside / (4 * EXPERTS * 3 * HIDDEN * INNER)
 

@@ -43,6 +43,35 @@ def memory(field: str) -> int:
     raise KeyError(field)
 
 
+class PeakWatcher:
+    """Watches ``RssAnon`` of this process from a thread, as a context.
+
+    Args:
+        interval: seconds between two looks.
+
+    Attributes:
+        peak: the largest value seen, in bytes.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self.peak = 0
+        self._interval, self._done = interval, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            self.peak = max(self.peak, memory("RssAnon"))
+            time.sleep(self._interval)
+
+    def __enter__(self) -> PeakWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 def write_model(directory: Path) -> None:
     """Write a random bfloat16 Llama of about 540 MB in shards of at most 100 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,26 +96,15 @@ def load_stage(directory: Path, number: int) -> dict[str, int]:
 
     anon_before, before = memory("RssAnon"), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present VmRSS (man 5 proc)
-    peak_anon, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak_anon
-        while not done.is_set():
-            peak_anon = max(peak_anon, memory("RssAnon"))
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    layers = CausalLMLayers(directory, adapter=LoRA(rank=8))
-    size = LAYERS // STAGES
-    stage = layers.build_stage(number * size, (number + 1) * size, torch.device("cpu"))
-    for parameter in stage.parameters():
-        parameter.detach().view(torch.uint8).max()
-    peak = memory("VmHWM")
-    done.set()
-    watcher.join()
+    with PeakWatcher(0.001) as watcher:
+        layers = CausalLMLayers(directory, adapter=LoRA(rank=8))
+        size = LAYERS // STAGES
+        stage = layers.build_stage(number * size, (number + 1) * size, torch.device("cpu"))
+        for parameter in stage.parameters():
+            parameter.detach().view(torch.uint8).max()
+        peak = memory("VmHWM")
     own = sum(p.nbytes for p in stage.parameters()) + sum(b.nbytes for b in stage.buffers())
-    return {"own": own, "peak": peak - before, "anon": peak_anon - anon_before}
+    return {"own": own, "peak": peak - before, "anon": watcher.peak - anon_before}
 
 
 def main() -> int:
