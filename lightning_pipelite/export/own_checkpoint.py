@@ -17,6 +17,7 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.strategy.checkpoint import read_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -35,10 +36,6 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    try:
-        read_checkpoint = importlib.import_module("lightning_pipelite.strategy.checkpoint").read_checkpoint
-    except AttributeError:
-        raise ConfigurationError(f"{checkpoint}: this version cannot read its own checkpoints.") from None
     meta, parameters = read_checkpoint(checkpoint)
     values = dict(parameters)
     settings = _said_by(meta, checkpoint) if config is None else _settings(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -23,13 +22,6 @@ import quickstart
 from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
 
 CALLBACKS = "lightning_pipelite.callbacks"
-
-
-def _has(module: str, name: str) -> bool:
-    try:
-        return hasattr(importlib.import_module(module), name)
-    except ImportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,6 @@ def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
     assert len(names) == len(load_file(trained / "adapter_model.safetensors"))
 
 
-@pytest.mark.skipif(not _has("lightning_pipelite.adapters", "ControlAdapter"), reason="no Control Adapters here")
 def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> None:
     decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
     _train(job, tmp_path, "ControlAdapter", {"rank": 2}, decay)
@@ -99,11 +90,8 @@ def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> N
     assert gguf.GGUFReader(tmp_path / "control.gguf").tensors
 
 
-@pytest.mark.skipif(not _has(CALLBACKS, "TimedCheckpoint"), reason="no checkpoints of this project here")
 @pytest.mark.parametrize("adapter", ["LoRA", "Full", "ControlAdapter"])
 def test_a_checkpoint_is_converted_to_what_the_training_saved(adapter: str, job: Path, tmp_path: Path) -> None:
-    if not _has("lightning_pipelite.adapters", adapter):
-        pytest.skip("no Control Adapters here")
     timed = {"class_path": f"{CALLBACKS}.TimedCheckpoint", "init_args": {"dirpath": str(tmp_path / "checkpoints")}}
     decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
     extra = [decay] if adapter == "ControlAdapter" else []
