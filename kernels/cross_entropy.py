@@ -99,7 +99,7 @@ def cross_entropy_(
             "give [rows, vocabulary] with contiguous rows, and as many labels and weights as rows"
         )
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if rows:
+    if rows and not logits.is_meta:
         _kernel[(rows,)](
             logits, labels.contiguous(), losses if weights is None else weights.contiguous(), losses,
             logits.stride(0), vocabulary, scale, 1.0 if softcap is None else softcap,

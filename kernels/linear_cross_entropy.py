@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         gradient = needs_hidden or needs_weight or needs_bias
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        compute = cross_entropy_ if hidden.is_cuda or interpreted else cross_entropy_reference_
+        compute = cross_entropy_ if hidden.is_cuda or hidden.is_meta or interpreted else cross_entropy_reference_
         ctx.of_hidden = torch.empty_like(hidden) if needs_hidden else None
         ctx.of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         ctx.of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
@@ -110,7 +110,7 @@ def _add_product(sum_: Tensor, logits: Tensor, hidden: Tensor) -> None:
     """Add ``logits.T @ hidden`` to a float32 sum, itself summed in float32."""
     if logits.dtype == torch.float32:
         sum_.addmm_(logits.T, hidden)
-    elif logits.is_cuda:
+    elif logits.is_cuda or logits.is_meta:
         sum_ += torch.mm(logits.T, hidden, out_dtype=torch.float32)
     else:
         sum_.addmm_(logits.float().T, hidden.float())

@@ -60,6 +60,7 @@ def _with_values(function: Callable[..., Any], arguments: Sequence[str]) -> list
 
 
 COMMANDS = {
+    "plan": Command("lightning_pipelite.plan.command", "plan", "Say what a training takes of each GPU, and what fits."),
     "check": Command(
         "lightning_pipelite.models.check", "check", "Hold a model in stages against the same model unsplit.", True
     ),

@@ -26,8 +26,10 @@ UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch has a kernel for it: bf16 and fp16 on NVIDIA GPUs since Ampere."""
+    """Tell whether torch has a kernel for it: bf16 and fp16 on NVIDIA GPUs since Ampere, which meta stands for."""
     half = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "meta":
+        return half
     return device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8
 
 
@@ -108,7 +110,7 @@ def _kernel(
 
 def _bounds(documents: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """Return where documents begin in all rows on end, and where the last one ends, int32."""
-    if documents is None:
+    if documents is None or documents.is_meta:  # no values to tell by
         return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
     begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
     ends = torch.tensor([batch * length], device=device)

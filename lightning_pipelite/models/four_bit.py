@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
 from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning_pipelite.models.skeleton import Skeleton
 
 SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
 ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
@@ -83,6 +87,44 @@ def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None
             }
             module.__class__ = type(whole_class.__name__, (_QuantisedOnLoad, whole_class), members)
         type(module).fused_names |= {name}  # type: ignore[attr-defined]
+
+
+def quantise_without_weights(
+    model: nn.Module, skeleton: Skeleton, numbers: Iterable[int], dtype: torch.dtype, *, double_quant: bool
+) -> None:
+    """Give a model on the meta device the tensors that it has in 4 bits, where a real one is quantised on loading.
+
+    Args:
+        model: Trimmed to the decoder layers ``numbers``.
+        skeleton: The whole model.
+        numbers: The decoder layers that it has.
+        dtype: Type of the computation.
+        double_quant: Quantise the scales of the blocks too.
+    """
+    names = [skeleton.layer_names[number] for number in numbers]
+    kept = {*kept_names(model, names)}
+    for layer_name in names:
+        for name, module in list(model.get_submodule(layer_name).named_modules()):
+            if type(module) is nn.Linear and f"{layer_name}.{name}" not in kept:
+                model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
+    for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
+        replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
+
+
+def _linear_without_weights(linear: nn.Linear, dtype: torch.dtype, double_quant: bool) -> Linear4bit:
+    quantised = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantised.weight.data = linear.weight.data
+    quantised.weight._quantize(torch.device("meta"))
+    quantised.bias = linear.bias
+    return quantised.requires_grad_(False)
 
 
 class _QuantisedOnLoad(nn.Module):

@@ -74,6 +74,8 @@ def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
     """
     if type(head) is not nn.Linear or not head.weight.is_floating_point():  # an adapter's, or in 4 bits
         return None
+    if head.weight.is_meta:  # no values to tell by; a scale and a limit take no memory
+        return FusedHead(head, 1.0, None)
     small = 2.0**-10
     values = torch.linspace(-40.0, 40.0, head.out_features, device=head.weight.device)
     values[0] = small

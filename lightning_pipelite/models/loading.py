@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
-from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load
+from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load, quantise_without_weights
 from lightning_pipelite.models.skeleton import Skeleton, embedding_first
 from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
 
@@ -31,11 +32,18 @@ def load_trimmed(
 
     The model keeps the list of decoder layers at full length, so parameters have their global names whatever the
     partition. A weight that ties embedding and head is held, under the embedding's name, by the first and the last
-    stage.
+    stage. On the meta device nothing is read: the model has its shapes and types alone.
 
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
+    attn_implementation = attn_implementation or skeleton.config._attn_implementation
+    if device.type == "meta":
+        model = _without_weights(skeleton, start, stop, dtype, attn_implementation)
+        _untie(model, skeleton, start, stop, device)
+        if load_in_4bit:
+            quantise_without_weights(model, skeleton, range(start, stop), dtype, double_quant=double_quant)
+        return model
     trimming_class = _trimming_class(
         skeleton, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
     )
@@ -50,7 +58,7 @@ def load_trimmed(
         if load_in_4bit
         else None,
         use_safetensors=not pickled,
-        attn_implementation=attn_implementation or skeleton.config._attn_implementation,
+        attn_implementation=attn_implementation,
         key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
@@ -58,6 +66,23 @@ def load_trimmed(
     )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     refuse_misfits(skeleton.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
+    _untie(model, skeleton, start, stop, device)
+    return model
+
+
+def _without_weights(
+    skeleton: Skeleton, start: int, stop: int, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """Return a trimmed copy of the skeleton's model; the layers of other stages are not copied before they go."""
+    others = {id(layer): layer for number, layer in enumerate(skeleton.layers) if not start <= number < stop}
+    model: PreTrainedModel = copy.deepcopy(skeleton.model, others)
+    model.config._attn_implementation = attn_implementation
+    _trim(model, skeleton, start, stop, torch.device("meta"))
+    return model.to(dtype)
+
+
+def _untie(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int, device: torch.device) -> None:
+    """Check that the ends are tied where they must be, and let the first stage keep no more of the head than that."""
     is_first, is_last = start == 0, stop == len(skeleton.layers)
     if skeleton.tied and (is_first or is_last):
         embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))
@@ -70,7 +95,6 @@ def load_trimmed(
             for name in skeleton.tail_names:
                 if _holds(name, skeleton.head_name):
                     _drop(model, name, device)
-    return model
 
 
 def _trimming_class(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,27 @@ on is exactly the sum of all totals over the sum of all counts in the global bat
 A loss with an attribute ``logged``, a tuple of names, returns after the pair one more scalar for each name; the
 strategy logs ``train/NAME``, the sum of these over the sum of all counts.
 """
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What each layer costs, so that stages can be balanced.
+
+    Embedding and the like count in the first layer, head and loss in the last.
+
+    Attributes:
+        seconds: the time of a micro-batch, forward and backward; in any unit.
+        held: bytes that a layer takes at all times: weights, gradients, optimizer state.
+        retained: bytes that a layer keeps of each micro-batch in flight for its backward pass.
+        micro_batches: of a step.
+        memory: bytes of a device for all of a stage's layers; None for no limit.
+    """
+
+    seconds: Sequence[float]
+    held: Sequence[int]
+    retained: Sequence[int]
+    micro_batches: int
+    memory: int | None = None
 
 
 @runtime_checkable
@@ -40,6 +62,8 @@ class PipelineLayers(Protocol):
         stages is tied: its gradients are summed over them.
         """
         ...
+
+    # Layers may have a method ``layer_costs() -> LayerCosts`` as well, for partition_method="auto".
 
 
 class SequentialLayers:

@@ -7,9 +7,10 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.layers import PipelineLayers
+from lightning_pipelite.strategy.layers import LayerCosts, PipelineLayers
 
 
 def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> list[int]:
@@ -19,7 +20,8 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
         layers: the layers of the whole model.
         stages: the number of stages, at least 1.
         method: ``uniform`` (the same number of layers a stage), ``parameters`` (the same number of parameters, frozen
-            ones too) or ``type:REGEX`` (the same number of layers whose class name matches; case is ignored).
+            ones too), ``type:REGEX`` (the same number of layers whose class name matches; case is ignored) or ``auto``
+            (the slowest stage as fast as possible, where all fit their device; by the layers' costs).
 
     Returns:
         ``stages + 1`` bounds: stage ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``, exclusive.
@@ -32,6 +34,8 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
         raise ConfigurationError(
             f"pipeline_stages={stages} is more than the {len(names)} layers of the model; use at most {len(names)}."
         )
+    if method == "auto":
+        return _auto(layers, stages)
     if method == "uniform":
         weights = [1] * len(names)
     elif method == "parameters":
@@ -47,8 +51,75 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
                 f"partition_method: {pattern!r} matches none of the layer types {', '.join(sorted(set(names)))}."
             )
     else:
-        raise ConfigurationError(f"partition_method must be uniform, parameters or type:REGEX, not {method!r}.")
+        raise ConfigurationError(f"partition_method must be auto, uniform, parameters or type:REGEX, not {method!r}.")
     return balanced_bounds(weights, stages)
+
+
+def _auto(layers: PipelineLayers, stages: int) -> list[int]:
+    if not callable(costs := getattr(layers, "layer_costs", None)):
+        raise ConfigurationError(
+            "partition_method is auto, but the layers do not say what they cost; set it to uniform, parameters or "
+            "type:REGEX, or give them a method layer_costs()."
+        )
+    return cheapest_bounds(costs(), stages)
+
+
+def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
+    """Cut layers into contiguous, non-empty stages whose slowest is as fast as possible.
+
+    Only cuts whose stages all fit the memory count; if there is none, the one whose fullest stage is least full. Stage
+    i of p keeps the activations of up to p - i micro-batches (1F1B).
+
+    Args:
+        costs: of the layers.
+        stages: at most the number of layers.
+
+    Returns:
+        ``stages + 1`` bounds, exact by dynamic programming; of equally good ones that with the least sum of squares of
+        the stages' times.
+    """
+    time, held, retained = ([0, *itertools.accumulate(row)] for row in (costs.seconds, costs.held, costs.retained))
+
+    def bytes_of(stage: int, start: int, stop: int) -> float:
+        in_flight = min(costs.micro_batches, stages - stage)
+        return held[stop] - held[start] + in_flight * (retained[stop] - retained[start])
+
+    def seconds_of(stage: int, start: int, stop: int) -> float:
+        return time[stop] - time[start]
+
+    def cut(cost: Callable[[int, int, int], float], fits: Callable[[int, int, int], bool], sums: bool) -> Any:
+        items = len(time) - 1
+        best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+        for stage in range(stages):
+            row = {}
+            for stop in range(stage + 1, items - (stages - stage - 1) + 1):
+                found = [
+                    (so_far + cost(stage, start, stop) if sums else max(so_far, cost(stage, start, stop)), -start)
+                    for start, (so_far, _) in best[-1].items()
+                    if start < stop and fits(stage, start, stop)
+                ]
+                if found:
+                    row[stop] = min(found)
+            best.append(row)
+        if items not in best[-1]:
+            return None
+        bounds = [items]
+        for stage in range(stages, 0, -1):
+            bounds.append(-best[stage][bounds[-1]][1])
+        return best[-1][items][0], bounds[::-1]
+
+    def within(stage: int, start: int, stop: int) -> bool:
+        return costs.memory is None or bytes_of(stage, start, stop) <= costs.memory
+
+    found = cut(seconds_of, within, False)
+    if found is None:
+        bounds: list[int] = cut(bytes_of, lambda *_: True, False)[1]
+        return bounds
+    slowest = found[0] * (1 + 1e-9)
+    evened: list[int] = cut(
+        lambda *s: seconds_of(*s) ** 2, lambda *s: within(*s) and seconds_of(*s) <= slowest, True
+    )[1]
+    return evened
 
 
 def balanced_bounds(weights: Sequence[int], parts: int) -> list[int]:

@@ -1,0 +1,154 @@
+"""What a computation takes, found out by running it: on the meta device, where tensors have no memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
+ATEN = torch.ops.aten
+
+
+class Meter(TorchDispatchMode):
+    """Follows every tensor from when it is made until its storage is freed, and adds up what the operations do.
+
+    On the meta device this is the memory that the same computation takes on a GPU but for what kernels allocate for
+    themselves, of which the large ones are in :data:`WORKSPACES`. Where a computation asks for a value, as the
+    meta device has none, it is told 0.
+
+    Args:
+        device: The type of the device whose tensors are counted: "meta", or "cpu" in the tests.
+
+    Attributes:
+        live: Bytes of the tensors that are held.
+        peak: The most bytes since :meth:`mark`.
+        flops: Floating-point operations of the matrix products and of attention, by the size of their elements in
+            bytes.
+        moved: Bytes read and written by all other operations.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.moved = 0
+        self.flops: dict[int, float] = {}
+        self._device = device
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def mark(self) -> int:
+        """Return the peak since the last mark, and begin a new one."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count tensors that were made outside."""
+        for tensor in tensors:
+            self._see(tensor)
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is ATEN._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        workspace = WORKSPACES.get(func._schema.name)
+        if workspace is not None:
+            self.peak = max(self.peak, self.live + workspace(*args))
+        output = func(*args, **kwargs)
+        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        for tensor in made:
+            self._see(tensor)
+        self._count(func, args, kwargs, given, made, output)
+        return output
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type != self._device:
+            return
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._known[storage] = size
+        weakref.finalize(storage, self._free, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def _count(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor], out: Any
+    ) -> None:
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
+            tensors = [t for t in given if t.is_floating_point()]
+            width = min((t.element_size() for t in tensors), default=4)
+            few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
+            self.flops[width] = self.flops.get(width, 0.0) + formula(*few, **kwargs, out_val=out)
+        elif made and not func.is_view and not func._schema.name.startswith("aten::empty"):
+            self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
+
+
+def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """What FlashAttention 2's backward pass allocates: the query's gradient in float32; and for grouped heads a key and
+    a value gradient for each query head (flash_api.cpp, mha_varlen_bwd)."""
+    workspace = 4 * query.numel()
+    if query.shape[-2] != key.shape[-2]:
+        workspace += 2 * query.element_size() * query.shape[-2] * (key.numel() // key.shape[-2])
+    return workspace
+
+
+WORKSPACES: dict[str, Callable[..., int]] = {"torch_attn::_varlen_attn_backward": _flash_backward}
+"""What kernels allocate for themselves, in bytes, by the name of the operation."""
+
+
+class AttentionAsOnGPU(TorchFunctionMode):
+    """Computes scaled dot-product attention on the meta device by what a GPU computes it by.
+
+    Left alone, the meta device takes the plain products, which keep a matrix of sequence x sequence.
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and args[0].is_meta:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa and query.shape[1] != key.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    output = ATEN._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )
+    first: Tensor = output[0]
+    return first

@@ -1,0 +1,181 @@
+"""Whether a training fits, on which split, with which policy of activation memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import get_args, get_type_hints
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.simulation import Simulation
+from lightning_pipelite.plan.stages import StageMemory, stage_memory
+from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.strategy.partition import partition
+
+MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
+POLICIES = ("keep", "selective", "recompute", "offload")
+STEP = 256  # tokens: the largest sequence is a multiple of it
+
+
+def known_policies() -> list[str]:
+    """Return the policies of activation memory that a user can choose, the fastest first."""
+    known = get_args(get_type_hints(CausalLMLayers.__init__)["activation_memory"])
+    return [policy for policy in POLICIES if policy in known]
+
+
+class Planner:
+    """Plans how to train a model.
+
+    Args:
+        simulation: knows what the layers take.
+        micro_batches: of a step.
+        sequence_len: tokens of a micro-batch.
+        memory: bytes of a device; None if not known.
+    """
+
+    def __init__(
+        self, simulation: Simulation, *, micro_batches: int, sequence_len: int, memory: int | None = None
+    ) -> None:
+        self._simulation = simulation
+        self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
+        skeleton = simulation.layers.skeleton
+        self.policies = [p for p in known_policies() if p == "keep" or skeleton.can_recompute]
+
+    @property
+    def layers(self) -> CausalLMLayers:
+        return self._simulation.layers
+
+    def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
+        """Return what each stage of a split takes."""
+        pairs = list(itertools.pairwise(bounds))
+        return [
+            stage_memory(
+                self._simulation,
+                start,
+                stop,
+                stage=number,
+                stages=len(pairs),
+                micro_batches=self.micro_batches,
+                policy=policy,
+                sequence_len=sequence_len or self.sequence_len,
+            )
+            for number, (start, stop) in enumerate(pairs)
+        ]
+
+    def fits(self, stages: Iterable[StageMemory]) -> bool:
+        """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
+        return self.memory is None or all(stage.total <= (1 - MARGIN) * self.memory for stage in stages)
+
+    def costs(self, policy: str, sequence_len: int | None = None) -> LayerCosts:
+        """Return the time and the bytes of each item, alone in the middle of a pipeline."""
+        length = sequence_len or self.sequence_len
+        seconds, held, retained = [], [], []
+        for number in range(len(self.layers)):
+            cost = stage_memory(
+                self._simulation,
+                number,
+                number + 1,
+                stage=0,
+                stages=1,
+                micro_batches=max(2, self.micro_batches),
+                policy=policy,
+                sequence_len=length,
+            )
+            seconds.append(cost.seconds)
+            held.append(cost.weights + cost.gradients + cost.optimizer)
+            retained.append(cost.activations)
+        usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy, length)
+        return LayerCosts(seconds, held, retained, self.micro_batches, usable)
+
+    def _beside(self, policy: str, length: int) -> int:
+        """What a stage takes beside the sum over its layers: the largest of what comes and goes, and the reserve."""
+        single = self.stages([0, len(self.layers)], policy, length)[0]
+        return single.transient + single.exchange + single.reserve
+
+    def split(self, stages: int, method: str, policy: str) -> list[int]:
+        """Return the bounds of the stages."""
+        return partition(_Layers(self, policy), stages, method)
+
+    def choose_policy(self, stages: int, method: str) -> str | None:
+        """Return the first of keep, selective, recompute and offload that fits; None if none does."""
+        for policy in self.policies:
+            if self.fits(self.stages(self.split(stages, method, policy), policy)):
+                return policy
+        return None
+
+    def recommend(self, devices: int) -> tuple[int, str, list[int]] | None:
+        """Return the number of stages, the policy and the bounds with which a step is fastest; None if nothing fits.
+
+        Stages must divide the devices; more of them mean fewer replicas, which then take more micro-batches each for
+        the same sequences a step.
+        """
+        best: tuple[float, int, str, list[int]] | None = None
+        for stages in (n for n in range(1, min(devices, len(self.layers)) + 1) if devices % n == 0):
+            for policy in self.policies:
+                bounds = self.split(stages, "auto", policy)
+                costs = self.stages(bounds, policy)
+                if not self.fits(costs):
+                    continue
+                # Per sequence and device, the bubble included.
+                rounds = (self.micro_batches + stages - 1) / self.micro_batches
+                time = max(cost.seconds for cost in costs) * rounds * stages
+                if best is None or time < best[0]:
+                    best = time, stages, policy, bounds
+        return None if best is None else best[1:]
+
+    def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
+        """Return the most tokens of a micro-batch that fit, a multiple of 256; 0 if none do.
+
+        Memory grows with the sequence in nearly a straight line, so a few trials are enough.
+        """
+        if self.memory is None:
+            raise ValueError("the memory of a device is not known")
+        limit = (1 - MARGIN) * self.memory
+
+        def worst(length: int) -> float:
+            return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
+
+        low, high = 0, self.sequence_len
+        below, above = float("-inf"), worst(high)
+        while above <= 0 and high < 2**24:
+            low, below = high, above
+            high *= 2
+            if below > float("-inf") and low > self.sequence_len:
+                pass
+            above = worst(high)
+        while high - low > STEP:
+            middle = (low + high) // 2
+            if below > float("-inf"):  # where the line through both ends meets the limit
+                middle = low + int((high - low) * below / (below - above))
+            middle = min(max(middle // STEP * STEP, low // STEP * STEP + STEP), high - 1)
+            difference = worst(middle)
+            if difference <= 0:
+                low, below = middle, difference
+            else:
+                high, above = middle, difference
+        return low // STEP * STEP
+
+    def fewest_devices(self, most: int) -> tuple[int, str] | None:
+        """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""
+        for stages in range(1, min(most, len(self.layers)) + 1):
+            if policy := self.choose_policy(stages, "auto"):
+                return stages, policy
+        return None
+
+
+class _Layers:
+    """The layers as the strategy cuts them."""
+
+    def __init__(self, planner: Planner, policy: str) -> None:
+        self._planner, self._policy = planner, policy
+        self.names = planner.layers.names
+
+    def parameter_counts(self) -> list[int]:
+        return self._planner.layers.parameter_counts()
+
+    def layer_costs(self) -> LayerCosts:
+        return self._planner.costs(self._policy)
+
+    def build_stage(self, start: int, stop: int, device: object) -> object:
+        raise ConfigurationError("a plan builds no stages.")

@@ -1,0 +1,157 @@
+"""What a configuration file says about a training, as far as a plan needs it, without the Trainer's long imports."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from lightning_pipelite.errors import ConfigurationError
+
+UNITS = {"": 1, "B": 1} | {
+    unit: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for unit, base in ((f"{letter}iB", 1024), (f"{letter}B", 1000))
+}
+OPTIMIZER = {"class_path": "optimi.Adam", "init_args": {}}
+
+
+@dataclass
+class Settings:
+    """What a plan needs of a configuration.
+
+    Attributes:
+        model: The options of ``PipeLiteModule``.
+        sequence_len: Tokens of a micro-batch.
+        micro_batches: Of a step.
+        stages: Of the pipeline.
+        partition_method: How the layers are dealt out.
+        devices: Of a host; None if the file leaves it to the Trainer.
+        hosts: How many there are.
+    """
+
+    model: dict[str, Any]
+    sequence_len: int
+    micro_batches: int
+    stages: int = 1
+    partition_method: str = "uniform"
+    devices: int | None = None
+    hosts: int = 1
+    optimizer: dict[str, Any] = field(default_factory=lambda: OPTIMIZER)
+
+
+def read_settings(path: str, model_dir: str | None = None) -> Settings:
+    """Read a configuration of ``pipelite fit``.
+
+    Args:
+        path: of the YAML or JSON file.
+        model_dir: in place of the file's.
+
+    Raises:
+        ConfigurationError: if it cannot be read, or lacks what a plan needs.
+    """
+    content = _read(path)
+    sections = {name: _section(content, name, path) for name in ("trainer", "model", "data")}
+    trainer, model, data = sections["trainer"], dict(sections["model"]), sections["data"]
+    if model_dir is not None:
+        model["model_dir"] = model_dir
+    for name, value in (("model.model_dir", model.get("model_dir")), ("model.adapter", model.get("adapter"))):
+        if not value:
+            raise ConfigurationError(f"{path}: {name} must be given for a plan.")
+    strategy = trainer.get("strategy") or {}
+    options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
+    devices = trainer.get("devices")
+    return Settings(
+        model=model,
+        sequence_len=_count(data.get("sequence_len"), f"{path}: data.sequence_len"),
+        micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{path}: trainer.accumulate_grad_batches"),
+        stages=_count(options.get("pipeline_stages", 1), f"{path}: pipeline_stages"),
+        partition_method=str(options.get("partition_method", "uniform")),
+        devices=devices if type(devices) is int and devices > 0 else len(devices) if isinstance(devices, list) else None,
+        hosts=_count(trainer.get("num_nodes") or 1, f"{path}: trainer.num_nodes"),
+        optimizer=model.get("optimizer") or OPTIMIZER,
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"--config: {path} cannot be read ({error}); give a YAML or JSON file.") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--config: {path} holds no options; write them as in model: ...")
+    return content
+
+
+def _section(content: dict[str, Any], name: str, path: str) -> Mapping[str, Any]:
+    section = content.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigurationError(f"{path}: {name} is {section!r}; put the options of {name} there.")
+    return section
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}.")
+    return value
+
+
+def class_of(given: Any, key: str, package: str) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the options of a ``class_path`` with ``init_args``.
+
+    Args:
+        given: a mapping of the two, or the name of a class.
+        key: what it is called in the configuration.
+        package: where a class without a package is looked for.
+
+    Raises:
+        ConfigurationError: if there is no such class, or it does not take these options.
+    """
+    if isinstance(given, str):
+        given = {"class_path": given}
+    if not isinstance(given, Mapping) or not isinstance(given.get("class_path"), str):
+        raise ConfigurationError(f"{key} must be a mapping with a class_path, not {given!r}.")
+    path = given["class_path"]
+    module, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{key}: class_path {path} cannot be imported ({error}); correct it.") from None
+    options = given.get("init_args") or {}
+    known = inspect.signature(kind).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigurationError(f"{key}.{unknown[0]} is not an option; {name} has {', '.join(known)}.")
+    return kind, dict(options)
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of ``24GiB``, ``80 GB`` or a plain number.
+
+    Raises:
+        ConfigurationError: if it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    if match is None or match[2].lower() not in units or not float(match[1]):
+        raise ConfigurationError(f"memory is {text!r}; write it as in 24GiB or 80GB.")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def dtype_of(model: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of the computation.
+
+    Raises:
+        ConfigurationError: if it is none that the module takes.
+    """
+    name = model.get("dtype", "bfloat16")
+    if name not in ("bfloat16", "float32"):
+        raise ConfigurationError(f"model.dtype must be bfloat16 or float32, not {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
