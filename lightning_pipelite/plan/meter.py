@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,18 @@ BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
 
 
+class _Held:
+    """Memory that is taken as long as this object lives."""
+
+    def __init__(self, meter: Meter, size: int) -> None:
+        self._meter, self.size = meter, size
+        meter.live += size
+        meter.peak = max(meter.peak, meter.live)
+
+    def __del__(self) -> None:
+        self._meter.live -= self.size
+
+
 class Meter(TorchDispatchMode):
     """Follows every tensor from when it is made until its storage is freed, and adds up what the operations do.
 
@@ -26,12 +39,19 @@ class Meter(TorchDispatchMode):
     themselves, of which the large ones are in :data:`WORKSPACES`. Where a computation asks for a value, as the
     meta device has none, it is told 0.
 
+    While :attr:`fused` is set it follows what is compiled: matrix products and attention run as they are; what lies
+    between them takes no memory of its own, but keeps the results that it is computed from, as the compiler keeps these
+    for the backward pass and computes the rest anew (https://arxiv.org/abs/2002.00876 and
+    ``torch._functorch.partitioners.min_cut_rematerialization_partition``). It is made real for a product that reads it,
+    and where the compiled part ends.
+
     Args:
         device: The type of the device whose tensors are counted: "meta", or "cpu" in the tests.
 
     Attributes:
         live: Bytes of the tensors that are held.
         peak: The most bytes since :meth:`mark`.
+        fused: Whether what runs is compiled.
         flops: Floating-point operations of the matrix products and of attention, by the size of their elements in
             bytes.
         moved: Bytes read and written by all other operations.
@@ -40,10 +60,12 @@ class Meter(TorchDispatchMode):
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.fused = False
         self.moved = 0
         self.flops: dict[int, float] = {}
         self._device = device
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, frozenset[_Held]] = weakref.WeakKeyDictionary()
+        self._real: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def mark(self) -> int:
         """Return the peak since the last mark, and begin a new one."""
@@ -51,9 +73,13 @@ class Meter(TorchDispatchMode):
         return peak
 
     def hold(self, *tensors: Tensor) -> None:
-        """Count tensors that were made outside."""
+        """Count tensors as real: those made outside, and where a compiled part ends."""
         for tensor in tensors:
-            self._see(tensor)
+            if tensor.device.type == self._device:
+                storage = tensor.untyped_storage()
+                if storage not in self._real:
+                    self._real.add(storage)
+                    self._known[storage] = frozenset([_Held(self, _size(storage))])
 
     @override
     def __torch_dispatch__(
@@ -62,44 +88,62 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             return 0
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        workspace = WORKSPACES.get(func._schema.name)
-        if workspace is not None:
-            self.peak = max(self.peak, self.live + workspace(*args))
+        name = func._schema.name
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
+        formula = flop_registry.get(func._overloadpacket)
+        inside = OPDEFS.get(name) if name.startswith("pipelite::") else None
+        product = formula is not None or inside is not None or name in WORKSPACES
+        if product and self.fused:
+            self._read(given)
+        if name in WORKSPACES:
+            self.peak = max(self.peak, self.live + WORKSPACES[name](*args))
+        if inside is not None:  # what an operation of ours does within
+            fused, self.fused = self.fused, False
+            with self:
+                output = inside._init_fn(*args, **kwargs)
+            self.fused = fused
+            return output
         output = func(*args, **kwargs)
-        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        for tensor in made:
-            self._see(tensor)
-        self._count(func, args, kwargs, given, made, output)
+        made = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.device.type == self._device]
+        if formula is not None:
+            self._count_flops(func, formula, args, kwargs, output)
+        if self.fused and not product:
+            self._derive(given, made)
+            return output
+        if not product and made and not func.is_view and not name.startswith("aten::empty"):
+            self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
+        self.hold(*made)
         return output
 
-    def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type != self._device:
-            return
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._known[storage] = size
-        weakref.finalize(storage, self._free, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    def _read(self, given: list[Tensor]) -> None:
+        """Make real what a product reads: for good in the backward pass; else for now, as it is computed anew there."""
+        storages = {id(s): s for s in (t.untyped_storage() for t in given) if s in self._known and s not in self._real}
+        self.moved += sum(_size(s) + sum(held.size for held in self._known[s]) for s in storages.values())
+        if torch.is_grad_enabled():
+            self.peak = max(self.peak, self.live + sum(map(_size, storages.values())))
+        else:
+            for storage in storages.values():
+                self._real.add(storage)
+                self._known[storage] = frozenset([_Held(self, _size(storage))])
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _derive(self, given: list[Tensor], made: list[Tensor]) -> None:
+        """Let what lies between products keep the results that it is computed from."""
+        sources = frozenset(held for t in given for held in self._known.get(t.untyped_storage(), ()))
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known[storage] = sources
 
-    def _count(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor], out: Any
-    ) -> None:
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
-            tensors = [t for t in given if t.is_floating_point()]
-            width = min((t.element_size() for t in tensors), default=4)
-            few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
-            self.flops[width] = self.flops.get(width, 0.0) + formula(*few, **kwargs, out_val=out)
-        elif made and not func.is_view and not func._schema.name.startswith("aten::empty"):
-            self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
+    def _count_flops(self, func: Any, formula: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
+        width = min((t.element_size() for t in tensors), default=4)
+        few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
+        self.flops[width] = self.flops.get(width, 0.0) + formula(*few, **kwargs, out_val=output)
+
+
+def _size(storage: Any) -> int:
+    return -(-int(storage.nbytes()) // BLOCK) * BLOCK
 
 
 def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
@@ -111,7 +155,10 @@ def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return workspace
 
 
-WORKSPACES: dict[str, Callable[..., int]] = {"torch_attn::_varlen_attn_backward": _flash_backward}
+WORKSPACES: dict[str, Callable[..., int]] = {
+    "torch_attn::_varlen_attn": lambda *_: 0,
+    "torch_attn::_varlen_attn_backward": _flash_backward,
+}
 """What kernels allocate for themselves, in bytes, by the name of the operation."""
 
 

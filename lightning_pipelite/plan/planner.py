@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import get_args, get_type_hints
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
@@ -14,14 +13,8 @@ from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import partition
 
 MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
-POLICIES = ("keep", "selective", "recompute", "offload")
+POLICIES = ("keep", "selective", "recompute", "offload")  # the fastest first
 STEP = 256  # tokens: the largest sequence is a multiple of it
-
-
-def known_policies() -> list[str]:
-    """Return the policies of activation memory that a user can choose, the fastest first."""
-    known = get_args(get_type_hints(CausalLMLayers.__init__)["activation_memory"])
-    return [policy for policy in POLICIES if policy in known]
 
 
 class Planner:
@@ -40,7 +33,7 @@ class Planner:
         self._simulation = simulation
         self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
         skeleton = simulation.layers.skeleton
-        self.policies = [p for p in known_policies() if p == "keep" or skeleton.can_recompute]
+        self.policies = [p for p in POLICIES if p == "keep" or skeleton.can_recompute]
 
     @property
     def layers(self) -> CausalLMLayers:

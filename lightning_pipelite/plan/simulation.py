@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.plan.meter import BLOCK, AttentionAsOnGPU, Meter
 
 META = torch.device("meta")
+DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but that they are several does
 
 
 @dataclass
@@ -110,13 +112,25 @@ class Simulation:
             sequence_len: tokens of a micro-batch.
             input_grad: whether the backward pass goes on before the item; matters but for the first one.
         """
+        if policy == "selective" and self.compiled:
+            policy = "keep"  # it is the compiler that selects
         last = len(self.layers) - 1
         key = (self._kinds[number], number == 0, number == last, policy, sequence_len, input_grad)
         if key not in self._trials:
-            with self._without_weights(policy):
-                stage = self.layers.build_stage(number, number + 1, META)
+            if policy == "offload":
+                self._trials[key] = _offloaded(
+                    self.trial(number, "recompute", sequence_len, input_grad=input_grad)
+                )
+            else:
+                with self._uncompiled(policy):
+                    stage = self.layers.build_stage(number, number + 1, META)
                 self._trials[key] = self._try(stage, number, sequence_len, input_grad)
         return self._trials[key]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled on a GPU."""
+        return self.layers._compile is not False
 
     def _kind(self, number: int) -> Any:
         """What tells apart items that take differently much."""
@@ -129,12 +143,15 @@ class Simulation:
         return tuple((_signature(skeleton.layers[n]), n in chosen) for n in range(first, after))
 
     @contextlib.contextmanager
-    def _without_weights(self, policy: str) -> Iterator[None]:
-        before, self.layers.activation_memory = self.layers.activation_memory, policy  # type: ignore[assignment]
+    def _uncompiled(self, policy: str) -> Iterator[None]:
+        """Build stages as a GPU would, but for compiling them."""
+        layers = self.layers
+        before = layers.activation_memory, layers._compile
+        layers.activation_memory, layers._compile = policy, False  # type: ignore[assignment]
         try:
             yield
         finally:
-            self.layers.activation_memory = before
+            layers.activation_memory, layers._compile = before
 
     def _try(self, stage: Stage, number: int, sequence_len: int, input_grad: bool) -> Trial:
         meter = Meter()
@@ -142,7 +159,9 @@ class Simulation:
         with AttentionAsOnGPU(), meter:
             meter.hold(*held_tensors(stage))
             skeleton = self.layers.skeleton
-            run = _Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss)
+            run = _Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
+            if self.layers.packed:
+                stage.expect_documents(DOCUMENTS)
             # The second micro-batch finds gradients that it adds to.
             first, second = (run.train(lambda: self._inputs(stage, sequence_len, input_grad)) for _ in range(2))
         for part, before in zip(second.parts, first.parts, strict=True):
@@ -239,6 +258,7 @@ class _Run:
         layers_name: Of the list of decoder layers in the stage's model.
         tail_names: Of the modules after it.
         loss: The loss on the stage's outputs, if it is the last.
+        compiled: Whether each layer is compiled on a GPU.
     """
 
     def __init__(
@@ -248,12 +268,15 @@ class _Run:
         layers_name: str,
         tail_names: Sequence[str],
         loss: Callable[[Any, Any], Any] | None,
+        *,
+        compiled: bool,
     ) -> None:
-        self._stage, self._meter, self._loss = stage, meter, loss
+        self._stage, self._meter, self._loss, self._compiled = stage, meter, loss, compiled
         self._events: dict[str, _Event] = {}
         layers: Any = stage.causal_lm.get_submodule(layers_name)
-        layers[stage.start].register_forward_pre_hook(self._enter, with_kwargs=True)
-        layers[stage.stop - 1].register_forward_hook(self._returned)
+        for number in range(stage.start, stage.stop):
+            layers[number].register_forward_pre_hook(self._enter, with_kwargs=True)
+            layers[number].register_forward_hook(partial(self._returned, number == stage.stop - 1))
         # Not when the layer returns: it still holds then what is freed at once.
         following = [stage.causal_lm.get_submodule(name) for name in tail_names] if loss else [layers[stage.stop]]
         for module in following:
@@ -278,6 +301,7 @@ class _Run:
             gradients = [torch.empty_like(t) if self._loss is None else None for t in handed]
             torch.autograd.backward(handed, gradients)
             del gradients
+        self._meter.fused = False
         self._note("end")
         return self._trial(hidden, unsaved)
 
@@ -289,17 +313,28 @@ class _Run:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if "forward" in self._events:  # it is run again in the backward pass
             return
-        self._note("enter")
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: self._note("entry backward"))
+        if "enter" not in self._events:
+            self._note("enter")
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(partial(self._passed, "entry backward", False))
+        self._meter.fused = self._compiled
 
-    def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _returned(self, last: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if "forward" in self._events:
             return
+        self._meter.fused = False
         hidden = output[0] if isinstance(output, (tuple, list)) else output
+        self._meter.hold(hidden)
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: self._note("item backward"))
+            hidden.register_hook(partial(self._passed, "item backward" if last else None, self._compiled))
+
+    def _passed(self, event: str | None, fused: bool, gradient: Tensor) -> None:
+        """In the backward pass, the gradient of a layer's output or of the first one's input is there."""
+        self._meter.hold(gradient)
+        self._meter.fused = fused
+        if event is not None:
+            self._note(event)
 
     def _trial(self, hidden: int, unsaved: int) -> Trial:
         events = self._events
@@ -324,6 +359,18 @@ class _Run:
             }
         settled = leave.live + min(0, tail.retained)
         return Trial(entry, item, tail, hidden, unsaved, max(0, item_backward.live - settled))
+
+
+def _offloaded(trial: Trial) -> Trial:
+    """What a recomputed item takes if its input waits in the host's memory: the next one's is brought back meanwhile."""
+    hidden = max(trial.hidden, trial.item.retained)
+    item = replace(
+        trial.item,
+        retained=0,
+        backward=trial.item.backward + 2 * hidden,
+        first_backward=trial.item.first_backward + 2 * hidden,
+    )
+    return replace(trial, item=item)
 
 
 def _signature(layer: nn.Module) -> Any:
