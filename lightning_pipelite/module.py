@@ -153,6 +153,11 @@ class PipeLiteModule(pl.LightningModule):
         router_loss = self._layers.router_loss
         return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
+    @property
+    def optimizer_factory(self) -> OptimizerFactory:
+        """Makes the optimizer of parameters and a learning rate."""
+        return self._optimizer
+
     @override
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         # While the host still has them: on a GPU, counting documents would make it wait in every micro-batch.

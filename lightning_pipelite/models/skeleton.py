@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -153,6 +153,7 @@ class Skeleton:
         self._build, self.config._attn_implementation = build, "eager"
         return eager
 
+    @cache  # noqa: B019  (skeletons are few, and live as long as the job)
     def fits_varlen(self) -> bool:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
         try:

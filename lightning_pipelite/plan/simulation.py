@@ -65,6 +65,7 @@ class Trial:
         unsaved: Bytes of the item's input, if the item does not keep it for its backward pass.
         handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input.
         first_handover: The same with the gradients of its parameters, which are made then.
+        tied: What of the tail is the embedding's weight; a stage that has both holds it once.
     """
 
     entry: Part
@@ -74,6 +75,7 @@ class Trial:
     unsaved: int
     handover: int
     first_handover: int = 0
+    tied: Part = field(default_factory=Part)
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:
@@ -146,12 +148,14 @@ class Simulation:
     def _uncompiled(self, policy: str) -> Iterator[None]:
         """Build stages as a GPU would, but for compiling them."""
         layers = self.layers
-        before = layers.activation_memory, layers._compile
+        before = layers.activation_memory, layers._compile, torch.get_num_threads()
         layers.activation_memory, layers._compile = policy, False  # type: ignore[assignment]
+        torch.set_num_threads(1)  # what is computed is tiny
         try:
             yield
         finally:
-            layers.activation_memory, layers._compile = before
+            layers.activation_memory, layers._compile, threads = before
+            torch.set_num_threads(threads)
 
     def _try(self, stage: Stage, number: int, sequence_len: int, input_grad: bool) -> Trial:
         meter = Meter()
@@ -208,6 +212,16 @@ class Simulation:
             part.trained = sum(p.numel() for p in trained)
             part.gradients = sum(_rounded(p) for p in trained)
             part.optimizer = self._optimizer_bytes(trained)  # type: ignore[arg-type]
+        embedding = f"causal_lm.{self.layers.skeleton.embedding_name}.weight"
+        for parameter in (p for name, p in parts[2] if name == embedding):
+            trained = [parameter] if parameter.requires_grad else []
+            trial.tied = Part(
+                parameter.numel(),
+                _rounded(parameter),
+                sum(p.numel() for p in trained),
+                sum(map(_rounded, trained)),
+                self._optimizer_bytes(trained),  # type: ignore[arg-type]
+            )
         states = [t for module in stage.modules() for t in _quantisation_states(module)]
         trial.item.weights += sum(_rounded(t) for t in {id(t): t for t in states}.values())
         trial.entry.weights += sum(_rounded(buffer) for buffer in stage.buffers())

@@ -106,7 +106,12 @@ def stage_memory(
     retained = [items[0].retained, *(trial.item.retained - trial.unsaved for trial in trials[1:])]
     everything = entry.retained + passing + sum(retained) + kept_by_tail
     parts = [entry, *items, tail]
-    weights, gradients, optimizer = (sum(getattr(p, n) for p in parts) for n in ("weights", "gradients", "optimizer"))
+    tied = trials[-1].tied if start == 0 else Part()  # held once by a stage that has both ends
+
+    def held_by_all(name: str) -> int:
+        return int(sum(getattr(part, name) for part in parts) - getattr(tied, name))
+
+    weights, gradients, optimizer = (held_by_all(name) for name in ("weights", "gradients", "optimizer"))
     hidden = max(trial.hidden for trial in trials)
     exchange = trials[-1].hidden + (hidden if stage > 0 else 0)
     static = weights + optimizer + exchange + WORKSPACE
@@ -140,8 +145,8 @@ def stage_memory(
     return StageMemory(
         start=start,
         stop=stop,
-        parameters=sum(part.parameters for part in parts),
-        trained=sum(part.trained for part in parts),
+        parameters=held_by_all("parameters"),
+        trained=held_by_all("trained"),
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
