@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 
+from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.offload import HostCopies
 from lightning_pipelite.models.packing import documents_when_recomputed
 
@@ -23,11 +23,15 @@ ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 KEPT_NAMES = ("pipelite::lora_linear", "torch_attn::_varlen_attn")
 
 
-def set_activation_memory(model: PreTrainedModel, policy: str, device: torch.device, *, compiled: bool) -> None:
-    """Let the decoder layers of a stage keep no more than ``policy`` says.
+def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:
+    """Let decoder layers keep no more than ``policy`` says.
+
+    Not transformers' gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
+    reentrant checkpoints need and which sends gradients below the lowest trained weight; and since 5.23 it stands in a
+    layer's forward, which is compiled.
 
     Args:
-        model: the stage's model.
+        layers: a stage's.
         policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention; the rest is
             computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the host's memory).
         device: where the stage is.
@@ -41,9 +45,20 @@ def set_activation_memory(model: PreTrainedModel, policy: str, device: torch.dev
         run_again = partial(checkpoint, use_reentrant=False, context_fn=_keeping_products)
     if policy == "offload" and device.type == "cuda":
         run_again = partial(_offloaded, run_again, HostCopies(device))
-    # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only reentrant
-    # checkpoints need and which sends gradients below the lowest trained weight.
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_again)
+    for layer in layers:
+        mix_in(layer, _RunsAgain).__dict__["_run_again"] = run_again
+
+
+class _RunsAgain:
+    """Mixed into a decoder layer, outside of what is compiled. What is mixed in later stands outside of this."""
+
+    _run_again: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
+        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return self._run_again(call, *args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def compile_layers(layers: list[nn.Module]) -> None:
