@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
+
+from lightning_pipelite.kernels import lora
 
 BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
@@ -41,9 +42,8 @@ class Meter(TorchDispatchMode):
 
     While :attr:`fused` is set it follows what is compiled: matrix products and attention run as they are; what lies
     between them takes no memory of its own, but keeps the results that it is computed from, as the compiler keeps these
-    for the backward pass and computes the rest anew (https://arxiv.org/abs/2002.00876 and
-    ``torch._functorch.partitioners.min_cut_rematerialization_partition``). It is made real for a product that reads it,
-    and where the compiled part ends.
+    for the backward pass and computes the rest anew (``torch._functorch.partitioners``). It is made real for a product
+    that reads it, and where the compiled part ends.
 
     Args:
         device: The type of the device whose tensors are counted: "meta", or "cpu" in the tests.
@@ -88,19 +88,23 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             return 0
+        with self:  # an operation that is only made of others
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
         name = func._schema.name
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
         formula = flop_registry.get(func._overloadpacket)
-        inside = OPDEFS.get(name) if name.startswith("pipelite::") else None
-        product = formula is not None or inside is not None or name in WORKSPACES
+        ours = name in OURS
+        product = formula is not None or ours or name in WORKSPACES
         if product and self.fused:
             self._read(given)
         if name in WORKSPACES:
             self.peak = max(self.peak, self.live + WORKSPACES[name](*args))
-        if inside is not None:  # what an operation of ours does within
+        if ours:  # count what an operation of ours does within, where its shapes alone would do
             fused, self.fused = self.fused, False
             with self:
-                output = inside._init_fn(*args, **kwargs)
+                output = OURS[name](*args, **kwargs)
             self.fused = fused
             return output
         output = func(*args, **kwargs)
@@ -112,19 +116,20 @@ class Meter(TorchDispatchMode):
             return output
         if not product and made and not func.is_view and not name.startswith("aten::empty"):
             self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
-        self.hold(*made)
+        self.hold(*(t for t in made if t.untyped_storage() not in self._known))  # not a view of what is not real
         return output
 
     def _read(self, given: list[Tensor]) -> None:
-        """Make real what a product reads: for good in the backward pass; else for now, as it is computed anew there."""
-        storages = {id(s): s for s in (t.untyped_storage() for t in given) if s in self._known and s not in self._real}
-        self.moved += sum(_size(s) + sum(held.size for held in self._known[s]) for s in storages.values())
-        if torch.is_grad_enabled():
-            self.peak = max(self.peak, self.live + sum(map(_size, storages.values())))
-        else:
-            for storage in storages.values():
-                self._real.add(storage)
-                self._known[storage] = frozenset([_Held(self, _size(storage))])
+        """Make real what a product reads.
+
+        For good: the compiler does not compute anew what a product reads in the backward pass (the option
+        ``ban_recompute_materialized_backward`` of its partitioner), and products keep for theirs what they read.
+        """
+        for tensor in given:
+            storage = tensor.untyped_storage()
+            if storage in self._known and storage not in self._real:
+                self.moved += _size(storage) + sum(held.size for held in self._known[storage])
+                self.hold(tensor)
 
     def _derive(self, given: list[Tensor], made: list[Tensor]) -> None:
         """Let what lies between products keep the results that it is computed from."""
@@ -138,8 +143,12 @@ class Meter(TorchDispatchMode):
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
         tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
         width = min((t.element_size() for t in tensors), default=4)
-        few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
-        self.flops[width] = self.flops.get(width, 0.0) + formula(*few, **kwargs, out_val=output)
+        if func._schema.name in PACKED_ATTENTION:
+            count = PACKED_ATTENTION[func._schema.name](*args)
+        else:
+            few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
+            count = formula(*few, **kwargs, out_val=output)
+        self.flops[width] = self.flops.get(width, 0.0) + count
 
 
 def _size(storage: Any) -> int:
@@ -154,6 +163,26 @@ def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
         workspace += 2 * query.element_size() * query.shape[-2] * (key.numel() // key.shape[-2])
     return workspace
 
+
+OURS: dict[str, Callable[..., Any]] = {
+    "pipelite::lora_linear": lora._forward,
+    "pipelite::lora_linear_backward": lora._backward,
+}
+"""Operations of this package, which would not be looked into."""
+
+
+def _causal(query: Tensor, value: Tensor) -> float:
+    """The operations of two products over half the pairs of tokens, as if all were one document: the most there are."""
+    tokens, heads, size = query.shape
+    return float(tokens) ** 2 * heads * (size + value.shape[-1])
+
+
+PACKED_ATTENTION: dict[str, Callable[..., float]] = {
+    "torch_attn::_varlen_attn": lambda query, key, value, *_: _causal(query, value),
+    # Five products, and those of the forward pass are two.
+    "torch_attn::_varlen_attn_backward": lambda gradient, query, key, value, *_: 2.5 * _causal(query, value),
+}
+"""Operations of attention over packed documents, whose lengths are values, which the meta device has not."""
 
 WORKSPACES: dict[str, Callable[..., int]] = {
     "torch_attn::_varlen_attn": lambda *_: 0,
