@@ -11,6 +11,7 @@ import torch
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.module import device_memory
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.report import Report
 from lightning_pipelite.plan.settings import Settings, class_of, dtype_of, parse_memory, read_settings
@@ -61,13 +62,6 @@ def plan(
     return report
 
 
-def device_memory() -> int | None:
-    """Return the bytes of the smallest GPU here, or None."""
-    if not torch.cuda.is_available():
-        return None
-    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-
-
 def simulate(settings: Settings) -> Simulation:
     """Make the layers, the loss and the optimizer that the configuration asks for."""
     model = settings.model
@@ -76,7 +70,7 @@ def simulate(settings: Settings) -> Simulation:
     options_of_layers = {name: value for name, value in model.items() if name in taken}
     options_of_layers |= {"adapter": adapter_class(**options), "dtype": dtype_of(model), "activation_memory": "keep"}
     layers = CausalLMLayers(options_of_layers.pop("model_dir"), fuse_head=True, **options_of_layers)
-    optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim")
+    optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
     router_loss = layers.router_loss
     return Simulation(
         layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0), partial(optimizer_class, lr=1e-3, **options)

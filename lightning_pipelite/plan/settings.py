@@ -103,13 +103,16 @@ def _count(value: Any, name: str) -> int:
     return value
 
 
-def class_of(given: Any, key: str, package: str) -> tuple[Any, dict[str, Any]]:
+def class_of(
+    given: Any, key: str, package: str, given_here: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
     """Return the class and the options of a ``class_path`` with ``init_args``.
 
     Args:
         given: a mapping of the two, or the name of a class.
         key: what it is called in the configuration.
         package: where a class without a package is looked for.
+        given_here: arguments of it that no configuration has.
 
     Raises:
         ConfigurationError: if there is no such class, or it does not take these options.
@@ -128,6 +131,9 @@ def class_of(given: Any, key: str, package: str) -> tuple[Any, dict[str, Any]]:
     known = inspect.signature(kind).parameters
     if unknown := [option for option in options if option not in known]:
         raise ConfigurationError(f"{key}.{unknown[0]} is not an option; {name} has {', '.join(known)}.")
+    missing = [n for n, each in known.items() if each.default is each.empty and n not in (*options, *given_here)]
+    if missing:
+        raise ConfigurationError(f"{key}.{missing[0]} must be given.")
     return kind, dict(options)
 
 

@@ -360,8 +360,10 @@ class _Run:
             for before, after in itertools.pairwise((begin, enter, leave, forward))
         )
         tail.backward = item_backward.peak - forward.live
-        item.backward = max(0, entry_backward.peak - item_backward.live)
-        entry.backward = max(0, end.peak - entry_backward.live)
+        if entry_backward is not item_backward:
+            item.backward = entry_backward.peak - item_backward.live
+        if end is not entry_backward:
+            entry.backward = end.peak - entry_backward.live
         passes = ((begin, enter, entry_backward, end), (enter, leave, item_backward, entry_backward))
         for part, (a, b, c, d) in zip(
             (entry, item, tail), (*passes, (leave, forward, forward, item_backward)), strict=True

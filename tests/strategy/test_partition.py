@@ -59,7 +59,7 @@ def test_type_counts_matching_layers_only() -> None:
         (5, "uniform", "pipeline_stages=5 is more than the 4 layers"),
         (2, "type:mamba", "'mamba' matches none of the layer types A"),
         (2, "type:(", "is not a regular expression"),
-        (2, "best", "must be uniform, parameters or type:REGEX, not 'best'"),
+        (2, "best", "must be auto, uniform, parameters or type:REGEX, not 'best'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -> None:

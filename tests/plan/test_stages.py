@@ -1,0 +1,167 @@
+"""What is planned for a stage, against stages that run on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optimi import Adam
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
+from lightning_pipelite.loss import CausalLMLoss
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.plan.meter import Meter
+from lightning_pipelite.plan.simulation import Simulation, held_tensors
+from lightning_pipelite.plan.stages import WORKSPACE, stage_memory
+
+CPU = torch.device("cpu")
+LENGTH = 256
+
+
+def make_adam(parameters: list[nn.Parameter]) -> Adam:
+    return Adam(parameters, lr=1e-3)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_layers(model_dir: Path, adapter: Adapter, **options: Any) -> CausalLMLayers:
+    # Attention in plain operations: other code keeps other things on a CPU than on a GPU.
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "compile_layers": False, **options}
+    return CausalLMLayers(model_dir, adapter=adapter, fuse_head=False, **options)
+
+
+def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: int) -> tuple[int, int]:
+    """Train a real stage; return the bytes of its weights, and the most that were held."""
+    stage = layers.build_stage(start, stop, CPU)
+    size = layers.skeleton.config.hidden_size
+    meter = Meter("cpu")
+    with meter:
+        meter.hold(*held_tensors(stage))
+        weights = meter.live
+        for _ in range(micro_batches):
+            positions = torch.arange(LENGTH)[None]
+            extra = [torch.ones_like(positions) for _ in layers.adapter.batch_keys]
+            first: Tensor = torch.zeros_like(positions)
+            if start:
+                first = torch.randn(1, LENGTH, size, requires_grad=True)
+            outputs = stage((first, positions, *extra))
+            if stop == len(layers):
+                outputs = CausalLMLoss()(outputs, torch.zeros_like(positions))[:1]
+            root = outputs[0]
+            gradient = None if root.ndim == 0 else torch.ones_like(root)
+            del outputs, first, positions, extra
+            root.backward(gradient)
+            del root, gradient
+    return weights, meter.peak
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+@pytest.mark.parametrize("adapter", [LoRA(4), Full(), ControlAdapter(4)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("bounds", [(0, 5), (0, 2), (1, 4), (3, 5)])
+def test_a_stage_takes_what_is_planned(
+    model_dir: Path, adapter: Adapter, policy: str, bounds: tuple[int, int]
+) -> None:
+    layers = make_layers(model_dir, adapter)
+    planned = stage_memory(
+        Simulation(layers, CausalLMLoss(), make_adam), *bounds,
+        stage=0, stages=1, micro_batches=2, policy=policy, sequence_len=LENGTH,
+    )  # fmt: skip
+    layers.activation_memory = policy  # type: ignore[assignment]
+    weights, peak = train_on_cpu(layers, *bounds, 2)
+    assert planned.weights == weights
+    assert planned.peak - planned.optimizer - planned.exchange - WORKSPACE == pytest.approx(peak, rel=0.03)
+
+
+def test_more_micro_batches_in_flight_take_as_much_more_as_is_retained(model_dir: Path) -> None:
+    simulation = Simulation(make_layers(model_dir, LoRA(4)), CausalLMLoss(), make_adam)
+    one, two = (
+        stage_memory(
+            simulation, 0, 2, stage=0, stages=stages, micro_batches=8, policy="keep", sequence_len=LENGTH
+        )
+        for stages in (1, 2)
+    )
+    assert (one.in_flight, two.in_flight) == (1, 2)
+    assert two.activations == 2 * one.activations
+    assert two.peak - one.peak == pytest.approx(one.activations, rel=0.05)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_weights_in_4_bits_are_counted_with_their_scales(model_dir: Path, double_quant: bool) -> None:
+    layers = make_layers(model_dir, LoRA(4), load_in_4bit=True, bnb_4bit_use_double_quant=double_quant)
+    _compare_held(layers, 1, 3)
+
+
+def test_fused_experts_in_4_bits_are_counted_with_their_scales(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    _compare_held(make_layers(tmp_path, LoRA(4), load_in_4bit=True), 0, 3)
+
+
+def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:
+    """On the meta device a stage holds tensors of the shapes and types that it really has."""
+    real, planned = (
+        sorted((tuple(t.shape), str(t.dtype)) for t in held_tensors(layers.build_stage(start, stop, device)))
+        for device in (CPU, torch.device("meta"))
+    )
+    assert planned == real
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_optimizers_state_is_what_a_real_step_leaves(model_dir: Path, dtype: torch.dtype) -> None:
+    layers = make_layers(model_dir, Full(), dtype=dtype)
+    planned = Simulation(layers, CausalLMLoss(), make_adam).trial(1, "keep", 64).item
+    parameters = [p for n, p in layers.build_stage(1, 2, CPU).named_parameters() if ".layers.1." in n]
+    optimizer = make_adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    real = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    assert len(real) == (3 if dtype == torch.bfloat16 else 2) * len(parameters)  # Kahan's compensation
+    assert planned.optimizer == sum(t.nbytes for t in real if t.ndim)
+    assert planned.trained == sum(p.numel() for p in parameters)
+
+
+def test_a_layer_retains_what_autograd_saves(model_dir: Path) -> None:
+    layers = make_layers(model_dir, LoRA(4))
+    trial = Simulation(layers, CausalLMLoss(), make_adam).trial(2, "keep", LENGTH)
+    layers.activation_memory = "keep"
+    stage = layers.build_stage(2, 3, CPU)
+    layer = stage.causal_lm.model.layers[2]
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def begin(*_: Any) -> None:
+        hooks.__enter__()
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(lambda *_: hooks.__exit__(None, None, None))
+    hidden = torch.randn(1, LENGTH, 128, requires_grad=True)
+    output = stage((hidden, torch.arange(LENGTH)[None]))[0]
+    outside = {hidden.untyped_storage()._cdata, *(p.untyped_storage()._cdata for p in stage.parameters())}
+    shared = [t for key, t in saved.items() if t.shape[-1] == 32 and t.numel() == LENGTH * 32]  # rotary cos and sin
+    kept = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in outside) - sum(
+        t.untyped_storage().nbytes() for t in shared
+    )
+    assert output.requires_grad
+    # Beside what is saved the output is held.
+    assert trial.item.retained == pytest.approx(kept + hidden.nbytes, rel=0.03)
