@@ -138,7 +138,6 @@ class TrainerCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
 
-
     def _plan(self, model: PipeLiteModule, strategy: PipeLiteStrategy) -> None:
         """Check that every stage fits its GPU, and let what is measured be printed beside what is planned."""
         memory = device_memory()

@@ -56,7 +56,6 @@ class PredictedMemory(pl.Callback):
         for number, stage in enumerate(self._stages):
             most = max((size for stage_id, size in measured if stage_id == number), default=0)
             off = f" ({stage.peak / most - 1:+.0%})" if most else ""
-            lines.append(
-                f"memory of stage {number}: predicted {stage.peak / 2**30:.2f} GiB, measured {most / 2**30:.2f} GiB{off}"
-            )
+            predicted, found = (f"{size / 2**30:.2f} GiB" for size in (stage.peak, most))
+            lines.append(f"memory of stage {number}: predicted {predicted}, measured {found}{off}")
         return lines

@@ -73,5 +73,7 @@ def simulate(settings: Settings) -> Simulation:
     optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
     router_loss = layers.router_loss
     return Simulation(
-        layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0), partial(optimizer_class, lr=1e-3, **options)
+        layers,
+        CausalLMLoss(router_loss.coefficient if router_loss else 0.0),
+        partial(optimizer_class, lr=1e-3, **options),
     )

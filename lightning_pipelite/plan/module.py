@@ -20,9 +20,7 @@ UNKNOWN_LENGTH = 4096  # tokens, where the data does not say; the balance of the
 FALLBACK = "recompute"  # where nothing is known to choose by
 
 
-def planner_of(
-    module: PipeLiteModule, *, sequence_len: int, micro_batches: int, memory: int | None = None
-) -> Planner:
+def planner_of(module: PipeLiteModule, *, sequence_len: int, micro_batches: int, memory: int | None = None) -> Planner:
     """Return a planner for a module.
 
     Args:
@@ -38,7 +36,7 @@ def planner_of(
 
 
 def device_memory() -> int | None:
-    """Return the bytes of the smallest GPU that a process of this job has, or None. Collective, once they have joined."""
+    """Return the bytes of the job's smallest GPU, or None. Collective, once the processes have joined."""
     mine = None
     if torch.cuda.is_available():
         mine = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
@@ -93,7 +91,7 @@ def planned_stages(module: PipeLiteModule, stages: int, method: str, memory: int
     if length is None:
         return None
     planner = planner_of(module, sequence_len=length, micro_batches=micro_batches, memory=memory)
-    asked = planner.layers.activation_memory
+    asked: str = planner.layers.activation_memory
     if asked == "auto":
         asked = planner.choose_policy(stages, method) or planner.policies[-1]
     return planner.stages(planner.split(stages, method, asked), planner.known(asked))
@@ -112,8 +110,8 @@ def check_fits(stages: list[StageMemory], memory: int) -> None:
     raise ConfigurationError(
         f"stage {number} of {len(stages)} will take {fullest.total / gib:.1f} GiB of a GPU's {memory / gib:.1f} GiB: "
         f"{fullest.weights / gib:.1f} for weights, {(fullest.gradients + fullest.optimizer) / gib:.1f} for gradients "
-        f"and optimizer, {(fullest.activations + fullest.transient) / gib:.1f} for activations; pipelite plan says what "
-        "fits (more stages, activation_memory auto, a shorter sequence_len, load_in_4bit), and model.check_memory "
+        f"and optimizer, {(fullest.activations + fullest.transient) / gib:.1f} for activations; pipelite plan says "
+        "what fits (more stages, activation_memory auto, a shorter sequence_len, load_in_4bit), and model.check_memory "
         "false trains regardless."
     )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from lightning_pipelite.errors import ConfigurationError
+import torch
+from torch import nn
+
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.plan.simulation import Simulation
 from lightning_pipelite.plan.stages import StageMemory, stage_memory
@@ -14,6 +16,7 @@ from lightning_pipelite.strategy.partition import partition
 
 MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
 POLICIES = ("keep", "selective", "recompute", "offload")  # the fastest first
+LONGEST = 2**20  # tokens, for a model that sets no limit
 STEP = 256  # tokens: the largest sequence is a multiple of it
 
 
@@ -122,7 +125,7 @@ class Planner:
         return None if best is None else best[1:]
 
     def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
-        """Return the most tokens of a micro-batch that fit, a multiple of 256; 0 if none do.
+        """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
 
         Memory grows with the sequence in nearly a straight line, so a few trials are enough.
         """
@@ -133,13 +136,14 @@ class Planner:
         def worst(length: int) -> float:
             return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
 
-        low, high = 0, self.sequence_len
+        most = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
+        if worst(most) <= 0:
+            return most // STEP * STEP
+        low, high = 0, min(self.sequence_len, most)
         below, above = float("-inf"), worst(high)
-        while above <= 0 and high < 2**24:
+        while above <= 0:
             low, below = high, above
-            high *= 2
-            if below > float("-inf") and low > self.sequence_len:
-                pass
+            high = min(2 * high, most)
             above = worst(high)
         while high - low > STEP:
             middle = (low + high) // 2
@@ -166,7 +170,7 @@ class _Layers:
 
     def __init__(self, planner: Planner, policy: str) -> None:
         self._planner, self._policy = planner, policy
-        self.names = planner.layers.names
+        self.names: Sequence[str] = planner.layers.names
 
     def parameter_counts(self) -> list[int]:
         return self._planner.layers.parameter_counts()
@@ -174,5 +178,5 @@ class _Layers:
     def layer_costs(self) -> LayerCosts:
         return self._planner.costs(self._policy)
 
-    def build_stage(self, start: int, stop: int, device: object) -> object:
-        raise ConfigurationError("a plan builds no stages.")
+    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        raise NotImplementedError("a plan builds no stages")

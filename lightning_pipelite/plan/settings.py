@@ -68,13 +68,19 @@ def read_settings(path: str, model_dir: str | None = None) -> Settings:
     strategy = trainer.get("strategy") or {}
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     devices = trainer.get("devices")
+    if isinstance(devices, list):  # their numbers
+        devices = len(devices)
     return Settings(
         model=model,
         sequence_len=_count(data.get("sequence_len"), f"{path}: data.sequence_len"),
         micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{path}: trainer.accumulate_grad_batches"),
         stages=_count(options.get("pipeline_stages", 1), f"{path}: pipeline_stages"),
         partition_method=str(options.get("partition_method", "uniform")),
-        devices=devices if type(devices) is int and devices > 0 else len(devices) if isinstance(devices, list) else None,
+        devices=devices
+        if type(devices) is int and devices > 0
+        else len(devices)
+        if isinstance(devices, list)
+        else None,
         hosts=_count(trainer.get("num_nodes") or 1, f"{path}: trainer.num_nodes"),
         optimizer=model.get("optimizer") or OPTIMIZER,
     )
@@ -103,9 +109,7 @@ def _count(value: Any, name: str) -> int:
     return value
 
 
-def class_of(
-    given: Any, key: str, package: str, given_here: tuple[str, ...] = ()
-) -> tuple[Any, dict[str, Any]]:
+def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = ()) -> tuple[Any, dict[str, Any]]:
     """Return the class and the options of a ``class_path`` with ``init_args``.
 
     Args:

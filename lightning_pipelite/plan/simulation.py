@@ -120,9 +120,7 @@ class Simulation:
         key = (self._kinds[number], number == 0, number == last, policy, sequence_len, input_grad)
         if key not in self._trials:
             if policy == "offload":
-                self._trials[key] = _offloaded(
-                    self.trial(number, "recompute", sequence_len, input_grad=input_grad)
-                )
+                self._trials[key] = _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad))
             else:
                 with self._uncompiled(policy):
                     stage = self.layers.build_stage(number, number + 1, META)
@@ -378,7 +376,7 @@ class _Run:
 
 
 def _offloaded(trial: Trial) -> Trial:
-    """What a recomputed item takes if its input waits in the host's memory: the next one's is brought back meanwhile."""
+    """What a recomputed item takes if its input waits in the host's memory, and the next one's comes back meanwhile."""
     hidden = max(trial.hidden, trial.item.retained)
     item = replace(
         trial.item,

@@ -116,9 +116,9 @@ def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
         bounds: list[int] = cut(bytes_of, lambda *_: True, False)[1]
         return bounds
     slowest = found[0] * (1 + 1e-9)
-    evened: list[int] = cut(
-        lambda *s: seconds_of(*s) ** 2, lambda *s: within(*s) and seconds_of(*s) <= slowest, True
-    )[1]
+    evened: list[int] = cut(lambda *s: seconds_of(*s) ** 2, lambda *s: within(*s) and seconds_of(*s) <= slowest, True)[
+        1
+    ]
     return evened
 
 

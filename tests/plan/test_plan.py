@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_cases import LLAMA_70B, write_config, write_headers
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.plan.callback import PredictedMemory
@@ -17,10 +18,9 @@ from lightning_pipelite.plan.command import plan
 from lightning_pipelite.plan.module import check_fits
 from lightning_pipelite.plan.report import Report
 from lightning_pipelite.plan.settings import parse_memory
-from lightning_pipelite.plan.stages import bubble
+from lightning_pipelite.plan.stages import StageMemory, bubble
 from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import cheapest_bounds, partition
-from plan_cases import LLAMA_70B, write_config, write_headers
 
 GIB = 2**30
 SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -30,6 +30,11 @@ SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     return write_config(folder / "config.yaml", write_headers(folder / "model", SMALL, shards=2), stages=2)
+
+
+@pytest.fixture(scope="module")
+def small_stages(small: Path) -> list[StageMemory]:
+    return plan(str(small), devices=2, memory="24GiB").policies["keep"]
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +152,16 @@ def test_memory_is_read_in_both_units() -> None:
     assert parse_memory("1.5gib") == GIB * 3 // 2
 
 
-def test_a_stage_that_does_not_fit_is_refused_with_advice(small: Path) -> None:
-    stages = plan(str(small), devices=2, memory="24GiB").policies["keep"]
-    check_fits(stages, 24 * GIB)
-    with pytest.raises(ConfigurationError, match="stage 0 of 2 will take .* check_memory false trains regardless"):
-        check_fits(stages, GIB // 2)
+def test_a_stage_that_does_not_fit_is_refused_with_advice(small_stages: list[StageMemory]) -> None:
+    check_fits(small_stages, 24 * GIB)
+    with pytest.raises(
+        ConfigurationError, match=r"stage . of 2 will take .*model.check_memory false trains regardless"
+    ):
+        check_fits(small_stages, GIB // 2)
 
 
-def test_predicted_stands_beside_measured(small: Path) -> None:
-    stages = plan(str(small), devices=2, memory="24GiB").policies["keep"]
+def test_predicted_stands_beside_measured(small_stages: list[StageMemory]) -> None:
+    stages = small_stages
     lines = PredictedMemory(stages).lines([(0, stages[0].peak), (1, stages[1].peak // 2), (0, 5)])
     assert lines[0].endswith("(+0%)")
     assert lines[1].endswith("(+100%)")

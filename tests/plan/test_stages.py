@@ -71,9 +71,7 @@ def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: i
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize("adapter", [LoRA(4), Full(), ControlAdapter(4)], ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("bounds", [(0, 5), (0, 2), (1, 4), (3, 5)])
-def test_a_stage_takes_what_is_planned(
-    model_dir: Path, adapter: Adapter, policy: str, bounds: tuple[int, int]
-) -> None:
+def test_a_stage_takes_what_is_planned(model_dir: Path, adapter: Adapter, policy: str, bounds: tuple[int, int]) -> None:
     layers = make_layers(model_dir, adapter)
     planned = stage_memory(
         Simulation(layers, CausalLMLoss(), make_adam), *bounds,
@@ -88,9 +86,7 @@ def test_a_stage_takes_what_is_planned(
 def test_more_micro_batches_in_flight_take_as_much_more_as_is_retained(model_dir: Path) -> None:
     simulation = Simulation(make_layers(model_dir, LoRA(4)), CausalLMLoss(), make_adam)
     one, two = (
-        stage_memory(
-            simulation, 0, 2, stage=0, stages=stages, micro_batches=8, policy="keep", sequence_len=LENGTH
-        )
+        stage_memory(simulation, 0, 2, stage=0, stages=stages, micro_batches=8, policy="keep", sequence_len=LENGTH)
         for stages in (1, 2)
     )
     assert (one.in_flight, two.in_flight) == (1, 2)
