@@ -84,7 +84,9 @@ class Planner:
             )
             seconds.append(cost.seconds)
             held.append(cost.weights + cost.gradients + cost.optimizer)
-            retained.append(cost.activations)
+            trial = self._simulation.trial(number, policy, length)
+            received = trial.entry.retained if number == 0 else 0  # by the others once a stage, not once an item
+            retained.append(received + trial.item.retained - trial.unsaved + max(0, trial.tail.retained))
         usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy, length)
         return LayerCosts(seconds, held, retained, self.micro_batches, usable)
 

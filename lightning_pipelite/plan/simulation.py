@@ -103,7 +103,8 @@ class Simulation:
         self._loss = loss
         self._make_optimizer = make_optimizer
         self._trials: dict[Any, Trial] = {}
-        self._kinds = [self._kind(number) for number in range(len(layers))]
+        kinds: dict[Any, int] = {}
+        self._kinds = [kinds.setdefault(self._kind(number), len(kinds)) for number in range(len(layers))]
 
     def trial(self, number: int, policy: str, sequence_len: int, *, input_grad: bool = True) -> Trial:
         """Return what item ``number`` takes.
