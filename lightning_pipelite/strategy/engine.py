@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,9 @@ from typing_extensions import override
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layers import Loss
+from lightning_pipelite.strategy.micro_batches import MicroBatch, require_same_data, shapes_of
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.ties import TiedParameters
-
-MicroBatch = tuple[Any, Any]
-"""``(inputs, targets)``: what the first stage starts from, and what the loss on the last stage needs."""
 
 _COMPUTING = (schedule.LoadMicroBatch, schedule.ForwardPass, schedule.BackwardPass)
 """Instructions that need no other rank. On a GPU the others wait where the host reads a result, in the step, say."""
@@ -137,11 +134,11 @@ class PipeLiteEngine(PipelineEngine):
 
     def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         if self.is_pipe_parallel and training not in self._compared:
-            self._require_same_data(micro_batches)
+            require_same_data(micro_batches, self.grid.get_pipe_parallel_group())
             self._compared.add(training)
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
         # micro-batches, so each knows without communication when they must be sent anew.
-        shapes = [(training, _shapes(batch)) for batch in micro_batches]
+        shapes = [(training, shapes_of(batch)) for batch in micro_batches]
         self.dynamic_shape = any(shape != shapes[0] for shape in shapes)
         if self.dynamic_shape or shapes[0] != self._shapes:
             self.reset_activation_shape()
@@ -152,17 +149,6 @@ class PipeLiteEngine(PipelineEngine):
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
         with self._randomness.drawn_from():
             self._exec_schedule(steps)
-
-    def _require_same_data(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Inputs from one sequence and targets from another would train, on nonsense, without any other sign."""
-        digests = [0] * self.num_stages
-        dist.all_gather_object(digests, _digest(micro_batches), group=self.grid.get_pipe_parallel_group())
-        if len(set(digests)) > 1:
-            raise ConfigurationError(
-                "the stages of a pipeline were given different micro-batches; let the data loader's order and random "
-                "numbers depend on nothing that differs between ranks (L.seed_everything(SEED) at the start), and give "
-                "its sampler the strategy's distributed_sampler_kwargs."
-            )
 
     @override
     def _exec_schedule(self, pipe_schedule: Any) -> None:
@@ -211,7 +197,7 @@ class PipeLiteEngine(PipelineEngine):
                 f"stage {self.stage_id} ends with a layer that returns a {type(outputs).__name__}; between stages only "
                 "a tensor or a tuple of tensors can be handed on."
             )
-        shapes = _shapes(outputs)
+        shapes = shapes_of(outputs)
         if not self.dynamic_shape and self._sent not in (None, shapes):
             # The receiver's buffers are of the old shapes: it would read beyond or short of what is sent.
             raise RuntimeError(
@@ -282,24 +268,3 @@ class PipeLiteEngine(PipelineEngine):
 def _tensors(outputs: Any) -> list[Tensor]:
     """The tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]
-
-
-def _shapes(batch: Any) -> Any:
-    """What the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
-    if isinstance(batch, Tensor):
-        return tuple(batch.shape), batch.dtype
-    if isinstance(batch, Mapping):
-        return [(key, _shapes(item)) for key, item in batch.items()]
-    if isinstance(batch, (tuple, list)):
-        return [_shapes(item) for item in batch]
-    return batch if batch is None or isinstance(batch, (bool, int, float, str)) else object()
-
-
-def _digest(batch: Any, so_far: int = 0) -> int:
-    """A checksum of all tensors in a batch."""
-    if isinstance(batch, Tensor):
-        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), so_far)
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for item in items:
-        so_far = _digest(item, so_far)
-    return so_far

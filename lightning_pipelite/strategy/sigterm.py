@@ -1,0 +1,42 @@
+"""SIGTERM, without what Lightning does about it in every micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class SigtermNotice:
+    """Before each step rank 0 tells all ranks whether it has received SIGTERM; if so, they leave together.
+
+    Takes the place of two things in Lightning (2.6). Its handler broadcasts at once, amid whatever the ranks are doing,
+    which then never ends. And it broadcasts a tensor on the GPU in every micro-batch and reads it, which makes the host
+    wait for all that has been launched; here it is a number on the host, over a process group of its own. Building it
+    is collective. Remove it when Lightning asks its strategy.
+
+    Args:
+        trainer: its handler is not registered yet.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._group: Any = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
+        trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[assignment,method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._trainer._signal_connector.received_sigterm = True
+
+    def _agree(self) -> None:
+        """Called before each micro-batch is fetched, if there are several ranks."""
+        trainer = self._trainer
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        received = torch.tensor([trainer.received_sigterm])
+        dist.broadcast(received, src=0, group=self._group)
+        if received.item():
+            raise SIGTERMException
