@@ -18,10 +18,8 @@ from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline
 from lightning_pipelite.strategy.layers import Loss
 from lightning_pipelite.strategy.micro_batches import MicroBatch, require_same_data, shapes_of
 from lightning_pipelite.strategy.randomness import LayerRandomness
+from lightning_pipelite.strategy.stage_clock import COMPUTING, StageClock
 from lightning_pipelite.strategy.ties import TiedParameters
-
-_COMPUTING = (schedule.LoadMicroBatch, schedule.ForwardPass, schedule.BackwardPass)
-"""Instructions that need no other rank. On a GPU the others wait where the host reads a result, in the step, say."""
 
 
 class PipeLiteEngine(PipelineEngine):
@@ -70,6 +68,7 @@ class PipeLiteEngine(PipelineEngine):
         self._sent: object = None
         self._compared: set[bool] = set()
         self._step = self._forwarded = 0
+        self._clock: StageClock | None = None
         self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
@@ -89,7 +88,7 @@ class PipeLiteEngine(PipelineEngine):
 
     # What the strategy calls
 
-    def train_on(self, micro_batches: Sequence[MicroBatch], step: int) -> Tensor:
+    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> Tensor:
         """Forward and backward of all micro-batches of a step.
 
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
@@ -97,6 +96,7 @@ class PipeLiteEngine(PipelineEngine):
         Args:
             micro_batches: the same on all stages of a pipeline; the same number on all replicas.
             step: the number of steps taken before, on which the random numbers depend.
+            clock: told what runs, if it is to be measured.
 
         Returns:
             The sum and the count of the losses of the global batch, and the sums of what the loss wants logged,
@@ -108,9 +108,14 @@ class PipeLiteEngine(PipelineEngine):
         """
         self._step = step
         self.set_train_batch_size(len(micro_batches) * self.grid.data_parallel_size)
-        self._run(micro_batches, self._train_schedule(), training=True)
-        self.global_steps += 1
-        return self.share(self._sums)
+        self._clock = clock
+        try:
+            self._run(micro_batches, self._train_schedule(), training=True)
+            self.global_steps += 1
+            return self.share(self._sums)
+        finally:
+            self._begin("", waits=False)
+            self._clock = None
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Forward of some micro-batches, without gradients.
@@ -124,10 +129,9 @@ class PipeLiteEngine(PipelineEngine):
 
     def share(self, sums: Tensor) -> Tensor:
         """Add up what the last stages of all replicas have, and give it to every rank. Collective."""
-        if self.is_data_parallel and self.is_last_stage():
-            dist.all_reduce(sums, group=self.grid.get_data_parallel_group())
-        if self.is_pipe_parallel:
-            dist.broadcast(sums, src=self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        self._begin("outside of the pipeline", waits=True)
+        if self.is_data_parallel or self.is_pipe_parallel:
+            dist.all_reduce(sums)  # the other stages' are zeros
         return sums
 
     # How the schedule runs
@@ -155,9 +159,16 @@ class PipeLiteEngine(PipelineEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for instructions in pipe_schedule:
             for instruction in instructions:
-                self._progress(instruction.name, not isinstance(instruction, _COMPUTING))
+                # On a GPU what computes waits, too: where the host reads a result, in the step, say.
+                self._begin(instruction.name, waits=instruction.name not in COMPUTING)
                 self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
-        self._progress("outside of the pipeline", True)
+        self._begin("outside of the pipeline", waits=True)
+
+    def _begin(self, activity: str, waits: bool) -> None:
+        if activity:
+            self._progress(activity, waits)
+        if self._clock is not None:
+            self._clock.begin(activity)
 
     @override
     def _allocate_or_extend_buffers(self, idx: int, shape: list[int], dtype: torch.dtype) -> Tensor:

@@ -36,6 +36,7 @@ from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.sigterm import SigtermNotice
+from lightning_pipelite.strategy.stage_clock import StageClock, busy_and_waiting
 from lightning_pipelite.strategy.topology import Topology
 
 
@@ -110,6 +111,10 @@ class PipeLiteStrategy(DDPStrategy):
         self._logged: tuple[str, ...] = ()
         self.eval_micro_batches = 4 * pipeline_stages
         """How many micro-batches of an evaluation run through the pipeline at once."""
+        self.measure_stage_times = False
+        """Whether the next step is to be measured."""
+        self.instruction_times: dict[str, float] | None = None
+        """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
 
     # Where this rank stands
 
@@ -126,6 +131,11 @@ class PipeLiteStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """All stages of a pipeline see the same data, so a sampler counts pipelines, not processes."""
         return {"num_replicas": self.topology.replicas, "rank": self.topology.replica_of(self.global_rank)}
+
+    @property
+    def stage_times(self) -> tuple[float, float] | None:
+        """Seconds that this rank computed and that it waited for others in the last step, None if not measured."""
+        return None if self.instruction_times is None else busy_and_waiting(self.instruction_times)
 
     # Before and while the processes start
 
@@ -281,7 +291,10 @@ class PipeLiteStrategy(DDPStrategy):
             parameter.grad = None
         assert self._checkpointing is not None
         self._checkpointing.step_starts(self.optimizers[0])
-        total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step).tolist()
+        clock = StageClock(self.root_device) if self.measure_stage_times else None
+        sums = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
+        total, count, *logged = sums.tolist()  # the only time in a step that the host waits for the device
+        self.instruction_times = None if clock is None else clock.seconds()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
             step = module.trainer.global_step + 1
