@@ -54,7 +54,8 @@ def main() -> None:
     if options.one_gpu:
         os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     workers = Workers(ranks, one_gpu=options.one_gpu)
-    where = f"{ranks} ranks on one GPU" if options.one_gpu else f"{ranks} {'GPUs' if on_gpu else f'processes on {os.cpu_count()} CPU cores'}"
+    places = "one GPU" if options.one_gpu else f"{ranks} GPUs" if on_gpu else f"{os.cpu_count()} CPU cores"
+    where = f"{ranks} ranks on {places}"
     name = f"scaling_{'one_gpu' if options.one_gpu else f'{ranks}_gpus' if on_gpu else 'cpu'}"
     report = Report(
         name + (f"_{options.shape}" if options.shape == "70b" else ""),
