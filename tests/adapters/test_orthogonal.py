@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 
 torch.set_num_threads(1)
-HIDDEN = 48
+HIDDEN, RANK = 48, 5
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
