@@ -48,19 +48,21 @@ def lora_linear(
         [..., out] each, in x's dtype.
     """
     down, ups = _rounded([] if projected is not None else a, b, x.dtype)
-    outputs = torch.ops.pipelite.lora_linear(
+    # Apart from the rest, so that a recomputation need not run all of it for this.
+    along = x.new_empty(0) if projected is not None else x.detach().flatten(0, -2) @ down.T
+    return torch.ops.pipelite.lora_linear(
         x,
         [tensor for weight in weights for tensor in weight],
         [len(weight) for weight in weights],
         [] if projected is not None else list(a),
         list(b),
+        along,
         down,
         ups,
         list(projected or []),
         [x.new_empty(0) if bias is None else bias for bias in biases],
         list(scales),
     )
-    return outputs[1:]
 
 
 def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -95,8 +97,8 @@ def lora_linear_reference(
 # Not torch.library.custom_op, whose checks of each call take the host longer than the products take a GPU.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _LIBRARY.define(
-    "lora_linear(Tensor x, Tensor[] weights, int[] parts, Tensor[] a, Tensor[] b, Tensor down, Tensor[] ups, "
-    "Tensor[] projected, Tensor[] biases, float[] scales) -> Tensor[]"
+    "lora_linear(Tensor x, Tensor[] weights, int[] parts, Tensor[] a, Tensor[] b, Tensor along, Tensor down, "
+    "Tensor[] ups, Tensor[] projected, Tensor[] biases, float[] scales) -> Tensor[]"
 )
 _LIBRARY.define(
     "lora_linear_backward(Tensor[] gradients, Tensor x, Tensor along, Tensor[] weights, int[] parts, Tensor down, "
@@ -111,30 +113,28 @@ def _forward(
     parts: list[int],
     a: list[Tensor],
     b: list[Tensor],
+    along: Tensor,
     down: Tensor,
     ups: list[Tensor],
     projected: list[Tensor],
     biases: list[Tensor],
     scales: list[float],
 ) -> list[Tensor]:
-    """Return x·Aᵀ [tokens, all ranks] (nothing where it was given), and the outputs.
+    """Return the outputs.
 
-    A and B are there for their gradients; ``down`` and ``ups`` are what is computed with.
+    Args:
+        a: there for its gradient, as is ``b``; what is computed with is ``down`` and ``ups``.
+        along: x·Aᵀ [tokens, all ranks], nothing where it was given.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if a:
-        along = rows @ down.T
-        alongs = along.split([up.shape[1] for up in ups], dim=1)
-    else:
-        along = x.new_empty(0)
-        alongs = [each.reshape(-1, each.shape[-1]) for each in projected]
+    alongs = _alongs(along, ups, projected)
     outputs = []
     for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, ups, biases, scales, strict=True):
         whole = _whole(weight, up.shape[0], x)
         output = torch.addmm(bias, rows, whole.T) if bias.numel() else rows @ whole.T
         output.addmm_(part, up.T, alpha=scale)
         outputs.append(output.view(*x.shape[:-1], -1))
-    return [along, *outputs]
+    return outputs
 
 
 @torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
@@ -144,15 +144,14 @@ def _(
     parts: list[int],
     a: list[Tensor],
     b: list[Tensor],
+    along: Tensor,
     down: Tensor,
     ups: list[Tensor],
     projected: list[Tensor],
     biases: list[Tensor],
     scales: list[float],
 ) -> list[Tensor]:
-    rows = x.numel() // x.shape[-1]
-    along = x.new_empty(rows, down.shape[0]) if a else x.new_empty(0)
-    return [along, *(x.new_empty(*x.shape[:-1], up.shape[0]) for up in ups)]
+    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in ups]
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
@@ -174,7 +173,7 @@ def _backward(
     """
     rows = x.reshape(-1, x.shape[-1])
     ranks = [up.shape[1] for up in ups]
-    alongs = [each.reshape(-1, each.shape[-1]) for each in projected] or along.split(ranks, dim=1)
+    alongs = _alongs(along, ups, projected)
     back = x.new_empty(rows.shape[0], sum(ranks))
     backs = back.split(ranks, dim=1)
     of_x: Tensor | None = None
@@ -225,17 +224,17 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, parts, a, b, down, ups, projected, _, scales = inputs
+    x, weights, parts, a, b, along, down, ups, projected, _, scales = inputs
     ctx.parts, ctx.scales, ctx.dtypes = parts, scales, [tensor.dtype for tensor in (*a, *b)]
     ctx.a_ranks = [each.shape[0] for each in a]
     ctx.counts = [len(weights), len(ups), len(projected)]
-    ctx.save_for_backward(x, output[0], down, *weights, *ups, *projected)
+    ctx.save_for_backward(x, along, down, *weights, *ups, *projected)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     x, along, down, *saved = ctx.saved_tensors
     weights, ups, projected = _lists(saved, ctx.counts)
-    given = [x.new_empty(0) if gradient is None else gradient for gradient in gradients[1:]]
+    given = [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
     to_x = bool(ctx.needs_input_grad[0])
     of_x, *rest = torch.ops.pipelite.lora_linear_backward(
         given, x, along, weights, ctx.parts, down, ups, projected, ctx.scales, to_x
@@ -250,6 +249,7 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
         of_ab[: len(ctx.a_ranks)],
         of_ab[len(ctx.a_ranks) :],
         None,
+        None,
         [None] * count,
         rest[:count] if projected else [],
         [None] * count,
@@ -258,6 +258,12 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
+
+
+def _alongs(along: Tensor, ups: list[Tensor], projected: list[Tensor]) -> list[Tensor]:
+    if projected:
+        return [each.reshape(-1, each.shape[-1]) for each in projected]
+    return list(along.split([up.shape[1] for up in ups], dim=1))
 
 
 def _lists(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter
-from lightning_pipelite.adapters.control import control, keep_orthogonal
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.lora import DTYPES, FILE_PREFIX, KNOWN_FILES, check_options, generator_of
+from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.control import control
 from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.skeleton import Skeleton
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
@@ -40,24 +41,37 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
     """
     if policy == "keep" or (policy == "selective" and compiled):
         return
-    run_again: Callable[..., Any] = partial(checkpoint, use_reentrant=False, context_fn=documents_when_recomputed)
-    if policy == "selective":
-        run_again = partial(checkpoint, use_reentrant=False, context_fn=_keeping_products)
+    run: Callable[..., Any]
+    if compiled:
+        run = _compiled_keeping_inputs
+    else:
+        contexts = _keeping_products if policy == "selective" else documents_when_recomputed
+        run = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     if policy == "offload" and device.type == "cuda":
-        run_again = partial(_offloaded, run_again, HostCopies(device))
+        run = partial(_offloaded, run, HostCopies(device))
     for layer in layers:
-        mix_in(layer, _RunsAgain).__dict__["_run_again"] = run_again
+        mix_in(layer, _RunsAgain).__dict__["_run"] = run
 
 
 class _RunsAgain:
     """Mixed into a decoder layer, outside of what is compiled. What is mixed in later stands outside of this."""
 
-    _run_again: Callable[..., Any]
+    _run: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
         if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self._run_again(call, *args, **kwargs)
+            return self._run(call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+
+def _compiled_keeping_inputs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let the compiler, should it compile now, keep nothing but inputs.
+
+    Unlike a checkpoint around a compiled layer, what it computes again is what the backward pass needs: not the last
+    product, a quarter of the layer.
+    """
+    with functorch_config.patch(activation_memory_budget=0.0):
         return call(*args, **kwargs)
 
 
@@ -69,9 +83,9 @@ def compile_layers(layers: list[nn.Module]) -> None:
         layer.compile(dynamic=False)
 
 
-def _offloaded(run: Callable[..., Any], copies: HostCopies, *args: Any, **kwargs: Any) -> Any:
-    with copies:  # for what the checkpoint keeps; within it, it keeps nothing
-        return run(*args, **kwargs)
+def _offloaded(run: Callable[..., Any], copies: HostCopies, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with copies.of(args[0] if args else kwargs["hidden_states"]):
+        return run(call, *args, **kwargs)
 
 
 def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -116,7 +116,8 @@ def test_torchs_own_checks_of_the_operation() -> None:
     case = Case("cpu", torch.float32)
     x, *ab = (t.clone().requires_grad_() for t in (case.x, *case.a, *case.b))
     down, ups = torch.cat(case.a), case.b
+    along = case.x.flatten(0, -2) @ down.T
     torch.library.opcheck(
         torch.ops.pipelite.lora_linear.default,
-        (x, case.weights, [1, 1, 1], ab[:3], ab[3:], down, ups, [], [case.x.new_empty(0)] * 3, list(SCALES)),
+        (x, case.weights, [1, 1, 1], ab[:3], ab[3:], along, down, ups, [], [case.x.new_empty(0)] * 3, list(SCALES)),
     )
