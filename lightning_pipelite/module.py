@@ -58,8 +58,7 @@ class PipeLiteModule(pl.LightningModule):
         dtype: the dtype of the base model's weights and of the hidden states.
         activation_memory: what is kept of a layer's activations until its backward pass. keep: everything; selective:
             the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
-            offload: that in the host's memory; auto: the first of these with which every stage fits its GPU.
-        check_memory: let pipelite fit refuse what the plan says will not fit its GPUs.
+            offload: that in the host's memory.
         compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
             by default on GPUs.
         optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
@@ -96,7 +95,6 @@ class PipeLiteModule(pl.LightningModule):
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         activation_memory: ActivationMemory = "recompute",
-        check_memory: bool = True,
         compile_layers: bool | None = None,
         optimizer: OptimizerFactory | None = None,
         schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
@@ -152,8 +150,6 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
-        self._layers.layer_costs = partial(_layer_costs, self)
-        self.check_memory = check_memory
         self.planned_data: Any = None  # what data and how many micro-batches there will be, before a trainer says so
         self.planned_micro_batches = 0
         self._tokens = 0
@@ -275,12 +271,7 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        strategy = self.check_strategy(self.trainer.strategy)
-        if self._layers.activation_memory == "auto":
-            from lightning_pipelite.plan.module import choose_activation_memory
-
-            chosen: Any = choose_activation_memory(self, strategy.pipeline_stages, strategy.partition_method)
-            self._layers.activation_memory = chosen
+        self.check_strategy(self.trainer.strategy)
 
     # What is logged beside the strategy's losses and norms
 
@@ -344,12 +335,6 @@ class PipeLiteModule(pl.LightningModule):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.training_step()
-
-
-def _layer_costs(module: PipeLiteModule) -> Any:
-    from lightning_pipelite.plan.module import layer_costs  # seldom needed
-
-    return layer_costs(module)
 
 
 class _EnoughError(Exception):

@@ -18,9 +18,6 @@ from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
-from lightning_pipelite.plan.callback import PredictedMemory
-from lightning_pipelite.plan.module import check_fits, device_memory, planned_stages
-from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.partition import partition
@@ -121,10 +118,7 @@ class TrainerCLI(LightningCLI):
         model, data = self.model, self.datamodule
         strategy = model.check_strategy(self.trainer.strategy)
         topology = strategy.topology
-        model.planned_data, model.planned_micro_batches = data, self.trainer.accumulate_grad_batches
         partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
-        if self.subcommand == "fit" and strategy.root_device.type == "cuda":
-            self._plan(model, strategy)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
         if self.subcommand == "fit":
             data.check(topology.replicas, self.trainer.accumulate_grad_batches)
@@ -137,16 +131,6 @@ class TrainerCLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
-
-    def _plan(self, model: PipeLiteModule, strategy: PipeLiteStrategy) -> None:
-        """Check that every stage fits its GPU, and let what is measured be printed beside what is planned."""
-        memory = device_memory()
-        planned = planned_stages(model, strategy.pipeline_stages, strategy.partition_method, memory)
-        if planned is None or memory is None:
-            return
-        if model.check_memory:
-            check_fits(planned, memory)
-        self.trainer.callbacks.append(PredictedMemory(planned))  # type: ignore[attr-defined]
 
 
 class SaveConfig(SaveConfigCallback):
