@@ -5,27 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_pipelite import __version__
-from lightning_pipelite.callbacks import SaveTrained
+from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
 from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
+from lightning_pipelite.saved_config import SaveConfig
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+from lightning_pipelite.verbosity import OPTION
 
 DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
 {ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
-its order. Further commands: {"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
+its order. {OPTION} prints all that the libraries say. Further commands: \
+{"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
 
 
 class TrainerCLI(LightningCLI):
@@ -102,10 +105,23 @@ class TrainerCLI(LightningCLI):
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):  # Lightning takes all
             if options[name] is not None and options[name] <= 0:
                 raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
+        given = options.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        options.callbacks = [*self._missing(given, shows_progress=options.enable_progress_bar is not False), *given]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+
+    @staticmethod
+    def _missing(given: list[Callback], *, shows_progress: bool) -> list[Callback]:
+        """The callbacks of every run, unless the user has given others of their kind."""
+        missing: list[Callback] = []
+        if shows_progress and not any(isinstance(callback, ProgressBar) for callback in given):
+            missing.append(StepProgress())
+        if not any(isinstance(callback, StageTimes) for callback in given):
+            missing.append(StageTimes())
+        return missing
 
     @override
     def instantiate_classes(self) -> None:
@@ -116,6 +132,7 @@ class TrainerCLI(LightningCLI):
                 raise
             raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from error
         model, data = self.model, self.datamodule
+        model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
         topology = strategy.topology
         partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
@@ -131,29 +148,6 @@ class TrainerCLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in every checkpoint and beside the logs, there never over another file.
-
-    Without a logger it saves none: the log directory is then the working directory, and the file there called
-    config.yaml may well be the user's own.
-    """
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.logger is None:
-            return
-        directory = Path(trainer.log_dir or ".")  # on every rank: it is broadcast
-        number = 1
-        while trainer.is_global_zero and (directory / self.config_filename).exists():
-            number += 1
-            self.config_filename = f"config-{number}.yaml"
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["configuration"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
 
 
 class _ConfigFile(ActionConfigFile):

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora import LoRAOfBase
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models.checkpoint import read_header
+from lightning_pipelite.progress import Progress
 
 MAX_SCALE = 2.0
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
@@ -51,7 +51,7 @@ def merge(
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
         changed = _Changed(model, loras, device)
         total = sum(len(header) for header in model.headers.values())
-        with tqdm(total=total, unit="tensors", desc="merging") as progress:
+        with Progress("merging", total, "tensors") as progress:
             for name in model.headers:
                 write_shard(model.directory / name, partial / name, changed, progress)
         changed.check_complete()
@@ -123,7 +123,7 @@ class Tensors(Protocol):
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
-def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) -> None:
+def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress) -> None:
     """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
 
     Raises:
@@ -149,7 +149,7 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) ->
                 after.seek(start + first)
                 for left in range(end - first, 0, -CHUNK):
                     after.write(before.read(min(left, CHUNK)))
-            progress.update()
+            progress.advance()
 
 
 def copy_companions(source: Path, target: Path) -> None:
