@@ -125,6 +125,7 @@ class PipeLiteModule(pl.LightningModule):
         self.lr = lr
         self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
+        self._rehearse_optimizer()
         self._layers = CausalLMLayers(
             model_dir,
             dtype=getattr(torch, dtype),
@@ -173,6 +174,13 @@ class PipeLiteModule(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
         scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rehearse_optimizer(self) -> None:
+        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
+        groups = group_parameters([("", torch.nn.Parameter(torch.zeros(1)))], self._groups)
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        if self._schedule == "rms_ratio":
+            make_schedule(optimizer, self._schedule, self._warmup_steps, math.inf)
 
     def save_trained(self, directory: Path) -> None:
         """Write the adapter (a PEFT directory) or the model (a Hugging Face directory). Collective.

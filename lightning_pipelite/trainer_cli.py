@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -19,6 +22,7 @@ from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
 from lightning_pipelite.saved_config import SaveConfig
+from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.partition import partition
@@ -102,15 +106,23 @@ class TrainerCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
-        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):  # Lightning takes all
+        if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or mend the "
+                "driver (nvidia-smi must list the GPU)."
+            )
+        positive = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "limit_train_batches")
+        for name in positive:  # Lightning takes all
             if options[name] is not None and options[name] <= 0:
                 raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
+        if (options.log_every_n_steps or 0) < 0:
+            raise ConfigurationError(f"trainer.log_every_n_steps is {options.log_every_n_steps}; give 0 or more.")
         given = options.callbacks or []
         given = given if isinstance(given, list) else [given]
         options.callbacks = [*self._missing(given, shows_progress=options.enable_progress_bar is not False), *given]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 
     @staticmethod
@@ -134,6 +146,8 @@ class TrainerCLI(LightningCLI):
         model, data = self.model, self.datamodule
         model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
+        _check_environment_of(strategy)
+        _check_loggers(self.trainer)
         topology = strategy.topology
         partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
@@ -148,6 +162,31 @@ class TrainerCLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
+
+
+def _check_environment_of(strategy: PipeLiteStrategy) -> None:
+    """Refuse what Lightning and torch refuse when the processes meet."""
+    backend = strategy._process_group_backend
+    if backend is not None and backend not in dist.Backend.backend_list:
+        names = ", ".join(name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED)
+        raise ConfigurationError(f"strategy: process_group_backend is {backend!r}; choose one of {names}.")
+    assert strategy.cluster_environment is not None
+    try:
+        strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+    except ValueError as error:
+        raise ConfigurationError(f"trainer: {error}") from error
+
+
+def _check_loggers(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if logger.save_dir and "://" not in logger.save_dir:
+            directory = Path(logger.save_dir).absolute()
+            place = next(path for path in (directory, *directory.parents) if path.exists())
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                raise ConfigurationError(
+                    f"trainer.logger: {type(logger).__name__} cannot write to {logger.save_dir}; set its save_dir to a "
+                    "directory that can be written."
+                )
 
 
 class _ConfigFile(ActionConfigFile):

@@ -25,6 +25,7 @@ def take_option() -> None:
 def be_quiet() -> None:
     """Leave out what a user can do nothing about. To be called before the libraries are imported."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked, and refused, here
     for name, level in (
         ("lightning.pytorch.utilities.rank_zero", logging.WARNING),  # which devices there are, and tips
         ("lightning.fabric.utilities.distributed", logging.WARNING),  # a line for each process that joined
@@ -35,4 +36,5 @@ def be_quiet() -> None:
     # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # too little data to hold any out: summary()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

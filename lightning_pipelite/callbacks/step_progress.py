@@ -25,8 +25,8 @@ class StepProgress(ProgressBar):
     evaluations; the latter is the mean of the last steps (at most 50, without the first, which is slow) times the
     number of steps to come.
 
-    In a terminal it is a bar, on standard error. Where there is none it is a line for the first and the last step, and
-    in between at most one in ten seconds.
+    In a terminal it is a bar, on standard error. Where there is none it is a line after the first step and at the
+    end, and in between at most one in ten seconds.
 
     Args:
         style: ``rich``; ``plain`` (tqdm) for terminals that understand little; ``lines``; ``auto`` chooses.
@@ -45,7 +45,6 @@ class StepProgress(ProgressBar):
         self._step = 0
         self._total: int | None = None
         self._lr: float | None = None
-        self._metrics = ""
         self._batches = 0
         self._all_batches: int | None = None
 
@@ -75,9 +74,10 @@ class StepProgress(ProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """What to show beside steps and time: override it to show something else."""
         metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
-        loss = {"loss": metrics.pop("loss")} if "loss" in metrics else {}
-        lr = {} if self._lr is None else {"lr": self._lr}
-        return {**loss, **lr, **metrics}
+        if self._lr is not None:
+            metrics["lr"] = self._lr
+        first = [name for name in ("loss", "lr", "tokens_per_s") if name in metrics]  # the last may not find room
+        return {name: metrics[name] for name in [*first, *sorted(metrics.keys() - set(first))]}
 
     # Training
 
@@ -87,7 +87,7 @@ class StepProgress(ProgressBar):
             return
         steps = trainer.estimated_stepping_batches
         self._total = int(steps) if 0 <= steps < math.inf else None
-        self._step, self._metrics, self._clock = trainer.global_step, "", StepClock()
+        self._step, self._clock = trainer.global_step, StepClock()
         self._view = view("training", style=self._style, stays=True)
 
     @override
@@ -104,10 +104,11 @@ class StepProgress(ProgressBar):
             return
         self._step = trainer.global_step
         self._clock.step()
-        if self._clock.steps == 1 or self._step == self._total or self._view.due():
-            metrics = self.get_metrics(trainer, pl_module)
-            self._metrics = ", ".join(_shown(name, value) for name, value in metrics.items())
-            self._show_step(self._metrics)
+        if self._clock.steps == 1 or self._view.due():
+            self._show_step(self._told(trainer, pl_module))
+
+    def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        return ", ".join(_shown(name, value) for name, value in self.get_metrics(trainer, pl_module).items())
 
     def _show_step(self, told: str) -> None:
         assert self._view is not None
@@ -120,6 +121,8 @@ class StepProgress(ProgressBar):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._view is not None:
+            self._show_step(self._told(trainer, pl_module))
         self._close()
 
     @override

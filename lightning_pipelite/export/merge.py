@@ -42,6 +42,7 @@ def merge(
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
     """
+    _check_device(device)
     adapters = [adapter] if isinstance(adapter, str) else adapter
     scales = _scales(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
@@ -73,6 +74,13 @@ def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:
         if not -MAX_SCALE < each < MAX_SCALE:
             raise ConfigurationError(f"scale is {each:g}; set it to more than -2 and less than 2.")
     return scales
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device} cannot be used ({str(error).splitlines()[0]}); try cpu.") from None
 
 
 class _Changed:
