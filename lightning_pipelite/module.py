@@ -28,6 +28,8 @@ from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.flops import peak_flops, training_flops
+from lightning_pipelite.models.memory import ActivationMemory
+from lightning_pipelite.models.packing import starts
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
@@ -56,8 +58,11 @@ class PipeLiteModule(pl.LightningModule):
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.
         dtype: the dtype of the base model's weights and of the hidden states.
-        activation_memory: keep all activations of a micro-batch until its backward pass, or recompute each layer's
-            then from its input.
+        activation_memory: what is kept of a layer's activations until its backward pass. keep: everything; selective:
+            the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
+            offload: that in the host's memory.
+        compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
+            by default on GPUs.
         optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
             summation where weights are bf16. beta1, beta2 and eps are for the default.
         schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
@@ -91,7 +96,8 @@ class PipeLiteModule(pl.LightningModule):
         beta2: float = 0.99,
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        activation_memory: Literal["keep", "recompute"] = "recompute",
+        activation_memory: ActivationMemory = "recompute",
+        compile_layers: bool | None = None,
         optimizer: OptimizerFactory | None = None,
         schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
         warmup_steps: int = 0,
@@ -119,7 +125,7 @@ class PipeLiteModule(pl.LightningModule):
             raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
-        warnings.filterwarnings("ignore", message="You have overridden `on_after_batch_transfer`")
+        warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer`")
         self.adapter = adapter
         self.model_dir = model_dir
         self.lr = lr
@@ -132,6 +138,7 @@ class PipeLiteModule(pl.LightningModule):
             load_in_4bit=load_in_4bit,
             adapter=adapter,
             activation_memory=activation_memory,
+            compile_layers=compile_layers,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             packed=packed,
             attn_implementation=attn_implementation,
@@ -147,6 +154,13 @@ class PipeLiteModule(pl.LightningModule):
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
         router_loss = self._layers.router_loss
         return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
+
+    @override
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        # While the host still has them: on a GPU, counting documents would make it wait in every micro-batch.
+        if not batch["position_ids"].is_cuda:
+            self.pipeline_stage.expect_documents(int(starts(batch["position_ids"]).sum()))
+        return batch
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:

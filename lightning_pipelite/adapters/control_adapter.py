@@ -19,6 +19,7 @@ from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.lora import DTYPES, FILE_PREFIX, KNOWN_FILES, check_options, generator_of
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.skeleton import Skeleton
 
 PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
@@ -125,8 +126,7 @@ class ControlAdapter(Adapter):
 
 
 def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:
-    layer_class = type(layer)
-    layer.__class__ = type(layer_class.__name__, (_Controlled, layer_class), {"__module__": layer_class.__module__})
+    mix_in(layer, _Controlled)
     layer.control_Q = nn.Parameter(directions)
     layer.control_S = nn.Parameter(torch.zeros_like(directions[0]))
     layer.control_dropout = nn.Dropout(dropout)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_pipelite.adapters.base import Adapter
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.experts import wrap_experts
+from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.skeleton import Skeleton
@@ -122,6 +123,7 @@ class LoRA(Adapter):
             layers.append((name, wrap_experts(model, module, parameter, self._config([]), ADAPTER)))
         for name, layer in layers:
             self._initialise(layer, name, seed)
+        fuse(dict(layers[: len(linear)]), ADAPTER, skeleton.shared_inputs)
 
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:

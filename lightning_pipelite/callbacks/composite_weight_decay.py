@@ -161,12 +161,19 @@ def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tens
     a, b = chunk.stack()
     gram_a, gram_b = gram_matrices(a, b)
     square = chunk.scale**2
-    torch._foreach_copy_(chunk.downs, list(torch.baddbmm(a, gram_b * (-decay_a * square), a).unbind()))
-    torch._foreach_copy_(chunk.ups, list(torch.baddbmm(b, b, gram_a * (-decay_b * square)).unbind()))
+    # The larger one last, when the copy of the other is gone: that is when most memory is taken.
+    if a.shape[2] <= b.shape[1]:
+        chunk.write(chunk.downs, torch.baddbmm(a, gram_b, a, alpha=-decay_a * square))
+        del a
+        chunk.write(chunk.ups, torch.baddbmm(b, b, gram_a, alpha=-decay_b * square))
+    else:
+        chunk.write(chunk.ups, torch.baddbmm(b, b, gram_a, alpha=-decay_b * square))
+        del b
+        chunk.write(chunk.downs, torch.baddbmm(a, gram_b, a, alpha=-decay_a * square))
     if lost is not None:
         # A ← (I - c G_B) A turns G_A into (I - c G_B) G_A (I - c G_B): no second pass over A and B, and no difference
         # of two nearly equal float32 numbers.
-        one = torch.eye(a.shape[1], dtype=torch.float64, device=a.device)
+        one = torch.eye(gram_a.shape[1], dtype=torch.float64, device=gram_a.device)
         left, right = (one - decay_a * square * gram_b.double()), (one - decay_b * square * gram_a.double())
         after = chunk.norms(left @ gram_a.double() @ left, right @ gram_b.double() @ right)
         lost.extend((chunk.norms(gram_a, gram_b) - after).unbind())

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_pipelite.errors import ConfigurationError
 
-CHUNK_BYTES = 28 * 2**20
-"""How much of A and B is stacked at a time, at most, with the results: enough for a GPU to be busy."""
+CHUNK_BYTES = 36 * 2**20
+"""How much of A and B is stacked at a time, at most: enough for a GPU to be busier than the host that launches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,15 @@ class Chunk:
         """
         a, b = torch.cat(self._downs_to_stack, dim=1), torch.cat(self.ups)
         return a.float().transpose(0, 1), b.float().view(len(self.ups), -1, b.shape[1])
+
+    @staticmethod
+    def write(views: list[Tensor], values: Tensor) -> None:
+        """Write [pairs · experts, rows, columns] to ``views``, of A or of B, in one operation."""
+        rows = values.shape[1]
+        if values.dtype == views[0].dtype and all(view.is_contiguous() for view in views):
+            torch.split_with_sizes_copy(values.flatten(0, 1), [rows] * len(views), out=views)
+        else:
+            torch._foreach_copy_(views, list(values.unbind()))
 
     def norms(self, gram_a: Tensor, gram_b: Tensor) -> Tensor:
         """‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.

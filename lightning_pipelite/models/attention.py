@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lightning_pipelite.models.packing import current_documents
+from lightning_pipelite.models.packing import Documents, current_documents
 
 NAME = "varlen"
 # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
@@ -86,7 +86,7 @@ def varlen_attention(
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
 ) -> Tensor:
     batch, heads, length, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
@@ -96,7 +96,10 @@ def _kernel(
         rows = tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], tensor.shape[3])
         return nn.functional.pad(rows, (0, head - rows.shape[-1])) if rows.shape[-1] < head else rows
 
-    bounds = _bounds(documents, batch, length, query.device)
+    if documents is None:
+        bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    else:
+        bounds = documents.bounds
     left = -1 if window is None else window - 1
     output = varlen_attn(
         in_a_row(query), in_a_row(key), in_a_row(value), bounds, bounds, length, length,
@@ -106,24 +109,16 @@ def _kernel(
     return output[..., : value.shape[-1]].reshape(batch, length, heads, value.shape[-1])
 
 
-def _bounds(documents: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """Return where documents begin in all rows on end, and where the last one ends, int32."""
-    if documents is None:
-        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
-    ends = torch.tensor([batch * length], device=device)
-    return torch.cat([begins.flatten().nonzero().flatten(), ends]).int()
-
-
 def _masked(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
 ) -> Tensor:
     """The same by a mask: on a CPU, in float32, and for heads that are too large."""
     place = torch.arange(query.shape[2], device=query.device)
     distance = place[:, None] - place
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        numbers = documents.numbers
+        seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
     grouped = query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped)
     return output.transpose(1, 2).contiguous()

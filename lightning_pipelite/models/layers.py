@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
@@ -19,7 +17,7 @@ from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
-from lightning_pipelite.models.packing import documents_when_recomputed
+from lightning_pipelite.models.memory import ActivationMemory, compile_layers, set_activation_memory
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
@@ -39,8 +37,10 @@ class CausalLMLayers:
         load_in_4bit: Hold the linear layers and the fused experts of the decoder in nf4; embedding, head, norms and
             routers keep ``dtype``.
         adapter: What is trained.
-        activation_memory: ``"recompute"`` keeps each decoder layer's input and runs the layer again in the backward
-            pass (activation checkpointing); ``"keep"`` keeps all activations.
+        activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
+            ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
+            checkpointing), ``"offload"`` that in the host's memory.
+        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
@@ -78,7 +78,8 @@ class CausalLMLayers:
         dtype: torch.dtype = torch.bfloat16,
         load_in_4bit: bool = False,
         adapter: Adapter,
-        activation_memory: Literal["keep", "recompute"] = "recompute",
+        activation_memory: ActivationMemory = "recompute",
+        compile_layers: bool | None = None,
         seed: int = 0,
         packed: bool = True,
         attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
@@ -88,8 +89,9 @@ class CausalLMLayers:
         fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
     ) -> None:
-        if activation_memory not in ("keep", "recompute"):
-            raise ConfigurationError(f'activation_memory is {activation_memory!r}; set it to "keep" or "recompute".')
+        if activation_memory not in get_args(ActivationMemory):
+            choices = ", ".join(get_args(ActivationMemory))
+            raise ConfigurationError(f"activation_memory is {activation_memory!r}; set it to one of {choices}.")
         self._attn_implementation = None if attn_implementation == "auto" else attn_implementation
         self.skeleton = Skeleton(
             model_dir,
@@ -110,7 +112,7 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
-        if activation_memory == "recompute" and not self.skeleton.can_recompute:
+        if activation_memory != "keep" and not self.skeleton.can_recompute:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
@@ -135,6 +137,7 @@ class CausalLMLayers:
         self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory = activation_memory
+        self._compile = compile_layers
         self.seed = seed
         self.packed = packed
         self.names = [type(self.skeleton.layers[first]).__name__ for first in self.skeleton.groups[:-1]]
@@ -180,15 +183,10 @@ class CausalLMLayers:
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         self.adapter.apply(model, self.skeleton, self.seed)
-        if self.activation_memory == "recompute":
-            # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
-            # reentrant checkpoints need and which sends gradients below the lowest trained weight.
-            model._set_gradient_checkpointing(
-                enable=True,
-                gradient_checkpointing_func=partial(
-                    checkpoint, use_reentrant=False, context_fn=documents_when_recomputed
-                ),
-            )
+        compiled = device.type == "cuda" if self._compile is None else self._compile
+        set_activation_memory(model, self.activation_memory, device, compiled=compiled)
+        if compiled:
+            compile_layers(list(model.get_submodule(self.skeleton.layers_name))[start:stop])
         return Stage(
             model,
             self.skeleton.layers_name,

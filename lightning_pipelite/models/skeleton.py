@@ -43,6 +43,7 @@ class Skeleton:
         groups: Bounds of the groups of decoder layers that share more than hidden states, and so must share a stage:
             group g has the layers from ``groups[g]`` to ``groups[g + 1]``, exclusive. Mostly one layer each.
         tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
+        shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
         takes_positions: Whether the model's forward takes ``position_ids``.
         isolates_documents: Whether packed documents, told by their positions, do not see each other.
         balances_routers: Whether config.json asks for the routers' auxiliary loss (``output_router_logits``).
@@ -218,6 +219,7 @@ class Skeleton:
         if self.embedding_name not in self.start_names or self.head_name not in self.tail_names:
             return "it does not run as embedding, decoder layers, and head"
         self.tuple_lengths = trace.tuple_lengths
+        self.shared_inputs = [names for names in trace.shared_inputs if len(names) > 1]
         bound = {0, len(self.layers)}
         self.groups = sorted(
             bound | {cut for cut in range(1, len(self.layers)) if not any(i < cut <= j for i, j in trace.carried)}

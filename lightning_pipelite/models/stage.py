@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.packing import documents_apart
 from lightning_pipelite.models.router import RouterLoss, RouterSums
@@ -49,6 +50,7 @@ class Stage(nn.Module):
         self.start, self.stop = start, stop
         self.fused_head = fused_head
         self._takes_positions, self._packed = takes_positions, packed
+        self._most_documents: int | None = None
         causal_lm.extra_inputs = ()
         self._routers: RouterSums | None = None
         if router_loss is not None:
@@ -56,7 +58,16 @@ class Stage(nn.Module):
             names = [name for name in router_loss.places if name.startswith(tuple(mine))]
             self._routers = RouterSums(causal_lm, router_loss, names)
         # In a list, so that the layer is not registered a second time under another name.
-        self._entry = [] if start == 0 else [_receive_at(causal_lm.get_submodule(f"{layers_name}.{start}"))]
+        # All layers of such a stage can receive, though one does: those of one class are compiled once.
+        own = [causal_lm.get_submodule(f"{layers_name}.{number}") for number in range(start, stop)]
+        self._entry = [] if start == 0 else [mix_in(layer, _Receiver) for layer in own][:1]
+
+    def expect_documents(self, count: int) -> None:
+        """Tell how many documents a micro-batch has, which spares the host of a GPU a wait for it.
+
+        Where it is told of one, it must be told of all before they run.
+        """
+        self._most_documents = max(self._most_documents or 0, count)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Run the stage.
@@ -100,7 +111,7 @@ class Stage(nn.Module):
             arguments["input_ids"] = first
         self.causal_lm.extra_inputs = tuple(extra)
         try:
-            with documents_apart(position_ids if self._packed else None):
+            with documents_apart(position_ids if self._packed else None, self._most_documents):
                 outputs: Any = (
                     self.causal_lm(**arguments).logits
                     if self.fused_head is None
@@ -206,9 +217,3 @@ class _Receiver:
             else:
                 kwargs["hidden_states"] = self.received
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-
-def _receive_at(layer: nn.Module) -> Any:
-    layer_class = type(layer)
-    layer.__class__ = type(layer_class.__name__, (_Receiver, layer_class), {"__module__": layer_class.__module__})
-    return layer

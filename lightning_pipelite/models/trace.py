@@ -26,12 +26,14 @@ class Trace:
         carried: Pairs ``(i, j)``: layer j, or what follows it, uses what layer i (or :data:`START`) made, other than
             through the hidden states. Both must be on one stage.
         hidden_missing: Whether a layer got no tensor of hidden states as its first argument.
+        shared_inputs: Names of linear layers that were called one after the other with one and the same tensor.
     """
 
     order: list[str] = field(default_factory=list)
     tuple_lengths: list[int] = field(default_factory=list)
     carried: set[tuple[int, int]] = field(default_factory=set)
     hidden_missing: bool = False
+    shared_inputs: list[list[str]] = field(default_factory=list)
 
 
 def trace_forward(
@@ -81,7 +83,11 @@ def trace_forward(
     def before_other(name: str) -> Callable[..., None]:
         return lambda module, args: trace.order.append(name)
 
+    shared = _SharedInputs(trace.shared_inputs)
     handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(shared.called(name)))
     for number, name in enumerate(layer_names):
         layer = model.get_submodule(name)
         handles.append(layer.register_forward_pre_hook(before_layer(number), with_kwargs=True))
@@ -96,6 +102,25 @@ def trace_forward(
         for handle in handles:
             handle.remove()
     return trace
+
+
+class _SharedInputs:
+    """Notes which linear layers get the same tensor."""
+
+    def __init__(self, groups: list[list[str]]) -> None:
+        self._groups = groups
+        self._input: tuple[Tensor, int] | None = None  # and its version: it may be written to in between
+
+    def called(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen = (args[0], args[0]._version) if args else None
+            if seen and self._input and seen[0] is self._input[0] and seen[1] == self._input[1]:
+                self._groups[-1].append(name)
+            else:
+                self._groups.append([name])
+            self._input = seen
+
+        return hook
 
 
 class _Flow(TorchDispatchMode):

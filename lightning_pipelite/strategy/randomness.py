@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.strategy.layers import Chain
 
 
@@ -112,9 +113,7 @@ class _DrawsAnew:
 
 def _draw_anew_at(layer: nn.Module, name: str, randomness: LayerRandomness) -> None:
     layer.__dict__["_pipelite_randomness"] = (randomness, name)
-    if not isinstance(layer, _DrawsAnew):  # as it is in a second run
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, (_DrawsAnew, kind), {"__module__": kind.__module__})
+    mix_in(layer, _DrawsAnew)
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

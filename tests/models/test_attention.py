@@ -20,8 +20,8 @@ from transformers import (
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.attention import _bounds, varlen_attention
-from lightning_pipelite.models.packing import documents_apart
+from lightning_pipelite.models.attention import varlen_attention
+from lightning_pipelite.models.packing import documents_apart, find_documents
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3"])
@@ -84,9 +84,17 @@ def test_by_hand(window: int | None, packed: bool) -> None:
 
 
 def test_bounds() -> None:
-    documents = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]])
-    assert _bounds(documents, 2, 5, CPU).tolist() == [0, 3, 5, 6, 7, 10]
-    assert _bounds(None, 2, 5, CPU).tolist() == [0, 5, 10]
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 0, 1, 2]])
+    documents = find_documents(positions)
+    assert documents is not None
+    assert documents.numbers.tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]
+    assert documents.bounds.tolist() == [0, 3, 5, 6, 7, 10]
+    expected = find_documents(positions, most=7)
+    assert expected is not None
+    assert expected.bounds.tolist() == [0, 3, 5, 6, 7, *[10] * 12]
+    with pytest.raises(RuntimeError, match="more documents"):
+        find_documents(positions, most=4)
+    assert find_documents(torch.arange(5)[None]) is None
 
 
 def test_what_it_does_not_do_is_an_error() -> None:

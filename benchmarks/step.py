@@ -1,0 +1,326 @@
+"""What a training step takes, through the Trainer, against a bare loop with the same layers and transformers + PEFT.
+
+    python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|tiny] [--no-reference] [--write]
+
+On one GPU, random bf16 weights of a Llama's shape, sequences of 4096 tokens (one document each, the most work), 4
+micro-batches a step, rank 16 in float32 on all linear layers. Each job is trained by three loops from the same values
+over the same tokens:
+
+- *Trainer*: PipeLiteModule under PipeLiteStrategy, one stage.
+- *bare loop*: the same stage, loss and optimizer without Lightning and DeepSpeed.
+- *transformers + PEFT*: their model and forward, recomputed layers, the same optimizer (LoRA and QLoRA).
+
+Tokens/s are those of the median step after three, from the end of one to the end of the next; memory is the most that
+torch had allocated. MFU counts what the model needs (4 floating-point operations a token and frozen weight outside the
+embedding, 6 a trained one, and causal attention), no recomputation, over 989 TFLOP/s, an H100's dense bf16 rate in its
+data sheet. Exits with 1 if a loss of the Trainer's differs from another loop's by more than 2e-2, or a limit is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from optimi import Adam
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
+from random_model import SHAPES, write_model
+from report import Report
+
+MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
+LOSS_LIMIT, PEAK_RATE = 2e-2, 989e12
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and what it must reach on an H100 with the 8B shape.
+
+    Attributes:
+        adapter: a name of :func:`make_adapter`.
+        memory: activation_memory.
+        in_4bit: load_in_4bit.
+        tokens_per_s: at least.
+        gib: at most.
+        reference: whether transformers and PEFT can train it.
+        shape: the only shape that it fits with, else any.
+    """
+
+    adapter: str
+    memory: str
+    in_4bit: bool = False
+    tokens_per_s: float = 0.0
+    gib: float = math.inf
+    reference: bool = False
+    shape: str = ""
+
+
+JOBS = {
+    "lora": Job("LoRA", "keep", tokens_per_s=15_000, gib=60, reference=True),
+    "lora-little": Job("LoRA", "offload", tokens_per_s=11_000, gib=17.4),
+    "lora-recompute": Job("LoRA", "recompute"),
+    "qlora-little": Job("LoRA", "offload", in_4bit=True, tokens_per_s=9_500, gib=8.1, reference=True),
+    "control": Job("Control Adapters", "keep", tokens_per_s=16_000, gib=60),
+    "full": Job("full", "keep", shape="1b"),
+}
+
+
+def make_adapter(name: str) -> Adapter:
+    return {"LoRA": LoRA(RANK), "Control Adapters": ControlAdapter(RANK), "full": Full()}[name]
+
+
+def micro_batches(shape: str, steps: int, adapter: Adapter) -> list[dict[str, Tensor]]:
+    """Sequences of one document; a few that come again, so that the loss falls."""
+    config = SHAPES[shape]
+    length = config["max_position_embeddings"]
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(2 * MICRO_BATCHES):
+        tokens = torch.randint(0, config["vocab_size"], (length + 1,), generator=generator)
+        batch = {"input_ids": tokens[:-1], "labels": tokens[1:], "position_ids": torch.arange(length)}
+        if "control_classes" in adapter.batch_keys:
+            batch["control_classes"] = torch.randint(-1, 2, (length,), generator=generator)
+        made.append({name: tensor[None] for name, tensor in batch.items()})
+    return [made[number % len(made)] for number in range(steps * MICRO_BATCHES)]
+
+
+@dataclass
+class Run:
+    """What a loop gave: losses and the seconds of each step, and GiB at the peak."""
+
+    losses: list[float]
+    seconds: list[float]
+    gib: float
+
+    def tokens_per_s(self, shape: str) -> float:
+        tokens = MICRO_BATCHES * SHAPES[shape]["max_position_embeddings"]
+        return tokens / statistics.median(self.seconds[WARM_UP:])
+
+
+class Timing(L.Callback):
+    """The loss and the end of each step; a profile of one, if wanted. It need not synchronise: the strategy does."""
+
+    def __init__(self, profiled: Path | None) -> None:
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+        self._profiled = profiled
+        self._profiler: Any = None
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if len(self.losses) == trainer.global_step:
+            return
+        self.ends.append(time.perf_counter())
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        if self._profiled and len(self.losses) in (WARM_UP + 1, WARM_UP + 2):
+            torch.cuda.synchronize()
+            if len(self.losses) == WARM_UP + 1:
+                self._profiler = torch.profiler.profile().__enter__()
+            else:
+                self._profiler.__exit__(None, None, None)
+                averages = self._profiler.key_averages()
+                lines = [averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
+                         for key in ("self_cuda_time_total", "self_cpu_time_total")]  # fmt: skip
+                self._profiled.write_text("\n".join(lines))
+                self._profiler.export_chrome_trace(str(self._profiled.with_suffix(".json")))
+
+
+def make_module(job: Job, directory: str) -> PipeLiteModule:
+    return PipeLiteModule(
+        directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, lr=LR, schedule="constant",
+        activation_memory=job.memory,  # type: ignore[arg-type]
+        compile_layers=COMPILE,
+    )  # fmt: skip
+
+
+COMPILE: bool | None = None
+
+
+def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None) -> Run:
+    timing = Timing(profiled)
+    module = make_module(job, directory)
+    trainer = L.Trainer(
+        strategy=PipeLiteStrategy(), accelerator="auto", devices=1, accumulate_grad_batches=MICRO_BATCHES,
+        max_steps=steps, max_epochs=-1, callbacks=[timing], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(micro_batches(shape, steps, module.adapter), batch_size=None))  # type: ignore[arg-type]
+    ends = timing.ends
+    return Run(timing.losses, [0.0, *(b - a for a, b in itertools.pairwise(ends))], peak_gib())
+
+
+def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
+    module = make_module(job, directory)
+    layers, loss_of = module.pipeline_layers()
+    stage = layers.build_stage(0, len(layers), device())
+    stage.expect_documents(1)
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        extra = [batch[key] for key in module.adapter.batch_keys]
+        terms = loss_of(stage((batch["input_ids"], batch["position_ids"], *extra)), batch["labels"])
+        return terms[0] if isinstance(terms, tuple) else terms
+
+    return plain_steps(
+        forward, stage, micro_batches(shape, steps, module.adapter), lambda: module.adapter.after_step(stage.causal_lm)
+    )
+
+
+def reference_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
+    """transformers and PEFT, with the adapter's first values from a file."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    module = make_module(job, directory)
+    layers, _ = module.pipeline_layers()
+    with tempfile.TemporaryDirectory() as saved:
+        state = layers.trained_state(layers.build_stage(0, len(layers), device()))
+        module.adapter.save(Path(saved) / "adapter", [state], Path(directory))
+        free()
+        base: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, device_map={"": device()},
+            quantization_config=quantization if job.in_4bit else None,
+        )  # fmt: skip
+        model: Any = PeftModel.from_pretrained(base, f"{saved}/adapter", is_trainable=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    free()
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        return nn.functional.cross_entropy(logits[0].float(), batch["labels"][0], reduction="sum")
+
+    return plain_steps(forward, model, micro_batches(shape, steps, module.adapter), lambda: None)
+
+
+def plain_steps(
+    forward: Callable[[dict[str, Tensor]], Tensor], model: nn.Module, batches: list[dict[str, Tensor]],
+    after_step: Callable[[], None],
+) -> Run:  # fmt: skip
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Adam(parameters, lr=LR, betas=(0.9, 0.99), eps=1e-6)
+    losses, seconds = [], []
+    began = time.perf_counter()
+    for start in range(0, len(batches), MICRO_BATCHES):
+        total = torch.zeros((), device=device())
+        group = batches[start : start + MICRO_BATCHES]
+        count = sum(batch["labels"].numel() for batch in group)
+        for batch in group:
+            loss = forward({name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}) / count
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+        losses.append(float(total))
+        ended = time.perf_counter()
+        seconds.append(ended - began)
+        began = ended
+    return Run(losses, seconds, peak_gib())
+
+
+def device() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def mfu(job: Job, shape: str, tokens_per_s: float) -> float:
+    config = SHAPES[shape]
+    h, i, layers, length = (
+        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    )
+    kv = h * config["num_key_value_heads"] // config["num_attention_heads"]
+    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * i) + h * config["vocab_size"]
+    attention = 3 * layers * 2 * length * h  # forward and twice that backward, half of the pairs of tokens
+    return tokens_per_s * ((6 if job.adapter == "full" else 4) * weights + attention) / PEAK_RATE
+
+
+def loops(job: Job, reference: bool) -> Iterator[tuple[str, Any]]:
+    yield "Trainer", through_trainer
+    yield "bare loop", bare_loop
+    if reference and job.reference:
+        yield "transformers + PEFT", reference_loop
+
+
+def main() -> None:
+    global COMPILE
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--only", help="one of the loops")
+    parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md")
+    arguments = parser.parse_args()
+    COMPILE = False if arguments.no_compile else None
+    report = Report(
+        "step",
+        "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    )
+    failed = False
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for name in arguments.jobs.split(","):
+            job = JOBS[name]
+            shape = job.shape if job.shape and arguments.shape != "tiny" else arguments.shape
+            directory = Path(folder) / shape
+            if not directory.exists():
+                write_model(directory, shape, device())
+            ours: Run | None = None
+            for loop, train in loops(job, not arguments.no_reference):
+                if arguments.only and loop != arguments.only:
+                    continue
+                free()
+                profiled = (arguments.profile / f"{name}.txt",) if arguments.profile and loop == "Trainer" else (None,)
+                run = train(job, shape, str(directory), arguments.steps, *(profiled if loop == "Trainer" else ()))
+                speed = run.tokens_per_s(shape)
+                difference, limits = "", ""
+                if ours is None:
+                    ours = run
+                    if torch.cuda.is_available() and shape == "8b" and job.tokens_per_s:
+                        held = speed >= job.tokens_per_s and run.gib <= job.gib
+                        failed |= not held
+                        limits = f"{job.tokens_per_s:,.0f}, {job.gib:g} GiB: {'held' if held else 'FAILED'}"
+                else:
+                    most = max(abs(a - b) for a, b in zip(run.losses, ours.losses, strict=True))
+                    failed |= not most <= LOSS_LIMIT
+                    difference = f"{most:.1e}"
+                report.row(
+                    f"| {name} ({shape}) | {job.memory} | {loop} | {speed:,.0f} | {100 * mfu(job, shape, speed):.1f} % "
+                    f"| {run.gib:.2f} | {run.losses[0]:.4f} to {run.losses[-1]:.4f} | {difference} | {limits} |"
+                )
+    report.line(f"{arguments.steps} steps; {'FAILED' if failed else 'all within their limits'}")
+    if arguments.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

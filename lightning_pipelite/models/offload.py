@@ -1,0 +1,92 @@
+"""Keeps what the backward pass needs in the host's memory, copied beside the computation in both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**20
+"""Bytes of a tensor below which it stays on the GPU: a copy would take longer to start than to run."""
+
+
+@dataclass(eq=False)
+class _Copy:
+    """One tensor on its way to the host or back.
+
+    Attributes:
+        host: page-locked.
+        written: when it is there.
+        device: what has been brought back.
+        back: when it is.
+    """
+
+    host: Tensor
+    written: torch.cuda.Event
+    device: Tensor | None = None
+    back: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+class HostCopies(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, large tensors that autograd saves are kept in page-locked host memory.
+
+    The copies run on two streams of their own, one for each direction, so that they hide behind the computation.
+    As one is used in the backward pass, the copy of the one saved before it is already started: the backward pass
+    goes through them in the opposite order. Host buffers are used again; there are as many as were needed at once, and
+    on the GPU no more than two tensors that have been brought back.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._device = device
+        self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._kept: list[_Copy] = []  # in the order in which they were saved
+        self._free: list[tuple[Tensor, torch.cuda.Event]] = []  # buffers, and when they have been read
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if tensor.device != self._device or tensor.nbytes < SMALLEST or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        copy = _Copy(self._buffer(tensor), torch.cuda.Event())
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out):
+            copy.host.copy_(tensor, non_blocking=True)
+            copy.written.record()
+        tensor.record_stream(self._out)  # its memory is not used again before that
+        self._kept.append(copy)
+        return copy
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if not isinstance(packed, _Copy):
+            return packed
+        if packed.device is None:
+            self._bring_back(packed)
+        place = self._kept.index(packed)
+        if place > 0 and self._kept[place - 1].device is None:
+            self._bring_back(self._kept[place - 1])
+        tensor, packed.device = packed.device, None
+        assert tensor is not None
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(packed.back)
+        tensor.record_stream(current)
+        del self._kept[place]
+        self._free.append((packed.host, packed.back))
+        return tensor
+
+    def _bring_back(self, copy: _Copy) -> None:
+        self._in.wait_event(copy.written)
+        with torch.cuda.stream(self._in):
+            copy.device = copy.host.to(self._device, non_blocking=True)
+            copy.back.record()
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        for place, (buffer, read) in enumerate(self._free):
+            if buffer.shape == like.shape and buffer.dtype == like.dtype:
+                self._out.wait_event(read)
+                del self._free[place]
+                return buffer
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
