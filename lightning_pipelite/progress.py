@@ -153,11 +153,18 @@ class _Paced:
 class _Rich(_Paced):
     def __init__(self, label: str, stays: bool) -> None:
         super().__init__()
+        console = Console(stderr=True)
         self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
-            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=Console(stderr=True),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=len(label))),
+            BarColumn(bar_width=max(8, min(40, console.width - 90))),
+            TextColumn(
+                "{task.fields[text]}",
+                markup=False,
+                style="default",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            console=console,
+            expand=True,
             auto_refresh=False,
             transient=not stays,
             redirect_stdout=sys.stdout.isatty(),  # or what belongs into a file would be shown instead
@@ -181,13 +188,13 @@ class _Plain(_Paced):
     def __init__(self, label: str, stays: bool) -> None:
         super().__init__()
         self._bar = tqdm(
-            desc=label, leave=stays, bar_format="{desc} |{bar:20}| {postfix}", file=sys.stderr, dynamic_ncols=True
+            desc=label, leave=stays, unit="", bar_format="{desc} |{bar:20}| {unit}", file=sys.stderr, dynamic_ncols=True
         )
 
     def update(self, done: int, total: int | None, text: str) -> None:
         self._last = time.monotonic()
-        self._bar.total, self._bar.n = total, done
-        self._bar.set_postfix_str(text)
+        self._bar.total, self._bar.n, self._bar.unit = total, done, text
+        self._bar.refresh()
 
     def print(self, line: str) -> None:
         self._bar.write(line, file=sys.stdout)
