@@ -30,7 +30,7 @@ from lightning_pipelite import PipeLiteStrategy
 from report import Report
 
 LORA_LIMIT, FULL_LIMIT = 0.1, 1.1
-STEPS, EVERY = 36, 12
+STEPS, EVERY, CHECKPOINTS = 2000, 4, 3  # at most; before the first; how many, each when the one before is whole
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Saving(L.pytorch.callbacks.Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stalls: list[float] = []
+        self.written: list[int] = []
         self.steps: list[tuple[float, bool]] = []
         self._began = 0.0
 
@@ -119,9 +120,12 @@ class Saving(L.pytorch.callbacks.Checkpoint):
         _synchronize()
         now = time.perf_counter()
         self.steps.append((now - self._began, bool([*self.folder.glob(".*partial")])))
-        if trainer.global_step % EVERY == 0:
+        # A second one would wait for the first, which is not what is measured.
+        if trainer.global_step >= EVERY and not self.steps[-1][1] and len(self.stalls) < CHECKPOINTS:
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
             self.stalls.append(time.perf_counter() - now)
+            self.written.append(trainer.global_step)
+            trainer.should_stop = len(self.stalls) == CHECKPOINTS
 
 
 def _synchronize() -> None:
@@ -174,7 +178,7 @@ def main() -> None:
             inputs = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16)
             batches: Any = [(inputs, inputs.float())] * STEPS
             trainer.fit(Model(shape, device), DataLoader(batches, batch_size=None))
-            size = sum(path.stat().st_size for path in Path(directory).glob(f"{STEPS}.ckpt/*"))
+            size = sum(path.stat().st_size for path in Path(directory).glob(f"{saving.written[0]}.ckpt/*"))
             del trainer
         torch.cuda.empty_cache()
         copy, first, others = bare_copy(size, arguments.gpu), saving.stalls[0], max(saving.stalls[1:])
@@ -185,7 +189,7 @@ def main() -> None:
         worst = max(first, others)
         failed |= arguments.gpu and worst > (LORA_LIMIT if shape.rank else FULL_LIMIT * copy)
     if arguments.gpu:
-        report.line(f"Limits 100 ms (LoRA), the bare copy and 10 % (full): {'PASSED' if failed else 'all within'}")
+        report.line(f"Limits 100 ms (LoRA), the bare copy and 10 % (full): {'FAILED' if failed else 'all within'}")
     if arguments.write:
         report.write()
     sys.exit(failed)

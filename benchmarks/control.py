@@ -19,18 +19,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimi import Adam
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_pipelite.adapters import ControlAdapter
 from lightning_pipelite.models import Stage, attention
+from lightning_pipelite.models.memory import compile_layers, set_activation_memory
 from lightning_pipelite.models.skeleton import Skeleton
 from report import Report
 
@@ -65,7 +64,10 @@ def make_stage(skeleton: Skeleton, adapter: ControlAdapter | None, size: Size, d
             if name.endswith("control_S"):
                 nn.init.normal_(parameter, std=0.1)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+    # As CausalLMLayers builds it.
+    set_activation_memory(model, "recompute", device, compiled=device.type == "cuda")
+    if device.type == "cuda":
+        compile_layers(list(model.get_submodule(skeleton.layers_name)))
     return Stage(model, skeleton.layers_name, 0, size.layers).train()
 
 

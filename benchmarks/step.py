@@ -116,10 +116,10 @@ class Run:
 class Timing(L.Callback):
     """The loss and the end of each step; a profile of one, if wanted. It need not synchronise: the strategy does."""
 
-    def __init__(self, profiled: Path | None) -> None:
+    def __init__(self, steps: int, profiled: Path | None) -> None:
         self.losses: list[float] = []
         self.ends: list[float] = []
-        self._profiled = profiled
+        self._steps, self._profiled = steps, profiled
         self._profiler: Any = None
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -127,9 +127,9 @@ class Timing(L.Callback):
             return
         self.ends.append(time.perf_counter())
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        if self._profiled and len(self.losses) in (WARM_UP + 1, WARM_UP + 2):
+        if self._profiled and self._steps - len(self.losses) < 2:  # the last step, which the others are not slowed by
             torch.cuda.synchronize()
-            if len(self.losses) == WARM_UP + 1:
+            if len(self.losses) == self._steps - 1:
                 self._profiler = torch.profiler.profile().__enter__()
             else:
                 self._profiler.__exit__(None, None, None)
@@ -137,7 +137,6 @@ class Timing(L.Callback):
                 lines = [averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
                          for key in ("self_cuda_time_total", "self_cpu_time_total")]  # fmt: skip
                 self._profiled.write_text("\n".join(lines))
-                self._profiler.export_chrome_trace(str(self._profiled.with_suffix(".json")))
 
 
 def make_module(job: Job, directory: str) -> PipeLiteModule:
@@ -152,7 +151,7 @@ COMPILE: bool | None = None
 
 
 def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None) -> Run:
-    timing = Timing(profiled)
+    timing = Timing(steps, profiled)
     module = make_module(job, directory)
     trainer = L.Trainer(
         strategy=PipeLiteStrategy(), accelerator="auto", devices=1, accumulate_grad_batches=MICRO_BATCHES,

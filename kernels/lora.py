@@ -93,16 +93,16 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     alongs: Sequence[Tensor]
     if a:
-        along = rows @ _rounded(torch.cat(a), x).T
+        along = rows @ torch.cat(a).to(x.dtype).T
         alongs = along.split([each.shape[0] for each in a], dim=1)
     else:
         along = x.new_empty(0)
         alongs = [each.reshape(-1, each.shape[-1]) for each in projected]
     outputs = []
-    for weight, part, up, bias, scale in zip(_each(weights, parts), alongs, b, biases, scales, strict=True):
+    for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, b, biases, scales, strict=True):
         whole = _whole(weight, up.shape[0], x)
         output = torch.addmm(bias, rows, whole.T) if bias.numel() else rows @ whole.T
-        output.addmm_(part, _rounded(up, x).T, alpha=scale)
+        output.addmm_(part, up.to(x.dtype).T, alpha=scale)
         outputs.append(output.view(*x.shape[:-1], -1))
     return [along, *outputs]
 
@@ -147,15 +147,19 @@ def _backward(
     of_x: Tensor | None = None
     of_b = []
     for gradient, weight, part, of_part, up, scale in zip(
-        gradients, _each(weights, parts), alongs, back.split(ranks, dim=1), b, scales, strict=True
+        gradients, _lists(weights, parts), alongs, back.split(ranks, dim=1), b, scales, strict=True
     ):
         if not gradient.numel():
             of_part.zero_()
             of_b.append(torch.zeros_like(up))
             continue
         g = gradient.reshape(rows.shape[0], -1)
-        torch.mm(g, _rounded(up, x) * scale, out=of_part)
-        of_b.append(_precise_product(g.T, part).mul_(scale).to(up.dtype))
+        torch.mm(g, up.to(x.dtype), out=of_part)
+        of_up = _precise_product(g.T, part)
+        if scale != 1:
+            of_part.mul_(scale)
+            of_up.mul_(scale)
+        of_b.append(of_up.to(up.dtype))
         if to_x:
             whole = _whole(weight, up.shape[0], x)
             of_x = g @ whole if of_x is None else of_x.addmm_(g, whole)
@@ -163,7 +167,7 @@ def _backward(
         down = torch.cat(a)
         of_a = [_precise_product(back.T, rows).to(down.dtype)]
         if of_x is not None:
-            of_x.addmm_(back, _rounded(down, x))
+            of_x.addmm_(back, down.to(x.dtype))
     else:
         of_a = [part.reshape(each.shape).clone() for part, each in zip(back.split(ranks, 1), projected, strict=True)]
     if to_x and of_x is None:
@@ -228,14 +232,6 @@ def _lists(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
         lists.append(list(flat[start : start + count]))
         start += count
     return lists
-
-
-def _each(weights: list[Tensor], parts: list[int]) -> list[list[Tensor]]:
-    return _lists(weights, parts)
-
-
-def _rounded(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(like.dtype)
 
 
 def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor
+
+from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+OUTPUTS, RANKS, SCALES = (24, 8, 40), (4, 4, 3), (1.0, 0.5, 2.0)
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # half a unit, of a few roundings
+
+
+class Case:
+    """Random projections of one input, and what float64 makes of them."""
+
+    def __init__(
+        self, device: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 7, 64), biased: bool = True
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(device)
+
+        self.x = draw(*shape).to(dtype)
+        self.weights = [(draw(out, shape[-1]) / 8).to(dtype) for out in OUTPUTS]
+        self.a = [draw(rank, shape[-1]) / 8 for rank in RANKS]
+        self.b = [draw(out, rank) / 2 for out, rank in zip(OUTPUTS, RANKS, strict=True)]
+        self.biases: list[Tensor | None] = [draw(out).to(dtype) if biased else None for out in OUTPUTS[:-1]] + [None]
+        self.back = [draw(*shape[:-1], out).to(dtype) for out in OUTPUTS]
+
+    def run(self, function: Any, weights: Any, exact: bool, used: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
+        """The outputs, and the gradients of x, A and B."""
+        convert = (lambda t: t.double()) if exact else (lambda t: t.clone())
+        x, *ab = (convert(t).requires_grad_() for t in (self.x, *self.a, *self.b))
+        a, b = ab[: len(self.a)], ab[len(self.a) :]
+        biases = [None if bias is None else convert(bias) for bias in self.biases]
+        outputs = function(x, weights, a, b, biases, SCALES)
+        total = sum((outputs[i] * convert(self.back[i])).sum() for i in used)
+        gradients = torch.autograd.grad(total, [x, *ab], allow_unused=True)
+        return [*outputs, *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, (x, *ab), strict=True))]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm()) if wanted.any() else float(found.abs().max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 64), (1, 1, 64), (513, 64)], ids=str)
+def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    case = Case(device, dtype, shape)
+    wanted = case.run(lora_linear_reference, [w.double() for w in case.weights], exact=True)
+    found = case.run(lora_linear, [[w] for w in case.weights], exact=False)
+    assert [t.dtype for t in found] == [dtype] * 4 + [torch.float32] * 6
+    for number, (ours, exact) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(ours, exact) < ROUNDING[dtype], number
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bit_weights(device: str, nested: bool) -> None:
+    case = Case(device, torch.float32)
+    whole, parts = [], []
+    for weight in case.weights:
+        codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+        whole.append(dequantize_4bit(codes, state).double())
+        scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
+        parts.append([codes, state.absmax, state.code, *scales])
+    wanted = case.run(lora_linear_reference, whole, exact=True)
+    for ours, exact in zip(case.run(lora_linear, parts, exact=False), wanted, strict=True):
+        assert relative(ours, exact) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_unused_output_adds_nothing(device: str) -> None:
+    case = Case(device, torch.float32)
+    wanted = case.run(lora_linear_reference, [w.double() for w in case.weights], exact=True, used=(1,))
+    found = case.run(lora_linear, [[w] for w in case.weights], exact=False, used=(1,))
+    for ours, exact in zip(found, wanted, strict=True):
+        assert relative(ours, exact) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_given_projections(device: str) -> None:
+    case = Case(device, torch.float32)
+
+    def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
+        return lora_linear(x, weights, a, b, biases, scales, [3.0 * (x @ down.T) for down in a])
+
+    wanted = case.run(
+        lambda x, w, a, b, biases, s: lora_linear_reference(x, w, a, b, biases, [3 * each for each in s]),
+        [w.double() for w in case.weights], exact=True,
+    )  # fmt: skip
+    for ours, exact in zip(case.run(with_projections, [[w] for w in case.weights], exact=False), wanted, strict=True):
+        assert relative(ours, exact) < 1e-6
+
+
+def test_non_contiguous_input_and_no_gradient_of_it() -> None:
+    case = Case("cpu", torch.float32, biased=False)
+    x = torch.randn(64, 5).T
+    arguments = (case.a, case.b, case.biases, SCALES)
+    found = lora_linear(x, [[w] for w in case.weights], *arguments)
+    for ours, exact in zip(found, lora_linear_reference(x, case.weights, *arguments), strict=True):
+        torch.testing.assert_close(ours, exact)
+    case.b[0].requires_grad_()
+    lora_linear(x, [[w] for w in case.weights], *arguments)[0].sum().backward()
+    assert case.b[0].grad is not None
+
+
+def test_torchs_own_checks_of_the_operation() -> None:
+    case = Case("cpu", torch.float32)
+    tensors = [t.clone().requires_grad_() for t in (case.x, *case.a, *case.b)]
+    torch.library.opcheck(
+        torch.ops.pipelite.lora_linear.default,
+        (tensors[0], case.weights, [1, 1, 1], tensors[1:4], [], tensors[4:], [case.x.new_empty(0)] * 3, list(SCALES)),
+    )

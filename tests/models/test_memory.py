@@ -1,0 +1,143 @@
+"""Every way to keep activations gives the same numbers; compiling layers does not change them and compiles once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CPU, POSITIONS, build, reference, train_stages, train_whole, write_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.offload import HostCopies
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("memory"), "llama")
+
+
+class Counts(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])
+def test_same_logits_and_gradients(model_dir: Path, policy: str) -> None:
+    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), activation_memory=policy)  # type: ignore[arg-type]
+    logits, gradients = train_stages(build(layers, [0, 2, 4]))
+    expected, expected_gradients = train_whole(reference(model_dir))
+    torch.testing.assert_close(logits, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(("policy", "products", "others"), [("keep", 0, 0), ("selective", 0, 4), ("recompute", 16, 4)])
+def test_what_is_computed_again(model_dir: Path, policy: Any, products: int, others: int) -> None:
+    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=LoRA(4), activation_memory=policy)
+    (stage,) = build(layers, [0, 4])
+    output = stage((torch.zeros_like(POSITIONS), POSITIONS)).sum()
+    with Counts() as counts:
+        output.backward()
+    # Four groups of projections in each layer: query, key and value; output; gate and up; down.
+    assert counts.of["lora_linear_backward"] == 16
+    assert counts.of["lora_linear"] == products
+    assert counts.of["silu"] == others
+
+
+@pytest.mark.parametrize("adapter", [LoRA(4), ControlAdapter(4)], ids=["LoRA", "ControlAdapter"])
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: Any, policy: Any) -> None:
+    import torch._dynamo.testing as testing
+
+    def run(compile_layers: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+        layers = CausalLMLayers(
+            model_dir, dtype=torch.float32, adapter=adapter, activation_memory=policy, compile_layers=compile_layers,
+            attn_implementation="varlen",
+        )  # fmt: skip
+        stages = build(layers, [0, 2, 4])
+        for layer in (layer for stage in stages for layer in stage.causal_lm.model.layers):
+            if layer._compiled_call_impl is not None:
+                layer._compiled_call_impl = torch.compile(layer._call_impl, backend=counter, dynamic=False)
+        for stage in stages:
+            for name, parameter in stage.named_parameters():
+                if "lora_B" in name or "control_S" in name:
+                    torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+        classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
+        return train_stages(stages, classes=classes)
+
+    torch._dynamo.reset()
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    logits, gradients = run(True)
+    # One for the very first layer, whose input needs no gradient, one for its like, and one for those that can receive.
+    assert counter.frame_count == 3
+    expected, expected_gradients = run(False)
+    torch.testing.assert_close(logits, expected)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
+    with pytest.raises(ConfigurationError, match="activation_memory is 'some'; set it to one of auto, keep"):
+        CausalLMLayers(model_dir, adapter=LoRA(4), activation_memory="some")  # type: ignore[arg-type]
+
+
+@gpu
+def test_host_copies_come_back() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies = HostCopies(device)
+    weights = [torch.randn(1024, 1024, device=device, requires_grad=True) for _ in range(6)]
+
+    def run(hooks: Any) -> tuple[list[Tensor], int]:
+        x = torch.randn(2048, 1024, device=device, generator=torch.Generator(device).manual_seed(0))
+        before = torch.cuda.memory_allocated()
+        with hooks:
+            for weight in weights:
+                x = (x @ weight).tanh()
+        held = torch.cuda.memory_allocated() - before
+        return list(torch.autograd.grad(x.square().sum(), weights)), held
+
+    expected, kept = run(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+    for _ in range(3):  # with the buffers of the time before
+        torch.cuda.synchronize()
+        found, held = run(copies)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.cuda.synchronize()
+    assert held < kept / 2
+    assert len(copies._free) == len(weights) * 2
+    assert not copies._kept
+
+
+@gpu
+@pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])
+@pytest.mark.parametrize("compile_layers", [False, True])
+def test_policies_on_a_gpu(model_dir: Path, policy: Any, compile_layers: bool) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    results = []
+    for kind, where in ((policy, device), ("keep", CPU)):
+        layers = CausalLMLayers(
+            model_dir, dtype=torch.float32, adapter=LoRA(4), activation_memory=kind,
+            compile_layers=compile_layers and where == device,
+        )  # fmt: skip
+        stage = layers.build_stage(0, 4, where)
+        output = stage((torch.arange(24).view(2, 12).to(where), POSITIONS.to(where)))
+        output.sum().backward()
+        results.append([output.cpu(), *(p.grad.cpu() for p in stage.parameters() if p.grad is not None)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
