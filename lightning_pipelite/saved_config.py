@@ -21,8 +21,9 @@ class SaveConfig(SaveConfigCallback):
     """Saves the configuration in every checkpoint and beside the logs, there never over another file.
 
     Without a logger it saves none: the log directory is then the working directory, and the file there called
-    config.yaml may well be the user's own. Each logger gets what was configured as hyper-parameters, such as
-    ``model.adapter`` and ``model.adapter.rank``; TensorBoard also the whole file as text.
+    config.yaml may well be the user's own. Each logger gets as hyper-parameters all options of the model, such as
+    ``model.adapter`` and ``model.adapter.rank``, and of the rest those that are not at their default; TensorBoard also
+    the whole file as text.
     """
 
     @override
@@ -38,7 +39,9 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        chosen = dict(hyper_parameters(self._configuration()))
+        usual = dict(hyper_parameters(self.parser.get_defaults().as_dict()))
+        given = dict(hyper_parameters(self._configuration()))
+        chosen = {name: value for name, value in given.items() if name.startswith("model.") or usual.get(name) != value}
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(chosen)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, BAR, GAP, LEFT, RIGHT = 480, 18, 6, 60, 130
+WIDTH, BAR, GAP, LEFT, RIGHT, TEXT = 240, 26, 8, 80, 240, 18  # legible on TensorBoard's small cards
 BUSY, WAITING = (31, 119, 180), (221, 221, 221)
 
 
@@ -23,13 +23,13 @@ def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8
     """
     longest = max(max(sum(each) for each in times.values()), 1e-30)
     picture = Image.new("RGB", (LEFT + WIDTH + RIGHT, (BAR + GAP) * len(times) + GAP), "white")
-    draw = ImageDraw.Draw(picture)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=TEXT)
     for row, (number, (busy, waiting)) in enumerate(sorted(times.items())):
         top = GAP + row * (BAR + GAP)
         middle = LEFT + round(WIDTH * busy / longest)
         end = LEFT + round(WIDTH * (busy + waiting) / longest)
         draw.rectangle((LEFT, top, end, top + BAR - 1), fill=WAITING)
         draw.rectangle((LEFT, top, middle, top + BAR - 1), fill=BUSY)
-        draw.text((4, top + 3), f"stage {number}", fill="black")
-        draw.text((end + 6, top + 3), f"{busy:.3g} s + {waiting:.3g} s waiting", fill="black")
+        draw.text((4, top + 2), f"stage {number}", fill="black", font=font)
+        draw.text((end + 6, top + 2), f"{busy:.3g} s, {waiting:.3g} s waiting", fill="black", font=font)
     return np.asarray(picture)
