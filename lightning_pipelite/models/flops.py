@@ -93,7 +93,8 @@ def training_flops(skeleton: Skeleton, trained: Mapping[str, Tensor]) -> Trainin
     # What is before the layers can only be trained through all of them; the tail alone needs none.
     before = any(name.rpartition(".")[0] in skeleton.start_names for name in trained)
     lowest = 0 if before else min(layers, default=len(skeleton.layers))
-    added = sum(p.numel() for name, p in trained.items() if name not in matrices and p.ndim >= 2)
+    own = {name for name, _ in skeleton.model.named_parameters()}
+    added = sum(p.numel() for name, p in trained.items() if name not in own and p.ndim >= 2)
     per_token = 6.0 * added
     for name, matrix in matrices.items():
         routed = _is_routed(name, matrix)
