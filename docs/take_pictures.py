@@ -7,8 +7,11 @@ Needs tmux, and Chromium for the page. DIRECTORY is the quickstart's, which is f
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -17,19 +20,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
-COLUMNS, LINES = 112, 12
+COLUMNS, LINES = 118, 12
 TMUX = ["tmux", "-L", "pipelite-pictures"]
-SHOWN = r"train/(loss|tokens|norms_avg|stages|norms_map)|eval/loss|stage_(busy|waiting)"
+SHOWN = r"train/(loss|stages|norms_map|norms_by)|eval/loss|stage_(busy|waiting)"
 COMMAND = "pipelite fit --config configs/quickstart.yaml"
 
 
@@ -71,15 +77,46 @@ def take_page(logs: Path) -> None:
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         raise SystemExit("neither chromium nor google-chrome is there")
-    with tensorboard(logs) as address, tempfile.TemporaryDirectory() as scratch:
-        picture = Path(scratch) / "page.png"
-        tags = urllib.request.quote(SHOWN, safe="")  # type: ignore[attr-defined]
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=30000"]
-        window = ["--window-size=1560,1370", f"--screenshot={picture}"]
-        page = f"{address}/#timeseries&tagFilter={tags}&smoothing=0"
-        subprocess.run([browser, *options, *window, page], check=True, capture_output=True, timeout=180)
-        image = Image.open(picture).convert("RGB").quantize(128)
-        image.save(PICTURES / "tensorboard.png", optimize=True)
+    with tensorboard(logs) as address, tempfile.TemporaryDirectory() as profile:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1320"]
+        devtools = ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
+        process = subprocess.Popen([browser, *options, *devtools], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            page = asyncio.run(screenshot(Path(profile), address))
+        finally:
+            process.terminate()
+            process.wait()
+        Image.open(io.BytesIO(page)).convert("RGB").quantize(128).save(PICTURES / "tensorboard.png", optimize=True)
+
+
+async def screenshot(profile: Path, address: str) -> bytes:
+    """Drive the browser by its DevTools protocol: the page's settings are kept where only the page can write."""
+    chosen = {"ignoreOutliers": False, "scalarSmoothing": 0, "timeSeriesSettingsPaneOpened": False}
+    chosen |= {"stepSelectorEnabled": False, "sideBarWidthInPercent": 0, "timeSeriesCardMinWidth": 330}
+    store = f"localStorage.setItem('_tb_global_settings', {json.dumps(json.dumps(chosen))})"
+    tags = urllib.parse.quote(SHOWN, safe="")
+    port_file = profile / "DevToolsActivePort"
+    while not (port_file.exists() and port_file.read_text()):
+        await asyncio.sleep(0.2)
+    port = port_file.read_text().split()[0]
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
+            target = next(each for each in await response.json() if each["type"] == "page")
+        async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+
+            async def call(method: str, **params: Any) -> Any:
+                await socket.send_json({"id": 1, "method": method, "params": params})
+                while "id" not in (answer := await socket.receive_json()):
+                    pass
+                return answer["result"]
+
+            await call("Page.navigate", url=address)
+            await asyncio.sleep(10)
+            await call("Runtime.evaluate", expression=store)
+            await call("Page.navigate", url="about:blank")
+            await call("Page.navigate", url=f"{address}/?tagFilter={tags}&smoothing=0#timeseries")
+            await asyncio.sleep(20)
+            return base64.b64decode((await call("Page.captureScreenshot"))["data"])
 
 
 @contextlib.contextmanager

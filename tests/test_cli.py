@@ -1,4 +1,4 @@
-"""The ``pipelite`` command as its user sees it: above all, what it says when something is wrong."""
+"""The ``pipelite`` command as its user sees it; what it says when something is wrong is in tests/errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from errors.wrong_input import edited, strategy
 from tiny_job import options, write_job
 
 from lightning_pipelite import __version__, cli
+from lightning_pipelite.verbosity import is_verbose, take_option
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_refusal_for_two_devices_starts_no_process(tmp_path: Path, job: Path) ->
 
 def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path) -> None:
     config = edited(
-        options(job, devices=2, accumulate_grad_batches=2, enable_progress_bar=False), strategy(pipeline_stages=2)
+        options(job, devices=2, accumulate_grad_batches=2, enable_progress_bar=True), strategy(pipeline_stages=2)
     )
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning_pipelite.callbacks.EvalSchedule", "init_args": {"evals_per_epoch": 1}},
@@ -191,9 +192,28 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
         ["step", "2:"], ["saved", "what"],
     ]  # fmt: skip
     assert lines[-1] == "saved what was trained to deep/down/lora"
-    progress = [line for line in result.stderr.replace("\r", "\n").splitlines() if line]
-    assert all(line.startswith("Loading weights:") for line in progress), result.stderr
-    assert len({line.split("|")[-1].split("[")[0] for line in progress if "100%" in line}) == 1  # rank 0's alone
+    progress = [line.split(",")[0] for line in result.stderr.splitlines() if "evaluating" not in line]
+    assert progress[:1] == ["training (50 %): step 1/2"], result.stderr
+    assert {*progress} == {"training (50 %): step 1/2", "training (100 %): step 2/2"}, result.stderr  # rank 0's alone
     assert (tmp_path / "config.yaml").read_text() == written  # there is no logger: nothing is saved over it
     adapter = json.loads((tmp_path / "deep" / "down" / "lora" / "adapter_config.json").read_text())
     assert adapter["r"] == 2
+
+
+def test_verbose_prints_what_the_libraries_say(tmp_path: Path, job: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options(job)))
+    result, _ = processes(tmp_path, "fit", "--verbose", "--config", "config.yaml")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "Seed set to 0" in said  # Lightning
+    assert "GPU available: " in said
+
+
+@pytest.mark.parametrize("position", [1, 2, 3])
+def test_verbose_may_stand_anywhere(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["pipelite", "fit", "--config"]
+    monkeypatch.setattr(sys, "argv", [*arguments[:position], "--verbose", *arguments[position:]])
+    assert not is_verbose()
+    take_option()
+    assert sys.argv == arguments
+    assert is_verbose()  # and in the processes that are started
