@@ -54,7 +54,8 @@ def main() -> None:
     if options.one_gpu:
         os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     workers = Workers(ranks, one_gpu=options.one_gpu)
-    where = f"{ranks} ranks on one GPU" if options.one_gpu else f"{ranks} {'GPUs' if on_gpu else 'processes on a CPU'}"
+    places = "one GPU" if options.one_gpu else f"{ranks} GPUs" if on_gpu else f"{os.cpu_count()} CPU cores"
+    where = f"{ranks} ranks on {places}"
     name = f"scaling_{'one_gpu' if options.one_gpu else f'{ranks}_gpus' if on_gpu else 'cpu'}"
     report = Report(
         name + (f"_{options.shape}" if options.shape == "70b" else ""),
@@ -62,10 +63,10 @@ def main() -> None:
         "peak GiB | loss, first to last | difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )
-    failed = False
+    failed, lines = False, []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        for way in options.ways:
-            shape = "1b" if way == "full" and options.shape in ("8b", "70b") else options.shape
+        for name in options.ways:
+            shape = "1b" if name == "full" and options.shape in ("8b", "70b") else options.shape
             directory = Path(folder) / shape
             if not directory.exists():
                 _write(directory, shape, torch.device("cuda:0" if on_gpu else "cpu"))
@@ -74,8 +75,12 @@ def main() -> None:
                 options.steps, options.activation_memory, False if options.no_compile else None, on_gpu,
                 options.one_gpu,
             )  # fmt: skip
-            failed |= Way(way, shape, setting, workers, report, options, ranks).run()
+            way = Way(name, shape, setting, workers, report, options, ranks)
+            failed |= way.run()
+            lines += way.lines
     workers.close()
+    for line in lines:
+        report.line(line)
     verdict = "FAILED" if failed else "all within their limits"
     report.line(f"{where}; the {options.shape} shape; activations: {options.activation_memory}; {verdict}")
     if options.write:
@@ -105,7 +110,7 @@ def parse() -> Any:
     parser.add_argument("--splits", type=listed(lambda text: tuple(int(n) for n in text.split("x"))), help="SxR,...")
     parser.add_argument("--cuts", type=listed(str), default=["uniform", "balanced"])
     parser.add_argument("--micro-batches", type=listed(int), default=[4, 8, 16, 32])
-    parser.add_argument("--steps", type=int, default=3, help="how many are timed")
+    parser.add_argument("--steps", type=int, default=2, help="how many are timed")
     parser.add_argument("--activation-memory", default="recompute")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--memory-limit", type=float, help="GiB a card, for torch's allocator")
@@ -115,7 +120,11 @@ def parse() -> Any:
 
 
 class Way:
-    """All jobs of a way to train."""
+    """All jobs of a way to train.
+
+    Attributes:
+        lines: what is to be said after the table.
+    """
 
     def __init__(
         self, way: str, shape: str, setting: Setting, workers: Workers, report: Report, options: Any, ranks: int
@@ -124,11 +133,13 @@ class Way:
         self._options, self._ranks = options, ranks
         self._layers: int = ALL_SHAPES[shape]["num_hidden_layers"]
         self._counts: tuple[int, ...] = tuple(options.micro_batches)
-        if way != "lora" and len(self._counts) > 1:
-            self._counts = (AT,) if AT in self._counts else self._counts[-1:]
+        self._at = AT if AT in self._counts else self._counts[-1]
+        if way != "lora":
+            self._counts = (self._at,)
         self._alone: dict[int, Run] = {}
         self._reached: dict[tuple[int, int], float] = {}  # of ideal or linear, by stages and replicas
-        self._notes: list[str] = []  # the profile of two stages
+        self._profile: list[str] = []  # of the first job of two stages
+        self.lines: list[str] = []
 
     def run(self) -> bool:
         """Run and report them; return whether one failed."""
@@ -137,16 +148,8 @@ class Way:
         size = setting.length * ALL_SHAPES[self._shape]["hidden_size"]
         transfer = workers.run(2, time_transfer, setting, size, timeout=HOUR)[0] if self._ranks > 1 else 0.0
         failed = False
-        splits = [*self._splits()]
-        if not self._options.no_reference:
-            counts = {m * replicas for _, replicas in splits for m in self._counts if m * replicas <= 32}
-            job = Job(self._way, 1, 1, tuple(sorted(counts)))
-            failed |= self._train(job, "", times, transfer)
-        for stages, replicas in splits:
-            for cut in self._options.cuts if stages > 1 and self._way == "lora" else ["uniform"]:
-                weights = times.weights(self._layers) if cut == "balanced" else ()
-                job = Job(self._way, stages, replicas, self._counts, weights, self._options.memory_limit)
-                failed |= self._train(job, cut, times, transfer)
+        for job, cut in self._jobs(times):
+            failed |= self._train(job, cut, times, transfer)
         self._predict(times, transfer)
         own = setting.on_gpu and not setting.one_gpu and self._shape == "8b"
         for (stages, replicas), reached in self._reached.items():
@@ -154,22 +157,34 @@ class Way:
             if own and (replicas == 1 or (stages == 1 and self._way == "lora")):
                 held = reached >= limit
                 failed |= not held
-                self._report.line(
-                    f"{self._way}, {stages} x {replicas}, m = {AT}: {reached:.3f} of the ideal, at least {limit}: "
+                self.lines.append(
+                    f"{self._way}, {stages} x {replicas}, m = {self._at}: {reached:.3f} of the ideal, limit {limit}: "
                     f"{'held' if held else 'FAILED'}"
                 )
         return failed
 
+    def _jobs(self, times: LayerTimes) -> Iterator[tuple[Job, str]]:
+        """Each job, and the name of its cut. A GPU's time is scarce: what adds little to the table is left out."""
+        splits = self._options.splits or [*self._splits()]
+        if not self._options.no_reference:
+            wanted = {m * replicas for _, replicas in splits for m in self._counts} | {self._at}
+            most = max(self._options.micro_batches)
+            yield Job(self._way, 1, 1, tuple(sorted(m for m in wanted if m <= most))), "-"
+        for stages, replicas in splits:
+            for cut in self._options.cuts if stages > 1 and self._way == "lora" else ["uniform"]:
+                weights = times.weights(self._layers) if cut == "balanced" else ()
+                counts = self._counts if replicas == 1 else tuple(m for m in self._counts if m <= self._at)
+                if cut == "balanced":
+                    counts = (self._at,)
+                yield Job(self._way, stages, replicas, counts, weights, self._options.memory_limit), cut
+
     def _splits(self) -> Iterator[tuple[int, int]]:
-        if self._options.splits:
-            yield from self._options.splits
-            return
-        worlds = [self._ranks]
-        if (not self._setting.on_gpu or self._setting.one_gpu) and self._ranks > 2:
-            worlds = [2, self._ranks]
-        for world in worlds:
-            for stages in range(world, 0, -1):
-                if world > 1 and world % stages == 0 and stages <= self._layers:
+        worlds = {self._ranks}
+        if not self._setting.on_gpu or self._setting.one_gpu:
+            worlds |= {min(2, self._ranks)}
+        for world in sorted(worlds - {1}):
+            for stages in range(min(world, self._layers), 0, -1):
+                if world % stages == 0 and (self._way != "qlora" or stages == world):
                     yield stages, world // stages
 
     def _train(self, job: Job, cut: str, times: LayerTimes, transfer: float) -> bool:
@@ -189,7 +204,7 @@ class Way:
                 alone = nearest * self._setting.length / self._alone[nearest].seconds
                 efficiency = tokens / (world * alone)
                 ideally = efficiency / ideal
-                if micro_batches == AT:
+                if micro_batches == self._at:
                     key = job.stages, job.replicas
                     self._reached[key] = max(ideally, self._reached.get(key, 0.0))
                 if same := self._alone.get(micro_batches * job.replicas):
@@ -206,13 +221,13 @@ class Way:
             )
             limit = f" (limit {job.memory_limit:g})" if job.memory_limit else ""
             self._report.row(
-                f"| {self._way} ({self._shape}) | {job.stages} x {job.replicas} | {cut or '-'} | {micro_batches} | "
+                f"| {self._way} ({self._shape}) | {job.stages} x {job.replicas} | {cut} | {micro_batches} | "
                 f"{tokens:,.0f} | {tokens / world:,.0f} | {_number(efficiency)} ({_number(ideally)}) | "
                 f"{_number(simulated)} | {idle} | {peak}{limit} | {first.losses[0]:.4f} to {first.losses[-1]:.4f} | "
                 f"{'-' if math.isnan(difference) else f'{difference:.1e}'} |"
             )
-            if job.stages == 2 and job.replicas == 1 and not self._notes and micro_batches == max(job.micro_batches):
-                self._notes = [*_profile(of_ranks, micro_batches)]
+            if job.stages == 2 and job.replicas == 1 and not self._profile and micro_batches == self._at:
+                self._profile = [*_profile(of_ranks, micro_batches)]
         return failed
 
     def _predict(self, times: LayerTimes, transfer: float) -> None:
@@ -221,11 +236,10 @@ class Way:
             f"{name} {1000 * stage.forward:.2f} + {1000 * stage.backward:.2f} ms"
             for name, stage in (("a layer", times.layer), ("before", times.first), ("after", times.last))
         )
-        self._report.line(
+        self.lines.append(
             f"{self._way} ({self._shape}): forward + backward of {milliseconds}; a transfer {1000 * transfer:.2f} ms."
         )
-        for note in self._notes:
-            self._report.line(note)
+        self.lines += self._profile
         for micro_batches in (16, 64):
             predicted = []
             for stages in (2, 4, 8, 16, 32, 64):
@@ -238,7 +252,7 @@ class Way:
                 ]
                 shown = " and ".join(f"{step.efficiency:.2f} ({step.efficiency / ideal:.2f})" for step in of_cuts)
                 predicted.append(f"{stages} stages {shown}")
-            self._report.line(
+            self.lines.append(
                 f"Simulated efficiency (of ideal), m = {micro_batches}, uniform and balanced: {'; '.join(predicted)}."
             )
 
