@@ -1,0 +1,80 @@
+"""What mkdocs cannot do by itself: the README's texts and the benchmarks' results as pages, links into the repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from lightning_pipelite.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+STATED = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandbytes")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add a page for each file of benchmarks/results and of examples/."""
+    for path in sorted(RESULTS.glob("*.md")):
+        text = f"# {path.stem}\n\n{path.read_text(encoding='utf-8')}"
+        files.append(File.generated(config, f"results/{path.name}", content=text))
+    for path in examples():
+        text = f"# {path.name}\n\n```{language(path)}\n{path.read_text(encoding='utf-8')}```\n"
+        files.append(File.generated(config, f"examples/{path.name}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill in the lists, and send links that leave docs/ to the pages made of those files."""
+    markdown = markdown.replace("<!-- commands -->", commands())
+    markdown = markdown.replace("<!-- results -->", results()).replace("<!-- versions -->", versions())
+    markdown = re.sub(r"\]\(\.\./benchmarks/results/(\w+)\.md\)", r"](results/\1.md)", markdown)
+    return re.sub(r"\]\(\.\./((?:examples|configs)/[\w.]+)\)", _example, markdown)
+
+
+def _example(match: re.Match[str]) -> str:
+    return f"](examples/{Path(match[1]).name}.md)"
+
+
+def examples() -> list[Path]:
+    """The files that a page shows: examples and configurations."""
+    return sorted(
+        path
+        for folder in ("examples", "configs")
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in (".py", ".yaml", ".sh", ".sbatch")
+    )
+
+
+def language(path: Path) -> str:
+    return {".py": "python", ".yaml": "yaml"}.get(path.suffix, "bash")
+
+
+def commands() -> str:
+    """Every command of the table, by the docstring of its function."""
+    return "\n".join(
+        f"## pipelite {name}\n\n{each.summary}\n\n::: {each.module}.{each.function}\n    options:\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n"
+        for name, each in COMMANDS.items()
+    )
+
+
+def results() -> str:
+    """A line for each file of results: its command and what it was measured on."""
+    lines = ["| result | command | measured on |", "| --- | --- | --- |"]
+    for path in sorted(RESULTS.glob("*.md")):
+        command, _, measured = path.read_text(encoding="utf-8").splitlines()[:3]
+        lines.append(f"| [{path.stem}](results/{path.name}) | {command} | {measured.split(';')[0]} |")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """Lowest and newest tested versions, as the files of constraints say."""
+    lowest, newest = (pins(ROOT / name) for name in ("constraints-lowest.txt", "constraints.txt"))
+    return "\n".join(f"| {name} | {lowest[name]} | {newest[name]} |" for name in STATED)
+
+
+def pins(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE))
