@@ -34,6 +34,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return re.sub(r"\]\(\.\./((?:examples|configs)/[\w.]+)\)", _example, markdown)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Docstrings have roles and literal blocks of reStructuredText, as those of Lightning."""
+    html = re.sub(r":(?:class|mod|func|meth|attr):<code>~?([\w.]+)</code>", _last_name, html)
+    return re.sub(r"<p>Example::</p>", "<p>Example:</p>", html)
+
+
+def _last_name(match: re.Match[str]) -> str:
+    return f"<code>{match[1].rpartition('.')[2]}</code>"
+
+
 def _example(match: re.Match[str]) -> str:
     return f"](examples/{Path(match[1]).name}.md)"
 

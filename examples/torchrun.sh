@@ -6,4 +6,4 @@ set -euo pipefail
 exec torchrun \
     --nnodes "${NNODES:-2}" --node_rank "$NODE_RANK" --nproc_per_node "${GPUS:-4}" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" \
-    -m lightning_pipelite fit --trainer.num_nodes "${NNODES:-2}" --trainer.devices "${GPUS:-4}" "$@"
+    -m lightning_pipelite fit "$@" --trainer.num_nodes "${NNODES:-2}" --trainer.devices "${GPUS:-4}"

@@ -109,5 +109,5 @@ def fit_arguments(job: Path) -> list[str]:
     return [
         "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model.model_dir", str(job / "model"),
         "--data.datasets", f'[{{"dataset_path": "{job}/texts/*.txt"}}]', "--data.sequence_len", "64",
-        "--trainer.max_steps", "1", "--trainer.logger", "false",
+        "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.logger", "false",
     ]  # fmt: skip
