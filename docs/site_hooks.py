@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_pipelite.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandbytes")
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".ipynb": "python"}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -21,7 +23,10 @@ def on_files(files: Files, config: Any) -> Files:
         text = f"# {path.stem}\n\n{path.read_text(encoding='utf-8')}"
         files.append(File.generated(config, f"results/{path.name}", content=text))
     for path in examples():
-        text = f"# {path.name}\n\n```{language(path)}\n{path.read_text(encoding='utf-8')}```\n"
+        shown = path.read_text(encoding="utf-8")
+        text = f"# {path.name}\n\n" + (
+            cells(shown) if path.suffix == ".ipynb" else fenced(shown, LANGUAGES[path.suffix])
+        )
         files.append(File.generated(config, f"examples/{path.name}.md", content=text))
     return files
 
@@ -51,15 +56,21 @@ def _example(match: re.Match[str]) -> str:
 def examples() -> list[Path]:
     """The files that a page shows: examples and configurations."""
     return sorted(
-        path
-        for folder in ("examples", "configs")
-        for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".yaml", ".sh", ".sbatch")
+        path for folder in ("examples", "configs") for path in (ROOT / folder).iterdir() if path.suffix in LANGUAGES
     )
 
 
-def language(path: Path) -> str:
-    return {".py": "python", ".yaml": "yaml"}.get(path.suffix, "bash")
+def cells(notebook: str) -> str:
+    """The cells of a notebook, its title left out."""
+    shown = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        shown.append(source.removeprefix("# ") if cell["cell_type"] == "markdown" else fenced(source + "\n", "python"))
+    return "\n\n".join(shown)
+
+
+def fenced(text: str, language: str) -> str:
+    return f"```{language}\n{text}```\n"
 
 
 def commands() -> str:

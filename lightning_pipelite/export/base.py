@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -176,7 +175,7 @@ class BaseModel:
         groups: dict[str, Group] = {}
         for name in sorted(self._file_of, key=dot_natural_key):
             first, pattern = rename_source_key(name, self._renamings, self._converters, prefix, wanted)
-            renamed = apply_renamings(name, self._renamings)
+            renamed, _ = rename_source_key(name, self._renamings, [])
             if first not in wanted and name in wanted:
                 first, pattern, renamed = name, None, name
             if first not in wanted:
