@@ -1,4 +1,4 @@
-"""What mkdocs cannot do by itself: the README's texts and the benchmarks' results as pages, links into the repository."""
+"""What mkdocs cannot do by itself: results, examples and commands as pages, and links from docs/ to their files."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     python examples/control_style.py BASE_MODEL [--output DIRECTORY] [--steps N] [fit options]
 
-examples/style/more.txt is written as the model is to write (class +1), less.txt as it is not to (class -1). The records of
-neutral.jsonl are class 0: about half of them count as either, so that what does not differ in style is left as it is. Put
-your own texts there, books, not pages, for a real model. The adapter is trained by `pipelite fit`, turned into two LoRAs (the other one takes the style away), looked at by
-`pipelite analyze`, and written for llama.cpp:
+examples/style/more.txt is written as the model is to write (class +1), less.txt as it is not to (class -1). The records
+of neutral.jsonl are class 0: about half of them count as either, so that what does not differ in style is left as it
+is. Put your own texts there, books, not pages, for a real model. The adapter is trained by `pipelite fit`, turned into
+two LoRAs (the other one takes the style away), looked at by `pipelite analyze`, and written for llama.cpp:
 
     llama-cli --model base.gguf --lora style.gguf
 """

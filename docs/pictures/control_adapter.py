@@ -17,7 +17,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 S = torch.tensor([0.8, -0.5])
-TITLES = {1: "class +1: more of it", 0: "class 0: as the base model", -1: "class −1: less of it"}
+TITLES = {1: "class +1: more of it", 0: "class 0: as the base model", -1: "class -1: less of it"}
 
 
 def changed(delta: torch.Tensor, control_class: int) -> torch.Tensor:
@@ -41,9 +41,9 @@ def main() -> None:
         axes.set_aspect("equal")
         axes.axhline(0, color="#dddddd", zorder=0)
         axes.axvline(0, color="#dddddd", zorder=0)
-        axes.set_xlabel(f"along column 1 of Q (× {float((control_class * S[0]).exp()):.2f})")
+        axes.set_xlabel(f"along column 1 of Q (times {float((control_class * S[0]).exp()):.2f})")
         axes.spines[:].set_visible(False)
-    all_axes[0].set_ylabel("along column 2 of Q, × exp(c·S₂)")
+    all_axes[0].set_ylabel("along column 2 of Q, times exp(c·S₂)")
     figure.savefig(output, metadata={"Date": None})
 
 
