@@ -58,16 +58,16 @@ def make_stage(skeleton: Skeleton, adapter: ControlAdapter | None, size: Size, d
     with device:
         model: Any = AutoModelForCausalLM.from_config(skeleton.config, dtype=size.dtype, attn_implementation=kernel)
     model.requires_grad_(False)
+    layers = list(model.get_submodule(skeleton.layers_name))
+    set_activation_memory(layers, "recompute", device, compiled=device.type == "cuda")  # as CausalLMLayers does
+    if device.type == "cuda":
+        compile_layers(layers)
     if adapter is not None:
         adapter.apply(model, skeleton, seed=0)
         for name, parameter in model.named_parameters():
             if name.endswith("control_S"):
                 nn.init.normal_(parameter, std=0.1)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    # As CausalLMLayers builds it.
-    set_activation_memory(model, "recompute", device, compiled=device.type == "cuda")
-    if device.type == "cuda":
-        compile_layers(list(model.get_submodule(skeleton.layers_name)))
     return Stage(model, skeleton.layers_name, 0, size.layers).train()
 
 

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,11 @@ def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
         return terms[0] if isinstance(terms, tuple) else terms
 
     return plain_steps(
-        forward, stage, micro_batches(shape, steps, module.adapter), lambda: module.adapter.after_step(stage.causal_lm)
+        forward,
+        stage,
+        micro_batches(shape, steps, module.adapter),
+        module._optimizer,
+        lambda: module.adapter.after_step(stage.causal_lm),
     )
 
 
@@ -204,15 +209,15 @@ def reference_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return nn.functional.cross_entropy(logits[0].float(), batch["labels"][0], reduction="sum")
 
-    return plain_steps(forward, model, micro_batches(shape, steps, module.adapter), lambda: None)
+    optimizer = partial(Adam, betas=(0.9, 0.99), eps=1e-6)
+    return plain_steps(forward, model, micro_batches(shape, steps, module.adapter), optimizer, lambda: None)
 
 
 def plain_steps(
     forward: Callable[[dict[str, Tensor]], Tensor], model: nn.Module, batches: list[dict[str, Tensor]],
-    after_step: Callable[[], None],
+    optimizer_of: Callable[..., Any], after_step: Callable[[], None],
 ) -> Run:  # fmt: skip
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = Adam(parameters, lr=LR, betas=(0.9, 0.99), eps=1e-6)
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], LR)
     losses, seconds = [], []
     began = time.perf_counter()
     for start in range(0, len(batches), MICRO_BATCHES):

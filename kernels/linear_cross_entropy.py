@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
 
 MAX_LOGITS_BYTES = 256 * 2**20
+TILE = 256
+"""Rows of which a GPU's matrix products compute a multiple, whether needed or not: the most of cuBLAS's kernels."""
 
 
 def linear_cross_entropy(
@@ -75,6 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
+        if rows > TILE:  # 1046 rows took an H100 a quarter longer than 958
+            rows -= rows % TILE
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)

@@ -47,20 +47,36 @@ def lora_linear(
     Returns:
         [..., out] each, in x's dtype.
     """
-    parts = [len(weight) for weight in weights]
-    flat = [tensor for weight in weights for tensor in weight]
-    absent = x.new_empty(0)
-    outputs = _forward(
+    down, ups = _rounded([] if projected is not None else a, b, x.dtype)
+    # Apart from the rest, so that a recomputation need not run all of it for this.
+    along = x.new_empty(0) if projected is not None else x.detach().flatten(0, -2) @ down.T
+    return torch.ops.pipelite.lora_linear(
         x,
-        flat,
-        parts,
+        [tensor for weight in weights for tensor in weight],
+        [len(weight) for weight in weights],
         [] if projected is not None else list(a),
-        list(projected or []),
         list(b),
-        [absent if bias is None else bias for bias in biases],
+        along,
+        down,
+        ups,
+        list(projected or []),
+        [x.new_empty(0) if bias is None else bias for bias in biases],
         list(scales),
     )
-    return outputs[1:]
+
+
+def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """All A on end [ranks, in], and each B, in another dtype: copied together, as each is small."""
+    tensors = [tensor.detach() for tensor in (*a, *b)]
+    if any(tensor.dtype != dtype for tensor in tensors):
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        down = flat[: sum(tensor.numel() for tensor in a)]
+        down = down.view(-1, a[0].shape[1]) if a else down
+    else:
+        down = torch.cat(tensors[: len(a)]) if a else tensors[0].new_empty(0)
+    return down, tensors[len(a) :]
 
 
 def lora_linear_reference(
@@ -78,152 +94,176 @@ def lora_linear_reference(
     ]
 
 
-@torch.library.custom_op("pipelite::lora_linear", mutates_args=())
+# Not torch.library.custom_op, whose checks of each call take the host longer than the products take a GPU.
+_LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor[] weights, int[] parts, Tensor[] a, Tensor[] b, Tensor along, Tensor down, "
+    "Tensor[] ups, Tensor[] projected, Tensor[] biases, float[] scales) -> Tensor[]"
+)
+_LIBRARY.define(
+    "lora_linear_backward(Tensor[] gradients, Tensor x, Tensor along, Tensor[] weights, int[] parts, Tensor down, "
+    "Tensor[] ups, Tensor[] projected, float[] scales, bool to_x) -> Tensor[]"
+)
+
+
+@torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
     weights: list[Tensor],
     parts: list[int],
     a: list[Tensor],
-    projected: list[Tensor],
     b: list[Tensor],
+    along: Tensor,
+    down: Tensor,
+    ups: list[Tensor],
+    projected: list[Tensor],
     biases: list[Tensor],
     scales: list[float],
 ) -> list[Tensor]:
-    """Return x·Aᵀ [tokens, all ranks] (nothing where it was given), and the outputs."""
+    """Return the outputs.
+
+    Args:
+        a: there for its gradient, as is ``b``; what is computed with is ``down`` and ``ups``.
+        along: x·Aᵀ [tokens, all ranks], nothing where it was given.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    alongs: Sequence[Tensor]
-    if a:
-        along = rows @ torch.cat(a).to(x.dtype).T
-        alongs = along.split([each.shape[0] for each in a], dim=1)
-    else:
-        along = x.new_empty(0)
-        alongs = [each.reshape(-1, each.shape[-1]) for each in projected]
+    alongs = _alongs(along, ups, projected)
     outputs = []
-    for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, b, biases, scales, strict=True):
+    for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, ups, biases, scales, strict=True):
         whole = _whole(weight, up.shape[0], x)
         output = torch.addmm(bias, rows, whole.T) if bias.numel() else rows @ whole.T
-        output.addmm_(part, up.to(x.dtype).T, alpha=scale)
+        output.addmm_(part, up.T, alpha=scale)
         outputs.append(output.view(*x.shape[:-1], -1))
-    return [along, *outputs]
+    return outputs
 
 
-@_forward.register_fake
+@torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
 def _(
     x: Tensor,
     weights: list[Tensor],
     parts: list[int],
     a: list[Tensor],
-    projected: list[Tensor],
     b: list[Tensor],
+    along: Tensor,
+    down: Tensor,
+    ups: list[Tensor],
+    projected: list[Tensor],
     biases: list[Tensor],
     scales: list[float],
 ) -> list[Tensor]:
-    rows = x.numel() // x.shape[-1]
-    along = x.new_empty(rows, sum(each.shape[0] for each in a)) if a else x.new_empty(0)
-    return [along, *(x.new_empty(*x.shape[:-1], up.shape[0]) for up in b)]
+    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in ups]
 
 
-@torch.library.custom_op("pipelite::lora_linear_backward", mutates_args=())
+@torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(
     gradients: list[Tensor],
     x: Tensor,
     along: Tensor,
     weights: list[Tensor],
     parts: list[int],
-    a: list[Tensor],
+    down: Tensor,
+    ups: list[Tensor],
     projected: list[Tensor],
-    b: list[Tensor],
     scales: list[float],
     to_x: bool,
 ) -> list[Tensor]:
-    """Return the gradients of x (nothing if it needs none), of all A on end, of the given projections, and of each B.
+    """Return the gradients of x (nothing if it needs none), of all A on end or of the given projections, and of each B.
 
-    The last two kinds are in float32 and x's dtype in turn; a gradient of an output that nobody used is empty.
+    Those of A and B are in float32. A gradient that is empty is that of an output which nobody used.
     """
     rows = x.reshape(-1, x.shape[-1])
-    ranks = [up.shape[1] for up in b]
-    alongs = along.split(ranks, dim=1) if a else [each.reshape(-1, each.shape[-1]) for each in projected]
+    ranks = [up.shape[1] for up in ups]
+    alongs = _alongs(along, ups, projected)
     back = x.new_empty(rows.shape[0], sum(ranks))
+    backs = back.split(ranks, dim=1)
     of_x: Tensor | None = None
     of_b = []
     for gradient, weight, part, of_part, up, scale in zip(
-        gradients, _lists(weights, parts), alongs, back.split(ranks, dim=1), b, scales, strict=True
+        gradients, _lists(weights, parts), alongs, backs, ups, scales, strict=True
     ):
         if not gradient.numel():
             of_part.zero_()
-            of_b.append(torch.zeros_like(up))
+            of_b.append(torch.zeros_like(up, dtype=torch.float32))
             continue
         g = gradient.reshape(rows.shape[0], -1)
-        torch.mm(g, up.to(x.dtype), out=of_part)
+        torch.mm(g, up, out=of_part)
         of_up = _precise_product(g.T, part)
         if scale != 1:
             of_part.mul_(scale)
             of_up.mul_(scale)
-        of_b.append(of_up.to(up.dtype))
+        of_b.append(of_up)
         if to_x:
             whole = _whole(weight, up.shape[0], x)
             of_x = g @ whole if of_x is None else of_x.addmm_(g, whole)
-    if a:
-        down = torch.cat(a)
-        of_a = [_precise_product(back.T, rows).to(down.dtype)]
-        if of_x is not None:
-            of_x.addmm_(back, down.to(x.dtype))
+    if projected:
+        of_a = [part.reshape(each.shape).clone() for part, each in zip(backs, projected, strict=True)]
     else:
-        of_a = [part.reshape(each.shape).clone() for part, each in zip(back.split(ranks, 1), projected, strict=True)]
+        of_a = [_precise_product(back.T, rows)]
+        if of_x is not None:
+            of_x.addmm_(back, down)
     if to_x and of_x is None:
         of_x = torch.zeros_like(rows)
     return [x.new_empty(0) if of_x is None else of_x.view(x.shape), *of_a, *of_b]
 
 
-@_backward.register_fake
+@torch.library.register_fake("pipelite::lora_linear_backward", lib=_LIBRARY)
 def _(
     gradients: list[Tensor],
     x: Tensor,
     along: Tensor,
     weights: list[Tensor],
     parts: list[int],
-    a: list[Tensor],
+    down: Tensor,
+    ups: list[Tensor],
     projected: list[Tensor],
-    b: list[Tensor],
     scales: list[float],
     to_x: bool,
 ) -> list[Tensor]:
-    of_a = [a[0].new_empty(along.shape[1], x.shape[-1])] if a else [torch.empty_like(each) for each in projected]
-    return [x.new_empty(x.shape if to_x else 0), *of_a, *(up.new_empty(up.shape) for up in b)]
+    of_a = [torch.empty_like(each) for each in projected] or [torch.empty_like(down, dtype=torch.float32)]
+    return [x.new_empty(x.shape if to_x else 0), *of_a, *(torch.empty_like(up, dtype=torch.float32) for up in ups)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, parts, a, projected, b, _, scales = inputs
-    ctx.parts, ctx.scales = parts, scales
-    ctx.counts = [len(weights), len(a), len(projected), len(b)]
-    ctx.save_for_backward(x, output[0], *weights, *a, *projected, *b)
+    x, weights, parts, a, b, along, down, ups, projected, _, scales = inputs
+    ctx.parts, ctx.scales, ctx.dtypes = parts, scales, [tensor.dtype for tensor in (*a, *b)]
+    ctx.a_ranks = [each.shape[0] for each in a]
+    ctx.counts = [len(weights), len(ups), len(projected)]
+    ctx.save_for_backward(x, along, down, *weights, *ups, *projected)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    x, along, *saved = ctx.saved_tensors
-    weights, a, projected, b = _lists(saved, ctx.counts)
-    given = [x.new_empty(0) if gradient is None else gradient for gradient in gradients[1:]]
+    x, along, down, *saved = ctx.saved_tensors
+    weights, ups, projected = _lists(saved, ctx.counts)
+    given = [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
     to_x = bool(ctx.needs_input_grad[0])
-    of_x, *rest = _backward(given, x, along, weights, ctx.parts, a, projected, b, ctx.scales, to_x)
-    of_a: list[Tensor] | None = None
-    of_projected: list[Tensor] | None = None
-    if a:
-        of_a, of_b = list(rest[0].split([each.shape[0] for each in a])), rest[1:]
-    else:
-        of_projected, of_b = rest[: len(b)], rest[len(b) :]
+    of_x, *rest = torch.ops.pipelite.lora_linear_backward(
+        given, x, along, weights, ctx.parts, down, ups, projected, ctx.scales, to_x
+    )
+    count = len(ups)
+    of_ab = [*(rest[0].split(ctx.a_ranks) if ctx.a_ranks else []), *rest[-count:]]
+    of_ab = [gradient.to(dtype) for gradient, dtype in zip(of_ab, ctx.dtypes, strict=True)]
     return (
         of_x if to_x else None,
         [None] * len(weights),
         None,
-        of_a if a else [],
-        of_projected if of_projected is not None else [],
-        of_b,
-        [None] * len(b),
+        of_ab[: len(ctx.a_ranks)],
+        of_ab[len(ctx.a_ranks) :],
+        None,
+        None,
+        [None] * count,
+        rest[:count] if projected else [],
+        [None] * count,
         None,
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
+
+
+def _alongs(along: Tensor, ups: list[Tensor], projected: list[Tensor]) -> list[Tensor]:
+    if projected:
+        return [each.reshape(-1, each.shape[-1]) for each in projected]
+    return list(along.split([up.shape[1] for up in ups], dim=1))
 
 
 def _lists(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

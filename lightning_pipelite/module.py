@@ -127,7 +127,12 @@ class PipeLiteModule(pl.LightningModule):
         self.adapter = adapter
         self.model_dir = model_dir
         self.lr = lr
-        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps)
+        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host.
+        together = torch.cuda.is_available() or None
+        warnings.filterwarnings(
+            "ignore", message="Parameter `foreach` is deprecated"
+        )  # in favour of one launch for each
+        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps, foreach=together)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
         self._layers = CausalLMLayers(
             model_dir,

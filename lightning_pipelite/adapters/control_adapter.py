@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter
-from lightning_pipelite.adapters.control import control, keep_orthogonal
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.lora import DTYPES, FILE_PREFIX, KNOWN_FILES, check_options, generator_of
+from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.control import control
 from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.skeleton import Skeleton
 
@@ -152,21 +153,28 @@ class _Controlled:
                 "a Control Adapter is trained, but the batches have no control_classes; give each dataset its "
                 "control_class."
             )
-        return super().__call__(*args, control_classes=extra[0], **kwargs)  # type: ignore[misc]
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        version = hidden_states._version
+        returned = super().__call__(*args, control_classes=extra[0], **kwargs)  # type: ignore[misc]
+        if hidden_states._version != version:
+            raise self._refusal()
+        return returned
 
     def forward(self, *args: Any, control_classes: Tensor, **kwargs: Any) -> Any:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        version = hidden_states._version
         returned = super().forward(*args, **kwargs)  # type: ignore[misc]
         output = returned[0] if isinstance(returned, tuple) else returned
-        if output.shape[:-1] != control_classes.shape or hidden_states._version != version:
-            raise ConfigurationError(
-                f"Control Adapters cannot be trained on a {type(self).__name__}: it has several streams of hidden "
-                "states, or overwrites its input; choose LoRA."
-            )
+        if output.shape[:-1] != control_classes.shape:
+            raise self._refusal()
         delta = self.control_dropout(output - hidden_states)
         controlled = control(output, delta, self.control_Q, self.control_S, control_classes)
         return (controlled, *returned[1:]) if isinstance(returned, tuple) else controlled
+
+    def _refusal(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"Control Adapters cannot be trained on a {type(self).__name__}: it has several streams of hidden states, "
+            "or overwrites its input; choose LoRA."
+        )
 
 
 def _layer_of(name: str) -> int:

@@ -182,11 +182,12 @@ class CausalLMLayers:
         leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
-        self.adapter.apply(model, self.skeleton, self.seed)
+        layers = list(model.get_submodule(self.skeleton.layers_name))[start:stop]
         compiled = device.type == "cuda" if self._compile is None else self._compile
-        set_activation_memory(model, self.activation_memory, device, compiled=compiled)
+        set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
+        self.adapter.apply(model, self.skeleton, self.seed)
         if compiled:
-            compile_layers(list(model.get_submodule(self.skeleton.layers_name))[start:stop])
+            compile_layers(layers)
         return Stage(
             model,
             self.skeleton.layers_name,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 
+from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.offload import HostCopies
 from lightning_pipelite.models.packing import documents_when_recomputed
 
@@ -23,11 +24,15 @@ ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 KEPT_NAMES = ("pipelite::lora_linear", "torch_attn::_varlen_attn")
 
 
-def set_activation_memory(model: PreTrainedModel, policy: str, device: torch.device, *, compiled: bool) -> None:
-    """Let the decoder layers of a stage keep no more than ``policy`` says.
+def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:
+    """Let decoder layers keep no more than ``policy`` says.
+
+    Not transformers' gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
+    reentrant checkpoints need and which sends gradients below the lowest trained weight; and since 5.23 it stands in a
+    layer's forward, which is compiled.
 
     Args:
-        model: the stage's model.
+        layers: a stage's.
         policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention; the rest is
             computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the host's memory).
         device: where the stage is.
@@ -36,14 +41,38 @@ def set_activation_memory(model: PreTrainedModel, policy: str, device: torch.dev
     """
     if policy == "keep" or (policy == "selective" and compiled):
         return
-    run_again: Callable[..., Any] = partial(checkpoint, use_reentrant=False, context_fn=documents_when_recomputed)
-    if policy == "selective":
-        run_again = partial(checkpoint, use_reentrant=False, context_fn=_keeping_products)
+    run: Callable[..., Any]
+    if compiled:
+        run = _compiled_keeping_inputs
+    else:
+        contexts = _keeping_products if policy == "selective" else documents_when_recomputed
+        run = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     if policy == "offload" and device.type == "cuda":
-        run_again = partial(_offloaded, run_again, HostCopies(device))
-    # Not gradient_checkpointing_enable: that also makes the embedding's output require grad, which only reentrant
-    # checkpoints need and which sends gradients below the lowest trained weight.
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_again)
+        run = partial(_offloaded, run, HostCopies(device))
+    for layer in layers:
+        mix_in(layer, _RunsAgain).__dict__["_run"] = run
+
+
+class _RunsAgain:
+    """Mixed into a decoder layer, outside of what is compiled. What is mixed in later stands outside of this."""
+
+    _run: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
+        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return self._run(call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+
+def _compiled_keeping_inputs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let the compiler, should it compile now, keep nothing but inputs.
+
+    Unlike a checkpoint around a compiled layer, what it computes again is what the backward pass needs: not the last
+    product, a quarter of the layer.
+    """
+    with functorch_config.patch(activation_memory_budget=0.0):
+        return call(*args, **kwargs)
 
 
 def compile_layers(layers: list[nn.Module]) -> None:
@@ -54,9 +83,9 @@ def compile_layers(layers: list[nn.Module]) -> None:
         layer.compile(dynamic=False)
 
 
-def _offloaded(run: Callable[..., Any], copies: HostCopies, *args: Any, **kwargs: Any) -> Any:
-    with copies:  # for what the checkpoint keeps; within it, it keeps nothing
-        return run(*args, **kwargs)
+def _offloaded(run: Callable[..., Any], copies: HostCopies, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with copies.of(args[0] if args else kwargs["hidden_states"]):
+        return run(call, *args, **kwargs)
 
 
 def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

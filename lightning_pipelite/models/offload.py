@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-SMALLEST = 2**20
-"""Bytes of a tensor below which it stays on the GPU: a copy would take longer to start than to run."""
 
 
 @dataclass(eq=False)
@@ -29,8 +27,8 @@ class _Copy:
     back: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
-class HostCopies(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, large tensors that autograd saves are kept in page-locked host memory.
+class HostCopies:
+    """Keeps chosen tensors that autograd saves in page-locked host memory.
 
     The copies run on two streams of their own, one for each direction, so that they hide behind the computation.
     As one is used in the backward pass, the copy of the one saved before it is already started: the backward pass
@@ -42,15 +40,23 @@ class HostCopies(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(self._pack, self._unpack)
         self._device = device
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._kept: list[_Copy] = []  # in the order in which they were saved
         self._free: list[tuple[Tensor, torch.cuda.Event]] = []  # buffers, and when they have been read
 
-    def _pack(self, tensor: Tensor) -> Any:
-        if tensor.device != self._device or tensor.nbytes < SMALLEST or isinstance(tensor, torch.nn.Parameter):
-            return tensor
+    def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
+        """Within it, ``chosen`` is kept in host memory where autograd saves it."""
+        place = chosen.data_ptr()
+
+        def pack(tensor: Tensor) -> Any:
+            # By its place, as autograd hands over another tensor of the same memory.
+            same = tensor.data_ptr() == place and tensor.shape == chosen.shape and tensor.dtype == chosen.dtype
+            return self._keep(tensor) if same else tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+
+    def _keep(self, tensor: Tensor) -> _Copy:
         copy = _Copy(self._buffer(tensor), torch.cuda.Event())
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._out):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +16,10 @@ from typing_extensions import override
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layers import Loss
+from lightning_pipelite.strategy.micro_batches import MicroBatch, require_same_data, shapes_of
 from lightning_pipelite.strategy.randomness import LayerRandomness
+from lightning_pipelite.strategy.stage_clock import COMPUTING, StageClock
 from lightning_pipelite.strategy.ties import TiedParameters
-
-MicroBatch = tuple[Any, Any]
-"""``(inputs, targets)``: what the first stage starts from, and what the loss on the last stage needs."""
-
-_COMPUTING = (schedule.LoadMicroBatch, schedule.ForwardPass, schedule.BackwardPass)
-"""Instructions that need no other rank. On a GPU the others wait where the host reads a result, in the step, say."""
 
 
 class PipeLiteEngine(PipelineEngine):
@@ -73,6 +68,7 @@ class PipeLiteEngine(PipelineEngine):
         self._sent: object = None
         self._compared: set[bool] = set()
         self._step = self._forwarded = 0
+        self._clock: StageClock | None = None
         self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
@@ -92,7 +88,7 @@ class PipeLiteEngine(PipelineEngine):
 
     # What the strategy calls
 
-    def train_on(self, micro_batches: Sequence[MicroBatch], step: int) -> Tensor:
+    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> Tensor:
         """Forward and backward of all micro-batches of a step.
 
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
@@ -100,6 +96,7 @@ class PipeLiteEngine(PipelineEngine):
         Args:
             micro_batches: the same on all stages of a pipeline; the same number on all replicas.
             step: the number of steps taken before, on which the random numbers depend.
+            clock: told what runs, if it is to be measured.
 
         Returns:
             The sum and the count of the losses of the global batch, and the sums of what the loss wants logged,
@@ -111,9 +108,14 @@ class PipeLiteEngine(PipelineEngine):
         """
         self._step = step
         self.set_train_batch_size(len(micro_batches) * self.grid.data_parallel_size)
-        self._run(micro_batches, self._train_schedule(), training=True)
-        self.global_steps += 1
-        return self.share(self._sums)
+        self._clock = clock
+        try:
+            self._run(micro_batches, self._train_schedule(), training=True)
+            self.global_steps += 1
+            return self.share(self._sums)
+        finally:
+            self._begin("", waits=False)
+            self._clock = None
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Forward of some micro-batches, without gradients.
@@ -127,21 +129,20 @@ class PipeLiteEngine(PipelineEngine):
 
     def share(self, sums: Tensor) -> Tensor:
         """Add up what the last stages of all replicas have, and give it to every rank. Collective."""
-        if self.is_data_parallel and self.is_last_stage():
-            dist.all_reduce(sums, group=self.grid.get_data_parallel_group())
-        if self.is_pipe_parallel:
-            dist.broadcast(sums, src=self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        self._begin("outside of the pipeline", waits=True)
+        if self.is_data_parallel or self.is_pipe_parallel:
+            dist.all_reduce(sums)  # the other stages' are zeros
         return sums
 
     # How the schedule runs
 
     def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         if self.is_pipe_parallel and training not in self._compared:
-            self._require_same_data(micro_batches)
+            require_same_data(micro_batches, self.grid.get_pipe_parallel_group())
             self._compared.add(training)
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
         # micro-batches, so each knows without communication when they must be sent anew.
-        shapes = [(training, _shapes(batch)) for batch in micro_batches]
+        shapes = [(training, shapes_of(batch)) for batch in micro_batches]
         self.dynamic_shape = any(shape != shapes[0] for shape in shapes)
         if self.dynamic_shape or shapes[0] != self._shapes:
             self.reset_activation_shape()
@@ -153,25 +154,21 @@ class PipeLiteEngine(PipelineEngine):
         with self._randomness.drawn_from():
             self._exec_schedule(steps)
 
-    def _require_same_data(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Inputs from one sequence and targets from another would train, on nonsense, without any other sign."""
-        digests = [0] * self.num_stages
-        dist.all_gather_object(digests, _digest(micro_batches), group=self.grid.get_pipe_parallel_group())
-        if len(set(digests)) > 1:
-            raise ConfigurationError(
-                "the stages of a pipeline were given different micro-batches; let the data loader's order and random "
-                "numbers depend on nothing that differs between ranks (L.seed_everything(SEED) at the start), and give "
-                "its sampler the strategy's distributed_sampler_kwargs."
-            )
-
     @override
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for instructions in pipe_schedule:
             for instruction in instructions:
-                self._progress(instruction.name, not isinstance(instruction, _COMPUTING))
+                # On a GPU what computes waits, too: where the host reads a result, in the step, say.
+                self._begin(instruction.name, waits=instruction.name not in COMPUTING)
                 self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
-        self._progress("outside of the pipeline", True)
+        self._begin("outside of the pipeline", waits=True)
+
+    def _begin(self, activity: str, waits: bool) -> None:
+        if activity:
+            self._progress(activity, waits)
+        if self._clock is not None:
+            self._clock.begin(activity)
 
     @override
     def _allocate_or_extend_buffers(self, idx: int, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -211,7 +208,7 @@ class PipeLiteEngine(PipelineEngine):
                 f"stage {self.stage_id} ends with a layer that returns a {type(outputs).__name__}; between stages only "
                 "a tensor or a tuple of tensors can be handed on."
             )
-        shapes = _shapes(outputs)
+        shapes = shapes_of(outputs)
         if not self.dynamic_shape and self._sent not in (None, shapes):
             # The receiver's buffers are of the old shapes: it would read beyond or short of what is sent.
             raise RuntimeError(
@@ -282,24 +279,3 @@ class PipeLiteEngine(PipelineEngine):
 def _tensors(outputs: Any) -> list[Tensor]:
     """The tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]
-
-
-def _shapes(batch: Any) -> Any:
-    """What the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
-    if isinstance(batch, Tensor):
-        return tuple(batch.shape), batch.dtype
-    if isinstance(batch, Mapping):
-        return [(key, _shapes(item)) for key, item in batch.items()]
-    if isinstance(batch, (tuple, list)):
-        return [_shapes(item) for item in batch]
-    return batch if batch is None or isinstance(batch, (bool, int, float, str)) else object()
-
-
-def _digest(batch: Any, so_far: int = 0) -> int:
-    """A checksum of all tensors in a batch."""
-    if isinstance(batch, Tensor):
-        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), so_far)
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for item in items:
-        so_far = _digest(item, so_far)
-    return so_far

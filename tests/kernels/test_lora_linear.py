@@ -114,8 +114,10 @@ def test_non_contiguous_input_and_no_gradient_of_it() -> None:
 
 def test_torchs_own_checks_of_the_operation() -> None:
     case = Case("cpu", torch.float32)
-    tensors = [t.clone().requires_grad_() for t in (case.x, *case.a, *case.b)]
+    x, *ab = (t.clone().requires_grad_() for t in (case.x, *case.a, *case.b))
+    down, ups = torch.cat(case.a), case.b
+    along = case.x.flatten(0, -2) @ down.T
     torch.library.opcheck(
         torch.ops.pipelite.lora_linear.default,
-        (tensors[0], case.weights, [1, 1, 1], tensors[1:4], [], tensors[4:], [case.x.new_empty(0)] * 3, list(SCALES)),
+        (x, case.weights, [1, 1, 1], ab[:3], ab[3:], along, down, ups, [], [case.x.new_empty(0)] * 3, list(SCALES)),
     )

@@ -104,3 +104,30 @@ def test_what_it_does_not_do_is_an_error() -> None:
             varlen_attention(nn.Module(), x, x, x, None, **asked)
     with pytest.raises(NotImplementedError):
         varlen_attention(nn.Module(), x, x, x, torch.ones(4, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("most", [None, 4, 40])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_equals_float64_with_room_for_more_documents(
+    window: int | None, most: int | None, compiled: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(length) for length in (100, 1, 155, 256)]).view(2, 256)
+    exact = [
+        torch.randn(2, heads, 256, 64, dtype=torch.float64, generator=generator).requires_grad_() for heads in (8, 2, 2)
+    ]
+    low = [t.detach().cuda().bfloat16().requires_grad_() for t in exact]
+    exact = [t.detach().double().cpu().requires_grad_() for t in low]
+    weights = torch.randn(2, 256, 8, 64, generator=generator)
+    attend = torch.compile(varlen_attention, fullgraph=True) if compiled else varlen_attention
+    with documents_apart(positions):
+        expected, _ = varlen_attention(nn.Module(), *exact, None, sliding_window=window)
+    with documents_apart(positions.cuda(), most):
+        found, _ = attend(nn.Module(), *low, None, sliding_window=window)
+    (expected * weights).sum().backward()
+    (found * weights.cuda()).sum().backward()
+    pairs = [(found.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(low, exact, strict=True))]
+    for ours, theirs in pairs:
+        assert (ours.cpu().double() - theirs).norm() < 1e-2 * theirs.norm()

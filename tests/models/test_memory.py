@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("memory"), "llama")
+
+
+def compile_with(stage: Any, backend: Any) -> None:
+    """Compile, where the layers are to be compiled, by another backend than the one for GPUs."""
+    for layer in stage.causal_lm.model.layers:
+        if layer._compiled_call_impl is not None:
+            layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend, dynamic=False)
 
 
 class Counts(TorchDispatchMode):
@@ -48,10 +56,25 @@ def test_same_logits_and_gradients(model_dir: Path, policy: str) -> None:
         torch.testing.assert_close(gradients[name], gradient, msg=name)
 
 
-@pytest.mark.parametrize(("policy", "products", "others"), [("keep", 0, 0), ("selective", 0, 4), ("recompute", 16, 4)])
-def test_what_is_computed_again(model_dir: Path, policy: Any, products: int, others: int) -> None:
-    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=LoRA(4), activation_memory=policy)
+@pytest.mark.parametrize(
+    ("policy", "compiled", "products", "others"),
+    [
+        ("keep", False, 0, 0),
+        ("selective", False, 0, 4),
+        ("recompute", False, 16, 4),
+        ("keep", True, 0, 0),
+        ("selective", True, 0, 0),
+        ("recompute", True, 12, 0),  # no layer's last product; the compiler makes silu part of its own gradient
+    ],
+)
+def test_what_is_computed_again(model_dir: Path, policy: Any, compiled: bool, products: int, others: int) -> None:
+    layers = CausalLMLayers(
+        model_dir, dtype=torch.float32, adapter=LoRA(4), activation_memory=policy, compile_layers=compiled,
+        attn_implementation="varlen",
+    )  # fmt: skip
     (stage,) = build(layers, [0, 4])
+    if compiled:
+        compile_with(stage, "aot_eager_decomp_partition")
     output = stage((torch.zeros_like(POSITIONS), POSITIONS)).sum()
     with Counts() as counts:
         output.backward()
@@ -72,10 +95,8 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
             attn_implementation="varlen",
         )  # fmt: skip
         stages = build(layers, [0, 2, 4])
-        for layer in (layer for stage in stages for layer in stage.causal_lm.model.layers):
-            if layer._compiled_call_impl is not None:
-                layer._compiled_call_impl = torch.compile(layer._call_impl, backend=counter, dynamic=False)
         for stage in stages:
+            compile_with(stage, counter)
             for name, parameter in stage.named_parameters():
                 if "lora_B" in name or "control_S" in name:
                     torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
@@ -83,7 +104,7 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
         return train_stages(stages, classes=classes)
 
     torch._dynamo.reset()
-    counter = testing.CompileCounterWithBackend("aot_eager")
+    counter = testing.CompileCounterWithBackend("aot_eager_decomp_partition")
     logits, gradients = run(True)
     # One for the very first layer, whose input needs no gradient, one for its like, and one for those that can receive.
     assert counter.frame_count == 3
@@ -107,20 +128,20 @@ def test_host_copies_come_back() -> None:
     def run(hooks: Any) -> tuple[list[Tensor], int]:
         x = torch.randn(2048, 1024, device=device, generator=torch.Generator(device).manual_seed(0))
         before = torch.cuda.memory_allocated()
-        with hooks:
-            for weight in weights:
-                x = (x @ weight).tanh()
+        for weight in weights:
+            with hooks(x):
+                x = (x @ weight).sin()
         held = torch.cuda.memory_allocated() - before
         return list(torch.autograd.grad(x.square().sum(), weights)), held
 
-    expected, kept = run(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+    expected, kept = run(lambda x: contextlib.nullcontext())
     for _ in range(3):  # with the buffers of the time before
         torch.cuda.synchronize()
-        found, held = run(copies)
+        found, held = run(copies.of)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     torch.cuda.synchronize()
-    assert held < kept / 2
-    assert len(copies._free) == len(weights) * 2
+    assert held < 0.7 * kept  # the products that sin() keeps stay
+    assert len(copies._free) == len(weights)
     assert not copies._kept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -424,3 +425,24 @@ def split_again() -> str:
     except ConfigurationError as error:
         return str(error)
     return "built"
+
+
+def terminated(asks: int) -> tuple[int, str | None]:
+    """SIGTERM to one rank, in the second micro-batch of the third step: the steps taken, and what ended it."""
+
+    class Terminate(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2 * 4 + 1 and trainer.global_rank == asks:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = L.Trainer(
+        strategy=Catchable(2), accelerator="cpu", devices=2, accumulate_grad_batches=4, max_steps=10,
+        callbacks=[Terminate()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    ended_by = None
+    try:
+        trainer.fit(Mlp(), DataLoader(data(80), batch_size=2))
+    except BaseException as error:
+        ended_by = type(error).__name__
+    return trainer.global_step, ended_by

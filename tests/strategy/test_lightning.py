@@ -21,6 +21,7 @@ from lightning_jobs import (
     not_a_number,
     refusal,
     split_again,
+    terminated,
     validate_set,
 )
 from stage_jobs import linears, token_loss, tokens
@@ -235,3 +236,8 @@ def test_evaluation_is_the_mean_over_the_whole_set(workers: Workers, stages: int
 def test_samples_that_lightning_repeats_are_told(workers: Workers) -> None:
     _, messages = workers.run(2, validate_set, "plain", 11, 1, 2)[0]
     assert any("eval/loss counts 1 of 11 validation samples twice" in message for message in messages)
+
+
+@pytest.mark.parametrize("asks", [0, 1])
+def test_after_sigterm_to_one_rank_all_end_the_step_and_leave(workers: Workers, asks: int) -> None:
+    assert workers.run(2, terminated, asks) == [(3, "SIGTERMException")] * 2

@@ -1,0 +1,104 @@
+"""Times of single layers and transfers, which a simulation of the schedule needs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from scaling_jobs import Setting, make_module, sequences
+from schedule_simulation import Stage
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds that a micro-batch takes in a decoder layer, and what the first and the last stage add to theirs."""
+
+    layer: Stage
+    first: Stage
+    last: Stage
+
+    def of_stages(self, bounds: list[int]) -> list[Stage]:
+        """The times of stages that are cut at ``bounds``."""
+        stages = []
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            ends = [self.first] * (number == 0) + [self.last] * (number == len(bounds) - 2)
+            stages.append(
+                Stage(
+                    (stop - start) * self.layer.forward + sum(end.forward for end in ends),
+                    (stop - start) * self.layer.backward + sum(end.backward for end in ends),
+                )
+            )
+        return stages
+
+    def weights(self, layers: int) -> tuple[int, ...]:
+        """What each layer weighs, in nanoseconds."""
+        weigh = [max(1, round(1e9 * (s.forward + s.backward))) for s in (self.layer, self.first, self.last)]
+        return tuple(weigh[0] + weigh[1] * (i == 0) + weigh[2] * (i == layers - 1) for i in range(layers))
+
+
+def time_layers(setting: Setting, way: str) -> LayerTimes:
+    """Time a stage of one layer, of three, and the last one; what is left of the ends may come out as nothing."""
+    device = torch.device("cuda:0" if setting.on_gpu else "cpu")
+    module = make_module(setting, way)
+    layers, loss_of = module.pipeline_layers()
+    batch = {key: tensor.to(device) for key, tensor in sequences(setting)[0].items()}
+
+    def timed(start: int, stop: int) -> Stage:
+        stage = layers.build_stage(start, stop, device)
+        stage.expect_documents(1)
+        inputs = batch["input_ids"]
+        if start > 0:
+            hidden = layers.skeleton.config.hidden_size
+            inputs = torch.randn(1, setting.length, hidden, device=device, dtype=layers.dtype).requires_grad_()
+        forwards, backwards = [], []
+        for _ in range(8):
+            marks = [_now(device)]
+            outputs = stage((inputs, batch["position_ids"]))
+            if stop == len(layers):
+                loss = loss_of(outputs, batch["labels"])[0]
+                marks.append(_now(device))
+                loss.backward()
+            else:
+                marks.append(_now(device))
+                outputs[0].backward(torch.ones_like(outputs[0]))
+            marks.append(_now(device))
+            forwards.append(marks[1] - marks[0])
+            backwards.append(marks[2] - marks[1])
+        return Stage(statistics.median(forwards[3:]), statistics.median(backwards[3:]))
+
+    one, three, last = timed(0, 1), timed(0, 3), timed(len(layers) - 1, len(layers))
+    layer = Stage((three.forward - one.forward) / 2, (three.backward - one.backward) / 2)
+
+    def beyond(stage: Stage) -> Stage:
+        return Stage(max(0.0, stage.forward - layer.forward), max(0.0, stage.backward - layer.backward))
+
+    return LayerTimes(layer, beyond(one), beyond(last))
+
+
+def time_transfer(setting: Setting, elements: int) -> float:
+    """Seconds that bf16 hidden states take from one rank to another, there and back halved; on two ranks."""
+    rank = int(os.environ["RANK"])
+    device = torch.device("cpu")
+    if setting.on_gpu:
+        device = torch.device("cuda", 0 if setting.one_gpu else int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if setting.on_gpu else "gloo")
+    tensor, times = torch.zeros(elements, dtype=torch.bfloat16, device=device), []
+    for _ in range(12):
+        began = _now(device)
+        for sender in (0, 1):
+            (dist.send if rank == sender else dist.recv)(tensor, 1 - rank)
+        times.append((_now(device) - began) / 2)
+    return statistics.median(times[2:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,231 @@
+"""The trainings of benchmarks/scaling.py, as one of their ranks."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite.adapters import Full, LoRA
+from lightning_pipelite.strategy.stage_clock import busy_and_waiting
+from shared_layers import read_shared
+
+WARM_UP, SEQUENCES, RANK = 1, 16, 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all jobs have in common.
+
+    Attributes:
+        directory: the model.
+        vocabulary: its number of tokens.
+        length: tokens of a sequence.
+        steps: how many are timed.
+        activation_memory: of the module.
+        compiled: whether layers are compiled; None for the module's choice.
+        on_gpu: whether there are GPUs.
+        one_gpu: whether the ranks share the first one.
+    """
+
+    directory: str
+    vocabulary: int
+    length: int
+    steps: int
+    activation_memory: Any
+    compiled: bool | None
+    on_gpu: bool
+    one_gpu: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A way to train (lora, qlora, full), spread over stages and replicas.
+
+    Attributes:
+        weights: of the layers, by which the stages are cut; without, all weigh the same.
+        micro_batches: a step and replica, one training for each.
+        memory_limit: GiB that torch may take of a card.
+    """
+
+    way: str
+    stages: int
+    replicas: int
+    micro_batches: tuple[int, ...]
+    weights: tuple[int, ...] = ()
+    memory_limit: float | None = None
+
+
+@dataclass
+class Run:
+    """What one rank saw of a training.
+
+    Attributes:
+        losses: of all steps.
+        seconds: the median step.
+        gib: the most that torch had allocated.
+        instructions: seconds a step by DeepSpeed's names, the mean.
+        metadata: messages about shapes in the last step.
+        synchronisations: where the host waited for the GPU in the last step, and how often.
+    """
+
+    losses: list[float]
+    seconds: float
+    gib: float
+    instructions: dict[str, float]
+    metadata: int
+    synchronisations: Counter[str]
+
+    @property
+    def idle(self) -> float:
+        """The share of a step's schedule in which this rank did not compute."""
+        busy, waiting = busy_and_waiting(self.instructions)
+        return waiting / (busy + waiting)
+
+
+class Weighted(PipeLiteModule):
+    """Cut by weights that were measured, in the place of numbers of parameters."""
+
+    weights: tuple[int, ...] = ()
+
+    def pipeline_layers(self) -> Any:
+        layers, loss = super().pipeline_layers()
+        if self.weights:
+            layers.parameter_counts = lambda: list(self.weights)  # type: ignore[method-assign]
+        return layers, loss
+
+
+def make_module(setting: Setting, way: str) -> Weighted:
+    read_shared(Path(setting.directory))
+    return Weighted(
+        setting.directory, Full() if way == "full" else LoRA(RANK), load_in_4bit=way == "qlora",
+        lr=1e-4 if way == "full" else 1e-3,
+        schedule="constant", activation_memory=setting.activation_memory, compile_layers=setting.compiled,
+    )  # fmt: skip
+
+
+def sequences(setting: Setting) -> list[dict[str, Tensor]]:
+    """Sequences of one document; every step has the same ones, so that the loss falls."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(SEQUENCES):
+        tokens = torch.randint(0, setting.vocabulary, (1, setting.length + 1), generator=generator)
+        positions = torch.arange(setting.length)[None]
+        made.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions})
+    return made
+
+
+class Measure(L.Callback):
+    """Begins with the same values in every training; notes losses and times; looks closely at the last step."""
+
+    def __init__(self, start: dict[str, Tensor], steps: int) -> None:
+        self._start, self._last = start, steps - 1
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+        self.instructions: list[dict[str, float]] = []
+        self.synchronisations: Counter[str] = Counter()
+        self.metadata = 0
+        self._caught: Any = None
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        for name, parameter in module.pipeline_stage.named_parameters():
+            if parameter.requires_grad:
+                if name not in self._start:
+                    self._start[name] = parameter.detach().cpu().clone()
+                parameter.data.copy_(self._start[name])
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        trainer.strategy.measure_stage_times = True
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._last and batch_idx % trainer.accumulate_grad_batches == 0:
+            engine = trainer.strategy._engine
+            for name in ("_send_tensor_meta", "_recv_tensor_meta"):
+                setattr(engine, name, self._counted(getattr(engine, name)))
+            self._caught = warnings.catch_warnings(record=True)
+            self._warned = self._caught.__enter__()
+            warnings.simplefilter("always")
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if len(self.losses) == trainer.global_step:
+            return
+        if self._caught is not None:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+            self._caught.__exit__(None, None, None)
+            self.synchronisations = Counter(
+                f"{'/'.join(Path(warned.filename).parts[-2:])}:{warned.lineno}"
+                for warned in self._warned
+                if "synchronizing" in str(warned.message)
+            )
+        self.ends.append(time.perf_counter())
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        self.instructions.append(trainer.strategy.instruction_times)
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.metadata += 1
+            return function(*args)
+
+        return counted
+
+
+def train(job: Job, setting: Setting) -> list[Run]:
+    """Run a job as one of its ranks: one training for each number of micro-batches, with the same model."""
+    processes = job.stages * job.replicas
+    gc.collect()
+    if setting.on_gpu:
+        device = 0 if setting.one_gpu else int(os.environ["LOCAL_RANK"])
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = 1.0 if job.memory_limit is None else min(1.0, job.memory_limit * 2**30 / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    module = make_module(setting, job.way)
+    module.weights = job.weights
+    start: dict[str, Tensor] = {}
+    data, runs, steps = sequences(setting), [], WARM_UP + setting.steps + 1
+    for micro_batches in job.micro_batches:
+        strategy = PipeLiteStrategy(job.stages, partition_method="parameters" if job.weights else "uniform")
+        measure = Measure(start, steps)
+        if setting.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer = L.Trainer(
+            strategy=strategy, accelerator="gpu" if setting.on_gpu else "cpu",
+            devices=1 if setting.one_gpu else processes, num_nodes=processes if setting.one_gpu else 1,
+            accumulate_grad_batches=micro_batches, max_steps=steps, max_epochs=-1, callbacks=[measure], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            use_distributed_sampler=False, gradient_clip_val=1.0,
+        )  # fmt: skip
+        replica_of = strategy.topology.replica_of(int(os.environ["RANK"]))
+        mine = [data[(number * job.replicas + replica_of) % SEQUENCES] for number in range(micro_batches)] * steps
+        trainer.fit(module, DataLoader(mine, batch_size=None))  # type: ignore[arg-type]
+        timed = slice(WARM_UP, WARM_UP + setting.steps)
+        ends = measure.ends[WARM_UP - 1 : WARM_UP + setting.steps]
+        named = measure.instructions[timed]
+        runs.append(
+            Run(
+                measure.losses,
+                statistics.median(b - a for a, b in itertools.pairwise(ends)),
+                torch.cuda.max_memory_allocated(device) / 2**30 if setting.on_gpu else float("nan"),
+                {name: statistics.fmean(step[name] for step in named) for name in named[0]},
+                measure.metadata,
+                measure.synchronisations,
+            )
+        )
+    return runs

@@ -1,0 +1,143 @@
+"""The transform of a Control Adapter, with no float32 copy of hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def control(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
+    """y + Q diag(expm1(c · S)) Qᵀ d, for the tokens of all classes in one pass.
+
+    Class +1 multiplies what d has along column i of Q by exp(Sᵢ) and adds the difference to y, class -1 by exp(-Sᵢ),
+    class 0 adds nothing. It is computed in the precision of Q and S; only y's and d's gradients, and the result, are
+    rounded to y's.
+
+    Args:
+        output: y, [..., hidden].
+        delta: d, [..., hidden], of y's dtype.
+        directions: Q, [hidden, rank].
+        log_scales: S, [rank].
+        classes: c, int64 [...].
+
+    Returns:
+        The sum, [..., hidden] in y's dtype.
+    """
+    return torch.ops.pipelite.control(output, delta, directions, log_scales, classes)
+
+
+def control_reference(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
+    """The same in plain torch, in the precision of its arguments: each class by its own matrix, formed in full."""
+    added = torch.zeros_like(delta)
+    for sign in (1, -1):
+        transform = directions @ torch.diag(torch.expm1(sign * log_scales)) @ directions.T
+        added = torch.where((classes == sign).unsqueeze(-1), delta @ transform.T, added)
+    return output + added
+
+
+# An operation of its own: autograd would keep and pass over float32 copies of d and of its gradient.
+_LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
+_LIBRARY.define("control(Tensor output, Tensor delta, Tensor directions, Tensor log_scales, Tensor classes) -> Tensor")
+_LIBRARY.define(
+    "control_backward(Tensor gradient, Tensor delta, Tensor directions, Tensor log_scales, Tensor classes, "
+    "bool to_delta) -> Tensor[]"
+)
+
+
+@torch.library.impl(_LIBRARY, "control", "CompositeExplicitAutograd")
+def _forward(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
+    eigenvalues = _eigenvalues(log_scales, classes)
+    projected = _times(delta.flatten(0, -2), directions)
+    return _add_product(output.flatten(0, -2), projected * eigenvalues, directions).view_as(output)
+
+
+@torch.library.register_fake("pipelite::control", lib=_LIBRARY)
+def _(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
+    return output.new_empty(output.shape)
+
+
+@torch.library.impl(_LIBRARY, "control_backward", "CompositeExplicitAutograd")
+def _backward(
+    gradient: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor, to_delta: bool
+) -> list[Tensor]:
+    """Return the gradients of d (nothing if it needs none), Q and S."""
+    eigenvalues = _eigenvalues(log_scales, classes)
+    d, g = delta.flatten(0, -2), gradient.flatten(0, -2)
+    projected, along = _times(d, directions), _times(g, directions)
+    back = along * eigenvalues
+    of_delta = gradient.new_empty(0)
+    if to_delta:
+        of_delta = _add_product(None, back, directions, dtype=g.dtype).view_as(gradient)
+    of_directions = _times(d.mT, back) + _times(g.mT, projected * eigenvalues)
+    signs = classes.flatten().unsqueeze(1)
+    of_scales = (along * projected * signs * (eigenvalues + 1)).sum(0)
+    return [of_delta, of_directions.to(directions.dtype), of_scales.to(log_scales.dtype)]
+
+
+@torch.library.register_fake("pipelite::control_backward", lib=_LIBRARY)
+def _(
+    gradient: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor, to_delta: bool
+) -> list[Tensor]:
+    of_delta = gradient.new_empty(gradient.shape if to_delta else 0)
+    return [of_delta, torch.empty_like(directions), torch.empty_like(log_scales)]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    to_delta = bool(ctx.needs_input_grad[1])
+    gradients = torch.ops.pipelite.control_backward(gradient.contiguous(), *ctx.saved_tensors, to_delta)
+    return gradient, gradients[0] if to_delta else None, gradients[1], gradients[2], None
+
+
+torch.library.register_autograd("pipelite::control", _differentiate, setup_context=_keep, lib=_LIBRARY)
+
+
+def _eigenvalues(log_scales: Tensor, classes: Tensor) -> Tensor:
+    """What each token's d is multiplied with along each column, [tokens, rank]."""
+    return torch.expm1(classes.flatten().unsqueeze(1) * _at_least_float32(log_scales))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _parts(tensor: Tensor, count: int) -> list[Tensor]:
+    """Split float32 numbers into bfloat16 summands of falling size, eight bits each: three give all 24."""
+    parts = []
+    for _ in range(count):
+        parts.append(tensor.bfloat16())
+        tensor = tensor - parts[-1]
+    return parts
+
+
+def _in_parts(narrow: torch.dtype | None, wide: Tensor) -> bool:
+    """Whether products of these types go over the tensor cores in parts."""
+    return wide.is_cuda and narrow == torch.bfloat16 and wide.dtype == torch.float32
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in at least float32, where ``right`` has few columns."""
+    if _in_parts(left.dtype, right):  # exact products on the tensor cores, with no float32 copy of ``left``
+        columns = right.shape[1]
+        product = torch.mm(left, torch.cat(_parts(right, 3), dim=1), out_dtype=torch.float32)
+        return product.view(-1, 3, columns).sum(1)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return _at_least_float32(left.to(dtype) @ right.to(dtype))
+
+
+def _add_product(base: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``, with few columns in ``left``."""
+    dtype = dtype if base is None else base.dtype
+    assert dtype is not None
+    if _in_parts(dtype, right):
+        a, b = _parts(left, 2), _parts(right, 2)
+        # The product of the two small parts is below what float32 keeps of the sum.
+        left, right = torch.cat([a[0], a[0], a[1]], dim=1), torch.cat([b[0], b[1], b[0]], dim=1)
+        return left @ right.mT if base is None else torch.addmm(base, left, right.mT)
+    product = left @ right.to(left.dtype).mT
+    return product.to(dtype) if base is None else (base + product).to(dtype)

@@ -1,0 +1,77 @@
+"""What the strategy refuses, each in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
+    """Refuse what a Trainer can do elsewhere and the pipeline cannot."""
+    if trainer.state.fn not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+        raise ConfigurationError("PipeLiteStrategy trains and validates; test and predict without it.")
+    if trainer.precision != "32-true":
+        raise ConfigurationError(
+            f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
+            "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
+        )
+    if not module.automatic_optimization:
+        raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
+    if layer_sync is not None:
+        raise ConfigurationError("Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.")
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule, mine: Iterable[Tensor]) -> None:
+    """Refuse optimizers that would leave something untrained.
+
+    Args:
+        optimizers: the module's.
+        module: names the parameters.
+        mine: the parameters of this rank's stage.
+    """
+    if len(optimizers) != 1:
+        raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(optimizers)}.")
+    if isinstance(optimizers[0], torch.optim.LBFGS):
+        raise ConfigurationError("LBFGS needs all parameters in one process; use another optimizer.")
+    here = {id(p) for p in mine}
+    names = {id(p): name for name, p in module.named_parameters()}
+    for group in optimizers[0].param_groups:
+        # The layers of other stages are on the meta device here. What is neither there nor here is in no stage.
+        stray = [p for p in group["params"] if id(p) not in here and p.requires_grad and not p.is_meta]
+        if stray:
+            raise ConfigurationError(
+                f"the optimizer was given {names.get(id(stray[0]), 'a parameter')}, which is in none of the layers "
+                "of pipeline_layers() and so would never be trained; put it in a layer, or freeze it."
+            )
+
+
+def check_trainable(mine: Iterable[Tensor], device: torch.device) -> None:
+    """Refuse a job in which no stage has anything to train. Collective.
+
+    Args:
+        mine: the parameters of this rank's stage.
+        device: where the process group wants its tensors.
+    """
+    trainable = torch.tensor(float(sum(p.requires_grad for p in mine)), device=device)
+    dist.all_reduce(trainable)
+    if trainable.item() == 0:
+        raise ConfigurationError("no parameter of any stage requires a gradient: there is nothing to train.")
+
+
+def checked_pair(batch: Any) -> tuple[Any, Any]:
+    """A micro-batch, if it is one."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigurationError(
+            f"PipeLiteStrategy needs micro-batches that are pairs (inputs, targets), not {type(batch).__name__}; "
+            "on_after_batch_transfer() of the module can make them so."
+        )
+    return batch[0], batch[1]

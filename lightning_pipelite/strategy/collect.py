@@ -1,0 +1,51 @@
+"""Brings what the stages have to one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_pipelite.strategy.topology import Topology
+
+
+def collect_stages(
+    tensors: dict[str, Tensor], topology: Topology, rank: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
+
+    Args:
+        tensors: what this rank's stage has; only the first replica's are sent.
+        topology: of the job.
+        rank: of this process.
+        device: where the process group wants its tensors.
+
+    Returns:
+        On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an empty
+        one.
+    """
+    if rank == 0:
+        return _receive(tensors, topology, device)
+    if topology.replica_of(rank) == 0:
+        described = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+        dist.send_object_list([described], dst=0, device=device)
+        for tensor in tensors.values():
+            dist.send(tensor.detach().to(device).contiguous(), dst=0)
+    return iter(())
+
+
+def _receive(tensors: dict[str, Tensor], topology: Topology, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    yield {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    for stage in range(1, topology.stages):
+        source = topology.rank_of(stage, 0)
+        described: list[Any] = [None]
+        dist.recv_object_list(described, src=source, device=device)
+        received = {}
+        for name, shape, dtype in described[0]:
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(buffer, src=source)
+            received[name] = buffer.cpu()
+        yield received

@@ -1,0 +1,91 @@
+"""Validation through the pipeline."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_pipelite.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_pipelite.strategy.engine import PipeLiteEngine
+
+
+class PipelineEvaluation:
+    """Collects the micro-batches of a validation set, runs them a pipeline-full at a time, and logs their mean loss.
+
+    Args:
+        trainer: runs the loop, and has the module that logs.
+        engine: runs the micro-batches.
+        replicas: the data-parallel size.
+    """
+
+    def __init__(self, trainer: pl.Trainer, engine: PipeLiteEngine, replicas: int) -> None:
+        self._trainer, self._engine, self._replicas = trainer, engine, replicas
+        self._batches: list[Any] = []
+        self._sums: Tensor | None = None
+        self._seen, self._loader = 0, 0
+
+    def take(self, micro_batch: tuple[Any, Any], indices: tuple[int, ...], at_once: int) -> None:
+        """Take one more micro-batch; with the last one of its set, log.
+
+        Args:
+            micro_batch: ``(inputs, targets)``.
+            indices: what Lightning passes to the module's own validation_step: only what that asks for.
+            at_once: how many micro-batches run through the pipeline together.
+
+        Raises:
+            ConfigurationError: if the set before has ended without a sign.
+        """
+        trainer = self._trainer
+        loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
+        loader = indices[-1] if loop._is_sequential and loop.num_dataloaders > 1 else 0
+        first = loop.batch_progress.current.ready == 1
+        if first or loader != self._loader:
+            if not first and (self._batches or self._sums is not None):
+                raise ConfigurationError(
+                    f"validation dataloader {self._loader} has no length, so that its end is not known; give it a "
+                    "__len__, or set limit_val_batches to a number."
+                )
+            self._batches, self._sums, self._seen, self._loader = [], None, 0, loader
+        self._batches.append(micro_batch)
+        self._seen += 1
+        limit = loop.max_batches[loader] if loop._is_sequential else math.inf
+        last = loop.batch_progress.is_last_batch or self._seen == limit
+        if not last and len(self._batches) < at_once:
+            return
+        sums = self._engine.evaluate_on(self._batches)
+        self._batches = []
+        self._sums = sums if self._sums is None else self._sums + sums
+        if last:
+            total, count, *_ = self._engine.share(self._sums).tolist()
+            self._sums = None
+            self._warn_of_repeats(loop, loader)
+            self._log(total, count, loader)
+
+    def _log(self, total: float, count: float, loader: int) -> None:
+        module = self._trainer.lightning_module
+        if callable(log := getattr(module, "log_evaluation", None)):
+            log(total, count, loader)
+            return
+        loss = total / count if count else math.nan
+        module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
+
+    def _warn_of_repeats(self, loop: Any, loader: int) -> None:
+        """Lightning's sampler for several processes gives all of them equally many rows, some twice if need be."""
+        sampler: Any = getattr(loop._combined_loader.flattened[loader], "sampler", None)
+        if type(sampler) not in (DistributedSampler, DistributedSamplerWrapper):  # not a user's own kind
+            return
+        repeats = sampler.total_size - len(sampler.dataset)
+        if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
+            rank_zero_warn(
+                f"eval/loss counts {repeats} of {len(sampler.dataset)} validation samples twice, because they do not "
+                f"divide by {self._replicas} replicas; PackedDataModule's sampler repeats none."
+            )
