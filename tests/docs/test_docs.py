@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.export.migrate import Migration
 
 if sys.version_info >= (3, 11):
@@ -52,6 +56,30 @@ def test_pictures_are_drawn_by_their_code(name: str, tmp_path: Path) -> None:
     drawn = output.read_text(encoding="utf-8")
     assert re.findall(r"<!--(.*?)-->", drawn) == re.findall(r"<!--(.*?)-->", kept)
     assert drawn.count("<g id=") == kept.count("<g id=")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist_with_their_options(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:^|`)pipelite (?!checkpoint`)([a-z][a-z-]*)([^`\n]*)", text, re.MULTILINE):
+        if name in ("fit", "validate", "plan"):
+            for config in re.findall(r"--config (configs/\S+)", rest):
+                assert (ROOT / config).is_file()
+            continue
+        command = COMMANDS[name]
+        known = inspect.signature(getattr(importlib.import_module(command.module), command.function)).parameters
+        assert set(re.findall(r"--(\w+)", rest)) <= set(known), f"pipelite {name}{rest}"
+
+
+def test_python_blocks_compile_and_import() -> None:
+    """Those of the README run; of the others what they import must be there."""
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            tree = ast.parse(block)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_pipelite"):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
 
 
 def old(key: str) -> str:
