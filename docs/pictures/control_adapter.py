@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 
-from lightning_pipelite.adapters.control import control
+from lightning_pipelite.kernels.control import control_reference
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ TITLES = {1: "class +1: more of it", 0: "class 0: as the base model", -1: "class
 
 def changed(delta: torch.Tensor, control_class: int) -> torch.Tensor:
     """What the adapter makes of what a layer adds, [points, 2], with the columns of Q along the axes."""
-    return control(delta, delta, torch.eye(2), S, torch.full(delta.shape[:1], control_class))
+    return control_reference(delta, delta, torch.eye(2), S, torch.full(delta.shape[:1], control_class))
 
 
 def main() -> None:
