@@ -150,6 +150,8 @@ class Measure(L.Callback):
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         trainer.strategy.measure_stage_times = True
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # not what loading took
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._last and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -203,8 +205,6 @@ def train(job: Job, setting: Setting) -> list[Run]:
     for micro_batches in job.micro_batches:
         strategy = PipeLiteStrategy(job.stages, partition_method="parameters" if job.weights else "uniform")
         measure = Measure(start, steps)
-        if setting.on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
         trainer = L.Trainer(
             strategy=strategy, accelerator="gpu" if setting.on_gpu else "cpu",
             devices=1 if setting.one_gpu else processes, num_nodes=processes if setting.one_gpu else 1,

@@ -123,3 +123,35 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
     if not isinstance(layers, PipelineLayers):
         layers = SequentialLayers(layers)
     return layers, loss
+
+
+def build_stage(
+    module: Any, layers: PipelineLayers, bounds: Sequence[int], stage_id: int, device: torch.device
+) -> nn.Module:
+    """Build a stage, or return that of the module's run before, with what it has learnt.
+
+    Args:
+        module: the LightningModule, of which the stage becomes a submodule.
+        layers: its layers.
+        bounds: of all stages, see :func:`~lightning_pipelite.strategy.partition.partition`.
+        stage_id: which one.
+        device: where it is built.
+
+    Raises:
+        ConfigurationError: if the module was cut in another way before: most of its layers are not here any more.
+    """
+    start, stop = bounds[stage_id], bounds[stage_id + 1]
+    place = (start, stop, bounds[-1], str(device))
+    built: tuple[nn.Module, Any] | None = getattr(module, "_pipelite_stage", None)
+    if built is None:
+        stage = layers.build_stage(start, stop, device)
+        # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
+        module.add_module("pipeline_stage", stage)
+        object.__setattr__(module, "_pipelite_stage", (stage, place))  # not one more submodule
+        return stage
+    if built[1] != place:
+        raise ConfigurationError(
+            f"this {type(module).__name__} has been split into other stages before: this process holds only its "
+            f"layers {built[1][0]} to {built[1][1]}; make a new one, and pass ckpt_path to load what was trained."
+        )
+    return built[0]

@@ -30,7 +30,7 @@ from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.gradients import global_norm, scale_gradients
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
-from lightning_pipelite.strategy.layers import Loss, PipelineLayers, hand_out_layers
+from lightning_pipelite.strategy.layers import Loss, PipelineLayers, build_stage, hand_out_layers
 from lightning_pipelite.strategy.lifeline import Lifeline
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
@@ -73,6 +73,9 @@ class PipeLiteStrategy(DDPStrategy):
 
     strategy_name = "pipelite"
 
+    _evaluation: PipelineEvaluation  # both from setup on
+    _checkpointing: Checkpointing
+
     def __init__(
         self,
         pipeline_stages: int = 1,
@@ -102,9 +105,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._handed: tuple[PipelineLayers, Loss] | None = None
         self._lifeline: Lifeline | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
-        self._evaluation: PipelineEvaluation | None = None
         self._store: CheckpointStore | None = None
-        self._checkpointing: Checkpointing | None = None
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
@@ -190,7 +191,8 @@ class PipeLiteStrategy(DDPStrategy):
         self.precision_plugin = PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
-        self.stage = self._build_stage(layers)
+        bounds = partition(layers, self.pipeline_stages, self.partition_method)
+        self.stage = build_stage(self.lightning_module, layers, bounds, self.stage_id, self.root_device)
         if isinstance(loss, nn.Module):
             loss.to(self.root_device)
         randomness = LayerRandomness(self, self.root_device, self.stage)
@@ -212,26 +214,6 @@ class PipeLiteStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(self.stage_parameters(), self.root_device)
             self.setup_optimizers(trainer)
-
-    def _build_stage(self, layers: PipelineLayers) -> nn.Module:
-        """This rank's layers; those of the run before, if there was one, with what they have learnt."""
-        module = self.lightning_module
-        assert module is not None
-        bounds = partition(layers, self.pipeline_stages, self.partition_method)
-        place = (bounds[self.stage_id], bounds[self.stage_id + 1], bounds[-1], str(self.root_device))
-        built: tuple[nn.Module, Any] | None = getattr(module, "_pipelite_stage", None)
-        if built is None:
-            stage = layers.build_stage(*place[:2], self.root_device)
-            # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
-            module.add_module("pipeline_stage", stage)
-            object.__setattr__(module, "_pipelite_stage", (stage, place))  # not one more submodule
-            return stage
-        if built[1] != place:
-            raise ConfigurationError(
-                f"this {type(module).__name__} has been split into other stages before: this process holds only its "
-                f"layers {built[1][0]} to {built[1][1]}; make a new one, and pass ckpt_path to load what was trained."
-            )
-        return built[0]
 
     @override
     def model_to_device(self) -> None:
@@ -289,7 +271,6 @@ class PipeLiteStrategy(DDPStrategy):
         assert module is not None
         for parameter in self.stage_parameters():
             parameter.grad = None
-        assert self._checkpointing is not None
         self._checkpointing.step_starts(self.optimizers[0])
         clock = StageClock(self.root_device) if self.measure_stage_times else None
         sums = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
@@ -329,12 +310,10 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def validation_step(self, batch: Any, *indices: int) -> None:
-        assert self._evaluation is not None
         self._evaluation.take(checked_pair(batch), indices, self.eval_micro_batches)
 
     def on_validation_end(self) -> None:
         """Called after the callbacks."""
-        assert self._checkpointing is not None
         self._checkpointing.evaluation_ended(ahead=len(self._micro_batches))
 
     # What was trained
@@ -368,14 +347,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        assert self._checkpointing is not None
         self._progress("copying for a checkpoint", True)
         optimizer = self.optimizers[0] if self.optimizers else None
         self._checkpointing.save(checkpoint, Path(filepath), optimizer, ahead=len(self._micro_batches))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self._checkpointing is not None
         return self._checkpointing.open(Path(checkpoint_path))
 
     @override
@@ -392,13 +369,11 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        assert self._checkpointing is not None
         if self.is_global_zero:
             self._checkpointing.remove(Path(filepath))
 
     def on_train_start(self) -> None:
         """Called when the data loaders have been made."""
-        assert self._checkpointing is not None
         self._checkpointing.training_starts()
 
     # The end

@@ -131,6 +131,8 @@ def test_host_copies_come_back() -> None:
         for weight in weights:
             with hooks(x):
                 x = (x @ weight).sin()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what waited for a copy to end is free by now
         held = torch.cuda.memory_allocated() - before
         return list(torch.autograd.grad(x.square().sum(), weights)), held
 

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.layers import SequentialLayers
+from lightning_pipelite.strategy.layers import SequentialLayers, build_stage
 
 ROWS = 4
 
@@ -419,9 +419,10 @@ def split_again() -> str:
     strategy = Catchable(1)
     module = Mlp()
     trainer_for(strategy, 1, max_epochs=1).fit(module, DataLoader(data(8), batch_size=ROWS))
-    strategy._build_stage(SequentialLayers([*module.net]))
+    cpu = strategy.root_device
+    build_stage(module, SequentialLayers([*module.net]), [0, 5], 0, cpu)
     try:
-        strategy._build_stage(SequentialLayers([module.net]))
+        build_stage(module, SequentialLayers([module.net]), [0, 1], 0, cpu)
     except ConfigurationError as error:
         return str(error)
     return "built"
