@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint coverage setup
+.PHONY: quickstart test lint docs dist versions coverage setup
+export NO_MKDOCS_2_WARNING = 1
 
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
@@ -16,6 +17,25 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a warning, or a link or anchor that leads nowhere, is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: setup
+	$(BIN)/python -m build
+
+# What decides most of whether other versions work, with the lowest that are allowed and with the newest that were tested.
+VERSIONS_TESTS = tests/test_commands.py tests/optim tests/strategy/test_engine.py tests/strategy/test_exactness.py \
+	tests/models/test_stage.py tests/adapters/test_lora.py tests/export/test_merge.py tests/export/test_to_gguf.py \
+	tests/data/test_datamodule.py
+
+versions: versions-constraints-lowest versions-constraints
+
+versions-%:
+	$(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet --disable-pip-version-check --constraint $*.txt . pytest pytest-timeout hypothesis
+	PYTHONPATH= build/$@/bin/python -m pytest $(VERSIONS_TESTS)
+
 coverage: setup
 	$(BIN)/python benchmarks/coverage.py --write
 
@@ -23,5 +43,5 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@

@@ -49,8 +49,9 @@ _LIBRARY.define(
 @torch.library.impl(_LIBRARY, "control", "CompositeExplicitAutograd")
 def _forward(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
     eigenvalues = _eigenvalues(log_scales, classes)
-    projected = _times(delta.flatten(0, -2), directions)
-    return _add_product(output.flatten(0, -2), projected * eigenvalues, directions).view_as(output)
+    parts = _parts(directions, output.dtype)
+    projected = _times(delta.flatten(0, -2), directions, parts)
+    return _add_product(output.flatten(0, -2), projected * eigenvalues, directions, parts).view_as(output)
 
 
 @torch.library.register_fake("pipelite::control", lib=_LIBRARY)
@@ -65,12 +66,14 @@ def _backward(
     """Return the gradients of d (nothing if it needs none), Q and S."""
     eigenvalues = _eigenvalues(log_scales, classes)
     d, g = delta.flatten(0, -2), gradient.flatten(0, -2)
-    projected, along = _times(d, directions), _times(g, directions)
+    parts = _parts(directions, g.dtype)
+    projected, along = _times(d, directions, parts), _times(g, directions, parts)
     back = along * eigenvalues
     of_delta = gradient.new_empty(0)
     if to_delta:
-        of_delta = _add_product(None, back, directions, dtype=g.dtype).view_as(gradient)
-    of_directions = _times(d.mT, back) + _times(g.mT, projected * eigenvalues)
+        of_delta = _add_product(None, back, directions, parts, dtype=g.dtype).view_as(gradient)
+    forth = projected * eigenvalues
+    of_directions = _times(d.mT, back, _parts(back, g.dtype)) + _times(g.mT, forth, _parts(forth, g.dtype))
     signs = classes.flatten().unsqueeze(1)
     of_scales = (along * projected * signs * (eigenvalues + 1)).sum(0)
     return [of_delta, of_directions.to(directions.dtype), of_scales.to(log_scales.dtype)]
@@ -106,38 +109,44 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _parts(tensor: Tensor, count: int) -> list[Tensor]:
-    """Split float32 numbers into bfloat16 summands of falling size, eight bits each: three give all 24."""
-    parts = []
+def _parts(wide: Tensor, narrow: torch.dtype) -> list[Tensor]:
+    """Three bfloat16 summands of falling size that have all 24 bits of float32 numbers, for products on tensor cores.
+
+    Nothing where a product of these types needs no parts.
+    """
+    return _summands(wide, 3) if _in_parts(narrow, wide) else []
+
+
+def _summands(tensor: Tensor, count: int) -> list[Tensor]:
+    summands = []
     for _ in range(count):
-        parts.append(tensor.bfloat16())
-        tensor = tensor - parts[-1]
-    return parts
+        summands.append(tensor.bfloat16())
+        tensor = tensor - summands[-1]
+    return summands
 
 
-def _in_parts(narrow: torch.dtype | None, wide: Tensor) -> bool:
-    """Whether products of these types go over the tensor cores in parts."""
+def _in_parts(narrow: torch.dtype, wide: Tensor) -> bool:
     return wide.is_cuda and narrow == torch.bfloat16 and wide.dtype == torch.float32
 
 
-def _times(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in at least float32, where ``right`` has few columns."""
-    if _in_parts(left.dtype, right):  # exact products on the tensor cores, with no float32 copy of ``left``
-        columns = right.shape[1]
-        product = torch.mm(left, torch.cat(_parts(right, 3), dim=1), out_dtype=torch.float32)
-        return product.view(-1, 3, columns).sum(1)
+def _times(left: Tensor, right: Tensor, parts: list[Tensor]) -> Tensor:
+    """left @ right in at least float32, where ``right`` has few columns and these parts."""
+    if parts:  # exact products, with no float32 copy of ``left``
+        product = torch.mm(left, torch.cat(parts, dim=1), out_dtype=torch.float32)
+        return product.view(-1, len(parts), right.shape[1]).sum(1)
     dtype = torch.promote_types(left.dtype, right.dtype)
     return _at_least_float32(left.to(dtype) @ right.to(dtype))
 
 
-def _add_product(base: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _add_product(
+    base: Tensor | None, left: Tensor, right: Tensor, parts: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
     """base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``, with few columns in ``left``."""
-    dtype = dtype if base is None else base.dtype
-    assert dtype is not None
-    if _in_parts(dtype, right):
-        a, b = _parts(left, 2), _parts(right, 2)
+    if parts:
+        first, second = _summands(left, 2)
         # The product of the two small parts is below what float32 keeps of the sum.
-        left, right = torch.cat([a[0], a[0], a[1]], dim=1), torch.cat([b[0], b[1], b[0]], dim=1)
+        left = torch.cat([first, first, second], dim=1)
+        right = torch.cat([parts[0], parts[1], parts[0]], dim=1)
         return left @ right.mT if base is None else torch.addmm(base, left, right.mT)
     product = left @ right.to(left.dtype).mT
-    return product.to(dtype) if base is None else (base + product).to(dtype)
+    return product.to(dtype) if base is None else (base + product).to(base.dtype)

@@ -43,7 +43,8 @@ class Command:
         try:
             options = parser.parse_args(_with_values(function, arguments))
         except ArgumentError as error:
-            raise ConfigurationError(explain(str(error), {name: parser})) from None
+            sentence = explain(str(error), {name: parser})
+            raise ConfigurationError(sentence.replace(", in the configuration file or on", " on")) from None
         result = function(**parser.instantiate_classes(options).as_dict())
         if result is not None:
             print(result, flush=True)

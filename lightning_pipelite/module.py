@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import time
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.fingerprint import fingerprint
+from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.models.packing import starts
 from lightning_pipelite.optim import (
@@ -37,6 +38,7 @@ from lightning_pipelite.optim import (
     make_optimizer,
     make_schedule,
 )
+from lightning_pipelite.speed import Speed
 from lightning_pipelite.strategy import PipeLiteStrategy
 
 
@@ -134,6 +136,7 @@ class PipeLiteModule(pl.LightningModule):
         )  # in favour of one launch for each
         self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps, foreach=together)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
+        self._rehearse_optimizer()
         self._layers = CausalLMLayers(
             model_dir,
             dtype=getattr(torch, dtype),
@@ -150,10 +153,7 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
-        self.planned_data: Any = None  # what data and how many micro-batches there will be, before a trainer says so
-        self.planned_micro_batches = 0
-        self._tokens = 0
-        self._step_began = 0.0
+        self._speed = Speed()
         self._evaluation = Evaluation([])
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
@@ -198,6 +198,13 @@ class PipeLiteModule(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
         scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rehearse_optimizer(self) -> None:
+        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
+        groups = group_parameters([("", torch.nn.Parameter(torch.zeros(1)))], self._groups)
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        if self._schedule == "rms_ratio":
+            make_schedule(optimizer, self._schedule, self._warmup_steps, math.inf)
 
     def save_trained(self, directory: Path) -> None:
         """Write the adapter (a PEFT directory) or the model (a Hugging Face directory). Collective.
@@ -285,6 +292,20 @@ class PipeLiteModule(pl.LightningModule):
         evaluated_at_once = getattr(self._data_module, "eval_gradient_accumulation_steps", 1)
         if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
             self.trainer.strategy.eval_micro_batches = evaluated_at_once
+        self._speed = self._speedometer()
+
+    def _speedometer(self) -> Speed:
+        """Collective: the trained parameters of all stages count."""
+        strategy = self.check_strategy(self.trainer.strategy)
+        parameters = self.pipeline_stage.causal_lm.named_parameters()
+        trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
+        stages = [trained] * strategy.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(stages, trained)
+        flops = training_flops(self._layers.skeleton, dict(ChainMap(*stages)))
+        device = strategy.root_device
+        peak = peak_flops(torch.cuda.get_device_name(device), self._layers.dtype) if device.type == "cuda" else None
+        return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)
 
     def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
         """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
@@ -309,9 +330,7 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._tokens == 0:
-            self._step_began = time.perf_counter()
-        self._tokens += batch[1].numel()
+        self._speed.begin(batch[0][1])
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -321,10 +340,8 @@ class PipeLiteModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
-        replicas = self.trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # type: ignore[attr-defined]
-        tokens_per_s = self._tokens * replicas / (time.perf_counter() - self._step_began)
-        self.log("train/tokens_per_s", tokens_per_s, prog_bar=True)
-        self._tokens = 0
+        for name, value in self._speed.end().items():
+            self.log(name, value, prog_bar=name == "train/tokens_per_s")
 
     # Lightning asks for these; the strategy runs the layers itself
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_pipelite import __version__
-from lightning_pipelite.callbacks import SaveTrained
+from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
 from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
+from lightning_pipelite.saved_config import SaveConfig
+from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+from lightning_pipelite.verbosity import OPTION
 
 DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
 {ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
-its order. Further commands: {"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
+its order. {OPTION} prints all that the libraries say. Further commands: \
+{"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
 
 
 class TrainerCLI(LightningCLI):
@@ -99,13 +106,34 @@ class TrainerCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
-        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):  # Lightning takes all
+        if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or mend the "
+                "driver (nvidia-smi must list the GPU)."
+            )
+        positive = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "limit_train_batches")
+        for name in positive:  # Lightning takes all
             if options[name] is not None and options[name] <= 0:
                 raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
+        if (options.log_every_n_steps or 0) < 0:
+            raise ConfigurationError(f"trainer.log_every_n_steps is {options.log_every_n_steps}; give 0 or more.")
+        given = options.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        options.callbacks = [*self._missing(given, shows_progress=options.enable_progress_bar is not False), *given]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+
+    @staticmethod
+    def _missing(given: list[Callback], *, shows_progress: bool) -> list[Callback]:
+        """The callbacks of every run, unless the user has given others of their kind."""
+        missing: list[Callback] = []
+        if shows_progress and not any(isinstance(callback, ProgressBar) for callback in given):
+            missing.append(StepProgress())
+        if not any(isinstance(callback, StageTimes) for callback in given):
+            missing.append(StageTimes())
+        return missing
 
     @override
     def instantiate_classes(self) -> None:
@@ -116,7 +144,10 @@ class TrainerCLI(LightningCLI):
                 raise
             raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from error
         model, data = self.model, self.datamodule
+        model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
+        _check_environment_of(strategy)
+        _check_loggers(self.trainer)
         topology = strategy.topology
         partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
@@ -133,27 +164,29 @@ class TrainerCLI(LightningCLI):
             print("\n".join(data.summary()), flush=True)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in every checkpoint and beside the logs, there never over another file.
+def _check_environment_of(strategy: PipeLiteStrategy) -> None:
+    """Refuse what Lightning and torch refuse when the processes meet."""
+    backend = strategy._process_group_backend
+    if backend is not None and backend not in dist.Backend.backend_list:
+        names = ", ".join(name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED)
+        raise ConfigurationError(f"strategy: process_group_backend is {backend!r}; choose one of {names}.")
+    assert strategy.cluster_environment is not None
+    try:
+        strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+    except ValueError as error:
+        raise ConfigurationError(f"trainer: {error}") from error
 
-    Without a logger it saves none: the log directory is then the working directory, and the file there called
-    config.yaml may well be the user's own.
-    """
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.logger is None:
-            return
-        directory = Path(trainer.log_dir or ".")  # on every rank: it is broadcast
-        number = 1
-        while trainer.is_global_zero and (directory / self.config_filename).exists():
-            number += 1
-            self.config_filename = f"config-{number}.yaml"
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["configuration"] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+def _check_loggers(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if logger.save_dir and "://" not in logger.save_dir:
+            directory = Path(logger.save_dir).absolute()
+            place = next(path for path in (directory, *directory.parents) if path.exists())
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                raise ConfigurationError(
+                    f"trainer.logger: {type(logger).__name__} cannot write to {logger.save_dir}; set its save_dir to a "
+                    "directory that can be written."
+                )
 
 
 class _ConfigFile(ActionConfigFile):

@@ -68,7 +68,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     reason = _after(lines, "Problem with given class_path")
     if reason and "Parser key" not in reason:  # else it is an option of that class
         name = found(r"Problem with given class_path '([^']+)'")
-        return f"{key}: class_path {name} cannot be imported ({reason}); correct it."
+        option = f"{key}: " if key else ""
+        return f"{option}class_path {name} cannot be imported ({reason}); correct it, or install what it needs."
     if name := found(r"Expected a dot import path string: (\S+)"):
         return f"{key}: there is no class {name}; give its class_path, as in package.module.{name}."
     if wrong := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
@@ -83,6 +84,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         return f"{key} is {value!r}; put the options of {key} there, or the name of a file that holds them."
     if text.startswith('expected "subcommand"') or "argument subcommand: invalid choice" in text:
         return f"say what to do: pipelite {' or pipelite '.join(parsers)}."
+    if factory := re.search(r"Callable\[.*?(\w+)\] expects .*?class: (.*?)\.* Got value: .*class_path='([^']+)'", text):
+        return f"{key}: class_path {factory[3]} makes no {factory[1]} ({factory[2]}); correct it."
     if told := next((line for line in _errors(lines) if not line.startswith(_TYPE_ERRORS)), None):
         return told  # by a class that was given what it cannot take
     inner = _innermost(message)

@@ -19,7 +19,7 @@ from processes import Workers
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-MODES = ["lora", "qlora", "full", "control_adapter"]
+MODES = ["lora", "qlora", "full", "control_adapter", "continued_pretraining", "qlora_four_gpus"]
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +106,22 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
         "fit", "--config", str(ROOT / "configs" / f"{mode}.yaml"), "--trainer.devices=1", "--trainer.max_steps=2",
         "--trainer.accumulate_grad_batches=2", "--trainer.limit_val_batches=1", "--data.sequence_len=128",
     ]  # fmt: skip
-    workers.run(1, run_command, str(directory), arguments)
-    name = "model.safetensors.index.json" if mode == "full" else "adapter_model.safetensors"
+    if mode == "continued_pretraining":
+        arguments.append("--model.warmup_steps=1")
+    if mode == "qlora_four_gpus":  # the tiny model has four layers: one for each of its four stages
+        arguments[arguments.index("--trainer.devices=1")] = "--trainer.devices=4"
+    workers.run(4 if mode == "qlora_four_gpus" else 1, run_command, str(directory), arguments)
+    name = "model.safetensors.index.json" if mode in ("full", "continued_pretraining") else "adapter_model.safetensors"
     assert (directory / "output" / mode / name).is_file()
 
 
 def test_every_configuration_is_run_by_a_test() -> None:
     quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    # The last two by tests/callbacks and tests/export.
-    examples = {"quickstart", "drop_in", "callbacks_ddp", "compare_llama_cpp"}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == examples
+    # The last but control_style by tests/callbacks and tests/export; it, the notebook and the scripts by test_examples.
+    examples = {"quickstart.py", "drop_in.py", "callbacks_ddp.py", "compare_llama_cpp.py", "control_style.py"}
+    others = {"what_was_learned.ipynb", "torchrun.sh", "slurm.sbatch"}
+    assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == examples | others
 
 
 @pytest.mark.timeout(600)

@@ -16,6 +16,7 @@ from lightning_pipelite.data.records import Record, read_records, refuse
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.data.workers import map_in_order
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.progress import Progress
 
 # A batch takes a process some fifty times its size while it is tokenised, and costs a message there and back.
 _BATCH_DOCUMENTS = 1024
@@ -70,11 +71,13 @@ class Corpus:
 class _Batch:
     dataset: int
     records: list[Record]
+    read: int  # bytes of the files of all datasets up to here, about
 
 
 @dataclass(frozen=True)
 class _Encoded:
     dataset: int
+    read: int
     tokens: bytes
     lengths: list[int]
     digests: list[int]
@@ -100,9 +103,11 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
     counts = [0] * len(files)
     skipped = [Skipped() for _ in files]
     encoder = _Encoder(tokenizer, options.seed, options.skip_bad_records)
-    with path.open("wb") as file:
+    size = sum(each.stat().st_size for paths in files for each in paths)
+    with path.open("wb") as file, Progress("tokenising", size, "MB", 1e6) as progress:
         for encoded in map_in_order(encoder, _batches(options, files, skipped)):
             file.write(encoded.tokens)
+            progress.reach(encoded.read)
             lengths.extend(encoded.lengths)
             digests.extend(encoded.digests)
             counts[encoded.dataset] += len(encoded.lengths)
@@ -119,18 +124,22 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
 
 
 def _batches(options: PackingOptions, files: list[list[Path]], skipped: list[Skipped]) -> Iterator[_Batch]:
+    before = 0
     for number, (dataset, paths) in enumerate(zip(options.sources, files, strict=True)):
         records: list[Record] = []
         characters = 0
         for path in paths:
+            size, within = path.stat().st_size, 0
             for record in read_records(path, dataset, skipped[number].add if options.skip_bad_records else refuse):
                 records.append(record)
                 characters += len(record)
+                within += len(record)
                 if len(records) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                    yield _Batch(number, records)
+                    yield _Batch(number, records, before + min(within, size))
                     records, characters = [], 0
+            before += size
         if records:
-            yield _Batch(number, records)
+            yield _Batch(number, records, before)
 
 
 class _Encoder:
@@ -154,7 +163,7 @@ class _Encoder:
                 data.append((tokens | flags).tobytes())
                 lengths.append(len(ids))
                 digests.append(int.from_bytes(digest, "little"))
-        return _Encoded(batch.dataset, b"".join(data), lengths, digests, errors)
+        return _Encoded(batch.dataset, batch.read, b"".join(data), lengths, digests, errors)
 
     def _documents(
         self, records: list[Record]

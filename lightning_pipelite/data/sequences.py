@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_pipelite.data.corpus import UNLABELLED
 from lightning_pipelite.data.packing import Ints, Layout
+from lightning_pipelite.progress import track
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
@@ -69,7 +70,7 @@ def write_sequences(
     # Written and read by ordinary calls: on a full disk that is an error, with a memory map it were a SIGBUS, and
     # mapped pages count as memory of the process.
     with scratch.open("rb") as source, path.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for first in range(0, layout.sequences, rows):
+        for first in track(range(0, layout.sequences, rows), "packing", "blocks"):
             count = min(rows, layout.sequences - first)
             low, high = np.searchsorted(sequence, (first, first + count)).tolist()
             block = np.tile(empty, (count, 1))

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile, is_control_adapter
@@ -19,6 +18,7 @@ from lightning_pipelite.export.page import page
 from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.spectra import Control, Product, control, product, saved_factors
+from lightning_pipelite.progress import track
 
 DPI = 200
 LORA_TERMS = {
@@ -88,12 +88,12 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None) ->
 
 def _lora(adapter: Path, base: str | None) -> dict[str, Product]:
     if base is None:
-        return {name: product(each) for name, each in tqdm(list(saved_factors(adapter)), desc="analyzing", unit="")}
+        return {name: product(each) for name, each in track(list(saved_factors(adapter)), "analyzing", "modules")}
     model = BaseModel(base)
     lora = LoRAOfBase(model, adapter)
     return {
         name: product(each, float(model.read_parameter(name).norm()))
-        for name, each in tqdm(list(lora.products()), desc="analyzing", unit="")
+        for name, each in track(list(lora.products()), "analyzing", "modules")
     }
 
 
@@ -101,7 +101,7 @@ def _control(adapter: Path, base: str | None) -> dict[int, Control]:
     control_file = ControlAdapterFile(adapter)
     if base is not None:
         layers_of(BaseModel(base), control_file)
-    return {number: control(each) for number, each in tqdm(control_file.transforms.items(), desc="analyzing", unit="")}
+    return {number: control(each) for number, each in track(control_file.transforms.items(), "analyzing", "layers")}
 
 
 def _lora_rows(products: Mapping[str, Product], *, relative: bool) -> list[list[str]]:

@@ -16,8 +16,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -131,7 +129,7 @@ class BaseModel:
         reverse: Any = group.converter.reverse_transform()
         first = ""
         for name in sorted(parameters, key=dot_natural_key):
-            renamed, pattern = apply_converters(name, [reverse])
+            renamed, pattern = reverse.rename_source_key(name)
             first = first or renamed
             reverse.add_tensor(renamed, name, pattern, parameters[name])
         split = reverse.convert(first, model=self.model, config=self.model.config)
@@ -177,7 +175,7 @@ class BaseModel:
         groups: dict[str, Group] = {}
         for name in sorted(self._file_of, key=dot_natural_key):
             first, pattern = rename_source_key(name, self._renamings, self._converters, prefix, wanted)
-            renamed = apply_renamings(name, self._renamings)
+            renamed, _ = rename_source_key(name, self._renamings, [])
             if first not in wanted and name in wanted:
                 first, pattern, renamed = name, None, name
             if first not in wanted:

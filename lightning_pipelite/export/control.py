@@ -68,7 +68,9 @@ class ControlAdapterFile:
         for key, tensor in read_tensors(self.directory).items():
             match = KEY.fullmatch(key)
             if match is None:
-                raise ConfigurationError(f"{directory} holds {key}, which is no part of a Control Adapter.")
+                raise ConfigurationError(
+                    f"{directory} holds {key}, which is no part of a Control Adapter; give the directory of one."
+                )
             names.add(match[1])
             tensors.setdefault(int(match[2]), {})[match[3]] = tensor.float()
         if len(names) != 1:
@@ -100,6 +102,8 @@ def is_control_adapter(directory: str | Path) -> bool:
         ConfigurationError: The directory holds no adapter.
     """
     directory = Path(directory)
+    if not (directory / CONFIG_FILE).exists():
+        raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of an adapter.")
     if read_json(directory / CONFIG_FILE).get("peft_type") == "CONTROL_ADAPTER":
         return True
     return any(KEY.fullmatch(key) for key in read_tensors(directory))

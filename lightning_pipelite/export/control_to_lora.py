@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
@@ -19,6 +18,7 @@ from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.nearness import Nearness, measure
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers
+from lightning_pipelite.progress import track
 
 PREFIX = "base_model.model."
 
@@ -132,7 +132,7 @@ def _save(
     parameters: list[str] = []
     biased: dict[str, bool] = {}
     todo = [(name, writer) for name, each in writers.items() for writer in each]
-    for name, writer in tqdm(todo, desc="converting", unit="matrices"):
+    for name, writer in track(todo, "converting", "matrices"):
         left, right = layers[name].factors(inverse=inverse)
         module = writer.weight.rpartition(".")[0]
         weight = base.read_parameter(writer.weight)

@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
@@ -22,6 +21,7 @@ from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.merge import copy_companions, write_shard
 from lightning_pipelite.export.migrate import Migration
 from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.progress import Progress, track
 
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
@@ -79,7 +79,7 @@ class FormerCheckpoint:
             return f"{output}: LoRA, {len(tensors)} tensors, {told}."
 
     def _adapter_tensors(self, base: BaseModel) -> Iterator[tuple[str, Tensor]]:
-        for number, path in tqdm(self._files.items(), desc="converting", unit="files"):
+        for number, path in track(self._files.items(), "converting", "files"):
             layer = number - BEFORE_LAYERS
             for key, tensor in _load(path).items():
                 name = key.removeprefix("orig.")
@@ -133,7 +133,7 @@ class FormerCheckpoint:
     def _write_model(self, base: BaseModel, directory: Path) -> int:
         """Write the base with the trained weights in place of its own."""
         trained = _Trained(base, self._files)
-        with tqdm(total=sum(map(len, base.headers.values())), desc="converting", unit="tensors") as progress:
+        with Progress("converting", sum(map(len, base.headers.values())), "tensors") as progress:
             for name in base.headers:
                 write_shard(base.directory / name, directory / name, trained, progress)
         copy_companions(base.directory, directory)

@@ -167,6 +167,7 @@ class LoRAOfBase:
             layer.merged_adapters.clear()
 
     def _place(self, base: BaseModel, device: str | torch.device) -> PeftModel:
+        read_tensors(self.directory)  # to say what is wrong with the file itself; it is small
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -182,7 +183,8 @@ class LoRAOfBase:
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(f"{self.directory} cannot be read ({error}); fetch it again.") from None
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            told = str(error).split("\n\t")  # of many sizes that do not match, the first
+            reason = " ".join(told[min(1, len(told) - 1)].split()).rstrip(".")
             raise ConfigurationError(f"{self.directory} does not fit {base.directory}: {reason}.") from error
         if loaded.unexpected_keys:
             raise ConfigurationError(

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora import LoRAOfBase
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models.checkpoint import read_header
+from lightning_pipelite.progress import Progress
 
 MAX_SCALE = 2.0
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
@@ -42,6 +42,7 @@ def merge(
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
     """
+    _check_device(device)
     adapters = [adapter] if isinstance(adapter, str) else adapter
     scales = _scales(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
@@ -51,7 +52,7 @@ def merge(
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
         changed = _Changed(model, loras, device)
         total = sum(len(header) for header in model.headers.values())
-        with tqdm(total=total, unit="tensors", desc="merging") as progress:
+        with Progress("merging", total, "tensors") as progress:
             for name in model.headers:
                 write_shard(model.directory / name, partial / name, changed, progress)
         changed.check_complete()
@@ -73,6 +74,13 @@ def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:
         if not -MAX_SCALE < each < MAX_SCALE:
             raise ConfigurationError(f"scale is {each:g}; set it to more than -2 and less than 2.")
     return scales
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device} cannot be used ({str(error).splitlines()[0]}); try cpu.") from None
 
 
 class _Changed:
@@ -123,7 +131,7 @@ class Tensors(Protocol):
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
-def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) -> None:
+def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress) -> None:
     """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
 
     Raises:
@@ -149,7 +157,7 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: tqdm) ->
                 after.seek(start + first)
                 for left in range(end - first, 0, -CHUNK):
                     after.write(before.read(min(left, CHUNK)))
-            progress.update()
+            progress.advance()
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from lightning_pipelite.errors import ConfigurationError
@@ -18,6 +17,7 @@ from lightning_pipelite.export.writers import LayerWriters, Writer
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.progress import track
 
 SEQUENCES, LENGTH = 2, 128
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def measure(
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     states: dict[str, Tensor] = dict.fromkeys(("control", "none", "last", "all"), input_ids)
     bounds = list(zip(skeleton.groups, skeleton.groups[1:], strict=False))
-    for start, stop in tqdm(bounds, desc="measuring", unit="layers"):
+    for start, stop in track(bounds, "measuring", "layers"):
         model = load_trimmed(skeleton, start, stop, dtype=torch.float32, device=CPU, load_in_4bit=False)
         stage = Stage(
             model.eval(), skeleton.layers_name, start, stop, takes_positions=skeleton.takes_positions, packed=False

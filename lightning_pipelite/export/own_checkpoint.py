@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_pipelite import adapters
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.progress import track
 from lightning_pipelite.strategy.checkpoint import read_checkpoint
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
     unused = set(values)
 
     def states() -> Iterator[dict[str, Tensor]]:
-        for number in tqdm(range(len(layers)), desc="converting", unit="layers"):
+        for number in track(range(len(layers)), "converting", "layers"):
             stage = layers.build_stage(number, number + 1, CPU)
             for name, parameter in stage.named_parameters():
                 if parameter.requires_grad:

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from lightning_pipelite.errors import ConfigurationError
@@ -23,6 +22,7 @@ from lightning_pipelite.export.control import is_control_adapter
 from lightning_pipelite.export.control_to_lora import control_to_lora
 from lightning_pipelite.export.lora import Factors, LoRAOfBase
 from lightning_pipelite.export.places import check_new_file, new_file
+from lightning_pipelite.progress import track
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -79,7 +79,7 @@ def export_gguf(
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_file_type(file_type)
-        for name, each in tqdm(factors.items(), desc="writing", unit="weights"):
+        for name, each in track(factors.items(), "writing", "weights"):
             by = each.scaling * each.a.shape[-2] / alpha
             for tensor, a, b in _placed(model, target, name, each):
                 _add(writer, f"{tensor}.lora_a", a, kind)

@@ -246,7 +246,8 @@ def embedding_first(model: PreTrainedModel) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    first, *others = (str(error) or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:

@@ -119,6 +119,6 @@ def check_fits(stages: list[StageMemory], memory: int) -> None:
 def _lengths(module: PipeLiteModule) -> tuple[int | None, int]:
     """The tokens of a micro-batch, and the micro-batches of a step, as far as the trainer knows them."""
     trainer: Any = module._trainer
-    data = getattr(trainer, "datamodule", None) or module.planned_data
+    data = getattr(trainer, "datamodule", None)
     length = getattr(data, "sequence_len", None)
-    return length, module.planned_micro_batches or getattr(trainer, "accumulate_grad_batches", 1)
+    return length, getattr(trainer, "accumulate_grad_batches", 1)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_pipelite.verbosity import is_verbose
+
 
 def load_deepspeed(device: torch.device, local_rank: int) -> None:
     """Import DeepSpeed for a device, and join it to torch.distributed, which must be initialised.
@@ -33,15 +35,17 @@ def load_deepspeed(device: torch.device, local_rank: int) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        if not is_verbose():
+            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
         import deepspeed.comm
         import deepspeed.ops
         from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import logger
 
-        logger.setLevel(logging.ERROR)
+        if not is_verbose():
+            logger.setLevel(logging.ERROR)
         if get_accelerator().device_name() != device.type:
             raise RuntimeError(
                 f"DeepSpeed was imported before the strategy and chose {get_accelerator().device_name()!r}; "
@@ -55,6 +59,9 @@ def load_deepspeed(device: torch.device, local_rank: int) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drop what DeepSpeed prints to standard output while it builds its module and its groups."""
+    if is_verbose():
+        yield
+        return
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 

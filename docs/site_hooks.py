@@ -1,0 +1,101 @@
+"""What mkdocs cannot do by itself: results, examples and commands as pages, and links from docs/ to their files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from lightning_pipelite.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+STATED = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandbytes")
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".ipynb": "python"}
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add a page for each file of benchmarks/results and of examples/."""
+    for path in sorted(RESULTS.glob("*.md")):
+        text = f"# {path.stem}\n\n{path.read_text(encoding='utf-8')}"
+        files.append(File.generated(config, f"results/{path.name}", content=text))
+    for path in examples():
+        shown = path.read_text(encoding="utf-8")
+        text = f"# {path.name}\n\n" + (
+            cells(shown) if path.suffix == ".ipynb" else fenced(shown, LANGUAGES[path.suffix])
+        )
+        files.append(File.generated(config, f"examples/{path.name}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill in the lists, and send links that leave docs/ to the pages made of those files."""
+    markdown = markdown.replace("<!-- commands -->", commands())
+    markdown = markdown.replace("<!-- results -->", results()).replace("<!-- versions -->", versions())
+    markdown = re.sub(r"\]\(\.\./benchmarks/results/(\w+)\.md\)", r"](results/\1.md)", markdown)
+    return re.sub(r"\]\(\.\./((?:examples|configs)/[\w.]+)\)", _example, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Docstrings have roles and literal blocks of reStructuredText, as those of Lightning."""
+    html = re.sub(r":(?:class|mod|func|meth|attr):<code>~?([\w.]+)</code>", _last_name, html)
+    return re.sub(r"<p>Example::</p>", "<p>Example:</p>", html)
+
+
+def _last_name(match: re.Match[str]) -> str:
+    return f"<code>{match[1].rpartition('.')[2]}</code>"
+
+
+def _example(match: re.Match[str]) -> str:
+    return f"](examples/{Path(match[1]).name}.md)"
+
+
+def examples() -> list[Path]:
+    """The files that a page shows: examples and configurations."""
+    return sorted(
+        path for folder in ("examples", "configs") for path in (ROOT / folder).iterdir() if path.suffix in LANGUAGES
+    )
+
+
+def cells(notebook: str) -> str:
+    """The cells of a notebook, its title left out."""
+    shown = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        shown.append(source.removeprefix("# ") if cell["cell_type"] == "markdown" else fenced(source + "\n", "python"))
+    return "\n\n".join(shown)
+
+
+def fenced(text: str, language: str) -> str:
+    return f"```{language}\n{text}```\n"
+
+
+def commands() -> str:
+    """Every command of the table, by the docstring of its function."""
+    return "\n".join(
+        f"## pipelite {name}\n\n{each.summary}\n\n::: {each.module}.{each.function}\n    options:\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n"
+        for name, each in COMMANDS.items()
+    )
+
+
+def results() -> str:
+    """A line for each file of results: its command and what it was measured on."""
+    lines = ["| result | command | measured on |", "| --- | --- | --- |"]
+    for path in sorted(RESULTS.glob("*.md")):
+        command, _, measured = path.read_text(encoding="utf-8").splitlines()[:3]
+        lines.append(f"| [{path.stem}](results/{path.name}) | {command} | {measured.split(';')[0]} |")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """Lowest and newest tested versions, as the files of constraints say."""
+    lowest, newest = (pins(ROOT / name) for name in ("constraints-lowest.txt", "constraints.txt"))
+    return "\n".join(f"| {name} | {lowest[name]} | {newest[name]} |" for name in STATED)
+
+
+def pins(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE))

@@ -1,0 +1,35 @@
+"""A picture of how long the stages of a pipeline work and wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, BAR, GAP, LEFT, RIGHT, TEXT = 240, 26, 8, 80, 240, 18  # legible on TensorBoard's small cards
+BUSY, WAITING = (31, 119, 180), (221, 221, 221)
+
+
+def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8]:
+    """Draw a bar for each stage: busy in blue, then waiting in grey, all on one scale.
+
+    Args:
+        times: busy and waiting seconds of a step, by stage.
+
+    Returns:
+        The picture, [height, width, 3].
+    """
+    longest = max(max(sum(each) for each in times.values()), 1e-30)
+    picture = Image.new("RGB", (LEFT + WIDTH + RIGHT, (BAR + GAP) * len(times) + GAP), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=TEXT)
+    for row, (number, (busy, waiting)) in enumerate(sorted(times.items())):
+        top = GAP + row * (BAR + GAP)
+        middle = LEFT + round(WIDTH * busy / longest)
+        end = LEFT + round(WIDTH * (busy + waiting) / longest)
+        draw.rectangle((LEFT, top, end, top + BAR - 1), fill=WAITING)
+        draw.rectangle((LEFT, top, middle, top + BAR - 1), fill=BUSY)
+        draw.text((4, top + 2), f"stage {number}", fill="black", font=font)
+        draw.text((end + 6, top + 2), f"{busy:.3g} s, {waiting:.3g} s waiting", fill="black", font=font)
+    return np.asarray(picture)

@@ -1,0 +1,126 @@
+"""How long each stage works and waits, and how much memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from lightning_pipelite.callbacks.over_ranks import logs_now
+from lightning_pipelite.callbacks.stage_bars import stage_bars
+
+PICTURE_EVERY = 10
+"""After how many times that the numbers are logged the picture is."""
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What a rank says of its stage: seconds of the last step, and bytes."""
+
+    stage: int
+    busy: float | None
+    waiting: float | None
+    memory: int
+
+
+class StageTimes(Callback):
+    """Logs how long each stage was busy and waiting in a step, and its memory, whenever Lightning logs a step.
+
+    ``stage_busy_s/N`` and ``stage_waiting_s/N``: seconds that stage N computed, and waited for other ranks, in this
+    step; the mean over its replicas. ``stage_memory_gib/N``: the most that torch has ever allocated on its GPU, or
+    without a GPU the process's resident memory now; the largest of its replicas.
+    ``train/stage_imbalance``: busy time of the busiest stage by the mean of all, 1 if the split is even. The first
+    time and every tenth time after it, a TensorBoard logger also gets the picture ``train/stages``.
+
+    A strategy of several stages must have ``stage_id`` and, set by this callback on it, ``measure_stage_times``; after
+    a step that was measured its ``stage_times`` are (busy, waiting) seconds of this rank, or None. Under any other
+    strategy each rank counts as a stage of its own, and its memory alone is logged. Ranks speak with each other only
+    in steps that are logged.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._logged = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._logged = trainer.global_step, 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if hasattr(trainer.strategy, "measure_stage_times"):
+            trainer.strategy.measure_stage_times = logs_now(trainer)  # of the step that this batch is part of
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if not (stepped and logs_now(trainer)):
+            return
+        stages = _gathered(_own(trainer))
+        for name, value in _metrics(stages).items():
+            pl_module.log(name, value, batch_size=1)
+        if self._logged % PICTURE_EVERY == 0 and trainer.is_global_zero:
+            self._draw(trainer, stages)
+        self._logged += 1
+
+    @staticmethod
+    def _draw(trainer: pl.Trainer, stages: Mapping[int, Sequence[StageState]]) -> None:
+        times = {number: each for number, states in stages.items() if (each := _times(states)) is not None}
+        for logger in trainer.loggers if len(times) > 1 else ():
+            if isinstance(logger, TensorBoardLogger):
+                picture = stage_bars(times)
+                logger.experiment.add_image("train/stages", picture, trainer.global_step, dataformats="HWC")
+
+
+def _own(trainer: pl.Trainer) -> StageState:
+    strategy, device = trainer.strategy, trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+    busy, waiting = getattr(strategy, "stage_times", None) or (None, None)
+    return StageState(getattr(strategy, "stage_id", trainer.global_rank), busy, waiting, memory)
+
+
+def _gathered(own: StageState) -> dict[int, list[StageState]]:
+    """The states of all ranks by stage. Collective."""
+    everywhere: list[Any] = [own]
+    if dist.is_available() and dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, own)
+    stages: dict[int, list[StageState]] = {}
+    for state in sorted(everywhere, key=lambda state: state.stage):
+        stages.setdefault(state.stage, []).append(state)
+    return stages
+
+
+def _times(states: Sequence[StageState]) -> tuple[float, float] | None:
+    """Busy and waiting seconds of a stage, the mean over its replicas."""
+    known = [(state.busy, state.waiting) for state in states if state.busy is not None and state.waiting is not None]
+    if not known:
+        return None
+    busy, waiting = (sum(each) / len(known) for each in zip(*known, strict=True))
+    return busy, waiting
+
+
+def _metrics(stages: Mapping[int, Sequence[StageState]]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    busy: list[float] = []
+    for number, states in stages.items():
+        metrics[f"stage_memory_gib/{number}"] = max(state.memory for state in states) / 2**30
+        if (times := _times(states)) is not None:
+            metrics[f"stage_busy_s/{number}"], metrics[f"stage_waiting_s/{number}"] = times
+            busy.append(times[0])
+    if len(busy) == len(stages) and sum(busy) > 0:
+        metrics["train/stage_imbalance"] = max(busy) * len(busy) / sum(busy)
+    return metrics

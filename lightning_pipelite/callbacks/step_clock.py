@@ -1,0 +1,46 @@
+"""The time that steps take, without what comes between them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+STEPS_AVERAGED = 50
+
+
+class StepClock:
+    """Runs while steps are taken and stands still while it is paused. All times are in seconds."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._elapsed = 0.0
+        self._since: float | None = time.monotonic()
+        self._step_began = 0.0
+        self._durations: deque[float] = deque(maxlen=STEPS_AVERAGED)
+
+    @property
+    def elapsed(self) -> float:
+        """The time that it has run."""
+        return self._elapsed + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def pause(self) -> None:
+        """Stand still."""
+        self._elapsed, self._since = self.elapsed, None
+
+    def go_on(self) -> None:
+        """Run again."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def step(self) -> None:
+        """Take note of a step's end; from it on the next one counts."""
+        elapsed = self.elapsed
+        if self.steps == 1:  # compilations, allocations: the first tells nothing of the others
+            self._durations.clear()
+        self._durations.append(elapsed - self._step_began)
+        self._step_began = elapsed
+        self.steps += 1
+
+    def remaining(self, steps: int) -> float | None:
+        """How long further steps will take: the mean of the last ones, at most 50; None before the first."""
+        return steps * sum(self._durations) / len(self._durations) if self._durations else None

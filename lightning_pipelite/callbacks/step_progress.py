@@ -1,0 +1,206 @@
+"""The progress of a training, in optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pipelite.callbacks.step_clock import StepClock
+from lightning_pipelite.progress import Style, View, duration, view
+
+
+class StepProgress(ProgressBar):
+    """Shows how far a training is: optimizer steps, the time they took and will take, and what is logged for it.
+
+    It takes the place of Lightning's progress bar, which counts micro-batches. Shown are the learning rate of the
+    optimizer's first parameter group and every metric that is logged with ``prog_bar=True``, without a leading
+    ``train/``; of one called ``..._per_s`` the whole number. Neither the elapsed nor the remaining time counts
+    evaluations; the latter is the mean of the last steps (at most 50, without the first, which is slow) times the
+    number of steps to come.
+
+    In a terminal it is a bar, on standard error. Where there is none it is a line after the first step and at the
+    end, and in between at most one in ten seconds.
+
+    Args:
+        style: ``rich``; ``plain`` (tqdm) for terminals that understand little; ``lines``; ``auto`` chooses.
+
+    Example::
+
+        Trainer(callbacks=[StepProgress()], accumulate_grad_batches=8)
+    """
+
+    def __init__(self, style: Style = "auto") -> None:
+        super().__init__()
+        self._style: Style = style
+        self._enabled = True
+        self._view: View | None = None
+        self._clock = StepClock()
+        self._step = 0
+        self._total: int | None = None
+        self._lr: float | None = None
+        self._batches = 0
+        self._all_batches: int | None = None
+
+    # Lightning's base class asks for these
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    @override
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print without breaking the bar."""
+        if self._view is None:
+            print(*args, sep=sep, **kwargs)
+        else:
+            self._view.print(sep.join(map(str, args)))
+
+    @override
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What to show beside steps and time: override it to show something else."""
+        metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
+        if self._lr is not None:
+            metrics["lr"] = self._lr
+        first = [name for name in ("loss", "lr", "tokens_per_s") if name in metrics]  # the last may not find room
+        return {name: metrics[name] for name in [*first, *sorted(metrics.keys() - set(first))]}
+
+    # Training
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._enabled:
+            return
+        steps = trainer.estimated_stepping_batches
+        self._total = int(steps) if 0 <= steps < math.inf else None
+        self._step, self._clock = trainer.global_step, StepClock()
+        self._view = view("training", style=self._style, stays=True)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._lr = float(optimizer.param_groups[0]["lr"])
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._view is None or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self._clock.step()
+        if self._clock.steps == 1 or self._view.due():
+            self._show_step(self._told(trainer, pl_module))
+
+    def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        return ", ".join(_shown(name, value) for name, value in self.get_metrics(trainer, pl_module).items())
+
+    def _show_step(self, told: str) -> None:
+        assert self._view is not None
+        parts = [f"step {self._step:,}" + (f"/{self._total:,}" if self._total is not None else "")]
+        parts.append(duration(self._clock.elapsed))
+        left = None if self._total is None else self._clock.remaining(self._total - self._step)
+        if left:
+            parts.append(f"{duration(left)} left")
+        self._view.update(self._step, self._total, ", ".join([*parts, *([told] if told else [])]))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._view is not None:
+            self._show_step(self._told(trainer, pl_module))
+        self._close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+
+    # Evaluation, within a training or alone
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, "evaluating", trainer.num_val_batches)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, "testing", trainer.num_test_batches)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, "predicting", trainer.num_predict_batches)
+
+    def _begin(self, trainer: pl.Trainer, label: str, batches: Sequence[float] | float) -> None:
+        total = sum(batches) if isinstance(batches, Sequence) else batches
+        self._batches, self._all_batches = 0, int(total) if total < math.inf else None
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._clock.pause()
+        elif self._enabled:
+            self._clock = StepClock()
+            self._view = view(label, style=self._style)
+
+    @override
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer)
+
+    @override
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer)
+
+    @override
+    def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer)
+
+    def _count(self, trainer: pl.Trainer) -> None:
+        self._batches += 1
+        if self._view is None or not self._view.due():
+            return
+        batches = f"{self._batches:,}" + (f"/{self._all_batches:,}" if self._all_batches is not None else "")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._show_step(f"evaluating {batches}")
+        else:
+            self._view.update(self._batches, self._all_batches, f"batch {batches}, {duration(self._clock.elapsed)}")
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._clock.go_on()
+        else:
+            self._close()
+
+
+def _shown(name: str, value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return f"{name} {value}"
+    if name.endswith("_per_s"):
+        return f"{value:,.0f} {name.removesuffix('_per_s')}/s"
+    return f"{name} {value:.1e}" if name == "lr" else f"{name} {value:.4g}"

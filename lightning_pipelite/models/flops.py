@@ -1,0 +1,133 @@
+"""How much arithmetic a training step asks for, and how much a device can do: model FLOPs utilisation (MFU).
+
+Chowdhery et al. 2022, "PaLM" (https://arxiv.org/abs/2204.02311), appendix B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.models.skeleton import Skeleton
+
+# Dense bf16 products with fp32 accumulation, TFLOP/s, by a part of the device's name; the first that is found counts.
+# NVIDIA's data sheets (H200, H100, A100, L40S, L40, L4, A10, A40, A6000) and the appendices of its architecture
+# papers (Ampere GA102, Ada, Blackwell RTX); half of what they give "with sparsity".
+PEAK_BF16 = {
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "A40": 149.7,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090 Ti": 80.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Return a device's peak rate of dense matrix products in FLOP/s, or None if it is not known.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` gives it.
+        dtype: of the products; only that of bfloat16 is known.
+    """
+    if dtype != torch.bfloat16:
+        return None
+    for name, peak in PEAK_BF16.items():
+        if re.search(rf"\b{re.escape(name)}\b", device_name):
+            return peak * 1e12
+    return None
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """The floating-point operations of a model that is trained, without any that are done twice.
+
+    Args:
+        per_token: in products with weights.
+        per_pair: in attention, for each pair of tokens of a document (in either order).
+    """
+
+    per_token: float
+    per_pair: float
+
+    def of(self, tokens: float, pairs: float) -> float:
+        """Return those of so many tokens, and pairs of tokens in a document, over all documents."""
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def training_flops(skeleton: Skeleton, trained: Mapping[str, Tensor]) -> TrainingFlops | None:
+    """Count as the PaLM paper does, appendix B, but only what this training needs.
+
+    A token costs 2 for each weight in the forward pass, 2 in the backward pass for the gradient of what the weight is
+    multiplied with, and 2 for its own gradient if it is trained: 6N where all N weights are trained, 4N + 6A where N
+    are frozen and A weights of an adapter are trained, and 2 for those in layers below the lowest trained one, which
+    have no backward pass. Weights are those of matrices, the head's among them, the embedding's not; of experts, as
+    many as a token is sent to. Attention costs 12 for each layer, dimension of all heads and pair of tokens of a
+    document, whether one sees the other or not. Recomputed activations do not count.
+
+    Args:
+        skeleton: The model.
+        trained: The trained parameters of all stages by their names, on any device.
+
+    Returns:
+        None for a model with experts whose configuration does not tell how many are used, or without attention heads.
+    """
+    config = skeleton.config
+    share = _share_of_experts(config)
+    matrices = dict(_matrices(skeleton.model))
+    layers = [layer for name in trained if (layer := skeleton.layer_of(name)) is not None]
+    # What is before the layers can only be trained through all of them; the tail alone needs none.
+    before = any(name.rpartition(".")[0] in skeleton.start_names for name in trained)
+    lowest = 0 if before else min(layers, default=len(skeleton.layers))
+    own = {name for name, _ in skeleton.model.named_parameters()}
+    added = sum(p.numel() for name, p in trained.items() if name not in own and p.ndim >= 2)
+    per_token = 6.0 * added
+    for name, matrix in matrices.items():
+        routed = _is_routed(name, matrix)
+        if routed and share is None:
+            return None
+        layer = skeleton.layer_of(name)
+        tied = f"{skeleton.embedding_name}.weight" if skeleton.tied and name == f"{skeleton.head_name}.weight" else name
+        factor = 2 + 2 * (layer is None or layer >= lowest) + 2 * (name in trained or tied in trained)
+        per_token += factor * matrix.numel() * (share if routed and share is not None else 1.0)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return None
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kinds = getattr(config, "layer_types", None) or ["attention"] * len(skeleton.layers)
+    attends = ["attention" in kind and "linear" not in kind for kind in kinds]
+    per_pair = width * (4 * sum(attends) + 8 * sum(attends[lowest:]))
+    return TrainingFlops(per_token, float(per_pair))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights that tokens are multiplied with. Over modules, as a tied head has a parameter that is the embedding's."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
+                yield f"{prefix}.{name}", parameter
+
+
+def _is_routed(name: str, matrix: Tensor) -> bool:
+    return ".experts." in name and (matrix.ndim == 3 or re.search(r"\.experts\.\d+\.", name) is not None)
+
+
+def _share_of_experts(config: object) -> float | None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / experts if experts and used else None

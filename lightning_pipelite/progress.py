@@ -1,0 +1,223 @@
+"""How far a piece of work has come: a bar in a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Literal, Protocol, TypeVar
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from tqdm import tqdm
+from typing_extensions import Self
+
+Style = Literal["auto", "rich", "plain", "lines"]
+T = TypeVar("T")
+
+
+class View(Protocol):
+    """Where progress is shown, on standard error."""
+
+    def due(self) -> bool:
+        """Whether enough time has passed to show something new."""
+
+    def update(self, done: int, total: int | None, text: str) -> None:
+        """Show how much is done, of a total that may not be known, and a text."""
+
+    def print(self, line: str) -> None:
+        """Print a line to standard output without breaking the bar."""
+
+    def close(self) -> None:
+        """End the bar. Nothing may follow."""
+
+
+def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
+    """Choose how progress is shown: ``rich`` in a terminal, ``plain`` (tqdm) in a dumb one or a notebook, else lines.
+
+    Args:
+        label: what is being done, such as "tokenising".
+        style: to choose oneself.
+        stays: leave the bar behind when it is closed.
+    """
+    if style == "auto":
+        console = Console(stderr=True)
+        in_colour = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
+        style = "rich" if in_colour else "plain" if console.is_terminal or console.is_jupyter else "lines"
+    if style == "rich":
+        return _Rich(label, stays)
+    return _Plain(label, stays) if style == "plain" else _Lines(label)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as 1:23, or 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Tells how far a piece of work has come, on rank 0. Within another one that is under way it is silent.
+
+    Use it as a context manager.
+
+    Args:
+        label: what is being done, such as "tokenising".
+        total: how many units there are, if that is known.
+        unit: what is shown, such as "tensors".
+        scale: how many of what is counted are one of that unit, such as 1e6 for bytes shown in MB.
+    """
+
+    _under_way = False
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "", scale: float = 1) -> None:
+        self._label, self._total, self._unit, self._scale = label, total, unit, scale
+        self._done = 0
+        self._view: View | None = None
+
+    def __enter__(self) -> Self:
+        if not Progress._under_way and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            Progress._under_way = True
+            self._view, self._start = view(self._label), time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._view is not None:
+            Progress._under_way = False
+            self._view.close()
+            self._view = None
+
+    def advance(self, units: int = 1) -> None:
+        """Count further units as done."""
+        self.reach(self._done + units)
+
+    def reach(self, done: int) -> None:
+        """Say how many units are done."""
+        self._done = done
+        if self._view is None or not self._view.due():
+            return
+        elapsed = time.monotonic() - self._start
+        of_total = "" if self._total is None else f" of {self._shown(self._total)}"
+        text = f"{self._shown(done)}{of_total} {self._unit}, {duration(elapsed)}"
+        if self._total is not None and 0 < done < self._total:
+            text += f", {duration(elapsed / done * (self._total - done))} left"
+        self._view.update(done, self._total, text)
+
+    def _shown(self, units: int) -> str:
+        return f"{units:,}" if self._scale == 1 else f"{units / self._scale:,.1f}"
+
+
+def track(items: Iterable[T], label: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """Go through items and tell how many are done.
+
+    Args:
+        items: their number is the total, if they have one.
+        label: as in :class:`Progress`.
+        unit: as in :class:`Progress`.
+        total: how many items there are.
+    """
+    if total is None:
+        with suppress(TypeError):
+            total = len(items)  # type: ignore[arg-type]
+    with Progress(label, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def from_tqdm(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Show transformers' bars as others here; for ``transformers.utils.logging.set_tqdm_hook``."""
+    if not args:
+        return factory(*args, **kwargs)
+    return track(args[0], str(kwargs.get("desc", "working")).lower(), "tensors", kwargs.get("total"))
+
+
+class _Paced:
+    """Knows when it is time to show something new."""
+
+    pause = 0.1  # seconds
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self.pause
+
+
+class _Rich(_Paced):
+    def __init__(self, label: str, stays: bool) -> None:
+        super().__init__()
+        console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=len(label))),
+            BarColumn(bar_width=max(8, min(40, console.width - 96))),
+            TextColumn(
+                "{task.fields[text]}",
+                markup=False,
+                style="default",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            console=console,
+            expand=True,
+            auto_refresh=False,
+            transient=not stays,
+            redirect_stdout=sys.stdout.isatty(),  # or what belongs into a file would be shown instead
+        )
+        self._task = self._bar.add_task(label, total=None, text="")
+        self._bar.start()
+        self._bar.console.show_cursor(True)  # it hides it, for good if the process is killed
+
+    def update(self, done: int, total: int | None, text: str) -> None:
+        self._last = time.monotonic()
+        self._bar.update(self._task, completed=done, total=total, text=text, refresh=True)
+
+    def print(self, line: str) -> None:
+        print(line, flush=True)  # sys.stdout is rich's, where that is the terminal
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _Plain(_Paced):
+    def __init__(self, label: str, stays: bool) -> None:
+        super().__init__()
+        self._bar = tqdm(
+            desc=label, leave=stays, unit="", bar_format="{desc} |{bar:20}| {unit}", file=sys.stderr, dynamic_ncols=True
+        )
+
+    def update(self, done: int, total: int | None, text: str) -> None:
+        self._last = time.monotonic()
+        self._bar.total, self._bar.n, self._bar.unit = total, done, text
+        self._bar.refresh()
+
+    def print(self, line: str) -> None:
+        self._bar.write(line, file=sys.stdout)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines(_Paced):
+    """A line at most every ten seconds, the first after that time: what is done sooner needs none."""
+
+    pause = 10.0
+
+    def __init__(self, label: str) -> None:
+        self._label, self._last = label, time.monotonic()
+
+    def update(self, done: int, total: int | None, text: str) -> None:
+        self._last = time.monotonic()
+        share = f" ({100 * done / total:.0f} %)" if total else ""
+        print(f"{self._label}{share}: {text}", file=sys.stderr, flush=True)
+
+    def print(self, line: str) -> None:
+        print(line, flush=True)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,55 @@
+"""How fast a training is."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.models.flops import TrainingFlops
+
+
+class Speed:
+    """Measures steps.
+
+    Args:
+        replicas: of the pipeline, each of which trains on as many tokens.
+        flops: what the model needs, if that is known.
+        peak: the FLOP/s of all devices together, if that is known.
+    """
+
+    def __init__(self, replicas: int = 1, flops: TrainingFlops | None = None, peak: float | None = None) -> None:
+        self._replicas, self._flops, self._peak = replicas, flops, peak
+        self._tokens = 0
+        self._pairs: Tensor = torch.zeros(())
+        self._began = 0.0
+
+    def begin(self, position_ids: Tensor) -> None:
+        """Take note of a micro-batch that begins, the first of a step or a further one.
+
+        Args:
+            position_ids: int64 [batch, sequence], from 0 at the start of every document.
+        """
+        if self._tokens == 0:
+            self._began = time.perf_counter()
+            self._pairs = torch.zeros((), device=position_ids.device)
+        self._tokens += position_ids.numel()
+        if self._flops is not None and self._peak is not None:
+            self._pairs += (2 * position_ids + 1).sum()  # the first n odd numbers add up to n * n
+
+    def end(self) -> dict[str, float]:
+        """Take note of the step's end, when the device has done it.
+
+        Returns:
+            ``train/tokens_per_s``, padding included, and ``train/mfu``: the share of the devices' peak rate that the
+            model's arithmetic, as :func:`~lightning_pipelite.models.flops.training_flops` counts it, comes to; left
+            out where either is not known. The lengths of documents are taken from this replica's.
+        """
+        seconds, tokens = time.perf_counter() - self._began, self._tokens * self._replicas
+        self._tokens = 0
+        speeds = {"train/tokens_per_s": tokens / seconds}
+        if self._flops is not None and self._peak is not None:
+            pairs = self._pairs.item() * self._replicas
+            speeds["train/mfu"] = self._flops.of(tokens, pairs) / seconds / self._peak
+        return speeds

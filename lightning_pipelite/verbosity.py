@@ -1,0 +1,40 @@
+"""What libraries print that a user can do nothing about, and how to see it all the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+OPTION, VARIABLE = "--verbose", "PIPELITE_VERBOSE"
+
+
+def is_verbose() -> bool:
+    """Whether everything is to be printed: the variable is set."""
+    return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def take_option() -> None:
+    """Take ``--verbose`` off the command line, wherever it stands, and set the variable, which child processes see."""
+    if OPTION in sys.argv:
+        sys.argv = [argument for argument in sys.argv if argument != OPTION]
+        os.environ[VARIABLE] = "1"
+
+
+def be_quiet() -> None:
+    """Leave out what a user can do nothing about. To be called before the libraries are imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked, and refused, here
+    for name, level in (
+        ("lightning.pytorch.utilities.rank_zero", logging.WARNING),  # which devices there are, and tips
+        ("lightning.fabric.utilities.distributed", logging.WARNING),  # a line for each process that joined
+        ("lightning.fabric.utilities.seed", logging.WARNING),  # "Seed set to 0", in every process
+        ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
+    ):
+        logging.getLogger(name).setLevel(level)
+    # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # too little data to hold any out: summary()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

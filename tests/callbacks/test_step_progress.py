@@ -1,0 +1,189 @@
+"""The progress of a training, under Lightning's own strategies: none of ours is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from terminal import terminal
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_pipelite import progress
+from lightning_pipelite.callbacks import EvalSchedule, StepProgress, step_clock
+from lightning_pipelite.callbacks.step_clock import StepClock
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+torch.set_num_threads(1)
+
+
+class Net(L.LightningModule):
+    """Training on a batch takes a second of the tests' time, evaluating one takes a hundred."""
+
+    def __init__(self, now: list[float]) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.now = now
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        self.now[0] += 1
+        loss = self.layer(batch).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/tokens_per_s", 12345.6, prog_bar=True)
+        self.log("hidden", 1.0)
+        return loss
+
+    def validation_step(self, batch: torch.Tensor) -> None:
+        self.now[0] += 100
+        self.log("eval/loss", self.layer(batch).square().mean(), prog_bar=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=3e-4)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    time = [0.0]
+    for module in (progress, step_clock):
+        monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+    return time
+
+
+def batches(number: int) -> DataLoader:
+    return DataLoader(torch.ones(number, 2))
+
+
+def fit(now: list[float], *callbacks: L.Callback, number: int = 12, **options: Any) -> L.Trainer:
+    trainer = L.Trainer(callbacks=[*callbacks], **{**QUIET, "num_sanity_val_steps": 0, "max_epochs": 1, **options})
+    trainer.fit(Net(now), batches(number), batches(2))
+    return trainer
+
+
+def test_lines_count_optimizer_steps_and_leave_out_evaluations(
+    now: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(now, StepProgress(), EvalSchedule(evals_per_epoch=3), number=36, accumulate_grad_batches=6)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4  # EvalSchedule's
+    lines = err.splitlines()
+    assert re.fullmatch(
+        r"training \(17 %\): step 1/6, 0:06, 0:30 left, loss [\d.]+, lr 3.0e-04, 12,346 tokens/s, eval/loss [\d.]+",
+        next(line for line in lines if "step 1/" in line and "evaluating" not in line),
+    )
+    assert re.fullmatch(r"training \(100 %\): step 6/6, 0:36, loss [\d.]+, .*", lines[-1])
+    # Each evaluation takes 200 s: of these not one is counted.
+    assert next(line for line in lines if "evaluating" in line).startswith("training (0 %): step 0/6, 0:00, evaluating")
+    assert {line.split(", ")[1] for line in lines} <= {f"0:{6 * step:02}" for step in range(7)}
+
+
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+def test_bars(now: list[float], kind: str) -> None:
+    with terminal(kind, 160) as screen:
+        fit(now, StepProgress(), EvalSchedule(evals_per_epoch=1), accumulate_grad_batches=5)
+    assert "step 3/3, 0:12, loss" in screen.text
+    assert "evaluating 2/2" in screen.text
+    assert "step 2/3, 0:10, 0:05 left" in screen.text
+    assert "Epoch" not in screen.text  # Lightning's own bar is not there
+    assert re.search(r"step 3: eval/loss [\d.]+ \(", screen.text)
+
+
+def test_a_resumed_training_begins_where_it_was(
+    now: list[float], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(now, StepProgress(), max_steps=4).save_checkpoint(tmp_path / "at_4")
+    capsys.readouterr()
+    trainer = L.Trainer(callbacks=[StepProgress()], max_steps=6, **QUIET)
+    trainer.fit(Net(now), batches(12), batches(2), ckpt_path=tmp_path / "at_4", weights_only=False)
+    assert "step 5/6, 0:01, 0:01 left" in capsys.readouterr().err
+
+
+def test_without_an_end(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    class Endless(IterableDataset):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            while True:
+                yield torch.ones(2)
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    trainer = L.Trainer(callbacks=[StepProgress(), Stop()], max_epochs=-1, **QUIET)
+    trainer.fit(Net(now), DataLoader(Endless()))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("training: step 3, 0:03, loss")
+
+
+def test_evaluation_alone(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = L.Trainer(callbacks=[StepProgress()], **QUIET)
+    trainer.validate(Net(now), batches(3), verbose=False)
+    trainer.test(Net(now), batches(1), verbose=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "batch" in line]
+    assert lines == [
+        "evaluating (33 %): batch 1/3, 1:40",
+        "evaluating (67 %): batch 2/3, 3:20",
+        "evaluating (100 %): batch 3/3, 5:00",
+        "testing (100 %): batch 1/1, 1:40",
+    ]
+
+
+def test_it_ends_with_an_error_and_can_be_disabled(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    class Fail(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    bar = StepProgress()
+    with pytest.raises(ZeroDivisionError):
+        fit(now, bar, Fail())
+    assert bar._view is None
+    capsys.readouterr()
+    bar = StepProgress()
+    bar.disable()
+    fit(now, bar)
+    assert "step" not in capsys.readouterr().err
+
+
+def test_one_may_show_something_else(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    class Own(StepProgress):
+        def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+            return {"mood": "good"}
+
+    fit(now, Own(), number=1)
+    assert "step 1/1, 0:01, mood good" in capsys.readouterr().err
+
+
+def test_the_command_line_takes_a_users_bar_instead() -> None:
+    from lightning_pipelite.trainer_cli import TrainerCLI
+
+    def kinds(*given: L.Callback, shows_progress: bool = True) -> list[str]:
+        return [type(each).__name__ for each in TrainerCLI._missing([*given], shows_progress=shows_progress)]
+
+    assert kinds() == ["StepProgress", "StageTimes"]
+    assert kinds(TQDMProgressBar()) == ["StageTimes"]
+    assert kinds(shows_progress=False) == ["StageTimes"]
+
+
+def test_the_clock_forgets_the_first_step(now: list[float]) -> None:
+    clock = StepClock()
+    assert clock.remaining(5) is None
+    for seconds in (100, 2, 4):
+        now[0] += seconds
+        clock.pause()
+        now[0] += 1000
+        clock.pause()
+        clock.go_on()
+        clock.step()
+        if seconds == 100:
+            assert clock.remaining(5) == 500
+    assert clock.elapsed == 106
+    assert clock.remaining(5) == 15

@@ -1,0 +1,133 @@
+"""The documentation holds: links lead somewhere, pictures are drawn by their code, the table of old keys is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_pipelite.commands import COMMANDS
+from lightning_pipelite.export.migrate import Migration
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+ROWS = re.findall(r"^\| `(\w+)` \| (.*) \|$", (DOCS / "migration.md").read_text(encoding="utf-8"), re.MULTILINE)
+COMMON = 'model_dir = "m"\noutput_dir = "o"\nsequence_len = 64\nlr = 1e-4\n'
+OTHER: dict[str, str] = {
+    "beta1": "0.5", "beta2": "0.95", "eps": "1e-7", "lora_dropout": "0.5", "lora_weight_dtype": '"bfloat16"',
+    "target_modules": '["q_proj"]', "layers_to_transform": '"0:1"', "control_adapter_gamma": "0.25",
+    "partition_method": '"parameters"', "eval_fraction": "0.5", "sequence_prefix": '"a"', "document_prefix": '"b"',
+    "document_suffix": '"c"', "mask_tokens": "true", "lora_alpha": "8", "checkpoint_interval_hours": "2",
+    "lora_weight_decay": "3.5",
+}  # fmt: skip
+SWITCHES = {"load_in_4bit", "use_control_adapters", "full_fine_tune", "use_column_major_topology", "drop_tails"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    """In the repository; `make docs` checks those of the site, with their anchors."""
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        generated = page == DOCS / "results.md"
+        assert generated or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["packing", "control_adapter", "schedule"])
+def test_pictures_are_drawn_by_their_code(name: str, tmp_path: Path) -> None:
+    output = tmp_path / f"{name}.svg"
+    command = [sys.executable, str(DOCS / "pictures" / f"{name}.py"), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    # Glyphs and coordinates are matplotlib's own; the texts, kept as comments, and the number of shapes are ours.
+    kept = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    drawn = output.read_text(encoding="utf-8")
+    assert re.findall(r"<!--(.*?)-->", drawn) == re.findall(r"<!--(.*?)-->", kept)
+    assert drawn.count("<g id=") == kept.count("<g id=")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist_with_their_options(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:^|`)pipelite (?!checkpoint`)([a-z][a-z-]*)([^`\n]*)", text, re.MULTILINE):
+        if name in ("fit", "validate", "plan"):
+            for config in re.findall(r"--config (configs/\S+)", rest):
+                assert (ROOT / config).is_file()
+            continue
+        command = COMMANDS[name]
+        known = inspect.signature(getattr(importlib.import_module(command.module), command.function)).parameters
+        assert set(re.findall(r"--(\w+)", rest)) <= set(known), f"pipelite {name}{rest}"
+
+
+def test_python_blocks_compile_and_import() -> None:
+    """Those of the README run; of the others what they import must be there."""
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            tree = ast.parse(block)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_pipelite"):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def old(key: str) -> str:
+    """A configuration of qlora-pipe-lite with this key set to what is not its default."""
+    value = OTHER.get(key, "true" if key in SWITCHES | {"mix_datasets"} else "3")
+    lines = {"lora_rank": "lora_rank = 16\n", "datasets": '[[datasets]]\ndataset_path = "x"\n'}
+    if key == "control_adapter_gamma":
+        lines["control"] = "use_control_adapters = true\n"
+    if key == "evals_per_run":
+        value = "4"
+    text = "".join(line for name, line in lines.items() if name not in (key, "datasets"))
+    if key not in ("model_dir", "output_dir", "sequence_len", "lr", "datasets"):
+        text += f"{key} = {value}\n"
+    return COMMON + text + lines["datasets"]
+
+
+@pytest.mark.parametrize(("key", "here"), ROWS, ids=[key for key, _ in ROWS])
+def test_old_keys_go_where_the_table_says(key: str, here: str, tmp_path: Path) -> None:
+    (tmp_path / "old.toml").write_text(old(key))
+    content = yaml.safe_load(Migration(tmp_path / "old.toml").yaml())
+    if here.startswith("none"):
+        return
+    place = re.match(r"`([\w.]+)`", here)
+    assert place
+    found: Any = content
+    for part in place[1].split("."):
+        found = found[part]
+    if ":" not in here and key not in ("model_dir", "datasets"):
+        given = tomllib.loads((tmp_path / "old.toml").read_text())[key]
+        assert found == given
+    for option in re.findall(
+        r": `(\w+)`|(Full|ControlAdapter|CompositeWeightDecay|TimedCheckpoint|EvalSchedule)", here
+    ):
+        assert next(filter(None, option)) in yaml.safe_dump(found)
+
+
+def test_the_table_has_every_old_key() -> None:
+    source = (ROOT / "lightning_pipelite" / "export" / "migrate.py").read_text(encoding="utf-8")
+    known = set(re.findall(r'_take\("(\w+)"', source)) | set(re.findall(r'for key, default in \(\("(\w+)"', source))
+    assert known <= {key for key, _ in ROWS}
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    """As `make docs`: no warning, every link and anchor leads somewhere, every option of a public class is there."""
+    pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = (tmp_path / "reference" / "training" / "index.html").read_text(encoding="utf-8")
+    for name in ("pipeline_stages", "activation_memory", "load_in_4bit", "timeout"):
+        assert f"<code>{name}</code>" in options

@@ -1,0 +1,230 @@
+"""What can be wrong about devices, the trainer, checkpoints and where results go."""
+
+from __future__ import annotations
+
+from wrong_input import Case, adapter, callback, copied, file, removed, strategy, truncated, written
+
+CASES = {
+    # The trainer and the strategy
+    "stages that do not divide the devices": Case(
+        "pipeline_stages=2 must divide the number of devices (3); change pipeline_stages, or devices and num_nodes.",
+        edit={"trainer.devices": 3, **strategy(pipeline_stages=2)},
+    ),
+    "more stages than layers": Case(
+        "pipeline_stages=5 is more than the 4 layers of the model; use at most 4.",
+        edit={"trainer.devices": 5, **strategy(pipeline_stages=5)},
+    ),
+    "unknown partition_method": Case(
+        "partition_method must be uniform, parameters or type:REGEX, not 'best'.",
+        edit=strategy(partition_method="best"),
+    ),
+    "timeout below 0": Case(
+        "strategy: timeout must be a positive number of seconds, not -1.0.", edit=strategy(timeout=-1)
+    ),
+    "precision": Case(
+        "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy: every layer keeps the dtype that the "
+        "module gives it (PipeLiteModule has dtype=); leave precision out.",
+        edit={"trainer.precision": "bf16-mixed"},
+    ),
+    "another strategy": Case(
+        "PipeLiteModule trains under PipeLiteStrategy, not DDPStrategy: set trainer.strategy to pipelite.",
+        edit={"trainer.strategy": "ddp", "trainer.devices": 2},
+    ),
+    "no strategy at all": Case(
+        "PipeLiteModule trains under PipeLiteStrategy, not SingleDeviceStrategy: set trainer.strategy to pipelite.",
+        edit={"trainer.strategy": "auto"},
+    ),
+    "unknown strategy": Case(
+        "trainer: You selected an invalid strategy name: `strategy='pipelight'`", edit={"trainer.strategy": "pipelight"}
+    ),
+    "no device": Case(
+        "trainer: `Trainer(devices=0)` value is not a valid input using cpu accelerator.",
+        edit={"trainer.devices": 0},
+    ),
+    "steps below 0": Case(
+        "trainer: `max_steps` must be a non-negative integer or -1 (infinite steps). You passed in -5.",
+        edit={"trainer.max_steps": -5},
+    ),
+    "no micro-batch a step": Case(
+        "trainer.accumulate_grad_batches is 0; give a number above 0, or leave it out.",
+        edit={"trainer.accumulate_grad_batches": 0},
+    ),
+    "clipping below 0": Case(
+        "trainer.gradient_clip_val is -1.0; give a number above 0, or leave it out.",
+        edit={"trainer.gradient_clip_val": -1.0},
+    ),
+    "seed below 0": Case("seed_everything is -1; give an integer from 0 to 4294967295.", edit={"seed_everything": -1}),
+    "no evaluation in an epoch": Case(
+        "EvalSchedule: evals_per_epoch must be at least 1, not 0.", edit=callback("EvalSchedule", evals_per_epoch=0)
+    ),
+    # What is on disk
+    "checkpoint that is not there": Case(
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        ["--ckpt_path", "none"],
+    ),
+    "file as a checkpoint": Case(
+        "ckpt_path: config.yaml is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        ["--ckpt_path", "config.yaml"],
+    ),
+    "best checkpoint of nothing": Case(
+        "ckpt_path: best is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        ["--ckpt_path", "best"],
+    ),
+    "checkpoint to validate that is not there": Case(
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        ["--ckpt_path", "none"],
+        command=["validate", "--config", "config.yaml"],
+    ),
+    "output over something else": Case(
+        "{here}/output holds thesis.tex, which saving would delete; move it or save to another place.",
+        edit=callback("SaveTrained", output_dir="output"),
+        prepare=file("output/thesis.tex", "Of the years of my life"),
+    ),
+    "output over a file": Case(
+        "{here}/output exists and is not a plain directory; choose another place to save to.",
+        edit=callback("SaveTrained", output_dir="output"),
+        prepare=file("output", ""),
+    ),
+    "output that cannot be written": Case(
+        "config.yaml/output cannot be written (File exists); choose another place to save to.",
+        edit=callback("SaveTrained", output_dir="config.yaml/output"),
+    ),
+    "output over the model": Case(
+        "{job}/model holds config.json, which saving would delete; move it or save to another place.",
+        edit=callback("SaveTrained", output_dir="{job}/model"),
+    ),
+    "output nowhere": Case(
+        "SaveTrained: output_dir is empty; name the directory to write.", edit=callback("SaveTrained", output_dir="")
+    ),
+    # Devices
+    "no GPU": Case(
+        "trainer.accelerator is gpu but torch finds no GPU here; set it to cpu, or mend the driver (nvidia-smi must list the GPU).",
+        edit={"trainer.accelerator": "gpu"},
+    ),
+    "unknown accelerator": Case(
+        "trainer: You selected an invalid accelerator name: `accelerator='quantum'`",
+        edit={"trainer.accelerator": "quantum"},
+    ),
+    "accelerator that is not installed": Case(
+        "trainer: Requirement 'torch_xla>=1.13' not met. HINT: Try running `pip install -U 'torch_xla>=1.13'`",
+        edit={"trainer.accelerator": "tpu"},
+    ),
+    "devices in words": Case(
+        "trainer: `devices` selected with `CPUAccelerator` should be an int > 0.", edit={"trainer.devices": "two"}
+    ),
+    "no node": Case("trainer: `num_nodes` must be a positive integer, but got 0.", edit={"trainer.num_nodes": 0}),
+    "no stage": Case(
+        "pipeline_stages=0 must divide the number of devices (1); change pipeline_stages, or devices and num_nodes.",
+        edit=strategy(pipeline_stages=0),
+    ),
+    "partition by no regular expression": Case(
+        "partition_method: '(' is not a regular expression (missing ), unterminated subpattern at position 0).",
+        edit=strategy(partition_method="type:("),
+    ),
+    "unknown backend": Case(
+        "strategy: process_group_backend is 'pigeons'; choose one of gloo, nccl, xccl, ucc, mpi, fake.",
+        edit=strategy(process_group_backend="pigeons"),
+    ),
+    "more processes launched than configured": Case(
+        "trainer: You set `devices=1` and `num_nodes=1` in Lightning, but the product (1 * 1) does not match the world size (3).",
+        environment={
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29999",
+            "TORCHELASTIC_RUN_ID": "3",
+        },
+    ),
+    # The trainer
+    "epochs below 0": Case(
+        "trainer: `max_epochs` must be a non-negative integer or -1. You passed in -3.", edit={"trainer.max_epochs": -3}
+    ),
+    "time in words": Case(
+        "trainer: `Timer(duration='soon')` is not a valid duration. Expected a string in the format DD:HH:MM:SS.",
+        edit={"trainer.max_time": "soon"},
+    ),
+    "logging below 0": Case("trainer.log_every_n_steps is -1; give 0 or more.", edit={"trainer.log_every_n_steps": -1}),
+    "evaluation below 0": Case(
+        "trainer: You have passed invalid value -1 for val_check_interval, it has to be in [0.0, 1.0] or an int.",
+        edit={"trainer.val_check_interval": -1},
+    ),
+    "no batches": Case(
+        "trainer.limit_train_batches is 0; give a number above 0, or leave it out.",
+        edit={"trainer.limit_train_batches": 0},
+    ),
+    "unknown profiler": Case(
+        "trainer: When passing string value for the `profiler` parameter of `Trainer`, it can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
+        edit={"trainer.profiler": "quick"},
+    ),
+    "unknown logger": Case(
+        "trainer.logger: there is no class tensorboard; give its class_path, as in package.module.tensorboard.",
+        edit={"trainer.logger": "tensorboard"},
+    ),
+    "logger that cannot write": Case(
+        "trainer.logger: CSVLogger cannot write to config.yaml; set its save_dir to a directory that can be written.",
+        edit={"trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "config.yaml"}}},
+    ),
+    "synchronised batch norms": Case(
+        "Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.",
+        edit={"trainer.sync_batchnorm": True},
+    ),
+    "two progress bars": Case(
+        "trainer: You added multiple progress bar callbacks to the Trainer, but currently only one progress bar is supported.",
+        edit={"trainer.callbacks": [{"class_path": "TQDMProgressBar"}, {"class_path": "RichProgressBar"}]},
+    ),
+    "unknown style of progress": Case(
+        "trainer.callbacks.style must be one of 'auto', 'rich', 'plain', 'lines', not loud.",
+        edit=callback("StepProgress", style="loud"),
+    ),
+    "weight decay below 0": Case(
+        "CompositeWeightDecay: weight_decay must be 0 or more, not -1.0.",
+        edit=callback("CompositeWeightDecay", weight_decay=-1.0),
+    ),
+    "weight decay of no adapter": Case(
+        "CompositeWeightDecay: the model has no LoRA layer of PEFT and no Control Adapter; add one, or leave the callback out.",
+        edit={**callback("CompositeWeightDecay", weight_decay=0.1), **adapter("Full")},
+        starts=True,
+    ),
+    "checkpoints without end": Case(
+        "TimedCheckpoint: checkpoint_interval_hours must be positive, not 0.0.",
+        edit=callback("TimedCheckpoint", checkpoint_interval_hours=0),
+    ),
+    # Checkpoints
+    "damaged manifest": Case(
+        "ckpt_path: manifest.json of copy is not as it was written; name another checkpoint, or `last`, which takes the newest whole one.",
+        ["--ckpt_path", "copy"],
+        prepare=copied("adapter-checkpoint", written("manifest.json", "{")),
+    ),
+    "checkpoint without a file": Case(
+        "ckpt_path: copy lacks its file stage-00.safetensors; name another checkpoint, or `last`, which takes the newest whole one.",
+        ["--ckpt_path", "copy"],
+        prepare=copied("adapter-checkpoint", removed("stage-00.safetensors")),
+    ),
+    "checkpoint cut short": Case(
+        "ckpt_path: stage-00.safetensors of copy has 109600 bytes, not 109700; name another checkpoint, or `last`, which takes the newest whole one.",
+        ["--ckpt_path", "copy"],
+        prepare=copied("adapter-checkpoint", truncated("stage-00.safetensors")),
+    ),
+    "model for a checkpoint": Case(
+        "ckpt_path: {job}/model is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        ["--ckpt_path", "{job}/model"],
+    ),
+    "checkpoint of another adapter": Case(
+        "ckpt_path: {job}/control-checkpoint is of another model or adapter: adapter.class_path is 'lightning_pipelite.adapters.control_adapter.ControlAdapter' there and 'lightning_pipelite.adapters.lora.LoRA' here.",
+        ["--ckpt_path", "{job}/control-checkpoint"],
+        starts=True,
+    ),
+    "checkpoint of another rank": Case(
+        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: adapter.init_args.rank is 2 there and 4 here.",
+        ["--ckpt_path", "{job}/adapter-checkpoint", "--model.adapter.rank", "4"],
+        starts=True,
+    ),
+    "checkpoint of another dtype": Case(
+        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: dtype is 'float32' there and 'bfloat16' here.",
+        ["--ckpt_path", "{job}/adapter-checkpoint", "--model.dtype", "bfloat16"],
+        starts=True,
+    ),
+}

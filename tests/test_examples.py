@@ -1,0 +1,146 @@
+"""The examples do what they say: each is run, shortened where it is long."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from safetensors import safe_open
+from tiny_job import write_job
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_pipelite.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a shell that is no rank, and finds this interpreter's programs and this package."""
+    clean = {name: value for name, value in os.environ.items() if name not in RANKS}
+    path = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}:{EXAMPLES}", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def test_a_style_by_control_adapters_to_gguf(tmp_path: Path) -> None:
+    base = write_job(tmp_path) / "model"
+    command = [sys.executable, str(EXAMPLES / "control_style.py"), str(base), "--output", str(tmp_path / "style")]
+    options = ["--steps", "2", "--trainer.accelerator=cpu", "--trainer.devices=1", "--model.dtype=float32"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = gguf.GGUFReader(tmp_path / "style" / "style.gguf")
+    assert any(float(abs(tensor.data).max()) > 0 for tensor in written.tensors if tensor.name.endswith("lora_b"))
+    with safe_open(tmp_path / "style" / "control_adapter" / "adapter_model.safetensors", "pt") as trained:
+        assert any(float(trained.get_tensor(name).abs().max()) > 0 for name in trained.keys() if name.endswith("S"))  # noqa: SIM118
+    assert (tmp_path / "style" / "lora_inverse" / "adapter_config.json").is_file()
+    assert (tmp_path / "style" / "analysis" / "analysis.html").is_file()
+
+
+def test_the_notebook_draws_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(EXAMPLES / "what_was_learned.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # kept without outputs
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    NotebookClient(notebook, timeout=200).execute()
+    images = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(images) >= 4  # the loss, the bars, and analyze's own
+
+
+@pytest.mark.timeout(200)
+def test_torchrun_over_two_nodes(tmp_path: Path) -> None:
+    """Two "nodes" on this machine, a rank each: the script's own line."""
+    job = write_job(tmp_path)
+    arguments = fit_arguments(job)
+    started = [
+        subprocess.Popen(
+            ["bash", str(EXAMPLES / "torchrun.sh"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=environment(NNODES="2", NODE_RANK=str(node), MASTER_ADDR="127.0.0.1",
+                                       MASTER_PORT="29713", GPUS="1"), cwd=job,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=180)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(told)
+    assert (job / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
+    """srun is a script here that runs the line once for each task, with Slurm's variables."""
+    job = write_job(tmp_path)
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(
+        '#!/usr/bin/env bash\nfor task in $(seq 0 $((SLURM_NTASKS - 1))); do\n'
+        'SLURM_PROCID=$task SLURM_LOCALID=0 SLURM_NODEID=$task "$@" & pids+=($!)\ndone\n'
+        'for pid in "${pids[@]}"; do wait "$pid" || exit 1; done\n'
+    )  # fmt: skip
+    srun.chmod(0o755)
+    slurm = {
+        "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "29714",
+        "SLURM_JOB_NAME": "pipelite", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1",
+        "MASTER_PORT": "29714",
+    }  # fmt: skip
+    variables = environment(**slurm)
+    variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
+    command = ["bash", str(EXAMPLES / "slurm.sbatch"), *fit_arguments(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=job, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (job / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def fit_arguments(job: Path) -> list[str]:
+    """One step of a LoRA in two stages, on CPUs."""
+    return [
+        "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model.model_dir", str(job / "model"),
+        "--data.datasets", f'[{{"dataset_path": "{job}/texts/*.txt"}}]', "--data.sequence_len", "64",
+        "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.logger", "false",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif("plan" not in COMMANDS, reason="pipelite plan is not there yet")
+def test_four_gpus_of_24_gib_hold_a_llama_of_70_billion(tmp_path: Path) -> None:
+    """The plan of configs/qlora_four_gpus.yaml, from config.json and the headers of the weights alone."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:  # a sparse file: its 141 GB take no room
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    options = ["--config", str(ROOT / "configs" / "qlora_four_gpus.yaml"), "--model_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "lightning_pipelite", "plan", *options, "--memory", "24GiB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 devices of 24.00 GiB, 4 stages" in done.stdout, done.stdout
+    assert re.search(r"^offload .* fits$", done.stdout, re.MULTILINE), done.stdout
