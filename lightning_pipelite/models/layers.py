@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,7 +59,6 @@ class CausalLMLayers:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
             that need each other (``skeleton.groups``).
         skeleton: The whole model on the meta device.
-        layer_costs: What each item costs, for ``partition_method: auto``; given by who knows the loss and the lengths.
 
     Raises:
         ConfigurationError: The model is missing, damaged, not a causal LM or cannot be split, or the adapter does not
@@ -72,8 +70,6 @@ class CausalLMLayers:
         first = layers.build_stage(0, 16, torch.device("cuda:0"))
         last = layers.build_stage(16, 32, torch.device("cuda:1"))
     """
-
-    layer_costs: Callable[[], Any] | None = None
 
     def __init__(
         self,

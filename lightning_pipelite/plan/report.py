@@ -65,8 +65,8 @@ class Report:
 
     @property
     def policy(self) -> str:
-        """The policy that is shown: the configuration's, or what auto would be."""
-        asked = self.settings.model.get("activation_memory", "auto")
+        """The policy that is shown: the configuration's, if the model can do so."""
+        asked = self.settings.model.get("activation_memory", "recompute")
         if asked in self.policies:
             return str(asked)
         return next((name for name, stages in self.policies.items() if self.planner.fits(stages)), [*self.policies][-1])
@@ -153,10 +153,10 @@ class Report:
             )
             return lines
         stages, policy, bounds = self.recommended
-        sizes = ", ".join(str(stop - start) for start, stop in itertools.pairwise(bounds))
+        sizes = ",".join(str(stop - start) for start, stop in itertools.pairwise(bounds))
         replicas = self.devices // stages
         lines.append(
-            f"Recommended: pipeline_stages: {stages}, partition_method: auto (layers {sizes}), activation_memory: "
+            f"Recommended: pipeline_stages: {stages}, partition_method: layers:{sizes}, activation_memory: "
             f"{policy}; {replicas} replica{'s' * (replicas > 1)}."
         )
         if self.largest is not None:

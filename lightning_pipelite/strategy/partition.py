@@ -36,6 +36,8 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
         )
     if method == "auto":
         return _auto(layers, stages)
+    if method.startswith("layers:"):
+        return _given(method, stages, len(names))
     if method == "uniform":
         weights = [1] * len(names)
     elif method == "parameters":
@@ -51,8 +53,25 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
                 f"partition_method: {pattern!r} matches none of the layer types {', '.join(sorted(set(names)))}."
             )
     else:
-        raise ConfigurationError(f"partition_method must be auto, uniform, parameters or type:REGEX, not {method!r}.")
+        raise ConfigurationError(
+            f"partition_method must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not {method!r}."
+        )
     return balanced_bounds(weights, stages)
+
+
+def _given(method: str, stages: int, items: int) -> list[int]:
+    sizes = method.removeprefix("layers:").split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigurationError(
+            f"partition_method is {method!r}; write layers: and the layers of each stage, such as 9,7."
+        )
+    counts = [int(size) for size in sizes]
+    if len(counts) != stages or sum(counts) != items:
+        raise ConfigurationError(
+            f"partition_method {method} deals {sum(counts)} layers out to {len(counts)} stages; the model has {items} "
+            f"and pipeline_stages is {stages}."
+        )
+    return [0, *itertools.accumulate(counts)]
 
 
 def _auto(layers: PipelineLayers, stages: int) -> list[int]:

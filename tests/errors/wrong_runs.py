@@ -15,7 +15,7 @@ CASES = {
         edit={"trainer.devices": 5, **strategy(pipeline_stages=5)},
     ),
     "unknown partition_method": Case(
-        "partition_method must be uniform, parameters or type:REGEX, not 'best'.",
+        "partition_method must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not 'best'.",
         edit=strategy(partition_method="best"),
     ),
     "timeout below 0": Case(

@@ -115,7 +115,7 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
 
 
 def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
-    with pytest.raises(ConfigurationError, match="activation_memory is 'some'; set it to one of auto, keep"):
+    with pytest.raises(ConfigurationError, match="activation_memory is 'some'; set it to one of keep"):
         CausalLMLayers(model_dir, adapter=LoRA(4), activation_memory="some")  # type: ignore[arg-type]
 
 

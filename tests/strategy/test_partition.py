@@ -53,13 +53,21 @@ def test_type_counts_matching_layers_only() -> None:
     )
 
 
+def test_layers_are_dealt_out_as_given() -> None:
+    assert partition(Layers(["L"] * 5), 3, "layers:1, 3,1") == [0, 1, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("stages", "method", "message"),
     [
         (5, "uniform", "pipeline_stages=5 is more than the 4 layers"),
         (2, "type:mamba", "'mamba' matches none of the layer types A"),
         (2, "type:(", "is not a regular expression"),
-        (2, "best", "must be auto, uniform, parameters or type:REGEX, not 'best'"),
+        (2, "layers:3,x", "write layers: and the layers of each stage"),
+        (2, "layers:4,0", "write layers: and the layers of each stage"),
+        (2, "layers:3,2", "deals 5 layers out to 2 stages; the model has 4 and pipeline_stages is 2"),
+        (3, "layers:3,1", "deals 4 layers out to 2 stages; the model has 4 and pipeline_stages is 3"),
+        (2, "best", "must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not 'best'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -> None:
