@@ -84,8 +84,13 @@ def compile_layers(layers: list[nn.Module]) -> None:
 
 
 def _offloaded(run: Callable[..., Any], copies: HostCopies, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with copies.of(args[0] if args else kwargs["hidden_states"]):
-        return run(call, *args, **kwargs)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    version = hidden_states._version
+    with copies.of(hidden_states):
+        returned = run(call, *args, **kwargs)
+    if hidden_states._version != version:  # while it was being copied; autograd does not look at what hooks keep
+        raise RuntimeError("a decoder layer overwrites its input; set activation_memory to keep")
+    return returned
 
 
 def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
