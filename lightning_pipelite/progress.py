@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
@@ -20,6 +20,11 @@ from typing_extensions import Self
 
 Style = Literal["auto", "rich", "plain", "lines"]
 T = TypeVar("T")
+
+
+def _is_first() -> bool:
+    """Whether this process shows progress. Lightning's own word on it, where Lightning is: exporting does without."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class View(Protocol):
@@ -82,7 +87,7 @@ class Progress:
         self._view: View | None = None
 
     def __enter__(self) -> Self:
-        if not Progress._under_way and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if not Progress._under_way and _is_first():
             Progress._under_way = True
             self._view, self._start = view(self._label), time.monotonic()
         return self

@@ -18,8 +18,6 @@ from safetensors import safe_open
 from tiny_job import write_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_pipelite.commands import COMMANDS
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
@@ -119,7 +117,6 @@ def fit_arguments(job: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.skipif("plan" not in COMMANDS, reason="pipelite plan is not there yet")
 def test_four_gpus_of_24_gib_hold_a_llama_of_70_billion(tmp_path: Path) -> None:
     """The plan of configs/qlora_four_gpus.yaml, from config.json and the headers of the weights alone."""
     config = LlamaConfig(

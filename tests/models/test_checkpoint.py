@@ -291,7 +291,7 @@ def test_quantised_checkpoint(model_dir: Path) -> None:
 
 
 def test_wrong_options(model_dir: Path) -> None:
-    refuses(model_dir, "activation_memory", activation_memory="offload")
+    refuses(model_dir, "activation_memory", activation_memory="some")
     refuses(model_dir, "q_prjo", "q_proj", adapter=LoRA(4, target_modules=["q_prjo"]))
     refuses(model_dir, "7", adapter=LoRA(4, layers_to_transform="2:7"))
     refuses(model_dir, "load_in_4bit", adapter=Full(), load_in_4bit=True)
