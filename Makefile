@@ -10,7 +10,7 @@ quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

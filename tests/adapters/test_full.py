@@ -77,7 +77,7 @@ def test_dtype_of_the_saved_model(tmp_path: Path) -> None:
         ({"target_modules": ["lm_head"]}, {"model.embed_tokens.weight"}),  # tied: one weight, on both stages
         ({"target_modules": r"model\.norm"}, {"model.norm.weight"}),
     ],
-    ids=str,
+    ids=["a name", "a name in one layer", "the tied head", "a pattern"],
 )
 def test_only_the_chosen_weights_are_trained(tmp_path: Path, options: dict, expected: set[str]) -> None:
     write_model(tmp_path, "llama_tied")
