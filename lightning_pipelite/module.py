@@ -62,7 +62,7 @@ class PipeLiteModule(pl.LightningModule):
             the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
             offload: that in the host's memory.
         compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
-            by default on GPUs.
+            by default on GPUs, but not layers with experts.
         optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
             summation where weights are bf16. beta1, beta2 and eps are for the default.
         schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at

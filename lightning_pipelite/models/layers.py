@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
@@ -40,7 +40,7 @@ class CausalLMLayers:
         activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
             checkpointing), ``"offload"`` that in the host's memory.
-        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs.
+        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers with experts.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
@@ -183,7 +183,7 @@ class CausalLMLayers:
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         layers = list(model.get_submodule(self.skeleton.layers_name))[start:stop]
-        compiled = device.type == "cuda" if self._compile is None else self._compile
+        compiled = device.type == "cuda" and self._compiles_well() if self._compile is None else self._compile
         set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
         self.adapter.apply(model, self.skeleton, self.seed)
         if compiled:
@@ -198,6 +198,12 @@ class CausalLMLayers:
             router_loss=self.router_loss,
             fused_head=fused_head,
         ).train()
+
+    def _compiles_well(self) -> bool:
+        """Whether each layer is one graph: not if it chooses between experts, when every layer would be several."""
+        modules = [module for layer in self.skeleton.layers for module in layer.modules()]
+        fused = any(p.ndim > 2 for module in modules for p in module.parameters(recurse=False))
+        return not fused and not any(isinstance(module, nn.ModuleList) for module in modules)
 
     def _attention_on(self, device: torch.device) -> str | None:
         if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):

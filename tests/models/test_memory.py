@@ -12,11 +12,13 @@ import torch
 from tiny_models import CPU, POSITIONS, build, reference, train_stages, train_whole, write_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.offload import HostCopies
+from lightning_pipelite.models.tiny import tiny_config
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -112,6 +114,12 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
     torch.testing.assert_close(logits, expected)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "well"), [("llama", True), ("gemma3_text", True), ("mixtral", False)])
+def test_layers_with_experts_are_not_compiled_by_default(tmp_path: Path, kind: str, well: bool) -> None:
+    AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING[kind]())).save_pretrained(tmp_path)
+    assert CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj"]))._compiles_well() == well
 
 
 def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
