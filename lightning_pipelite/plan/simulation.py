@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,70 +14,11 @@ from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.plan.meter import BLOCK, AttentionAsOnGPU, Meter
+from lightning_pipelite.plan.run import Run
+from lightning_pipelite.plan.trial import Part, Trial
 
 META = torch.device("meta")
 DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but that they are several does
-
-
-@dataclass
-class Part:
-    """What a part of a stage takes for one micro-batch: one item of layers, or what comes before or after them.
-
-    Attributes:
-        parameters: The number of weights of the base model.
-        weights: Bytes of all parameters and buffers, 4-bit ones with the scales of their blocks.
-        trained: The number of trained parameters.
-        gradients: Bytes of their gradients.
-        optimizer: Bytes of the optimizer's state.
-        retained: Bytes that a forward keeps for the backward pass.
-        forward: The most bytes at once in the forward pass, beside all that was held before it.
-        backward: The most bytes at once in the backward pass, beside all that was held before it; the gradients of the
-            parameters are there already.
-        first_backward: The same where they are not, those that it makes included.
-        flops: Floating-point operations forward and backward, by the size of the elements in bytes.
-        moved: Bytes that the other operations read and write.
-    """
-
-    parameters: int = 0
-    weights: int = 0
-    trained: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    retained: int = 0
-    forward: int = 0
-    backward: int = 0
-    first_backward: int = 0
-    flops: dict[int, float] = field(default_factory=dict)
-    moved: int = 0
-
-
-@dataclass
-class Trial:
-    """A stage of one item.
-
-    Attributes:
-        entry: What comes before the item.
-        item: The item.
-        tail: What comes after it.
-        hidden: Bytes of what is handed on to the next stage.
-        unsaved: Bytes of the item's input, if the item does not keep it for its backward pass.
-        handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input.
-        first_handover: The same with the gradients of its parameters, which are made then.
-        tied: What of the tail is the embedding's weight; a stage that has both holds it once.
-    """
-
-    entry: Part
-    item: Part
-    tail: Part
-    hidden: int
-    unsaved: int
-    handover: int
-    first_handover: int = 0
-    tied: Part = field(default_factory=Part)
-
-    @property
-    def parts(self) -> tuple[Part, Part, Part]:
-        return self.entry, self.item, self.tail
 
 
 class Simulation:
@@ -162,7 +101,7 @@ class Simulation:
         with AttentionAsOnGPU(), meter:
             meter.hold(*held_tensors(stage))
             skeleton = self.layers.skeleton
-            run = _Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
+            run = Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
             if self.layers.packed:
                 stage.expect_documents(DOCUMENTS)
             # The second micro-batch finds gradients that it adds to.
@@ -243,137 +182,6 @@ class Simulation:
         for parameter in trained:
             parameter.grad = None
         return sum(_rounded(t) for t in tensors if t.is_meta)
-
-
-@dataclass
-class _Event:
-    """Where a run has come to.
-
-    Attributes:
-        peak: The most bytes since the event before.
-        live: Bytes that are held now.
-        flops: All that was computed so far.
-        moved: All bytes that were moved so far.
-    """
-
-    peak: int
-    live: int
-    flops: dict[int, float]
-    moved: int
-
-
-class _Run:
-    """Trains a stage of one item, and notes where its forward and its backward enter and leave the item.
-
-    Args:
-        stage: On the meta device.
-        meter: Counts what the run does.
-        layers_name: Of the list of decoder layers in the stage's model.
-        tail_names: Of the modules after it.
-        loss: The loss on the stage's outputs, if it is the last.
-        compiled: Whether each layer is compiled on a GPU.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        meter: Meter,
-        layers_name: str,
-        tail_names: Sequence[str],
-        loss: Callable[[Any, Any], Any] | None,
-        *,
-        compiled: bool,
-    ) -> None:
-        self._stage, self._meter, self._loss, self._compiled = stage, meter, loss, compiled
-        self._events: dict[str, _Event] = {}
-        layers: Any = stage.causal_lm.get_submodule(layers_name)
-        for number in range(stage.start, stage.stop):
-            layers[number].register_forward_pre_hook(self._enter, with_kwargs=True)
-            layers[number].register_forward_hook(partial(self._returned, number == stage.stop - 1))
-        # Not when the layer returns: it still holds then what is freed at once.
-        following = [stage.causal_lm.get_submodule(name) for name in tail_names] if loss else [layers[stage.stop]]
-        for module in following:
-            module.register_forward_pre_hook(lambda *_: self._note("leave"))
-
-    def train(self, make_inputs: Callable[[], tuple[Tensor, ...]]) -> Trial:
-        """Train on a micro-batch."""
-        self._events = {}
-        self._note("begin")
-        inputs = make_inputs()
-        outputs = self._stage(inputs)
-        if self._loss is not None:
-            outputs = self._loss(outputs, torch.empty(inputs[1].shape, dtype=torch.int64, device=META))[:1]
-        self._note("forward")
-        hidden = sum(t.nbytes for t in outputs) if self._loss is None else 0
-        held = self._meter.live
-        del inputs
-        unsaved = held - self._meter.live
-        handed = [t for t in outputs if t.is_floating_point() and t.requires_grad]
-        del outputs
-        if handed:
-            gradients = [torch.empty_like(t) if self._loss is None else None for t in handed]
-            torch.autograd.backward(handed, gradients)
-            del gradients
-        self._meter.fused = False
-        self._note("end")
-        return self._trial(hidden, unsaved)
-
-    def _note(self, name: str) -> None:
-        if name not in self._events:
-            meter = self._meter
-            self._events[name] = _Event(meter.mark(), meter.live, dict(meter.flops), meter.moved)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "forward" in self._events:  # it is run again in the backward pass
-            return
-        if "enter" not in self._events:
-            self._note("enter")
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if hidden.requires_grad:
-                hidden.register_hook(partial(self._passed, "entry backward", False))
-        self._meter.fused = self._compiled
-
-    def _returned(self, last: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if "forward" in self._events:
-            return
-        self._meter.fused = False
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
-        self._meter.hold(hidden)
-        if hidden.requires_grad:
-            hidden.register_hook(partial(self._passed, "item backward" if last else None, self._compiled))
-
-    def _passed(self, event: str | None, fused: bool, gradient: Tensor) -> None:
-        """In the backward pass, the gradient of a layer's output or of the first one's input is there."""
-        self._meter.hold(gradient)
-        self._meter.fused = fused
-        if event is not None:
-            self._note(event)
-
-    def _trial(self, hidden: int, unsaved: int) -> Trial:
-        events = self._events
-        begin, enter, leave, forward, end = (events[n] for n in ("begin", "enter", "leave", "forward", "end"))
-        item_backward = events.get("item backward", end)
-        entry_backward = events.get("entry backward", end)
-        entry, item, tail = (
-            Part(retained=after.live - before.live, forward=after.peak - before.live)
-            for before, after in itertools.pairwise((begin, enter, leave, forward))
-        )
-        tail.backward = item_backward.peak - forward.live
-        if entry_backward is not item_backward:
-            item.backward = entry_backward.peak - item_backward.live
-        if end is not entry_backward:
-            entry.backward = end.peak - entry_backward.live
-        passes = ((begin, enter, entry_backward, end), (enter, leave, item_backward, entry_backward))
-        for part, (a, b, c, d) in zip(
-            (entry, item, tail), (*passes, (leave, forward, forward, item_backward)), strict=True
-        ):
-            part.moved = b.moved - a.moved + d.moved - c.moved
-            part.flops = {
-                width: b.flops.get(width, 0.0) - a.flops.get(width, 0.0) + total - c.flops.get(width, 0.0)
-                for width, total in d.flops.items()
-            }
-        settled = leave.live + min(0, tail.retained)
-        return Trial(entry, item, tail, hidden, unsaved, max(0, item_backward.live - settled))
 
 
 def _offloaded(trial: Trial) -> Trial:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_pipelite.plan.simulation import Part, Simulation, Trial
+from lightning_pipelite.plan.simulation import Simulation
+from lightning_pipelite.plan.trial import Part, Trial
 
 CONTEXT = 600 * 2**20
 """Bytes of a CUDA context with the kernels that are loaded, and NCCL's buffers: outside of torch's allocator."""

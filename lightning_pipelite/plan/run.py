@@ -1,0 +1,147 @@
+"""One training of a stage on the meta device, watched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.plan.meter import Meter
+from lightning_pipelite.plan.trial import Part, Trial
+
+
+@dataclass
+class Event:
+    """Where a run has come to.
+
+    Attributes:
+        peak: The most bytes since the event before.
+        live: Bytes that are held now.
+        flops: All that was computed so far.
+        moved: All bytes that were moved so far.
+    """
+
+    peak: int
+    live: int
+    flops: dict[int, float]
+    moved: int
+
+
+class Run:
+    """Trains a stage of one item, and notes where its forward and its backward enter and leave the item.
+
+    Args:
+        stage: On the meta device.
+        meter: Counts what the run does.
+        layers_name: Of the list of decoder layers in the stage's model.
+        tail_names: Of the modules after it.
+        loss: The loss on the stage's outputs, if it is the last.
+        compiled: Whether each layer is compiled on a GPU.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        meter: Meter,
+        layers_name: str,
+        tail_names: Sequence[str],
+        loss: Callable[[Any, Any], Any] | None,
+        *,
+        compiled: bool,
+    ) -> None:
+        self._stage, self._meter, self._loss, self._compiled = stage, meter, loss, compiled
+        self._events: dict[str, Event] = {}
+        layers: Any = stage.causal_lm.get_submodule(layers_name)
+        for number in range(stage.start, stage.stop):
+            layers[number].register_forward_pre_hook(self._enter, with_kwargs=True)
+            layers[number].register_forward_hook(partial(self._returned, number == stage.stop - 1))
+        # Not when the layer returns: it still holds then what is freed at once.
+        following = [stage.causal_lm.get_submodule(name) for name in tail_names] if loss else [layers[stage.stop]]
+        for module in following:
+            module.register_forward_pre_hook(lambda *_: self._note("leave"))
+
+    def train(self, make_inputs: Callable[[], tuple[Tensor, ...]]) -> Trial:
+        """Train on a micro-batch."""
+        self._events = {}
+        self._note("begin")
+        inputs = make_inputs()
+        outputs = self._stage(inputs)
+        if self._loss is not None:
+            outputs = self._loss(outputs, torch.empty(inputs[1].shape, dtype=torch.int64, device="meta"))[:1]
+        self._note("forward")
+        hidden = sum(t.nbytes for t in outputs) if self._loss is None else 0
+        held = self._meter.live
+        del inputs
+        unsaved = held - self._meter.live
+        handed = [t for t in outputs if t.is_floating_point() and t.requires_grad]
+        del outputs
+        if handed:
+            gradients = [torch.empty_like(t) if self._loss is None else None for t in handed]
+            torch.autograd.backward(handed, gradients)
+            del gradients
+        self._meter.fused = False
+        self._note("end")
+        return self._trial(hidden, unsaved)
+
+    def _note(self, name: str) -> None:
+        if name not in self._events:
+            meter = self._meter
+            self._events[name] = Event(meter.mark(), meter.live, dict(meter.flops), meter.moved)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "forward" in self._events:  # it is run again in the backward pass
+            return
+        if "enter" not in self._events:
+            self._note("enter")
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(partial(self._passed, "entry backward", False))
+        self._meter.fused = self._compiled
+
+    def _returned(self, last: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if "forward" in self._events:
+            return
+        self._meter.fused = False
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        self._meter.hold(hidden)
+        if hidden.requires_grad:
+            hidden.register_hook(partial(self._passed, "item backward" if last else None, self._compiled))
+
+    def _passed(self, event: str | None, fused: bool, gradient: Tensor) -> None:
+        """In the backward pass, the gradient of a layer's output or of the first one's input is there."""
+        self._meter.hold(gradient)
+        self._meter.fused = fused
+        if event is not None:
+            self._note(event)
+
+    def _trial(self, hidden: int, unsaved: int) -> Trial:
+        events = self._events
+        begin, enter, leave, forward, end = (events[n] for n in ("begin", "enter", "leave", "forward", "end"))
+        item_backward = events.get("item backward", end)
+        entry_backward = events.get("entry backward", end)
+        entry, item, tail = (
+            Part(retained=after.live - before.live, forward=after.peak - before.live)
+            for before, after in itertools.pairwise((begin, enter, leave, forward))
+        )
+        tail.backward = item_backward.peak - forward.live
+        if entry_backward is not item_backward:
+            item.backward = entry_backward.peak - item_backward.live
+        if end is not entry_backward:
+            entry.backward = end.peak - entry_backward.live
+        passes = ((begin, enter, entry_backward, end), (enter, leave, item_backward, entry_backward))
+        for part, (a, b, c, d) in zip(
+            (entry, item, tail), (*passes, (leave, forward, forward, item_backward)), strict=True
+        ):
+            part.moved = b.moved - a.moved + d.moved - c.moved
+            part.flops = {
+                width: b.flops.get(width, 0.0) - a.flops.get(width, 0.0) + total - c.flops.get(width, 0.0)
+                for width, total in d.flops.items()
+            }
+        settled = leave.live + min(0, tail.retained)
+        return Trial(entry, item, tail, hidden, unsaved, max(0, item_backward.live - settled))

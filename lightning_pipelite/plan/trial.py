@@ -1,0 +1,66 @@
+"""What a stage of one item takes, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Part:
+    """What a part of a stage takes for one micro-batch: one item of layers, or what comes before or after them.
+
+    Attributes:
+        parameters: The number of weights of the base model.
+        weights: Bytes of all parameters and buffers, 4-bit ones with the scales of their blocks.
+        trained: The number of trained parameters.
+        gradients: Bytes of their gradients.
+        optimizer: Bytes of the optimizer's state.
+        retained: Bytes that a forward keeps for the backward pass.
+        forward: The most bytes at once in the forward pass, beside all that was held before it.
+        backward: The most bytes at once in the backward pass, beside all that was held before it; the gradients of the
+            parameters are there already.
+        first_backward: The same where they are not, those that it makes included.
+        flops: Floating-point operations forward and backward, by the size of the elements in bytes.
+        moved: Bytes that the other operations read and write.
+    """
+
+    parameters: int = 0
+    weights: int = 0
+    trained: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    retained: int = 0
+    forward: int = 0
+    backward: int = 0
+    first_backward: int = 0
+    flops: dict[int, float] = field(default_factory=dict)
+    moved: int = 0
+
+
+@dataclass
+class Trial:
+    """A stage of one item.
+
+    Attributes:
+        entry: What comes before the item.
+        item: The item.
+        tail: What comes after it.
+        hidden: Bytes of what is handed on to the next stage.
+        unsaved: Bytes of the item's input, if the item does not keep it for its backward pass.
+        handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input.
+        first_handover: The same with the gradients of its parameters, which are made then.
+        tied: What of the tail is the embedding's weight; a stage that has both holds it once.
+    """
+
+    entry: Part
+    item: Part
+    tail: Part
+    hidden: int
+    unsaved: int
+    handover: int
+    first_handover: int = 0
+    tied: Part = field(default_factory=Part)
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return self.entry, self.item, self.tail
