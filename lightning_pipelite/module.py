@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from optimi import Adam
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.callbacks.over_ranks import gathered
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.loss import CausalLMLoss
@@ -129,11 +129,10 @@ class PipeLiteModule(pl.LightningModule):
         self.adapter = adapter
         self.model_dir = model_dir
         self.lr = lr
-        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host.
+        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi
+        # warns that this will go in favour of one launch for each.
         together = torch.cuda.is_available() or None
-        warnings.filterwarnings(
-            "ignore", message="Parameter `foreach` is deprecated"
-        )  # in favour of one launch for each
+        warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
         self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps, foreach=together)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
         self._rehearse_optimizer()
@@ -186,10 +185,8 @@ class PipeLiteModule(pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         groups = group_parameters(self.named_parameters(), self._groups)
-        matched: list[Any] = [[bool(group["params"]) for group in groups[1:]]]
-        if dist.is_initialized():  # a stage may have nothing of a group, but some stage must
-            matched = [None] * dist.get_world_size()
-            dist.all_gather_object(matched, [bool(group["params"]) for group in groups[1:]])
+        # A stage may have nothing of a group, but some stage must.
+        matched = gathered([bool(group["params"]) for group in groups[1:]])
         for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
             if not any(found):
                 raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
@@ -299,10 +296,7 @@ class PipeLiteModule(pl.LightningModule):
         strategy = self.check_strategy(self.trainer.strategy)
         parameters = self.pipeline_stage.causal_lm.named_parameters()
         trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
-        stages = [trained] * strategy.world_size
-        if dist.is_initialized():
-            dist.all_gather_object(stages, trained)
-        flops = training_flops(self._layers.skeleton, dict(ChainMap(*stages)))
+        flops = training_flops(self._layers.skeleton, dict(ChainMap(*gathered(trained))))
         device = strategy.root_device
         peak = peak_flops(torch.cuda.get_device_name(device), self._layers.dtype) if device.type == "cuda" else None
         return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -16,7 +15,7 @@ from typing_extensions import override
 from lightning_pipelite.callbacks.control import find_control, orthogonality, spectral_norm
 from lightning_pipelite.callbacks.heat_map import heat_map
 from lightning_pipelite.callbacks.low_rank import chunks, find_low_rank, gram_matrices
-from lightning_pipelite.callbacks.over_ranks import logs_now, summarize
+from lightning_pipelite.callbacks.over_ranks import LoggedSteps, gathered, summarize
 from lightning_pipelite.precision import full_precision
 
 LAYERS_EVERY = 10
@@ -35,20 +34,17 @@ class AdapterNorms(Callback):
     as :class:`CompositeWeightDecay` leaves them. B·A is never formed.
     """
 
-    def __init__(self) -> None:
-        self._step = 0
-        self._logged = 0
+    _steps: LoggedSteps
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step, self._logged = trainer.global_step, 0
+        self._steps = LoggedSteps(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if not (stepped and logs_now(trainer)):
+        if not self._steps.ended(trainer):
             return
         controls = find_control(pl_module)
         by_name = {pair.name: spectral_norm(pair) for pair in controls}
@@ -59,18 +55,14 @@ class AdapterNorms(Callback):
         groups = {"norms": [*by_name.values()], "orthogonality": [orthogonality(pair) for pair in controls]}
         for name, value in summarize(groups, trainer.strategy.root_device).items():
             pl_module.log(f"train/{name}", value, batch_size=1)
-        if self._logged % LAYERS_EVERY == 0:
+        if self._steps.every(LAYERS_EVERY):
             self._log_layers(trainer, by_name)
-        self._logged += 1
 
     def _log_layers(self, trainer: pl.Trainer, by_name: dict[str, Tensor]) -> None:
         """Show the norm of every layer. Collective."""
         numbers = torch.stack(list(by_name.values())).tolist() if by_name else []
-        everywhere = dict(zip(by_name, numbers, strict=True))
-        if dist.is_available() and dist.is_initialized():
-            ranks: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(ranks, everywhere)
-            everywhere = {name: value for rank in ranks for name, value in rank.items()}
+        ranks = gathered(dict(zip(by_name, numbers, strict=True)))
+        everywhere = {name: value for rank in ranks for name, value in rank.items()}
         if not (trainer.is_global_zero and everywhere):
             return
         for logger in trainer.loggers:

@@ -1,18 +1,53 @@
-"""Statistics over the layers of all ranks, the same on every rank."""
+"""When all ranks log, and what they then tell each other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def logs_now(trainer: pl.Trainer) -> bool:
     """Whether Lightning logs the metrics of this optimizer step; the same on every rank."""
     return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+
+
+class LoggedSteps:
+    """Tells in ``on_train_batch_end`` whether a step has ended that Lightning logs; the same on every rank.
+
+    Args:
+        trainer: as training starts.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._step = trainer.global_step
+        self._logged = 0
+
+    def ended(self, trainer: pl.Trainer) -> bool:
+        """Whether such a step has ended since the last call. To be called after every batch."""
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        logged = stepped and logs_now(trainer)
+        self._logged += logged
+        return logged
+
+    def every(self, times: int) -> bool:
+        """Whether the step is the first that was logged, or ``times``, twice ``times`` ... later."""
+        return self._logged % times == 1
+
+
+def gathered(own: T) -> list[T]:
+    """What every rank has, by rank. Collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everyones = [own] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    return everyones
 
 
 def summarize(values: Mapping[str, Sequence[Tensor]], device: torch.device) -> dict[str, float]:

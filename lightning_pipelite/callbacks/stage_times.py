@@ -9,12 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import psutil
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.over_ranks import logs_now
+from lightning_pipelite.callbacks.over_ranks import LoggedSteps, gathered, logs_now
 from lightning_pipelite.callbacks.stage_bars import stage_bars
 
 PICTURE_EVERY = 10
@@ -46,13 +45,11 @@ class StageTimes(Callback):
     in steps that are logged.
     """
 
-    def __init__(self) -> None:
-        self._step = 0
-        self._logged = 0
+    _steps: LoggedSteps
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step, self._logged = trainer.global_step, 0
+        self._steps = LoggedSteps(trainer)
 
     @override
     def on_train_batch_start(
@@ -65,15 +62,13 @@ class StageTimes(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if not (stepped and logs_now(trainer)):
+        if not self._steps.ended(trainer):
             return
-        stages = _gathered(_own(trainer))
+        stages = _by_stage(gathered(_own(trainer)))
         for name, value in _metrics(stages).items():
             pl_module.log(name, value, batch_size=1)
-        if self._logged % PICTURE_EVERY == 0 and trainer.is_global_zero:
+        if self._steps.every(PICTURE_EVERY) and trainer.is_global_zero:
             self._draw(trainer, stages)
-        self._logged += 1
 
     @staticmethod
     def _draw(trainer: pl.Trainer, stages: Mapping[int, Sequence[StageState]]) -> None:
@@ -92,14 +87,9 @@ def _own(trainer: pl.Trainer) -> StageState:
     return StageState(getattr(strategy, "stage_id", trainer.global_rank), busy, waiting, memory)
 
 
-def _gathered(own: StageState) -> dict[int, list[StageState]]:
-    """The states of all ranks by stage. Collective."""
-    everywhere: list[Any] = [own]
-    if dist.is_available() and dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, own)
+def _by_stage(states: Sequence[StageState]) -> dict[int, list[StageState]]:
     stages: dict[int, list[StageState]] = {}
-    for state in sorted(everywhere, key=lambda state: state.stage):
+    for state in sorted(states, key=lambda state: state.stage):
         stages.setdefault(state.stage, []).append(state)
     return stages
 
