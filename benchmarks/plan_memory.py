@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.plan.module import planner_of
+from lightning_pipelite.plan.planner import Planner
+from lightning_pipelite.plan.simulation import Simulation
 from random_model import SHAPES, write_model
 from report import Report
 
@@ -98,8 +99,10 @@ def measure(job: Job, directory: str) -> tuple[Any, Peak]:
         schedule="constant",
         activation_memory=job.policy,  # type: ignore[arg-type]
     )
-    planner = planner_of(module, sequence_len=job.length, micro_batches=MICRO_BATCHES)
-    (planned,) = planner.stages([0, len(planner.layers)], job.policy)
+    layers, loss = module.pipeline_layers()
+    simulation = Simulation(layers, loss, lambda parameters: module.optimizer_factory(parameters, 1e-3))
+    planner = Planner(simulation, micro_batches=MICRO_BATCHES, sequence_len=job.length)
+    (planned,) = planner.stages([0, len(layers)], job.policy)
     peak = Peak()
     trainer = L.Trainer(
         strategy=PipeLiteStrategy(), accelerator="gpu", devices=1, accumulate_grad_batches=MICRO_BATCHES,

@@ -150,11 +150,6 @@ class PackedDataModule(LightningDataModule):
         """The names of the evaluation sets, in the order of `val_dataloader`'s loaders."""
         return list(self._open().statistics.evals)
 
-    @property
-    def sequence_len(self) -> int:
-        """Tokens of a sequence."""
-        return self._options.sequence_len
-
     @override
     def prepare_data(self) -> None:
         """Build the cache entry if it is missing, and open it.

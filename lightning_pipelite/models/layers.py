@@ -183,7 +183,7 @@ class CausalLMLayers:
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
         layers = list(model.get_submodule(self.skeleton.layers_name))[start:stop]
-        compiled = device.type == "cuda" and self._compiles_well() if self._compile is None else self._compile
+        compiled = self.compiles_on(device)
         set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
         self.adapter.apply(model, self.skeleton, self.seed)
         if compiled:
@@ -199,8 +199,16 @@ class CausalLMLayers:
             fused_head=fused_head,
         ).train()
 
-    def _compiles_well(self) -> bool:
-        """Whether each layer is one graph: not if it chooses between experts, when every layer would be several."""
+    def compiles_on(self, device: torch.device) -> bool:
+        """Tell whether layers are compiled on ``device``.
+
+        If nothing else is asked for, on GPUs, where each layer is one graph: not if it chooses between experts, when
+        every layer would be several.
+        """
+        if self._compile is not None:
+            return self._compile
+        if device.type != "cuda":
+            return False
         modules = [module for layer in self.skeleton.layers for module in layer.modules()]
         fused = any(p.ndim > 2 for module in modules for p in module.parameters(recurse=False))
         return not fused and not any(isinstance(module, nn.ModuleList) for module in modules)

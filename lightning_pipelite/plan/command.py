@@ -11,7 +11,6 @@ import torch
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models.layers import CausalLMLayers
-from lightning_pipelite.plan.module import device_memory
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.report import Report
 from lightning_pipelite.plan.settings import Settings, class_of, dtype_of, parse_memory, read_settings
@@ -46,7 +45,7 @@ def plan(
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
     if picture is not None and Path(picture).suffix.lower() != ".png":
         raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
-    size = parse_memory(memory) if memory is not None else device_memory()
+    size = parse_memory(memory) if memory is not None else _device_memory()
     settings = read_settings(config, model_dir)
     settings.sequence_len = sequence_len or settings.sequence_len
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
@@ -60,6 +59,13 @@ def plan(
 
         draw(report, Path(picture))
     return report
+
+
+def _device_memory() -> int | None:
+    """Return the bytes of this machine's smallest GPU, or None."""
+    if not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def simulate(settings: Settings) -> Simulation:

@@ -42,10 +42,6 @@ class Planner:
     def layers(self) -> CausalLMLayers:
         return self._simulation.layers
 
-    def known(self, policy: str) -> str:
-        """Return a policy if the model can have it, else ``keep``."""
-        return policy if policy in self.policies else "keep"
-
     def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
         """Return what each stage of a split takes."""
         pairs = list(itertools.pairwise(bounds))

@@ -76,11 +76,7 @@ def read_settings(path: str, model_dir: str | None = None) -> Settings:
         micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{path}: trainer.accumulate_grad_batches"),
         stages=_count(options.get("pipeline_stages", 1), f"{path}: pipeline_stages"),
         partition_method=str(options.get("partition_method", "uniform")),
-        devices=devices
-        if type(devices) is int and devices > 0
-        else len(devices)
-        if isinstance(devices, list)
-        else None,
+        devices=devices if type(devices) is int and devices > 0 else None,
         hosts=_count(trainer.get("num_nodes") or 1, f"{path}: trainer.num_nodes"),
         optimizer=model.get("optimizer") or OPTIMIZER,
     )

@@ -70,7 +70,7 @@ class Simulation:
     @property
     def compiled(self) -> bool:
         """Whether layers are compiled on a GPU."""
-        return self.layers._compile is not False
+        return self.layers.compiles_on(torch.device("cuda"))
 
     def _kind(self, number: int) -> Any:
         """What tells apart items that take differently much."""

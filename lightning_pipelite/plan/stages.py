@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_pipelite.plan.simulation import Simulation
@@ -187,7 +186,3 @@ def seconds(part: Part) -> float:
 def bubble(stages: int, micro_batches: int) -> float:
     """Return the share of time in which a stage waits, (p - 1) / (m + p - 1)."""
     return (stages - 1) / (micro_batches + stages - 1)
-
-
-def stage_bounds(costs: Sequence[StageMemory]) -> list[int]:
-    return [costs[0].start, *(cost.stop for cost in costs)]

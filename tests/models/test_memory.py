@@ -119,7 +119,9 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
 @pytest.mark.parametrize(("kind", "well"), [("llama", True), ("gemma3_text", True), ("mixtral", False)])
 def test_layers_with_experts_are_not_compiled_by_default(tmp_path: Path, kind: str, well: bool) -> None:
     AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING[kind]())).save_pretrained(tmp_path)
-    assert CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj"]))._compiles_well() == well
+    layers = CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj"]))
+    assert layers.compiles_on(torch.device("cuda")) == well
+    assert not layers.compiles_on(CPU)
 
 
 def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
