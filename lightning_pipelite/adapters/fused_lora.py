@@ -29,14 +29,7 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
         for number, layer in enumerate(members):
             mix_in(layer, _Fused)
             layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
-            layer._group = _Group(members)  # type: ignore[assignment]
-
-
-class _Group:
-    """Layers that share their input; not a list of modules, which would make them submodules of each other."""
-
-    def __init__(self, members: list[Any]) -> None:
-        self.members = members
+            layer._group = members  # type: ignore[assignment]
 
 
 def _covered(layer: Any, adapter: str) -> bool:
@@ -52,13 +45,13 @@ class _Fused:
 
     _adapter: str
     _number: int
-    _group: _Group
+    _group: list[Any]
     _ready: tuple[Tensor, list[Tensor]] | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged:  # type: ignore[attr-defined]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        members = self._group.members
+        members = self._group
         if self._number == 0:
             outputs = _compute(members, x, self._adapter)
             self._ready = (x, outputs) if len(members) > 1 else None
