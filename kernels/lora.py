@@ -133,7 +133,7 @@ def _forward(
         whole = _whole(weight, up.shape[0], x)
         output = torch.addmm(bias, rows, whole.T) if bias.numel() else rows @ whole.T
         output.addmm_(part, up.T, alpha=scale)
-        outputs.append(output.view(*x.shape[:-1], -1))
+        outputs.append(output.view(*x.shape[:-1], up.shape[0]))
     return outputs
 
 
@@ -185,7 +185,7 @@ def _backward(
             of_part.zero_()
             of_b.append(torch.zeros_like(up, dtype=torch.float32))
             continue
-        g = gradient.reshape(rows.shape[0], -1)
+        g = gradient.reshape(rows.shape[0], up.shape[0])
         torch.mm(g, up, out=of_part)
         of_up = _precise_product(g.T, part)
         if scale != 1:

@@ -15,8 +15,8 @@ from lightning_pipelite.mixin import mix_in
 def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[list[str]]) -> None:
     """Let PEFT's LoRA layers compute by :func:`~lightning_pipelite.kernels.lora.lora_linear` where it covers them.
 
-    PEFT's own forward remains for its variants (DoRA), for weights in other formats, and for adapters that are merged
-    or switched off.
+    PEFT's own forward remains for its variants (DoRA, a bias of B), for base layers that are trained or in other
+    formats, and for adapters that are merged or switched off.
 
     Args:
         layers: PEFT's layers by their names in the model.
@@ -37,7 +37,8 @@ def _covered(layer: Any, adapter: str) -> bool:
     state = getattr(base.weight, "quant_state", None)
     plain = type(base) is nn.Linear and base.weight.is_floating_point()
     four_bit = state is not None and state.quant_type == "nf4" and state.blocksize == BLOCK
-    return (plain or four_bit) and adapter not in layer.lora_variant and not base.weight.requires_grad
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    return (plain or four_bit) and frozen and adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
 
 
 class _Fused:

@@ -112,6 +112,16 @@ def test_non_contiguous_input_and_no_gradient_of_it() -> None:
     assert case.b[0].grad is not None
 
 
+def test_no_tokens() -> None:
+    case = Case("cpu", torch.float32)
+    x = torch.empty(2, 0, 64, requires_grad=True)
+    outputs = lora_linear(x, [[w] for w in case.weights], case.a, case.b, case.biases, SCALES)
+    assert [output.shape for output in outputs] == [(2, 0, out) for out in OUTPUTS]
+    sum(output.sum() for output in outputs).backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def test_torchs_own_checks_of_the_operation() -> None:
     case = Case("cpu", torch.float32)
     x, *ab = (t.clone().requires_grad_() for t in (case.x, *case.a, *case.b))
