@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from scaling_jobs import Setting, make_module, sequences
+from random_model import random_sequences
+from scaling_jobs import Setting, make_module
 from schedule_simulation import Stage
 
 
@@ -47,7 +48,8 @@ def time_layers(setting: Setting, way: str) -> LayerTimes:
     device = torch.device("cuda:0" if setting.on_gpu else "cpu")
     module = make_module(setting, way)
     layers, loss_of = module.pipeline_layers()
-    batch = {key: tensor.to(device) for key, tensor in sequences(setting)[0].items()}
+    (sequence,) = random_sequences(1, setting.length, setting.vocabulary)
+    batch = {key: tensor.to(device) for key, tensor in sequence.items()}
 
     def timed(start: int, stop: int) -> Stage:
         stage = layers.build_stage(start, stop, device)

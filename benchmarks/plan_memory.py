@@ -23,14 +23,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.simulation import Simulation
-from random_model import SHAPES, write_model
+from random_model import SHAPES, random_sequences, write_model
 from report import Report
 
 STEPS, MICRO_BATCHES, DOCUMENTS, RANK = 3, 2, 4, 16
@@ -79,17 +78,6 @@ class Peak(L.Callback):
             self.allocated, self.taken = torch.cuda.max_memory_allocated(), total - free
 
 
-def micro_batches(job: Job) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = SHAPES[job.shape]["vocab_size"]
-    positions = torch.arange(job.length // DOCUMENTS).repeat(DOCUMENTS)[None]
-    made = []
-    for _ in range(STEPS * MICRO_BATCHES):
-        tokens = torch.randint(0, vocabulary, (1, job.length + 1), generator=generator)
-        made.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions})
-    return made
-
-
 def measure(job: Job, directory: str) -> tuple[Any, Peak]:
     """Return the plan of the job's stage, and what training takes."""
     module = PipeLiteModule(
@@ -109,7 +97,9 @@ def measure(job: Job, directory: str) -> tuple[Any, Peak]:
         max_steps=STEPS, max_epochs=-1, callbacks=[peak], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(micro_batches(job), batch_size=None))  # type: ignore[arg-type]
+    vocabulary = SHAPES[job.shape]["vocab_size"]
+    data = random_sequences(STEPS * MICRO_BATCHES, job.length, vocabulary, DOCUMENTS)
+    trainer.fit(module, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
     return planned, peak
 
 

@@ -1,4 +1,4 @@
-"""Llamas of known shapes with random weights, for the benchmarks."""
+"""Llamas of known shapes with random weights, and random sequences for them, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -37,3 +37,14 @@ def write_model(directory: Path, shape: str, device: torch.device) -> None:
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(directory)
+
+
+def random_sequences(count: int, length: int, vocabulary: int, documents: int = 1) -> list[dict[str, Tensor]]:
+    """Make micro-batches of one sequence each, [1, length], of as many documents of equal length."""
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.arange(length // documents).repeat(documents)[None]
+    made = []
+    for _ in range(count):
+        tokens = torch.randint(0, vocabulary, (1, length + 1), generator=generator)
+        made.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions})
+    return made

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.strategy.stage_clock import busy_and_waiting
+from random_model import random_sequences
 from shared_layers import read_shared
 
 WARM_UP, SEQUENCES, RANK = 1, 16, 16
@@ -118,17 +119,6 @@ def make_module(setting: Setting, way: str) -> Weighted:
     )  # fmt: skip
 
 
-def sequences(setting: Setting) -> list[dict[str, Tensor]]:
-    """Sequences of one document; every step has the same ones, so that the loss falls."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for _ in range(SEQUENCES):
-        tokens = torch.randint(0, setting.vocabulary, (1, setting.length + 1), generator=generator)
-        positions = torch.arange(setting.length)[None]
-        made.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions})
-    return made
-
-
 class Measure(L.Callback):
     """Begins with the same values in every training; notes losses and times; looks closely at the last step."""
 
@@ -201,7 +191,9 @@ def train(job: Job, setting: Setting) -> list[Run]:
     module = make_module(setting, job.way)
     module.weights = job.weights
     start: dict[str, Tensor] = {}
-    data, runs, steps = sequences(setting), [], WARM_UP + setting.steps + 1
+    # Every step has the same sequences, so that the loss falls.
+    data = random_sequences(SEQUENCES, setting.length, setting.vocabulary)
+    runs, steps = [], WARM_UP + setting.steps + 1
     for micro_batches in job.micro_batches:
         strategy = PipeLiteStrategy(job.stages, partition_method="parameters" if job.weights else "uniform")
         measure = Measure(start, steps)

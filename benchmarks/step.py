@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
-from random_model import SHAPES, write_model
+from random_model import SHAPES, random_sequences, write_model
 from report import Report
 
 MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
@@ -88,16 +88,12 @@ def make_adapter(name: str) -> Adapter:
 
 def micro_batches(shape: str, steps: int, adapter: Adapter) -> list[dict[str, Tensor]]:
     """Sequences of one document; a few that come again, so that the loss falls."""
-    config = SHAPES[shape]
-    length = config["max_position_embeddings"]
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for _ in range(2 * MICRO_BATCHES):
-        tokens = torch.randint(0, config["vocab_size"], (length + 1,), generator=generator)
-        batch = {"input_ids": tokens[:-1], "labels": tokens[1:], "position_ids": torch.arange(length)}
-        if "control_classes" in adapter.batch_keys:
-            batch["control_classes"] = torch.randint(-1, 2, (length,), generator=generator)
-        made.append({name: tensor[None] for name, tensor in batch.items()})
+    length = SHAPES[shape]["max_position_embeddings"]
+    made = random_sequences(2 * MICRO_BATCHES, length, SHAPES[shape]["vocab_size"])
+    if "control_classes" in adapter.batch_keys:
+        generator = torch.Generator().manual_seed(2)
+        for batch in made:
+            batch["control_classes"] = torch.randint(-1, 2, (1, length), generator=generator)
     return [made[number % len(made)] for number in range(steps * MICRO_BATCHES)]
 
 
@@ -144,11 +140,7 @@ def make_module(job: Job, directory: str) -> PipeLiteModule:
     return PipeLiteModule(
         directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, lr=LR, schedule="constant",
         activation_memory=job.memory,  # type: ignore[arg-type]
-        compile_layers=COMPILE,
     )  # fmt: skip
-
-
-COMPILE: bool | None = None
 
 
 def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None) -> Run:
@@ -179,7 +171,7 @@ def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
         forward,
         stage,
         micro_batches(shape, steps, module.adapter),
-        module._optimizer,
+        module.optimizer_factory,
         lambda: module.adapter.after_step(stage.causal_lm),
     )
 
@@ -272,18 +264,15 @@ def loops(job: Job, reference: bool) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    global COMPILE
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--no-reference", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", help="one of the loops")
     parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md")
     arguments = parser.parse_args()
-    COMPILE = False if arguments.no_compile else None
     report = Report(
         "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
