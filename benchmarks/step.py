@@ -111,7 +111,7 @@ class Run:
 
 
 class Timing(L.Callback):
-    """The loss and the end of each step; a profile of one, if wanted. It need not synchronise: the strategy does."""
+    """The loss and the end of each step; a profile of one, if wanted. The strategy waits for each loss."""
 
     def __init__(self, steps: int, profiled: Path | None) -> None:
         self.losses: list[float] = []
@@ -134,6 +134,7 @@ class Timing(L.Callback):
                 lines = [averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
                          for key in ("self_cuda_time_total", "self_cpu_time_total")]  # fmt: skip
                 self._profiled.write_text("\n".join(lines))
+                self._profiler.export_chrome_trace(str(self._profiled.with_suffix(".json")))
 
 
 def make_module(job: Job, directory: str) -> PipeLiteModule:
@@ -273,6 +274,8 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md")
     arguments = parser.parse_args()
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     report = Report(
         "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",

@@ -278,19 +278,15 @@ def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
     """The weight [rows, in] in x's dtype."""
     if len(weight) == WHOLE:
         return weight[0]
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    import bitsandbytes  # noqa: F401 (for its operations, as its functions take the host several times as long)
 
-    codes, scales, values = weight[:FOUR_BIT]
-    nested: dict[str, Any] = {}
+    codes, scales, _ = weight[:FOUR_BIT]
     if len(weight) == DOUBLE:
         outer, outer_values, offset = weight[FOUR_BIT:]
-        state = QuantState(absmax=outer, code=outer_values, blocksize=SCALES_BLOCK, dtype=torch.float32)
-        nested = {"offset": offset, "state2": state}
-    state = QuantState(
-        absmax=scales, shape=torch.Size((rows, x.shape[-1])), code=values, blocksize=BLOCK, quant_type="nf4",
-        dtype=x.dtype, **nested,
-    )  # fmt: skip
-    return dequantize_4bit(codes, state)
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, outer, outer_values, SCALES_BLOCK, torch.float32)
+        scales += offset
+    shape = (rows, x.shape[-1])
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, x.dtype)
 
 
 def _precise_product(left: Tensor, right: Tensor) -> Tensor:

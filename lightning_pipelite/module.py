@@ -24,6 +24,7 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.callbacks.over_ranks import gathered
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
+from lightning_pipelite.host_read import on_host
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.fingerprint import fingerprint
@@ -328,14 +329,14 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
         for name, value in self._speed.end().items():
-            self.log(name, value, prog_bar=name == "train/tokens_per_s")
+            self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
 
     # Lightning asks for these; the strategy runs the layers itself
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 
+from lightning_pipelite.host_read import HostRead
 from lightning_pipelite.models.flops import TrainingFlops
 
 
@@ -22,7 +22,7 @@ class Speed:
     def __init__(self, replicas: int = 1, flops: TrainingFlops | None = None, peak: float | None = None) -> None:
         self._replicas, self._flops, self._peak = replicas, flops, peak
         self._tokens = 0
-        self._pairs: Tensor = torch.zeros(())
+        self._pairs: list[HostRead] = []
         self._began = 0.0
 
     def begin(self, position_ids: Tensor) -> None:
@@ -33,13 +33,14 @@ class Speed:
         """
         if self._tokens == 0:
             self._began = time.perf_counter()
-            self._pairs = torch.zeros((), device=position_ids.device)
+            self._pairs = []
         self._tokens += position_ids.numel()
         if self._flops is not None and self._peak is not None:
-            self._pairs += (2 * position_ids + 1).sum()  # the first n odd numbers add up to n * n
+            # Read at the end, by when it has been there for long.
+            self._pairs.append(HostRead((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
 
     def end(self) -> dict[str, float]:
-        """Take note of the step's end, when the device has done it.
+        """Take note of the step's end, when the host has waited for its loss.
 
         Returns:
             ``train/tokens_per_s``, padding included, and ``train/mfu``: the share of the devices' peak rate that the
@@ -50,6 +51,6 @@ class Speed:
         self._tokens = 0
         speeds = {"train/tokens_per_s": tokens / seconds}
         if self._flops is not None and self._peak is not None:
-            pairs = self._pairs.item() * self._replicas
+            pairs = sum(read.value() for read in self._pairs) * self._replicas
             speeds["train/mfu"] = self._flops.of(tokens, pairs) / seconds / self._peak
         return speeds

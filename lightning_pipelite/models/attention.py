@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from lightning_pipelite.models.packing import Documents, current_documents
 
@@ -126,9 +125,6 @@ def _masked(
     return output.transpose(1, 2).contiguous()
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """In place of a mask: its pattern is causal, with the window that the layer is told, in the documents."""
-
-
+# transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would make
+# the host of a GPU wait in every micro-batch.
 AttentionInterface.register(NAME, varlen_attention)
-AttentionMaskInterface.register(NAME, _no_mask)

@@ -50,6 +50,8 @@ class Checkpointing:
         self._step_ended: tuple[list[Any], dict[str, Any]] = [], {}  # the data loaders and generators at that time
         self._evaluated = False  # right after that step
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
+        self._versions = {name: version(name) for name in ("torch", "lightning", "deepspeed")}  # slow to find
+        self._versions["lightning-pipelite"] = __version__
         self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
 
     # As the training goes
@@ -144,10 +146,7 @@ class Checkpointing:
             "micro_batches": self._trainer.accumulate_grad_batches,
             "identity": self._identity(),
             "hyper_parameters": encode(checkpoint.get("hyper_parameters", {}), {}, "hyper_parameters"),
-            "versions": {
-                "lightning-pipelite": __version__,
-                **{name: version(name) for name in ("torch", "lightning", "deepspeed")},
-            },
+            "versions": self._versions,
         }
 
     def _identity(self) -> dict[str, Any]:

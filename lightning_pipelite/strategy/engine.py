@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.host_read import HostRead
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layers import Loss
 from lightning_pipelite.strategy.micro_batches import MicroBatch, require_same_data, shapes_of
@@ -68,6 +69,7 @@ class PipeLiteEngine(PipelineEngine):
         self._sent: object = None
         self._compared: set[bool] = set()
         self._step = self._forwarded = 0
+        self._shared: HostRead | None = None
         self._clock: StageClock | None = None
         self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
         self._equalize_replicas()
@@ -88,8 +90,11 @@ class PipeLiteEngine(PipelineEngine):
 
     # What the strategy calls
 
-    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> Tensor:
+    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> list[float]:
         """Forward and backward of all micro-batches of a step.
+
+        Where one stage is all, it returns when the losses are known, which is before the last backward pass has ended:
+        what the host does next costs a GPU no time.
 
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
 
@@ -99,8 +104,8 @@ class PipeLiteEngine(PipelineEngine):
             clock: told what runs, if it is to be measured.
 
         Returns:
-            The sum and the count of the losses of the global batch, and the sums of what the loss wants logged,
-            float64, shape (2 + logged,), the same on every rank.
+            The sum and the count of the losses of the global batch, and the sums of what the loss wants logged, the
+            same on every rank.
 
         Raises:
             ConfigurationError: if the stages of a pipeline have different micro-batches (seen in the first step).
@@ -112,7 +117,8 @@ class PipeLiteEngine(PipelineEngine):
         try:
             self._run(micro_batches, self._train_schedule(), training=True)
             self.global_steps += 1
-            return self.share(self._sums)
+            read = self._shared or HostRead(self.share(self._sums))
+            return read.value()
         finally:
             self._begin("", waits=False)
             self._clock = None
@@ -150,6 +156,7 @@ class PipeLiteEngine(PipelineEngine):
         self._shapes = None if self.dynamic_shape else shapes[0]
         self._sums.zero_()
         self._forwarded = 0
+        self._shared = None
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
         with self._randomness.drawn_from():
             self._exec_schedule(steps)
@@ -197,6 +204,8 @@ class PipeLiteEngine(PipelineEngine):
         self.loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
         self.pipe_buffers["labels"][buffer_id] = None
         self._sums += torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
+        if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
+            self._shared = HostRead(self.share(self._sums))
 
     def _sendable(self, outputs: Any) -> Any:
         if isinstance(outputs, list):

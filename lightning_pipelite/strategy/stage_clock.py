@@ -36,7 +36,9 @@ class StageClock:
         self._marks.append((instruction, now))
 
     def seconds(self) -> dict[str, float]:
-        """The sum over all instructions of a name; the device must have finished what was begun."""
+        """The sum over all instructions of a name; waits until the device has finished them."""
+        if self._stream is not None and self._marks:
+            self._marks[-1][1].synchronize()
         sums: dict[str, float] = {}
         for (name, began), (_, ended) in itertools.pairwise(self._marks):
             passed = ended - began if self._stream is None else began.elapsed_time(ended) / 1000

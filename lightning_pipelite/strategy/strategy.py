@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.host_read import on_host
 from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.checkpointing import Checkpointing
@@ -275,8 +276,8 @@ class PipeLiteStrategy(DDPStrategy):
             parameter.grad = None
         self._checkpointing.step_starts(self.optimizers[0])
         clock = StageClock(self.root_device) if self.measure_stage_times else None
-        sums = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
-        total, count, *logged = sums.tolist()  # the only time in a step that the host waits for the device
+        # The only time in a step that the host waits for the device.
+        total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
         if not (count > 0 and math.isfinite(total)):
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
@@ -290,7 +291,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._checkpointing.step_ended()
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
         for name, value in zip(self._logged, logged, strict=True):
-            module.log(f"train/{name}", value / count, batch_size=1)
+            module.log(f"train/{name}", on_host(value / count), batch_size=1)
 
     def hand_over_gradients(self) -> None:
         """Give the parameters the gradients of the step."""

@@ -73,20 +73,23 @@ class HostCopy:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy ``tensors``; they may be changed as soon as it returns.
+        """Begin to copy ``tensors``; they may be changed after :meth:`finish`.
 
         Raises:
             ConfigurationError: if one is of a dtype that the format does not have.
         """
         places, self._size = _layout(tensors)
-        header = json.dumps(places, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._header = len(header).to_bytes(8, "little") + header
         self.reserve(self._size)
         for name, place in places.items():
             start, stop = place["data_offsets"]
             tensor = tensors[name]
             self._memory[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+        header = json.dumps(places, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._header = len(header).to_bytes(8, "little") + header
+
+    def finish(self) -> None:
+        """Return when all has been copied."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
