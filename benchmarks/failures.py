@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,9 +231,12 @@ def main() -> None:
         name, "| launcher | failure | seconds | exit | left | last line |", "| --- | --- | --- | --- | --- | --- |"
     )
     failed = False
-    for launcher in launchers:
-        for failure in failures(ranks):
-            o = run(failure, launcher, ranks, arguments.gpu)
+    jobs = [(launcher, failure) for launcher in launchers for failure in failures(ranks)]
+    # Most of a job is its start. It takes a core for each process, and one for what watches it.
+    at_once = max(1, (os.cpu_count() or 1) // (ranks + 1))
+    with ThreadPoolExecutor(at_once) as pool:
+        outcomes = pool.map(lambda each: run(each[1], each[0], ranks, arguments.gpu), jobs)
+        for (launcher, failure), o in zip(jobs, outcomes, strict=True):
             how = f"{failure.how}, rank {failure.rank}"
             report.row(f"| {launcher} | {how} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |")
             failed |= o.seconds > LIMIT or not o.named or o.code == 0 or o.left > 0
