@@ -30,7 +30,6 @@ def main() -> None:
 
 
 def _run() -> None:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from transformers.utils import logging as transformers_logging
 
     from lightning_pipelite.commands import COMMANDS
@@ -40,6 +39,8 @@ def _run() -> None:
     if (name := sys.argv[1] if sys.argv[1:] else "") in COMMANDS:
         COMMANDS[name].run(name, sys.argv[2:])
         return
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_pipelite.trainer_cli import TrainerCLI
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -207,11 +208,14 @@ class CausalLMLayers:
         """
         if self._compile is not None:
             return self._compile
-        if device.type != "cuda":
-            return False
+        return device.type == "cuda" and not self._have_experts
+
+    @cached_property
+    def _have_experts(self) -> bool:
+        """Whether a layer has some, fused or in a list."""
         modules = [module for layer in self.skeleton.layers for module in layer.modules()]
         fused = any(p.ndim > 2 for module in modules for p in module.parameters(recurse=False))
-        return not fused and not any(isinstance(module, nn.ModuleList) for module in modules)
+        return fused or any(isinstance(module, nn.ModuleList) for module in modules)
 
     def _attention_on(self, device: torch.device) -> str | None:
         if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):

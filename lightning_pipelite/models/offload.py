@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+AHEAD = 3  # layers
 
 
 @dataclass(eq=False)
@@ -33,7 +36,9 @@ class HostCopies:
     The copies run on two streams of their own, one for each direction, so that they hide behind the computation.
     As one is used in the backward pass, the copy of the one saved before it is already started: the backward pass
     goes through them in the opposite order. Host buffers are used again; there are as many as were needed at once, and
-    on the GPU no more than two tensors that have been brought back.
+    on the GPU no more than two tensors that have been brought back. Beside these there is what waits to be copied or
+    used: memory that a second stream uses is free again when the GPU, not the host, is done with it. So the host may
+    not be ahead of the GPU by more than a few layers.
 
     Args:
         device: the GPU.
@@ -44,6 +49,8 @@ class HostCopies:
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._kept: list[_Copy] = []  # in the order in which they were saved
         self._free: list[tuple[Tensor, torch.cuda.Event]] = []  # buffers, and when they have been read
+        self._leaving: deque[torch.cuda.Event] = deque()  # when the last few will have been copied
+        self._used: deque[torch.cuda.Event] = deque()  # when those before the last few will have been used
 
     def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
         """Within it, ``chosen`` is kept in host memory where autograd saves it."""
@@ -57,6 +64,7 @@ class HostCopies:
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
     def _keep(self, tensor: Tensor) -> _Copy:
+        _wait_for_all_but_a_few(self._leaving)
         copy = _Copy(self._buffer(tensor), torch.cuda.Event())
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._out):
@@ -64,11 +72,15 @@ class HostCopies:
             copy.written.record()
         tensor.record_stream(self._out)  # its memory is not used again before that
         self._kept.append(copy)
+        self._leaving.append(copy.written)
         return copy
 
     def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, _Copy):
             return packed
+        current = torch.cuda.current_stream(self._device)
+        self._used.append(current.record_event())
+        _wait_for_all_but_a_few(self._used)
         if packed.device is None:
             self._bring_back(packed)
         place = self._kept.index(packed)
@@ -76,7 +88,6 @@ class HostCopies:
             self._bring_back(self._kept[place - 1])
         tensor, packed.device = packed.device, None
         assert tensor is not None
-        current = torch.cuda.current_stream(self._device)
         current.wait_event(packed.back)
         tensor.record_stream(current)
         del self._kept[place]
@@ -96,3 +107,8 @@ class HostCopies:
                 del self._free[place]
                 return buffer
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _wait_for_all_but_a_few(events: deque[torch.cuda.Event]) -> None:
+    while len(events) > AHEAD:
+        events.popleft().synchronize()

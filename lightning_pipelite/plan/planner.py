@@ -36,6 +36,7 @@ class Planner:
         self._simulation = simulation
         self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
         skeleton = simulation.layers.skeleton
+        self._costs: dict[str, LayerCosts] = {}
         self.policies = [p for p in POLICIES if p == "keep" or skeleton.can_recompute]
 
     @property
@@ -63,9 +64,14 @@ class Planner:
         """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
         return self.memory is None or all(stage.total <= (1 - MARGIN) * self.memory for stage in stages)
 
-    def costs(self, policy: str, sequence_len: int | None = None) -> LayerCosts:
+    def costs(self, policy: str) -> LayerCosts:
         """Return the time and the bytes of each item, alone in the middle of a pipeline."""
-        length = sequence_len or self.sequence_len
+        if policy not in self._costs:
+            self._costs[policy] = self._find_costs(policy)
+        return self._costs[policy]
+
+    def _find_costs(self, policy: str) -> LayerCosts:
+        length = self.sequence_len
         seconds, held, retained = [], [], []
         for number in range(len(self.layers)):
             cost = stage_memory(
@@ -83,12 +89,12 @@ class Planner:
             trial = self._simulation.trial(number, policy, length)
             received = trial.entry.retained if number == 0 else 0  # by the others once a stage, not once an item
             retained.append(received + trial.item.retained - trial.unsaved + max(0, trial.tail.retained))
-        usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy, length)
+        usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy)
         return LayerCosts(seconds, held, retained, self.micro_batches, usable)
 
-    def _beside(self, policy: str, length: int) -> int:
+    def _beside(self, policy: str) -> int:
         """What a stage takes beside the sum over its layers: the largest of what comes and goes, and the reserve."""
-        single = self.stages([0, len(self.layers)], policy, length)[0]
+        single = self.stages([0, len(self.layers)], policy)[0]
         return single.transient + single.exchange + single.reserve
 
     def split(self, stages: int, method: str, policy: str) -> list[int]:
@@ -135,14 +141,12 @@ class Planner:
             return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
 
         most = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
-        if worst(most) <= 0:
+        if (too_much := worst(most)) <= 0:
             return most // STEP * STEP
         low, high = 0, min(self.sequence_len, most)
         below, above = float("-inf"), worst(high)
-        while above <= 0:
-            low, below = high, above
-            high = min(2 * high, most)
-            above = worst(high)
+        if above <= 0:
+            low, below, high, above = high, above, most, too_much
         while high - low > STEP:
             middle = (low + high) // 2
             if below > float("-inf"):  # where the line through both ends meets the limit

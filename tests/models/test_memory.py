@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.offload import HostCopies
+from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -155,6 +155,27 @@ def test_host_copies_come_back() -> None:
     assert held < 0.7 * kept  # the products that sin() keeps stay
     assert len(copies._free) == len(weights)
     assert not copies._kept
+
+
+@gpu
+def test_what_waits_to_be_copied_is_bounded() -> None:
+    """Though the host has queued all layers before the GPU has done one."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies = HostCopies(device)
+    x = torch.randn(1024, 1024, device=device, requires_grad=True)
+    layers, size = 16, x.nbytes
+    for number in range(2):  # the first time makes the host's buffers, for which it waits
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(layers):
+            with copies.of(x):
+                x = x.square()  # keeps its input, and nothing else
+            torch.cuda._sleep(10_000_000)
+        peak = torch.cuda.max_memory_allocated() - before
+        assert number == 0 or peak < (AHEAD + 4) * size < layers * size
+        x.sum().backward()
+        x = torch.randn(1024, 1024, device=device, requires_grad=True)
 
 
 @gpu
