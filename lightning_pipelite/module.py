@@ -39,6 +39,14 @@ from lightning_pipelite.optim import (
     make_optimizer,
     make_schedule,
 )
+from lightning_pipelite.plan.before_training import (
+    Job,
+    PlannedTraining,
+    compared,
+    device_memory,
+    plan_training,
+    refuse_what_does_not_fit,
+)
 from lightning_pipelite.speed import Speed
 from lightning_pipelite.strategy import PipeLiteStrategy
 
@@ -61,7 +69,9 @@ class PipeLiteModule(pl.LightningModule):
         dtype: the dtype of the base model's weights and of the hidden states.
         activation_memory: what is kept of a layer's activations until its backward pass. keep: everything; selective:
             the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
-            offload: that in the host's memory.
+            offload: that in the host's memory; auto: on GPUs the first of these with which every stage fits, by the
+            same plan as ``pipelite plan``, else recompute.
+        check_memory: refuse a training that does not fit its GPUs, by that plan, before weights are loaded.
         compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
             by default on GPUs, but not layers with experts.
         optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
@@ -97,7 +107,8 @@ class PipeLiteModule(pl.LightningModule):
         beta2: float = 0.99,
         eps: float = 1e-6,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        activation_memory: ActivationMemory = "recompute",
+        activation_memory: ActivationMemory = "auto",
+        check_memory: bool = True,
         compile_layers: bool | None = None,
         optimizer: OptimizerFactory | None = None,
         schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
@@ -153,6 +164,8 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
+        self._chooses_memory, self._checks_memory = activation_memory == "auto", check_memory
+        self._planned: PlannedTraining | None = None
         self._speed = Speed()
         self._evaluation = Evaluation([])
 
@@ -276,7 +289,44 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self.check_strategy(self.trainer.strategy)
+        strategy = self.check_strategy(self.trainer.strategy)
+        self._planned = None
+        limited = stage == "fit" and strategy.root_device.type == "cuda"
+        if limited or strategy.partition_method == "auto":
+            self._plan(strategy, limited)
+
+    def _plan(self, strategy: PipeLiteStrategy, limited: bool) -> None:
+        """Find out what training will take, on rank 0, and go by it. Collective.
+
+        Args:
+            strategy: that trains.
+            limited: whether it has to fit the devices' memory.
+
+        Raises:
+            ConfigurationError: if a stage does not fit its GPU.
+        """
+        if (sequence_len := getattr(self._data_module, "sequence_len", None)) is None:
+            return  # other data may be of any length
+        memory = gathered(device_memory(strategy.root_device) if limited else None)
+        job = Job(
+            stages=strategy.pipeline_stages,
+            method=strategy.partition_method,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            sequence_len=sequence_len,
+            devices=strategy.world_size,
+            memory=min(size for size in memory if size) if all(memory) else None,
+        )
+        layers, loss = self.pipeline_layers()
+        planned = None
+        if strategy.global_rank == 0:
+            planned = plan_training(layers, loss, lambda p: self._optimizer(p, self.lr), job, self._chooses_memory)
+        if (planned := strategy.broadcast(planned)) is None:
+            return
+        if self._checks_memory:
+            refuse_what_does_not_fit(planned)
+        layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
+        layers.layer_costs = lambda: planned.costs  # type: ignore[attr-defined]
+        self._planned = planned if limited else None
 
     # What is logged beside the strategy's losses and norms
 
@@ -337,6 +387,12 @@ class PipeLiteModule(pl.LightningModule):
             return
         for name, value in self._speed.end().items():
             self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
+        if self._planned is not None and self.trainer.global_step >= 2:  # by when all has been allocated once
+            strategy = self.check_strategy(self.trainer.strategy)
+            mine = strategy.stage_id, torch.cuda.max_memory_allocated(strategy.root_device)
+            most = dict(sorted(gathered(mine)))  # of the ranks with the same stage, which take the same, the most
+            self.print(compared(self._planned, [*most.values()]))
+            self._planned = None
 
     # Lightning asks for these; the strategy runs the layers itself
 

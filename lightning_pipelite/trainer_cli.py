@@ -149,7 +149,9 @@ class TrainerCLI(LightningCLI):
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
         topology = strategy.topology
-        partition(model.pipeline_layers()[0], topology.stages, strategy.partition_method)
+        # What layers cost is planned by the processes that train.
+        method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
+        partition(model.pipeline_layers()[0], topology.stages, method)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
         if self.subcommand == "fit":
             data.check(topology.replicas, self.trainer.accumulate_grad_batches)

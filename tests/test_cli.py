@@ -173,7 +173,8 @@ def test_refusal_for_two_devices_starts_no_process(tmp_path: Path, job: Path) ->
 
 def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path) -> None:
     config = edited(
-        options(job, devices=2, accumulate_grad_batches=2, enable_progress_bar=True), strategy(pipeline_stages=2)
+        options(job, devices=2, accumulate_grad_batches=2, enable_progress_bar=True),
+        strategy(pipeline_stages=2, partition_method="auto"),
     )
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning_pipelite.callbacks.EvalSchedule", "init_args": {"evals_per_epoch": 1}},

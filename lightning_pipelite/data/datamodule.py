@@ -117,6 +117,7 @@ class PackedDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"data.eval_gradient_accumulation_steps is {eval_gradient_accumulation_steps}: give a positive integer."
             )
+        self.sequence_len = sequence_len
         self._options = PackingOptions(
             datasets=datasets,
             eval_datasets=eval_datasets or [],

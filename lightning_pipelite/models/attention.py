@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from lightning_pipelite.models.packing import Documents, current_documents
@@ -76,7 +75,7 @@ def varlen_attention(
     window = None if sliding_window is None or sliding_window >= query.shape[2] else sliding_window
     if documents is None and window is None:
         grouped = query.shape[1] != key.shape[1]
-        output = scaled_dot_product_attention(
+        output = nn.functional.scaled_dot_product_attention(
             query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=grouped
         )
         return output.transpose(1, 2).contiguous(), None
@@ -121,7 +120,9 @@ def _masked(
         numbers = documents.numbers
         seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
     grouped = query.shape[1] != key.shape[1]
-    output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped
+    )
     return output.transpose(1, 2).contiguous()
 
 

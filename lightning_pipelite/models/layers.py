@@ -40,7 +40,8 @@ class CausalLMLayers:
         adapter: What is trained.
         activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
-            checkpointing), ``"offload"`` that in the host's memory.
+            checkpointing), ``"offload"`` that in the host's memory; ``"auto"`` is recompute where the model can do so,
+            until somebody chooses better.
         compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers with experts.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
@@ -113,6 +114,8 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
+        if activation_memory == "auto":
+            activation_memory = "recompute" if self.skeleton.can_recompute else "keep"
         if activation_memory != "keep" and not self.skeleton.can_recompute:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "

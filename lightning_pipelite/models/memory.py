@@ -18,7 +18,7 @@ from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.offload import HostCopies
 from lightning_pipelite.models.packing import documents_when_recomputed
 
-ActivationMemory = Literal["keep", "selective", "recompute", "offload"]
+ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 
 # What is worth keeping, beside what torch counts the arithmetic of: products with adapters, and FlashAttention.
 KEPT_NAMES = ("pipelite::lora_linear", "torch_attn::_varlen_attn")

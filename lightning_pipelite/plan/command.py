@@ -45,7 +45,7 @@ def plan(
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
     if picture is not None and Path(picture).suffix.lower() != ".png":
         raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
-    size = parse_memory(memory) if memory is not None else _device_memory()
+    size = parse_memory(memory) if memory is not None else _smallest_here()
     settings = read_settings(config, model_dir)
     settings.sequence_len = sequence_len or settings.sequence_len
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
@@ -61,11 +61,10 @@ def plan(
     return report
 
 
-def _device_memory() -> int | None:
+def _smallest_here() -> int | None:
     """Return the bytes of this machine's smallest GPU, or None."""
-    if not torch.cuda.is_available():
-        return None
-    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=None)
 
 
 def simulate(settings: Settings) -> Simulation:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -191,20 +191,20 @@ WORKSPACES: dict[str, Callable[..., int]] = {
 """What kernels allocate for themselves, in bytes, by the name of the operation."""
 
 
-class AttentionAsOnGPU(TorchFunctionMode):
-    """Computes scaled dot-product attention on the meta device by what a GPU computes it by.
+@contextlib.contextmanager
+def attention_as_on_gpu() -> Iterator[None]:
+    """Compute scaled dot-product attention on the meta device by what a GPU computes it by.
 
-    Left alone, the meta device takes the plain products, which keep a matrix of sequence x sequence.
+    Left alone, the meta device takes the plain products, which keep a matrix of sequence x sequence. Not a
+    TorchFunctionMode: none is active in what the backward pass computes again.
     """
+    before = nn.functional.scaled_dot_product_attention
 
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _attention(query, *args, **kwargs) if query.is_meta else before(query, *args, **kwargs)
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", attention):
+        yield
 
 
 def _attention(

@@ -66,7 +66,7 @@ class Report:
     @property
     def policy(self) -> str:
         """The policy that is shown: the configuration's, if the model can do so."""
-        asked = self.settings.model.get("activation_memory", "recompute")
+        asked = self.settings.model.get("activation_memory", "auto")
         if asked in self.policies:
             return str(asked)
         return next((name for name, stages in self.policies.items() if self.planner.fits(stages)), [*self.policies][-1])

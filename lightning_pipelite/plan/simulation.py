@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
-from lightning_pipelite.plan.meter import BLOCK, AttentionAsOnGPU, Meter
+from lightning_pipelite.plan.meter import BLOCK, Meter, attention_as_on_gpu
 from lightning_pipelite.plan.run import Run
 from lightning_pipelite.plan.trial import Part, Trial
 
@@ -98,7 +98,7 @@ class Simulation:
     def _try(self, stage: Stage, number: int, sequence_len: int, input_grad: bool) -> Trial:
         meter = Meter()
         loss = self._loss if number == len(self.layers) - 1 else None
-        with AttentionAsOnGPU(), meter:
+        with attention_as_on_gpu(), meter:
             meter.hold(*held_tensors(stage))
             skeleton = self.layers.skeleton
             run = Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)

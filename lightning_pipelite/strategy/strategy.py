@@ -63,7 +63,7 @@ class PipeLiteStrategy(DDPStrategy):
         partition_method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, frozen
             ones too), ``type:REGEX`` (equal numbers of layers whose class name matches), ``layers:9,7`` (the numbers
             themselves, such as ``pipelite plan`` recommends) or ``auto`` (the slowest stage as fast as possible, where
-            all fit their device; for modules whose layers say what they cost).
+            all fit their device; for PipeLiteModule by the plan, and for modules whose layers say what they cost).
         use_column_major_topology: put the stages of one pipeline on neighbouring devices, and with that the hidden
             states on a node's own links and the gradients on the network; otherwise the other way round.
         timeout: how long a rank may make no progress before the job is ended, in seconds.

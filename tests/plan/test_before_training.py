@@ -1,0 +1,99 @@
+"""What is planned as training starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from optimi import Adam
+from plan_cases import LLAMA_70B, write_headers
+
+from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loss import CausalLMLoss
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.before_training import (
+    Job,
+    PlannedTraining,
+    compared,
+    plan_training,
+    refuse_what_does_not_fit,
+)
+from lightning_pipelite.plan.planner import MARGIN, Planner
+from lightning_pipelite.plan.simulation import Simulation
+
+SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+JOB = Job(stages=2, method="uniform", micro_batches=4, sequence_len=2048, devices=2, memory=24 * 2**30)
+ADAM = partial(Adam, lr=1e-3)
+Needs = dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> CausalLMLayers:
+    directory = write_headers(tmp_path_factory.mktemp("small") / "model", SMALL, shards=2)
+    return CausalLMLayers(directory, adapter=LoRA(4), activation_memory="auto", fuse_head=True)
+
+
+@pytest.fixture(scope="module")
+def needs(layers: CausalLMLayers) -> Needs:
+    """The bytes of a device with which each policy just fits."""
+    planner = Planner(Simulation(layers, CausalLMLoss(), ADAM), micro_batches=4, sequence_len=2048)
+    stages = {policy: planner.stages([0, 3, 6], policy) for policy in planner.policies}
+    return {policy: int(max(s.total for s in each) / (1 - MARGIN)) + 1 for policy, each in stages.items()}
+
+
+def planned(layers: CausalLMLayers, choose: bool = True, **changes: Any) -> PlannedTraining:
+    made = plan_training(layers, CausalLMLoss(), ADAM, replace(JOB, **changes), choose)
+    assert made is not None
+    return made
+
+
+def test_the_first_policy_that_fits_is_chosen(layers: CausalLMLayers, needs: Needs) -> None:
+    assert layers.activation_memory == "recompute"  # until somebody chooses
+    assert needs["keep"] > needs["recompute"] > needs["offload"]
+    for policy in ("keep", "recompute", "offload"):
+        plan = planned(layers, memory=needs[policy])
+        assert (plan.activation_memory, plan.refusal) == (policy, "")
+    assert planned(layers, memory=needs["offload"] - 2**20).activation_memory == "offload"
+    assert layers.activation_memory == "recompute"  # it is for the caller to choose
+
+
+def test_without_a_limit_the_given_policy_stays(layers: CausalLMLayers) -> None:
+    plan = planned(layers, memory=None)
+    assert plan.activation_memory == "recompute"
+    refuse_what_does_not_fit(plan)
+    assert len(plan.peaks) == 2
+    assert len(plan.costs.seconds) == 6
+
+
+def test_what_does_not_fit_is_refused_with_advice(layers: CausalLMLayers, needs: Needs) -> None:
+    plan = planned(layers, choose=False, memory=needs["offload"])
+    with pytest.raises(
+        ConfigurationError, match=r"with activation_memory recompute.* set model.activation_memory to off"
+    ):
+        refuse_what_does_not_fit(plan)
+    one = planned(layers, stages=1, method="auto", memory=needs["offload"])
+    with pytest.raises(
+        ConfigurationError, match=r"stage 0 of 1 .* pipeline_stages to 2 and partition_method to layers:"
+    ):
+        refuse_what_does_not_fit(one)
+    with pytest.raises(ConfigurationError, match=r"use more GPUs, a shorter data\.sequence_len"):
+        refuse_what_does_not_fit(planned(layers, memory=2**28))
+
+
+def test_a_plan_that_fails_is_no_obstacle(layers: CausalLMLayers) -> None:
+    def broken(parameters: Any) -> torch.optim.Optimizer:
+        raise ValueError("broken on purpose")
+
+    with pytest.warns(UserWarning, match=r"could not be planned \(ValueError: broken on purpose"):
+        assert plan_training(layers, CausalLMLoss(), broken, JOB, choose=True) is None
+
+
+def test_planned_and_measured_are_told_together(layers: CausalLMLayers) -> None:
+    plan = replace(planned(layers), peaks=[2**30, 2 * 2**30])
+    assert compared(plan, [2**30, 3 * 2**30]) == (
+        "memory at its peak: stage 0: 1.00 GiB (planned 1.00 GiB), stage 1: 3.00 GiB (planned 2.00 GiB)"
+    )
