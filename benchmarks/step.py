@@ -13,7 +13,8 @@ over the same tokens:
 Tokens/s are those of the median step after three, from the end of one to the end of the next; memory is the most that
 torch had allocated. MFU counts what the model needs (4 floating-point operations a token and frozen weight outside the
 embedding, 6 a trained one, and causal attention), no recomputation, over 989 TFLOP/s, an H100's dense bf16 rate in its
-data sheet. Exits with 1 if a loss of the Trainer's differs from another loop's by more than 2e-2, or a limit is missed.
+data sheet. Exits with 1 if a loss of the Trainer's differs from another loop's by more than 2e-2, or a limit is missed;
+among the limits are the Trainer's time against the bare loop's and, where both jobs ran, offload's against recompute's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from report import Report
 
 MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
 LOSS_LIMIT, PEAK_RATE = 2e-2, 989e12
+OVERHEAD_LIMIT, OFFLOAD_LIMIT = 1.02, 1.03
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,14 @@ def loops(job: Job, reference: bool) -> Iterator[tuple[str, Any]]:
         yield "transformers + PEFT", reference_loop
 
 
+def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], tuple[str, str], float]]:
+    """Yield two runs, each a job and a loop, and how many times the second's time the first may take."""
+    runs = set(speeds)
+    pairs = [((job, "Trainer"), (job, "bare loop"), OVERHEAD_LIMIT) for job in JOBS]
+    pairs.append((("lora-little", "Trainer"), ("lora-recompute", "Trainer"), OFFLOAD_LIMIT))
+    yield from (pair for pair in pairs if runs.issuperset(pair[:2]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", default=",".join(JOBS))
@@ -282,6 +292,7 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )
     failed = False
+    speeds: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for name in arguments.jobs.split(","):
             job = JOBS[name]
@@ -296,7 +307,7 @@ def main() -> None:
                 free()
                 profiled = (arguments.profile / f"{name}.txt",) if arguments.profile and loop == "Trainer" else (None,)
                 run = train(job, shape, str(directory), arguments.steps, *(profiled if loop == "Trainer" else ()))
-                speed = run.tokens_per_s(shape)
+                speed = speeds[name, loop] = run.tokens_per_s(shape)
                 difference, limits = "", ""
                 if ours is None:
                     ours = run
@@ -312,6 +323,12 @@ def main() -> None:
                     f"| {name} ({shape}) | {job.memory} | {loop} | {speed:,.0f} | {100 * mfu(job, shape, speed):.1f} % "
                     f"| {run.gib:.2f} | {run.losses[0]:.4f} to {run.losses[-1]:.4f} | {difference} | {limits} |"
                 )
+    for one, other, limit in compared(speeds):
+        ratio = speeds[other] / speeds[one]
+        failed |= torch.cuda.is_available() and not ratio <= limit
+        report.line(
+            f"{' of '.join(reversed(one))} takes {ratio:.3f} times {' of '.join(reversed(other))} (limit {limit})"
+        )
     report.line(f"{arguments.steps} steps; {'FAILED' if failed else 'all within their limits'}")
     if arguments.write:
         report.write()
