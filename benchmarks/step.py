@@ -326,9 +326,8 @@ def main() -> None:
     for one, other, limit in compared(speeds):
         ratio = speeds[other] / speeds[one]
         failed |= torch.cuda.is_available() and not ratio <= limit
-        report.line(
-            f"{' of '.join(reversed(one))} takes {ratio:.3f} times {' of '.join(reversed(other))} (limit {limit})"
-        )
+        names = [f"{job}, {loop}" for job, loop in (one, other)]
+        report.line(f"{names[0]}: {ratio:.3f} times as long as {names[1]} (limit {limit})")
     report.line(f"{arguments.steps} steps; {'FAILED' if failed else 'all within their limits'}")
     if arguments.write:
         report.write()
