@@ -125,7 +125,7 @@ def test_layers_with_experts_are_not_compiled_by_default(tmp_path: Path, kind: s
 
 
 def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
-    with pytest.raises(ConfigurationError, match="activation_memory is 'some'; set it to one of keep"):
+    with pytest.raises(ConfigurationError, match="activation_memory is 'some'; set it to one of auto, keep"):
         CausalLMLayers(model_dir, adapter=LoRA(4), activation_memory="some")  # type: ignore[arg-type]
 
 
