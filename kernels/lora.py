@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WHOLE, FOUR_BIT, DOUBLE = 1, 3, 6
-"""Of how many tensors a frozen weight is made: itself; nf4 codes, their scales and the 16 values; or scales that are
+WHOLE, FOUR_BIT, DOUBLE = 1, 2, 5
+"""Of how many tensors a frozen weight is made: itself; nf4 codes and their scales; or scales that are
 quantised themselves, which takes their own scales, values and offset as well."""
 
 BLOCK, SCALES_BLOCK = 64, 256  # of bitsandbytes: how many weights have one scale, and how many scales have one
@@ -280,7 +280,7 @@ def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
         return weight[0]
     import bitsandbytes  # noqa: F401 (for its operations, as its functions take the host several times as long)
 
-    codes, scales, _ = weight[:FOUR_BIT]
+    codes, scales = weight[:FOUR_BIT]
     if len(weight) == DOUBLE:
         outer, outer_values, offset = weight[FOUR_BIT:]
         scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, outer, outer_values, SCALES_BLOCK, torch.float32)

@@ -84,5 +84,5 @@ def _parts(weight: Any) -> list[Tensor]:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return [weight]
-    parts = [weight, state.absmax, state.code]
+    parts = [weight, state.absmax]
     return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
