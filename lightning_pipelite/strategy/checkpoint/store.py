@@ -71,7 +71,8 @@ class CheckpointStore:
             files[layout.TRAINER] = _json_writer(encoded)
             files[layout.TRAINER_TENSORS] = self._trainer_copy.write
             files[layout.META] = _json_writer({**meta, "written_at": time.time()})
-        self._copy.finish()  # late: what is prepared meanwhile does not make the step wait longer
+        if self._writes:
+            self._copy.finish()  # late: what is prepared meanwhile does not make the step wait longer
         self._writer.start(path.absolute(), files)
 
     def reserve(self, stage: nn.Module, optimizer: Optimizer) -> None:

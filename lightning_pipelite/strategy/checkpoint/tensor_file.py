@@ -68,6 +68,7 @@ class HostCopy:
     def release(self) -> None:
         """Give the memory back."""
         if self._locked:
+            self.finish()  # if what was to be done meanwhile has failed
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
             self._locked = False
         self._memory = torch.empty(0, dtype=torch.uint8)
