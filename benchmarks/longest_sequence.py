@@ -15,15 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import LoRA
 from random_model import SHAPES, random_sequences, write_model
 from report import Report
-from step import Timing, device, free, peak_gib
+from step import Timing, device, free, one_stage_trainer, peak_gib
 
 RANK, STEPS, LIMIT = 32, 3, 80e9 / 2**30
 
@@ -34,13 +33,8 @@ def train(directory: str, vocabulary: int, length: int) -> tuple[list[float], fl
     module = PipeLiteModule(
         directory, LoRA(RANK), load_in_4bit=True, lr=1e-3, schedule="constant", activation_memory="offload"
     )
-    trainer = L.Trainer(
-        strategy=PipeLiteStrategy(), accelerator="auto", devices=1, max_steps=STEPS, max_epochs=-1, callbacks=[timing],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
-    )  # fmt: skip
     batches = random_sequences(1, length, vocabulary) * STEPS
-    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    one_stage_trainer(timing, STEPS, micro_batches=1).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return timing.losses, timing.ends[-1] - timing.ends[-2]
 
 

@@ -25,12 +25,13 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.simulation import Simulation
 from random_model import SHAPES, random_sequences, write_model
 from report import Report
+from step import one_stage_trainer
 
 STEPS, MICRO_BATCHES, DOCUMENTS, RANK = 3, 2, 4, 16
 ABOVE, BELOW = 0.07, 0.03
@@ -92,11 +93,7 @@ def measure(job: Job, directory: str) -> tuple[Any, Peak]:
     planner = Planner(simulation, micro_batches=MICRO_BATCHES, sequence_len=job.length)
     (planned,) = planner.stages([0, len(layers)], job.policy)
     peak = Peak()
-    trainer = L.Trainer(
-        strategy=PipeLiteStrategy(), accelerator="gpu", devices=1, accumulate_grad_batches=MICRO_BATCHES,
-        max_steps=STEPS, max_epochs=-1, callbacks=[peak], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+    trainer = one_stage_trainer(peak, STEPS, MICRO_BATCHES)
     vocabulary = SHAPES[job.shape]["vocab_size"]
     data = random_sequences(STEPS * MICRO_BATCHES, job.length, vocabulary, DOCUMENTS)
     trainer.fit(module, DataLoader(data, batch_size=None))  # type: ignore[arg-type]

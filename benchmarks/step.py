@@ -146,14 +146,19 @@ def make_module(job: Job, directory: str) -> PipeLiteModule:
     )  # fmt: skip
 
 
+def one_stage_trainer(callback: L.Callback, steps: int, micro_batches: int) -> L.Trainer:
+    """A Trainer that does nothing beside training."""
+    return L.Trainer(
+        strategy=PipeLiteStrategy(), accelerator="auto", devices=1, accumulate_grad_batches=micro_batches,
+        max_steps=steps, max_epochs=-1, callbacks=[callback], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+
+
 def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None) -> Run:
     timing = Timing(steps, profiled)
     module = make_module(job, directory)
-    trainer = L.Trainer(
-        strategy=PipeLiteStrategy(), accelerator="auto", devices=1, accumulate_grad_batches=MICRO_BATCHES,
-        max_steps=steps, max_epochs=-1, callbacks=[timing], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+    trainer = one_stage_trainer(timing, steps, MICRO_BATCHES)
     trainer.fit(module, DataLoader(micro_batches(shape, steps, module.adapter), batch_size=None))  # type: ignore[arg-type]
     ends = timing.ends
     return Run(timing.losses, [0.0, *(b - a for a, b in itertools.pairwise(ends))], peak_gib())

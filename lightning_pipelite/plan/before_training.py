@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.report import gib
 from lightning_pipelite.plan.simulation import Simulation
 from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.strategy.partition import method_of
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ def _advice(planner: Planner, job: Job) -> str:
         return f"set model.activation_memory to {better}"
     if (recommended := planner.recommend(job.devices)) is not None:
         stages, policy, bounds = recommended
-        sizes = ",".join(str(stop - start) for start, stop in itertools.pairwise(bounds))
         return (
-            f"set the strategy's pipeline_stages to {stages} and partition_method to layers:{sizes}, and "
+            f"set the strategy's pipeline_stages to {stages} and partition_method to {method_of(bounds)}, and "
             f"model.activation_memory to {policy}"
         )
     return "use more GPUs, a shorter data.sequence_len, or model.load_in_4bit"

@@ -11,6 +11,7 @@ import torch
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.before_training import device_memory
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.report import Report
 from lightning_pipelite.plan.settings import Settings, class_of, dtype_of, parse_memory, read_settings
@@ -63,8 +64,8 @@ def plan(
 
 def _smallest_here() -> int | None:
     """Return the bytes of this machine's smallest GPU, or None."""
-    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    return min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=None)
+    sizes = (device_memory(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def simulate(settings: Settings) -> Simulation:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.settings import Settings
 from lightning_pipelite.plan.stages import StageMemory, bubble
+from lightning_pipelite.strategy.partition import method_of
 
 GIB = 2**30
 BAR = 44  # characters of a bar
@@ -153,10 +153,9 @@ class Report:
             )
             return lines
         stages, policy, bounds = self.recommended
-        sizes = ",".join(str(stop - start) for start, stop in itertools.pairwise(bounds))
         replicas = self.devices // stages
         lines.append(
-            f"Recommended: pipeline_stages: {stages}, partition_method: layers:{sizes}, activation_memory: "
+            f"Recommended: pipeline_stages: {stages}, partition_method: {method_of(bounds)}, activation_memory: "
             f"{policy}; {replicas} replica{'s' * (replicas > 1)}."
         )
         if self.largest is not None:

@@ -59,6 +59,11 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
     return balanced_bounds(weights, stages)
 
 
+def method_of(bounds: Sequence[int]) -> str:
+    """Return the ``partition_method`` that cuts at these bounds, such as ``layers:9,7``."""
+    return f"layers:{','.join(str(stop - start) for start, stop in itertools.pairwise(bounds))}"
+
+
 def _given(method: str, stages: int, items: int) -> list[int]:
     sizes = method.removeprefix("layers:").split(",")
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):

@@ -276,7 +276,7 @@ class PipeLiteStrategy(DDPStrategy):
             parameter.grad = None
         self._checkpointing.step_starts(self.optimizers[0])
         clock = StageClock(self.root_device) if self.measure_stage_times else None
-        # The only time in a step that the host waits for the device.
+        # But for measured times and offloaded inputs, the only time in a step that the host waits for the device.
         total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
         if not (count > 0 and math.isfinite(total)):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.partition import balanced_bounds, partition
+from lightning_pipelite.strategy.partition import balanced_bounds, method_of, partition
 
 
 @dataclass
@@ -74,3 +74,8 @@ def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -
     with pytest.raises(ConfigurationError) as caught:
         partition(Layers(["A"] * 4), stages, method)
     assert message in str(caught.value)
+
+
+def test_a_split_is_written_as_it_is_read() -> None:
+    assert method_of([0, 9, 16]) == "layers:9,7"
+    assert partition(Layers(["L"] * 16), 2, method_of([0, 9, 16])) == [0, 9, 16]
