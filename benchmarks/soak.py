@@ -1,6 +1,6 @@
 """Kills a training again and again, resumes it each time, and holds every loss against the undisturbed training.
 
-    python benchmarks/soak.py [--kills 54] [--steps 120] [--stages 2] [--seed 0] [--write]
+    python benchmarks/soak.py [--kills 54] [--stages 2] [--seed 0] [--write]
 
 LoRA with dropout on a tiny Llama, an evaluation every third step, a checkpoint every second step. Each life of the
 training is ended at a random moment: while it starts, during a step, or while a checkpoint is being written; by SIGKILL
@@ -42,6 +42,7 @@ from resumable import Deal, batched
 
 SCALE = Scale(vocabulary=64, hidden=32, layers=2, sequence=32, sequences=13)
 EVERY, PATIENCE = 2, 40.0
+STEPS_A_LIFE = 12  # twice what one takes on average, so that the training does not end before its last life
 MOMENTS = ("start", "step", "step", "write", "write")
 WAYS = ("SIGKILL to one rank", "SIGKILL to all ranks", "SIGTERM to rank 0")
 
@@ -190,9 +191,9 @@ class Tally:
     broken: int = 0  # lives that lost more than they may, or ended in another way than they must
 
 
-def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: Report) -> Tally:
+def soak(folder: Path, kills: int, stages: int, seed: int, report: Report) -> Tally:
     """Run the training undisturbed, then kill it ``kills`` times and let it end."""
-    drawn, tally = random.Random(seed), Tally()
+    drawn, tally, steps = random.Random(seed), Tally(), STEPS_A_LIFE * (kills + 1)
     make_model(folder / "model", Case("untied"), SCALE)
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir()
@@ -206,8 +207,6 @@ def soak(folder: Path, kills: int, steps: int, stages: int, seed: int, report: R
     while True:
         life, last = Life(folder, steps, stages, folder / f"log-{tally.kills}"), tally.kills == kills
         moment, way = drawn.choice(MOMENTS), drawn.choice(WAYS)
-        if reached > steps * tally.kills / max(kills, 1):
-            moment = "start"  # lest the training ends too early
         begun = False
         if not last:
             _wait_until(life, moment, folder / "checkpoints", drawn)
@@ -266,7 +265,6 @@ def _wait_until(life: Life, moment: str, checkpoints: Path, drawn: random.Random
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=54)
-    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/soak.md")
@@ -275,7 +273,7 @@ def main() -> None:
     report = Report("soak", "| killed by | during | times |", "| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        tally = soak(folder, arguments.kills, arguments.steps, arguments.stages, arguments.seed, report)
+        tally = soak(folder, arguments.kills, arguments.stages, arguments.seed, report)
         left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
         failed = bool(tally.differences or tally.orphans or tally.broken or left)
         if failed:

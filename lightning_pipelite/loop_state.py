@@ -36,20 +36,20 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
     return fit_loop
 
 
-def within_last_batch(fit_loop: dict[str, Any]) -> None:
-    """Turn the state at the end of an epoch into that at the end of its last batch, in place; leave others as they are.
+def between_epochs(fit_loop: dict[str, Any]) -> None:
+    """Turn the state in ``on_train_epoch_end`` into that before the next epoch, in place; leave others as they are.
 
     With ``max_epochs`` Lightning (2.6) takes up a checkpoint from ``on_train_epoch_end`` as it should. With
-    ``max_steps`` it resumes within the epoch that has ended, and repeats the order of its data. From one of
-    ``on_train_batch_end`` it goes on with the next epoch in both cases.
+    ``max_steps`` it resumes within the epoch that has ended, and repeats the order of its data. So the epoch is counted
+    as complete; and the last batch as not quite, from which Lightning resets the counts of batches, as it should.
     """
     epochs = fit_loop["epoch_progress"]
-    now = epochs["current"]
-    if not now["ready"] == now["started"] == now["processed"] == now["completed"] + 1:
+    if epochs["current"]["processed"] != epochs["current"]["completed"] + 1:
         return
     for span in ("total", "current"):
-        epochs[span]["processed"] -= 1
+        epochs[span].update(dict.fromkeys(_COUNTS, epochs[span]["processed"]))
         fit_loop[_BATCHES][span]["completed"] -= 1
+    fit_loop[_BATCHES]["is_last_batch"] = False  # else the epoch would be counted once more
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 

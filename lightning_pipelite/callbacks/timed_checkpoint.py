@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.loop_state import within_last_batch
+from lightning_pipelite.loop_state import between_epochs
 
 TRIGGER = "save_now"
 SIGTERM_STATUS = 128 + 15
@@ -94,7 +94,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.max_steps != -1:
-            within_last_batch(checkpoint["loops"]["fit_loop"])
+            between_epochs(checkpoint["loops"]["fit_loop"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

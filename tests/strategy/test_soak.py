@@ -10,7 +10,7 @@ from pathlib import Path
 
 def test_a_handful_of_kills() -> None:
     soak = Path(__file__).parents[2] / "benchmarks" / "soak.py"
-    command = [sys.executable, str(soak), "--kills", "5", "--steps", "40", "--seed", "2"]
+    command = [sys.executable, str(soak), "--kills", "5", "--seed", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"^5 kills, \d+ steps lost, 0 differences$", done.stdout, re.MULTILINE)
