@@ -39,14 +39,7 @@ from lightning_pipelite.optim import (
     make_optimizer,
     make_schedule,
 )
-from lightning_pipelite.plan.before_training import (
-    Job,
-    PlannedTraining,
-    compared,
-    device_memory,
-    plan_training,
-    refuse_what_does_not_fit,
-)
+from lightning_pipelite.plan.memory_plan import MemoryPlan
 from lightning_pipelite.speed import Speed
 from lightning_pipelite.strategy import PipeLiteStrategy
 
@@ -164,14 +157,25 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
-        self._chooses_memory, self._checks_memory = activation_memory == "auto", check_memory
-        self._planned: PlannedTraining | None = None
         self._speed = Speed()
         self._evaluation = Evaluation([])
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
         router_loss = self._layers.router_loss
         return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        layers, loss = self.pipeline_layers()
+        return [
+            MemoryPlan(
+                layers,
+                loss,
+                lambda parameters: self._optimizer(parameters, self.lr),
+                choose=self.hparams["activation_memory"] == "auto",
+                refuse=self.hparams["check_memory"],
+            )
+        ]
 
     @property
     def optimizer_factory(self) -> OptimizerFactory:
@@ -289,44 +293,7 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        strategy = self.check_strategy(self.trainer.strategy)
-        self._planned = None
-        limited = stage == "fit" and strategy.root_device.type == "cuda"
-        if limited or strategy.partition_method == "auto":
-            self._plan(strategy, limited)
-
-    def _plan(self, strategy: PipeLiteStrategy, limited: bool) -> None:
-        """Find out what training will take, on rank 0, and go by it. Collective.
-
-        Args:
-            strategy: that trains.
-            limited: whether it has to fit the devices' memory.
-
-        Raises:
-            ConfigurationError: if a stage does not fit its GPU.
-        """
-        if (sequence_len := getattr(self._data_module, "sequence_len", None)) is None:
-            return  # other data may be of any length
-        memory = gathered(device_memory(strategy.root_device) if limited else None)
-        job = Job(
-            stages=strategy.pipeline_stages,
-            method=strategy.partition_method,
-            micro_batches=self.trainer.accumulate_grad_batches,
-            sequence_len=sequence_len,
-            devices=strategy.world_size,
-            memory=min(size for size in memory if size) if all(memory) else None,
-        )
-        layers, loss = self.pipeline_layers()
-        planned = None
-        if strategy.global_rank == 0:
-            planned = plan_training(layers, loss, lambda p: self._optimizer(p, self.lr), job, self._chooses_memory)
-        if (planned := strategy.broadcast(planned)) is None:
-            return
-        if self._checks_memory:
-            refuse_what_does_not_fit(planned)
-        layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
-        layers.layer_costs = lambda: planned.costs  # type: ignore[attr-defined]
-        self._planned = planned if limited else None
+        self.check_strategy(self.trainer.strategy)
 
     # What is logged beside the strategy's losses and norms
 
@@ -387,12 +354,16 @@ class PipeLiteModule(pl.LightningModule):
             return
         for name, value in self._speed.end().items():
             self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
-        if self._planned is not None and self.trainer.global_step >= 2:  # by when all has been allocated once
-            strategy = self.check_strategy(self.trainer.strategy)
-            mine = strategy.stage_id, torch.cuda.max_memory_allocated(strategy.root_device)
-            most = dict(sorted(gathered(mine)))  # of the ranks with the same stage, which take the same, the most
-            self.print(compared(self._planned, [*most.values()]))
-            self._planned = None
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._speed.pause()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._speed.go_on()
 
     # Lightning asks for these; the strategy runs the layers itself
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
-
 from torch import Tensor
 
+from lightning_pipelite.callbacks.step_clock import StepClock
 from lightning_pipelite.host_read import HostRead
 from lightning_pipelite.models.flops import TrainingFlops
 
 
 class Speed:
-    """Measures steps.
+    """Measures steps, each from the loss of the one before to its own, without the evaluations between.
+
+    A step's last backward pass may still be under way when its loss is known; so it is this that adds up.
 
     Args:
         replicas: of the pipeline, each of which trains on as many tokens.
@@ -23,7 +24,7 @@ class Speed:
         self._replicas, self._flops, self._peak = replicas, flops, peak
         self._tokens = 0
         self._pairs: list[HostRead] = []
-        self._began = 0.0
+        self._clock: StepClock | None = None  # from the first micro-batch on
 
     def begin(self, position_ids: Tensor) -> None:
         """Take note of a micro-batch that begins, the first of a step or a further one.
@@ -32,12 +33,22 @@ class Speed:
             position_ids: int64 [batch, sequence], from 0 at the start of every document.
         """
         if self._tokens == 0:
-            self._began = time.perf_counter()
+            self._clock = self._clock or StepClock()
             self._pairs = []
         self._tokens += position_ids.numel()
         if self._flops is not None and self._peak is not None:
             # Read at the end, by when it has been there for long.
             self._pairs.append(HostRead((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
+
+    def pause(self) -> None:
+        """An evaluation begins, and the device has done all that was asked of it."""
+        if self._clock is not None:
+            self._clock.pause()
+
+    def go_on(self) -> None:
+        """The evaluation has ended."""
+        if self._clock is not None:
+            self._clock.go_on()
 
     def end(self) -> dict[str, float]:
         """Take note of the step's end, when the host has waited for its loss.
@@ -47,7 +58,8 @@ class Speed:
             model's arithmetic, as :func:`~lightning_pipelite.models.flops.training_flops` counts it, comes to; left
             out where either is not known. The lengths of documents are taken from this replica's.
         """
-        seconds, tokens = time.perf_counter() - self._began, self._tokens * self._replicas
+        assert self._clock is not None
+        seconds, tokens = self._clock.step(), self._tokens * self._replicas
         self._tokens = 0
         speeds = {"train/tokens_per_s": tokens / seconds}
         if self._flops is not None and self._peak is not None:

@@ -3,19 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_pipelite import speed
+from lightning_pipelite.callbacks import step_clock
 from lightning_pipelite.models.flops import TrainingFlops
 from lightning_pipelite.speed import Speed
 
 
 def test_tokens_and_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_clock.time, "monotonic", lambda: now[0])
     measured = Speed(replicas=2, flops=TrainingFlops(per_token=10.0, per_pair=3.0), peak=1000.0)
-    for _ in range(2):  # an evaluation between two steps does not count
-        now[0] += 1000
+    for tail in (0, 1, 1):  # seconds of the step before that come after its loss
+        now[0] += tail
+        measured.pause()
+        now[0] += 1000  # an evaluation between two steps does not count
+        measured.go_on()
         measured.begin(torch.tensor([[0, 1, 2, 0, 1]]))
-        now[0] += 2
+        now[0] += 2 - tail
         measured.begin(torch.tensor([[0, 1, 2, 3, 4]]))
         now[0] += 3
         speeds = measured.end()

@@ -188,7 +188,7 @@ class LoRA(Adapter):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         b = torch.zeros(up.weight.shape, dtype=torch.float32, device="cpu")
         down.weight, up.weight = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
-        if self._pissa:
+        if self._pissa and device.type != "meta":  # a plan has no weights to decompose
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # pissa_niter draws from it
                 torch.manual_seed(generator.initial_seed())
                 layer.pissa_init(ADAPTER, self.init_lora_weights)

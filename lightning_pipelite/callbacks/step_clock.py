@@ -32,14 +32,16 @@ class StepClock:
         if self._since is None:
             self._since = time.monotonic()
 
-    def step(self) -> None:
-        """Take note of a step's end; from it on the next one counts."""
+    def step(self) -> float:
+        """Take note of a step's end; from it on the next one counts. Return how long it took."""
         elapsed = self.elapsed
+        duration = elapsed - self._step_began
         if self.steps == 1:  # compilations, allocations: the first tells nothing of the others
             self._durations.clear()
-        self._durations.append(elapsed - self._step_began)
+        self._durations.append(duration)
         self._step_began = elapsed
         self.steps += 1
+        return duration
 
     def remaining(self, steps: int) -> float | None:
         """How long further steps will take: the mean of the last ones, at most 50; None before the first."""

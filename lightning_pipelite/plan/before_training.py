@@ -1,19 +1,18 @@
-"""What is planned as training starts: what is kept of activations, what layers cost, and whether every stage fits."""
+"""A plan of the training that is about to start: what to keep of activations, what layers cost, and whether it fits."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.plan.planner import Planner
 from lightning_pipelite.plan.report import gib
 from lightning_pipelite.plan.simulation import Simulation
+from lightning_pipelite.plan.stages import CONTEXT
 from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import method_of
 
@@ -57,16 +56,17 @@ class PlannedTraining:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes that torch may take of a GPU; None of a CPU."""
+    """Return the bytes of a GPU that this process has or may take, its context's included; None of a CPU."""
     if device.type != "cuda":
         return None
-    share = torch.cuda.get_per_process_memory_fraction(device)
-    return int(share * torch.cuda.get_device_properties(device).total_memory)
+    free, total = torch.cuda.mem_get_info(device)
+    mine = free + torch.cuda.memory_reserved(device) + CONTEXT
+    return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total))
 
 
 def plan_training(
     layers: CausalLMLayers, loss: Callable[[Any, Any], Any], make_optimizer: Callable[..., Any], job: Job, choose: bool
-) -> PlannedTraining | None:
+) -> PlannedTraining | str:
     """Plan, on the meta device.
 
     Args:
@@ -77,15 +77,12 @@ def plan_training(
         choose: Whether to choose the policy of activation memory; else it is that of ``layers``.
 
     Returns:
-        The plan; None, with a warning, if it could not be made. The training can do without.
+        The plan; or why it could not be made, which need not keep anybody from training.
     """
     try:
         return _plan(layers, loss, make_optimizer, job, choose)
     except Exception as error:  # the plan's own, or of a model or optimizer that cannot be tried without weights
-        warnings.warn(
-            f"the memory that training takes could not be planned ({type(error).__name__}: {error})", stacklevel=2
-        )
-        return None
+        return f"{type(error).__name__}: {error}"
 
 
 def _plan(
@@ -125,20 +122,10 @@ def _advice(planner: Planner, job: Job) -> str:
     return "use more GPUs, a shorter data.sequence_len, or model.load_in_4bit"
 
 
-def refuse_what_does_not_fit(planned: PlannedTraining) -> None:
-    """Stop before anything is loaded.
-
-    Raises:
-        ConfigurationError: if a stage does not fit its GPU; it says what would.
-    """
-    if planned.refusal:
-        raise ConfigurationError(planned.refusal)
-
-
-def compared(planned: PlannedTraining, measured: Sequence[int]) -> str:
-    """Return a line that holds what torch has allocated in each stage, in bytes, against the plan."""
+def compared(planned: Sequence[int], measured: Sequence[int]) -> str:
+    """Return a line that holds what torch has allocated at most in each stage, in bytes, against the plan."""
     each = (
         f"stage {number}: {gib(most)} (planned {gib(peak)})"
-        for number, (peak, most) in enumerate(zip(planned.peaks, measured, strict=True))
+        for number, (peak, most) in enumerate(zip(planned, measured, strict=True))
     )
     return f"memory at its peak: {', '.join(each)}"

@@ -18,6 +18,7 @@ from lightning_pipelite.plan.run import Run
 from lightning_pipelite.plan.trial import Part, Trial
 
 META = torch.device("meta")
+GPU_ONLY = ("fused", "capturable", "triton")  # of optimizers: none of them changes what is kept
 DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but that they are several does
 
 
@@ -175,6 +176,8 @@ class Simulation:
         if not trained:
             return 0
         optimizer = self._make_optimizer(trained)
+        for group in optimizer.param_groups:
+            group.update({option: False for option in GPU_ONLY if option in group})
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
