@@ -54,12 +54,11 @@ class HostCopies:
 
     def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
         """Within it, ``chosen`` is kept in host memory where autograd saves it."""
-        place = chosen.data_ptr()
+        known = chosen.data_ptr(), chosen.shape, chosen.dtype  # and not itself: autograd keeps the hook
 
         def pack(tensor: Tensor) -> Any:
             # By its place, as autograd hands over another tensor of the same memory.
-            same = tensor.data_ptr() == place and tensor.shape == chosen.shape and tensor.dtype == chosen.dtype
-            return self._keep(tensor) if same else tensor
+            return self._keep(tensor) if (tensor.data_ptr(), tensor.shape, tensor.dtype) == known else tensor
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
