@@ -8,8 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 IGNORED = -100
-# 16 values a thread: two 16-byte loads of bf16. A row is read in such blocks, so that any vocabulary fits.
-BLOCK, WARPS = 4096, 8
+WARP_VALUES = 512  # 16 values a thread: two 16-byte loads of bf16
+
+
+def _warps(vocabulary: int) -> int:
+    """How many warps take a row, of which they read ``WARP_VALUES`` each at a time.
+
+    A long row takes all threads of a multiprocessor: then the rows under way fit a GPU's second-level cache, where the
+    second pass finds them. On an H100, 1024 rows of 128 256: 0.24 ms, by 8 warps 0.34 ms.
+    """
+    return min(triton.next_power_of_2(triton.cdiv(vocabulary, WARP_VALUES)), 32 if vocabulary > 2**16 else 16)
 
 
 @triton.jit
@@ -60,9 +68,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             inside = start + columns < vocabulary
-            x, factor = _transform(tl.load(logits + start + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
+            # What has been read and what is written will not be wanted here again: the cache is for other rows.
+            x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+            x, factor = _transform(x, scale, softcap, SOFTCAP)
             gradient = tl.exp(x - log_sum) - tl.where(start + columns == label, 1.0, 0.0)
-            tl.store(logits + start + columns, weight * factor * gradient, mask=inside)
+            gradient *= weight * factor
+            tl.store(logits + start + columns, gradient, mask=inside, eviction_policy="evict_first")
 
 
 def cross_entropy_(
@@ -100,11 +111,12 @@ def cross_entropy_(
         )
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows and not logits.is_meta:
+        warps = _warps(vocabulary)
         _kernel[(rows,)](
             logits, labels.contiguous(), losses if weights is None else weights.contiguous(), losses,
             logits.stride(0), vocabulary, scale, 1.0 if softcap is None else softcap,
             SOFTCAP=softcap is not None, WEIGHTED=weights is not None, GRADIENT=gradient, IGNORED=IGNORED,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=WARPS,
+            BLOCK=WARP_VALUES * warps, num_warps=warps,
         )  # fmt: skip
     return losses
 
