@@ -40,7 +40,7 @@ def linear_cross_entropy(
         max_logits_bytes: How much the logits of a chunk may take; at least one token is computed at a time.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar, for one backward pass.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -72,9 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = needs_hidden or needs_weight or needs_bias
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         compute = cross_entropy_ if hidden.is_cuda or hidden.is_meta or interpreted else cross_entropy_reference_
-        ctx.of_hidden = torch.empty_like(hidden) if needs_hidden else None
-        ctx.of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        ctx.of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
         if rows > TILE:  # 1046 rows took an H100 a quarter longer than 958
@@ -84,22 +84,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
             total += compute(logits, labels[part], scale=scale, softcap=softcap, gradient=gradient).sum()
             # The logits are their own gradient now.
-            if ctx.of_hidden is not None:
-                torch.mm(logits, weight, out=ctx.of_hidden[part])
-            if ctx.of_weight is not None:
-                _add_product(ctx.of_weight, logits, hidden[part])
-            if ctx.of_bias is not None:
-                ctx.of_bias += logits.sum(dim=0, dtype=torch.float32)
+            if of_hidden is not None:
+                torch.mm(logits, weight, out=of_hidden[part])
+            if of_weight is not None:
+                _add_product(of_weight, logits, hidden[part])
+            if of_bias is not None:
+                of_bias += logits.sum(dim=0, dtype=torch.float32)
             del logits  # before the next chunk's are made
+        ctx.of = of_hidden, of_weight, of_bias
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (factor,) = gradients
-        hidden, weight, bias = (
-            None if of is None else of.mul_(factor) for of in (ctx.of_hidden, ctx.of_weight, ctx.of_bias)
-        )
+        if ctx.of is None:
+            raise RuntimeError("linear_cross_entropy goes through one backward pass only, without retain_graph")
+        hidden, weight, bias = (None if of is None else of.mul_(factor) for of in ctx.of)
+        ctx.of = None  # autograd copies what somebody else holds
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             hidden,

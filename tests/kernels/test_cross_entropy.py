@@ -152,3 +152,12 @@ def test_small_updates_of_a_trained_head_are_not_lost() -> None:
     linear_cross_entropy(hidden, weight, labels, max_logits_bytes=4).backward()
     expected_sum = -0.5 * (64 + 512 * 2.0**-4)
     torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected_sum, device=DEVICE), rtol=4e-3, atol=0)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The gradients were computed once, and are multiplied in place."""
+    hidden = torch.randn(4, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(5, 8), torch.tensor([0, 4, -100, 2]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        loss.backward()
