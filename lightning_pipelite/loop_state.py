@@ -29,6 +29,8 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
         ready = counts["ready"] - ahead
         # Within the last hook of a batch, or within the evaluation that follows: there Lightning can resume.
         counts.update(ready=ready, started=ready, processed=ready, completed=ready if evaluated else ready - 1)
+        epoch = fit_loop["epoch_progress"][span]  # under way, though one that is stopped here may have been counted
+        epoch.update(processed=epoch["ready"] - 1, completed=epoch["ready"] - 1)
     fit_loop[_BATCHES]["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts a step after its hooks
     if loaders:
@@ -36,20 +38,31 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
     return fit_loop
 
 
-def between_epochs(fit_loop: dict[str, Any]) -> None:
-    """Turn the state in ``on_train_epoch_end`` into that before the next epoch, in place; leave others as they are.
+def after_last_batch(fit_loop: dict[str, Any], by_steps: bool) -> None:
+    """Put the state from ``on_train_epoch_end`` or later right, in place; leave others as they are.
 
-    With ``max_epochs`` Lightning (2.6) takes up a checkpoint from ``on_train_epoch_end`` as it should. With
-    ``max_steps`` it resumes within the epoch that has ended, and repeats the order of its data. So the epoch is counted
-    as complete; and the last batch as not quite, from which Lightning resets the counts of batches, as it should.
+    If the epoch's data was used up, it is counted as complete, and its last batch as not quite, from which Lightning
+    (2.6) resets the counts of batches. Without, with ``max_steps`` it resumes within the epoch that has ended, and
+    repeats the order of its data; with ``max_epochs`` it takes such a state up as it should. If training was stopped
+    within the epoch, Lightning has counted that all the same; then the state becomes that of the last batch.
+
+    Args:
+        fit_loop: the state; a second call changes nothing.
+        by_steps: whether the training that resumes has ``max_steps``.
     """
-    epochs = fit_loop["epoch_progress"]
-    if epochs["current"]["processed"] != epochs["current"]["completed"] + 1:
+    epochs, batches = fit_loop["epoch_progress"], fit_loop[_BATCHES]
+    now, batch = epochs["current"], batches["current"]
+    in_hook = now["processed"] == now["completed"] + 1
+    later = now["ready"] == now["processed"] == now["completed"]
+    over = batches["is_last_batch"]
+    if not (in_hook or later) or not 0 < batch["ready"] == batch["completed"] or (over and not by_steps):
         return
     for span in ("total", "current"):
-        epochs[span].update(dict.fromkeys(_COUNTS, epochs[span]["processed"]))
-        fit_loop[_BATCHES][span]["completed"] -= 1
-    fit_loop[_BATCHES]["is_last_batch"] = False  # else the epoch would be counted once more
+        number = epochs[span]["processed"]
+        done = number if over else number - 1
+        epochs[span].update(ready=number, started=number, processed=done, completed=done)
+        batches[span]["completed"] = batches[span]["ready"] - 1
+    batches["is_last_batch"] = False  # else Lightning would count the epoch once more
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 

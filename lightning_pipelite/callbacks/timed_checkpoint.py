@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.loop_state import between_epochs
+from lightning_pipelite.loop_state import after_last_batch
 
 TRIGGER = "save_now"
 SIGTERM_STATUS = 128 + 15
@@ -93,8 +93,7 @@ class TimedCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.max_steps != -1:
-            between_epochs(checkpoint["loops"]["fit_loop"])
+        after_last_batch(checkpoint["loops"]["fit_loop"], trainer.max_steps != -1)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

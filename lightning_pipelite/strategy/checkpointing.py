@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pipelite import __version__
-from lightning_pipelite.loop_state import at_step_end, between_epochs, for_replicas
+from lightning_pipelite.loop_state import after_last_batch, at_step_end, for_replicas
 from lightning_pipelite.strategy.checkpoint.encoding import encode
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.randomness import LayerRandomness
@@ -166,8 +166,7 @@ class Checkpointing:
         state, meta = self._store.open(path, self._identity())
         self._random_states = state.pop("random_states")
         if trainer.state.fn == TrainerFn.FITTING:
-            if trainer.max_steps != -1:
-                between_epochs(state["loops"]["fit_loop"])
+            after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
             before = meta["replicas"], meta["micro_batches"]
             for_replicas(state["loops"], before, (self._topology.replicas, trainer.accumulate_grad_batches))
         return state

@@ -157,3 +157,36 @@ def train_with_model_checkpoint(folder: str, ckpt_path: str | None, steps: int) 
     done = train(2, ckpt_path=ckpt_path, callbacks=(saving,), max_steps=steps, max_epochs=-1)
     kept = {Path(path).name for path in (saving.last_model_path, *saving.best_k_models)}
     return {**done, "best": float(saving.best_model_score or 0.0), "kept": kept}
+
+
+class StopAfter(L.Callback):
+    """Stops after a micro-batch of the whole training, counted from 1."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch
+
+
+class SaveAtTheEnd(L.Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def train_and_stop(folder: str, saving: str, stop: int | None, resume: bool, **limit: Any) -> dict[str, Any]:
+    """Save at the end of each epoch, by TimedCheckpoint or Lightning's own, or when training has ended."""
+    from lightning_pipelite.callbacks import TimedCheckpoint
+
+    end = f"{folder}/end.ckpt"
+    callback: Any = {
+        "timed": lambda: TimedCheckpoint(dirpath=folder),
+        "lightning": lambda: ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True),
+        "end": lambda: SaveAtTheEnd(end),
+    }[saving]()
+    stopping = (StopAfter(stop),) if stop else ()
+    path = (end if saving == "end" else "last") if resume else None
+    return train(ckpt_path=path, callbacks=(callback, *stopping), **limit)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from resume_jobs import train, train_and_save, train_with_model_checkpoint
+from resume_jobs import train, train_and_save, train_and_stop, train_with_model_checkpoint
 
 from processes import Workers
 
@@ -108,6 +108,37 @@ def test_model_checkpoint_with_last_and_best(workers: Workers, tmp_path: Path) -
     assert run["best"] == pytest.approx(min(value for _, key, value in reference["lines"] if key == "eval/loss"))
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(run["kept"])
     assert len(run["kept"]) == 3
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 15, "max_epochs": -1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(("stop", "saving"), [(14, "timed"), (13, "timed"), (14, "lightning"), (14, "end")])
+def test_stopped_within_an_epoch(
+    workers: Workers, tmp_path: Path, stop: int, saving: str, limit: dict[str, int]
+) -> None:
+    """By should_stop, as of Timer or EarlyStopping: Lightning then calls on_train_epoch_end; 13 is within a step."""
+    losses, weights = [], []
+    for folder, stops in (("a", (None,)), ("b", (stop, None))):
+        found = []
+        for number, stops_at in enumerate(stops):
+            run = workers.run(1, partial(train_and_stop, **limit), str(tmp_path / folder), saving, stops_at, number > 0)
+            found += [line for line in run[0]["lines"] if line[1] == "train/loss"]
+        losses.append(found)
+        weights.append(run[0]["weights"])
+        assert run[0]["epoch"] == 3
+    assert losses[1] == losses[0]
+    assert len(losses[0]) == 15
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+
+
+@pytest.mark.parametrize("steps", [5, 7])
+def test_saved_when_training_has_ended(workers: Workers, tmp_path: Path, steps: int) -> None:
+    """In on_train_end; step 5 is the end of an epoch."""
+    reference = workers.run(1, train)[0]
+    lines: list[Any] = []
+    for number, end in enumerate((steps, 15)):
+        ended = partial(train_and_stop, max_steps=end, max_epochs=-1)
+        lines += workers.run(1, ended, str(tmp_path), "end", None, number > 0)[0]["lines"]
+    assert lines == reference["lines"]
 
 
 @pytest.mark.parametrize("ends", [(4, 10, 15), (5, 10, 15), (5, 7, 15)])
