@@ -56,7 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         return
     # Before any lane writes a gradient where the label's logit is.
     known = (label >= 0) & (label < vocabulary)
-    target, _ = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
+    target, _of_target = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
     # The softmax's maximum and sum in one pass, each lane its own, of what one thread reads at once: no lane waits for
     # another before the end, and one in LOAD exponentials is all that the growing maximum costs.
     maximum = tl.full([lanes], float("-inf"), tl.float32)
