@@ -47,6 +47,9 @@ def _kernel(  # type: ignore[no-untyped-def]
             for start in range(0, vocabulary, BLOCK):
                 tl.store(logits + start + columns, 0.0, mask=start + columns < vocabulary)
         return
+    # Before any lane writes a gradient where the label's logit is.
+    known = (label >= 0) & (label < vocabulary)
+    target, _ = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
     # The softmax's maximum and sum in one pass, each lane its own: no lane waits for another before the end.
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -61,8 +64,6 @@ def _kernel(  # type: ignore[no-untyped-def]
     largest = tl.max(maximum, axis=0)
     log_sum = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), axis=0))
     weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
-    known = (label >= 0) & (label < vocabulary)
-    target, _ = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
     # A label that is no token must not pass for one: the loss is then not a number, and training stops.
     tl.store(losses + row, tl.where(known, weight * (log_sum - target), float("nan")))
     if GRADIENT:
