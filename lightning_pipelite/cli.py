@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.imports import quick_imports
 from lightning_pipelite.verbosity import be_quiet, is_verbose, take_option
 
 
@@ -30,14 +32,18 @@ def main() -> None:
 
 
 def _run() -> None:
-    from transformers.utils import logging as transformers_logging
+    with quick_imports(compiles=sys.argv[1:2] != ["plan"]):
+        from transformers.utils import logging as transformers_logging
 
-    from lightning_pipelite.commands import COMMANDS
-    from lightning_pipelite.progress import from_tqdm
+        from lightning_pipelite.commands import COMMANDS
+        from lightning_pipelite.progress import from_tqdm
+
+        command = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
+        importlib.import_module(command.module if command else "lightning_pipelite.trainer_cli")
 
     transformers_logging.set_tqdm_hook(from_tqdm)
-    if (name := sys.argv[1] if sys.argv[1:] else "") in COMMANDS:
-        COMMANDS[name].run(name, sys.argv[2:])
+    if command:
+        command.run(sys.argv[1], sys.argv[2:])
         return
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.four_bit import fused_weights
+from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.skeleton import Skeleton
 
 ADAPTER = "default"
@@ -56,7 +58,15 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
     """
-    model = copy.deepcopy(skeleton.model)
+    # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
+    tried: dict[Hashable, int] = {}
+    for number, (layer_name, layer) in enumerate(zip(skeleton.layer_names, skeleton.layers, strict=True)):
+        prefix = layer_name + "."
+        own = frozenset(name.removeprefix(prefix) for name in targets if name.startswith(prefix))
+        tried.setdefault((kind_of(layer), own), number)
+    others = {id(layer): nn.Identity() for n, layer in enumerate(skeleton.layers) if n not in tried.values()}
+    model = copy.deepcopy(skeleton.model, others)
+    targets = {name for name in targets if skeleton.layer_of(name) in tried.values()}
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:

@@ -86,7 +86,7 @@ class Skeleton:
         except Exception as error:
             raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
         self._explore(probe)
-        probe = self._attend_exactly(probe, asked=attn_implementation)
+        self._probe = probe = self._attend_exactly(probe, asked=attn_implementation)
         self.takes_positions = probe.takes_positions
         try:
             if probe.sees_the_future():
@@ -158,7 +158,7 @@ class Skeleton:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
         try:
             probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
-            return probe.attends_as(Probe(self.config, self._build))
+            return probe.attends_as(self._probe)
         except Exception:  # whatever the class asks for that it does not do
             return False
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.adapters.selection import parse_layers
+from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.plan.meter import BLOCK
@@ -86,7 +87,7 @@ class Simulation:
         if isinstance(names, str) and names != "all-linear":  # may name some layers only
             return number
         chosen = parse_layers(getattr(adapter, "layers_to_transform", None), len(skeleton.layers))
-        return tuple((_signature(skeleton.layers[n]), n in chosen) for n in range(first, after))
+        return tuple((kind_of(skeleton.layers[n]), n in chosen) for n in range(first, after))
 
     @contextlib.contextmanager
     def _uncompiled(self, policy: str) -> Iterator[None]:
@@ -191,20 +192,6 @@ def _offloaded(trial: Trial) -> Trial:
     """What a recomputed item takes if its input waits in the host's memory, and the next one's comes back meanwhile."""
     hidden = max(trial.hidden, trial.item.retained)
     return replace(trial, item=replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden))
-
-
-def _signature(layer: nn.Module) -> Any:
-    """What tells decoder layers apart: their modules, shapes and options, but for their number."""
-    plain = (int, float, str, bool, type(None))
-    return tuple(
-        (
-            name,
-            type(module).__name__,
-            tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)),
-            tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and "idx" not in k),
-        )
-        for name, module in layer.named_modules()
-    )
 
 
 def _rounded(tensor: Tensor) -> int:
