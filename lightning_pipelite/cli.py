@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import os
 import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.imports import quick_imports
+from lightning_pipelite.short_lived import end_at_once, short_lived
 from lightning_pipelite.verbosity import be_quiet, is_verbose, take_option
 
 
@@ -26,24 +26,32 @@ def main() -> None:
     if not is_verbose():
         be_quiet()
     try:
-        _run()
+        with short_lived() if _plans() else contextlib.nullcontext():
+            _run()
     except ConfigurationError as error:
         _refuse(str(error))
 
 
+def start() -> None:
+    """Run :func:`main` as the whole of a process."""
+    main()
+    if _plans():
+        end_at_once()
+
+
+def _plans() -> bool:
+    return sys.argv[1:2] == ["plan"]
+
+
 def _run() -> None:
-    with quick_imports(compiles=sys.argv[1:2] != ["plan"]):
-        from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as transformers_logging
 
-        from lightning_pipelite.commands import COMMANDS
-        from lightning_pipelite.progress import from_tqdm
-
-        command = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
-        importlib.import_module(command.module if command else "lightning_pipelite.trainer_cli")
+    from lightning_pipelite.commands import COMMANDS
+    from lightning_pipelite.progress import from_tqdm
 
     transformers_logging.set_tqdm_hook(from_tqdm)
-    if command:
-        command.run(sys.argv[1], sys.argv[2:])
+    if (name := sys.argv[1] if sys.argv[1:] else "") in COMMANDS:
+        COMMANDS[name].run(name, sys.argv[2:])
         return
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -60,10 +60,13 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     """
     # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
     tried: dict[Hashable, int] = {}
-    for number, (layer_name, layer) in enumerate(zip(skeleton.layer_names, skeleton.layers, strict=True)):
-        prefix = layer_name + "."
-        own = frozenset(name.removeprefix(prefix) for name in targets if name.startswith(prefix))
-        tried.setdefault((kind_of(layer), own), number)
+    own: list[set[str]] = [set() for _ in skeleton.layers]
+    for name in targets:
+        number = skeleton.layer_of(name)
+        assert number is not None
+        own[number].add(name.removeprefix(skeleton.layers_name).split(".", 2)[2])
+    for number, layer in enumerate(skeleton.layers):
+        tried.setdefault((kind_of(layer), frozenset(own[number])), number)
     others = {id(layer): nn.Identity() for n, layer in enumerate(skeleton.layers) if n not in tried.values()}
     model = copy.deepcopy(skeleton.model, others)
     targets = {name for name in targets if skeleton.layer_of(name) in tried.values()}
