@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.short_lived import end_at_once, short_lived
 from lightning_pipelite.verbosity import be_quiet, is_verbose, take_option
 
 
@@ -24,9 +26,21 @@ def main() -> None:
     if not is_verbose():
         be_quiet()
     try:
-        _run()
+        with short_lived() if _plans() else contextlib.nullcontext():
+            _run()
     except ConfigurationError as error:
         _refuse(str(error))
+
+
+def start() -> None:
+    """Run :func:`main` as the whole of a process."""
+    main()
+    if _plans():
+        end_at_once()
+
+
+def _plans() -> bool:
+    return sys.argv[1:2] == ["plan"]
 
 
 def _run() -> None:
