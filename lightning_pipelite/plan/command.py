@@ -54,7 +54,16 @@ def plan(
     planner = Planner(
         simulate(settings), micro_batches=settings.micro_batches, sequence_len=settings.sequence_len, memory=size
     )
-    report = Report.of(planner, settings, total)
+    try:
+        report = Report.of(planner, settings, total)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # of a model that cannot be run without weights
+        told = str(error).splitlines() or [""]
+        raise ConfigurationError(
+            f"{settings.model['model_dir']} cannot be planned: its layers cannot be tried without weights "
+            f"({type(error).__name__}: {told[0]}); see with pipelite fit whether they fit."
+        ) from error
     if picture is not None:
         from lightning_pipelite.plan.pictures import draw
 

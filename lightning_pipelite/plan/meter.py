@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -192,18 +193,26 @@ WORKSPACES: dict[str, Callable[..., int]] = {
 
 
 @contextlib.contextmanager
-def attention_as_on_gpu() -> Iterator[None]:
-    """Compute scaled dot-product attention on the meta device by what a GPU computes it by.
+def as_on_gpu() -> Iterator[None]:
+    """Let the meta device compute scaled dot-product attention by what a GPU computes it by, and know autocast.
 
-    Left alone, the meta device takes the plain products, which keep a matrix of sequence x sequence. Not a
-    TorchFunctionMode: none is active in what the backward pass computes again.
+    Left alone, it takes the plain products, which keep a matrix of sequence x sequence. Not a TorchFunctionMode: none
+    is active in what the backward pass computes again. Autocast, which PEFT turns off for fused experts, it refuses.
     """
-    before = nn.functional.scaled_dot_product_attention
+    before, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _attention(query, *args, **kwargs) if query.is_meta else before(query, *args, **kwargs)
 
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", attention):
+    def on_gpu(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+        return autocast("cuda" if device_type == "meta" else device_type, *args, **kwargs)
+
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
+        mock.patch.object(torch, "autocast", on_gpu),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.models.stage import Stage
-from lightning_pipelite.plan.meter import Meter, attention_as_on_gpu
+from lightning_pipelite.plan.meter import Meter, as_on_gpu
 from lightning_pipelite.plan.trial import Trial
 
 
@@ -83,7 +83,7 @@ class Run:
         for parameter in trained:
             parameter.grad = None if first else torch.empty_like(parameter)
         self._meter = Meter()
-        with attention_as_on_gpu(), self._meter:
+        with as_on_gpu(), self._meter:
             self._meter.hold(*held_tensors(self.stage))
             hidden, unsaved = self._train(make_inputs)
         for parameter in trained:

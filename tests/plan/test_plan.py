@@ -16,6 +16,7 @@ from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.plan.command import plan
 from lightning_pipelite.plan.report import Report
+from lightning_pipelite.plan.run import Run
 from lightning_pipelite.plan.settings import parse_memory
 from lightning_pipelite.plan.stages import StageMemory, bubble
 from lightning_pipelite.strategy.layers import LayerCosts
@@ -143,6 +144,15 @@ def test_a_wrong_configuration_is_one_sentence(tmp_path: Path, text: str, messag
     with pytest.raises(ConfigurationError) as caught:
         plan(str(path), memory="24GiB")
     assert message in str(caught.value)
+
+
+def test_a_model_that_cannot_be_tried_is_one_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no kernel for meta\nmore")
+
+    monkeypatch.setattr(Run, "train", fail)
+    with pytest.raises(ConfigurationError, match=r"model cannot be planned: .* \(RuntimeError: no kernel for meta\);"):
+        plan(str(small), memory="24GiB")
 
 
 def test_memory_is_read_in_both_units() -> None:

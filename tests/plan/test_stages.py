@@ -110,6 +110,21 @@ def test_fused_experts_in_4_bits_are_counted_with_their_scales(tmp_path: Path) -
     _compare_held(make_layers(tmp_path, LoRA(4), load_in_4bit=True), 0, 3)
 
 
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_fused_experts_are_planned(tmp_path: Path, in_4bit: bool) -> None:
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    layers = make_layers(tmp_path, LoRA(4), dtype=torch.bfloat16, load_in_4bit=in_4bit)
+    item = Simulation(layers, CausalLMLoss(), make_adam).trial(1, "recompute", LENGTH).item
+    real = layers.build_stage(1, 2, CPU)
+    assert item.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert item.backward > item.retained > 0
+    assert item.flops[2] > 0
+
+
 def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:
     """On the meta device a stage holds tensors of the shapes and types that it really has."""
     real, planned = (
