@@ -1,4 +1,4 @@
-"""Takes the pictures of the README: the terminal while the quickstart trains, and its TensorBoard page afterwards.
+"""Takes the pictures of the README: the terminal while the quickstart trains, its TensorBoard page, what it learned.
 
     python docs/take_pictures.py [DIRECTORY]
 
@@ -31,6 +31,8 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from lightning_pipelite.export import analyze
+
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, LINES = 118, 12
@@ -44,10 +46,10 @@ def main() -> None:
     if not (directory / "base" / "config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), str(directory)], check=True)
     PICTURES.mkdir(exist_ok=True)
-    logs = directory / "pictures"
-    shutil.rmtree(logs, ignore_errors=True)
-    take_terminal(directory, logs)
-    take_page(logs)
+    with tempfile.TemporaryDirectory() as made:
+        take_terminal(directory, Path(made))
+        take_page(Path(made))
+    take_analysis(directory)
 
 
 def take_terminal(directory: Path, logs: Path) -> None:
@@ -87,6 +89,13 @@ def take_page(logs: Path) -> None:
             process.terminate()
             process.wait()
         Image.open(io.BytesIO(page)).convert("RGB").quantize(128).save(PICTURES / "tensorboard.png", optimize=True)
+
+
+def take_analysis(directory: Path) -> None:
+    """Draw the singular values of what was learned."""
+    with tempfile.TemporaryDirectory() as made:
+        analyze(str(directory / "adapter"), base=str(directory / "base"), output=f"{made}/analysis")
+        Image.open(f"{made}/analysis/spectra.png").quantize(64).save(PICTURES / "spectra.png", optimize=True)
 
 
 async def screenshot(profile: Path, address: str) -> bytes:
