@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_pipelite.export import analyze
+from lightning_pipelite.verbosity import be_quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -42,6 +43,7 @@ COMMAND = "pipelite fit --config configs/quickstart.yaml"
 
 
 def main() -> None:
+    be_quiet()
     directory = Path(sys.argv[1] if sys.argv[1:] else "quickstart").resolve()
     if not (directory / "base" / "config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), str(directory)], check=True)
@@ -95,7 +97,9 @@ def take_analysis(directory: Path) -> None:
     """Draw the singular values of what was learned."""
     with tempfile.TemporaryDirectory() as made:
         analyze(str(directory / "adapter"), base=str(directory / "base"), output=f"{made}/analysis")
-        Image.open(f"{made}/analysis/spectra.png").quantize(64).save(PICTURES / "spectra.png", optimize=True)
+        Image.open(f"{made}/analysis/spectra.png").convert("RGB").quantize(256).save(
+            PICTURES / "spectra.png", optimize=True
+        )
 
 
 async def screenshot(profile: Path, address: str) -> bytes:
