@@ -8,27 +8,32 @@ import triton.language as tl
 from torch import Tensor
 
 IGNORED = -100
-WARP_VALUES = 512  # 16 values a thread: two 16-byte loads of bf16
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOAD_BYTES = 16  # the most that a thread reads at once
 
 
-def _warps(vocabulary: int) -> int:
-    """How many warps take a row, of which they read ``WARP_VALUES`` each at a time.
+def _warps(vocabulary: int) -> tuple[int, int]:
+    """How many warps take a row, and how many values each of their threads reads before it looks at them.
 
     A long row takes all threads of a multiprocessor: then the rows under way fit a GPU's second-level cache, where the
-    second pass finds them. On an H100, 1024 rows of 128 256: 0.24 ms, by 8 warps 0.34 ms.
+    second pass finds them. On an H100, 1024 rows of 128 256 in bf16: 0.21 ms by 32 warps, 0.27 by 16, 0.28 by 8; a copy
+    0.18. 4096 rows of 32 000: 0.26, 0.20, 0.24.
     """
-    return min(triton.next_power_of_2(triton.cdiv(vocabulary, WARP_VALUES)), 32 if vocabulary > 2**16 else 16)
+    if vocabulary > 2**16:
+        return 32, 32
+    return min(triton.next_power_of_2(triton.cdiv(vocabulary, 512)), 16), 16
 
 
 @triton.jit
 def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the scaled and soft-capped logits and what their gradient is multiplied with."""
-    x = x.to(tl.float32) * scale
+    """Return the scaled and soft-capped logits, in powers of two, and what their gradient is multiplied with."""
     factor = scale
     if SOFTCAP:
-        t = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0  # tanh
-        x = softcap * t
+        t = 2.0 * tl.sigmoid(2.0 * scale * x.to(tl.float32) / softcap) - 1.0  # tanh
+        x = softcap * LOG2_E * t
         factor = scale * (1.0 - t * t)
+    else:
+        x = x.to(tl.float32) * (scale * LOG2_E)
     return x, factor  # one return: Triton compares the types of several
 
 
@@ -36,44 +41,50 @@ def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-unt
 def _kernel(  # type: ignore[no-untyped-def]
     logits, labels, weights, losses, stride, vocabulary, scale, softcap,
     SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr,
+    LOAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows x vocabulary may pass 2^31
     logits += row * stride
     label = tl.load(labels + row)
-    columns = tl.arange(0, BLOCK)
+    lanes: tl.constexpr = BLOCK // LOAD
+    offsets = tl.arange(0, lanes)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
     if label == IGNORED:
         tl.store(losses + row, 0.0)
         if GRADIENT:
             for start in range(0, vocabulary, BLOCK):
-                tl.store(logits + start + columns, 0.0, mask=start + columns < vocabulary)
+                tl.store(logits + start + offsets, 0.0, mask=start + offsets < vocabulary)
         return
-    # The softmax's maximum and sum in one pass, each lane its own: no lane waits for another before the end.
-    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    # Before any lane writes a gradient where the label's logit is.
+    known = (label >= 0) & (label < vocabulary)
+    target, _of_target = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
+    # The softmax's maximum and sum in one pass, each lane its own, of what one thread reads at once: no lane waits for
+    # another before the end, and one in LOAD exponentials is all that the growing maximum costs.
+    maximum = tl.full([lanes], float("-inf"), tl.float32)
+    total = tl.zeros([lanes], tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        inside = start + columns < vocabulary
-        x, _ = _transform(tl.load(logits + start + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
+        columns = start + offsets
+        inside = columns < vocabulary
+        x, _ = _transform(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
         x = tl.where(inside, x, float("-inf"))
-        larger = tl.maximum(maximum, x)
+        larger = tl.maximum(maximum, tl.max(x, axis=1))
         safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
-        total = total * tl.exp(maximum - safe) + tl.exp(x - safe)
+        total = total * tl.exp2(maximum - safe) + tl.sum(tl.exp2(x - safe[:, None]), axis=1)
         maximum = larger
     largest = tl.max(maximum, axis=0)
-    log_sum = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), axis=0))
+    log_sum = largest + tl.log2(tl.sum(total * tl.exp2(maximum - largest), axis=0))
     weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
-    known = (label >= 0) & (label < vocabulary)
-    target, _ = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
     # A label that is no token must not pass for one: the loss is then not a number, and training stops.
-    tl.store(losses + row, tl.where(known, weight * (log_sum - target), float("nan")))
+    tl.store(losses + row, tl.where(known, weight * (log_sum - target) * LN_2, float("nan")))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
-            inside = start + columns < vocabulary
+            columns = start + offsets
+            inside = columns < vocabulary
             # What has been read and what is written will not be wanted here again: the cache is for other rows.
-            x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+            x = tl.load(logits + columns, mask=inside, other=0.0, eviction_policy="evict_first")
             x, factor = _transform(x, scale, softcap, SOFTCAP)
-            gradient = tl.exp(x - log_sum) - tl.where(start + columns == label, 1.0, 0.0)
+            gradient = tl.exp2(x - log_sum) - tl.where(columns == label, 1.0, 0.0)
             gradient *= weight * factor
-            tl.store(logits + start + columns, gradient, mask=inside, eviction_policy="evict_first")
+            tl.store(logits + columns, gradient, mask=inside, eviction_policy="evict_first")
 
 
 def cross_entropy_(
@@ -111,12 +122,12 @@ def cross_entropy_(
         )
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows and not logits.is_meta:
-        warps = _warps(vocabulary)
+        warps, values = _warps(vocabulary)
         _kernel[(rows,)](
             logits, labels.contiguous(), losses if weights is None else weights.contiguous(), losses,
             logits.stride(0), vocabulary, scale, 1.0 if softcap is None else softcap,
             SOFTCAP=softcap is not None, WEIGHTED=weights is not None, GRADIENT=gradient, IGNORED=IGNORED,
-            BLOCK=WARP_VALUES * warps, num_warps=warps,
+            BLOCK=32 * warps * values, LOAD=LOAD_BYTES // logits.element_size(), num_warps=warps,
         )  # fmt: skip
     return losses
 

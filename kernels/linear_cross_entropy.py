@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
+from lightning_pipelite.kernels.scale import scale_
 
 MAX_LOGITS_BYTES = 256 * 2**20
 TILE = 256
@@ -75,14 +76,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = [torch.zeros(1, dtype=torch.float32, device=hidden.device)]  # so that there is one without tokens
         rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
         if rows > TILE:  # 1046 rows took an H100 a quarter longer than 958
             rows -= rows % TILE
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            total += compute(logits, labels[part], scale=scale, softcap=softcap, gradient=gradient).sum()
+            losses.append(compute(logits, labels[part], scale=scale, softcap=softcap, gradient=gradient))
             # The logits are their own gradient now.
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[part])
@@ -93,14 +94,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits  # before the next chunk's are made
         ctx.of = of_hidden, of_weight, of_bias
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
-        return total
+        return torch.cat(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (factor,) = gradients
         if ctx.of is None:
             raise RuntimeError("linear_cross_entropy goes through one backward pass only, without retain_graph")
-        hidden, weight, bias = (None if of is None else of.mul_(factor) for of in ctx.of)
+        hidden, weight, bias = (None if of is None else scale_(of, factor) for of in ctx.of)
         ctx.of = None  # autograd copies what somebody else holds
         weight_dtype, bias_dtype = ctx.dtypes
         return (

@@ -357,13 +357,18 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_validation_start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._speed.pause()
+        self._pause()
 
     @override
-    def on_validation_end(self) -> None:
-        self._speed.go_on()
+    def on_train_epoch_end(self) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        """An evaluation, checkpoints or the loader's start follow: of the time until the next step, nothing counts."""
+        device = self.trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step's backward pass may still be under way
+        self._speed.pause()
 
     # Lightning asks for these; the strategy runs the layers itself
 

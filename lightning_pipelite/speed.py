@@ -10,7 +10,7 @@ from lightning_pipelite.models.flops import TrainingFlops
 
 
 class Speed:
-    """Measures steps, each from the loss of the one before to its own, without the evaluations between.
+    """Measures steps, each from the loss of the one before to its own, without what comes between while it is paused.
 
     A step's last backward pass may still be under way when its loss is known; so it is this that adds up.
 
@@ -34,6 +34,7 @@ class Speed:
         """
         if self._tokens == 0:
             self._clock = self._clock or StepClock()
+            self._clock.go_on()
             self._pairs = []
         self._tokens += position_ids.numel()
         if self._flops is not None and self._peak is not None:
@@ -41,14 +42,9 @@ class Speed:
             self._pairs.append(HostRead((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
 
     def pause(self) -> None:
-        """An evaluation begins, and the device has done all that was asked of it."""
+        """The device has done all that was asked of it; what comes before the next step is not the training."""
         if self._clock is not None:
             self._clock.pause()
-
-    def go_on(self) -> None:
-        """The evaluation has ended."""
-        if self._clock is not None:
-            self._clock.go_on()
 
     def end(self) -> dict[str, float]:
         """Take note of the step's end, when the host has waited for its loss.

@@ -32,6 +32,7 @@ def be_quiet() -> None:
         ("lightning.pytorch.utilities.rank_zero", logging.WARNING),  # which devices there are, and tips
         ("lightning.fabric.utilities.distributed", logging.WARNING),  # a line for each process that joined
         ("lightning.fabric.utilities.seed", logging.WARNING),  # "Seed set to 0", in every process
+        ("lightning.pytorch.accelerators.cuda", logging.WARNING),  # which GPUs a process sees
         ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
     ):
         logging.getLogger(name).setLevel(level)

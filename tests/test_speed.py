@@ -15,8 +15,8 @@ def test_tokens_and_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
     for tail in (0, 1, 1):  # seconds of the step before that come after its loss
         now[0] += tail
         measured.pause()
-        now[0] += 1000  # an evaluation between two steps does not count
-        measured.go_on()
+        measured.pause()  # an epoch's end after its evaluation
+        now[0] += 1000  # which do not count
         measured.begin(torch.tensor([[0, 1, 2, 0, 1]]))
         now[0] += 2 - tail
         measured.begin(torch.tensor([[0, 1, 2, 3, 4]]))

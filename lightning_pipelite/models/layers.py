@@ -114,8 +114,9 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
+        self.default_activation_memory: ActivationMemory = "recompute" if self.skeleton.can_recompute else "keep"
         if activation_memory == "auto":
-            activation_memory = "recompute" if self.skeleton.can_recompute else "keep"
+            activation_memory = self.default_activation_memory
         if activation_memory != "keep" and not self.skeleton.can_recompute:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
@@ -140,7 +141,7 @@ class CausalLMLayers:
         self.load_in_4bit = load_in_4bit
         self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
-        self.activation_memory = activation_memory
+        self.activation_memory: ActivationMemory = activation_memory
         self._compile = compile_layers
         self.seed = seed
         self.packed = packed

@@ -56,12 +56,13 @@ class PlannedTraining:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU that this process has or may take, its context's included; None of a CPU."""
+    """Return the bytes of a GPU that this process may take, its context's included; None of a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    mine = free + torch.cuda.memory_reserved(device) + CONTEXT
-    return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+    used = torch.cuda.memory_allocated(device)  # by the process for something else
+    mine = free + torch.cuda.memory_reserved(device) - used + CONTEXT
+    return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
 
 
 def plan_training(

@@ -27,7 +27,7 @@ class MemoryPlan(pl.Callback):
     with ``partition_method`` auto.
 
     Args:
-        layers: that are to be trained; their ``activation_memory`` and ``layer_costs`` are set.
+        layers: that are to be trained; their ``layer_costs`` are set, and if it is to be chosen ``activation_memory``.
         loss: on what the last stage returns.
         make_optimizer: makes the optimizer of some parameters.
         choose: whether to choose what is kept of activations.
@@ -45,6 +45,8 @@ class MemoryPlan(pl.Callback):
     ) -> None:
         self._layers, self._loss, self._make_optimizer = layers, loss, make_optimizer
         self._choose, self._refuse = choose, refuse
+        if choose:  # not what an earlier fit of the same layers chose
+            layers.activation_memory = layers.default_activation_memory
         self._peaks: Sequence[int] = ()  # that are to be compared
         self._first_step = 0
 
@@ -57,13 +59,14 @@ class MemoryPlan(pl.Callback):
                 a plan that cannot be made.
         """
         self._peaks = ()
+        self._layers.__dict__.pop("layer_costs", None)  # an earlier fit's, maybe with other data
         strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
         if not isinstance(strategy, PipeLiteStrategy) or not isinstance(data, PackedDataModule):
             return
         cuts, fits = strategy.partition_method == "auto", stage == "fit" and strategy.root_device.type == "cuda"
         if not (cuts or fits):
             return
-        memory = gathered(device_memory(strategy.root_device))
+        memory = gathered(device_memory(strategy.root_device) if fits else None)
         job = Job(
             stages=strategy.pipeline_stages,
             method=strategy.partition_method,
@@ -87,13 +90,16 @@ class MemoryPlan(pl.Callback):
         assert planned is not None
         if fits and self._refuse and planned.refusal:
             raise ConfigurationError(planned.refusal)
-        self._layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
+        if self._choose:
+            self._layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
         self._layers.layer_costs = lambda: planned.costs  # type: ignore[attr-defined]
         self._peaks = planned.peaks if fits else ()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_step = trainer.global_step
+        if self._peaks:  # what loading and quantising took is not what was planned
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_pipelite.kernels.scale import scale_
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +40,20 @@ def expected(logits, labels, scale, softcap, weights):  # type: ignore[no-untype
     losses = losses if weights is None else losses * weights.double()
     losses.sum().backward()
     return losses.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 4096), (4, 1031)])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 0.0, float("nan")])
+def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor: float) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(shape, device=DEVICE).to(dtype)
+    by = torch.tensor(factor, device=DEVICE)
+    expected = (values.float() * by).to(dtype)
+    transposed = values.T.clone().T if len(shape) == 2 else values.clone()
+    assert scale_(transposed, by) is transposed
+    rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0  # the interpreter cuts off
+    torch.testing.assert_close(transposed, expected, rtol=rounding, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("function", [pytest.param(cross_entropy_, marks=native), cross_entropy_reference_])

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from optimi import Adam
@@ -24,6 +25,7 @@ from lightning_pipelite.plan.before_training import (
     compared,
     plan_training,
 )
+from lightning_pipelite.plan.memory_plan import MemoryPlan
 from lightning_pipelite.plan.planner import MARGIN, Planner
 from lightning_pipelite.plan.simulation import Simulation
 from processes import Workers
@@ -108,6 +110,15 @@ def test_what_cannot_be_cut_by_a_plan_says_why(workers: Workers, tmp_path: Path)
     assert told.startswith("partition_method is auto, but what the layers cost could not be found out (")
     assert "meta" in told
     assert told.endswith("); set it to uniform, parameters or type:REGEX.")
+
+
+def test_a_second_fit_is_not_bound_by_the_plan_of_the_first(layers: CausalLMLayers) -> None:
+    layers.activation_memory = "offload"
+    layers.layer_costs = lambda: None  # type: ignore[attr-defined]
+    plan = MemoryPlan(layers, CausalLMLoss(), ADAM, choose=True, refuse=True)
+    plan.setup(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), pl.LightningModule(), "fit")
+    assert layers.activation_memory == "recompute"
+    assert not hasattr(layers, "layer_costs")
 
 
 def test_pissa_is_planned_like_lora(tmp_path: Path) -> None:
