@@ -31,9 +31,6 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from lightning_pipelite.export import analyze
-from lightning_pipelite.verbosity import be_quiet
-
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, LINES = 118, 12
@@ -43,7 +40,6 @@ COMMAND = "pipelite fit --config configs/quickstart.yaml"
 
 
 def main() -> None:
-    be_quiet()
     directory = Path(sys.argv[1] if sys.argv[1:] else "quickstart").resolve()
     if not (directory / "base" / "config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), str(directory)], check=True)
@@ -96,10 +92,10 @@ def take_page(logs: Path) -> None:
 def take_analysis(directory: Path) -> None:
     """Draw the singular values of what was learned."""
     with tempfile.TemporaryDirectory() as made:
-        analyze(str(directory / "adapter"), base=str(directory / "base"), output=f"{made}/analysis")
-        Image.open(f"{made}/analysis/spectra.png").convert("RGB").quantize(256).save(
-            PICTURES / "spectra.png", optimize=True
-        )
+        files = ["--adapter", "adapter", "--base", "base", "--output", f"{made}/analysis"]
+        subprocess.run([sys.executable, "-m", "lightning_pipelite", "analyze", *files], check=True, cwd=directory)
+        picture = Image.open(f"{made}/analysis/spectra.png").convert("RGB")
+        picture.quantize(256).save(PICTURES / "spectra.png", optimize=True)
 
 
 async def screenshot(profile: Path, address: str) -> bytes:
