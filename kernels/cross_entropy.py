@@ -141,16 +141,21 @@ def cross_entropy_reference_(
     weights: Tensor | None = None,
     gradient: bool = True,
 ) -> Tensor:
-    """:func:`cross_entropy_` in plain torch, for any device."""
-    with torch.enable_grad():
-        exact = torch.float64 if logits.dtype == torch.float32 else torch.float32
-        x = logits.detach().to(exact).requires_grad_(gradient)
-        z = x * scale
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        losses = torch.nn.functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
-        if weights is not None:
-            losses = losses * weights.to(exact)
-        if gradient:
-            logits.copy_(torch.autograd.grad(losses.sum(), x)[0])
-    return losses.detach().float()
+    """:func:`cross_entropy_` in plain torch, for any device; computed in float32 like it. Refuses a wrong label."""
+    z, factor = logits.float() * scale, torch.tensor(scale)
+    if softcap is not None:
+        t = torch.tanh(z / softcap)
+        z, factor = softcap * t, scale * (1 - t * t)
+    kept = labels != IGNORED
+    targets = torch.where(kept, labels, 0)[:, None]
+    z -= z.amax(dim=1, keepdim=True)
+    target = z.gather(1, targets)
+    probabilities = z.exp_()
+    total = probabilities.sum(dim=1, keepdim=True)
+    weights = kept.float() if weights is None else kept * weights.float()
+    losses = (total.log() - target)[:, 0] * weights
+    if gradient:
+        probabilities /= total
+        probabilities.scatter_add_(1, targets, torch.full_like(target, -1.0))
+        logits.copy_(probabilities.mul_(factor * weights[:, None]))
+    return losses

@@ -1,5 +1,5 @@
 """``python -m lightning_pipelite`` is ``pipelite``."""
 
-from lightning_pipelite.cli import main
+from lightning_pipelite.cli import start
 
-main()
+start()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.short_lived import end_at_once, short_lived
 from lightning_pipelite.verbosity import be_quiet, take_option
 
 
@@ -23,9 +25,21 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
     be_quiet()
     try:
-        _run()
+        with short_lived() if _plans() else contextlib.nullcontext():
+            _run()
     except ConfigurationError as error:
         _refuse(str(error))
+
+
+def start() -> None:
+    """Run :func:`main` as the whole of a process."""
+    main()
+    if _plans():
+        end_at_once()
+
+
+def _plans() -> bool:
+    return sys.argv[1:2] == ["plan"]
 
 
 def _run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.four_bit import fused_weights
+from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.skeleton import Skeleton
 
 ADAPTER = "default"
@@ -56,7 +58,18 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
     """
-    model = copy.deepcopy(skeleton.model)
+    # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
+    tried: dict[Hashable, int] = {}
+    own: list[set[str]] = [set() for _ in skeleton.layers]
+    for name in targets:
+        number = skeleton.layer_of(name)
+        assert number is not None
+        own[number].add(name.removeprefix(skeleton.layers_name).split(".", 2)[2])
+    for number, layer in enumerate(skeleton.layers):
+        tried.setdefault((kind_of(layer), frozenset(own[number])), number)
+    others = {id(layer): nn.Identity() for n, layer in enumerate(skeleton.layers) if n not in tried.values()}
+    model = copy.deepcopy(skeleton.model, others)
+    targets = {name for name in targets if skeleton.layer_of(name) in tried.values()}
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:

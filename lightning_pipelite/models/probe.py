@@ -25,6 +25,7 @@ class Probe:
     Args:
         config: The real model's configuration.
         build: Builds a model from a configuration.
+        known: A probe of the same class that attends by other code; what does not depend on that is not tried again.
 
     Attributes:
         model: The tiny model, in evaluation mode.
@@ -34,7 +35,10 @@ class Probe:
     """
 
     def __init__(
-        self, config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+        self,
+        config: PretrainedConfig,
+        build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config,
+        known: Probe | None = None,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -43,8 +47,8 @@ class Probe:
             for parameter in self.model.parameters():
                 parameter.data += NOISE * torch.randn_like(parameter)
             self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)))
-        self.takes_positions = False
-        if takes_positions(self.model):
+        self.takes_positions: bool = known is not None and known.takes_positions
+        if known is None and takes_positions(self.model):
             counted_by_itself = self._logits(self.input_ids)
             self.takes_positions = True
             # Some classes, RoBERTa's for one, begin to count elsewhere: there, positions from 0 are another model.

@@ -86,7 +86,7 @@ class Skeleton:
         except Exception as error:
             raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
         self._explore(probe)
-        probe = self._attend_exactly(probe, asked=attn_implementation)
+        self._probe = probe = self._attend_exactly(probe, asked=attn_implementation)
         self.takes_positions = probe.takes_positions
         try:
             if probe.sees_the_future():
@@ -139,7 +139,7 @@ class Skeleton:
             return probe
         build = partial(self._build, attn_implementation="eager")
         try:
-            eager = Probe(self.config, build)
+            eager = Probe(self.config, build, probe)
             same = probe.layers_attend_as(eager, self.layer_names)
         except Exception:  # the class has no other code, or none that can be tried
             return probe
@@ -157,8 +157,8 @@ class Skeleton:
     def fits_varlen(self) -> bool:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
         try:
-            probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME))
-            return probe.attends_as(Probe(self.config, self._build))
+            probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME), self._probe)
+            return probe.attends_as(self._probe)
         except Exception:  # whatever the class asks for that it does not do
             return False
 

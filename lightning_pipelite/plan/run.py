@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.models.stage import Stage
-from lightning_pipelite.plan.meter import Meter
-from lightning_pipelite.plan.trial import Part, Trial
+from lightning_pipelite.plan.meter import Meter, attention_as_on_gpu
+from lightning_pipelite.plan.trial import Trial
 
 
 @dataclass
@@ -38,24 +38,28 @@ class Run:
 
     Args:
         stage: On the meta device.
-        meter: Counts what the run does.
+        weighed: What its parameters take.
         layers_name: Of the list of decoder layers in the stage's model.
         tail_names: Of the modules after it.
         loss: The loss on the stage's outputs, if it is the last.
         compiled: Whether each layer is compiled on a GPU.
+
+    Attributes:
+        stage: The stage.
     """
 
     def __init__(
         self,
         stage: Stage,
-        meter: Meter,
+        weighed: Trial,
         layers_name: str,
         tail_names: Sequence[str],
         loss: Callable[[Any, Any], Any] | None,
         *,
         compiled: bool,
     ) -> None:
-        self._stage, self._meter, self._loss, self._compiled = stage, meter, loss, compiled
+        self.stage, self._weighed, self._loss, self._compiled = stage, weighed, loss, compiled
+        self._meter = Meter()
         self._events: dict[str, Event] = {}
         layers: Any = stage.causal_lm.get_submodule(layers_name)
         for number in range(stage.start, stage.stop):
@@ -66,12 +70,31 @@ class Run:
         for module in following:
             module.register_forward_pre_hook(lambda *_: self._note("leave"))
 
-    def train(self, make_inputs: Callable[[], tuple[Tensor, ...]]) -> Trial:
-        """Train on a micro-batch."""
+    def train(self, make_inputs: Callable[[], tuple[Tensor, ...]], *, first: bool) -> Trial:
+        """Train on a micro-batch.
+
+        Args:
+            make_inputs: Makes the stage's inputs.
+            first: Whether the backward pass makes the gradients of the parameters, rather than add to those of the
+                micro-batch before.
+        """
         self._events = {}
+        trained = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = None if first else torch.empty_like(parameter)
+        self._meter = Meter()
+        with attention_as_on_gpu(), self._meter:
+            self._meter.hold(*held_tensors(self.stage))
+            hidden, unsaved = self._train(make_inputs)
+        for parameter in trained:
+            parameter.grad = None
+        return self._trial(hidden, unsaved)
+
+    def _train(self, make_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[int, int]:
+        """Return the bytes that are handed on, and those of the inputs that the stage does not keep."""
         self._note("begin")
         inputs = make_inputs()
-        outputs = self._stage(inputs)
+        outputs = self.stage(inputs)
         if self._loss is not None:
             outputs = self._loss(outputs, torch.empty(inputs[1].shape, dtype=torch.int64, device="meta"))[:1]
         self._note("forward")
@@ -87,7 +110,7 @@ class Run:
             del gradients
         self._meter.fused = False
         self._note("end")
-        return self._trial(hidden, unsaved)
+        return hidden, unsaved
 
     def _note(self, name: str) -> None:
         if name not in self._events:
@@ -126,8 +149,10 @@ class Run:
         item_backward = events.get("item backward", end)
         entry_backward = events.get("entry backward", end)
         entry, item, tail = (
-            Part(retained=after.live - before.live, forward=after.peak - before.live)
-            for before, after in itertools.pairwise((begin, enter, leave, forward))
+            replace(part, retained=after.live - before.live, forward=after.peak - before.live)
+            for part, (before, after) in zip(
+                self._weighed.parts, itertools.pairwise((begin, enter, leave, forward)), strict=True
+            )
         )
         tail.backward = item_backward.peak - forward.live
         if entry_backward is not item_backward:
@@ -144,4 +169,22 @@ class Run:
                 for width, total in d.flops.items()
             }
         settled = leave.live + min(0, tail.retained)
-        return Trial(entry, item, tail, hidden, unsaved, max(0, item_backward.live - settled))
+        handover = max(0, item_backward.live - settled)
+        return Trial(entry, item, tail, hidden, unsaved, handover, self._weighed.tied)
+
+
+def held_tensors(stage: nn.Module) -> list[Tensor]:
+    """Return all tensors that a stage holds: parameters, gradients, buffers, and the scales of 4-bit weights."""
+    gradients = (p.grad for p in stage.parameters() if p.grad is not None)
+    states = (t for module in stage.modules() for t in quantisation_states(module))
+    return [*stage.parameters(), *gradients, *stage.buffers(), *states]
+
+
+def quantisation_states(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the scales of a module's 4-bit weights, and the scales of these."""
+    states = [getattr(p, "quant_state", None) for p in module.parameters(recurse=False)]
+    states.append(vars(module).get("quant_state"))
+    for state in {id(state): state for state in states if state is not None}.values():
+        yield from (t for t in vars(state).values() if isinstance(t, Tensor))
+        if state.nested:
+            yield from (t for t in vars(state.state2).values() if isinstance(t, Tensor))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.adapters.selection import parse_layers
+from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
-from lightning_pipelite.plan.meter import BLOCK, Meter, attention_as_on_gpu
-from lightning_pipelite.plan.run import Run
+from lightning_pipelite.plan.meter import BLOCK
+from lightning_pipelite.plan.run import Run, quantisation_states
 from lightning_pipelite.plan.trial import Part, Trial
 
 META = torch.device("meta")
@@ -25,7 +26,7 @@ DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but 
 class Simulation:
     """Trains stages of one item each, which are built as those that are trained, but without weights.
 
-    Every kind of item is tried once for each policy of activation memory and length.
+    Every kind of item is built once for each policy of activation memory, and tried once for each length.
 
     Args:
         layers: The layers of the model.
@@ -42,11 +43,14 @@ class Simulation:
         self.layers = layers
         self._loss = loss
         self._make_optimizer = make_optimizer
+        self._runs: dict[Any, Run] = {}
         self._trials: dict[Any, Trial] = {}
         kinds: dict[Any, int] = {}
         self._kinds = [kinds.setdefault(self._kind(number), len(kinds)) for number in range(len(layers))]
 
-    def trial(self, number: int, policy: str, sequence_len: int, *, input_grad: bool = True) -> Trial:
+    def trial(
+        self, number: int, policy: str, sequence_len: int, *, input_grad: bool = True, first: bool = False
+    ) -> Trial:
         """Return what item ``number`` takes.
 
         Args:
@@ -54,18 +58,20 @@ class Simulation:
             policy: the activation memory.
             sequence_len: tokens of a micro-batch.
             input_grad: whether the backward pass goes on before the item; matters but for the first one.
+            first: whether the micro-batch is the first of a step, whose backward pass makes the gradients that the
+                others find.
         """
         if policy == "selective" and self.compiled:
             policy = "keep"  # it is the compiler that selects
-        last = len(self.layers) - 1
-        key = (self._kinds[number], number == 0, number == last, policy, sequence_len, input_grad)
+        if policy == "offload":
+            return _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad, first=first))
+        built = (self._kinds[number], number == 0, number == len(self.layers) - 1, policy)
+        key = (built, sequence_len, input_grad, first)
         if key not in self._trials:
-            if policy == "offload":
-                self._trials[key] = _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad))
-            else:
-                with self._uncompiled(policy):
-                    stage = self.layers.build_stage(number, number + 1, META)
-                self._trials[key] = self._try(stage, number, sequence_len, input_grad)
+            if built not in self._runs:
+                self._runs[built] = self._build(number, policy)
+            run = self._runs[built]
+            self._trials[key] = run.train(lambda: self._inputs(run.stage, sequence_len, input_grad), first=first)
         return self._trials[key]
 
     @property
@@ -81,7 +87,7 @@ class Simulation:
         if isinstance(names, str) and names != "all-linear":  # may name some layers only
             return number
         chosen = parse_layers(getattr(adapter, "layers_to_transform", None), len(skeleton.layers))
-        return tuple((_signature(skeleton.layers[n]), n in chosen) for n in range(first, after))
+        return tuple((kind_of(skeleton.layers[n]), n in chosen) for n in range(first, after))
 
     @contextlib.contextmanager
     def _uncompiled(self, policy: str) -> Iterator[None]:
@@ -96,22 +102,15 @@ class Simulation:
             layers.activation_memory, layers._compile, threads = before
             torch.set_num_threads(threads)
 
-    def _try(self, stage: Stage, number: int, sequence_len: int, input_grad: bool) -> Trial:
-        meter = Meter()
+    def _build(self, number: int, policy: str) -> Run:
+        with self._uncompiled(policy):
+            stage = self.layers.build_stage(number, number + 1, META)
+        if self.layers.packed:
+            stage.expect_documents(DOCUMENTS)
         loss = self._loss if number == len(self.layers) - 1 else None
-        with attention_as_on_gpu(), meter:
-            meter.hold(*held_tensors(stage))
-            skeleton = self.layers.skeleton
-            run = Run(stage, meter, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
-            if self.layers.packed:
-                stage.expect_documents(DOCUMENTS)
-            # The second micro-batch finds gradients that it adds to.
-            first, second = (run.train(lambda: self._inputs(stage, sequence_len, input_grad)) for _ in range(2))
-        for part, before in zip(second.parts, first.parts, strict=True):
-            part.first_backward = before.backward
-        second.first_handover = first.handover
-        self._weigh(second, stage)
-        return second
+        skeleton = self.layers.skeleton
+        weighed = self._weigh(stage)
+        return Run(stage, weighed, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
 
     def _inputs(self, stage: Stage, sequence_len: int, input_grad: bool) -> tuple[Tensor, ...]:
         layers = self.layers
@@ -129,8 +128,9 @@ class Simulation:
             sums = [torch.empty(2, layers.router_loss.experts, device=META, requires_grad=True)]
         return (hidden, ids[1], *extra, *sums)
 
-    def _weigh(self, trial: Trial, stage: Stage) -> None:
-        """Fill in what the parameters of each part take, whatever the micro-batch is."""
+    def _weigh(self, stage: Stage) -> Trial:
+        """Return what the parameters of each part take, whatever the micro-batch is."""
+        trial = Trial(Part(), Part(), Part())
         prefix = f"causal_lm.{self.layers.skeleton.layers_name}."
         whole = dict(self.layers.skeleton.model.named_parameters())
         start_names = self.layers.skeleton.start_names
@@ -161,7 +161,7 @@ class Simulation:
                 sum(map(_rounded, trained)),
                 self._optimizer_bytes(trained),  # type: ignore[arg-type]
             )
-        states = [t for module in stage.modules() for t in _quantisation_states(module)]
+        states = [t for module in stage.modules() for t in quantisation_states(module)]
         trial.item.weights += sum(_rounded(t) for t in {id(t): t for t in states}.values())
         trial.entry.weights += sum(_rounded(buffer) for buffer in stage.buffers())
         skeleton = self.layers.skeleton
@@ -171,6 +171,7 @@ class Simulation:
         for index, part in ((0, trial.entry), (2, trial.tail)):
             names = {name.removeprefix("causal_lm.") for name, _ in parts[index]}
             part.parameters = sum(p.numel() for n, p in outside.items() if n in names)
+        return trial
 
     def _optimizer_bytes(self, trained: list[nn.Parameter]) -> int:
         if not trained:
@@ -190,42 +191,7 @@ class Simulation:
 def _offloaded(trial: Trial) -> Trial:
     """What a recomputed item takes if its input waits in the host's memory, and the next one's comes back meanwhile."""
     hidden = max(trial.hidden, trial.item.retained)
-    item = replace(
-        trial.item,
-        retained=0,
-        backward=trial.item.backward + 2 * hidden,
-        first_backward=trial.item.first_backward + 2 * hidden,
-    )
-    return replace(trial, item=item)
-
-
-def _signature(layer: nn.Module) -> Any:
-    """What tells decoder layers apart: their modules, shapes and options, but for their number."""
-    plain = (int, float, str, bool, type(None))
-    return tuple(
-        (
-            name,
-            type(module).__name__,
-            tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)),
-            tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and "idx" not in k),
-        )
-        for name, module in layer.named_modules()
-    )
-
-
-def held_tensors(stage: nn.Module) -> list[Tensor]:
-    """Return all tensors that a stage holds: parameters, buffers, and the scales of 4-bit weights."""
-    states = (t for module in stage.modules() for t in _quantisation_states(module))
-    return [*stage.parameters(), *stage.buffers(), *states]
-
-
-def _quantisation_states(module: nn.Module) -> Iterator[Tensor]:
-    states = [getattr(p, "quant_state", None) for p in module.parameters(recurse=False)]
-    states.append(vars(module).get("quant_state"))
-    for state in {id(state): state for state in states if state is not None}.values():
-        yield from (t for t in vars(state).values() if isinstance(t, Tensor))
-        if state.nested:
-            yield from (t for t in vars(state.state2).values() if isinstance(t, Tensor))
+    return replace(trial, item=replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden))
 
 
 def _rounded(tensor: Tensor) -> int:

@@ -93,12 +93,13 @@ def stage_memory(
         policy: of activation memory.
         sequence_len: tokens of a micro-batch.
     """
-    trials = stage_trials(simulation, start, stop, policy, sequence_len)
+    first = micro_batches == 1  # then gradients come with the backward pass
+    trials = stage_trials(simulation, start, stop, policy, sequence_len, first=first)
     entry, tail = trials[0].entry, trials[-1].tail
     # What the entry holds only while the stage runs forward is seen where nothing follows the item.
-    middle = trials[0] if trials[0].hidden else _middle(simulation, policy, sequence_len)
+    middle = trials[0] if trials[0].hidden else _middle(simulation, policy, sequence_len, first=first)
     passing = min(0, middle.tail.retained) if middle else 0
-    last = trials[-1] if trials[-1].hidden else _middle(simulation, policy, sequence_len)
+    last = trials[-1] if trials[-1].hidden else _middle(simulation, policy, sequence_len, first=first)
     passed = min(0, last.tail.retained) if last else 0
     kept_by_tail = tail.retained - passed
     items = [trial.item for trial in trials]
@@ -117,23 +118,22 @@ def stage_memory(
     static = weights + optimizer + exchange + WORKSPACE
     held = static + (in_flight - 1) * everything
     moments = [held + entry.forward, held + everything - kept_by_tail - passing + tail.forward]
-    first = micro_batches == 1  # then gradients come with the backward pass
     made = 0 if first else gradients
     moments = [moment + made for moment in moments]
     level = entry.retained
     for part, kept in zip(items, retained, strict=True):
         moments.append(held + made + level + part.forward)
         level += kept
-    moments.append(held + made + everything + (tail.first_backward if first else tail.backward))
-    handover = trials[-1].first_handover if first else trials[-1].handover
+    moments.append(held + made + everything + tail.backward)
+    handover = trials[-1].handover
     if not trials[-1].hidden:
         handover -= passed
     level = everything - kept_by_tail
     for part, kept in zip(reversed(items), reversed(retained), strict=True):
-        moments.append(held + made + level + handover + (part.first_backward if first else part.backward))
+        moments.append(held + made + level + handover + part.backward)
         level -= kept
         made += part.gradients if first else 0
-    moments.append(held + made + level + handover + (entry.first_backward if first else entry.backward))
+    moments.append(held + made + level + handover + entry.backward)
     moments.append(static + gradients)  # in the optimizer's step
     peak = max(moments)
     activations = in_flight * everything
@@ -162,17 +162,19 @@ def stage_memory(
     )
 
 
-def _middle(simulation: Simulation, policy: str, sequence_len: int) -> Trial | None:
+def _middle(simulation: Simulation, policy: str, sequence_len: int, *, first: bool) -> Trial | None:
     """An item that is neither the first nor the last, if there is one."""
-    return simulation.trial(1, policy, sequence_len) if len(simulation.layers) > 2 else None
+    return simulation.trial(1, policy, sequence_len, first=first) if len(simulation.layers) > 2 else None
 
 
-def stage_trials(simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int) -> list[Trial]:
+def stage_trials(
+    simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int, *, first: bool
+) -> list[Trial]:
     """Return the trial of each item of a stage; the backward pass goes on to the lowest that is trained."""
     trials: list[Trial] = []
     goes_on = start > 0
     for number in range(start, stop):
-        trial = simulation.trial(number, policy, sequence_len, input_grad=goes_on or number == 0)
+        trial = simulation.trial(number, policy, sequence_len, input_grad=goes_on or number == 0, first=first)
         trials.append(trial)
         goes_on = goes_on or trial.entry.trained + trial.item.trained > 0
     return trials

@@ -17,9 +17,8 @@ class Part:
         optimizer: Bytes of the optimizer's state.
         retained: Bytes that a forward keeps for the backward pass.
         forward: The most bytes at once in the forward pass, beside all that was held before it.
-        backward: The most bytes at once in the backward pass, beside all that was held before it; the gradients of the
-            parameters are there already.
-        first_backward: The same where they are not, those that it makes included.
+        backward: The most bytes at once in the backward pass, beside all that was held before it. The gradients of the
+            parameters are there already, or are made then, as the trial says.
         flops: Floating-point operations forward and backward, by the size of the elements in bytes.
         moved: Bytes that the other operations read and write.
     """
@@ -32,7 +31,6 @@ class Part:
     retained: int = 0
     forward: int = 0
     backward: int = 0
-    first_backward: int = 0
     flops: dict[int, float] = field(default_factory=dict)
     moved: int = 0
 
@@ -47,18 +45,17 @@ class Trial:
         tail: What comes after it.
         hidden: Bytes of what is handed on to the next stage.
         unsaved: Bytes of the item's input, if the item does not keep it for its backward pass.
-        handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input.
-        first_handover: The same with the gradients of its parameters, which are made then.
+        handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input,
+            and those of its parameters if they are made then.
         tied: What of the tail is the embedding's weight; a stage that has both holds it once.
     """
 
     entry: Part
     item: Part
     tail: Part
-    hidden: int
-    unsaved: int
-    handover: int
-    first_handover: int = 0
+    hidden: int = 0
+    unsaved: int = 0
+    handover: int = 0
     tied: Part = field(default_factory=Part)
 
     @property

@@ -12,10 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from optimi import Adam
-from plan_cases import LLAMA_70B, write_headers
 from plan_jobs import told_by_auto
 from tiny_job import write_job
 
+from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models.layers import CausalLMLayers

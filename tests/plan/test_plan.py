@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import LLAMA_70B, write_config, write_headers
+from plan_cases import write_config
 
+from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.plan.command import plan
 from lightning_pipelite.plan.report import Report

@@ -15,7 +15,8 @@ from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.plan.meter import BLOCK, Meter
-from lightning_pipelite.plan.simulation import Simulation, held_tensors
+from lightning_pipelite.plan.run import held_tensors
+from lightning_pipelite.plan.simulation import Simulation
 from lightning_pipelite.plan.stages import WORKSPACE, stage_memory
 
 CPU = torch.device("cpu")
