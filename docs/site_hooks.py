@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -24,9 +25,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"results/{path.name}", content=text))
     for path in examples():
         shown = path.read_text(encoding="utf-8")
-        text = f"# {path.name}\n\n" + (
-            cells(shown) if path.suffix == ".ipynb" else fenced(shown, LANGUAGES[path.suffix])
-        )
+        text = cells(shown) if path.suffix == ".ipynb" else f"# {path.name}\n\n{fenced(shown, LANGUAGES[path.suffix])}"
         files.append(File.generated(config, f"examples/{path.name}.md", content=text))
     return files
 
@@ -61,11 +60,11 @@ def examples() -> list[Path]:
 
 
 def cells(notebook: str) -> str:
-    """The cells of a notebook, its title left out."""
+    """The cells of a notebook."""
     shown = []
     for cell in json.loads(notebook)["cells"]:
         source = "".join(cell["source"])
-        shown.append(source.removeprefix("# ") if cell["cell_type"] == "markdown" else fenced(source + "\n", "python"))
+        shown.append(source if cell["cell_type"] == "markdown" else fenced(source + "\n", "python"))
     return "\n\n".join(shown)
 
 
@@ -76,18 +75,20 @@ def fenced(text: str, language: str) -> str:
 def commands() -> str:
     """Every command of the table, by the docstring of its function."""
     return "\n".join(
-        f"## pipelite {name}\n\n{each.summary}\n\n::: {each.module}.{each.function}\n    options:\n"
+        f"## pipelite {name}\n\n::: {each.module}.{each.function}\n    options:\n"
         "      show_root_heading: false\n      show_root_toc_entry: false\n"
         for name, each in COMMANDS.items()
     )
 
 
 def results() -> str:
-    """A line for each file of results: its command and what it was measured on."""
-    lines = ["| result | command | measured on |", "| --- | --- | --- |"]
+    """A line for each file of results: what it shows, which its program says, and what it was measured on."""
+    lines = ["| result | what it shows | measured on |", "| --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.md")):
         command, _, measured = path.read_text(encoding="utf-8").splitlines()[:3]
-        lines.append(f"| [{path.stem}](results/{path.name}) | {command} | {measured.split(';')[0]} |")
+        program = next(word for word in command.strip("`").split() if word.endswith(".py"))
+        shows = (ast.get_docstring(ast.parse((ROOT / program).read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        lines.append(f"| [{path.stem}](results/{path.name}) | {' '.join(shows.split())} | {measured.split(';')[0]} |")
     return "\n".join(lines)
 
 

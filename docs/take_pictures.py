@@ -1,4 +1,4 @@
-"""Takes the pictures of the README: the terminal while the quickstart trains, and its TensorBoard page afterwards.
+"""Takes the pictures of the README: the terminal while the quickstart trains, its TensorBoard page, what it learned.
 
     python docs/take_pictures.py [DIRECTORY]
 
@@ -44,10 +44,10 @@ def main() -> None:
     if not (directory / "base" / "config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), str(directory)], check=True)
     PICTURES.mkdir(exist_ok=True)
-    logs = directory / "pictures"
-    shutil.rmtree(logs, ignore_errors=True)
-    take_terminal(directory, logs)
-    take_page(logs)
+    with tempfile.TemporaryDirectory() as made:
+        take_terminal(directory, Path(made))
+        take_page(Path(made))
+    take_analysis(directory)
 
 
 def take_terminal(directory: Path, logs: Path) -> None:
@@ -87,6 +87,15 @@ def take_page(logs: Path) -> None:
             process.terminate()
             process.wait()
         Image.open(io.BytesIO(page)).convert("RGB").quantize(128).save(PICTURES / "tensorboard.png", optimize=True)
+
+
+def take_analysis(directory: Path) -> None:
+    """Draw the singular values of what was learned."""
+    with tempfile.TemporaryDirectory() as made:
+        files = ["--adapter", "adapter", "--base", "base", "--output", f"{made}/analysis"]
+        subprocess.run([sys.executable, "-m", "lightning_pipelite", "analyze", *files], check=True, cwd=directory)
+        picture = Image.open(f"{made}/analysis/spectra.png").convert("RGB")
+        picture.quantize(256).save(PICTURES / "spectra.png", optimize=True)
 
 
 async def screenshot(profile: Path, address: str) -> bytes:

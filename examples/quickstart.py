@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_pipelite.verbosity import be_quiet
+
 ROOT = Path(__file__).resolve().parent.parent
 # Of the standard library, what is documented at length and does nothing when it is imported.
 MODULES = """
@@ -53,7 +55,9 @@ def make_base_model(directory: Path) -> Path:
     """Write a BPE tokenizer trained on the texts, and a small Llama with random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of saving a few megabytes
     target = directory / "random"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=-1, help="stop each training after so many optimizer steps")
     arguments = parser.parse_args()
     started, directory = time.monotonic(), arguments.directory.resolve()
+    be_quiet()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
     write_texts(directory)
     make_base_model(directory)

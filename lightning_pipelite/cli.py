@@ -10,7 +10,7 @@ from typing import NoReturn
 from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.short_lived import end_at_once, short_lived
-from lightning_pipelite.verbosity import be_quiet, is_verbose, take_option
+from lightning_pipelite.verbosity import be_quiet, take_option
 
 
 def main() -> None:
@@ -23,8 +23,7 @@ def main() -> None:
         return
     take_option()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
-    if not is_verbose():
-        be_quiet()
+    be_quiet()
     try:
         with short_lived() if _plans() else contextlib.nullcontext():
             _run()

@@ -161,7 +161,7 @@ class _Rich(_Paced):
         console = Console(stderr=True)
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=len(label))),
-            BarColumn(bar_width=max(8, min(40, console.width - 96))),
+            BarColumn(bar_width=max(8, min(40, console.width - 108))),
             TextColumn(
                 "{task.fields[text]}",
                 markup=False,

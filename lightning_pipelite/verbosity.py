@@ -23,7 +23,9 @@ def take_option() -> None:
 
 
 def be_quiet() -> None:
-    """Leave out what a user can do nothing about. To be called before the libraries are imported."""
+    """Leave out what a user can do nothing about, unless it is wanted; to be called before libraries are imported."""
+    if is_verbose():
+        return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked, and refused, here
     for name, level in (
@@ -34,7 +36,8 @@ def be_quiet() -> None:
         ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
     ):
         logging.getLogger(name).setLevel(level)
-    # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported.
+    # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported: by the strategy, or before
+    # it by accelerate, when transformers saves a model.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # too little data to hold any out: summary()

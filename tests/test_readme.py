@@ -134,3 +134,6 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert after < before
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert "tensorboard --logdir" in done.stdout
+    # Nothing of what libraries say: transformers imports DeepSpeed while it saves, which tells of its accelerator.
+    assert "[WARNING]" not in done.stdout
+    assert [line for line in done.stderr.splitlines() if not line.startswith("training (")] == []

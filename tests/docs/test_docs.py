@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_pipelite.cli import main
 from lightning_pipelite.commands import COMMANDS
 from lightning_pipelite.export.migrate import Migration
 
@@ -80,6 +81,45 @@ def test_python_blocks_compile_and_import() -> None:
                 if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_pipelite"):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+REFERENCE = [
+    name
+    for page in (DOCS / "reference").glob("*.md")
+    for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+]
+
+
+def test_every_option_has_its_words() -> None:
+    """What the reference shows of an option is its line in the docstring."""
+    inner = {"accelerator", "parallel_devices"}  # which Lightning hands to every strategy
+    for name in [*REFERENCE, *(f"{command.module}.{command.function}" for command in COMMANDS.values())]:
+        module, _, attribute = name.rpartition(".")
+        shown = getattr(importlib.import_module(module), attribute)
+        options = {
+            option for option, each in inspect.signature(shown).parameters.items() if each.kind != each.VAR_KEYWORD
+        }
+        said = re.search(r"^Args:\n((?:    .*\n?|\n)*)", inspect.getdoc(shown) or "", re.MULTILINE)
+        assert set(re.findall(r"^    (\w+):", said[1], re.MULTILINE) if said else []) == options - inner, name
+
+
+@pytest.mark.parametrize("package", ["callbacks", "adapters"])
+def test_the_reference_has_what_is_public(package: str) -> None:
+    public = set(importlib.import_module(f"lightning_pipelite.{package}").__all__) - {"Adapter"}  # their base class
+    assert public <= {name.rpartition(".")[2] for name in REFERENCE}
+
+
+def test_the_configuration_of_checkpoints_has_options_that_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line takes it, over that of a mode. tests/optim and test_readme have the other pages'."""
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "checkpoints.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "block.yaml").write_text(block)
+    files = [f"--config={ROOT / 'configs' / 'lora.yaml'}", f"--config={tmp_path / 'block.yaml'}"]
+    monkeypatch.setattr(sys, "argv", ["pipelite", "fit", *files, "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, capsys.readouterr().err
 
 
 def old(key: str) -> str:

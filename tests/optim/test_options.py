@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,8 @@ def test_the_block_of_the_docs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^    model:\n(?:    .*\n)+", page, re.MULTILINE)
-    (tmp_path / "block.yaml").write_text(textwrap.dedent(block))
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "block.yaml").write_text(block)
     model = yaml.safe_load(printed(monkeypatch, capsys, "--config", str(tmp_path / "block.yaml")))["model"]
     assert (model["optimizer"]["class_path"], model["optimizer"]["init_args"]["weight_decay"]) == (
         "torch.optim.AdamW",
