@@ -147,7 +147,7 @@ def test_a_wrong_configuration_is_one_sentence(tmp_path: Path, text: str, messag
 
 
 def test_a_model_that_cannot_be_tried_is_one_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel for meta\nmore")
 
     monkeypatch.setattr(Run, "train", fail)
