@@ -171,3 +171,30 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     options = (tmp_path / "reference" / "training" / "index.html").read_text(encoding="utf-8")
     for name in ("pipeline_stages", "activation_memory", "load_in_4bit", "timeout"):
         assert f"<code>{name}</code>" in options
+
+
+def test_figures_of_the_readme_are_in_the_results() -> None:
+    """Those of the table, in the results that stand before it; each further one, in those that are linked beside it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## How fast")[1].split("\n## ")[0]
+    results = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"\((benchmarks/[^)]+)\)", section)
+    }
+    rows = [
+        re.findall(r"\d+[.,][\d.,]*\d", row)
+        for row in section.splitlines()
+        if row.startswith("| ") and "---" not in row
+    ]
+    step = results["benchmarks/results/step.md"].splitlines()
+    assert len(rows) == 7
+    for figures in rows[1:]:
+        assert any(all(f" {figure} " in row for figure in figures) for row in step), figures
+    for figure, name in (
+        ("29.73", "longest_sequence"),
+        ("28.5 / 25.9", "scaling_2_gpus_70b"),
+        ("14.0 /", "scaling_one_gpu_70b"),
+        ("1.09", "kernel_speed"),
+        ("lora, 2 x 1, m = 16: 0.978", "scaling_2_gpus"),
+    ):
+        assert figure in results[f"benchmarks/results/{name}.md"], name
+    off = [abs(float(share)) for share in re.findall(r"([+-][\d.]+)%", results["benchmarks/results/plan_memory.md"])]
+    assert max(off) <= 1.2
