@@ -12,7 +12,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 LOAD_BYTES = 16  # the most that a thread reads at once
 
 
-def _warps(vocabulary: int) -> tuple[int, int]:
+def _layout(vocabulary: int) -> tuple[int, int]:
     """How many warps take a row, and how many values each of their threads reads before it looks at them.
 
     A long row takes all threads of a multiprocessor: then the rows under way fit a GPU's second-level cache, where the
@@ -56,6 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         return
     # Before any lane writes a gradient where the label's logit is.
     known = (label >= 0) & (label < vocabulary)
+    # Not _, which is a block in the loops: Triton's variables keep their type.
     target, _of_target = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
     # The softmax's maximum and sum in one pass, each lane its own, of what one thread reads at once: no lane waits for
     # another before the end, and one in LOAD exponentials is all that the growing maximum costs.
@@ -114,15 +115,11 @@ def cross_entropy_(
     Raises:
         ValueError: The shapes do not fit, or rows are not contiguous.
     """
+    _check(logits, labels, weights)
     rows, vocabulary = logits.shape
-    if labels.shape != (rows,) or (weights is not None and weights.shape != (rows,)) or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} with strides {logits.stride()} do not fit labels {tuple(labels.shape)}; "
-            "give [rows, vocabulary] with contiguous rows, and as many labels and weights as rows"
-        )
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows and not logits.is_meta:
-        warps, values = _warps(vocabulary)
+        warps, values = _layout(vocabulary)
         _kernel[(rows,)](
             logits, labels.contiguous(), losses if weights is None else weights.contiguous(), losses,
             logits.stride(0), vocabulary, scale, 1.0 if softcap is None else softcap,
@@ -130,6 +127,15 @@ def cross_entropy_(
             BLOCK=32 * warps * values, LOAD=LOAD_BYTES // logits.element_size(), num_warps=warps,
         )  # fmt: skip
     return losses
+
+
+def _check(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+    rows = (len(logits),)
+    if labels.shape != rows or (weights is not None and weights.shape != rows) or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with strides {logits.stride()} do not fit labels {tuple(labels.shape)}; "
+            "give [rows, vocabulary] with contiguous rows, and as many labels and weights as rows"
+        )
 
 
 def cross_entropy_reference_(
@@ -141,8 +147,12 @@ def cross_entropy_reference_(
     weights: Tensor | None = None,
     gradient: bool = True,
 ) -> Tensor:
-    """:func:`cross_entropy_` in plain torch, for any device; computed in float32 like it. Refuses a wrong label."""
-    z, factor = logits.float() * scale, torch.tensor(scale)
+    """:func:`cross_entropy_` in plain torch, for any device; computed in float32 like it.
+
+    A label that is no index raises an error of torch's.
+    """
+    _check(logits, labels, weights)
+    z, factor = logits.float() * scale, logits.new_full((), scale, dtype=torch.float32)
     if softcap is not None:
         t = torch.tanh(z / softcap)
         z, factor = softcap * t, scale * (1 - t * t)
@@ -152,10 +162,12 @@ def cross_entropy_reference_(
     target = z.gather(1, targets)
     probabilities = z.exp_()
     total = probabilities.sum(dim=1, keepdim=True)
-    weights = kept.float() if weights is None else kept * weights.float()
-    losses = (total.log() - target)[:, 0] * weights
+    losses = (total.log() - target)[:, 0]
+    if weights is not None:
+        losses, factor = losses * weights, factor * weights.float()[:, None]
+    losses.masked_fill_(~kept, 0.0)  # whatever the logits of such a row are
     if gradient:
         probabilities /= total
         probabilities.scatter_add_(1, targets, torch.full_like(target, -1.0))
-        logits.copy_(probabilities.mul_(factor * weights[:, None]))
+        logits.copy_(probabilities.mul_(factor).masked_fill_(~kept[:, None], 0.0))
     return losses

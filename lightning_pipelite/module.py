@@ -364,7 +364,7 @@ class PipeLiteModule(pl.LightningModule):
         self._pause()
 
     def _pause(self) -> None:
-        """An evaluation, checkpoints or the loader's start follow: of the time until the next step, nothing counts."""
+        """An evaluation or an epoch's end follows: of the time until the next micro-batch, nothing counts."""
         device = self.trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the step's backward pass may still be under way

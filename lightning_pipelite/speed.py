@@ -32,9 +32,9 @@ class Speed:
         Args:
             position_ids: int64 [batch, sequence], from 0 at the start of every document.
         """
+        self._clock = self._clock or StepClock()
+        self._clock.go_on()
         if self._tokens == 0:
-            self._clock = self._clock or StepClock()
-            self._clock.go_on()
             self._pairs = []
         self._tokens += position_ids.numel()
         if self._flops is not None and self._peak is not None:
@@ -42,7 +42,7 @@ class Speed:
             self._pairs.append(HostRead((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
 
     def pause(self) -> None:
-        """The device has done all that was asked of it; what comes before the next step is not the training."""
+        """The device has done all that was asked of it; what comes before the next micro-batch is not the training."""
         if self._clock is not None:
             self._clock.pause()
 

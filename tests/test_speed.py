@@ -19,6 +19,8 @@ def test_tokens_and_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 1000  # which do not count
         measured.begin(torch.tensor([[0, 1, 2, 0, 1]]))
         now[0] += 2 - tail
+        measured.pause()
+        now[0] += 1000  # an evaluation between two micro-batches of a step does not count either
         measured.begin(torch.tensor([[0, 1, 2, 3, 4]]))
         now[0] += 3
         speeds = measured.end()

@@ -114,9 +114,8 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
-        self.default_activation_memory: ActivationMemory = "recompute" if self.skeleton.can_recompute else "keep"
         if activation_memory == "auto":
-            activation_memory = self.default_activation_memory
+            activation_memory = "recompute" if self.skeleton.can_recompute else "keep"
         if activation_memory != "keep" and not self.skeleton.can_recompute:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "

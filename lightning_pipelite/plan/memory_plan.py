@@ -16,6 +16,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.plan.before_training import Job, PlannedTraining, compared, device_memory, plan_training
 from lightning_pipelite.strategy import PipeLiteStrategy
+from lightning_pipelite.strategy.layers import is_built
 
 SETTLED = 2  # steps, by when all has been allocated once
 
@@ -28,6 +29,7 @@ class MemoryPlan(pl.Callback):
 
     Args:
         layers: that are to be trained; their ``layer_costs`` are set, and if it is to be chosen ``activation_memory``.
+            Of a module whose stage is there already, from an earlier run, nothing is planned anew: it stays as it is.
         loss: on what the last stage returns.
         make_optimizer: makes the optimizer of some parameters.
         choose: whether to choose what is kept of activations.
@@ -45,8 +47,6 @@ class MemoryPlan(pl.Callback):
     ) -> None:
         self._layers, self._loss, self._make_optimizer = layers, loss, make_optimizer
         self._choose, self._refuse = choose, refuse
-        if choose:  # not what an earlier fit of the same layers chose
-            layers.activation_memory = layers.default_activation_memory
         self._peaks: Sequence[int] = ()  # that are to be compared
         self._first_step = 0
 
@@ -59,14 +59,13 @@ class MemoryPlan(pl.Callback):
                 a plan that cannot be made.
         """
         self._peaks = ()
-        self._layers.__dict__.pop("layer_costs", None)  # an earlier fit's, maybe with other data
         strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
-        if not isinstance(strategy, PipeLiteStrategy) or not isinstance(data, PackedDataModule):
+        if not isinstance(strategy, PipeLiteStrategy) or not isinstance(data, PackedDataModule) or is_built(pl_module):
             return
         cuts, fits = strategy.partition_method == "auto", stage == "fit" and strategy.root_device.type == "cuda"
         if not (cuts or fits):
             return
-        memory = gathered(device_memory(strategy.root_device) if fits else None)
+        memory = gathered(device_memory(strategy.root_device))  # to validate, too: what is cut then is fitted later
         job = Job(
             stages=strategy.pipeline_stages,
             method=strategy.partition_method,

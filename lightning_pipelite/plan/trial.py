@@ -18,7 +18,7 @@ class Part:
         retained: Bytes that a forward keeps for the backward pass.
         forward: The most bytes at once in the forward pass, beside all that was held before it.
         backward: The most bytes at once in the backward pass, beside all that was held before it. The gradients of the
-            parameters are there already, or are made then, as the trial says.
+            parameters are there already, or, in a step's first micro-batch, are made then.
         flops: Floating-point operations forward and backward, by the size of the elements in bytes.
         moved: Bytes that the other operations read and write.
     """

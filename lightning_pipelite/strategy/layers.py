@@ -149,6 +149,11 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
     return layers, loss
 
 
+def is_built(module: Any) -> bool:
+    """Whether a LightningModule has its stage already, from an earlier run, which :func:`build_stage` will return."""
+    return getattr(module, "_pipelite_stage", None) is not None
+
+
 def build_stage(
     module: Any, layers: PipelineLayers, bounds: Sequence[int], stage_id: int, device: torch.device
 ) -> nn.Module:

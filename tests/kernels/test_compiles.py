@@ -25,7 +25,7 @@ def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], 
 @pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize(("dtype", "size", "vocabulary"), [("bf16", 2, 128_256), ("fp32", 4, 32_000)])
 def test_cross_entropy(dtype: str, size: int, vocabulary: int, softcap: bool, capability: int) -> None:
-    warps, values = cross_entropy._warps(vocabulary)
+    warps, values = cross_entropy._layout(vocabulary)
     arguments = {"logits": f"*{dtype}", "labels": "*i64", "weights": "*fp32", "losses": "*fp32"}
     arguments |= {"stride": "i32", "vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
     constants = {"SOFTCAP": softcap, "WEIGHTED": softcap, "GRADIENT": True, "IGNORED": cross_entropy.IGNORED}

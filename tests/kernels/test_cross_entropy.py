@@ -50,7 +50,7 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
     values = torch.randn(shape, device=DEVICE).to(dtype)
     by = torch.tensor(factor, device=DEVICE)
     expected = (values.float() * by).to(dtype)
-    transposed = values.T.clone().T if len(shape) == 2 else values.clone()
+    transposed = values.T.contiguous().T if len(shape) == 2 else values.clone()
     assert scale_(transposed, by) is transposed
     rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0  # the interpreter cuts off
     torch.testing.assert_close(transposed, expected, rtol=rounding, atol=0, equal_nan=True)
@@ -101,6 +101,23 @@ def test_extreme_logits() -> None:
     losses, gradients = expected(logits, labels, 1.0, None, None)
     torch.testing.assert_close(cross_entropy_(logits, labels).double(), losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.double(), gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [pytest.param(cross_entropy_, marks=native), cross_entropy_reference_])
+def test_an_ignored_row_may_hold_anything(function) -> None:  # type: ignore[no-untyped-def]
+    logits = torch.tensor([[float("nan"), 1.0, 2.0], [float("-inf"), 1.0, 2.0], [0.0, 1.0, 2.0]], device=DEVICE)
+    alone = logits[2:].clone()
+    weights = torch.tensor([float("inf"), 1.0, 0.5], device=DEVICE)
+    losses = function(logits, torch.tensor([-100, -100, 1], device=DEVICE), weights=weights)
+    expected_loss = function(alone, torch.tensor([1], device=DEVICE), weights=weights[2:])
+    torch.testing.assert_close(losses, torch.cat([torch.zeros(2, device=DEVICE), expected_loss]))
+    torch.testing.assert_close(logits, torch.cat([torch.zeros(2, 3, device=DEVICE), alone]))
+
+
+@pytest.mark.parametrize("function", [cross_entropy_, cross_entropy_reference_])
+def test_labels_for_other_rows_are_refused(function) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="do not fit"):
+        function(torch.zeros(4, 5), torch.zeros(1, dtype=torch.int64))
 
 
 def test_shapes_that_do_not_fit() -> None:

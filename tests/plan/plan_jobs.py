@@ -1,4 +1,4 @@
-"""A training whose plan cannot be made."""
+"""Trainings that are planned."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ class NeedsValues(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         float(self.param_groups[0]["params"][0].sum())
         return super().step(closure)
+
+
+def run_again(job: str) -> list[tuple[int, int]]:
+    """Evaluate, train, and train on with longer sequences, which a plan would cut elsewhere; the stage of each run."""
+    model = str(Path(job) / "model")
+    module, stages = PipeLiteModule(model, LoRA(2), dtype="float32", schedule="constant"), []
+    for run, length in (("validate", 64), ("fit", 64), ("fit", 128), ("validate", 128)):
+        data = PackedDataModule([DatasetConfig(f"{job}/texts/*.txt")], sequence_len=length, tokenizer_dir=model)
+        trainer = L.Trainer(
+            strategy=PipeLiteStrategy(2, partition_method="auto"), accelerator="cpu", devices=2, max_steps=1,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        getattr(trainer, run)(module, datamodule=data)
+        stages.append((module.pipeline_stage.start, module.pipeline_stage.stop))
+    return stages
 
 
 def told_by_auto(job: str) -> str:

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from optimi import Adam
-from plan_jobs import told_by_auto
+from plan_jobs import run_again, told_by_auto
 from tiny_job import write_job
 
 from header_model import LLAMA_70B, write_headers
@@ -25,7 +24,6 @@ from lightning_pipelite.plan.before_training import (
     compared,
     plan_training,
 )
-from lightning_pipelite.plan.memory_plan import MemoryPlan
 from lightning_pipelite.plan.planner import MARGIN, Planner
 from lightning_pipelite.plan.simulation import Simulation
 from processes import Workers
@@ -112,13 +110,10 @@ def test_what_cannot_be_cut_by_a_plan_says_why(workers: Workers, tmp_path: Path)
     assert told.endswith("); set it to uniform, parameters or type:REGEX.")
 
 
-def test_a_second_fit_is_not_bound_by_the_plan_of_the_first(layers: CausalLMLayers) -> None:
-    layers.activation_memory = "offload"
-    layers.layer_costs = lambda: None  # type: ignore[attr-defined]
-    plan = MemoryPlan(layers, CausalLMLoss(), ADAM, choose=True, refuse=True)
-    plan.setup(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), pl.LightningModule(), "fit")
-    assert layers.activation_memory == "recompute"
-    assert not hasattr(layers, "layer_costs")
+def test_a_module_that_has_its_stage_keeps_it(workers: Workers, tmp_path: Path) -> None:
+    first, last = workers.run(2, run_again, str(write_job(tmp_path / "job")))
+    assert len(set(first)) == len(set(last)) == 1
+    assert first[0][1] == last[0][0]
 
 
 def test_pissa_is_planned_like_lora(tmp_path: Path) -> None:
