@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
+from lightning_pipelite.kernels.device import runs_triton
 from lightning_pipelite.kernels.scale import scale_
 
 MAX_LOGITS_BYTES = 256 * 2**20
@@ -71,8 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         gradient = needs_hidden or needs_weight or needs_bias
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        compute = cross_entropy_ if hidden.is_cuda or hidden.is_meta or interpreted else cross_entropy_reference_
+        compute = cross_entropy_ if runs_triton(hidden) or hidden.is_meta else cross_entropy_reference_
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None

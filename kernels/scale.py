@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightning_pipelite.kernels.device import runs_triton
 
 BLOCK = 4096
 
@@ -31,7 +31,7 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     Returns:
         ``values``.
     """
-    if (values.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and values.numel():
+    if runs_triton(values) and values.numel():
         _kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK)
         return values
     return values.mul_(factor)

@@ -15,8 +15,8 @@ from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.plan.meter import BLOCK
-from lightning_pipelite.plan.run import Run, quantisation_states
 from lightning_pipelite.plan.trial import Part, Trial
+from lightning_pipelite.plan.watched_stage import WatchedStage, quantisation_states
 
 META = torch.device("meta")
 GPU_ONLY = ("fused", "capturable", "triton")  # of optimizers: none of them changes what is kept
@@ -43,7 +43,7 @@ class Simulation:
         self.layers = layers
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self._runs: dict[Any, Run] = {}
+        self._built: dict[Any, WatchedStage] = {}
         self._trials: dict[Any, Trial] = {}
         kinds: dict[Any, int] = {}
         self._kinds = [kinds.setdefault(self._kind(number), len(kinds)) for number in range(len(layers))]
@@ -68,10 +68,10 @@ class Simulation:
         built = (self._kinds[number], number == 0, number == len(self.layers) - 1, policy)
         key = (built, sequence_len, input_grad, first)
         if key not in self._trials:
-            if built not in self._runs:
-                self._runs[built] = self._build(number, policy)
-            run = self._runs[built]
-            self._trials[key] = run.train(lambda: self._inputs(run.stage, sequence_len, input_grad), first=first)
+            if built not in self._built:
+                self._built[built] = self._build(number, policy)
+            it = self._built[built]
+            self._trials[key] = it.train(lambda: self._inputs(it.stage, sequence_len, input_grad), first=first)
         return self._trials[key]
 
     @property
@@ -102,7 +102,7 @@ class Simulation:
             layers.activation_memory, layers._compile, threads = before
             torch.set_num_threads(threads)
 
-    def _build(self, number: int, policy: str) -> Run:
+    def _build(self, number: int, policy: str) -> WatchedStage:
         with self._uncompiled(policy):
             stage = self.layers.build_stage(number, number + 1, META)
         if self.layers.packed:
@@ -110,7 +110,7 @@ class Simulation:
         loss = self._loss if number == len(self.layers) - 1 else None
         skeleton = self.layers.skeleton
         weighed = self._weigh(stage)
-        return Run(stage, weighed, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
+        return WatchedStage(stage, weighed, skeleton.layers_name, skeleton.tail_names, loss, compiled=self.compiled)
 
     def _inputs(self, stage: Stage, sequence_len: int, input_grad: bool) -> tuple[Tensor, ...]:
         layers = self.layers

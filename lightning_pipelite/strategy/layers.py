@@ -171,16 +171,17 @@ def build_stage(
     """
     start, stop = bounds[stage_id], bounds[stage_id + 1]
     place = (start, stop, bounds[-1], str(device))
-    built: tuple[nn.Module, Any] | None = getattr(module, "_pipelite_stage", None)
-    if built is None:
+    if not is_built(module):
         stage = layers.build_stage(start, stop, device)
         # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
         module.add_module("pipeline_stage", stage)
         object.__setattr__(module, "_pipelite_stage", (stage, place))  # not one more submodule
         return stage
-    if built[1] != place:
+    built: nn.Module
+    built, before = module._pipelite_stage
+    if before != place:
         raise ConfigurationError(
             f"this {type(module).__name__} has been split into other stages before: this process holds only its "
-            f"layers {built[1][0]} to {built[1][1]}; make a new one, and pass ckpt_path to load what was trained."
+            f"layers {before[0]} to {before[1]}; make a new one, and pass ckpt_path to load what was trained."
         )
-    return built[0]
+    return built

@@ -22,18 +22,21 @@ def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], 
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize(("dtype", "size", "vocabulary"), [("bf16", 2, 128_256), ("fp32", 4, 32_000)])
-def test_cross_entropy(dtype: str, size: int, vocabulary: int, softcap: bool, capability: int) -> None:
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("softcap", "weighted"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("dtype", "size", "vocabulary"), [("bf16", 2, 128_256), ("fp16", 2, 17), ("fp32", 4, 32_000)])
+def test_cross_entropy(
+    dtype: str, size: int, vocabulary: int, softcap: bool, weighted: bool, gradient: bool, capability: int
+) -> None:
     warps, values = cross_entropy._layout(vocabulary)
     arguments = {"logits": f"*{dtype}", "labels": "*i64", "weights": "*fp32", "losses": "*fp32"}
     arguments |= {"stride": "i32", "vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
-    constants = {"SOFTCAP": softcap, "WEIGHTED": softcap, "GRADIENT": True, "IGNORED": cross_entropy.IGNORED}
+    constants = {"SOFTCAP": softcap, "WEIGHTED": weighted, "GRADIENT": gradient, "IGNORED": cross_entropy.IGNORED}
     constants |= {"BLOCK": 32 * warps * values, "LOAD": cross_entropy.LOAD_BYTES // size}
     assert "exp2" in compiled(cross_entropy._kernel, arguments, constants, warps, capability).asm["ttir"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_scale(dtype: str) -> None:
     arguments = {"values": f"*{dtype}", "factor": "*fp32", "number": "i32"}
     assert compiled(scale._kernel, arguments, {"BLOCK": scale.BLOCK}, 4, 90).asm["ptx"]

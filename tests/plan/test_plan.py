@@ -16,9 +16,9 @@ from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.plan.command import plan
 from lightning_pipelite.plan.report import Report
-from lightning_pipelite.plan.run import Run
 from lightning_pipelite.plan.settings import parse_memory
 from lightning_pipelite.plan.stages import StageMemory, bubble
+from lightning_pipelite.plan.watched_stage import WatchedStage
 from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import cheapest_bounds, partition
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_tried_is_one_sentence(small: Path, monkeypatch: 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel for meta\nmore")
 
-    monkeypatch.setattr(Run, "train", fail)
+    monkeypatch.setattr(WatchedStage, "train", fail)
     with pytest.raises(ConfigurationError, match=r"model cannot be planned: .* \(RuntimeError: no kernel for meta\);"):
         plan(str(small), memory="24GiB")
 

@@ -15,9 +15,9 @@ from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.plan.meter import BLOCK, Meter
-from lightning_pipelite.plan.run import held_tensors
 from lightning_pipelite.plan.simulation import Simulation
 from lightning_pipelite.plan.stages import WORKSPACE, stage_memory
+from lightning_pipelite.plan.watched_stage import held_tensors
 
 CPU = torch.device("cpu")
 LENGTH = 256
@@ -35,6 +35,17 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         num_key_value_heads=2, tie_word_embeddings=request.param,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mixtral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("mixtral")
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(directory)
     return directory
 
 
@@ -101,23 +112,13 @@ def test_weights_in_4_bits_are_counted_with_their_scales(model_dir: Path, double
     _compare_held(layers, 1, 3)
 
 
-def test_fused_experts_in_4_bits_are_counted_with_their_scales(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    _compare_held(make_layers(tmp_path, LoRA(4), load_in_4bit=True), 0, 3)
+def test_fused_experts_in_4_bits_are_counted_with_their_scales(mixtral_dir: Path) -> None:
+    _compare_held(make_layers(mixtral_dir, LoRA(4), load_in_4bit=True), 0, 3)
 
 
 @pytest.mark.parametrize("in_4bit", [False, True])
-def test_fused_experts_are_planned(tmp_path: Path, in_4bit: bool) -> None:
-    config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    layers = make_layers(tmp_path, LoRA(4), dtype=torch.bfloat16, load_in_4bit=in_4bit)
+def test_fused_experts_are_planned(mixtral_dir: Path, in_4bit: bool) -> None:
+    layers = make_layers(mixtral_dir, LoRA(4), dtype=torch.bfloat16, load_in_4bit=in_4bit)
     item = Simulation(layers, CausalLMLoss(), make_adam).trial(1, "recompute", LENGTH).item
     real = layers.build_stage(1, 2, CPU)
     assert item.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)

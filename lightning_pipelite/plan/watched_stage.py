@@ -33,7 +33,7 @@ class Event:
     moved: int
 
 
-class Run:
+class WatchedStage:
     """Trains a stage of one item, and notes where its forward and its backward enter and leave the item.
 
     Args:
