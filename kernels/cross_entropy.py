@@ -26,14 +26,16 @@ def _layout(vocabulary: int) -> tuple[int, int]:
 
 @triton.jit
 def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the scaled and soft-capped logits, in powers of two, and what their gradient is multiplied with."""
+    """Return what the softmax is over but for a factor, its unit, and what the gradient is multiplied with.
+
+    The unit is multiplied with after the maximum is subtracted: of huge logits, products would be rounded (or, fused
+    with the subtraction, not), and their differences anything.
+    """
+    x = x.to(tl.float32)
     factor = scale
     if SOFTCAP:
-        t = 2.0 * tl.sigmoid(2.0 * scale * x.to(tl.float32) / softcap) - 1.0  # tanh
-        x = softcap * LOG2_E * t
-        factor = scale * (1.0 - t * t)
-    else:
-        x = x.to(tl.float32) * (scale * LOG2_E)
+        x = 2.0 * tl.sigmoid(2.0 * scale * x / softcap) - 1.0  # tanh
+        factor = scale * (1.0 - x * x)
     return x, factor  # one return: Triton compares the types of several
 
 
@@ -54,6 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             for start in range(0, vocabulary, BLOCK):
                 tl.store(logits + start + offsets, 0.0, mask=start + offsets < vocabulary)
         return
+    unit = (softcap if SOFTCAP else scale) * LOG2_E  # powers of two are cheaper
     # Before any lane writes a gradient where the label's logit is.
     known = (label >= 0) & (label < vocabulary)
     # Not _, which is a block in the loops: Triton's variables keep their type.
@@ -69,13 +72,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         x = tl.where(inside, x, float("-inf"))
         larger = tl.maximum(maximum, tl.max(x, axis=1))
         safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
-        total = total * tl.exp2(maximum - safe) + tl.sum(tl.exp2(x - safe[:, None]), axis=1)
+        total = total * tl.exp2((maximum - safe) * unit) + tl.sum(tl.exp2((x - safe[:, None]) * unit), axis=1)
         maximum = larger
     largest = tl.max(maximum, axis=0)
-    log_sum = largest + tl.log2(tl.sum(total * tl.exp2(maximum - largest), axis=0))
+    log_total = tl.log2(tl.sum(total * tl.exp2((maximum - largest) * unit), axis=0))
     weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
     # A label that is no token must not pass for one: the loss is then not a number, and training stops.
-    tl.store(losses + row, tl.where(known, weight * (log_sum - target) * LN_2, float("nan")))
+    loss = weight * ((largest - target) * unit + log_total) * LN_2
+    tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             columns = start + offsets
@@ -83,7 +87,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             # What has been read and what is written will not be wanted here again: the cache is for other rows.
             x = tl.load(logits + columns, mask=inside, other=0.0, eviction_policy="evict_first")
             x, factor = _transform(x, scale, softcap, SOFTCAP)
-            gradient = tl.exp2(x - log_sum) - tl.where(columns == label, 1.0, 0.0)
+            gradient = tl.exp2((x - largest) * unit - log_total) - tl.where(columns == label, 1.0, 0.0)
             gradient *= weight * factor
             tl.store(logits + columns, gradient, mask=inside, eviction_policy="evict_first")
 
@@ -104,7 +108,7 @@ def cross_entropy_(
             ``scale * x``, and then ``softcap * tanh(x / softcap)`` if there is one (Gemma 2,
             https://arxiv.org/abs/2408.00118, section 2).
         labels: [rows], int64; -100 for a row without loss. Another value that is no index gives a loss of NaN.
-        scale: What the logits are multiplied with.
+        scale: What the logits are multiplied with; positive.
         softcap: What their size is limited to; None for no limit.
         weights: [rows], what each loss is multiplied with; ones if not given.
         gradient: Whether ``logits`` becomes the gradient; otherwise it stays as it is.
@@ -113,9 +117,9 @@ def cross_entropy_(
         [rows], float32.
 
     Raises:
-        ValueError: The shapes do not fit, or rows are not contiguous.
+        ValueError: The shapes do not fit, rows are not contiguous, or the scale is not positive.
     """
-    _check(logits, labels, weights)
+    _check(logits, labels, weights, scale)
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows and not logits.is_meta:
@@ -129,7 +133,9 @@ def cross_entropy_(
     return losses
 
 
-def _check(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+def _check(logits: Tensor, labels: Tensor, weights: Tensor | None, scale: float) -> None:
+    if not scale > 0:
+        raise ValueError(f"the scale of the logits is {scale}; it must be positive")
     rows = (len(logits),)
     if labels.shape != rows or (weights is not None and weights.shape != rows) or logits.stride(1) != 1:
         raise ValueError(
@@ -151,7 +157,7 @@ def cross_entropy_reference_(
 
     A label that is no index raises an error of torch's.
     """
-    _check(logits, labels, weights)
+    _check(logits, labels, weights, scale)
     z, factor = logits.float() * scale, logits.new_full((), scale, dtype=torch.float32)
     if softcap is not None:
         t = torch.tanh(z / softcap)

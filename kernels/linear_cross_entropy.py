@@ -36,7 +36,7 @@ def linear_cross_entropy(
         weight: [vocabulary, size], of the same dtype.
         labels: [...], int64; -100 for a token without loss.
         bias: [vocabulary].
-        scale: What the logits are multiplied with.
+        scale: What the logits are multiplied with; positive.
         softcap: What they are then limited to, see :func:`~lightning_pipelite.kernels.cross_entropy.cross_entropy_`.
         max_logits_bytes: How much the logits of a chunk may take; at least one token is computed at a time.
 
@@ -44,7 +44,7 @@ def linear_cross_entropy(
         A float32 scalar, for one backward pass.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or the scale is not positive.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

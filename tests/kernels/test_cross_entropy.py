@@ -35,8 +35,7 @@ def expected(logits, labels, scale, softcap, weights):  # type: ignore[no-untype
     z = x * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     kept = labels != -100
-    log_probabilities = z - z.logsumexp(dim=1, keepdim=True)
-    losses = -log_probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0] * kept
+    losses = -z.log_softmax(dim=1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * kept
     losses = losses if weights is None else losses * weights.double()
     losses.sum().backward()
     return losses.detach(), x.grad
@@ -96,8 +95,10 @@ def test_a_label_that_is_no_token_is_not_a_number() -> None:
 
 @native
 def test_extreme_logits() -> None:
-    logits = torch.tensor([[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [float("-inf"), 3.0, 1.0]], device=DEVICE)
-    labels = torch.tensor([0, 1, 2], device=DEVICE)
+    logits = torch.tensor(
+        [[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [float("-inf"), 3.0, 1.0], [2e38, -2e38, 3e38]], device=DEVICE
+    )
+    labels = torch.tensor([0, 1, 2, 2], device=DEVICE)
     losses, gradients = expected(logits, labels, 1.0, None, None)
     torch.testing.assert_close(cross_entropy_(logits, labels).double(), losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.double(), gradients, rtol=1e-5, atol=1e-6)
@@ -118,6 +119,12 @@ def test_an_ignored_row_may_hold_anything(function) -> None:  # type: ignore[no-
 def test_labels_for_other_rows_are_refused(function) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="do not fit"):
         function(torch.zeros(4, 5), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("function", [cross_entropy_, cross_entropy_reference_])
+def test_a_scale_that_turns_logits_round_is_refused(function) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="must be positive"):
+        function(torch.zeros(1, 5), torch.zeros(1, dtype=torch.int64), scale=-1.0)
 
 
 def test_shapes_that_do_not_fit() -> None:
