@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.longest import longest
 from lightning_pipelite.plan.simulation import Simulation
-from lightning_pipelite.plan.stages import StageMemory, stage_memory
+from lightning_pipelite.plan.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
 from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import partition
 
@@ -131,33 +132,20 @@ class Planner:
     def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
         """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
 
-        Memory grows with the sequence in nearly a straight line, so a few trials are enough.
+        Memory grows with the sequence in nearly a straight line, of which two points are known.
         """
         if self.memory is None:
             raise ValueError("the memory of a device is not known")
         limit = (1 - MARGIN) * self.memory
 
-        def worst(length: int) -> float:
+        def excess(length: int) -> float:
             return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
 
+        here = self.stages(bounds, policy)
+        empty = max(stage.weights + stage.gradients + stage.optimizer for stage in here) + CONTEXT + WORKSPACE
+        known = {0: empty - limit, self.sequence_len: excess(self.sequence_len)}
         most = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
-        if (too_much := worst(most)) <= 0:
-            return most // STEP * STEP
-        low, high = 0, min(self.sequence_len, most)
-        below, above = float("-inf"), worst(high)
-        if above <= 0:
-            low, below, high, above = high, above, most, too_much
-        while high - low > STEP:
-            middle = (low + high) // 2
-            if below > float("-inf"):  # where the line through both ends meets the limit
-                middle = low + int((high - low) * below / (below - above))
-            middle = min(max(middle // STEP * STEP, low // STEP * STEP + STEP), high - 1)
-            difference = worst(middle)
-            if difference <= 0:
-                low, below = middle, difference
-            else:
-                high, above = middle, difference
-        return low // STEP * STEP
+        return longest(excess, known, most, STEP)
 
     def fewest_devices(self, most: int) -> tuple[int, str] | None:
         """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""

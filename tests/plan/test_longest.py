@@ -1,0 +1,71 @@
+"""The longest sequence that fits is what trying every length finds, in few trials."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_pipelite.plan.longest import longest
+
+STEP = 256
+CURVES: dict[str, Callable[[int], float]] = {
+    "straight": lambda n: 3.0 * n,
+    "fullest of two stages": lambda n: max(5000.0 + 2.5 * n, 3.1 * n),
+    "bent upwards": lambda n: 3.0 * n + n**2 / 40_000,
+    "a parabola": lambda n: n**2 / 1000,
+    "blocks": lambda n: 3.0 * n + (-n % 512) / 100,
+    "logits in chunks": lambda n: 3.0 * n + 20 * min(n, 1024),
+    "nothing below a length": lambda n: max(0.0, 40.0 * (n - 5000)),
+}
+
+
+def searched(excess: Callable[[int], float], tried: int, most: int) -> tuple[int, list[int]]:
+    """Return what is found, and which lengths were tried for it."""
+    trials = []
+
+    def watched(length: int) -> float:
+        trials.append(length)
+        return excess(length)
+
+    return longest(watched, {0: excess(0), tried: excess(tried)}, most, STEP), trials
+
+
+@pytest.mark.parametrize("name", list(CURVES))
+def test_it_is_what_trying_all_lengths_finds(name: str) -> None:
+    def check(room: float, known: int, most: int) -> None:
+        def excess(length: int) -> float:
+            return CURVES[name](length) - room
+
+        best = max((n for n in range(0, most + 1, STEP) if excess(n) <= 0), default=0)
+        found, trials = searched(excess, known, most)
+        assert found == best
+        assert found == 0 or found in (known, *trials)
+        assert len(set(trials)) == len(trials)
+        assert all(0 < n <= most and n % STEP == 0 for n in trials)
+
+    rooms = (-1.0, 0.0, 500.0, 12_345.0, 30_000.0, 123_456.0, 1e9)
+    for case in itertools.product(rooms, (4096, 1000, 300, 50_000), (8192, 131_072, 100, 10_000)):
+        check(*case)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 50)), min_size=1, max_size=4),
+    st.integers(0, 400_000),
+    st.integers(1, 20_000),
+)
+def test_what_fits_is_never_too_long(lines: list[tuple[int, int]], room: int, known: int) -> None:
+    def excess(length: int) -> float:
+        return max(base + slope * length for base, slope in lines) - room
+
+    best = max((n for n in range(0, 16_385, STEP) if excess(n) <= 0), default=0)
+    assert searched(excess, known, 16_384)[0] == best
+
+
+def test_two_trials_are_enough_on_a_straight_line() -> None:
+    found, trials = searched(lambda n: 1000.0 + 3 * n - 20_000, 4096, 131_072)
+    assert found == 6144
+    assert len(trials) <= 2
