@@ -42,7 +42,7 @@ class Probe:
         known: Probe | None = None,
     ) -> None:
         self._seen: dict[Any, Tensor] = {}
-        self.model = _build_tiny(config, build, None if known is None else known.model).eval()
+        self.model: PreTrainedModel = _build_tiny(config, build, None if known is None else known.model).eval()
         generator = torch.Generator().manual_seed(0)
         self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)), generator=generator)
         self.takes_positions: bool = known is not None and known.takes_positions

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 
-def longest(excess: Callable[[int], float], known: Mapping[int, float], most: int, step: int) -> int:
+def find_longest(excess: Callable[[int], float], known: Mapping[int, float], most: int, step: int) -> int:
     """Return the largest multiple of ``step`` that fits; 0 if none does.
 
     What is returned was tried, and fits. That nothing longer fits is told by the line through the two longest that fit:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from lightning_pipelite.models.layers import CausalLMLayers
-from lightning_pipelite.plan.longest import longest
+from lightning_pipelite.plan.longest import find_longest
 from lightning_pipelite.plan.simulation import Simulation
 from lightning_pipelite.plan.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
 from lightning_pipelite.strategy.layers import LayerCosts
@@ -46,20 +46,21 @@ class Planner:
 
     def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
         """Return what each stage of a split takes."""
-        pairs = list(itertools.pairwise(bounds))
         return [
-            stage_memory(
-                self._simulation,
-                start,
-                stop,
-                stage=number,
-                stages=len(pairs),
-                micro_batches=self.micro_batches,
-                policy=policy,
-                sequence_len=sequence_len or self.sequence_len,
-            )
-            for number, (start, stop) in enumerate(pairs)
+            self._stage(bounds, number, policy, sequence_len or self.sequence_len) for number in range(len(bounds) - 1)
         ]
+
+    def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> StageMemory:
+        return stage_memory(
+            self._simulation,
+            bounds[number],
+            bounds[number + 1],
+            stage=number,
+            stages=len(bounds) - 1,
+            micro_batches=self.micro_batches,
+            policy=policy,
+            sequence_len=sequence_len,
+        )
 
     def fits(self, stages: Iterable[StageMemory]) -> bool:
         """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
@@ -132,20 +133,26 @@ class Planner:
     def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
         """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
 
-        Memory grows with the sequence in nearly a straight line, of which two points are known.
+        Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
+        can take is found first, and mostly the others take it too.
         """
         if self.memory is None:
             raise ValueError("the memory of a device is not known")
         limit = (1 - MARGIN) * self.memory
 
-        def excess(length: int) -> float:
-            return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
+        def excess(number: int, length: int) -> float:
+            return self._stage(bounds, number, policy, length).total - limit
 
-        here = self.stages(bounds, policy)
-        empty = max(stage.weights + stage.gradients + stage.optimizer for stage in here) + CONTEXT + WORKSPACE
-        known = {0: empty - limit, self.sequence_len: excess(self.sequence_len)}
-        most = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
-        return longest(excess, known, most, STEP)
+        longest = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
+        stages = self.stages(bounds, policy)
+        for place, number in enumerate(sorted(range(len(stages)), key=lambda number: -stages[number].total)):
+            stage = stages[number]
+            empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE
+            known = {0: empty - limit, self.sequence_len: stage.total - limit}
+            if place > 0 and longest > 0:
+                known[longest] = excess(number, longest)
+            longest = find_longest(partial(excess, number), known, longest, STEP)
+        return longest
 
     def fewest_devices(self, most: int) -> tuple[int, str] | None:
         """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_pipelite.plan.longest import longest
+from lightning_pipelite.plan.longest import find_longest
 
 STEP = 256
 CURVES: dict[str, Callable[[int], float]] = {
@@ -31,7 +31,7 @@ def searched(excess: Callable[[int], float], tried: int, most: int) -> tuple[int
         trials.append(length)
         return excess(length)
 
-    return longest(watched, {0: excess(0), tried: excess(tried)}, most, STEP), trials
+    return find_longest(watched, {0: excess(0), tried: excess(tried)}, most, STEP), trials
 
 
 @pytest.mark.parametrize("name", list(CURVES))
