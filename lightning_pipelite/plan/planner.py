@@ -38,6 +38,7 @@ class Planner:
         self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
         skeleton = simulation.layers.skeleton
         self._costs: dict[str, LayerCosts] = {}
+        self._splits: dict[tuple[int, str, str], list[int]] = {}
         self.policies = [p for p in POLICIES if p == "keep" or skeleton.can_recompute]
 
     @property
@@ -101,7 +102,10 @@ class Planner:
 
     def split(self, stages: int, method: str, policy: str) -> list[int]:
         """Return the bounds of the stages."""
-        return partition(_Layers(self, policy), stages, method)
+        asked = stages, method, policy
+        if asked not in self._splits:
+            self._splits[asked] = partition(_Layers(self, policy), stages, method)
+        return self._splits[asked]
 
     def choose_policy(self, stages: int, method: str) -> str | None:
         """Return the first of keep, selective, recompute and offload that fits; None if none does."""
