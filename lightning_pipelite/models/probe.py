@@ -145,8 +145,8 @@ def _build_tiny(
     # As a context, even torch's own default device makes each operation slower.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), on_cpu:
-        torch.manual_seed(0)
         if known is not None:
+            torch.manual_seed(0)
             with no_init_weights():
                 model = build(tiny_config(config), dtype=torch.float32)
             model.tie_weights(recompute_mapping=False)  # as its initialisation does
@@ -155,6 +155,7 @@ def _build_tiny(
                 for name, tensor in own.items():
                     tensor.data.copy_(theirs[name])
                 return model
+        torch.manual_seed(0)
         model = build(tiny_config(config), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data += NOISE * torch.randn_like(parameter)

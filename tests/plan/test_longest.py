@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_pipelite.plan.longest import find_longest
+from lightning_pipelite.plan.planner import MARGIN, STEP, Planner
+from lightning_pipelite.plan.stages import CONTEXT, WORKSPACE
 
-STEP = 256
 CURVES: dict[str, Callable[[int], float]] = {
     "straight": lambda n: 3.0 * n,
     "fullest of two stages": lambda n: max(5000.0 + 2.5 * n, 3.1 * n),
@@ -57,7 +60,7 @@ def test_it_is_what_trying_all_lengths_finds(name: str) -> None:
     st.integers(0, 400_000),
     st.integers(1, 20_000),
 )
-def test_what_fits_is_never_too_long(lines: list[tuple[int, int]], room: int, known: int) -> None:
+def test_it_is_so_for_the_fullest_of_any_stages(lines: list[tuple[int, int]], room: int, known: int) -> None:
     def excess(length: int) -> float:
         return max(base + slope * length for base, slope in lines) - room
 
@@ -69,3 +72,29 @@ def test_two_trials_are_enough_on_a_straight_line() -> None:
     found, trials = searched(lambda n: 1000.0 + 3 * n - 20_000, 4096, 131_072)
     assert found == 6144
     assert len(trials) <= 2
+
+
+@pytest.mark.parametrize("other", [(0.0, 250.0), (1000.0, 290.0), (-40_000.0, 330.0), (0.0, 100.0), (7e6, 0.0)])
+@pytest.mark.parametrize("room", [100_000.0, 1_234_567.0, 5_000_000.0])
+def test_all_stages_take_the_largest_sequence(other: tuple[float, float], room: float) -> None:
+    """Also where another stage than the fullest one at the planned length takes the least."""
+    static, curves = CONTEXT + WORKSPACE, [(500.0, 300.0), other, (0.0, 10.0)]
+    tried = set()
+
+    class Curves(Planner):
+        def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> Any:
+            tried.add((number, sequence_len))
+            base, slope = curves[number]
+            total = static + max(0.0, base + slope * sequence_len)
+            return SimpleNamespace(weights=0, gradients=0, optimizer=0, total=total)
+
+    skeleton = SimpleNamespace(can_recompute=True, config=SimpleNamespace(max_position_embeddings=16_384))
+    simulation: Any = SimpleNamespace(layers=SimpleNamespace(skeleton=skeleton))
+    planner = Curves(simulation, micro_batches=8, sequence_len=4096, memory=int((static + room) / (1 - MARGIN)))
+
+    def fit(length: int) -> bool:
+        return planner.fits(planner.stages([0, 1, 2, 3], "keep", length))
+
+    found = planner.largest_sequence([0, 1, 2, 3], "keep")
+    assert found == 0 or all(any(n == number and length >= found for n, length in tried) for number in range(3))
+    assert found == max((length for length in range(STEP, 16_385, STEP) if fit(length)), default=0)
