@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lightning_pipelite.errors import ConfigurationError
@@ -102,7 +103,8 @@ def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
     found = _Report()
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        whole_class.__init__(self, config, *args, **kwargs)
+        with no_init_weights():  # there are none
+            whole_class.__init__(self, config, *args, **kwargs)
         embedding_first(self)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:

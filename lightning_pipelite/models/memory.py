@@ -25,7 +25,7 @@ KEPT_NAMES = ("pipelite::lora_linear", "torch_attn::_varlen_attn")
 
 
 def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:
-    """Let decoder layers keep no more than ``policy`` says.
+    """Let decoder layers keep no more than ``policy`` says, from now on.
 
     Not transformers' gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
     reentrant checkpoints need and which sends gradients below the lowest trained weight; and since 5.23 it stands in a
@@ -39,28 +39,29 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
         compiled: whether layers are compiled. The compiler chooses what to keep of a layer as ``selective`` does, and
             keeps nothing that it can make anew from that in passing; the two are then the same.
     """
+    run: Callable[..., Any] | None
     if policy == "keep" or (policy == "selective" and compiled):
-        return
-    run: Callable[..., Any]
-    if compiled:
+        run = None
+    elif compiled:
         run = _compiled_keeping_inputs
     else:
         contexts = _keeping_products if policy == "selective" else documents_when_recomputed
         run = partial(checkpoint, use_reentrant=False, context_fn=contexts)
-    if policy == "offload" and device.type == "cuda":
+    if run is not None and policy == "offload" and device.type == "cuda":
         run = partial(_offloaded, run, HostCopies(device))
     for layer in layers:
-        mix_in(layer, _RunsAgain).__dict__["_run"] = run
+        if run is not None or isinstance(layer, _RunsAgain):
+            mix_in(layer, _RunsAgain).__dict__["_run"] = run
 
 
 class _RunsAgain:
     """Mixed into a decoder layer, outside of what is compiled. What is mixed in later stands outside of this."""
 
-    _run: Callable[..., Any]
+    _run: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
-        if self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+        if self._run is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self._run(call, *args, **kwargs)
         return call(*args, **kwargs)
 

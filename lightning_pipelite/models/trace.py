@@ -170,12 +170,26 @@ class _Flow(TorchDispatchMode):
         sources: frozenset[int] = frozenset()
         if not name.endswith("_like") and not name.startswith("new_"):  # those take shapes, not values
             weights = self.last == self.count - 1 and not self.inside
-            for tensor in tree_leaves((args, kwargs)):
+            for tensor in tensors_in((args, kwargs)):
                 # Weights after the last layer (norm, head, the embedding that is tied to it) are on its stage.
-                if isinstance(tensor, Tensor) and not (weights and isinstance(tensor, nn.Parameter)):
+                if not (weights and isinstance(tensor, nn.Parameter)):
                     sources |= self._sources_of(tensor)
         if self.inside:
             self._use(sources, self.last)
             sources = frozenset({self.last})
-        self.mark([tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)], sources)
+        self.mark(tensors_in(output), sources)
         return output
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or the results of an operation, in lists, tuples and dictionaries.
+
+    What torch._pytree does for more kinds of containers takes longer than the operations themselves.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for each in value for tensor in tensors_in(each)]

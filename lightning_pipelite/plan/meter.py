@@ -12,14 +12,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from lightning_pipelite.kernels import lora
+from lightning_pipelite.models.trace import tensors_in
 
 BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
+_simple: set[Any] = set()  # operations that are not made of others: torch looks that up anew each time
 
 
 class _Held:
@@ -89,12 +90,14 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             return 0
-        with self:  # an operation that is only made of others
-            output = func.decompose(*args, **kwargs)
-        if output is not NotImplemented:
-            return output
+        if func not in _simple:
+            with self:  # an operation that is only made of others
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+            _simple.add(func)
         name = func._schema.name
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
+        given = [t for t in tensors_in((args, kwargs)) if t.device.type == self._device]
         formula = flop_registry.get(func._overloadpacket)
         ours = name in OURS
         product = formula is not None or ours or name in WORKSPACES
@@ -109,7 +112,7 @@ class Meter(TorchDispatchMode):
             self.fused = fused
             return output
         output = func(*args, **kwargs)
-        made = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.device.type == self._device]
+        made = [t for t in tensors_in(output) if t.device.type == self._device]
         if formula is not None:
             self._count_flops(func, formula, args, kwargs, output)
         if self.fused and not product:
@@ -142,7 +145,7 @@ class Meter(TorchDispatchMode):
 
     def _count_flops(self, func: Any, formula: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
-        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in tensors_in(args) if t.is_floating_point()]
         width = min((t.element_size() for t in tensors), default=4)
         if func._schema.name in PACKED_ATTENTION:
             count = PACKED_ATTENTION[func._schema.name](*args)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.plan.longest import find_longest
 from lightning_pipelite.plan.simulation import Simulation
-from lightning_pipelite.plan.stages import StageMemory, stage_memory
+from lightning_pipelite.plan.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
 from lightning_pipelite.strategy.layers import LayerCosts
 from lightning_pipelite.strategy.partition import partition
 
@@ -37,6 +38,7 @@ class Planner:
         self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
         skeleton = simulation.layers.skeleton
         self._costs: dict[str, LayerCosts] = {}
+        self._splits: dict[tuple[int, str, str], list[int]] = {}
         self.policies = [p for p in POLICIES if p == "keep" or skeleton.can_recompute]
 
     @property
@@ -45,20 +47,21 @@ class Planner:
 
     def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
         """Return what each stage of a split takes."""
-        pairs = list(itertools.pairwise(bounds))
         return [
-            stage_memory(
-                self._simulation,
-                start,
-                stop,
-                stage=number,
-                stages=len(pairs),
-                micro_batches=self.micro_batches,
-                policy=policy,
-                sequence_len=sequence_len or self.sequence_len,
-            )
-            for number, (start, stop) in enumerate(pairs)
+            self._stage(bounds, number, policy, sequence_len or self.sequence_len) for number in range(len(bounds) - 1)
         ]
+
+    def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> StageMemory:
+        return stage_memory(
+            self._simulation,
+            bounds[number],
+            bounds[number + 1],
+            stage=number,
+            stages=len(bounds) - 1,
+            micro_batches=self.micro_batches,
+            policy=policy,
+            sequence_len=sequence_len,
+        )
 
     def fits(self, stages: Iterable[StageMemory]) -> bool:
         """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
@@ -99,7 +102,10 @@ class Planner:
 
     def split(self, stages: int, method: str, policy: str) -> list[int]:
         """Return the bounds of the stages."""
-        return partition(_Layers(self, policy), stages, method)
+        asked = stages, method, policy
+        if asked not in self._splits:
+            self._splits[asked] = partition(_Layers(self, policy), stages, method)
+        return self._splits[asked]
 
     def choose_policy(self, stages: int, method: str) -> str | None:
         """Return the first of keep, selective, recompute and offload that fits; None if none does."""
@@ -131,33 +137,26 @@ class Planner:
     def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
         """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
 
-        Memory grows with the sequence in nearly a straight line, so a few trials are enough.
+        Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
+        can take is found first, and mostly the others take it too.
         """
         if self.memory is None:
             raise ValueError("the memory of a device is not known")
         limit = (1 - MARGIN) * self.memory
 
-        def worst(length: int) -> float:
-            return max(stage.total for stage in self.stages(bounds, policy, length)) - limit
+        def excess(number: int, length: int) -> float:
+            return self._stage(bounds, number, policy, length).total - limit
 
-        most = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
-        if (too_much := worst(most)) <= 0:
-            return most // STEP * STEP
-        low, high = 0, min(self.sequence_len, most)
-        below, above = float("-inf"), worst(high)
-        if above <= 0:
-            low, below, high, above = high, above, most, too_much
-        while high - low > STEP:
-            middle = (low + high) // 2
-            if below > float("-inf"):  # where the line through both ends meets the limit
-                middle = low + int((high - low) * below / (below - above))
-            middle = min(max(middle // STEP * STEP, low // STEP * STEP + STEP), high - 1)
-            difference = worst(middle)
-            if difference <= 0:
-                low, below = middle, difference
-            else:
-                high, above = middle, difference
-        return low // STEP * STEP
+        longest = getattr(self.layers.skeleton.config, "max_position_embeddings", None) or LONGEST
+        stages = self.stages(bounds, policy)
+        for place, number in enumerate(sorted(range(len(stages)), key=lambda number: -stages[number].total)):
+            stage = stages[number]
+            empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE
+            known = {0: empty - limit, self.sequence_len: stage.total - limit}
+            if place > 0 and longest > 0:
+                known[longest] = excess(number, longest)
+            longest = find_longest(partial(excess, number), known, longest, STEP)
+        return longest
 
     def fewest_devices(self, most: int) -> tuple[int, str] | None:
         """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""

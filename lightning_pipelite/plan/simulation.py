@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.models.kinds import kind_of
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.plan.meter import BLOCK
 from lightning_pipelite.plan.trial import Part, Trial
@@ -26,7 +27,7 @@ DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but 
 class Simulation:
     """Trains stages of one item each, which are built as those that are trained, but without weights.
 
-    Every kind of item is built once for each policy of activation memory, and tried once for each length.
+    Every kind of item is built once, and tried once for each policy of activation memory and each length.
 
     Args:
         layers: The layers of the model.
@@ -65,12 +66,13 @@ class Simulation:
             policy = "keep"  # it is the compiler that selects
         if policy == "offload":
             return _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad, first=first))
-        built = (self._kinds[number], number == 0, number == len(self.layers) - 1, policy)
-        key = (built, sequence_len, input_grad, first)
+        built = (self._kinds[number], number == 0, number == len(self.layers) - 1)
+        key = (built, policy, sequence_len, input_grad, first)
         if key not in self._trials:
             if built not in self._built:
-                self._built[built] = self._build(number, policy)
+                self._built[built] = self._build(number)
             it = self._built[built]
+            set_activation_memory(it.layers, policy, META, compiled=False)
             self._trials[key] = it.train(lambda: self._inputs(it.stage, sequence_len, input_grad), first=first)
         return self._trials[key]
 
@@ -90,11 +92,11 @@ class Simulation:
         return tuple((kind_of(skeleton.layers[n]), n in chosen) for n in range(first, after))
 
     @contextlib.contextmanager
-    def _uncompiled(self, policy: str) -> Iterator[None]:
-        """Build stages as a GPU would, but for compiling them."""
+    def _uncompiled(self) -> Iterator[None]:
+        """Build stages as a GPU would, but for compiling them; their layers are ready to run again."""
         layers = self.layers
         before = layers.activation_memory, layers._compile, torch.get_num_threads()
-        layers.activation_memory, layers._compile = policy, False  # type: ignore[assignment]
+        layers.activation_memory, layers._compile = "recompute", False
         torch.set_num_threads(1)  # what is computed is tiny
         try:
             yield
@@ -102,8 +104,8 @@ class Simulation:
             layers.activation_memory, layers._compile, threads = before
             torch.set_num_threads(threads)
 
-    def _build(self, number: int, policy: str) -> WatchedStage:
-        with self._uncompiled(policy):
+    def _build(self, number: int) -> WatchedStage:
+        with self._uncompiled():
             stage = self.layers.build_stage(number, number + 1, META)
         if self.layers.packed:
             stage.expect_documents(DOCUMENTS)

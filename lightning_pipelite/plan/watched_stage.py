@@ -46,6 +46,7 @@ class WatchedStage:
 
     Attributes:
         stage: The stage.
+        layers: Its decoder layers.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class WatchedStage:
         self._meter = Meter()
         self._events: dict[str, Event] = {}
         layers: Any = stage.causal_lm.get_submodule(layers_name)
+        self.layers: list[nn.Module] = [*layers[stage.start : stage.stop]]
         for number in range(stage.start, stage.stop):
             layers[number].register_forward_pre_hook(self._enter, with_kwargs=True)
             layers[number].register_forward_hook(partial(self._returned, number == stage.stop - 1))

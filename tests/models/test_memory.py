@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, POSITIONS, build, reference, train_stages, train_whole, write_model
+from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
 
@@ -56,6 +57,20 @@ def test_same_logits_and_gradients(model_dir: Path, policy: str) -> None:
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+def test_what_is_kept_can_be_set_anew(model_dir: Path) -> None:
+    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), activation_memory="recompute")
+    (stage,) = build(layers, [0, 4])
+    decoder = stage.causal_lm.model.layers
+    runs: Counter[int] = Counter()
+    for number, layer in enumerate(decoder):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
+    for policy, times in (("recompute", 2), ("keep", 1), ("offload", 2), ("keep", 1), ("selective", 2)):
+        set_activation_memory(decoder, policy, CPU, compiled=False)
+        runs.clear()
+        train_stages([stage])
+        assert runs == {number: times * len(micro_batches()) for number in range(4)}, policy
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3nTextConfig, GptOssConfig, MambaConfig, Qwen3NextConfig, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+    RobertaConfig,
+)
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import Skeleton
+from lightning_pipelite.models.probe import Probe
 
 torch.set_num_threads(1)
 
@@ -94,3 +104,55 @@ def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Pat
 def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="what comes before"):
         skeleton_of(tmp_path, Gemma3nTextConfig())
+
+
+def named(probe: Probe) -> dict[str, torch.Tensor]:
+    return {**dict(probe.model.named_parameters()), **dict(probe.model.named_buffers())}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, num_hidden_layers=2),
+        LlamaConfig(**SMALL, num_hidden_layers=2, tie_word_embeddings=True),
+        GptOssConfig(num_hidden_layers=2),
+        MambaConfig(hidden_size=64, num_hidden_layers=2),
+    ],
+    ids=["llama", "tied", "experts", "recurrent"],
+)
+def test_a_probe_by_other_code_has_the_weights_of_the_known_one(config: Any) -> None:
+    known = Probe(config)
+    other = Probe(config, partial(AutoModelForCausalLM.from_config, attn_implementation="eager"), known)
+    assert other.model.config._attn_implementation == "eager"
+    assert named(other).keys() == named(known).keys()
+    for name, tensor in named(known).items():
+        assert torch.equal(named(other)[name], tensor), name
+        assert named(other)[name].data_ptr() != tensor.data_ptr()
+    tied = [
+        probe.model.get_output_embeddings().weight is probe.model.get_input_embeddings().weight
+        for probe in (known, other)
+    ]
+    assert tied == [config.tie_word_embeddings] * 2
+
+
+def test_a_probe_with_other_names_has_the_weights_of_the_seed() -> None:
+    config = LlamaConfig(**SMALL, num_hidden_layers=2)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        model = AutoModelForCausalLM.from_config(*args, **kwargs)
+        model.lm_head.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
+        return model
+
+    known = Probe(config)
+    other = named(Probe(config, build, known))
+    assert bool(other.pop("lm_head.more"))  # noise was added
+    assert all(torch.equal(other[name], tensor) for name, tensor in named(known).items())
+
+
+def test_strong_weights_leave_no_trace_in_what_is_remembered() -> None:
+    config = LlamaConfig(**SMALL, num_hidden_layers=2)
+    probe, fresh = Probe(config), Probe(config)
+    assert probe.layers_attend_as(fresh, ["model.layers.0", "model.layers.1"])
+    assert probe.isolates_documents()
+    assert probe.isolates_documents()
+    assert probe.attends_as(Probe(config))
