@@ -192,9 +192,9 @@ def test_figures_of_the_readme_are_in_the_results() -> None:
         ("29.73", "longest_sequence"),
         ("28.5 / 25.9", "scaling_2_gpus_70b"),
         ("14.0 /", "scaling_one_gpu_70b"),
-        ("1.09", "kernel_speed"),
-        ("lora, 2 x 1, m = 16: 0.978", "scaling_2_gpus"),
+        ("1.097", "kernel_speed"),
+        ("lora, 2 x 1, m = 16: 0.973", "scaling_2_gpus"),
     ):
         assert figure in results[f"benchmarks/results/{name}.md"], name
     off = [abs(float(share)) for share in re.findall(r"([+-][\d.]+)%", results["benchmarks/results/plan_memory.md"])]
-    assert max(off) <= 1.2
+    assert max(off) <= 1.3
