@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -67,7 +66,7 @@ def trace_forward(
             trace.order.append(layer_names[number])
             hidden = args[0] if args else kwargs.get("hidden_states")
             if isinstance(hidden, Tensor):
-                flow.enter(number, hidden, sum(value is hidden for value in tree_leaves((args, kwargs))))
+                flow.enter(number, hidden, sum(value is hidden for value in tensors_in((args, kwargs))))
             else:
                 trace.hidden_missing = True
 
