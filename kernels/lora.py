@@ -2,8 +2,8 @@
 
 The products go through torch's matrix multiplication, which no Triton kernel of so few columns beats; what is gained is
 in how they are put together. Projections that share their input (query, key and value) are computed by one operation:
-the input meets all their A at once, each B is added in place to what the frozen weight made, and the backward pass adds
-up one gradient of the input in place. Nothing is kept but the input and x·Aᵀ [tokens, rank].
+the input meets all their A at once, each frozen weight's product is added in place to what B made, and the backward
+pass adds up one gradient of the input in place. Nothing is kept but the input and x·Aᵀ [tokens, rank].
 """
 
 from __future__ import annotations
@@ -130,10 +130,15 @@ def _forward(
     alongs = _alongs(along, ups, projected)
     outputs = []
     for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, ups, biases, scales, strict=True):
-        whole = _whole(weight, up.shape[0], x)
-        output = torch.addmm(bias, rows, whole.T) if bias.numel() else rows @ whole.T
-        output.addmm_(part, up.T, alpha=scale)
-        outputs.append(output.view(*x.shape[:-1], up.shape[0]))
+        width = up.shape[0]
+        # The adapter's product first: the large one, bound by arithmetic, reads in passing what it adds to. On an H100,
+        # 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 the other way round, 0.71 for the large product alone.
+        if bias.numel():
+            output = torch.addmm(bias, part, up.T, alpha=scale)
+        else:
+            output = x.new_empty(rows.shape[0], width).addmm_(part, up.T, beta=0, alpha=scale)
+        output.addmm_(rows, _whole(weight, width, x).T)
+        outputs.append(output.view(*x.shape[:-1], width))
     return outputs
 
 
@@ -176,34 +181,30 @@ def _backward(
     alongs = _alongs(along, ups, projected)
     back = x.new_empty(rows.shape[0], sum(ranks))
     backs = back.split(ranks, dim=1)
-    of_x: Tensor | None = None
+    given = [g.reshape(rows.shape[0], -1) if g.numel() else None for g in gradients]
     of_b = []
-    for gradient, weight, part, of_part, up, scale in zip(
-        gradients, _lists(weights, parts), alongs, backs, ups, scales, strict=True
-    ):
-        if not gradient.numel():
+    for g, part, of_part, up, scale in zip(given, alongs, backs, ups, scales, strict=True):
+        if g is None:
             of_part.zero_()
             of_b.append(torch.zeros_like(up, dtype=torch.float32))
             continue
-        g = gradient.reshape(rows.shape[0], up.shape[0])
         torch.mm(g, up, out=of_part)
         of_up = _precise_product(g.T, part)
         if scale != 1:
             of_part.mul_(scale)
             of_up.mul_(scale)
         of_b.append(of_up)
-        if to_x:
-            whole = _whole(weight, up.shape[0], x)
-            of_x = g @ whole if of_x is None else of_x.addmm_(g, whole)
     if projected:
         of_a = [part.reshape(each.shape).clone() for part, each in zip(backs, projected, strict=True)]
     else:
         of_a = [_precise_product(back.T, rows)]
-        if of_x is not None:
-            of_x.addmm_(back, down)
-    if to_x and of_x is None:
-        of_x = torch.zeros_like(rows)
-    return [x.new_empty(0) if of_x is None else of_x.view(x.shape), *of_a, *of_b]
+    if not to_x:
+        return [x.new_empty(0), *of_a, *of_b]
+    of_x = torch.zeros_like(rows) if projected else back @ down  # the small product first, as in the forward pass
+    for g, weight, up in zip(given, _lists(weights, parts), ups, strict=True):
+        if g is not None:
+            of_x.addmm_(g, _whole(weight, up.shape[0], x))
+    return [of_x.view(x.shape), *of_a, *of_b]
 
 
 @torch.library.register_fake("pipelite::lora_linear_backward", lib=_LIBRARY)
