@@ -105,6 +105,7 @@ class PipeLiteStrategy(DDPStrategy):
         self.partition_method = partition_method
         self.use_column_major_topology = use_column_major_topology
         self.stage: nn.Module | None = None
+        self._parameters: list[Tensor] = []
         self._handed: tuple[PipelineLayers, Loss] | None = None
         self._lifeline: Lifeline | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
@@ -196,6 +197,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._handed = None
         bounds = partition(layers, self.pipeline_stages, self.partition_method)
         self.stage = build_stage(self.lightning_module, layers, bounds, self.stage_id, self.root_device)
+        self._parameters = list(self.stage.parameters())  # to look for them anew takes 10 ms, of every step
         if isinstance(loss, nn.Module):
             loss.to(self.root_device)
         randomness = LayerRandomness(self, self.root_device, self.stage)
@@ -231,9 +233,8 @@ class PipeLiteStrategy(DDPStrategy):
         for group in self.optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
 
-    def stage_parameters(self) -> Iterator[Tensor]:
-        assert self.stage is not None
-        return self.stage.parameters()
+    def stage_parameters(self) -> list[Tensor]:
+        return self._parameters
 
     def _progress(self, activity: str, waits: bool) -> None:
         if self._lifeline is not None:
