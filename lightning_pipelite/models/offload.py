@@ -54,11 +54,12 @@ class HostCopies:
 
     def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
         """Within it, ``chosen`` is kept in host memory where autograd saves it."""
-        known = chosen.data_ptr(), chosen.shape, chosen.dtype  # and not itself: autograd keeps the hook
+        place, shape, dtype = chosen.data_ptr(), chosen.shape, chosen.dtype  # and not itself: autograd keeps the hook
 
         def pack(tensor: Tensor) -> Any:
-            # By its place, as autograd hands over another tensor of the same memory.
-            return self._keep(tensor) if (tensor.data_ptr(), tensor.shape, tensor.dtype) == known else tensor
+            # By its place, as autograd hands over another tensor of the same memory; it is asked of every tensor saved.
+            found = tensor.data_ptr() == place and tensor.shape == shape and tensor.dtype == dtype
+            return self._keep(tensor) if found else tensor
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
