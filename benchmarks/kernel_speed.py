@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_time import milliseconds
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
 from report import Report
@@ -35,22 +36,6 @@ LIMITS = {32_000: 1.15, 128_256: 1.10, 256_000: 1.15}
 COMPARED = 128_256  # the vocabulary with which others are tried
 MEMORY_LIMIT = 256.0  # MiB
 CROSS_ENTROPY_LIMIT = 1.25
-HEAD_START = 2_000_000  # cycles, a millisecond: the host is ahead of the GPU, as in training
-
-
-def milliseconds(*functions: Callable[[], object]) -> list[float]:
-    """The median time of a call of each."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(25):
-        for function, taken in zip(functions, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(HEAD_START)
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            taken.append(start.elapsed_time(end))
-    return [sorted(taken[5:])[10] for taken in times]
 
 
 def two_products(hidden: Tensor, weight: Tensor, rows: int) -> Callable[[], None]:
