@@ -50,6 +50,7 @@ from report import Report
 MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
 LOSS_LIMIT, PEAK_RATE = 2e-2, 989e12
 OVERHEAD_LIMIT, OFFLOAD_LIMIT = 1.02, 1.03
+TRAINER, BARE, REFERENCE = "Trainer", "bare loop", "transformers + PEFT"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Job:
         in_4bit: load_in_4bit.
         tokens_per_s: at least.
         gib: at most.
-        reference: whether transformers and PEFT can train it.
+        loops: what trains it.
         shape: the only shape that it fits with, else any.
     """
 
@@ -71,15 +72,15 @@ class Job:
     in_4bit: bool = False
     tokens_per_s: float = 0.0
     gib: float = math.inf
-    reference: bool = False
+    loops: tuple[str, ...] = (TRAINER, BARE)
     shape: str = ""
 
 
 JOBS = {
-    "lora": Job("LoRA", "keep", tokens_per_s=15_000, gib=60, reference=True),
+    "lora": Job("LoRA", "keep", tokens_per_s=15_000, gib=60, loops=(TRAINER, BARE, REFERENCE)),
     "lora-little": Job("LoRA", "offload", tokens_per_s=11_000, gib=17.4),
-    "lora-recompute": Job("LoRA", "recompute"),
-    "qlora-little": Job("LoRA", "offload", in_4bit=True, tokens_per_s=9_500, gib=8.1, reference=True),
+    "lora-recompute": Job("LoRA", "recompute", loops=(TRAINER,)),
+    "qlora-little": Job("LoRA", "offload", in_4bit=True, tokens_per_s=9_500, gib=8.1, loops=(TRAINER, BARE, REFERENCE)),
     "control": Job("Control Adapters", "keep", tokens_per_s=16_000, gib=60),
     "full": Job("full", "keep", shape="1b"),
 }
@@ -156,7 +157,7 @@ def one_stage_trainer(callback: L.Callback, steps: int, micro_batches: int) -> L
     )  # fmt: skip
 
 
-def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None) -> Run:
+def through_trainer(job: Job, shape: str, directory: str, steps: int, profiled: Path | None = None) -> Run:
     timing = Timing(steps, profiled)
     module = make_module(job, directory)
     trainer = one_stage_trainer(timing, steps, MICRO_BATCHES)
@@ -170,6 +171,8 @@ def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
     layers, loss_of = module.pipeline_layers()
     stage = layers.build_stage(0, len(layers), device())
     stage.expect_documents(1)
+    if REFERENCE in job.loops:  # which starts from the same values
+        module.adapter.save(first_values(directory), [layers.trained_state(stage)], Path(directory))
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         extra = [batch[key] for key in module.adapter.batch_keys]
@@ -186,21 +189,18 @@ def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
 
 
 def reference_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
-    """transformers and PEFT, with the adapter's first values from a file."""
+    """transformers and PEFT, with the adapter's first values, which the bare loop has written."""
+    if not first_values(directory).exists():
+        bare_loop(job, shape, directory, steps=0)
+        free()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    module = make_module(job, directory)
-    layers, _ = module.pipeline_layers()
-    with tempfile.TemporaryDirectory() as saved:
-        state = layers.trained_state(layers.build_stage(0, len(layers), device()))
-        module.adapter.save(Path(saved) / "adapter", [state], Path(directory))
-        free()
-        base: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, device_map={"": device()},
-            quantization_config=quantization if job.in_4bit else None,
-        )  # fmt: skip
-        model: Any = PeftModel.from_pretrained(base, f"{saved}/adapter", is_trainable=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, device_map={"": device()},
+        quantization_config=quantization if job.in_4bit else None,
+    )  # fmt: skip
+    model: Any = PeftModel.from_pretrained(base, str(first_values(directory)), is_trainable=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
@@ -211,7 +211,12 @@ def reference_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
         return nn.functional.cross_entropy(logits[0].float(), batch["labels"][0], reduction="sum")
 
     optimizer = partial(Adam, betas=(0.9, 0.99), eps=1e-6)
-    return plain_steps(forward, model, micro_batches(shape, steps, module.adapter), optimizer, lambda: None)
+    batches = micro_batches(shape, steps, make_adapter(job.adapter))
+    return plain_steps(forward, model, batches, optimizer, lambda: None)
+
+
+def first_values(directory: str) -> Path:
+    return Path(directory).with_name("adapter")
 
 
 def plain_steps(
@@ -266,18 +271,14 @@ def mfu(job: Job, shape: str, tokens_per_s: float) -> float:
     return tokens_per_s * ((6 if job.adapter == "full" else 4) * weights + attention) / PEAK_RATE
 
 
-def loops(job: Job, reference: bool) -> Iterator[tuple[str, Any]]:
-    yield "Trainer", through_trainer
-    yield "bare loop", bare_loop
-    if reference and job.reference:
-        yield "transformers + PEFT", reference_loop
+LOOPS: dict[str, Callable[..., Run]] = {TRAINER: through_trainer, BARE: bare_loop, REFERENCE: reference_loop}
 
 
 def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], tuple[str, str], float]]:
     """Yield two runs, each a job and a loop, and how many times the second's time the first may take."""
     runs = set(speeds)
-    pairs = [((job, "Trainer"), (job, "bare loop"), OVERHEAD_LIMIT) for job in JOBS]
-    pairs.append((("lora-little", "Trainer"), ("lora-recompute", "Trainer"), OFFLOAD_LIMIT))
+    pairs = [((job, TRAINER), (job, BARE), OVERHEAD_LIMIT) for job in JOBS]
+    pairs.append((("lora-little", TRAINER), ("lora-recompute", TRAINER), OFFLOAD_LIMIT))
     yield from (pair for pair in pairs if runs.issuperset(pair[:2]))
 
 
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--no-reference", action="store_true")
-    parser.add_argument("--only", help="one of the loops")
+    parser.add_argument("--only", choices=LOOPS, help="one of the loops")
     parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md")
     arguments = parser.parse_args()
@@ -308,12 +309,12 @@ def main() -> None:
             if not directory.exists():
                 write_model(directory, shape, device())
             ours: Run | None = None
-            for loop, train in loops(job, not arguments.no_reference):
-                if arguments.only and loop != arguments.only:
+            for loop in job.loops:
+                if arguments.only not in (None, loop) or (arguments.no_reference and loop == REFERENCE):
                     continue
                 free()
-                profiled = (arguments.profile / f"{name}.txt",) if arguments.profile and loop == "Trainer" else (None,)
-                run = train(job, shape, str(directory), arguments.steps, *(profiled if loop == "Trainer" else ()))
+                profiled = {"profiled": arguments.profile / f"{name}.txt"} if arguments.profile else {}
+                run = LOOPS[loop](job, shape, str(directory), arguments.steps, **(profiled if loop == TRAINER else {}))
                 speed = speeds[name, loop] = run.tokens_per_s(shape)
                 difference, limits = "", ""
                 if ours is None:
