@@ -65,15 +65,19 @@ def _kernel(  # type: ignore[no-untyped-def]
     # another before the end, and one in LOAD exponentials is all that the growing maximum costs.
     maximum = tl.full([lanes], float("-inf"), tl.float32)
     total = tl.zeros([lanes], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + offsets
-        inside = columns < vocabulary
-        x, _ = _transform(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
-        x = tl.where(inside, x, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(x, axis=1))
-        safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
-        total = total * tl.exp2((maximum - safe) * unit) + tl.sum(tl.exp2((x - safe[:, None]) * unit), axis=1)
-        maximum = larger
+    whole = vocabulary // BLOCK * BLOCK
+    for rest in tl.static_range(2):  # whole blocks, which need no mask, and then the rest of the row
+        for start in range(whole if rest else 0, vocabulary if rest else whole, BLOCK):
+            columns = start + offsets
+            inside = columns < vocabulary
+            x = tl.load(logits + columns, mask=inside, other=0.0) if rest else tl.load(logits + columns)
+            x, _ = _transform(x, scale, softcap, SOFTCAP)
+            if rest:
+                x = tl.where(inside, x, float("-inf"))
+            larger = tl.maximum(maximum, tl.max(x, axis=1))
+            safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
+            total = total * tl.exp2((maximum - safe) * unit) + tl.sum(tl.exp2((x - safe[:, None]) * unit), axis=1)
+            maximum = larger
     largest = tl.max(maximum, axis=0)
     log_total = tl.log2(tl.sum(total * tl.exp2((maximum - largest) * unit), axis=0))
     weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
@@ -81,15 +85,24 @@ def _kernel(  # type: ignore[no-untyped-def]
     loss = weight * ((largest - target) * unit + log_total) * LN_2
     tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + offsets
-            inside = columns < vocabulary
-            # What has been read and what is written will not be wanted here again: the cache is for other rows.
-            x = tl.load(logits + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-            x, factor = _transform(x, scale, softcap, SOFTCAP)
-            gradient = tl.exp2((x - largest) * unit - log_total) - tl.where(columns == label, 1.0, 0.0)
-            gradient *= weight * factor
-            tl.store(logits + columns, gradient, mask=inside, eviction_policy="evict_first")
+        for rest in tl.static_range(2):
+            for start in range(whole if rest else 0, vocabulary if rest else whole, BLOCK):
+                columns = start + offsets
+                inside = columns < vocabulary
+                # What has been read and what is written will not be wanted here again: the cache is for other rows.
+                if rest:
+                    x = tl.load(logits + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+                else:
+                    x = tl.load(logits + columns, eviction_policy="evict_first")
+                x, factor = _transform(x, scale, softcap, SOFTCAP)
+                gradient = tl.exp2((x - largest) * unit - log_total)
+                if (label >= start) & (label < start + BLOCK):  # to look for it everywhere takes several percent
+                    gradient -= tl.where(columns == label, 1.0, 0.0)
+                gradient *= weight * factor
+                if rest:
+                    tl.store(logits + columns, gradient, mask=inside, eviction_policy="evict_first")
+                else:
+                    tl.store(logits + columns, gradient, eviction_policy="evict_first")
 
 
 def cross_entropy_(
