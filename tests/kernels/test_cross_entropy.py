@@ -64,6 +64,7 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
         (3, 4096, 0.25, None, True, 1),
         (4, 5000, 1.0, 30.0, False, 2),
         (3, 9001, 2.0, 5.0, True, 3),
+        (4, 20_000, 0.5, None, True, 1),
         (2, 262_144, 1.0, None, False, 0),
         (0, 100, 1.0, None, False, 0),
     ],
@@ -73,6 +74,7 @@ def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap,
     padded = (4 * torch.randn(rows, vocabulary + 3, device=DEVICE)).to(dtype)  # rows that do not follow each other
     logits = padded[:, :vocabulary]
     labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    labels[-1:] = vocabulary - 1  # in the block that is not whole
     labels[:ignored] = -100
     weights = torch.rand(rows, device=DEVICE) if weighted else None
     losses, gradients = expected(logits, labels, scale, softcap, weights)
