@@ -20,6 +20,7 @@ from lightning_pipelite.models.trace import tensors_in
 
 BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
+IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # of which torch has no formula
 _simple: set[Any] = set()  # operations that are not made of others: torch looks that up anew each time
 
 
@@ -98,7 +99,7 @@ class Meter(TorchDispatchMode):
             _simple.add(func)
         name = func._schema.name
         given = [t for t in tensors_in((args, kwargs)) if t.device.type == self._device]
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(IN_PLACE.get(func._overloadpacket, func._overloadpacket))
         ours = name in OURS
         product = formula is not None or ours or name in WORKSPACES
         if product and self.fused:

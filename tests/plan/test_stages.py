@@ -126,6 +126,18 @@ def test_fused_experts_are_planned(mixtral_dir: Path, in_4bit: bool) -> None:
     assert item.flops[2] > 0
 
 
+@pytest.mark.parametrize(("adapter", "of_frozen"), [(LoRA(4), 4), (Full(), 6)], ids=["LoRA", "Full"])
+def test_all_products_of_a_layer_are_counted(model_dir: Path, adapter: Adapter, of_frozen: int) -> None:
+    """Of each weight 2 a token forward and 2 for what it is multiplied with, 2 more if it is trained."""
+    layers = make_layers(model_dir, adapter)
+    simulation = Simulation(layers, CausalLMLoss(), make_adam)
+    one, two = (simulation.trial(2, "keep", tokens).item.flops[4] for tokens in (LENGTH, 2 * LENGTH))
+    per_token = (4 * one - two) / (2 * LENGTH)  # without attention, which takes four times as many for twice the tokens
+    real = layers.build_stage(2, 3, CPU).named_parameters()
+    matrices = [p for name, p in real if ".layers.2." in name and p.ndim > 1]
+    assert per_token == sum((6 if p.requires_grad else of_frozen) * p.numel() for p in matrices)
+
+
 def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:
     """On the meta device a stage holds tensors of the shapes and types that it really has."""
     real, planned = (
