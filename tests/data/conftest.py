@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_files import BOS, EOS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +52,12 @@ def tokenizer_dir(make_tokenizer: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture
+def encode(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], tuple[int, ...]]:
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    return lambda text: (*tokenizer.encode(text, add_special_tokens=False), EOS)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
 from packed_files import BOS, EOS, documents_of, items, write_jsonl
 from packing_reference import label_slowly, pack_slowly
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,12 +23,6 @@ from lightning_pipelite.data import DatasetConfig, PackedDataModule, PackedSampl
 from lightning_pipelite.errors import ConfigurationError
 
 MakeData = Callable[..., PackedDataModule]
-
-
-@pytest.fixture
-def encode(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], tuple[int, ...]]:
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
-    return lambda text: (*tokenizer.encode(text, add_special_tokens=False), EOS)
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -210,58 +203,6 @@ def test_drop_tails_that_leaves_no_evaluation(tmp_path: Path, make_data: MakeDat
         data.prepare_data()
 
 
-def test_max_tokens_takes_whole_documents(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    source.max_tokens = 2000
-    data = make_data([source], eval_fraction=0)
-    data.prepare_data()
-    kept = documents_of(items(data.train_dataloader()))
-    assert not set(kept) - {encode(text) for text in texts}
-    assert 2000 - max(len(encode(text)) for text in texts) < sum(map(len, kept)) <= 2000
-
-    source.max_tokens = 3
-    with pytest.raises(ConfigurationError, match=r"max_tokens of .*a\.jsonl is 3, less than the first document"):
-        make_data([source]).prepare_data()
-
-
-@pytest.mark.parametrize(
-    ("limit", "fraction", "held_out"), [(10, 0.3, 3), (2, 0.3, 1), (5, 0.0, 0), (10**6, 0.3, None)]
-)
-def test_max_sequences_counts_both_sides(
-    tmp_path: Path, make_data: MakeData, texts: list[str], limit: int, fraction: float, held_out: int | None
-) -> None:
-    data = make_data([write_jsonl(tmp_path / "a.jsonl", texts)], eval_fraction=fraction, max_sequences=limit)
-    data.prepare_data()
-    train, held = data.statistics.train, data.statistics.eval
-    if held_out is None:
-        assert train.dropped_tokens == held.dropped_tokens == 0
-    else:
-        assert (train.sequences, held.sequences) == (limit - held_out, held_out)
-        assert train.dropped_tokens > 0
-
-
-def test_mix_datasets(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
-    halves = [texts[::2], texts[1::2]]
-    datasets = [write_jsonl(tmp_path / f"{number}.jsonl", half) for number, half in enumerate(halves)]
-
-    def owners(mix: bool) -> list[set[int]]:
-        data = make_data(datasets, eval_fraction=0, mix_datasets=mix, isolate_documents=True)
-        data.prepare_data()
-        home = {encode(text): number for number, half in enumerate(halves) for text in half}
-        sequences = items(data.train_dataloader())
-        order = [list(document) for document in documents_of(sequences)]
-        groups = [order] if mix else [[d for d in order if home[tuple(d)] == n] for n in (0, 1)]
-        expected = pack_slowly(groups, [BOS], 64, False, None, EOS)
-        assert [item["input_ids"] for item in sequences] == [[slot.token for slot in s] for s in expected]
-        names = [home[tuple(document)] for group in groups for document in group]
-        flat = [(g, d) for g, group in enumerate(groups) for d in range(len(group))]
-        home_of = dict(zip(flat, names, strict=True))
-        return [{home_of[slot.owner] for slot in s if slot.owner not in ("prefix", "padding")} for s in expected]
-
-    assert all(len(found) == 1 for found in owners(False))
-    assert any(len(found) == 2 for found in owners(True))
-
-
 def test_seed_decides(tmp_path: Path, make_data: MakeData, texts: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts)
 
@@ -306,81 +247,6 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
     assert data.summary()[1] == "eval: none (eval_fraction is 0)"
 
 
-def test_each_dataset_is_told(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
-    first, second = write_jsonl(tmp_path / "a.jsonl", texts[:30]), write_jsonl(tmp_path / "b.jsonl", texts[30:])
-    with (tmp_path / "b.jsonl").open("a") as file:
-        file.write('{"text": 7}\n{"text": "x"\n')
-    data = make_data([first, second], skip_bad_records=True, eval_fraction=0.1)
-    data.prepare_data()
-    one, two = data.statistics.datasets
-    for told, part in ((one, texts[:30]), (two, texts[30:])):
-        assert (told.documents, told.unused_documents) == (30, 0)
-        assert told.tokens == sum(len(encode(text)) for text in part)
-    whole = data.statistics
-    assert one.sequences + two.sequences == whole.train.sequences + whole.eval.sequences
-    assert (one.skipped, two.skipped) == (0, 2)
-    assert data.summary()[3].endswith(
-        "2 bad records skipped (the first: "
-        f"{tmp_path / 'b.jsonl'}, line 31: the field 'text' is int, not text; give it a string.)"
-    )
-    with pytest.raises(ConfigurationError, match=r"b\.jsonl, line 31: the field 'text' is int"):
-        make_data([first, second], eval_fraction=0.1).prepare_data()
-
-
-def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "x.txt").write_text(texts[50])
-    # One of its documents is a training document, too.
-    others = [write_jsonl(tmp_path / "wiki.jsonl", texts[45:55]), DatasetConfig(str(tmp_path / "more" / "*.txt"))]
-    data = make_data([source], eval_datasets=[*others, others[0]], eval_fraction=0)
-    data.prepare_data()
-    assert data.eval_names == ["wiki", "more", "wiki-2"]
-    train = documents_of(items(data.train_dataloader()))
-    wiki, more, again = (documents_of(items(loader)) for loader in data.val_dataloader())
-    assert Counter(train) == Counter(map(encode, texts[:45]))
-    assert Counter(wiki) == Counter(again) == Counter(map(encode, texts[45:55]))
-    assert more == [encode(texts[50])]
-    assert [line.split(":")[0] for line in data.summary()[1:4]] == ["eval wiki", "eval more", "eval wiki-2"]
-    assert data.statistics.datasets[0].unused_documents == 5
-    assert data.statistics.eval.sequences == sum(len(loader.dataset) for loader in data.val_dataloader())
-
-    both = make_data([source], eval_datasets=others[1:], eval_fraction=0.2)
-    both.prepare_data()
-    assert both.eval_names == ["held_out", "more"]
-    held_out, more = (documents_of(items(loader)) for loader in both.val_dataloader())
-    train = documents_of(items(both.train_dataloader()))
-    assert len(held_out) == 10
-    assert Counter(train) + Counter(held_out) == Counter(map(encode, texts[:50]))
-    with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
-        make_data([source], eval_datasets=[source]).prepare_data()
-
-
-def test_weights(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:
-    home = {encode(text): number % 2 for number, text in enumerate(texts)}
-    datasets = [write_jsonl(tmp_path / f"{number}.jsonl", texts[number::2]) for number in (0, 1)]
-    longest = max(map(len, home))
-
-    def shares(*weights: float) -> list[int]:
-        for dataset, weight in zip(datasets, weights, strict=True):
-            dataset.weight = weight
-        data = make_data(datasets, eval_fraction=0, mix_datasets=True)
-        data.prepare_data()
-        kept = documents_of(items(data.train_dataloader()))
-        assert len(kept) == len(set(kept))
-        return [sum(len(document) for document in kept if home[document] == number) for number in (0, 1)]
-
-    whole = [sum(len(document) for document in home if home[document] == number) for number in (0, 1)]
-    one, two = shares(1.0, 4.0)
-    assert two == whole[1]
-    assert two / 4 - longest < one <= two / 4
-    one, two = shares(8.0, 1.0)
-    assert one == whole[0]
-    assert one / 8 - longest < two <= one / 8
-    with pytest.raises(ConfigurationError, match=r"0\.jsonl gets \d training tokens by its weight, less than"):
-        shares(1.0, 1e4)
-
-
 def test_conversations_from_disk_to_labels(tmp_path: Path, make_tokenizer: Any, make_data: MakeData) -> None:
     folder = make_tokenizer({"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -409,93 +275,3 @@ def test_conversations_from_disk_to_labels(tmp_path: Path, make_tokenizer: Any, 
         (f"u: {user['content']}</s>a: {reply['content']}</s>", f"a: {reply['content']}</s>") for user, reply in talks
     )
     assert 0 < data.statistics.train.padding < 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"datasets": []}, r"data\.datasets is empty"),
-        ({"datasets": [DatasetConfig("x.txt", max_tokens=0)]}, r"max_tokens of x\.txt is 0"),
-        ({"sequence_len": 100}, r"data\.sequence_len is 100: give a positive multiple of 64"),
-        ({"sequence_len": 0}, r"data\.sequence_len is 0"),
-        ({"eval_fraction": 1.0}, r"data\.eval_fraction is 1\.0"),
-        ({"eval_fraction": -0.1}, r"data\.eval_fraction is -0\.1"),
-        ({"max_sequences": 1}, r"data\.max_sequences is 1: training needs a sequence, and so does evaluation"),
-        ({"max_sequences": 0, "eval_fraction": 0}, r"data\.max_sequences is 0"),
-        ({"eval_gradient_accumulation_steps": 0}, r"data\.eval_gradient_accumulation_steps is 0"),
-        ({"seed": -1}, r"data\.seed is -1"),
-        ({"packing": "tight"}, r"data\.packing is tight: give concatenate, best_fit or null"),
-        ({"packing": "best_fit", "drop_tails": True}, r"data\.drop_tails cuts documents, which best-fit packing never"),
-        ({"datasets": [DatasetConfig("x.txt", control_class=2)]}, r"control_class of x\.txt is 2: give -1, 0 or 1"),
-        ({"datasets": [DatasetConfig("x.txt", weight=0.0)]}, r"weight of x\.txt is 0\.0: give a positive number"),
-        ({"datasets": [DatasetConfig("x.txt", weight=1.0), DatasetConfig("y.txt")]}, r"y\.txt has no weight"),
-        ({"eval_datasets": [DatasetConfig("y.txt", weight=1.0)]}, r"y\.txt of data\.eval_datasets has a weight"),
-        ({"eval_datasets": [DatasetConfig("y.txt", max_tokens=0)]}, r"max_tokens of y\.txt is 0"),
-    ],
-)
-def test_options_out_of_range(make_data: MakeData, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        make_data(**{"datasets": [DatasetConfig("x.txt")], **options})
-
-
-def test_errors_when_files_are_read(tmp_path: Path, make_data: MakeData) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer_dir is not set"):
-        make_data([source], tokenizer_dir=None).prepare_data()
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer_dir .*gone is no directory"):
-        make_data([source], tokenizer_dir=str(tmp_path / "gone")).prepare_data()
-    with pytest.raises(ConfigurationError, match=r"dataset_path gone\.txt matches no file"):
-        make_data([DatasetConfig("gone.txt")]).prepare_data()
-    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 1: no field 'body'"):
-        make_data([DatasetConfig(source.dataset_path, text_field="body")]).prepare_data()
-    empty = write_jsonl(tmp_path / "b.jsonl", ["", ""])
-    with pytest.raises(ConfigurationError, match=r"b\.jsonl holds no document with a token"):
-        make_data([source, empty], document_suffix="").prepare_data()
-
-
-YAML = """
-datasets:
-  - dataset_path: {path}
-    max_tokens: 5000
-  - dataset_path: {path}
-    text_field: text
-sequence_len: 128
-tokenizer_dir: {tokenizer}
-sequence_prefix: [1, 2]
-document_prefix: ""
-document_suffix: 7
-mask_tokens: {mask}
-max_sequences: 50
-cache_dir: {cache}
-"""
-
-
-@pytest.mark.parametrize(
-    ("mask", "expected"), [("true", [0, 1]), ("3", [3]), ("1", [1]), ("[3, 4]", [3, 4]), ("null", [])]
-)
-def test_from_yaml(tmp_path: Path, tokenizer_dir: Path, texts: list[str], mask: str, expected: list[int]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    parser = ArgumentParser()
-    parser.add_class_arguments(PackedDataModule, "data")
-    (tmp_path / "data.yaml").write_text(
-        YAML.format(path=source.dataset_path, tokenizer=tokenizer_dir, mask=mask, cache=tmp_path / "cache")
-    )
-    config = parser.parse_args([f"--data={tmp_path / 'data.yaml'}"])
-    data = parser.instantiate_classes(config).data
-    data.prepare_data()
-    [meta] = (tmp_path / "cache").glob("*/meta.json")
-    assert json.loads(meta.read_text())["masked_ids"] == expected
-    first = items(data.train_dataloader())[0]["input_ids"]
-    assert first[:2] == [1, 2]
-    assert 7 in first
-    assert len(first) == 128
-    assert "BOS if it has one" in " ".join(parser.format_help().split())
-
-
-@pytest.mark.parametrize(("text", "value"), [("12", 12), ("<s>", "<s>"), ("[1, 2]", [1, 2]), ("null", None), ("", "")])
-def test_prefix_on_the_command_line(text: str, value: Any) -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(PackedDataModule, "data")
-    arguments = ['--data.datasets=[{"dataset_path": "a.txt"}]', "--data.sequence_len=64"]
-    config = parser.parse_args([*arguments, f"--data.sequence_prefix={text}"])
-    assert config.data.sequence_prefix == value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from stage_jobs import Catchable, Model, Module, collected, linears, loader, token_loss, tokens, trainer_for
+from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
@@ -312,106 +310,6 @@ def late_layers(stages: int) -> float:
     trainer_for(strategy, stages, max_epochs=2).fit(module, DataLoader(data(16), batch_size=ROWS))
     trained = collected(strategy)
     return float((trained["0.weight"] - first).abs().max()) if strategy.is_global_zero else 0.0
-
-
-def fit_and_validate(stages: int) -> list[float]:
-    """Evaluations by one trainer and by new ones: before a fit, after it, and in a second fit of the same module."""
-    module = Mlp()
-    losses = []
-
-    def validate(trainer: L.Trainer) -> None:
-        losses.append(trainer.validate(module, DataLoader(data(20), batch_size=ROWS), verbose=False)[0]["eval/loss"])
-
-    def fresh() -> L.Trainer:
-        return trainer_for(PipeLiteStrategy(stages), stages, max_epochs=1, accumulate_grad_batches=2)
-
-    validate(fresh())
-    trainer = fresh()
-    trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
-    validate(trainer)
-    validate(fresh())
-    again = fresh()
-    again.fit(module, DataLoader(data(40), batch_size=ROWS))
-    validate(again)
-    return losses
-
-
-def fit_and_validate_plainly() -> list[float]:
-    module, losses = Mlp(), []
-
-    def validate() -> None:
-        trainer = trainer_for("auto", 1)
-        losses.append(trainer.validate(module, DataLoader(data(20), batch_size=ROWS), verbose=False)[0]["eval/loss"])
-
-    def train() -> None:
-        trainer = trainer_for("auto", 1, max_epochs=1, accumulate_grad_batches=2)
-        trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
-
-    validate()
-    train()
-    validate()
-    validate()
-    train()
-    validate()
-    return losses
-
-
-class Dealt(DistributedSampler[Any]):
-    """Deals rows to replicas, and fills up with None."""
-
-    def __init__(self, rows: Any, **replica: int) -> None:
-        super().__init__(rows, **replica, shuffle=False)
-        self.rows = rows
-
-    def __iter__(self) -> Any:
-        padded = [*range(len(self.rows)), *[None] * (self.total_size - len(self.rows))]
-        return iter(padded[self.rank :: self.num_replicas])
-
-
-class Rows(Dataset[Any]):
-    """Micro-batches; None is one without targets."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int | None) -> Any:
-        inputs, targets = self.batches[index or 0]
-        return (inputs, targets) if index is not None else (inputs, torch.full_like(targets, -100))
-
-
-def validate_set(kind: str, number: int, stages: int, replicas: int) -> tuple[float, list[str]]:
-    """An evaluation of sequences of which some are masked, by a token loss; and the warnings."""
-    torch.manual_seed(4)
-    rows = Rows(tokens(number))
-    model = Model(linears(4), [], token_loss)
-    strategy = PipeLiteStrategy(stages)
-    trainer = trainer_for(strategy, stages * replicas, use_distributed_sampler=True)
-    sampler = Dealt(rows, **strategy.distributed_sampler_kwargs) if kind == "dealt" else None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = DataLoader(rows, batch_size=None, sampler=sampler)
-        loss = trainer.validate(Module(model), loaded, verbose=False)[0]["eval/loss"]
-    return loss, [str(warning.message) for warning in caught]
-
-
-def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
-    """A model from disk, whose adapter must be the trained one when the same trainer evaluates after its fit."""
-    from exactness import Scale, Sequences, sequences
-    from lightning_pipelite import PipeLiteModule
-    from lightning_pipelite.adapters import LoRA
-
-    strategy = PipeLiteStrategy(stages)
-    data = Sequences(sequences(Scale(sequences=4)))
-    trainer = trainer_for(strategy, stages, max_epochs=3)
-    module = PipeLiteModule(model_dir, LoRA(rank=4), lr=0.05, dtype="float32")
-    loaded = DataLoader(data, batch_size=1)
-    before = trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]
-    trainer.fit(module, loaded, loaded)
-    in_fit = float(trainer.callback_metrics["eval/loss"])
-    return [before, in_fit, trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]]
 
 
 def split_again() -> str:

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_jobs import fit_and_validate, fit_and_validate_lora, fit_and_validate_plainly, validate_set
 from lightning_jobs import (
     compare_names,
     dropout_masks,
     fit,
-    fit_and_validate,
-    fit_and_validate_lora,
-    fit_and_validate_plainly,
     fits,
     late_layers,
     log_everything,
@@ -22,7 +20,6 @@ from lightning_jobs import (
     refusal,
     split_again,
     terminated,
-    validate_set,
 )
 from stage_jobs import linears, token_loss, tokens
 from torch import nn
