@@ -200,7 +200,7 @@ def _backward(
         of_a = [_precise_product(back.T, rows)]
     if not to_x:
         return [x.new_empty(0), *of_a, *of_b]
-    of_x = torch.zeros_like(rows) if projected else back @ down  # the small product first, as in the forward pass
+    of_x = x.new_zeros(rows.shape) if projected else back @ down  # the small product first, as forward
     for g, weight, up in zip(given, _lists(weights, parts), ups, strict=True):
         if g is not None:
             of_x.addmm_(g, _whole(weight, up.shape[0], x))

@@ -131,3 +131,12 @@ def test_torchs_own_checks_of_the_operation() -> None:
         torch.ops.pipelite.lora_linear.default,
         (x, case.weights, [1, 1, 1], ab[:3], ab[3:], along, down, ups, [], [case.x.new_empty(0)] * 3, list(SCALES)),
     )
+
+
+def test_the_gradient_of_a_transposed_input_has_the_strides_that_the_compiler_is_told() -> None:
+    x, weight, up = torch.randn(64, 14).T, torch.randn(24, 64), torch.randn(24, 4)
+    nothing, projected = x.new_empty(0), torch.randn(14, 4)
+    of_x, *_ = torch.ops.pipelite.lora_linear_backward(
+        [torch.randn(14, 24)], x, nothing, [weight], [1], nothing, [up], [projected], [1.0], True
+    )
+    assert of_x.is_contiguous()
