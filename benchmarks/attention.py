@@ -84,7 +84,7 @@ def compare_times(tokens: int, length: int) -> list[float]:
     def forward_and_backward(way: Callable[[], Tensor], gradient: Tensor) -> None:
         torch.autograd.grad(way(), inputs, gradient)
 
-    return milliseconds(*map(partial, [forward_and_backward] * len(ways), ways, gradients))
+    return milliseconds(*(partial(forward_and_backward, *each) for each in zip(ways, gradients, strict=True)))
 
 
 def main() -> None:

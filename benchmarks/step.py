@@ -3,8 +3,8 @@
     python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|tiny] [--no-reference] [--write]
 
 On one GPU, random bf16 weights of a Llama's shape, sequences of 4096 tokens (one document each, the most work), 4
-micro-batches a step, rank 16 in float32 on all linear layers. Each job is trained by three loops from the same values
-over the same tokens:
+micro-batches a step, rank 16 in float32 on all linear layers. Each job names the loops that train it, from the same
+values over the same tokens:
 
 - *Trainer*: PipeLiteModule under PipeLiteStrategy, one stage.
 - *bare loop*: the same stage, loss and optimizer without Lightning and DeepSpeed.
