@@ -19,6 +19,7 @@ from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.memory import ActivationMemory, compile_layers, set_activation_memory
+from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
@@ -183,6 +184,7 @@ class CausalLMLayers:
             pickled=self._pickled,
             attn_implementation=self._attention_on(device),
         ).train()
+        follow_documents(model)
         leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None

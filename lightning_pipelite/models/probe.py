@@ -43,7 +43,7 @@ class Probe:
         known: Probe | None = None,
     ) -> None:
         self._seen: dict[Any, Tensor] = {}
-        self.model: PreTrainedModel = _build_tiny(config, build, None if known is None else known.model).eval()
+        self.model: PreTrainedModel = build_tiny(config, build, None if known is None else known.model).eval()
         generator = torch.Generator().manual_seed(0)
         self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)), generator=generator)
         self.takes_positions: bool = known is not None and known.takes_positions
@@ -51,7 +51,7 @@ class Probe:
             counted_by_itself = self._logits(self.input_ids)
             self.takes_positions = True
             # Some classes, RoBERTa's for one, begin to count elsewhere: there, positions from 0 are another model.
-            self.takes_positions = _equal(self._logits(self.input_ids, _count(self.input_ids)), counted_by_itself)
+            self.takes_positions = equal(self._logits(self.input_ids, _count(self.input_ids)), counted_by_itself)
 
     def trace(self, layer_names: Sequence[str], other_names: Sequence[str]) -> Trace:
         """Return what one forward shows of the named decoder layers and other modules."""
@@ -65,17 +65,17 @@ class Probe:
         changed = self.input_ids.clone()
         changed[:, DOCUMENTS[0] :] = (changed[:, DOCUMENTS[0] :] + 1) % 120
         logits = [self._logits(ids)[:, : DOCUMENTS[0]] for ids in (self.input_ids, changed)]
-        return not _equal(*logits)
+        return not equal(*logits)
 
     def isolates_documents(self) -> bool:
         """Tell whether each of two packed documents has the logits that it has alone."""
         documents = self.input_ids.split(DOCUMENTS, dim=1)
         packed = self._logits(self.input_ids, _packed_positions()).split(DOCUMENTS, dim=1)
-        return all(_equal(self._logits(ids), logits) for ids, logits in zip(documents, packed, strict=True))
+        return all(equal(self._logits(ids), logits) for ids, logits in zip(documents, packed, strict=True))
 
     def attends_as(self, other: Probe) -> bool:
         """Tell whether packed documents have the logits that they have in a model that attends by other code."""
-        return _equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))
+        return equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))
 
     @torch.no_grad()
     def layers_attend_as(self, other: Probe, layer_names: Sequence[str]) -> bool:
@@ -135,12 +135,15 @@ class Probe:
             return self.model(input_ids=input_ids, use_cache=False, **arguments).logits
 
 
-def _build_tiny(
-    config: PretrainedConfig, build: Callable[..., PreTrainedModel], known: PreTrainedModel | None
+def build_tiny(
+    config: PretrainedConfig,
+    build: Callable[..., PreTrainedModel],
+    known: PreTrainedModel | None = None,
+    limit: int | None = None,
 ) -> PreTrainedModel:
     """Build a tiny model, with the weights of ``known`` if they are called and shaped alike, which takes half as long.
 
-    If not, both have those of one seed.
+    If not, both have those of one seed. With a ``limit`` it is made for documents of so many tokens.
     """
     # As a context, even torch's own default device makes each operation slower.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
@@ -148,7 +151,7 @@ def _build_tiny(
         if known is not None:
             torch.manual_seed(0)
             with no_init_weights():
-                model = build(tiny_config(config), dtype=torch.float32)
+                model = build(tiny_config(config, limit), dtype=torch.float32)
             model.tie_weights(recompute_mapping=False)  # as its initialisation does
             own, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, known))
             if {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in theirs.items()}:
@@ -156,7 +159,7 @@ def _build_tiny(
                     tensor.data.copy_(theirs[name])
                 return model
         torch.manual_seed(0)
-        model = build(tiny_config(config), dtype=torch.float32)
+        model = build(tiny_config(config, limit), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data += NOISE * torch.randn_like(parameter)
         return model
@@ -178,5 +181,5 @@ def _count(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1])[None]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def equal(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).all()) and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1))

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import read_json
+from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.trace import START
 
@@ -94,6 +96,8 @@ class Skeleton:
             self.isolates_documents = probe.isolates_documents()
         except (RuntimeError, TypeError, IndexError, AttributeError):
             self.isolates_documents = False
+        if not is_static(self.model):
+            self._check_long_documents()
         if self.tied and f"{self.embedding_name}.weight" not in dict(self.model.named_parameters()):
             raise self._refusal(f"its tied weight is called after {self.head_name}, not {self.embedding_name}")
 
@@ -182,6 +186,16 @@ class Skeleton:
         """Whether the model's code can run a decoder layer again in the backward pass (activation checkpointing)."""
         switch = any(hasattr(module, "gradient_checkpointing") for module in self.model.modules())
         return switch and self.model.supports_gradient_checkpointing
+
+    def _check_long_documents(self) -> None:
+        """Try documents that are longer than the model was made for, if its positions are not known to be static."""
+        try:
+            tried = try_long_documents(self.config, self._build, takes_positions=self.takes_positions)
+        except Exception as error:
+            raise self._refusal(f"no tiny model with few positions could be tried: {_first_line(error)}") from error
+        if not tried.forgets:
+            raise self._refusal("after a long document, it runs the next ones otherwise than before")
+        self.isolates_documents &= tried.apart
 
     def _explore(self, probe: Probe) -> None:
         """Find the decoder layers by a trial, and check that the model is embedding, layers in order, then the rest."""

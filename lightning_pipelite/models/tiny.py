@@ -102,6 +102,16 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128,
 }
 
+# What configurations call the number of positions that a model is made for.
+LIMITS = (
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+)
+
 UNSET = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}  # None means a default
 
 
@@ -129,15 +139,38 @@ def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     return small
 
 
-def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
+def tiny_config(config: PretrainedConfig, limit: int | None = None) -> PretrainedConfig:
     """Return a configuration of the class, depth and kinds of layers of ``config`` with small sizes.
+
+    Args:
+        config: The real model's.
+        limit: How many positions the tiny model is made for; if not given, more than any trial has.
 
     Raises:
         Exception: Whatever the class raises if these sizes do not fit together.
     """
-    values = {**config.to_dict(), **small_sizes(config)}
-    rope = values.get("rope_parameters")
-    if isinstance(rope, dict):
-        # Long rotary scaling has a factor for each pair of the head's dimensions.
-        values["rope_parameters"] = {k: v[:8] if k in ("long_factor", "short_factor") else v for k, v in rope.items()}
-    return type(config).from_dict(values)
+    values = config.to_dict()
+    small = small_sizes(config)
+    limits = {} if limit is None else {name: limit for name in LIMITS if type(values.get(name)) is int}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(values.get(name), dict):
+            values[name] = _tiny_rope(values[name], values, {**values, **small}, limit)
+    return type(config).from_dict({**values, **small, **limits})
+
+
+def _tiny_rope(rope: dict[str, Any], real: dict[str, Any], tiny: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """Make the parameters of rotary embeddings small, also those for each type of layer."""
+    made = dict(rope)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            made[name] = _tiny_rope(value, real, tiny, limit)
+        elif name in ("long_factor", "short_factor"):  # one for each pair of the head's dimensions that is turned
+            made[name] = value[: round(len(value) * _head_size(tiny) / _head_size(real))]
+        elif name in LIMITS and limit is not None:
+            made[name] = limit
+    return made
+
+
+def _head_size(values: dict[str, Any]) -> float:
+    size: float = values.get("head_dim") or values["hidden_size"] / values["num_attention_heads"]
+    return size
