@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -43,7 +44,11 @@ class Untrained(Adapter):
         return {}
 
     @override
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+        raise NotImplementedError("nothing is trained")
+
+    @override
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
         raise NotImplementedError("nothing is trained")
 
 

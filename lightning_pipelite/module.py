@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -235,7 +235,7 @@ class PipeLiteModule(pl.LightningModule):
         failure: str | None = None
         if strategy.is_global_zero:
             try:
-                self.adapter.save(directory, stages, Path(self.model_dir))
+                self.adapter.save(directory, stages, self._layers.skeleton)
             except OSError as error:
                 failure = error.strerror or str(error)
                 for _ in stages:  # the other stages wait to hand over theirs
@@ -264,14 +264,8 @@ class PipeLiteModule(pl.LightningModule):
             ConfigurationError: if ``directory`` cannot be written, or holds what saving would delete.
         """
 
-        def rehearsal() -> Iterator[dict[str, Tensor]]:
-            raise _EnoughError
-            yield
-
-        try:  # the adapter does all that it does to save, up to the first tensor, and puts everything back
-            self.adapter.save(directory, rehearsal(), Path(self.model_dir))
-        except _EnoughError:
-            pass
+        try:
+            self.adapter.rehearse_save(directory, self._layers.skeleton)
         except OSError as error:
             raise ConfigurationError(
                 f"{directory} cannot be written ({error.strerror or error}); choose another place to save to."
@@ -379,7 +373,3 @@ class PipeLiteModule(pl.LightningModule):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.training_step()
-
-
-class _EnoughError(Exception):
-    """Ends the rehearsal of saving."""

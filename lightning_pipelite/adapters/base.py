@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -45,18 +46,49 @@ class Adapter(ABC):
 
     @abstractmethod
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return what is to be saved of a stage's ``model``: tensors on the CPU by their names in the saved file."""
+        """Return what is to be saved of a stage's ``model``: tensors on the CPU by their names in the model."""
 
-    @abstractmethod
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model: Skeleton | Path) -> None:
         """Write the state dicts of all stages, in order, as ``directory``: whole or not at all.
 
         Args:
             directory: Where the files are to be; such a directory that is already there is replaced once the new one
                 is complete.
             states: The :meth:`state_dict` of every stage, each taken when its turn comes.
-            model_dir: The model that was trained.
+            model: The model as it was trained; or its directory, if nothing but defaults was told when it was loaded.
 
         Raises:
             ConfigurationError: ``directory`` exists and is not such a directory.
         """
+        skeleton = model if isinstance(model, Skeleton) else Skeleton(model)
+        with self.place(directory, skeleton) as partial:
+            self.write(partial, states, skeleton)
+
+    def rehearse_save(self, directory: Path, skeleton: Skeleton) -> None:
+        """Do all that :meth:`save` does, of no stage, and put everything back.
+
+        Raises:
+            ConfigurationError: As :meth:`save`, with what there is to write of the model.
+        """
+        try:
+            with self.place(directory, skeleton) as partial:
+                self.write(partial, [], skeleton)
+                raise _EnoughError
+        except _EnoughError:
+            pass
+
+    @abstractmethod
+    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+        """Give an empty directory that takes the place of ``directory`` once it is complete.
+
+        Raises:
+            ConfigurationError: ``directory`` exists and is not such a directory.
+        """
+
+    @abstractmethod
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+        """Write the state dicts of all stages, none in a rehearsal, and all else that belongs to them."""
+
+
+class _EnoughError(Exception):
+    """Ends the rehearsal of saving."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +108,26 @@ class ControlAdapter(Adapter):
         }
 
     @override
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
-        with whole_directory(directory, KNOWN_FILES) as partial:
-            weights = {name: tensor for state in states for name, tensor in state.items()}
-            layers = self.layers_to_transform
-            config = {
-                "peft_type": PEFT_TYPE,
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": str(model_dir.absolute()),
-                "r": self.rank,
-                "lora_alpha": self.rank,  # as qlora-pipe-lite's tools want it: the scale is 1
-                "lora_dropout": self.dropout,
-                "control_gamma": self.gamma,
-                "layers_to_transform": None if layers is None else sorted({_layer_of(name) for name in weights}),
-                "inference_mode": True,
-            }
-            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+        return whole_directory(directory, KNOWN_FILES)
+
+    @override
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+        weights = {name: tensor for state in states for name, tensor in state.items()}
+        layers = self.layers_to_transform
+        config = {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(skeleton.model_dir.absolute()),
+            "r": self.rank,
+            "lora_alpha": self.rank,  # as qlora-pipe-lite's tools want it: the scale is 1
+            "lora_dropout": self.dropout,
+            "control_gamma": self.gamma,
+            "layers_to_transform": None if layers is None else parse_layers(layers, len(skeleton.layers)),
+            "inference_mode": True,
+        }
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:
@@ -175,10 +179,6 @@ class _Controlled:
             f"Control Adapters cannot be trained on a {type(self).__name__}: it has several streams of hidden states, "
             "or overwrites its input; choose LoRA."
         )
-
-
-def _layer_of(name: str) -> int:
-    return int(name.split(".")[-2])
 
 
 def _hidden_size(skeleton: Skeleton) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from typing_extensions import override
 
@@ -20,23 +21,11 @@ from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import INDEX_FILE, read_json
+from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.skeleton import Skeleton, read_config
 
-# What a model needs beside configuration and weights: generation defaults, tokenizer and chat template.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-)
-KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *COMPANIONS)
+KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *PLAIN)
 
 
 class Full(Adapter):
@@ -77,19 +66,21 @@ class Full(Adapter):
         return {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
 
     @override
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
-        if directory.resolve() == model_dir.resolve():
+    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+        if directory.resolve() == skeleton.model_dir.resolve():
             raise ConfigurationError(f"{directory} is the model that is trained; choose another place to save to.")
-        with whole_directory(directory, KNOWN_FILES) as partial:
-            config, is_text_part = _config(model_dir)
-            shards, dtype = _write_shards(partial, map(_as_text_model, states) if is_text_part else states)
-            for pattern in COMPANIONS:
-                for path in model_dir.glob(pattern):
-                    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / path.name)
-            _write_index(partial, shards)
-            config["dtype"] = dtype
-            config.pop("torch_dtype", None)  # the older name of the same key
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copied = {path.parts[0] for path in companions(skeleton.model_dir)}
+        return whole_directory(directory, [*KNOWN_FILES, *map(escape, copied)])
+
+    @override
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+        config = _config(skeleton)
+        copy_to(directory, skeleton.model_dir, companions(skeleton.model_dir))
+        shards, dtype = _write_shards(directory, map(_as_text_model, states) if skeleton.is_text_part else states)
+        _write_index(directory, shards)
+        config["dtype"] = dtype
+        config.pop("torch_dtype", None)  # the older name of the same key
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _trained(self, skeleton: Skeleton) -> set[str]:
         """Return the names of the trained parameters of the whole model, a tied one under the embedding's name."""
@@ -107,16 +98,12 @@ class Full(Adapter):
         return names
 
 
-def _config(model_dir: Path) -> tuple[dict[str, Any], bool]:
-    """Return the configuration of what is saved, and whether that is the text model alone of a multimodal one."""
-    config = read_json(model_dir / "config.json")
-    if "text_config" not in config:
-        return config, False
-    text = read_config(model_dir, trust_remote_code=False)
-    if text.model_type == config["model_type"]:
-        return config, False
-    architecture = AutoModelForCausalLM._model_mapping[type(text)].__name__
-    return {**text.to_dict(), "architectures": [architecture], "use_cache": True}, True
+def _config(skeleton: Skeleton) -> dict[str, Any]:
+    """Return the configuration of what is saved: of a multimodal model, that of the text model alone."""
+    if not skeleton.is_text_part:
+        return read_json(skeleton.model_dir / "config.json")
+    text = read_config(skeleton.model_dir, skeleton.trust_remote_code)
+    return {**text.to_dict(), "architectures": [type(skeleton.model).__name__], "use_cache": True}
 
 
 def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +116,7 @@ def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple[list[dict[str, int]], str]:
+def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple[list[dict[str, int]], str | None]:
     """Write one shard a stage; return the bytes of each shard's tensors by name, and the type most bytes have."""
     shards: list[dict[str, int]] = []
     by_dtype: dict[str, int] = {}
@@ -143,7 +130,7 @@ def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple
         for tensor in state.values():
             dtype = str(tensor.dtype).removeprefix("torch.")
             by_dtype[dtype] = by_dtype.get(dtype, 0) + tensor.nbytes
-    return shards, max(by_dtype, key=lambda dtype: by_dtype[dtype])
+    return shards, max(by_dtype, key=lambda dtype: by_dtype[dtype], default=None)
 
 
 def _write_index(directory: Path, shards: list[dict[str, int]]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,20 @@ class LoRA(Adapter):
         return state
 
     @override
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model_dir: Path) -> None:
-        with whole_directory(directory, KNOWN_FILES) as partial:
-            weights = {name: tensor for state in states for name, tensor in state.items()}
-            skeleton = Skeleton(model_dir)
-            config = self._saved_config(skeleton)
-            if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
-                raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
-            config.task_type = "CAUSAL_LM"
-            config.base_model_name_or_path = str(model_dir.absolute())
-            config.inference_mode = True
-            config.save_pretrained(str(partial))
-            save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+        return whole_directory(directory, KNOWN_FILES)
+
+    @override
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+        config = self._saved_config(skeleton)
+        config.task_type = "CAUSAL_LM"
+        config.base_model_name_or_path = str(skeleton.model_dir.absolute())
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
+        weights = {name: tensor for state in states for name, tensor in state.items()}
+        if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
+            raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def _config(self, targets: list[str]) -> LoraConfig:
         return LoraConfig(

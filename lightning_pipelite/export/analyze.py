@@ -48,7 +48,7 @@ CAPTIONS = {
 }
 
 
-def analyze(adapter: str, base: str | None = None, output: str | None = None) -> str:
+def analyze(adapter: str, base: str | None = None, output: str | None = None, trust_remote_code: bool = False) -> str:
     """Print and draw the figures of a LoRA or a Control Adapter.
 
     Writes ``analysis.json``, a PNG for each picture, and ``analysis.html``, which holds all and needs no other file.
@@ -58,18 +58,20 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None) ->
         adapter: directory of the adapter.
         base: directory of the model that it was trained on; gives norms relative to those of its weights.
         output: directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
+        trust_remote_code: run the base's own Python code, if it has any.
     """
     source = Path(adapter)
     target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")
     with new_directory(target, [source, *([Path(base)] if base else [])]) as partial:
+        model = BaseModel(base, trust_remote_code=trust_remote_code) if base else None
         if is_control_adapter(source):
-            layers = _control(source, base)
+            layers = _control(source, model)
             head, rows, terms = ["layer", *CONTROL_TERMS], _control_rows(layers), CONTROL_TERMS
             pictures = control_pictures(layers)
             figures: Mapping[str, object] = {str(number): asdict(each) for number, each in layers.items()}
             kind = "Control Adapter"
         else:
-            products = _lora(source, base)
+            products = _lora(source, model)
             terms = {name: text for name, text in LORA_TERMS.items() if base or "‖W‖" not in name}
             head, rows = ["layer", "module", *terms], _lora_rows(products, relative=base is not None)
             pictures = lora_pictures(products)
@@ -86,10 +88,9 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None) ->
     return f"{about}\n\n{_table(head, rows)}\n\n{target}: {written}"
 
 
-def _lora(adapter: Path, base: str | None) -> dict[str, Product]:
-    if base is None:
+def _lora(adapter: Path, model: BaseModel | None) -> dict[str, Product]:
+    if model is None:
         return {name: product(each) for name, each in track(list(saved_factors(adapter)), "analyzing", "modules")}
-    model = BaseModel(base)
     lora = LoRAOfBase(model, adapter)
     return {
         name: product(each, float(model.read_parameter(name).norm()))
@@ -97,10 +98,10 @@ def _lora(adapter: Path, base: str | None) -> dict[str, Product]:
     }
 
 
-def _control(adapter: Path, base: str | None) -> dict[int, Control]:
+def _control(adapter: Path, model: BaseModel | None) -> dict[int, Control]:
     control_file = ControlAdapterFile(adapter)
-    if base is not None:
-        layers_of(BaseModel(base), control_file)
+    if model is not None:
+        layers_of(model, control_file)
     return {number: control(each) for number, each in track(control_file.transforms.items(), "analyzing", "layers")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class BaseModel:
 
     Args:
         directory: Directory with ``config.json`` and safetensors weights.
+        trust_remote_code: Run the model's own code, if it has any.
 
     Attributes:
+        build: Makes a model of the class of a configuration.
         config: Of the causal LM; of a multimodal model, its text model's.
         model: The model on the meta device.
         shapes: Shape of each parameter of the model.
@@ -70,13 +73,15 @@ class BaseModel:
         ConfigurationError: The model is missing, damaged or not a causal LM that transformers ships.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, trust_remote_code: bool = False) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")
         if (self.directory / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
-        self.config = read_config(self.directory, trust_remote_code=False)
+        self.trust_remote_code = trust_remote_code
+        self.build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        self.config = read_config(self.directory, trust_remote_code)
         if getattr(self.config, "output_router_logits", False):
             self.config.output_router_logits = False  # a matter of training
         check_weights(self.directory)
@@ -95,7 +100,7 @@ class BaseModel:
     def skeleton(self) -> PreTrainedModel:
         """Return a new model on the meta device, in float32."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            return self.build(self.config, dtype=torch.float32)
 
     def read(self, group: Group, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """Return the parameters of ``group`` in float32 by name, made from the files."""

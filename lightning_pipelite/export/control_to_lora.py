@@ -29,6 +29,7 @@ def control_to_lora(
     output: str,
     inverse: bool = False,
     writers: Literal["nearer", "last", "all"] = "nearer",
+    trust_remote_code: bool = False,
 ) -> str:
     """Make a LoRA of a Control Adapter.
 
@@ -47,16 +48,17 @@ def control_to_lora(
         output: directory to write, as PEFT saves a LoRA; must not exist, or be empty.
         inverse: of class -1, the exact inverse, in place of class +1.
         writers: the matrices to adapt: "last" or "all" that write into a layer's output, or the "nearer" of the two.
+        trust_remote_code: run the base's own Python code, if it has any.
 
     Raises:
         ConfigurationError: The adapter does not fit the base, or no LoRA does what it does on such a model.
     """
     with new_directory(Path(output), [Path(base), Path(adapter)]) as partial:
         control = ControlAdapterFile(adapter)
-        model = BaseModel(base)
+        model = BaseModel(base, trust_remote_code=trust_remote_code)
         layers = layers_of(model, control)
-        found = find_writers(model.config, list(layers))
-        chosen, told = _choose(found, writers, base, control, inverse)
+        found = find_writers(model.config, list(layers), model.build)
+        chosen, told = _choose(found, writers, model, control, inverse)
         _save(partial, model, {name: chosen(each) for name, each in found.items()}, layers, inverse)
         LoRAOfBase(model, partial)  # PEFT finds a place for each weight
     return told
@@ -97,14 +99,14 @@ class _All:
 def _choose(
     found: dict[str, LayerWriters],
     writers: str,
-    base: str,
+    base: BaseModel,
     control: ControlAdapterFile,
     inverse: bool,
 ) -> tuple[_Last | _All, str]:
     """Return which writers of each layer are adapted, and what to tell about it."""
     if not any(each.first for each in found.values()):
         return _Last(), f"Exact: every matrix that writes into the {len(found)} transformed layers is adapted."
-    near = measure(Path(base), control, found, inverse=inverse)
+    near = measure(base, control, found, inverse=inverse)
     nearer = min(near, key=lambda name: near[name].divergence)
     take = nearer if writers == "nearer" else writers
     lines = [f"No LoRA is exact here. Against the Control Adapter, on {near[take].tokens} tokens:"]

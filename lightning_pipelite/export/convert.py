@@ -17,7 +17,8 @@ def convert(checkpoint: str, output: str, config: str | None = None) -> str:
             layer_NN-model_states.pt files (or the directory of a run, for its latest one).
         output: directory to write; must not exist, or be empty.
         config: configuration of the training: the YAML of pipelite fit, or the TOML of qlora-pipe-lite. The model is
-            found where it says. A checkpoint of this project says it all itself, unless the model has moved.
+            found where it says. A checkpoint of this project says it all itself, unless the model has moved; also
+            whether the model's own code was trusted, which is then run again.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.

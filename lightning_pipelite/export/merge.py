@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,16 +14,20 @@ from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora import LoRAOfBase
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models.checkpoint import read_header
+from lightning_pipelite.models.companions import copy_to, everything_else, own_code
 from lightning_pipelite.progress import Progress
 
 MAX_SCALE = 2.0
-WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-DIRECTORIES = ("additional_chat_templates",)
 CHUNK = 1 << 24  # bytes copied at a time
 
 
 def merge(
-    base: str, adapter: list[str] | str, output: str, scale: list[float] | float | None = None, device: str = "cpu"
+    base: str,
+    adapter: list[str] | str,
+    output: str,
+    scale: list[float] | float | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> str:
     """Add one or several LoRAs to the weights of their base model.
 
@@ -38,6 +41,7 @@ def merge(
         output: directory to write; must not exist, or be empty.
         scale: factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
         device: where to compute: cpu, or cuda.
+        trust_remote_code: run the base's own Python code, if it has any.
 
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
@@ -46,7 +50,7 @@ def merge(
     adapters = [adapter] if isinstance(adapter, str) else adapter
     scales = _scales(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
-        model = BaseModel(base)
+        model = BaseModel(base, trust_remote_code=trust_remote_code)
         loras = [LoRAOfBase(model, each, by, device) for each, by in zip(adapters, scales, strict=True)]
         if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
@@ -162,9 +166,5 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy all of a model's directory but weights; config.json last: without it, an unfinished model does not load."""
-    paths = [path for path in source.iterdir() if not path.name.startswith(".")]
-    for path in sorted(paths, key=lambda path: path.name == "config.json"):
-        if path.is_file() and path.suffix not in WEIGHT_FILES:
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name in DIRECTORIES:
-            shutil.copytree(path, target / path.name)
+    paths = {path.relative_to(source) for path in everything_else(source)} | set(own_code(source))
+    copy_to(target, source, sorted(paths, key=lambda path: path.name == "config.json"))

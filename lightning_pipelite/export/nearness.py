@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile, Transform
 from lightning_pipelite.export.writers import LayerWriters, Writer
 from lightning_pipelite.models.loading import load_trimmed
@@ -41,7 +42,7 @@ class Nearness:
 
 @torch.no_grad()
 def measure(
-    base: Path, control: ControlAdapterFile, writers: dict[str, LayerWriters], *, inverse: bool
+    base: BaseModel, control: ControlAdapterFile, writers: dict[str, LayerWriters], *, inverse: bool
 ) -> dict[str, Nearness]:
     """Run the base, the Control Adapter, and the LoRAs on "last" and on "all" writers, on the same text.
 
@@ -49,14 +50,14 @@ def measure(
     Each layer is read once, in float32, and runs for all four.
 
     Args:
-        base: Directory of the base.
+        base: The base.
         control: The Control Adapter.
         writers: The writers of each transformed layer.
         inverse: Of class -1 in place of +1.
     """
-    skeleton = Skeleton(base)
+    skeleton = Skeleton(base.directory, trust_remote_code=base.trust_remote_code)
     limit = getattr(skeleton.config, "max_position_embeddings", None) or LENGTH
-    input_ids = _text(base, skeleton.config.vocab_size, min(LENGTH, limit))
+    input_ids = _text(base.directory, skeleton.config.vocab_size, min(LENGTH, limit))
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     states: dict[str, Tensor] = dict.fromkeys(("control", "none", "last", "all"), input_ids)
     bounds = list(zip(skeleton.groups, skeleton.groups[1:], strict=False))
@@ -96,7 +97,9 @@ def measure(
     without, tokens = divergence("none"), input_ids.numel()
     near = {name: Nearness(divergence(name), without, tokens) for name in ("last", "all")}
     if not all(torch.isfinite(torch.tensor(each.divergence)) for each in near.values()):
-        raise ConfigurationError(f"{control.directory} gives no finite probabilities on {base}; the adapter is broken.")
+        raise ConfigurationError(
+            f"{control.directory} gives no finite probabilities on {base.directory}; the adapter is broken."
+        )
     return near
 
 

@@ -20,6 +20,8 @@ from lightning_pipelite.progress import track
 from lightning_pipelite.strategy.checkpoint import read_checkpoint
 
 CPU = torch.device("cpu")
+# What the training was told of how the base is loaded, and saving must know.
+LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
 def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
@@ -44,10 +46,11 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
         pass
     output.rmdir()
     adapter = _adapter(settings["model"]["adapter"], config or checkpoint)
+    loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
     layers = CausalLMLayers(
         model_dir,
         dtype=getattr(torch, settings["model"].get("dtype", "bfloat16")),
-        load_in_4bit=bool(settings["model"].get("load_in_4bit", False)),
+        **loading,
         adapter=adapter,
         activation_memory="keep",
         seed=int(settings.get("seed_everything") or 0),
@@ -74,7 +77,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
                 "trained with."
             )
 
-    adapter.save(output, states(), model_dir)
+    adapter.save(output, states(), layers.skeleton)
     return f"{output}: {type(adapter).__name__} of step {meta['step']}."
 
 
@@ -84,7 +87,8 @@ def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         own = {f"{kind.__module__}.{name}" for name, kind in vars(adapters).items() if isinstance(kind, type)}
         if identity["adapter"]["class_path"] not in own:  # else reading a checkpoint could run any code
             raise TypeError(f"adapter {identity['adapter']['class_path']}")
-        model = {"model_dir": str(model_dir), **{key: identity[key] for key in ("adapter", "dtype", "load_in_4bit")}}
+        model = {"model_dir": str(model_dir), "adapter": identity["adapter"], "dtype": identity["dtype"]}
+        model |= {key: meta["hyper_parameters"].get(key, identity.get(key)) for key in LOADING}
     except (LookupError, TypeError) as error:
         raise ConfigurationError(
             f"{checkpoint} does not say what was trained ({error}); give the YAML of the training as config."

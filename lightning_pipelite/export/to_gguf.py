@@ -39,6 +39,7 @@ def export_gguf(
     output: str,
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
     inverse: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Write an adapter as a GGUF file, for llama.cpp's --lora.
 
@@ -52,6 +53,7 @@ def export_gguf(
         output: file to write; must not exist.
         outtype: type of the tensors.
         inverse: of a Control Adapter, class -1 in place of class +1.
+        trust_remote_code: run the base's own Python code, if it has any.
 
     Raises:
         ConfigurationError: The adapter does not fit the base, does more than a LoRA in llama.cpp can, or the base's
@@ -60,11 +62,11 @@ def export_gguf(
     check_new_file(Path(output))
     if is_control_adapter(adapter):
         with tempfile.TemporaryDirectory() as directory:
-            told = control_to_lora(base, adapter, f"{directory}/lora", inverse)
-            return f"{told}\n{export_gguf(f'{directory}/lora', base, output, outtype)}"
+            told = control_to_lora(base, adapter, f"{directory}/lora", inverse, trust_remote_code=trust_remote_code)
+            return f"{told}\n{export_gguf(f'{directory}/lora', base, output, outtype, False, trust_remote_code)}"
     if inverse:
         raise ConfigurationError(f"{adapter} is no Control Adapter, so there is no class -1; leave inverse out.")
-    model = BaseModel(base)
+    model = BaseModel(base, trust_remote_code=trust_remote_code)
     target = architecture(model.config)
     lora = LoRAOfBase(model, adapter)
     factors = dict(lora.factors())

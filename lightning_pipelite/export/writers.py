@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.probe import Probe
@@ -48,7 +48,11 @@ class LayerWriters:
     first: tuple[Writer, ...]
 
 
-def find_writers(config: PretrainedConfig, layer_names: list[str]) -> dict[str, LayerWriters]:
+def find_writers(
+    config: PretrainedConfig,
+    layer_names: list[str],
+    build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config,
+) -> dict[str, LayerWriters]:
     """Find the writers of each of some decoder layers.
 
     No table of models. A module with weights of its own is a writer if a vector v added to its output comes out of
@@ -60,12 +64,13 @@ def find_writers(config: PretrainedConfig, layer_names: list[str]) -> dict[str, 
     Args:
         config: The model's configuration.
         layer_names: Full names of the layers.
+        build: Makes a model of a configuration.
 
     Raises:
         ConfigurationError: What a layer adds is not linear in the products of its weights.
     """
     with torch.no_grad():
-        probe = Probe(config)
+        probe = Probe(config, build)
         calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         hooks = [
             probe.model.get_submodule(name).register_forward_pre_hook(_keep(calls, name), with_kwargs=True)

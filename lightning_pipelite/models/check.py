@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.companions import copy_to, own_code
 from lightning_pipelite.models.layers import CausalLMLayers
-from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
 
@@ -54,18 +54,21 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_model(model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tiny: bool = False) -> CheckReport:
+def check_model(
+    model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tiny: bool = False, trust_remote_code: bool = False
+) -> CheckReport:
     """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM.
         stages: Numbers of stages to try.
         tiny: Try a tiny random model of the same class and depth; the weights of ``model_dir`` are then not read.
+        trust_remote_code: Run the model's own code, if it has any.
 
     Raises:
         ConfigurationError: The model is refused, or has fewer items to deal out than a number of stages.
     """
-    skeleton = Skeleton(model_dir)
+    skeleton = Skeleton(model_dir, trust_remote_code=trust_remote_code)
     items = len(skeleton.groups) - 1
     for count in stages:
         if not 1 <= count <= items:
@@ -74,9 +77,12 @@ def check_model(model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tin
         directory = Path(model_dir)
         if tiny:
             directory = Path(temporary)
-            Probe(skeleton.config).model.save_pretrained(directory)
-        layers = exact_layers(directory, packed=skeleton.isolates_documents)
-        whole = AutoModelForCausalLM.from_pretrained(directory, config=layers.skeleton.config, dtype=torch.float32)
+            skeleton.tiny().save_pretrained(directory)
+            copy_to(directory, skeleton.model_dir, own_code(skeleton.model_dir))
+        layers = exact_layers(directory, packed=skeleton.isolates_documents, trust_remote_code=trust_remote_code)
+        whole = AutoModelForCausalLM.from_pretrained(
+            directory, config=layers.skeleton.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
         differences = compare_split(layers, whole, stages)
         if layers.packed:
             differences += compare_packed(layers, whole)
@@ -88,7 +94,7 @@ def check_model(model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tin
     return CheckReport(stage_bytes, differences, layers.packed)
 
 
-def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False) -> CheckReport:
+def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remote_code: bool = False) -> CheckReport:
     """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
 
     The exit status is 1 where they differ.
@@ -97,27 +103,29 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False) -> CheckRep
         model_dir: directory of a Hugging Face causal LM.
         stages: numbers of stages to try.
         tiny: try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
+        trust_remote_code: run the model's own Python code, if it has any.
     """
     try:
         counts = [int(count) for count in stages.strip("[]").split(",")]
     except ValueError:
         raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
     disable_progress_bar()  # one for each stage of each partition tells nothing
-    report = check_model(model_dir, counts, tiny=tiny)
+    report = check_model(model_dir, counts, tiny=tiny, trust_remote_code=trust_remote_code)
     if report.differences:
         print(report, flush=True)
         sys.exit(1)
     return report
 
 
-def exact_layers(model_dir: Path, *, packed: bool) -> CausalLMLayers:
+def exact_layers(model_dir: Path, *, packed: bool, trust_remote_code: bool = False) -> CausalLMLayers:
     """Return the layers of a model in float32, all trained, that recompute if their class can."""
+    options: dict[str, Any] = {"packed": packed, "trust_remote_code": trust_remote_code}
     try:
-        return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), packed=packed)
+        return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), **options)
     except ConfigurationError as refusal:
         if "activation_memory to keep" not in str(refusal):
             raise
-    return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), packed=packed, activation_memory="keep")
+    return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), activation_memory="keep", **options)
 
 
 def tokens() -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ class Skeleton:
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
+        self.trust_remote_code = trust_remote_code
         self.config = read_config(self.model_dir, trust_remote_code)
         self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
         if attn_implementation is not None:
@@ -180,6 +181,10 @@ class Skeleton:
                 f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
                 f"{_first_line(error)}; set router_aux_loss_coef to 0."
             ) from error
+
+    def tiny(self) -> PreTrainedModel:
+        """Return a tiny random model of the same class and depth, on the CPU in float32."""
+        return Probe(self.config, self._build).model
 
     @property
     def can_recompute(self) -> bool:

@@ -1,0 +1,169 @@
+"""What loading was told holds for saving, too: a base with code of its own, pickled or doubly quantised weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_code import FILES, change, write_own
+from peft import LoraConfig, PeftModel
+from tiny_models import POSITIONS, build, micro_batches, run_stages, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pipelite import PipeLiteModule
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export import analyze, control_to_lora, convert, merge, own_checkpoint
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.check import check_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_own(tmp_path / "base")
+
+
+def load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    (input_ids, _), _ = micro_batches()
+    return model(input_ids=input_ids, position_ids=POSITIONS, use_cache=False).logits
+
+
+@torch.no_grad()
+def train(base: Path, adapter: Adapter) -> tuple[CausalLMLayers, list[Any], Tensor]:
+    """Change what is trained; return layers, stages and the logits that they then have."""
+    layers = CausalLMLayers(base, dtype=torch.float32, adapter=adapter, trust_remote_code=True)
+    stages = build(layers, [0, 1, 4])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for stage in stages for p in stage.parameters() if p.requires_grad):
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    (input_ids, _), _ = micro_batches()
+    extra = [torch.ones_like(input_ids)] if isinstance(adapter, ControlAdapter) else []
+    return layers, stages, run_stages([stage.eval() for stage in stages], input_ids, POSITIONS, *extra)
+
+
+def test_a_lora_is_saved_merged_and_analysed(base: Path, tmp_path: Path) -> None:
+    layers, stages, expected = train(base, LoRA(2))
+    layers.adapter.rehearse_save(tmp_path / "adapter", layers.skeleton)
+    assert not (tmp_path / "adapter").exists()
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), expected)
+    with pytest.raises(ConfigurationError, match="trust_remote_code"):
+        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), trust_remote_code=True)
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected)
+    analyze(str(tmp_path / "adapter"), str(base), trust_remote_code=True)
+
+
+def test_the_whole_model_is_saved_with_all_that_it_needs(base: Path, tmp_path: Path) -> None:
+    layers, stages, expected = train(base, Full())
+    for _ in range(2):  # the second takes the first one's place, though that holds code
+        layers.adapter.rehearse_save(tmp_path / "saved", layers.skeleton)
+        layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.skeleton)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} >= FILES
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(load(tmp_path / "saved")), expected)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert tokenizer("few words").input_ids == [1, 2]
+
+
+def test_code_that_saving_would_delete_is_refused(base: Path, tmp_path: Path) -> None:
+    layers, _, _ = train(base, Full())
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "mine.py").write_text("")
+    with pytest.raises(ConfigurationError, match=r"holds mine\.py"):
+        layers.adapter.rehearse_save(tmp_path / "saved", layers.skeleton)
+    assert (tmp_path / "saved" / "mine.py").exists()
+
+
+def test_code_of_another_repository_stays_where_it_is(base: Path, tmp_path: Path) -> None:
+    layers, stages, _ = train(base, Full())
+    auto_map = {"AutoConfig": "somebody/own--own_model.OwnConfig"}
+    change(base / "config.json", auto_map=auto_map)
+    layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.skeleton)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == auto_map
+
+
+def test_a_control_adapter_becomes_a_lora(base: Path, tmp_path: Path) -> None:
+    layers, stages, _ = train(base, ControlAdapter(2))
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    told = control_to_lora(str(base), str(tmp_path / "adapter"), str(tmp_path / "lora"), trust_remote_code=True)
+    assert "Against the Control Adapter" in told
+    PeftModel.from_pretrained(load(base), tmp_path / "lora")
+
+
+def test_the_rehearsal_goes_as_far_as_the_act(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no place")
+
+    for adapter, what in ((LoRA(2), (LoraConfig, "save_pretrained")), (Full(), (Path, "write_text"))):
+        module = PipeLiteModule(str(base), adapter, trust_remote_code=True)
+        module.check_save(tmp_path / "out")
+        with monkeypatch.context() as patch:
+            patch.setattr(*what, broken)
+            with pytest.raises(ConfigurationError, match="cannot be written"):
+                module.check_save(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("said", ["by the checkpoint", "by the configuration"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trust_remote_code": True},
+        {"allow_pickled_weights": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    ],
+    ids=lambda options: list(options)[-1],
+)
+def test_convert_loads_the_base_as_the_training_did(
+    tmp_path: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    (write_own if "trust_remote_code" in options else lambda path: write_model(path, "llama"))(base)
+    if "allow_pickled_weights" in options:
+        torch.save(AutoModelForCausalLM.from_pretrained(base).state_dict(), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    module = PipeLiteModule(str(base), LoRA(2), dtype="float32", **options)
+    layers, _ = module.pipeline_layers()
+    stage = build(layers, [0, 4])[0]
+    values = {name: torch.randn(p.shape) for name, p in stage.named_parameters() if p.requires_grad}
+    meta = {"identity": module.checkpoint_identity(), "hyper_parameters": dict(module.hparams), "step": 3}
+
+    def checkpoint(_: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+        return meta, iter(values.items())
+
+    loaded: dict[str, Any] = {}
+
+    class Spy(CausalLMLayers):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            loaded.update(given)
+            super().__init__(*args, **given)
+
+    monkeypatch.setattr(own_checkpoint, "read_checkpoint", checkpoint)
+    monkeypatch.setattr(own_checkpoint, "CausalLMLayers", Spy)
+    config = None
+    if said == "by the configuration":
+        config = str(tmp_path / "config.yaml")
+        adapter = {"class_path": "lightning_pipelite.adapters.LoRA", "init_args": {"rank": 2}}
+        model = {"model_dir": str(base), "adapter": adapter, "dtype": "float32", **options}
+        Path(config).write_text(json.dumps({"model": model}))
+    (tmp_path / "checkpoint").mkdir()
+    convert(str(tmp_path / "checkpoint"), str(tmp_path / "out"), config)
+    assert options.items() <= loaded.items()
+    PeftModel.from_pretrained(load(base), tmp_path / "out")
+
+
+def test_a_model_with_code_of_its_own_can_be_checked(base: Path) -> None:
+    assert not check_model(base, (1, 2), tiny=True, trust_remote_code=True).differences
