@@ -53,7 +53,7 @@ def main() -> None:
 def take_terminal(directory: Path, logs: Path) -> None:
     """Train in a terminal; keep as it looks after two thirds of the steps."""
     program = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
-    options = [f"--trainer.logger.init_args.save_dir={logs}", "--trainer.log_every_n_steps=1"]
+    options = ["--overwrite", f"--trainer.logger.init_args.save_dir={logs}", "--trainer.log_every_n_steps=1"]
     command = f"cd {shlex.quote(str(directory))} && {shlex.join([*program, *options])}; sleep 5"
     size = ["-x", str(COLUMNS), "-y", str(LINES)]
     subprocess.run([*TMUX, "new-session", "-d", "-s", "fit", *size, command], check=True)

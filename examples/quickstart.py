@@ -79,8 +79,9 @@ def make_base_model(directory: Path) -> Path:
 
 
 def fit(config: str, directory: Path, steps: int) -> None:
-    """Run `pipelite fit` on one of the quickstart's configurations, on GPUs if there are any."""
+    """Run `pipelite fit` on one of the quickstart's configurations, on GPUs if there are any; over an earlier one."""
     command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(ROOT / "configs" / config)]
+    command += ["--overwrite"]
     if gpus := min(torch.cuda.device_count(), 2):
         command += [f"--trainer.devices={gpus}", "--trainer.accelerator=gpu"]
         if config == "quickstart.yaml":

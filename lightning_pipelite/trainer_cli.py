@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -25,6 +25,7 @@ from lightning_pipelite.saved_config import SaveConfig
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
+from lightning_pipelite.strategy.former_results import refuse_former_results
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
 from lightning_pipelite.verbosity import OPTION
@@ -84,6 +85,18 @@ class TrainerCLI(LightningCLI):
         parser.link_arguments("model.model_dir", "data.tokenizer_dir", apply_on="instantiate")
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--overwrite",
+                action=ActionYesNo(no_prefix=None),  # type: ignore[arg-type]
+                default=False,
+                help="Begin anew where another training has left its results: what it trained, its checkpoints.",
+            )
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_environment(self._subcommand_parsers)
         try:
@@ -119,6 +132,10 @@ class TrainerCLI(LightningCLI):
             raise ConfigurationError(f"trainer.log_every_n_steps is {options.log_every_n_steps}; give 0 or more.")
         given = options.callbacks or []
         given = given if isinstance(given, list) else [given]
+        if self.subcommand == "fit" and self.config_init.fit.overwrite:
+            for callback in given:
+                if hasattr(callback, "overwrite"):
+                    callback.overwrite = True
         options.callbacks = [*self._missing(given, shows_progress=options.enable_progress_bar is not False), *given]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -152,12 +169,14 @@ class TrainerCLI(LightningCLI):
         # What layers cost is planned by the processes that train.
         method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
         partition(model.pipeline_layers()[0], topology.stages, method)
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveTrained):
+                    callback.check(model)
+            refuse_former_results(self.trainer, self.config_init.fit.ckpt_path)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
         if self.subcommand == "fit":
             data.check(topology.replicas, self.trainer.accumulate_grad_batches)
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SaveTrained) and self.trainer.is_global_zero:
-                    callback.check(model)
         elif not data.statistics.eval.sequences:
             raise ConfigurationError(
                 "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets."

@@ -105,6 +105,7 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
     arguments = [
         "fit", "--config", str(ROOT / "configs" / f"{mode}.yaml"), "--trainer.devices=1", "--trainer.max_steps=2",
         "--trainer.accumulate_grad_batches=2", "--trainer.limit_val_batches=1", "--data.sequence_len=128",
+        "--overwrite",  # what the README's command has trained
     ]  # fmt: skip
     if mode == "continued_pretraining":
         arguments.append("--model.warmup_steps=1")
@@ -126,13 +127,15 @@ def test_every_configuration_is_run_by_a_test() -> None:
 
 @pytest.mark.timeout(600)
 def test_the_quickstart(tmp_path: Path) -> None:
-    """The real thing, shortened to a few steps of each training."""
+    """The real thing, shortened to a few steps of each training; it may be run again."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("of an earlier one")
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "6"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (float(value) for value in re.findall(r"evaluation loss \w+ training:\s+([\d.]+)", done.stdout))
     assert after < before
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 16
     assert "tensorboard --logdir" in done.stdout
     # Nothing of what libraries say: transformers imports DeepSpeed while it saves, which tells of its accelerator.
     assert "[WARNING]" not in done.stdout

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_pipelite.callbacks.former_result import refuse_former_result
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -17,14 +18,29 @@ class SaveTrained(Callback):
     The module must have a method ``save_trained(directory)``, called on every rank. If it has ``check_save(directory)``
     as well, rank 0 calls that before training, so that a place that cannot be written is told then, not hours later.
 
+    A training that begins anew is refused where there is an earlier result; one that is resumed replaces it, once the
+    new one is complete.
+
     Args:
-        output_dir: the directory to write; an earlier result in it is replaced once the new one is complete.
+        output_dir: the directory to write.
+        overwrite: replace an earlier result also when training begins anew.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str, overwrite: bool = False) -> None:
         if not output_dir:
             raise ConfigurationError("SaveTrained: output_dir is empty; name the directory to write.")
         self.output_dir = output_dir
+        self.overwrite = overwrite
+
+    def former_result(self) -> str | None:
+        """Say what a training that begins anew would replace, if anything."""
+        directory = Path(self.output_dir)
+        if self.overwrite or not directory.is_dir() or not any(directory.iterdir()):
+            return None
+        return (
+            f"SaveTrained: {self.output_dir} is not empty; choose a new output_dir, go on from a checkpoint "
+            "(ckpt_path), or say overwrite (--overwrite), which replaces what is there."
+        )
 
     def check(self, module: pl.LightningModule) -> None:
         """Ask the module whether it could save there.
@@ -44,6 +60,10 @@ class SaveTrained(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.check(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_former_result(trainer, self.former_result())
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pipelite.callbacks.former_result import refuse_former_result
 from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loop_state import after_last_batch
@@ -47,6 +48,8 @@ class TimedCheckpoint(ModelCheckpoint):
         dirpath: where they are.
         monitor: a metric; each evaluation that is the best so far is then saved, and the best kept beside the newest.
         mode: whether the best is the ``min`` or the ``max``.
+        overwrite: write into a directory with the checkpoints of another training, which are then deleted as if they
+            were its own; else only a training that is resumed may.
 
     Raises:
         ConfigurationError: if a value is out of range.
@@ -59,6 +62,7 @@ class TimedCheckpoint(ModelCheckpoint):
         dirpath: str = "checkpoints",
         monitor: str | None = None,
         mode: str = "min",
+        overwrite: bool = False,
     ) -> None:
         if checkpoint_interval_hours <= 0:
             raise ConfigurationError(
@@ -71,6 +75,7 @@ class TimedCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1)
         self.checkpoint_interval_hours = checkpoint_interval_hours
         self.max_checkpoints = max_checkpoints
+        self.overwrite = overwrite
         self._directory = Path(str(self.dirpath))
         self._signals = Signals()
         self._saved_at = 0.0
@@ -81,6 +86,16 @@ class TimedCheckpoint(ModelCheckpoint):
     @override
     def state_key(self) -> str:
         return "TimedCheckpoint"
+
+    def former_result(self) -> str | None:
+        """Say what a training that begins anew would replace and delete, if anything."""
+        found = sorted([*self._existing(), *self._directory.glob("epoch=*.trained")])
+        if self.overwrite or not found:
+            return None
+        return (
+            f"TimedCheckpoint: {self._directory} has {found[-1].name} of another training; go on from there with "
+            "ckpt_path=last, choose a new dirpath, or say overwrite (--overwrite), which replaces what is there."
+        )
 
     # When to save
 
@@ -97,6 +112,7 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_former_result(trainer, self.former_result())
         self._saved_at = time.monotonic()
         self._last_global_step_saved = trainer.global_step  # nothing to save until a step is taken
         self._signals.listen()

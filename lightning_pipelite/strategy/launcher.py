@@ -34,6 +34,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         num_nodes: The number of nodes.
         before_launch: Called with the trainer and the arguments of the launched function by name, which it may change,
             in every process, before any child is started: what it raises needs no clean-up.
+        after_launch: Called when the function has returned.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         num_processes: int,
         num_nodes: int,
         before_launch: Callable[[pl.Trainer | None, dict[str, Any]], None],
+        after_launch: Callable[[], None],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
-        self._before_launch = before_launch
+        self._before_launch, self._after_launch = before_launch, after_launch
         self._watcher = threading.Thread(target=self._watch, name="pipelite-launcher", daemon=True)
         self._relieved = threading.Event()  # the lifeline holds, or the main thread has raised
 
@@ -66,7 +68,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
             self._watcher.start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
-            return function(*bound.args, **bound.kwargs)
+            result = function(*bound.args, **bound.kwargs)
         except BaseException as exception:
             if self._watcher.is_alive() and not self._relieved.is_set():
                 if is_communication_error(exception):
@@ -74,6 +76,8 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
                 self._relieved.set()
                 end_processes(self.procs, patience.STATUS)
             raise
+        self._after_launch()
+        return result
 
     def stop_watching(self) -> None:
         """Hands the watch over; called once the lifeline is connected."""

@@ -28,7 +28,9 @@ from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.checks import check_optimizers, check_trainable, check_trainer, checked_pair
 from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
+from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
+from lightning_pipelite.strategy.former_results import refuse_former_results
 from lightning_pipelite.strategy.gradients import global_norm, scale_gradients
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.layers import Loss, PipelineLayers, build_stage, hand_out_layers
@@ -110,6 +112,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._lifeline: Lifeline | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
         self._store: CheckpointStore | None = None
+        self._empty_logs: EmptyLogs | None = None  # until something is logged
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
@@ -148,7 +151,11 @@ class PipeLiteStrategy(DDPStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = PipeLiteLauncher(
-            self.cluster_environment, self.num_processes, self.num_nodes, before_launch=self._check
+            self.cluster_environment,
+            self.num_processes,
+            self.num_nodes,
+            before_launch=self._check,
+            after_launch=self._remove_empty_logs,
         )
 
     def _check(self, trainer: pl.Trainer | None, arguments: dict[str, Any]) -> None:
@@ -161,6 +168,15 @@ class PipeLiteStrategy(DDPStrategy):
             self._handed = hand_out_layers(module)
             partition(self._handed[0], topology.stages, self.partition_method)
         arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=self._starts_the_job())
+        if self._starts_the_job():
+            if trainer.state.fn == TrainerFn.FITTING:
+                refuse_former_results(trainer, arguments.get("ckpt_path"))
+            self._empty_logs = EmptyLogs(trainer)
+
+    def _remove_empty_logs(self) -> None:
+        """When the loggers have been finalized, or never will be."""
+        if self._empty_logs is not None:
+            self._empty_logs.remove()
 
     def _starts_the_job(self) -> bool:
         assert self.cluster_environment is not None
@@ -181,6 +197,7 @@ class PipeLiteStrategy(DDPStrategy):
             host=self.cluster_environment.main_address,
             children=launcher.procs,
             timeout=self.timeout,
+            last_act=self._remove_empty_logs,
         )
         launcher.stop_watching()
 
@@ -289,6 +306,7 @@ class PipeLiteStrategy(DDPStrategy):
         for parameter, _ in self._gradients:
             parameter.grad = None
         self._loss = torch.tensor(total / count)
+        self._empty_logs = None
         self._checkpointing.step_ended()
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
         for name, value in zip(self._logged, logged, strict=True):
@@ -315,6 +333,9 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def validation_step(self, batch: Any, *indices: int) -> None:
         self._evaluation.take(checked_pair(batch), indices, self.eval_micro_batches)
+        assert self.lightning_module is not None
+        if not self.lightning_module.trainer.sanity_checking:
+            self._empty_logs = None
 
     def on_validation_end(self) -> None:
         """Called after the callbacks."""
@@ -391,6 +412,8 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._empty_logs is not None and self._empty_logs.trainer.state.status == "interrupted":
+            self._remove_empty_logs()
         if self._store is not None:
             self._store.close()
         if self._lifeline is not None:

@@ -93,6 +93,34 @@ CASES = {
         "{job}/model holds config.json, which saving would delete; move it or save to another place.",
         edit=callback("SaveTrained", output_dir="{job}/model"),
     ),
+    "output over an earlier one": Case(
+        "SaveTrained: {job}/adapter is not empty; choose a new output_dir, go on from a checkpoint (ckpt_path), or say "
+        "overwrite (--overwrite), which replaces what is there.",
+        edit=callback("SaveTrained", output_dir="{job}/adapter"),
+    ),
+    "checkpoints among those of an earlier training": Case(
+        "TimedCheckpoint: {here}/checkpoints has step=00000009.ckpt of another training; go on from there with "
+        "ckpt_path=last, choose a new dirpath, or say overwrite (--overwrite), which replaces what is there.",
+        edit={**callback("TimedCheckpoint"), "trainer.enable_checkpointing": True},
+        prepare=file("checkpoints/step=00000009.ckpt/meta.json", ""),
+    ),
+    "metrics over those of an earlier training": Case(
+        "CSVLogger: logs/a/metrics.csv exists and would be deleted; move it, choose another version, or leave the "
+        "version out.",
+        edit={
+            "trainer.logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "logs", "name": "", "version": "a"},
+            }
+        },
+        prepare=file("logs/a/metrics.csv", "step"),
+    ),
+    "refusal that comes late": Case(  # and leaves no log directory
+        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: adapter.init_args.rank is 2 there and 3 here.",
+        ["--ckpt_path", "{job}/adapter-checkpoint"],
+        edit={**adapter("LoRA", rank=3), "trainer.logger": True, "trainer.max_steps": 2},
+        starts=True,
+    ),
     "output nowhere": Case(
         "SaveTrained: output_dir is empty; name the directory to write.", edit=callback("SaveTrained", output_dir="")
     ),

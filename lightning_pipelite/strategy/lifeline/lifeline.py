@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -45,11 +45,13 @@ class Lifeline:
         stage: int,
         children: Sequence[subprocess.Popen[Any]],
         timeout: timedelta,
+        last_act: Callable[[], None] = lambda: None,
     ) -> None:
         self._network = network
         self._rank, self._world_size, self._local_rank, self._stage = rank, world_size, local_rank, stage
         self._children = {rank + index: child for index, child in enumerate(children, start=1)}
         self._timeout = timeout.total_seconds()
+        self._last_act = last_act
         # What the main thread tells the other one
         self._last: tuple[float, str, bool] | None = None  # since when, in what, waiting for others or not
         self._raised: Failure | None = None  # the main thread is unwinding
@@ -73,6 +75,7 @@ class Lifeline:
         host: str,
         children: Sequence[subprocess.Popen[Any]] = (),
         timeout: timedelta,
+        last_act: Callable[[], None] = lambda: None,
     ) -> Lifeline:
         """Connects the ranks: a collective over the default process group, of any backend.
 
@@ -84,6 +87,7 @@ class Lifeline:
             host: The name or address under which all ranks reach rank 0, usually the main address of the process group.
             children: The other ranks of this node in the order of their ranks, where this process has launched them.
             timeout: How long a rank may work on one activity before it counts as hanging.
+            last_act: Called before this process is ended, in another thread than the main one.
 
         Raises:
             ConfigurationError: If a rank cannot reach rank 0.
@@ -97,6 +101,7 @@ class Lifeline:
             stage=stage,
             children=children,
             timeout=timeout,
+            last_act=last_act,
         )
         if isinstance(network, Hub) and not network.complete.wait(patience.ATTACH):
             error = ConfigurationError(
@@ -217,6 +222,7 @@ class Lifeline:
             self._network.turn(patience.TICK)
         self._network.close()
         try:
+            self._last_act()
             end_processes(self._children.values(), patience.CHILDREN)
             for worker in multiprocessing.active_children():
                 worker.kill()  # data loader workers would notice only after seconds

@@ -1,0 +1,52 @@
+"""What an earlier training has left where a new one would write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
+    """Refuse a training that begins anew where another one has left its results.
+
+    A callback that replaces what it finds has a method ``former_result()``: a sentence about what that is, or None.
+    Lightning's ModelCheckpoint needs none: it numbers its files, unless it is told to replace them.
+
+    Args:
+        trainer: its callbacks and loggers tell where is written.
+        ckpt_path: of ``Trainer.fit``; a training that is resumed goes on with its own results.
+
+    Raises:
+        ConfigurationError: naming the first result that would be lost.
+    """
+    if trainer.fast_dev_run or _resumes(trainer, ckpt_path):  # type: ignore[attr-defined]
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        former_result = getattr(callback, "former_result", None)
+        if callable(former_result) and (sentence := former_result()):
+            raise ConfigurationError(sentence)
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and logger._experiment is None:
+            metrics = Path(logger.log_dir) / "metrics.csv"  # with a version of its own each run has another directory
+            if metrics.exists():
+                raise ConfigurationError(
+                    f"CSVLogger: {metrics} exists and would be deleted; move it, choose another version, or leave "
+                    "the version out."
+                )
+
+
+def _resumes(trainer: pl.Trainer, ckpt_path: Any) -> bool:
+    """Whether Lightning goes on: with a Trainer that has trained, or from a checkpoint, if it only finds one itself."""
+    if ckpt_path is not None or trainer.global_step > 0:
+        return True
+    if SLURMEnvironment.detect() and trainer._checkpoint_connector._hpc_resume_path is not None:
+        return True
+    found = [each for each in trainer.callbacks if isinstance(each, OnExceptionCheckpoint)]  # type: ignore[attr-defined]
+    return any(Path(each.ckpt_path).exists() for each in found)
