@@ -43,7 +43,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         num_processes: int,
         num_nodes: int,
         before_launch: Callable[[pl.Trainer | None, dict[str, Any]], None],
-        after_launch: Callable[[], None],
+        after_launch: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch, self._after_launch = before_launch, after_launch
