@@ -16,6 +16,12 @@ from lightning_pipelite.loop_state import after_last_batch, at_step_end, for_rep
 from lightning_pipelite.strategy.checkpoint.encoding import encode
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.randomness import LayerRandomness
+from lightning_pipelite.strategy.resumed_options import (
+    ResumedOptions,
+    keep_callback_options,
+    options_of,
+    schedules_of,
+)
 from lightning_pipelite.strategy.topology import Topology
 
 
@@ -52,9 +58,22 @@ class Checkpointing:
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
         self._versions = {name: version(name) for name in ("torch", "lightning", "deepspeed")}  # slow to find
         self._versions["lightning-pipelite"] = __version__
+        self._made: dict[str, Any] = {}  # with what options the optimizer and its schedules were
+        self._made_before: dict[str, Any] | None = None  # those of the training that is resumed
+        self._changes: list[str] = []  # of the callbacks' options since then
         self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
 
     # As the training goes
+
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        """Note the options; a stage's optimizer that has nothing to train may have others. Collective."""
+        empty = [not group["params"] for group in optimizer.param_groups]
+        everyones = self._store.share((options_of(optimizer), empty))
+        groups = [
+            next((options[index] for options, unused in everyones if not unused[index]), own)
+            for index, own in enumerate(everyones[0][0])
+        ]
+        self._made = {"groups": groups, "schedules": schedules_of(self._trainer.lr_scheduler_configs)}
 
     def training_starts(self) -> None:
         """Called when the data loaders have been made, which drew from the generators.
@@ -134,6 +153,8 @@ class Checkpointing:
     def _describe(self, checkpoint: dict[str, Any], ahead: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Lightning saves, with the random states; and what ``meta.json`` says."""
         state = {**checkpoint, "random_states": self._randomness.state()}
+        if "optimizer_states" in checkpoint:
+            state["made_with"] = self._made
         if ahead:  # in the middle of a step: the checkpoint is that of the last one
             loaders, state["random_states"] = self._step_ended
             fit_loop = at_step_end(checkpoint["loops"]["fit_loop"], ahead, loaders, self._evaluated)
@@ -165,8 +186,38 @@ class Checkpointing:
         trainer = self._trainer
         state, meta = self._store.open(path, self._identity())
         self._random_states = state.pop("random_states")
+        self._made_before = state.pop("made_with", None)
         if trainer.state.fn == TrainerFn.FITTING:
+            self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
             after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
             before = meta["replicas"], meta["micro_batches"]
             for_replicas(state["loops"], before, (self._topology.replicas, trainer.accumulate_grad_batches))
         return state
+
+    def load_optimizer(self, optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
+        """Load the optimizer's state, and put the states of the schedules in ``checkpoint`` right.
+
+        Options that are others now than in the training that is resumed hold, and are told.
+
+        Raises:
+            ConfigurationError: if the checkpoint is of another optimizer; the same on every rank.
+        """
+        if self._made_before is None:
+            self._trainer.print("the checkpoint does not tell with what options it was made: its optimizer's hold")
+            self._store.load_optimizer(self._stage, optimizer)
+            return
+        resumed = ResumedOptions(self._made, self._made_before, self._changes)
+        self._store.check_optimizer(optimizer)
+        resumed.compare_groups(optimizer)
+        configs = self._trainer.lr_scheduler_configs
+        done = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+        counts = [done[config.interval] // config.frequency for config in configs]
+        checkpoint["lr_schedulers"] = resumed.take_up(optimizer, configs, checkpoint["lr_schedulers"], counts)
+        self._store.load_optimizer(self._stage, optimizer)
+        for group, held in zip(optimizer.param_groups, resumed.overrides, strict=True):
+            group.update(held)
+        if resumed.changes:
+            self._trainer.print(
+                f"options that are others than the checkpoint's hold from here on: {'; '.join(resumed.changes)}; give "
+                "the former values to go on with those"
+            )

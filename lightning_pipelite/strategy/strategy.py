@@ -236,6 +236,7 @@ class PipeLiteStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(self.stage_parameters(), self.root_device)
             self.setup_optimizers(trainer)
+            self._checkpointing.optimizer_made(self.optimizers[0])
 
     @override
     def model_to_device(self) -> None:
@@ -387,10 +388,8 @@ class PipeLiteStrategy(DDPStrategy):
         self._store.load_parameters(self.stage)
 
     @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self.stage is not None
-        assert self._store is not None
-        self._store.load_optimizer(self.stage, self.optimizers[0])
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        self._checkpointing.load_optimizer(self.optimizers[0], checkpoint)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -85,13 +85,12 @@ def load_parameters(path: Path, stages: int, stage: nn.Module, everyones: set[st
         tensor.copy_(found[key])
 
 
-def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimizer) -> None:
-    """Load the optimizer state of this stage's parameters, by name, and the settings of its groups.
+def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of the optimizer's groups in a checkpoint, encoded, if it is of the same optimizer.
 
     Raises:
         ConfigurationError: if the checkpoint is of another optimizer, or has none.
     """
-    trained = _trained(stage)
     settings = stage_settings(path, stages)
     if (saved := settings[0]["optimizer"]) != _kind(optimizer):
         raise ConfigurationError(f"{path} is of the optimizer {saved}, not {_kind(optimizer)}: use the same one.")
@@ -102,6 +101,18 @@ def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimiz
         raise ConfigurationError(
             f"{path} has {len(groups)} optimizer groups, not {len(optimizer.param_groups)}: make the same groups."
         )
+    return groups
+
+
+def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimizer) -> None:
+    """Load the optimizer state of this stage's parameters, by name, and the settings of its groups.
+
+    Raises:
+        ConfigurationError: if the checkpoint is of another optimizer, or has none.
+    """
+    trained = _trained(stage)
+    groups = check_optimizer(path, stages, optimizer)
+    settings = stage_settings(path, stages)
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         group.update({key: decode(value, {}) for key, value in kept.items()})
     values: dict[str, Any] = {key: decode(v, {}) for each in settings for key, v in each["values"].items()}

@@ -18,7 +18,13 @@ from lightning_pipelite.strategy.checkpoint import layout
 from lightning_pipelite.strategy.checkpoint.encoding import decode, encode
 from lightning_pipelite.strategy.checkpoint.manifest import check_files, read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located, read_json, trainer_state
-from lightning_pipelite.strategy.checkpoint.stage_state import load_optimizer, load_parameters, stage_state, state_names
+from lightning_pipelite.strategy.checkpoint.stage_state import (
+    check_optimizer,
+    load_optimizer,
+    load_parameters,
+    stage_state,
+    state_names,
+)
 from lightning_pipelite.strategy.checkpoint.tensor_file import HostCopy, Written, size_of, write_file
 from lightning_pipelite.strategy.checkpoint.writer import CheckpointWriter
 from lightning_pipelite.strategy.topology import Topology
@@ -89,6 +95,11 @@ class CheckpointStore:
         """
         self._writer.remove(path.absolute(), after_next)
 
+    def share(self, mine: Any) -> list[Any]:
+        """What every rank has."""
+        self._writer.wait()
+        return self._writer.share(mine)
+
     def wait(self) -> None:
         """Return when nothing is being written."""
         self._writer.wait()
@@ -136,6 +147,20 @@ class CheckpointStore:
         path, meta = self._loaded
         names = set().union(*self._writer.share(state_names(stage)))
         self._together(lambda: load_parameters(path, meta["stages"], stage, names))
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse to load what the checkpoint that was opened last has of another optimizer.
+
+        Raises:
+            ConfigurationError: if it is of another class, or has other groups; the same on every rank.
+        """
+        assert self._loaded is not None
+        path, meta = self._loaded
+
+        def check() -> None:
+            check_optimizer(path, meta["stages"], optimizer)
+
+        self._together(check)
 
     def load_optimizer(self, stage: nn.Module, optimizer: Optimizer) -> None:
         """Load the state of this rank's optimizer from the checkpoint that was opened last.
