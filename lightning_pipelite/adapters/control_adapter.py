@@ -16,7 +16,14 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter
 from lightning_pipelite.adapters.directory import whole_directory
-from lightning_pipelite.adapters.lora import DTYPES, FILE_PREFIX, KNOWN_FILES, check_options, generator_of
+from lightning_pipelite.adapters.lora import (
+    DTYPES,
+    FILE_PREFIX,
+    KNOWN_FILES,
+    check_options,
+    generator_of,
+    named_as_whole,
+)
 from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
@@ -76,6 +83,7 @@ class ControlAdapter(Adapter):
     @override
     def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
         parse_layers(self.layers_to_transform, len(skeleton.layers))
+        _ = skeleton.whole  # refused now if it cannot be had: its names are those of the file
         hidden = _hidden_size(skeleton)
         if self.rank > hidden:
             raise ConfigurationError(f"rank is {self.rank}, but the model's layers are only {hidden} wide; lower rank.")
@@ -113,7 +121,7 @@ class ControlAdapter(Adapter):
 
     @override
     def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
-        weights = {name: tensor for state in states for name, tensor in state.items()}
+        weights = named_as_whole(states, skeleton)
         layers = self.layers_to_transform
         config = {
             "peft_type": PEFT_TYPE,

@@ -152,7 +152,7 @@ class LoRA(Adapter):
         config.base_model_name_or_path = str(skeleton.model_dir.absolute())
         config.inference_mode = True
         config.save_pretrained(str(directory))
-        weights = {name: tensor for state in states for name, tensor in state.items()}
+        weights = named_as_whole(states, skeleton)
         if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
             raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
         save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -169,9 +169,11 @@ class LoRA(Adapter):
 
     def _saved_config(self, skeleton: Skeleton) -> LoraConfig:
         linear, fused = self._targets(skeleton)
-        config = self._config(shortest(linear, [name for name, _ in skeleton.model.named_modules()], 1))
+        whole = skeleton.whole
+        linear, fused = ([whole.name(name) for name in names] for names in (linear, fused))
+        config = self._config(shortest(linear, [name for name, _ in whole.model.named_modules()], 1))
         if fused:
-            config.target_parameters = shortest(fused, [name for name, _ in skeleton.model.named_parameters()], 3)
+            config.target_parameters = shortest(fused, [name for name, _ in whole.model.named_parameters()], 3)
         if self._pissa:
             config.r = config.lora_alpha = 2 * self.rank
         return config
@@ -220,6 +222,15 @@ def check_options(rank: int, dropout: float, dtype: str) -> None:
         raise ConfigurationError(f"dropout is {dropout}; set it to at least 0 and less than 1.")
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
+
+
+def named_as_whole(states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> dict[str, Tensor]:
+    """Return the tensors of all stages by the names that PEFT looks for, in the model that the directory loads as."""
+    return {
+        FILE_PREFIX + skeleton.whole.name(name.removeprefix(FILE_PREFIX)): tensor
+        for state in states
+        for name, tensor in state.items()
+    }
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -58,6 +58,8 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
     """
+    whole = skeleton.whole
+    layers = whole.model.get_submodule(whole.name(skeleton.layers_name))
     # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
     tried: dict[Hashable, int] = {}
     own: list[set[str]] = [set() for _ in skeleton.layers]
@@ -67,8 +69,8 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
         own[number].add(name.removeprefix(skeleton.layers_name).split(".", 2)[2])
     for number, layer in enumerate(skeleton.layers):
         tried.setdefault((kind_of(layer), frozenset(own[number])), number)
-    others = {id(layer): nn.Identity() for n, layer in enumerate(skeleton.layers) if n not in tried.values()}
-    model = copy.deepcopy(skeleton.model, others)
+    others = {id(layer): nn.Identity() for n, layer in enumerate(layers) if n not in tried.values()}
+    model = copy.deepcopy(whole.model, others)
     targets = {name for name in targets if skeleton.layer_of(name) in tried.values()}
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
@@ -78,7 +80,7 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             parameter = [layer.parameter_name] if hasattr(layer, "parameter_name") else []
-            adapted.add(".".join([name.replace(".base_layer", ""), *parameter]))
+            adapted.add(whole.own_name(".".join([name.replace(".base_layer", ""), *parameter])))
     if lost := sorted(targets - adapted):
         raise ConfigurationError(
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "

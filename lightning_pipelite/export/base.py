@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import INDEX_FILE, SINGLE_FILE, check_weights, read_header, read_json
 from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
 from lightning_pipelite.models.skeleton import read_config
+from lightning_pipelite.models.whole import WholeModel, whole_model, whole_models
 
 DTYPES = {
     "F64": torch.float64,
@@ -96,6 +97,19 @@ class BaseModel:
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self.groups = self._match()
+
+    @cached_property
+    def whole(self) -> WholeModel:
+        """What transformers makes of the directory: of a multimodal model, more than the text model alone."""
+        if not self.is_text_part:
+            return WholeModel(self.model, self.model)
+        return whole_model(self.directory, self.model, self.trust_remote_code)
+
+    def whole_of(self, names: Iterable[str]) -> WholeModel | None:
+        """Return the whole model whose parts are called ``names``; None if those are the text model's own."""
+        names = list(names)
+        wholes = whole_models(self.directory, self.model, self.trust_remote_code) if self.is_text_part else ()
+        return next((whole for whole in wholes if whole.is_meant(names)), None)
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model on the meta device, in float32."""

@@ -14,13 +14,11 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile, Transform
-from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.nearness import Nearness, measure
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers
 from lightning_pipelite.progress import track
-
-PREFIX = "base_model.model."
 
 
 def control_to_lora(
@@ -70,7 +68,10 @@ def layers_of(base: BaseModel, control: ControlAdapterFile) -> dict[str, Transfo
     Raises:
         ConfigurationError: The base has no such layer, or one of another width.
     """
-    layers = {f"{control.layers_name}.{number}": each for number, each in control.transforms.items()}
+    name = control.layers_name
+    whole = base.whole_of([name])
+    own = name if whole is None else whole.own_name(name)
+    layers = {f"{own}.{number}": each for number, each in control.transforms.items()}
     modules = dict(base.model.named_modules())
     for name in layers:
         if name not in modules:
@@ -137,6 +138,7 @@ def _save(
     for name, writer in track(todo, "converting", "matrices"):
         left, right = layers[name].factors(inverse=inverse)
         module = writer.weight.rpartition(".")[0]
+        there = PREFIX + base.whole.name(module)
         weight = base.read_parameter(writer.weight)
         weight = weight.mT if writer.transposed else weight
         if weight.ndim == 3:
@@ -154,20 +156,22 @@ def _save(
             modules.append(module)
             biased[module] = writer.bias is not None
             if writer.bias is not None:
-                tensors[f"{PREFIX}{module}.lora_B.bias"] = left @ (right @ base.read_parameter(writer.bias))
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
+                tensors[f"{there}.lora_B.bias"] = left @ (right @ base.read_parameter(writer.bias))
+        tensors[f"{there}.lora_A.weight"] = a.contiguous()
+        tensors[f"{there}.lora_B.weight"] = b.contiguous()
     if len(set(biased.values())) > 1:
         raise ConfigurationError(
             f"{base.directory}: some of the matrices that write into a layer have a bias and some have none, which "
             "PEFT's LoRA cannot express; run the model with the Control Adapter itself instead."
         )
     rank = left.shape[1]
+    modules, parameters = ([base.whole.name(name) for name in names] for names in (modules, parameters))
+    whole = base.whole.model
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_shortest(modules, [name for name, _ in base.model.named_modules()], 1) or None,
-        target_parameters=_shortest(parameters, list(base.shapes), 3) or None,
+        target_modules=_shortest(modules, [name for name, _ in whole.named_modules()], 1) or None,
+        target_parameters=_shortest(parameters, [name for name, _ in whole.named_parameters()], 3) or None,
         lora_bias=any(biased.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.directory.absolute()),

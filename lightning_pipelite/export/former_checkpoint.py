@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile
-from lightning_pipelite.export.lora import CONFIG_FILE, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.merge import copy_companions, write_shard
 from lightning_pipelite.export.migrate import Migration
 from lightning_pipelite.export.places import new_directory
@@ -25,7 +25,6 @@ from lightning_pipelite.progress import Progress, track
 
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
-PREFIX = "base_model.model."
 
 
 class FormerCheckpoint:
@@ -74,7 +73,7 @@ class FormerCheckpoint:
                 self._write_control_config(partial)
                 ControlAdapterFile(partial)
                 return f"{output}: Control Adapter, {len(tensors)} tensors."
-            told = self._write_lora_config(partial, tensors)
+            told = self._write_lora_config(base, partial, tensors)
             LoRAOfBase(base, partial)
             return f"{output}: LoRA, {len(tensors)} tensors, {told}."
 
@@ -87,16 +86,17 @@ class FormerCheckpoint:
                     if not 0 <= layer < base.config.num_hidden_layers:
                         raise ConfigurationError(f"{path} holds {key}, but there is no decoder layer {layer}.")
                     name = name.replace(".default", "")
-                    yield f"{PREFIX}model.layers.{layer}.{name}", tensor.clone().contiguous()
+                    yield PREFIX + base.whole.name(f"model.layers.{layer}.{name}"), tensor.clone().contiguous()
 
-    def _write_lora_config(self, directory: Path, tensors: dict[str, Tensor]) -> str:
+    def _write_lora_config(self, base: BaseModel, directory: Path, tensors: dict[str, Tensor]) -> str:
         options = self._adapter["init_args"]
         rank = options["rank"]
         alpha = self._alpha() or rank
         suffixes = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
         modules = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in tensors}
         layers = {int(re.findall(r"\.layers\.(\d+)\.", key)[0]) for key in tensors}
-        whole = len(modules) == len(suffixes) * len(layers)
+        # Beside a text model there may be modules of the same names.
+        whole = len(modules) == len(suffixes) * len(layers) and not base.is_text_part
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,

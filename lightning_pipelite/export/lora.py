@@ -18,12 +18,14 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.models.checkpoint import read_json
 
 ADAPTER = "default"
+PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # With these the weights that the adapter was trained on are not the base's: they were changed when it was made.
@@ -70,12 +72,16 @@ class LoRAOfBase:
         self.directory = Path(directory)
         self.config = read_lora_config(self.directory)
         _check_same_kind(self.config, self.directory, base)
-        self._model = self._place(base, device)
+        names = [name.removeprefix(PREFIX) for name in read_tensors(self.directory)]
+        # Former adapters of this project go by the text model's names, those of PEFT by the whole model's.
+        whole = base.whole_of(names)
+        self._model = self._place(base.skeleton() if whole is None else whole.copy(), base, device)
         self._layers: dict[str, LoraLayer] = {}
         self._biases: dict[str, LoraLayer] = {}
         self._replaced: dict[str, Tensor] = {}
         for name, module in self._model.get_base_model().named_modules():
             plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+            plain = plain if whole is None else whole.own_name(plain) or plain
             if isinstance(module, LoraLayer) and ADAPTER in [*module.lora_A, *module.lora_embedding_A]:
                 module.scaling[ADAPTER] *= scale
                 self._layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
@@ -96,6 +102,11 @@ class LoRAOfBase:
             what = "a DoRA" if self.config.use_dora else "an adapter with whole weights (modules_to_save or bias)"
             raise ConfigurationError(f"{directory} is {what}, which cannot be scaled; leave scale at 1.")
         for name in self.changed:
+            if name not in base.shapes:
+                raise ConfigurationError(
+                    f"{directory} changes {name}, which is no part of the text model of {base.directory}; give an "
+                    "adapter of that alone."
+                )
             group = base.group_of(name)
             if name in self._replaced and tuple(self._replaced[name].shape) != base.shapes[name]:
                 raise ConfigurationError(
@@ -166,14 +177,13 @@ class LoRAOfBase:
             holder._parameters.update(before)
             layer.merged_adapters.clear()
 
-    def _place(self, base: BaseModel, device: str | torch.device) -> PeftModel:
-        read_tensors(self.directory)  # to say what is wrong with the file itself; it is small
+    def _place(self, model: PreTrainedModel, base: BaseModel, device: str | torch.device) -> PeftModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = PeftModel(base.skeleton(), self.config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+                placed = PeftModel(model, self.config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
                 with _adapter_stays():
-                    loaded = model.load_adapter(
+                    loaded = placed.load_adapter(
                         str(self.directory),
                         ADAPTER,
                         torch_device=str(device),
@@ -191,15 +201,15 @@ class LoRAOfBase:
                 f"{self.directory} holds {_names(loaded.unexpected_keys)}, for which {base.directory} has no place; "
                 "give the adapter's base."
             )
-        missing = [name for name, each in model.named_parameters() if ".lora_" in name and each.device.type == "meta"]
+        missing = [name for name, each in placed.named_parameters() if ".lora_" in name and each.device.type == "meta"]
         if missing:
             raise ConfigurationError(f"{self.directory} lacks {_names(missing)}; fetch it again.")
-        for name, each in model.named_parameters():
+        for name, each in placed.named_parameters():
             if each.device.type != "meta":
                 each.data = each.data.float()
                 if not torch.isfinite(each).all():
                     raise ConfigurationError(f"{self.directory}: {name} is not finite; the adapter is broken.")
-        return model
+        return placed
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.trace import START
+from lightning_pipelite.models.whole import WholeModel, whole_model
 
 
 class Skeleton:
@@ -181,6 +182,17 @@ class Skeleton:
                 f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
                 f"{_first_line(error)}; set router_aux_loss_coef to 0."
             ) from error
+
+    @cached_property
+    def whole(self) -> WholeModel:
+        """What transformers makes of the directory: of a multimodal model, more than the text model alone.
+
+        Raises:
+            ConfigurationError: It cannot be built, or the text model is not found in it.
+        """
+        if not self.is_text_part:
+            return WholeModel(self.model, self.model)
+        return whole_model(self.model_dir, self.model, self.trust_remote_code)
 
     def tiny(self) -> PreTrainedModel:
         """Return a tiny random model of the same class and depth, on the CPU in float32."""

@@ -1,0 +1,120 @@
+"""What transformers makes of a model's directory, of which the causal LM may be a part: where PEFT puts an adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lightning_pipelite.errors import ConfigurationError
+
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # in order
+
+
+class WholeModel:
+    """The class that ``from_pretrained`` gives for a directory, and what the parts of the causal LM are called in it.
+
+    With images or sound beside the text it is the class of all; of three auto classes, of the first that knows the
+    configuration. The names of an adapter's file are this class's.
+
+    Args:
+        model: It, on the meta device.
+        causal_lm: The text model by itself, on the meta device; ``model`` where there is nothing else.
+
+    Attributes:
+        model: It.
+
+    Raises:
+        ConfigurationError: The text model is not found in it.
+    """
+
+    def __init__(self, model: PreTrainedModel, causal_lm: PreTrainedModel) -> None:
+        self.model = model
+        self._places = _places(model, causal_lm)
+
+    def name(self, own: str) -> str:
+        """Return what the causal LM's module or parameter ``own`` is called in the whole model."""
+        for place, there in self._places.items():
+            if own.startswith(place):
+                return there + own.removeprefix(place)
+        raise KeyError(own)
+
+    def own_name(self, name: str) -> str | None:
+        """Return what the whole model's module or parameter ``name`` is called in the causal LM; None if not there."""
+        for place, there in self._places.items():
+            if name.startswith(there):
+                return place + name.removeprefix(there)
+        return None
+
+    def is_meant(self, names: Iterable[str]) -> bool:
+        """Tell whether ``names`` are those of the whole model, not of a causal LM that is only a part of it."""
+        own, there = next(iter(self._places.items()))
+        return own != there and any(name.startswith(there) for name in names)
+
+    def copy(self) -> PreTrainedModel:
+        """Return a model of its class on the meta device, in float32."""
+        return copy.deepcopy(self.model).float()
+
+
+def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: bool) -> Iterator[WholeModel]:
+    """Yield the whole models that ``causal_lm`` is the text model of, one for each auto class that knows them.
+
+    Raises:
+        ConfigurationError: It cannot be built, or the text model is not found in it.
+    """
+    config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
+    for auto in AUTO_CLASSES:
+        if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+            try:
+                with torch.device("meta"):
+                    given = copy.deepcopy(config)
+                    model = auto.from_config(given, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+            except Exception as error:  # whatever the class asks for that is not there
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise _refusal(config, f"the class that its directory loads as cannot be built ({reason})") from error
+            yield WholeModel(model, causal_lm)
+
+
+def whole_model(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: bool) -> WholeModel:
+    """Return the first of them.
+
+    Raises:
+        ConfigurationError: As :func:`whole_models`, or no auto class knows the model.
+    """
+    for whole in whole_models(model_dir, causal_lm, trust_remote_code):
+        return whole
+    raise _refusal(causal_lm.config, "no auto class of transformers loads its directory")
+
+
+def _places(model: PreTrainedModel, causal_lm: PreTrainedModel) -> dict[str, str]:
+    """Return what the names of the causal LM's parts begin with, and what in the whole model in place of that."""
+    if type(model) is type(causal_lm):
+        return {"": ""}
+    for own, module in (("", causal_lm), (f"{causal_lm.base_model_prefix}.", causal_lm.base_model)):
+        found = [f"{name}." for name, each in model.named_modules() if type(each) is type(module)]
+        if len(found) == 1:
+            places = {own: found[0]}
+            heads = [_head(causal_lm), _head(model)]
+            return places if not own or None in heads else {**places, f"{heads[0]}.": f"{heads[1]}."}
+    raise _refusal(model.config, f"a {type(model).__name__} holds no {type(causal_lm).__name__} that could be found")
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if head is not None and module is head), None)
+
+
+def _refusal(config: PretrainedConfig, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"an adapter of a model of type {config.model_type} could not be used, as {reason}; train its whole weights."
+    )
