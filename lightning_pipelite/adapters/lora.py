@@ -21,7 +21,7 @@ from lightning_pipelite.adapters.base import Adapter
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.experts import wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
-from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, lora_targets, shortest
+from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.skeleton import Skeleton
 
@@ -117,6 +117,7 @@ class LoRA(Adapter):
             # Into the list of layers: given a model, PEFT takes gate_proj and its like for the experts' in some types.
             prefix = skeleton.layers_name + "."
             config = self._config([name.removeprefix(prefix) for name in linear])
+            config.fan_in_fan_out = is_transposed(model, linear)
             inject_adapter_in_model(config, owned[skeleton.layers_name], adapter_name=ADAPTER, low_cpu_mem_usage=True)
         layers = [(name, model.get_submodule(name)) for name in linear]
         for name in fused:
@@ -169,9 +170,10 @@ class LoRA(Adapter):
 
     def _saved_config(self, skeleton: Skeleton) -> LoraConfig:
         linear, fused = self._targets(skeleton)
-        whole = skeleton.whole
+        whole, transposed = skeleton.whole, is_transposed(skeleton.model, linear)
         linear, fused = ([whole.name(name) for name in names] for names in (linear, fused))
         config = self._config(shortest(linear, [name for name, _ in whole.model.named_modules()], 1))
+        config.fan_in_fan_out = transposed
         if fused:
             config.target_parameters = shortest(fused, [name for name, _ in whole.model.named_parameters()], 3)
         if self._pissa:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
@@ -37,7 +38,7 @@ def lora_targets(
         if others := [name for name in targets if name not in known and name not in experts]:
             kind = type(modules[others[0]]).__name__
             raise ConfigurationError(
-                f"target_modules matches {others[0]}, a {kind}; name Linear modules of decoder layers, or fused "
+                f"target_modules matches {others[0]}, a {kind}; name linear modules of decoder layers, or fused "
                 "experts, only."
             )
     layers = set(parse_layers(layers_to_transform, len(skeleton.layers)))
@@ -89,6 +90,14 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
         )
 
 
+def is_transposed(model: nn.Module, linear: list[str]) -> bool:
+    """Tell PEFT's ``fan_in_fan_out``: whether linear layers of those names keep their weights [in, out].
+
+    In 4 bits those of a Conv1D are [out, in] as any other's.
+    """
+    return any(type(model.get_submodule(name)) is Conv1D for name in linear)
+
+
 def shortest(targets: list[str], names: list[str], length: int) -> list[str]:
     """Return the last components of ``targets`` if they name the same of ``names``, as people and tools expect."""
 
@@ -100,7 +109,12 @@ def shortest(targets: list[str], names: list[str], length: int) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether ``module``, on the meta device, is a linear layer; some routers only inherit from one."""
+    """Whether ``module``, on the meta device, is a linear layer; some routers only inherit from one.
+
+    GPT-2's are transformers' Conv1D, which keeps its weight [in, out].
+    """
+    if type(module) is Conv1D:
+        return True
     if type(module) is nn.Linear or not isinstance(module, nn.Linear):
         return isinstance(module, nn.Linear)
     try:

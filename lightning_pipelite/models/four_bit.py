@@ -15,6 +15,7 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -105,23 +106,24 @@ def quantise_without_weights(
     kept = {*kept_names(model, names)}
     for layer_name in names:
         for name, module in list(model.get_submodule(layer_name).named_modules()):
-            if type(module) is nn.Linear and f"{layer_name}.{name}" not in kept:
+            if type(module) in (nn.Linear, Conv1D) and f"{layer_name}.{name}" not in kept:
                 model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
     for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
         replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
 
 
-def _linear_without_weights(linear: nn.Linear, dtype: torch.dtype, double_quant: bool) -> Linear4bit:
+def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, double_quant: bool) -> Linear4bit:
+    weight = linear.weight.mT if isinstance(linear, Conv1D) else linear.weight
     quantised = Linear4bit(
-        linear.in_features,
-        linear.out_features,
+        weight.shape[1],
+        weight.shape[0],
         bias=linear.bias is not None,
         compute_dtype=dtype,
         compress_statistics=double_quant,
         quant_type="nf4",
         device="meta",
     )
-    quantised.weight.data = linear.weight.data
+    quantised.weight.data = weight.data.contiguous()
     quantised.weight._quantize(torch.device("meta"))
     quantised.bias = linear.bias
     return quantised.requires_grad_(False)
