@@ -6,10 +6,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
+from stat import S_IMODE
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.locks import is_abandoned, lock
@@ -18,6 +19,8 @@ from lightning_pipelite.locks import is_abandoned, lock
 @contextmanager
 def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
     """Give an empty directory to write in, which takes the place of ``directory`` once it is complete and on disk.
+
+    What is in it can be read by whom the umask lets, whoever wrote it.
 
     An exception inside leaves ``directory`` as it was. What a killed process has left of it is removed. If the machine
     stops between the two renames at the end, the former content is still there, whole, in ``.<name>.<number>.old``
@@ -48,7 +51,9 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
     held = lock(partial)
     try:
         yield partial
+        mode = S_IMODE(partial.stat().st_mode)
         for path in sorted(partial.rglob("*"), reverse=True):
+            _open_to(path, mode if path.is_dir() else mode & 0o666)
             _sync(path)
         _sync(partial)
     except BaseException:
@@ -63,6 +68,13 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
     os.close(held)
     for old in directory.parent.glob(f".{escape(directory.name)}.????????.old"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_to(path: Path, mode: int) -> None:
+    """Let those read ``path`` whom the umask, as in the mode of the directory, lets: safetensors lets nobody else."""
+    if S_IMODE(path.stat().st_mode) != mode:
+        with suppress(PermissionError):  # a file system that has one mode for all
+            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.errors import ConfigurationError
@@ -38,3 +41,19 @@ def test_anything_else_is_not_overwritten(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=word):
             write(tmp_path / name, "lost")
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077], ids=oct)
+def test_all_that_is_written_has_the_mode_that_the_umask_asks_for(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with whole_directory(tmp_path / "saved", []) as partial:
+            save_file({"a": torch.zeros(2)}, partial / "adapter_model.safetensors")
+            (partial / "config.json").write_text("{}")
+            (partial / "templates").mkdir(0o700)
+            (partial / "templates" / "a").write_text("")
+            (partial / "templates" / "a").chmod(0o400)  # as it was where it was copied from
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "saved").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask
