@@ -16,13 +16,13 @@ from lightning_pipelite.data.config import HELD_OUT, PackingOptions
 from lightning_pipelite.data.corpus import Corpus, tokenise
 from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
-from lightning_pipelite.data.sequences import write_sequences
+from lightning_pipelite.data.sequences import largest_token, write_sequences
 from lightning_pipelite.data.sources import find_files
 from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
 
 META = "meta.json"
@@ -108,9 +108,11 @@ class PackBuilder:
         offsets = np.cumsum(corpus.lengths) - corpus.lengths
         classes = self._classes(corpus)
         fingerprints = []
+        largest = self._tokenizer.padding_id
         for number, split in enumerate(splits):
+            file = folder / ("train.arrow" if number == 0 else f"eval-{number - 1}.arrow")
             fingerprint = write_sequences(
-                folder / ("train.arrow" if number == 0 else f"eval-{number - 1}.arrow"),
+                file,
                 split.layout,
                 scratch,
                 offsets,
@@ -120,6 +122,7 @@ class PackBuilder:
                 padding_id=self._tokenizer.padding_id,
             )
             fingerprints.append(fingerprint)
+            largest = max(largest, largest_token(file))
         scratch.unlink()
         train, *evals = (self._split_statistics(split, corpus.lengths) for split in splits)
         names = [split.name for split in splits[1:]]
@@ -129,6 +132,7 @@ class PackBuilder:
             "fingerprint": fingerprints[0],
             "masked_ids": self._tokenizer.masked_ids,
             "padding_id": self._tokenizer.padding_id,
+            "largest_token": largest,
             "prefix_len": len(self._tokenizer.sequence_prefix),
         }
         (folder / META).write_text(json.dumps(meta, indent=1))
@@ -256,8 +260,10 @@ class PackBuilder:
             sequences=sequences,
             padding=self._padding(sequences, filled),
             unused_documents=len(documents) - packed,
-            skipped=corpus.skipped[number].count,
-            first_skipped=corpus.skipped[number].first,
+            skipped=corpus.left_out[number].count,
+            first_skipped=corpus.left_out[number].first,
+            broken_files=corpus.left_out[number].files,
+            ignored_keys=sorted(corpus.left_out[number].keys),
         )
 
     def _padding(self, sequences: int, tokens: int) -> float:

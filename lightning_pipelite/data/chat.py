@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 
+from lightning_pipelite.data.bad import naming
+from lightning_pipelite.data.conversation import Message, learnt
+from lightning_pipelite.data.template import MARKER, REASONING, ChatTemplate, Span
 from lightning_pipelite.errors import ConfigurationError
 
-Message = dict[str, Any]
 Flags = npt.NDArray[np.bool_]
 
 
@@ -22,10 +24,10 @@ class ChatRenderer:
     rendered up to each of the assistant's turns, with and without that turn: what the turn adds behind the prompt for
     a reply is the assistant's, the mark that ends the turn included. Where a template renders a turn otherwise when
     others follow (some then leave the reasoning out), the turn's content is looked for in the whole conversation
-    instead, and a special token right behind it counts as the mark.
+    instead, and a special token right behind it counts as the mark. Replies with a weight of 0 are not learnt.
 
     Args:
-        tokenizer: A fast tokenizer of `transformers`.
+        tokenizer: A fast tokenizer of `transformers`, loaded without options that change what it does.
         name: Its directory, for errors.
 
     Raises:
@@ -34,6 +36,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any, name: object) -> None:
         self._tokenizer = tokenizer
+        self._name = name
         if not tokenizer.is_fast:
             raise ConfigurationError(
                 f"The tokenizer of {name} has no tokenizer.json, which conversations need: add it."
@@ -43,82 +46,185 @@ class ChatRenderer:
                 f"The tokenizer of {name} has no chat template, which messages_field needs: put a chat_template.jinja "
                 "there, or use an instruction-tuned model's tokenizer."
             )
-        try:
-            template = tokenizer.get_chat_template()
-        except ValueError as error:  # several named ones, none the default
-            raise ConfigurationError(f"The tokenizer of {name} has no default chat template: {error}") from error
+        self._templates: dict[bool, ChatTemplate] = {}
+        self._template({})
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self._places = _with_whole_offsets(tokenizer)
 
-    def encode(self, messages: list[Message], place: str) -> tuple[list[int], Flags]:
+    def encode(
+        self,
+        messages: list[Message],
+        place: str,
+        arguments: dict[str, Any] | None = None,
+        others: tuple[str, ...] = (),
+        passed_over: set[str] | None = None,
+    ) -> tuple[list[int], Flags]:
         """Render and tokenise a conversation.
 
         Args:
             messages: Each with a ``role``.
             place: Where it stands, for errors.
+            arguments: Of `apply_chat_template`, such as ``tools``.
+            others: Other keys of the record.
+            passed_over: Gets the names of what the record has and the template does not show.
 
         Returns:
-            The ids, and of the same length which of them are the assistant's.
+            The ids, those of `apply_chat_template`, and of the same length which of them are to be learnt.
 
         Raises:
-            ConfigurationError: If the template refuses it, or does not tell which words are the assistant's.
+            ConfigurationError: If the template refuses it, passes over what it says, or does not tell which words are
+                the assistant's.
         """
-        try:
-            if self._marks:
-                encoded = self._tokenizer.apply_chat_template(
-                    messages, return_dict=True, return_assistant_tokens_mask=True
-                )
-                return self._checked(encoded["input_ids"], np.asarray(encoded["assistant_masks"], bool), place)
-            text = self._render(messages)
-            spans = [
-                self._turn(messages, number, text) or self._content(messages, number, text, place)
-                for number, message in enumerate(messages)
-                if message["role"] == "assistant"
+        arguments = arguments or {}
+        replies = [number for number, message in enumerate(messages) if learnt(message)]
+        template = self._template(arguments)
+        with naming(place, "the chat template refuses the conversation"):
+            template.check_roles(messages, place)
+            shown = [
+                {key: value for key, value in message.items() if key != "weight" and value is not None}
+                for message in template.plain(messages, place)
             ]
-        except ConfigurationError:
-            raise
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            all_are_learnt = len(replies) == sum(message["role"] == "assistant" for message in messages)
+            if template.marks:
+                text, marked = template.render_marked(shown, arguments)
+                chosen = (
+                    marked if all_are_learnt else self._marked_of(template, shown, arguments, replies, marked, place)
+                )
+                spans = [(begin, end, True) for begin, end in chosen]
+            else:
+                text = template.render(shown, arguments)
+                turns = _Turns(template, shown, arguments, text)
+                spans = [turns.span(number, place) for number in replies]
+            unused = template.check_arguments(shown, arguments, others, text, place)
+            unused |= template.check_messages(shown, arguments, text, place)
+        with naming(place, "the tokenizer refuses the conversation"):
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            offsets = self._offsets(text)
+        if len(offsets) != len(ids):
             raise ConfigurationError(
-                f"{place}: the chat template refuses the conversation ({error}); correct it."
-            ) from error
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = encoded["input_ids"]
-        starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
-        said = np.zeros(len(starts), bool)
+                f"{place}: the tokenizer of {self._name} does not tell where in the text its tokens are; use another."
+            )
+        said = np.zeros(len(ids), bool)
+        starts, ends = offsets[:, 0], offsets[:, 1]
         for begin, end, has_mark in spans:
-            said |= (starts >= begin) & (starts < end)
+            # A token that begins before the reply counts: where a prompt ends with a space, it is the first word.
+            said |= (starts < end) & (ends > begin)
             behind = int(np.searchsorted(starts, end))
             if not has_mark and behind < len(ids) and ids[behind] in self._special:
                 said[behind] = True
-        return self._checked(ids, said, place)
-
-    @staticmethod
-    def _checked(ids: list[int], said: Flags, place: str) -> tuple[list[int], Flags]:
         if not said.any():
+            reason = "by the chat template, no token is the assistant's" if replies else "no reply has a weight above 0"
             raise ConfigurationError(
-                f"{place}: by the chat template, no token is the assistant's, so there is nothing to learn; correct "
-                "the conversation or the template."
+                f"{place}: {reason}, so there is nothing to learn; correct the conversation or the template."
             )
+        if passed_over is not None:
+            passed_over |= unused
         return ids, said
 
-    def _render(self, messages: list[Message], prompt: bool = False) -> str:
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _template(self, arguments: dict[str, Any]) -> ChatTemplate:
+        """Some tokenizers have one of its own for conversations with tools."""
+        tools = arguments.get("tools")
+        if (tools is not None) not in self._templates:
+            try:
+                source = self._tokenizer.get_chat_template(tools=tools)
+            except ValueError as error:  # several named ones, none the default
+                raise ConfigurationError(
+                    f"The tokenizer of {self._name} has no default chat template: {error}"
+                ) from error
+            try:
+                self._templates[tools is not None] = ChatTemplate(self._tokenizer, source)
+            except TemplateError as error:
+                raise ConfigurationError(f"The chat template of {self._name} is none ({error}); correct it.") from error
+        return self._templates[tools is not None]
 
-    def _turn(self, messages: list[Message], number: int, text: str) -> tuple[int, int, bool] | None:
-        """Where a turn begins and ends, if it is rendered as the last one would be."""
-        before = self._render(messages[:number], prompt=True) if number else ""
-        until = self._render(messages[: number + 1])
-        return (len(before), len(until), True) if text.startswith(until) and until.startswith(before) else None
+    def _offsets(self, text: str) -> npt.NDArray[np.int64]:
+        if self._places is None:
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = encoded["offset_mapping"]
+        else:
+            offsets = self._places.encode(text, add_special_tokens=False).offsets
+        return np.asarray(offsets, np.int64).reshape(-1, 2)
 
-    def _content(self, messages: list[Message], number: int, text: str, place: str) -> tuple[int, int, bool]:
-        """Where a turn's content begins and ends: what stays the same with another content in its place is not it."""
-        marker = "QZJXKVWQ"
-        changed = self._render([*messages[:number], {**messages[number], "content": marker}, *messages[number + 1 :]])
-        before, _, behind = changed.partition(marker)
-        end = len(text) - len(behind)
-        if changed.count(marker) != 1 or not (text.startswith(before) and text.endswith(behind) and len(before) < end):
+    @staticmethod
+    def _marked_of(
+        template: ChatTemplate,
+        messages: list[Message],
+        arguments: dict[str, Any],
+        replies: list[int],
+        marked: list[Span],
+        place: str,
+    ) -> list[Span]:
+        """The marked parts that belong to some of the messages."""
+        counts = [0]
+        for end in range(1, len(messages) + 1):
+            counts.append(len(template.render_marked(messages[:end], arguments)[1]))
+        own = [counts[number + 1] - counts[number] for number in range(len(messages))]
+        of_others = any(count and message["role"] != "assistant" for count, message in zip(own, messages, strict=True))
+        if counts[-1] != len(marked) or min(own) < 0 or of_others:
             raise ConfigurationError(
-                f"{place}: the chat template renders message {number + 1} so that the assistant's words cannot be told "
-                "apart; use a template with {% generation %} marks."
+                f"{place}: the chat template does not tell which of the marked words belong to a reply with a weight "
+                "of 0; leave such conversations out, or use a template without {% generation %}."
             )
-        return len(before), end, False
+        return [span for number in replies for span in marked[counts[number] : counts[number + 1]]]
+
+
+class _Turns:
+    """Where the assistant's turns are in a rendered conversation."""
+
+    def __init__(self, template: ChatTemplate, messages: list[Message], arguments: dict[str, Any], text: str) -> None:
+        self._template = template
+        self._messages = messages
+        self._arguments = arguments
+        self._text = text
+
+    def span(self, number: int, place: str) -> tuple[int, int, bool]:
+        """Where a turn begins and ends, and whether its mark is within."""
+        return self._turn(number) or self._content(number, place)
+
+    def _turn(self, number: int) -> tuple[int, int, bool] | None:
+        """If it is rendered as the last one would be."""
+        messages, arguments = self._messages, self._arguments
+        try:
+            before = self._template.render(messages[:number], arguments, prompt=True) if number else ""
+            until = self._template.render(messages[: number + 1], arguments)
+        except (TemplateError, TypeError, KeyError, ValueError):  # it may refuse a conversation that ends there
+            return None
+        if self._text.startswith(until) and until.startswith(before):
+            return len(before), len(until), True
+        return None
+
+    def _content(self, number: int, place: str) -> tuple[int, int, bool]:
+        """What does not stay the same with another content in the place of all that it says is it."""
+        messages, text = self._messages, self._text
+        message = {**messages[number], "content": MARKER}
+        bare = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call", *REASONING)}
+        for other in (message, bare):
+            try:
+                changed = self._template.render([*messages[:number], other, *messages[number + 1 :]], self._arguments)
+            except (TemplateError, TypeError, KeyError, ValueError):
+                continue
+            before, _, behind = changed.partition(MARKER)
+            end = len(text) - len(behind)
+            same = text.startswith(before) and text.endswith(behind) and len(before) < end
+            if changed.count(MARKER) == 1 and same:
+                return len(before), end, False
+        raise ConfigurationError(
+            f"{place}: the chat template renders message {number + 1} so that the assistant's words cannot be told "
+            "apart; use a template with {% generation %} marks."
+        )
+
+
+def _with_whole_offsets(tokenizer: Any) -> Tokenizer | None:
+    """A copy that tells of spaces where they are, if the tokenizer takes them off the places of its tokens.
+
+    ByteLevel and Roberta do that for their tasks of finding answers in texts. A token of spaces alone would then lie
+    behind itself, on the wrong side of a turn's end.
+    """
+    backend = tokenizer.backend_tokenizer
+    if '"trim_offsets":true' not in backend.to_str():
+        return None
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.post_processor = None
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

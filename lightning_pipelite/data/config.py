@@ -30,7 +30,7 @@ class DatasetConfig:
 
     Args:
         dataset_path: A file, a directory (the files directly in it) or a glob (``**`` crosses directories) of ``.txt``
-            (a document a file), ``.json`` (a list, read as a whole), ``.jsonl`` (a record a line), ``.parquet`` or
+            (a document a file), ``.json`` (a list, or a record a line), ``.jsonl`` (a record a line), ``.parquet`` or
             ``.arrow``, the first three also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that
             Hugging Face datasets saved.
         max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.
@@ -40,8 +40,9 @@ class DatasetConfig:
             sets the total; of the others, whole documents are left out. Null everywhere: all tokens of all datasets.
         text_field: The field or column of records that holds the text.
         messages_field: The field or column of records that holds a conversation, a list of messages with ``role`` and
-            ``content``, in place of a text. The tokenizer's chat template renders it, and only the assistant's turns
-            are labels.
+            ``content``, in place of a text. The tokenizer's chat template renders it, with the record's ``tools``,
+            ``documents`` and ``chat_template_kwargs``, and only the assistant's turns are labels, without those whose
+            ``weight`` is 0.
     """
 
     dataset_path: str
@@ -91,6 +92,17 @@ class PackingOptions:
                 raise ConfigurationError(
                     f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}: give a positive number."
                 )
+            if dataset.messages_field is not None and dataset.text_field != "text":
+                raise ConfigurationError(
+                    f"{dataset.dataset_path} has a text_field and a messages_field: give one of them."
+                )
+        if all(dataset.messages_field is not None for dataset in self.sources):
+            for key in ("document_prefix", "document_suffix", "add_prefix_space"):
+                if getattr(self, key) not in (None, "", False, []):
+                    raise ConfigurationError(
+                        f"data.{key} is not for conversations, which the chat template writes, and there are no "
+                        "others: leave it out."
+                    )
         weights = [dataset.weight for dataset in self.datasets]
         for dataset in self.datasets:
             if dataset.weight is None and any(weight is not None for weight in weights):

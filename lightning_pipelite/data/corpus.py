@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_pipelite.data.config import PackingOptions
-from lightning_pipelite.data.records import Record, read_records, refuse
+from lightning_pipelite.data.records import Record, UnreadableFileError, read_records, refuse
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.data.workers import map_in_order
 from lightning_pipelite.errors import ConfigurationError
@@ -27,19 +27,26 @@ UNLABELLED = np.uint32(1 << 31)
 
 
 @dataclass
-class Skipped:
-    """Records of a dataset that `skip_bad_records` left out.
+class LeftOut:
+    """What of a dataset is not trained on.
 
     Args:
-        count: How many.
+        count: How many records `skip_bad_records` left out.
         first: What was wrong with the first.
+        files: What was wrong with files that it left out, wholly or from some place on.
+        keys: Of records, what is neither the text or the conversation nor shown by the chat template.
     """
 
     count: int = 0
     first: str = ""
+    files: list[str] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
 
     def add(self, error: ConfigurationError) -> None:
-        """Count a record."""
+        """Count a record, or keep what is wrong with a file."""
+        if isinstance(error, UnreadableFileError):
+            self.files.append(str(error))
+            return
         self.count += 1
         self.first = self.first or str(error)
 
@@ -53,14 +60,14 @@ class Corpus:
         lengths: Shape [documents], tokens of each, at least 1.
         digests: Shape [documents], a hash of each document's token ids, keyed by the seed.
         ends: For each dataset, the number of documents of it and of those before it.
-        skipped: For each dataset.
+        left_out: For each dataset.
     """
 
     tokens: Path
     lengths: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     ends: list[int]
-    skipped: list[Skipped]
+    left_out: list[LeftOut]
 
     def documents(self, dataset: int) -> npt.NDArray[np.int64]:
         """Give the indices of a dataset's documents."""
@@ -82,6 +89,7 @@ class _Encoded:
     lengths: list[int]
     digests: list[int]
     errors: list[ConfigurationError] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
 
 
 def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: DocumentTokenizer, path: Path) -> Corpus:
@@ -101,36 +109,38 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
     """
     lengths, digests = array("q"), array("Q")
     counts = [0] * len(files)
-    skipped = [Skipped() for _ in files]
+    left_out = [LeftOut() for _ in files]
     encoder = _Encoder(tokenizer, options.seed, options.skip_bad_records)
     size = sum(each.stat().st_size for paths in files for each in paths)
     with path.open("wb") as file, Progress("tokenising", size, "MB", 1e6) as progress:
-        for encoded in map_in_order(encoder, _batches(options, files, skipped)):
+        for encoded in map_in_order(encoder, _batches(options, files, left_out)):
             file.write(encoded.tokens)
             progress.reach(encoded.read)
             lengths.extend(encoded.lengths)
             digests.extend(encoded.digests)
             counts[encoded.dataset] += len(encoded.lengths)
+            left_out[encoded.dataset].keys |= encoded.keys
             for error in encoded.errors:
-                skipped[encoded.dataset].add(error)
-    for dataset, count, bad in zip(options.sources, counts, skipped, strict=True):
+                left_out[encoded.dataset].add(error)
+    for dataset, count, bad in zip(options.sources, counts, left_out, strict=True):
         if not count:
             reason = f" ({bad.count} records were skipped, the first: {bad.first})" if bad.count else ""
+            reason = f" ({bad.files[0]})" if bad.files else reason
             raise ConfigurationError(
                 f"{dataset.dataset_path} holds no document with a token{reason}: remove it or fill it."
             )
     ends = np.cumsum(counts).tolist()
-    return Corpus(path, np.asarray(lengths, np.int64), np.asarray(digests, np.uint64), ends, skipped)
+    return Corpus(path, np.asarray(lengths, np.int64), np.asarray(digests, np.uint64), ends, left_out)
 
 
-def _batches(options: PackingOptions, files: list[list[Path]], skipped: list[Skipped]) -> Iterator[_Batch]:
+def _batches(options: PackingOptions, files: list[list[Path]], left_out: list[LeftOut]) -> Iterator[_Batch]:
     before = 0
     for number, (dataset, paths) in enumerate(zip(options.sources, files, strict=True)):
         records: list[Record] = []
         characters = 0
         for path in paths:
             size, within = path.stat().st_size, 0
-            for record in read_records(path, dataset, skipped[number].add if options.skip_bad_records else refuse):
+            for record in read_records(path, dataset, left_out[number].add if options.skip_bad_records else refuse):
                 records.append(record)
                 characters += len(record)
                 within += len(record)
@@ -152,8 +162,11 @@ class _Encoder:
 
     def __call__(self, batch: _Batch) -> _Encoded:
         data, lengths, digests, errors = [], [], [], []
-        for result in self._documents(batch.records):
+        keys: set[str] = set()
+        for result in self._documents(batch.records, keys):
             if isinstance(result, ConfigurationError):
+                if not self._skip:
+                    raise result
                 errors.append(result)
                 continue
             ids, flags = result
@@ -163,22 +176,24 @@ class _Encoder:
                 data.append((tokens | flags).tobytes())
                 lengths.append(len(ids))
                 digests.append(int.from_bytes(digest, "little"))
-        return _Encoded(batch.dataset, batch.read, b"".join(data), lengths, digests, errors)
+        return _Encoded(batch.dataset, batch.read, b"".join(data), lengths, digests, errors, keys)
 
     def _documents(
-        self, records: list[Record]
+        self, records: list[Record], keys: set[str]
     ) -> Iterator[tuple[list[int], np.uint32 | npt.NDArray[np.uint32]] | ConfigurationError]:
-        texts = [record.document for record in records if isinstance(record.document, str)]
-        encoded = iter(self._tokenizer.encode(texts) if texts else ())
+        texts = [(record.document, record.place) for record in records if isinstance(record.document, str)]
+        encoded = iter(self._tokenizer.encode_each(*zip(*texts, strict=True)) if texts else ())
         for record in records:
             if isinstance(record.document, str):
-                yield next(encoded), np.uint32(0)
+                keys.update(record.others)
+                ids = next(encoded)
+                yield ids if isinstance(ids, ConfigurationError) else (ids, np.uint32(0))
                 continue
             try:
-                ids, said = self._tokenizer.encode_conversation(record.document, record.place)
+                ids, said = self._tokenizer.encode_conversation(
+                    record.document, record.place, record.arguments, record.others, keys
+                )
             except ConfigurationError as error:
-                if not self._skip:
-                    raise
                 yield error
             else:
                 yield ids, np.where(said, np.uint32(0), UNLABELLED)

@@ -69,7 +69,8 @@ class PackedDataModule(LightningDataModule):
             set is filled up to a multiple of it with empty ones.
         isolate_documents: Keep documents apart by ``position_ids``. Otherwise they count from 0 to sequence_len - 1,
             and labels cross borders, as documents may then see each other.
-        add_prefix_space: Whether the tokenizer puts a space before a text.
+        add_prefix_space: Whether the tokenizer puts a space before a text. Conversations are always tokenised as the
+            tokenizer does by itself.
         trust_remote_code: Whether the tokenizer may run Python code from its directory.
         skip_bad_records: Leave out and count records that cannot be read, in place of an error.
         seed: Of the order of documents, of the split and of each epoch's order.
@@ -183,6 +184,23 @@ class PackedDataModule(LightningDataModule):
                 "trainer.accumulate_grad_batches or data.sequence_len, or add data."
             )
 
+    def check_vocabulary(self, rows: int) -> None:
+        """Refuse tokens that a model has no embedding for.
+
+        Args:
+            rows: Of the embedding.
+
+        Raises:
+            ConfigurationError: If a token of the packed data is none of them; the sentence names it.
+        """
+        largest = self._open().largest_token
+        if largest >= rows:
+            raise ConfigurationError(
+                f"The data has the token {largest} ({self.tokenizer().decode([largest])!r}), but the model's embedding "
+                f"has {rows} rows, for 0 to {rows - 1}: take what was added to the tokenizer of {self._directory()} "
+                "out again, or give the model as many rows (transformers' resize_token_embeddings)."
+            )
+
     def summary(self) -> list[str]:
         """Tell in lines what was packed."""
         cache, options = self._open(), self._options
@@ -257,6 +275,7 @@ class _Cache:
             meta = json.loads((entry / META).read_text())
             self.statistics = DataStatistics.from_dict(meta["statistics"])
             self.fingerprint: str = meta["fingerprint"]
+            self.largest_token: int = meta["largest_token"]
             common = {name: meta[name] for name in ("masked_ids", "padding_id", "prefix_len")}
             common["isolate_documents"] = isolate_documents
             self.train = PackedSequences(entry / "train.arrow", **common)

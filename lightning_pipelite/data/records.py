@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_pipelite.data.bad import reason
+from lightning_pipelite.data.columns import plain
 from lightning_pipelite.data.config import DatasetConfig
+from lightning_pipelite.data.conversation import (
+    check_messages,
+    check_text,
+    check_weights,
+    known_keys,
+    template_arguments,
+)
+from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
 from lightning_pipelite.data.sources import format_of, open_bytes
 from lightning_pipelite.errors import ConfigurationError
 
 OnBad = Callable[[ConfigurationError], None]
+
+
+class UnreadableFileError(ConfigurationError):
+    """A file, or all that follows in it, is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +39,14 @@ class Record:
     Args:
         document: A text, or a conversation: messages, each with a ``role``.
         place: File and line, record or row.
+        arguments: Of a conversation, what the record has for the chat template beside the messages.
+        others: Keys of the record that are not known to mean anything.
     """
 
     document: str | list[dict[str, Any]]
     place: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Characters of the document."""
@@ -49,14 +65,15 @@ def read_records(path: Path, dataset: DatasetConfig, on_bad: OnBad = refuse) -> 
 
     Text files count as one document each, with universal newlines (``\\r\\n`` and ``\\r`` become ``\\n``). A record of
     .json and .jsonl is an object with the dataset's field, or a string. A byte order mark is dropped, blank lines of
-    .jsonl are passed over.
+    .jsonl are passed over, and .json that has a record a line is read as .jsonl is.
 
     Args:
         path: A file with one of the `FORMATS`.
         dataset: Says which field or column holds the text or the messages.
-        on_bad: Called with what is wrong with a record or with the rest of a file: if the file cannot be read, is not
-            UTF-8, is malformed, holds no document, or a record lacks the field or holds something else in it. The
-            sentence names the file and the line or record. The record is left out unless `on_bad` raises.
+        on_bad: Called with what is wrong with a record: if it is malformed, or lacks the field or holds something else
+            in it. The sentence names the file and the line or record. The record is left out unless `on_bad` raises.
+            Called for a file without a document, too, and with an `UnreadableFileError` for a file, or the rest
+            of one, that cannot be read, is not UTF-8 or is malformed.
 
     Yields:
         Each document; a text may be the empty string where a record says so.
@@ -67,11 +84,11 @@ def read_records(path: Path, dataset: DatasetConfig, on_bad: OnBad = refuse) -> 
     reader = _Reader(path, dataset, on_bad)
     try:
         yield from reader.read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or error
-        on_bad(ConfigurationError(f"{path} cannot be read ({reason}): check the file."))
-    except ConfigurationError as error:  # of the file as a whole
+    except ConfigurationError as error:  # of a record that is not to be skipped, or of the file as a whole
         on_bad(error)
+    except Exception as error:  # decompressors and pyarrow raise whatever they do
+        said = getattr(error, "strerror", None) or reason(error)
+        on_bad(UnreadableFileError(f"{path} cannot be read ({said}): check the file."))
     else:
         if not reader.records:
             on_bad(ConfigurationError(f"{path} holds no document: remove it from the dataset, or fill it."))
@@ -83,6 +100,8 @@ class _Reader:
         self._messages = dataset.messages_field is not None
         self._option = "messages_field" if self._messages else "text_field"
         self._field = dataset.messages_field or dataset.text_field
+        self._known = known_keys(self._messages)
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._on_bad = on_bad
         self.records = 0
 
@@ -94,18 +113,22 @@ class _Reader:
             return self._json()
         return self._jsonl() if kind == ".jsonl" else self._columns()
 
-    def _take(self, parse: Callable[[], Any], place: str) -> Iterator[Record]:
+    def _take(self, read: Callable[[], Any], place: str, others: tuple[str, ...] = ()) -> Iterator[Record]:
         self.records += 1
         try:
-            record = Record(self._document(parse(), place), place)
+            record = self._record(read(), place, others)
         except ConfigurationError as error:
             self._on_bad(error)
+        except UnreadableError as error:
+            self._on_bad(ConfigurationError(f"{self._path}, line {error.line + 1}: {error}"))
+        except Exception as error:
+            self._on_bad(ConfigurationError(f"{place}: cannot be read ({reason(error)}); correct it."))
         else:
             yield record
 
     def _txt(self) -> Iterator[Record]:
         if self._messages:
-            raise ConfigurationError(f"{self._path} is text and holds no messages: remove messages_field.")
+            raise UnreadableFileError(f"{self._path} is text and holds no messages: remove messages_field.")
         with open_bytes(self._path) as file:
             text = self._decode(file.read())
         if text:
@@ -113,74 +136,99 @@ class _Reader:
 
     def _json(self) -> Iterator[Record]:
         with open_bytes(self._path) as file:
-            text = self._decode(file.read())
+            data = file.read()
+        text = data.decode("utf-8-sig", "replace")
+        if is_lines(text):
+            yield from self._lines(io.BytesIO(data))
+            return
+        if "\ufffd" in text:
+            try:
+                self._decode(data)
+            except ConfigurationError as error:
+                raise UnreadableFileError(str(error)) from None
+        del data
         if not text.strip():
             return
-        records = self._parse(text)
-        del text
-        if not isinstance(records, list):
-            raise ConfigurationError(
-                f"{self._path}, line 1: {type(records).__name__} where a list of objects or strings is needed; put the "
-                "records into a list, or name the file .jsonl if it has one record a line."
-            )
-        for number, record in enumerate(records, start=1):
-            yield from self._take(lambda record=record: record, f"{self._path}, record {number}")  # type: ignore[misc]
+        try:
+            if text.lstrip()[0] == "[":
+                for number, element in enumerate(elements(text), start=1):
+                    yield from self._take(element.parse, f"{self._path}, record {number}")
+                return
+            records = parse(text)
+        except UnreadableError as error:
+            raise UnreadableFileError(f"{self._path}, line {error.line + 1}: {error}") from None
+        raise UnreadableFileError(
+            f"{self._path}, line 1: {type(records).__name__} where a list of objects or strings is needed; put the "
+            "records into a list, or name the file .jsonl if it has one record a line."
+        )
 
     def _jsonl(self) -> Iterator[Record]:
         with open_bytes(self._path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield from self._take(
-                        lambda line=line, number=number: self._parse(self._decode(line, number).strip(), number),  # type: ignore[misc]
-                        f"{self._path}, line {number}",
-                    )
+            yield from self._lines(file)
+
+    def _lines(self, lines: Iterable[bytes]) -> Iterator[Record]:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+
+                def read(line: bytes = line, number: int = number) -> Any:
+                    text = self._decode(line, number).strip()
+                    try:
+                        return parse(text)
+                    except UnreadableError as error:
+                        error.line = number - 1
+                        raise
+
+                yield from self._take(read, f"{self._path}, line {number}")
 
     def _columns(self) -> Iterator[Record]:
         number = 0
         kind = "parquet" if self._path.suffix == ".parquet" else "Arrow"
         try:
-            for column in self._parquet() if kind == "parquet" else self._arrow():
-                for value in column:
+            for batch, others in self._parquet() if kind == "parquet" else self._arrow():
+                for row in range(batch.num_rows):
                     number += 1
                     place = f"{self._path}, row {number}"
 
-                    def cell(value: Any = value, place: str = place) -> dict[str, Any]:
+                    def cells(batch: pa.RecordBatch = batch, row: int = row, place: str = place) -> dict[str, Any]:
                         try:
-                            return {self._field: value.as_py()}
+                            return {name: plain(batch.column(name)[row]) for name in batch.schema.names}
                         except UnicodeDecodeError:
                             raise ConfigurationError(f"{place}: not valid UTF-8; write the file anew.") from None
 
-                    yield from self._take(cell, place)
+                    yield from self._take(cells, place, others)
         except pa.ArrowException as error:
-            raise ConfigurationError(f"{self._path} is no readable {kind} file ({error}): write it anew.") from error
+            raise UnreadableFileError(f"{self._path} is no readable {kind} file ({error}): write it anew.") from error
 
-    def _parquet(self) -> Iterator[pa.Array]:
+    def _parquet(self) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
         with pq.ParquetFile(self._path) as file:
-            self._check_column(file.schema_arrow.names)
+            names, others = self._choose(file.schema_arrow.names)
             # In small batches: a row group of web pages may hold more than a gigabyte.
-            for batch in file.iter_batches(batch_size=256, columns=[self._field], use_threads=False):
-                yield batch.column(0)
+            for batch in file.iter_batches(batch_size=256, columns=names, use_threads=False):
+                yield batch, others
 
-    def _arrow(self) -> Iterator[pa.Array]:
+    def _arrow(self) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
         with pa.OSFile(str(self._path)) as file:
             if file.read(6) == b"ARROW1":
                 opened = pa.ipc.open_file(file)
-                self._check_column(opened.schema.names)
+                names, others = self._choose(opened.schema.names)
                 for index in range(opened.num_record_batches):
-                    yield opened.get_batch(index).column(self._field)
+                    yield opened.get_batch(index).select(names), others
                 return
             file.seek(0)
             stream = pa.ipc.open_stream(file)
-            self._check_column(stream.schema.names)
+            names, others = self._choose(stream.schema.names)
             for batch in stream:
-                yield batch.column(self._field)
+                yield batch.select(names), others
 
-    def _check_column(self, names: list[str]) -> None:
+    def _choose(self, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+        """The columns to read, and the others."""
         if self._field not in names:
-            raise ConfigurationError(
+            raise UnreadableFileError(
                 f"{self._path}: no column {self._field!r} (it has: {', '.join(names)}); set {self._option} to the "
                 "column that holds it."
             )
+        chosen = [name for name in names if name == self._field or name in self._known]
+        return chosen, tuple(name for name in names if name not in chosen)
 
     def _decode(self, data: bytes, first_line: int = 1) -> str:
         try:
@@ -191,55 +239,30 @@ class _Reader:
                 f"{self._path}, line {line}: not valid UTF-8; convert the file to UTF-8."
             ) from None
 
-    def _parse(self, text: str, first_line: int = 1) -> Any:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            line = first_line + error.lineno - 1
-            raise ConfigurationError(
-                f"{self._path}, line {line}: not valid JSON ({error.msg}, column {error.colno}); correct the line."
-            ) from None
-        except RecursionError:
-            raise ConfigurationError(
-                f"{self._path}, line {first_line}: JSON nested too deeply; correct the file."
-            ) from None
-
-    def _document(self, record: Any, place: str) -> str | list[dict[str, Any]]:
-        what = "the record"
+    def _record(self, record: Any, place: str, others: tuple[str, ...]) -> Record:
+        value, what, keys = record, "the record", {}
         if isinstance(record, dict):
+            keys = record
             if self._field not in record:
                 fields = ", ".join(sorted(record)) or "none"
                 raise ConfigurationError(
                     f"{place}: no field {self._field!r} (it has: {fields}); set {self._option} to the field that holds "
                     "it."
                 )
-            record = record[self._field]
-            what = f"the field {self._field!r}"
-        return self._conversation(record, place, what) if self._messages else self._text(record, place, what)
-
-    @staticmethod
-    def _text(value: Any, place: str, what: str) -> str:
+            value, what = record[self._field], f"the field {self._field!r}"
+            others = others or self._others(record)
+            check_weights(record, place)
+        if self._messages:
+            return Record(check_messages(value, place, what), place, template_arguments(keys, place), others)
         if not isinstance(value, str):
             raise ConfigurationError(f"{place}: {what} is {type(value).__name__}, not text; give it a string.")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ConfigurationError(
-                f"{place}: {what} holds half a surrogate pair, which is no text; repair it."
-            ) from None
-        return value
+        check_text(value, place, what)
+        return Record(value, place, {}, others)
 
-    def _conversation(self, value: Any, place: str, what: str) -> list[dict[str, Any]]:
-        if not isinstance(value, list) or not value:
-            raise ConfigurationError(f"{place}: {what} is no list of messages; give one.")
-        for number, message in enumerate(value, start=1):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ConfigurationError(f"{place}: message {number} of {what} has no role; give it one.")
-            if message.get("content") is not None or not message.get("tool_calls"):
-                self._text(message.get("content"), place, f"the content of message {number} of {what}")
-        if all(message["role"] != "assistant" for message in value):
-            raise ConfigurationError(
-                f"{place}: {what} has no message of the assistant, so nothing to learn; remove it."
-            )
-        # Columns give every message the keys of all; for a chat template a key without a value is not there.
-        return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+    def _others(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+        names = tuple(
+            name
+            for name, value in record.items()
+            if value is not None and name != self._field and name not in self._known
+        )
+        return self._names.setdefault(names, names)  # one for all records: they are sent to other processes

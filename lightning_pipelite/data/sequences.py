@@ -97,6 +97,13 @@ def write_sequences(
     return fingerprint.hexdigest()
 
 
+def largest_token(path: Path) -> int:
+    """Give the largest token id, prefixes and padding included, in what `write_sequences` wrote; -1 if it is empty."""
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    columns = (file.get_batch(number).column("tokens") for number in range(file.num_record_batches))
+    return max((int((column.values.to_numpy() & ~UNLABELLED).max(initial=0)) for column in columns), default=-1)
+
+
 class PackedSequences(Dataset[dict[str, Tensor]]):
     """Memory-mapped sequences as training items.
 

@@ -61,6 +61,8 @@ class DatasetStatistics:
             in a dataset for evaluation, too.
         skipped: Records that `skip_bad_records` left out.
         first_skipped: What was wrong with the first of them.
+        broken_files: What was wrong with files that it left out, wholly or from some place on.
+        ignored_keys: Keys of records that mean nothing here.
     """
 
     dataset_path: str
@@ -71,6 +73,8 @@ class DatasetStatistics:
     unused_documents: int
     skipped: int
     first_skipped: str
+    broken_files: list[str]
+    ignored_keys: list[str]
 
     def describe(self) -> str:
         """Say it in a line."""
@@ -82,6 +86,10 @@ class DatasetStatistics:
             line += f", {self.unused_documents:,} documents not used"
         if self.skipped:
             line += f", {self.skipped:,} bad records skipped (the first: {self.first_skipped})"
+        if self.broken_files:
+            line += f", {len(self.broken_files):,} files not read to their end: {_some(self.broken_files, '; ')}"
+        if self.ignored_keys:
+            line += f", ignored keys: {_some(self.ignored_keys, ', ')}"
         return line
 
 
@@ -120,3 +128,9 @@ class DataStatistics:
             evals={name: SplitStatistics(**each) for name, each in values["evals"].items()},
             datasets=[DatasetStatistics(**each) for each in values["datasets"]],
         )
+
+
+def _some(names: list[str], separator: str) -> str:
+    """As many as a line has room for."""
+    shown = separator.join(names[:12])
+    return f"{shown} and {len(names) - 12:,} more" if len(names) > 12 else shown

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lightning_pipelite.data.bad import naming
 from lightning_pipelite.data.chat import ChatRenderer, Flags
 from lightning_pipelite.data.config import PackingOptions, TokenSpec
 from lightning_pipelite.errors import ConfigurationError
@@ -57,7 +58,10 @@ class DocumentTokenizer:
         self._text_after = suffix if isinstance(suffix, str) else ""
         self._ids_before = [] if self._text_before else self._resolve("document_prefix", prefix, None)
         self._ids_after = [] if self._text_after else self._resolve("document_suffix", suffix, eos)
-        self._chat = ChatRenderer(self._tokenizer, tokenizer_dir) if options.has_conversations else None
+        self._chat = None
+        if options.has_conversations:
+            # As the model was trained with: add_prefix_space, even false, changes what some tokenizers make of a text.
+            self._chat = ChatRenderer(self._load(None, options.trust_remote_code), tokenizer_dir)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise documents.
@@ -81,10 +85,37 @@ class DocumentTokenizer:
             ids += self._ids_after  # in place: a copy of every document costs two per cent of the time
         return documents
 
-    def encode_conversation(self, messages: list[dict[str, Any]], place: str) -> tuple[list[int], Flags]:
+    def encode_each(self, texts: Sequence[str], places: Sequence[str]) -> list[list[int] | ConfigurationError]:
+        """Tokenise documents as `encode` does, with an error for each that cannot be.
+
+        Args:
+            texts: The documents.
+            places: Where each stands, for errors.
+        """
+        try:
+            with naming("", "some text is refused"):
+                return list(self.encode(texts))
+        except ConfigurationError:  # look for it
+            return [self._encode_one(text, place) for text, place in zip(texts, places, strict=True)]
+
+    def _encode_one(self, text: str, place: str) -> list[int] | ConfigurationError:
+        try:
+            with naming(place, "the tokenizer refuses the text"):
+                return self.encode([text])[0]
+        except ConfigurationError as error:
+            return error
+
+    def encode_conversation(
+        self,
+        messages: list[dict[str, Any]],
+        place: str,
+        arguments: dict[str, Any] | None = None,
+        others: tuple[str, ...] = (),
+        passed_over: set[str] | None = None,
+    ) -> tuple[list[int], Flags]:
         """Tokenise a conversation, as `ChatRenderer.encode` does; document prefix and suffix are not for it."""
         assert self._chat is not None
-        return self._chat.encode(messages, place)
+        return self._chat.encode(messages, place, arguments, others, passed_over)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of token ids, special tokens included."""
@@ -101,15 +132,15 @@ class DocumentTokenizer:
         same = [e.ids for e in backend.encode_batch_fast(_SAMPLE, add_special_tokens=False)] == expected
         return backend if same else None  # a class of its own may do more than its backend
 
-    def _load(self, add_prefix_space: bool, trust_remote_code: bool) -> Any:
+    def _load(self, add_prefix_space: bool | None, trust_remote_code: bool) -> Any:
         if not self._name.is_dir():
             raise ConfigurationError(f"data.tokenizer_dir {self._name} is no directory: name one with a tokenizer.")
         try:
             return AutoTokenizer.from_pretrained(
                 self._name,
                 local_files_only=True,
-                add_prefix_space=add_prefix_space,
                 trust_remote_code=trust_remote_code,
+                **({} if add_prefix_space is None else {"add_prefix_space": add_prefix_space}),
             )
         except (
             Exception

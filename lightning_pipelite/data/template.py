@@ -1,0 +1,210 @@
+"""A tokenizer's chat template, and what of a conversation it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import Environment, meta
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lightning_pipelite.data.conversation import Message
+from lightning_pipelite.errors import ConfigurationError
+
+MARKER = "QZJXKVWQ"
+"""A word that stands in no conversation."""
+
+Span = tuple[int, int]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES_OF_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
+# Keys of a message that say something. Others (an id, a name) may be left out by a template.
+_WORDS = ("tool_calls", "function_call", *REASONING, "images", "image", "audio", "audios", "videos", "video")
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """One chat template of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`.
+        source: The template.
+
+    Attributes:
+        marks: Whether it marks what the assistant says by ``{% generation %}``.
+    """
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        self._words = {*re.findall(r"\w+", source)}
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        self._variables = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", source)))
+        self.marks = _GENERATION.search(source) is not None
+        self._reads_parts: bool | None = None
+        self._shown: dict[str, bool] = {}
+
+    def render(self, messages: list[Message], arguments: dict[str, Any], prompt: bool = False) -> str:
+        """Give the text of messages, with the beginning of a reply behind them if `prompt`."""
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt, chat_template=self._source, **arguments
+        )
+
+    def render_marked(self, messages: list[Message], arguments: dict[str, Any]) -> tuple[str, list[Span]]:
+        """Give the text, and where what the template marks as the assistant's begins and ends.
+
+        `apply_chat_template` gives a mask of tokens in place of that, which is wrong where a token's offsets leave out
+        the spaces that it begins or ends with, as those of Llama 3 do.
+        """
+        given: dict[str, Any] = {**self._tokenizer.special_tokens_map, **arguments}
+        texts, spans = render_jinja_template(
+            conversations=[messages], chat_template=self._source, return_assistant_tokens_mask=True, **given
+        )
+        return texts[0], list(spans[0])
+
+    # What it shows
+
+    def plain(self, messages: list[Message], place: str) -> list[Message]:
+        """Give messages with their contents as the template reads them: parts of text, or text.
+
+        Raises:
+            ConfigurationError: If it reads no parts, and a message has several.
+        """
+        plain = []
+        for number, message in enumerate(messages, start=1):
+            content = message.get("content")
+            if isinstance(content, list) and not self._takes_parts():
+                if len(content) > 1:
+                    raise ConfigurationError(
+                        f"{place}: the content of message {number} has {len(content)} parts, of which the chat "
+                        "template reads none; join them into one string."
+                    )
+                message = {**message, "content": content[0]["text"]}
+            plain.append(message)
+        return plain
+
+    def check_roles(self, messages: list[Message], place: str) -> None:
+        """Refuse a role that is neither common nor the template's own.
+
+        Raises:
+            ConfigurationError: If there is one.
+        """
+        for number, message in enumerate(messages, start=1):
+            role = message["role"]
+            meant = _ROLES_OF_OTHERS.get(role.lower())
+            if role not in _ROLES and (meant or role not in self._words):
+                raise ConfigurationError(
+                    f"{place}: the role of message {number} is {role!r}; "
+                    + (f"write {meant}." if meant else f"give one of {', '.join(_ROLES)}.")
+                )
+
+    def check_arguments(
+        self, messages: list[Message], arguments: dict[str, Any], others: Iterable[str], text: str, place: str
+    ) -> set[str]:
+        """Refuse what the record has for the template, and the template passes over.
+
+        Args:
+            messages: The conversation.
+            arguments: Of `apply_chat_template`.
+            others: The record's other keys.
+            text: The rendered conversation.
+            place: Where it stands, for errors.
+
+        Returns:
+            Names of what is passed over and says nothing.
+
+        Raises:
+            ConfigurationError: If something that does is passed over.
+        """
+        passed_over = {*others}
+        special = {"messages", "add_generation_prompt", *self._tokenizer.special_tokens_map}
+        for name in others:
+            if name in self._variables - special:
+                raise ConfigurationError(
+                    f"{place}: the chat template reads {name!r}, which the record has outside of chat_template_kwargs; "
+                    "put it there, or rename it."
+                )
+        for name, value in arguments.items():
+            if name in ("tools", "documents"):
+                without = {key: each for key, each in arguments.items() if key != name}
+                if name not in self._variables or self._rendered(messages, without) == text:
+                    raise ConfigurationError(
+                        f"{place}: the chat template shows no {name} in this conversation; use one that does, or take "
+                        "them out."
+                    )
+            elif name not in self._variables and value:
+                raise ConfigurationError(
+                    f"{place}: the chat template reads no {name!r} of chat_template_kwargs; use one that does, or take "
+                    "it out."
+                )
+            elif name not in self._variables:
+                passed_over.add(f"chat_template_kwargs.{name}")
+        return passed_over
+
+    def check_messages(self, messages: list[Message], arguments: dict[str, Any], text: str, place: str) -> set[str]:
+        """Refuse what messages say and the template passes over; as `check_arguments`."""
+        passed_over = set()
+        for number, message in enumerate(messages):
+            for key in message:
+                nothing = key in ("role", "content") or not message[key]
+                if nothing or self._shows(key, messages[: number + 1], arguments):
+                    continue
+                if key in _WORDS:
+                    raise ConfigurationError(
+                        f"{place}: the chat template does not show the {key} of message {number + 1}; use one that "
+                        "does, or take them out."
+                    )
+                passed_over.add(f"{key} of messages")
+            content = message.get("content")
+            words = content.strip() if isinstance(content, str) else ""
+            if words and words not in text and not self._shows_content(number, messages, arguments, text):
+                if not message.get("tool_calls"):
+                    raise ConfigurationError(
+                        f"{place}: the chat template does not show message {number + 1}, whose role is "
+                        f"{message['role']}; use one that does, or take the message out."
+                    )
+                passed_over.add("content beside tool_calls")  # many templates do
+            for call in message.get("tool_calls") or []:
+                if _quoted_twice(call, text):
+                    passed_over.add("that arguments of tool calls are JSON (they are text, quoted once more)")
+        return passed_over
+
+    def _takes_parts(self) -> bool:
+        if self._reads_parts is None:
+            reply = {"role": "assistant", "content": "a"}
+            text = self._rendered([{"role": "user", "content": [{"type": "text", "text": MARKER}]}, reply], {})
+            self._reads_parts = text is not None and MARKER in text and re.search(r"['\"]type['\"]", text) is None
+        return self._reads_parts
+
+    def _shows(self, key: str, messages: list[Message], arguments: dict[str, Any]) -> bool:
+        """Whether a key of messages, which the last of these has, shows in the text."""
+        if key in self._words:
+            return True
+        if key not in self._shown:  # some show whatever a message has
+            *before, last = messages
+            without = [*before, {name: value for name, value in last.items() if name != key}]
+            texts = [self._rendered(each, arguments) for each in (messages, without)]
+            self._shown[key] = None in texts or texts[0] != texts[1]
+        return self._shown[key]
+
+    def _shows_content(self, number: int, messages: list[Message], arguments: dict[str, Any], text: str) -> bool:
+        other = {**messages[number], "content": MARKER}
+        rendered = self._rendered([*messages[:number], other, *messages[number + 1 :]], arguments)
+        return rendered is None or MARKER in rendered or rendered != text
+
+    def _rendered(self, messages: list[Message], arguments: dict[str, Any]) -> str | None:
+        """The text, or None where the template refuses what is only tried."""
+        try:
+            return self.render(messages, arguments)
+        except Exception:
+            return None
+
+
+def _quoted_twice(call: dict[str, Any], text: str) -> bool:
+    function = call.get("function")
+    arguments = (function if isinstance(function, dict) else call).get("arguments")
+    return isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text
