@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -11,6 +12,9 @@ from lightning_pipelite import __version__
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.short_lived import end_at_once, short_lived
 from lightning_pipelite.verbosity import be_quiet, take_option
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status after Ctrl-C, as shells have it."""
 
 
 def main() -> None:
@@ -29,6 +33,12 @@ def main() -> None:
             _run()
     except ConfigurationError as error:
         _refuse(str(error))
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's end of it
+            _interrupted()
+        raise
 
 
 def start() -> None:
@@ -70,3 +80,11 @@ def _refuse(sentence: str) -> NoReturn:
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(f"pipelite: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _interrupted() -> NoReturn:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print("\npipelite: interrupted by Ctrl-C", file=sys.stderr, flush=True)
+    sys.exit(INTERRUPTED)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP = 1, 2, 3
-_MEANING = {signal.SIGUSR1: SAVE_AND_PASS_ON, signal.SIGTERM: SAVE_AND_STOP}
+from lightning_pipelite.interrupt import heed_first_interrupt
+
+SAVE, SAVE_AND_PASS_ON = 1, 2
+STOPS = {3: signal.SIGTERM, 4: signal.SIGINT}
+"""The requests to save and then stop, and the signals that make them."""
+_MEANING = {signal.SIGUSR1: SAVE_AND_PASS_ON, **{signum: request for request, signum in STOPS.items()}}
 
 
 class Signals:
-    """Notes SIGUSR1 and SIGTERM, and no more: within a handler, no rank can tell what the others are doing.
+    """Notes SIGUSR1, SIGTERM and SIGINT, no more: within a handler, no rank can tell what the others are doing.
+
+    The second SIGINT ends the process at once.
 
     Lightning's own handlers do too much there. That of SIGTERM broadcasts, amid whatever collective is under way, and
     that of Slurm's requeueing saves a checkpoint. They are put aside; the latter is called when all have come to rest.
@@ -22,6 +29,7 @@ class Signals:
     def __init__(self) -> None:
         self._noted = 0
         self._former: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
 
     def listen(self) -> None:
         """Begin to take note; Python can do that in the main thread only."""
@@ -32,11 +40,12 @@ class Signals:
         """Put back the handlers that were there before, unless Lightning has put back what was there before its own."""
         former, self._former = self._former, {}
         for signum, handler in former.items():
-            if signal.getsignal(signum) == self._note:
+            interrupted = signum == signal.SIGINT and signal.getsignal(signum) == signal.SIG_DFL
+            if signal.getsignal(signum) == self._note or interrupted:
                 signal.signal(signum, handler)
 
     def take(self) -> int:
-        """What has been asked for since the last call: nothing (0), SAVE_AND_PASS_ON or SAVE_AND_STOP."""
+        """What has been asked for since the last call: nothing (0), SAVE_AND_PASS_ON or one of STOPS."""
         noted, self._noted = self._noted, 0
         return noted
 
@@ -47,4 +56,8 @@ class Signals:
             handler(signal.SIGUSR1, None)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker of a data loader; its rank still needs it
         self._noted = max(self._noted, _MEANING[signal.Signals(signum)])
+        if signum == signal.SIGINT:
+            heed_first_interrupt()

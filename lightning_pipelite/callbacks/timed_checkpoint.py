@@ -19,12 +19,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_pipelite.callbacks.former_result import refuse_former_result
-from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, SAVE_AND_STOP, Signals
+from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, STOPS, Signals
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.interrupt import name_of
 from lightning_pipelite.loop_state import after_last_batch
 
 TRIGGER = "save_now"
-SIGTERM_STATUS = 128 + 15
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -34,7 +34,8 @@ class TimedCheckpoint(ModelCheckpoint):
     At the end of the step it also saves
 
     - on SIGUSR1, and if there is a file ``save_now`` in ``dirpath``, which is then removed; training goes on;
-    - on SIGTERM, which then ends the training with exit status 143, as of a process that this signal has killed.
+    - on SIGTERM and Ctrl-C, which then end the training with exit status 143 or 130, as of a process that this signal
+      has killed; a second Ctrl-C ends it at once.
 
     A signal to any rank counts; rank 0 watches the clock and the file. If the module has a method
     ``save_trained(directory)``, what is trained is written at the end of each epoch as well, as
@@ -115,7 +116,8 @@ class TimedCheckpoint(ModelCheckpoint):
         refuse_former_result(trainer, self.former_result())
         self._saved_at = time.monotonic()
         self._last_global_step_saved = trainer.global_step  # nothing to save until a step is taken
-        self._signals.listen()
+        if not _only_tries(trainer):
+            self._signals.listen()
 
     @override
     def on_train_batch_end(
@@ -124,14 +126,19 @@ class TimedCheckpoint(ModelCheckpoint):
         if _only_tries(trainer) or trainer.fit_loop._should_accumulate():
             return
         self._prune(trainer)
-        wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
-        self._request = int(trainer.strategy.reduce(wish, reduce_op="max"))
+        self._request = self._of_any_rank(trainer, self._wish(trainer))
         if trainer.global_step == trainer.max_steps and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
         if not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
             self._answer(trainer)
+
+    @staticmethod
+    def _of_any_rank(trainer: pl.Trainer, wish: int) -> int:
+        """The largest wish. Collective."""
+        wishes = torch.tensor(wish, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(wishes, reduce_op="max"))
 
     def _wish(self, trainer: pl.Trainer) -> int:
         """What this rank wants to be done."""
@@ -148,6 +155,7 @@ class TimedCheckpoint(ModelCheckpoint):
             return
         if trainer.global_step > 0 and self._is_best(trainer):
             self._request = max(self._request, SAVE)
+        self._request = max(self._request, self._of_any_rank(trainer, self._signals.take()))
         self._answer(trainer)
 
     @override
@@ -184,9 +192,10 @@ class TimedCheckpoint(ModelCheckpoint):
                 (self._directory / TRIGGER).unlink()
         if request == SAVE_AND_PASS_ON:
             self._signals.pass_on()
-        if request == SAVE_AND_STOP:
-            trainer.print(f"SIGTERM: training ends after step {trainer.global_step}; resume with ckpt_path=last.")
-            raise SIGTERMException(SIGTERM_STATUS)
+        if signum := STOPS.get(request):
+            told = f"{name_of(signum)}: training ends after step {trainer.global_step}; resume with ckpt_path=last."
+            trainer.print(told)
+            raise SIGTERMException(128 + signum)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_at = time.monotonic()

@@ -1,37 +1,75 @@
-"""SIGTERM, without what Lightning does about it in every micro-batch."""
+"""SIGTERM and Ctrl-C, without what Lightning does about them amid whatever the ranks are doing."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_pipelite.interrupt import heed_first_interrupt, name_of
 
 
 class SigtermNotice:
-    """Notes the signal; before the next step all ranks leave together. Outside of steps the noting rank leaves alone.
+    """Notes the signal; before the next step all ranks leave together. Outside of fits the noting rank leaves alone.
 
-    Takes the place of two things in Lightning (2.6). Its handler broadcasts at once, amid whatever the ranks are doing,
-    which then never ends. And in every micro-batch it broadcasts a tensor on the GPU and reads it, which makes the host
-    wait for all that has been launched; here it is a number on the host, over a process group of its own, once a step.
-    Building it is collective. Remove it when Lightning leaves this to its strategies.
+    Takes the place of three things in Lightning (2.6). Its handler of SIGTERM broadcasts at once, amid whatever the
+    ranks are doing, which then never ends. In every micro-batch it broadcasts a tensor on the GPU and reads it, which
+    makes the host wait for all that has been launched; here it is a number on the host, over a process group of its
+    own, once a step. And Ctrl-C, which a terminal sends to all ranks, breaks each off wherever it is; here it is as
+    SIGTERM while training goes on. Building it is collective. Remove it when Lightning leaves this to its strategies.
 
     Args:
-        trainer: its handler is not registered yet.
+        trainer: its handlers are not registered yet.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        self._noted = False
+        self._noted = 0  # the signal
+        self._process = os.getpid()
         self._group: Any = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
-        trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[assignment,method-assign]
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = self._note
+        connector.register_signal_handlers = self._register
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
 
+    def completes(self, exception: SIGTERMException) -> None:
+        """Give the exception the exit status of the signal, and say what has happened, unless a callback has."""
+        if exception.code is None:
+            signum = self._noted or signal.SIGTERM
+            exception.code = 128 + signum
+            self._trainer.print(
+                f"{name_of(signum)}: training ends after step {self._trainer.global_step}; with TimedCheckpoint among "
+                "the callbacks it would have been saved."
+            )
+
+    def _register(self) -> None:
+        """Take note of Ctrl-C, too, until Lightning puts back what was there before."""
+        connector: Any = self._trainer._signal_connector
+        type(connector).register_signal_handlers(connector)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker of a data loader; its rank still needs it
+        if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
+            raise KeyboardInterrupt  # there is nothing to save
+        self._note(signum, frame)
+        heed_first_interrupt()
+
     def _note(self, signum: int, frame: Any) -> None:
-        self._noted = True
-        if self._group is None or not self._trainer.training:  # Lightning's loops look at its own flag
+        self._noted = signum
+        fitting = self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.sanity_checking
+        if self._group is None or not fitting:  # Lightning's loops look at its own flag
             self._trainer._signal_connector.received_sigterm = True
 
     def _agree(self) -> None:
@@ -39,7 +77,8 @@ class SigtermNotice:
         loop = self._trainer.fit_loop.epoch_loop
         if loop.batch_progress.current.ready % self._trainer.accumulate_grad_batches:
             return  # in the middle of a step
-        noted = torch.tensor(int(self._noted))
+        noted = torch.tensor(self._noted)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
-        if noted.item():
+        self._noted = int(noted)
+        if self._noted:
             raise SIGTERMException

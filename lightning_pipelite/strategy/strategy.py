@@ -78,8 +78,9 @@ class PipeLiteStrategy(DDPStrategy):
 
     strategy_name = "pipelite"
 
-    _evaluation: PipelineEvaluation  # both from setup on
+    _evaluation: PipelineEvaluation  # from setup on
     _checkpointing: Checkpointing
+    _sigterm: SigtermNotice
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class PipeLiteStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        SigtermNotice(trainer)
+        self._sigterm = SigtermNotice(trainer)
         self.precision_plugin = PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
@@ -405,6 +406,7 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and self._store is not None:
+            self._sigterm.completes(exception)
             self._store.wait()  # all ranks leave together; from fail() on they have some seconds only
         if self._lifeline is not None:
             self._lifeline.fail(exception)

@@ -326,13 +326,13 @@ def split_again() -> str:
     return "built"
 
 
-def terminated(asks: int) -> tuple[int, str | None]:
-    """SIGTERM to one rank, in the second micro-batch of the third step: the steps taken, and what ended it."""
+def terminated(asks: int, name: str) -> tuple[int, str | None]:
+    """A signal to one rank, in the second micro-batch of the third step: the steps taken, and what ended it."""
 
     class Terminate(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2 * 4 + 1 and trainer.global_rank == asks:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), getattr(signal, name))
 
     trainer = L.Trainer(
         strategy=Catchable(2), accelerator="cpu", devices=2, accumulate_grad_batches=4, max_steps=10,

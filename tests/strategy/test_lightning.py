@@ -235,6 +235,6 @@ def test_samples_that_lightning_repeats_are_told(workers: Workers) -> None:
     assert any("eval/loss counts 1 of 11 validation samples twice" in message for message in messages)
 
 
-@pytest.mark.parametrize("asks", [0, 1])
-def test_after_sigterm_to_one_rank_all_end_the_step_and_leave(workers: Workers, asks: int) -> None:
-    assert workers.run(2, terminated, asks) == [(3, "SIGTERMException")] * 2
+@pytest.mark.parametrize(("asks", "signal"), [(0, "SIGTERM"), (1, "SIGTERM"), (1, "SIGINT")])
+def test_after_a_signal_to_one_rank_all_end_the_step_and_leave(workers: Workers, asks: int, signal: str) -> None:
+    assert workers.run(2, terminated, asks, signal) == [(3, "SIGTERMException")] * 2

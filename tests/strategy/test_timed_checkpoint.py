@@ -26,10 +26,11 @@ def test_on_request_it_saves_and_training_goes_on(workers: Workers, tmp_path: Pa
         assert rank["requeued"] == (way == "SIGUSR1")
 
 
-def test_sigterm_to_one_rank_saves_and_ends_all(workers: Workers, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_one_rank_saves_and_ends_all(workers: Workers, tmp_path: Path, way: str, status: int) -> None:
     reference = workers.run(2, train, 2)[0]
-    for rank in workers.run(2, asked, str(tmp_path / "a"), "SIGTERM"):
-        assert rank["status"] == 143
+    for rank in workers.run(2, asked, str(tmp_path / "a"), way):
+        assert rank["status"] == status
         assert rank["saved"] == steps(4)
     resumed = workers.run(2, train, 2, 1, 2, str(tmp_path / "a" / steps(4)[0]))[0]
     assert resumed["lines"] == reference["lines"][-len(resumed["lines"]) :]

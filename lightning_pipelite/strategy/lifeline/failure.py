@@ -19,6 +19,8 @@ _COMMUNICATION = (
     "nccl",
 )
 
+_INTERRUPTED = "interrupted by Ctrl-C"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -37,12 +39,16 @@ class Failure:
     kind: Literal["raised", "died", "hung", "interrupted"]
 
     def __str__(self) -> str:
+        if self.kind == "interrupted" and self.reason == _INTERRUPTED:  # a terminal's Ctrl-C reaches all ranks
+            return self.reason
         return f"rank {self.rank} (stage {self.stage}) {self.reason}"
 
     @classmethod
     def of(cls, exception: BaseException, rank: int, stage: int) -> Failure:
         """The failure of a rank that raised ``exception``."""
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)):
+        if isinstance(exception, KeyboardInterrupt):
+            return cls(rank, stage, _INTERRUPTED, "interrupted")
+        if isinstance(exception, SystemExit):
             return cls(rank, stage, f"left by {_in_one_line(exception)}", "interrupted")
         return cls(rank, stage, f"failed: {_in_one_line(exception)}", "raised")
 
