@@ -27,7 +27,6 @@ from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.host_read import on_host
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
-from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.models.packing import starts
@@ -83,6 +82,7 @@ class PipeLiteModule(pl.LightningModule):
         trust_remote_code: run the model's own Python code from model_dir.
         router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
+        allow_another_base: go on from a checkpoint that was trained on another base model than model_dir.
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -113,6 +113,7 @@ class PipeLiteModule(pl.LightningModule):
         allow_pickled_weights: bool = False,
         trust_remote_code: bool = False,
         router_aux_loss_coef: float | None = None,
+        allow_another_base: bool = False,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -250,12 +251,20 @@ class PipeLiteModule(pl.LightningModule):
         """
         kind = type(self.adapter)
         options = {name: getattr(self.adapter, name) for name in inspect.signature(kind).parameters}
+        doubly = self.hparams["load_in_4bit"] and self.hparams["bnb_4bit_use_double_quant"]
         return {
-            "base_model": fingerprint(Path(self.model_dir)),
+            "base_model": self._layers.skeleton.fingerprint,
             "adapter": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options},
             "dtype": self.hparams["dtype"],
             "load_in_4bit": self.hparams["load_in_4bit"],
+            # The frozen weights are others with it; said only where it is used, as older checkpoints do not say it.
+            **({"bnb_4bit_use_double_quant": True} if doubly else {}),
         }
+
+    @property
+    def checkpoint_may_differ(self) -> dict[str, tuple[bool, str]]:
+        """What of that may be another one: whether it has been allowed, and by which option it is."""
+        return {"base_model": (self.hparams["allow_another_base"], "model.allow_another_base")}
 
     def check_save(self, directory: Path) -> None:
         """Refuse now what ``save_trained(directory)`` would refuse at the end of training.

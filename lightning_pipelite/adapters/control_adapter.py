@@ -29,6 +29,7 @@ from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.control import control
 from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.models.fingerprint import KEY
 from lightning_pipelite.models.skeleton import Skeleton
 
 PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
@@ -135,7 +136,11 @@ class ControlAdapter(Adapter):
             "inference_mode": True,
         }
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights,
+            directory / "adapter_model.safetensors",
+            metadata={"format": "pt", KEY: skeleton.fingerprint},
+        )
 
 
 def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:

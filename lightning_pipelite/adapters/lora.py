@@ -23,6 +23,7 @@ from lightning_pipelite.adapters.experts import wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.fingerprint import KEY
 from lightning_pipelite.models.skeleton import Skeleton
 
 FILE_PREFIX = "base_model.model."
@@ -156,7 +157,11 @@ class LoRA(Adapter):
         weights = named_as_whole(states, skeleton)
         if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
             raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
-        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights,
+            directory / "adapter_model.safetensors",
+            metadata={"format": "pt", KEY: skeleton.fingerprint},
+        )
 
     def _config(self, targets: list[str]) -> LoraConfig:
         return LoraConfig(

@@ -9,7 +9,7 @@ from lightning_pipelite.export.former_checkpoint import FormerCheckpoint
 from lightning_pipelite.export.own_checkpoint import convert_own
 
 
-def convert(checkpoint: str, output: str, config: str | None = None) -> str:
+def convert(checkpoint: str, output: str, config: str | None = None, allow_another_base: bool = False) -> str:
     """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
 
     Args:
@@ -19,6 +19,7 @@ def convert(checkpoint: str, output: str, config: str | None = None) -> str:
         config: configuration of the training: the YAML of pipelite fit, or the TOML of qlora-pipe-lite. The model is
             found where it says. A checkpoint of this project says it all itself, unless the model has moved; also
             whether the model's own code was trusted, which is then run again.
+        allow_another_base: convert though the model is not the one of the training any more.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
@@ -32,4 +33,4 @@ def convert(checkpoint: str, output: str, config: str | None = None) -> str:
         if settings is None:
             raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config.")
         return FormerCheckpoint(directory, settings).convert(Path(output))
-    return convert_own(directory, Path(output), settings)
+    return convert_own(directory, Path(output), settings, allow_another_base=allow_another_base)

@@ -16,6 +16,7 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.progress import track
 from lightning_pipelite.strategy.checkpoint import read_checkpoint
 
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
-def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
+def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_another_base: bool = False) -> str:
     """Write what ``checkpoint`` has trained as the training itself would have.
 
     Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
@@ -34,6 +35,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
         checkpoint: Directory of the checkpoint.
         output: Directory to write.
         config: YAML of the training; if not given, what the checkpoint says of it counts.
+        allow_another_base: Take a model that is not the one of the training.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
@@ -45,6 +47,12 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None) -> str:
     with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
         pass
     output.rmdir()
+    trained_on = meta.get("identity", {}).get("base_model")
+    if not allow_another_base and trained_on is not None and trained_on != fingerprint(model_dir):
+        raise ConfigurationError(
+            f"{checkpoint} was trained on another base than {model_dir}; give a configuration with that one as "
+            "model.model_dir, or set allow_another_base to true."
+        )
     adapter = _adapter(settings["model"]["adapter"], config or checkpoint)
     loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
     layers = CausalLMLayers(

@@ -36,6 +36,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, Any]:
     """Return the tensors that the header of a safetensors file lists, by name, after checking the file's length.
 
+    Raises:
+        ConfigurationError: The header does not parse or the file is not as long as its header says.
+    """
+    return _header(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts by name that stand in the header of a safetensors file.
+
+    Raises:
+        ConfigurationError: As :func:`read_header`.
+    """
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return tensors and metadata.
+
     The layout is an unsigned 64-bit little-endian header length, the JSON header, then the data that the header's
     ``data_offsets`` cover without a gap (https://github.com/huggingface/safetensors#format).
 
@@ -49,7 +67,7 @@ def read_header(path: Path) -> dict[str, Any]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError("the file ends inside its header")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except FileNotFoundError:
         raise ConfigurationError(f"{path} does not exist; fetch the missing weight file.") from None
@@ -57,7 +75,7 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
     if size != expected:
         raise ConfigurationError(f"{path} has {size} bytes but its header asks for {expected}; fetch it again.")
-    return header
+    return header, metadata
 
 
 def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
@@ -101,9 +119,26 @@ def weight_entries(model_dir: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigurationError: As :func:`check_weights`.
     """
-    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
-    files = [single] if single.exists() else [model_dir / shard for shard in sorted(set(_weight_map(index).values()))]
-    return {name: entry for path in files for name, entry in read_header(path).items()}
+    return {name: entry for path in weight_files(model_dir) for name, entry in read_header(path).items()}
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """Return the safetensors files that belong to the model, which need not be all of its directory; none if pickled.
+
+    Raises:
+        ConfigurationError: The index cannot be used.
+    """
+    if (model_dir / SINGLE_FILE).exists():
+        return [model_dir / SINGLE_FILE]
+    index = model_dir / INDEX_FILE
+    return [model_dir / shard for shard in sorted(set(_weight_map(index).values()))] if index.exists() else []
+
+
+def pickled_files(model_dir: Path) -> list[Path]:
+    """Return the files of pickled weights that belong to the model."""
+    index = model_dir / PICKLED_INDEX_FILE
+    shards = set(_weight_map(index).values()) if index.exists() else {PICKLED_FILE}
+    return [model_dir / shard for shard in sorted(shards)]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -119,8 +154,6 @@ def _check_pickled(model_dir: Path, allowed: bool) -> None:
             f"{model_dir} has pickled weights (.bin) only; convert them to safetensors, or set allow_pickled_weights "
             "to true if you trust who made them."
         )
-    index = model_dir / PICKLED_INDEX_FILE
-    shards = set(_weight_map(index).values()) if index.exists() else {PICKLED_FILE}
-    for shard in sorted(shards):
-        if not (model_dir / shard).is_file():
-            raise ConfigurationError(f"{model_dir / shard} does not exist; fetch the missing weight file.")
+    for path in pickled_files(model_dir):
+        if not path.is_file():
+            raise ConfigurationError(f"{path} does not exist; fetch the missing weight file.")

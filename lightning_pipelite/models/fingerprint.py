@@ -1,45 +1,114 @@
-"""What tells one base model from another, without reading its weights."""
+"""What tells one base model from another, by a little of its files, and what an adapter says of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from lightning_pipelite.models.checkpoint import SINGLE_FILE, read_header, read_json
+import torch
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.checkpoint import pickled_files, read_header, read_json, read_metadata, weight_files
+from lightning_pipelite.models.companions import own_code
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not change what the weights mean."""
 SAMPLES, SAMPLE_BYTES = 64, 64
+KEY = "base_model_fingerprint"
+"""In the metadata of an adapter's safetensors file."""
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+Described = tuple[list[object], Callable[[], bytes]]
+"""Of a weight: its type, shape and size; and what reads its first bytes."""
 
 
 def fingerprint(model_dir: Path) -> str:
-    """A SHA-256 over config.json and the names, shapes, dtypes and sizes of all weights.
+    """A SHA-256 over config.json, the names, shapes, dtypes and sizes of all weights, and code of the model's own.
 
     Models that were fine-tuned from one another agree in all of these, so the first bytes of some weights are read too.
-    Where the model lies, and how it is cut into files, makes no difference.
+    Where the model lies, and how it is cut into files, makes no difference; nor do files that its index does not name.
 
     Raises:
         ConfigurationError: if a file is missing or damaged.
     """
     config = {key: value for key, value in read_json(model_dir / "config.json").items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    single = model_dir / SINGLE_FILE
-    weights = {
-        name: (path, entry)
-        for path in ([single] if single.exists() else sorted(model_dir.glob("*.safetensors")))
-        for name, entry in read_header(path).items()
-    }
+    weights: dict[str, Described] = {}
+    for path in weight_files(model_dir):
+        weights |= _in_safetensors(path)
+    for path in () if weights else pickled_files(model_dir):
+        weights |= _pickled(path)
     names = sorted(weights)
     for name in names:
-        entry = weights[name][1]
-        start, stop = entry["data_offsets"]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"], stop - start]).encode())
+        digest.update(json.dumps([name, *weights[name][0]]).encode())
     for name in names[:: max(1, len(names) // SAMPLES)]:
-        path, entry = weights[name]
-        start, stop = entry["data_offsets"]
+        digest.update(weights[name][1]())
+    for path in own_code(model_dir):
+        digest.update((model_dir / path).read_bytes())
+    return digest.hexdigest()
+
+
+def refuse_another_base(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that was trained on another base, as far as it tells.
+
+    It does so by the fingerprint that this project writes into its file; else by the directory that its
+    adapter_config.json names, if that is still there.
+
+    Raises:
+        ConfigurationError: It was.
+    """
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    trained_on = _recorded(adapter / "adapter_model.safetensors")
+    if trained_on is None and (Path(named) / "config.json").is_file():
+        trained_on = fingerprint(Path(named))
+    if trained_on is not None and trained_on != fingerprint(base):
+        raise ConfigurationError(
+            f"{adapter} was trained on another base than {base}: its adapter_config.json names {named or 'none'}; give "
+            "that base, or set allow_another_base to true."
+        )
+
+
+def _recorded(path: Path) -> str | None:
+    return read_metadata(path).get(KEY) if path.is_file() else None
+
+
+def _in_safetensors(path: Path) -> dict[str, Described]:
+    def first_bytes(start: int, stop: int) -> bytes:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             file.seek(8 + header + start)
-            digest.update(file.read(min(SAMPLE_BYTES, stop - start)))
-    return digest.hexdigest()
+            return file.read(min(SAMPLE_BYTES, stop - start))
+
+    described: dict[str, Described] = {}
+    for name, entry in read_header(path).items():
+        start, stop = entry["data_offsets"]
+        about = [entry["dtype"], entry["shape"], stop - start]
+        described[name] = about, lambda start=start, stop=stop: first_bytes(start, stop)  # type: ignore[misc]
+    return described
+
+
+def _pickled(path: Path) -> dict[str, Described]:
+    """The same of a pickled file, without reading more of it than needed, unless it is of the oldest format."""
+    try:
+        try:
+            state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            state = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on the damage
+        raise ConfigurationError(f"{path} cannot be read ({error}); fetch it again.") from None
+
+    def first_bytes(tensor: Tensor) -> bytes:
+        first = tensor.flatten()[: -(-SAMPLE_BYTES // tensor.element_size())]
+        return first.contiguous().view(torch.uint8).numpy().tobytes()[:SAMPLE_BYTES]
+
+    return {
+        name: (
+            [TYPES.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape), tensor.nbytes],
+            lambda tensor=tensor: first_bytes(tensor),  # type: ignore[misc]
+        )
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }

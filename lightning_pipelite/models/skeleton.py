@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import read_json
+from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
@@ -93,10 +94,14 @@ class Skeleton:
         self._probe = probe = self._attend_exactly(probe, asked=attn_implementation)
         self.takes_positions = probe.takes_positions
         try:
-            if probe.sees_the_future():
-                raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
+            sees_the_future = probe.sees_the_future()
+        except Exception as error:
+            raise self._refusal(f"a trial forward failed: {_first_line(error)}") from error
+        if sees_the_future:
+            raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
+        try:
             self.isolates_documents = probe.isolates_documents()
-        except (RuntimeError, TypeError, IndexError, AttributeError):
+        except Exception:  # the class cannot run packed documents at all: they are refused
             self.isolates_documents = False
         if not is_static(self.model):
             self._check_long_documents()
@@ -182,6 +187,11 @@ class Skeleton:
                 f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
                 f"{_first_line(error)}; set router_aux_loss_coef to 0."
             ) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells the directory's model from others, as it was when it was first asked for."""
+        return fingerprint(self.model_dir)
 
     @cached_property
     def whole(self) -> WholeModel:

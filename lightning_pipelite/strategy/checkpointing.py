@@ -184,7 +184,9 @@ class Checkpointing:
             ConfigurationError: if it is not whole, or of another model, adapter or global batch.
         """
         trainer = self._trainer
-        state, meta = self._store.open(path, self._identity())
+        state, meta = self._store.open(
+            path, self._identity(), getattr(trainer.lightning_module, "checkpoint_may_differ", {})
+        )
         self._random_states = state.pop("random_states")
         self._made_before = state.pop("made_with", None)
         if trainer.state.fn == TrainerFn.FITTING:

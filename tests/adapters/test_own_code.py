@@ -163,6 +163,22 @@ def test_convert_loads_the_base_as_the_training_did(
     convert(str(tmp_path / "checkpoint"), str(tmp_path / "out"), config)
     assert options.items() <= loaded.items()
     PeftModel.from_pretrained(load(base), tmp_path / "out")
+    change(base / "config.json", rms_norm_eps=0.1)  # another base in its place
+    with pytest.raises(ConfigurationError, match=r"trained on another base .*allow_another_base"):
+        convert(str(tmp_path / "checkpoint"), str(tmp_path / "other"), config)
+    convert(str(tmp_path / "checkpoint"), str(tmp_path / "other"), config, allow_another_base=True)
+
+
+def test_a_checkpoint_says_what_of_its_base_may_differ(tmp_path: Path) -> None:
+    base = write_model(tmp_path, "llama")
+    for options, identity, allowed in (
+        ({}, set(), False),
+        ({"allow_another_base": True, "bnb_4bit_use_double_quant": True}, set(), True),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"bnb_4bit_use_double_quant"}, False),
+    ):
+        module = PipeLiteModule(str(base), LoRA(2), **options)  # type: ignore[arg-type]
+        assert module.checkpoint_identity().keys() == {"base_model", "adapter", "dtype", "load_in_4bit"} | identity
+        assert module.checkpoint_may_differ == {"base_model": (allowed, "model.allow_another_base")}
 
 
 def test_a_model_with_code_of_its_own_can_be_checked(base: Path) -> None:

@@ -158,6 +158,17 @@ def rewritten(path: Path) -> None:
     write_manifest(path, files)
 
 
+def test_what_may_differ_is_told_and_can_be_allowed(store: CheckpointStore, tmp_path: Path) -> None:
+    path, other = save(store, tmp_path / "a"), {**IDENTITY, "base_model": "abd"}
+    with pytest.raises(ConfigurationError, match=r"'abd' here; set model\.another to true to go on all the same"):
+        store.open(path, other, {"base_model": (False, "model.another")})
+    with pytest.warns(UserWarning, match=r"'abc' there and 'abd' here; training goes on, as model\.another is set"):
+        store.open(path, other, {"base_model": (True, "model.another")})
+    other = {**other, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}
+    with pytest.raises(ConfigurationError, match="rank is 4 there and 8 here"):
+        store.open(path, other, {"base_model": (True, "model.another")})
+
+
 def test_of_another_model_adapter_optimizer_or_version(store: CheckpointStore, tmp_path: Path) -> None:
     path = save(store, tmp_path / "a")
     cases = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -109,12 +110,15 @@ class CheckpointStore:
         self._writer.wait()
         self._copy.release()
 
-    def open(self, path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def open(
+        self, path: Path, identity: dict[str, Any], may_differ: Mapping[str, tuple[bool, str]] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Hold a checkpoint against its manifest, each rank some of its files, and read what it says of the Trainer.
 
         Args:
             path: the checkpoint; rank 0's is taken.
             identity: of the model and what is trained of it, as in ``meta``.
+            may_differ: keys of it that may be another's: whether that is allowed, and the option that allows it.
 
         Returns:
             The Trainer's state and ``meta``.
@@ -132,7 +136,7 @@ class CheckpointStore:
 
         self._together(check)
         meta = read_json(path / layout.META)
-        refuse_another(path, meta["identity"], identity)
+        refuse_another(path, meta["identity"], identity, may_differ or {})
         encoded, tensors = trainer_state(path)
         self._loaded = path, meta
         return decode(encoded, tensors), meta
@@ -183,13 +187,16 @@ class CheckpointStore:
             raise ConfigurationError(failure)
 
 
-def refuse_another(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+def refuse_another(
+    path: Path, saved: dict[str, Any], ours: dict[str, Any], may_differ: Mapping[str, tuple[bool, str]]
+) -> None:
     """Refuse a checkpoint of something else.
 
     Args:
         path: the checkpoint, for the message.
         saved: its identity: whatever JSON the module gives.
         ours: that of what is to be trained.
+        may_differ: keys that may differ: whether that is allowed, and the option that allows it.
 
     Raises:
         ConfigurationError: naming the first key that differs.
@@ -197,13 +204,15 @@ def refuse_another(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> N
     for key in sorted(saved.keys() | ours.keys()):
         theirs, mine = saved.get(key), json.loads(json.dumps(ours.get(key)))
         if isinstance(theirs, dict) and isinstance(mine, dict):
-            refuse_another(
-                path, {f"{key}.{k}": v for k, v in theirs.items()}, {f"{key}.{k}": v for k, v in mine.items()}
-            )
+            theirs, mine = ({f"{key}.{name}": value for name, value in each.items()} for each in (theirs, mine))
+            refuse_another(path, theirs, mine, may_differ)
         elif theirs != mine:
-            raise ConfigurationError(
-                f"ckpt_path: {path} is of another model or adapter: {key} is {theirs!r} there and {mine!r} here."
-            )
+            allowed, option = may_differ.get(key, (False, ""))
+            told = f"ckpt_path: {path} is of another model or adapter: {key} is {theirs!r} there and {mine!r} here"
+            if not allowed:
+                remedy = f"; set {option} to true to go on all the same" if option else ""
+                raise ConfigurationError(f"{told}{remedy}.")
+            rank_zero_warn(f"{told}; training goes on, as {option} is set.")
 
 
 def _json_writer(content: Any) -> Callable[[Path], Written]:
