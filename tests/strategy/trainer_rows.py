@@ -1,0 +1,302 @@
+"""The table: one row for each thing that a Trainer can be told, and what a pipeline then does otherwise than DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
+from torch import Tensor
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_pipelite.callbacks import EvalSchedule, TimedCheckpoint
+
+BATCH = 4
+Callbacks = Callable[[Path], list[Any]]
+
+
+def rows(number: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(9)
+    inputs = torch.randn(number, 6, generator=generator)
+    return TensorDataset(inputs, inputs[:, :3].argmax(1))
+
+
+class Stream(IterableDataset[Any]):
+    """Rows whose number nobody knows."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter([rows(self.number)[index] for index in range(self.number)])
+
+
+def loader(batches: int = 10, **options: Any) -> DataLoader[Any]:
+    return DataLoader(rows(BATCH * batches), batch_size=BATCH, **options)
+
+
+def stream(batches: int = 10) -> DataLoader[Any]:
+    return DataLoader(Stream(BATCH * batches), batch_size=BATCH)
+
+
+class Data(L.LightningDataModule):
+    """A data module whose loaders grow with the epochs, so that reloading them is seen."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(4 + self.trainer.current_epoch)  # type: ignore[union-attr]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(1 + self.trainer.current_epoch)  # type: ignore[union-attr]
+
+
+class StopAfter(L.Callback):
+    """Stops after a number of batches of the whole training, or in another hook of that batch."""
+
+    def __init__(self, batch: int, hook: str = "on_train_batch_end") -> None:
+        self.batch = batch
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.fit_loop.total_batch_idx + 1 >= self.batch
+
+
+class FaultError(RuntimeError):
+    """What :class:`Raise` raises."""
+
+
+class Raise(L.Callback):
+    """Raises in a batch of the whole training."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            raise FaultError
+
+
+class SaveAt(L.Callback):
+    """Saves after some batches of the whole training."""
+
+    def __init__(self, folder: Path, *batches: int) -> None:
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if (batch := trainer.fit_loop.total_batch_idx + 1) in self.batches:
+            trainer.save_checkpoint(self.folder / f"{batch}.ckpt")
+
+
+def scheduled(make: Callable[[Any, Any], Any], **how: Any) -> dict[str, Any]:
+    """The module's options for a learning-rate scheduler."""
+
+    def configured(optimizer: Any, trainer: Any) -> Any:
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer, trainer), **how}}
+
+    return {"scheduler": configured}
+
+
+def saving(*args: Any, **options: Any) -> Callbacks:
+    return lambda folder: [ModelCheckpoint(*args, **options)]
+
+
+# What a pipeline does otherwise, in all rows: the hooks that it does not call, as the engine takes a whole step, and
+# those that it calls on one rank of a node.
+NOT_CALLED = ("training_step", "validation_step", "backward")
+ONCE_A_NODE = ("prepare_data",)
+# In some rows these hooks come elsewhere. A checkpoint that is asked for right before an evaluation is saved after it
+# (Lightning would not make up for the evaluation when it resumes), and one is loaded when the stages have been built.
+SAVES_LATER = ("on_save_checkpoint", "state_dict")
+LOADS_LATER = ("on_load_checkpoint", "log_graph", "save")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training, or several one after another.
+
+    Args:
+        trainer: options of the Trainer.
+        callbacks: makes callbacks, given the folder of the row.
+        module: options of the module.
+        data: makes the data: one for training and one or several for evaluation, or a data module.
+        calls: what is asked of the Trainer; a second ``fit`` is for one epoch more.
+        before: options that differ in a training before this one, in the same folder.
+        ckpt_path: of the training after that; a relative one is within the folder.
+        replicas: also compared with as many.
+        differs: hooks that come elsewhere, see above.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callbacks = lambda folder: []
+    module: dict[str, Any] = field(default_factory=dict)
+    data: Callable[[], Any] = lambda: (loader(), loader(5))
+    calls: tuple[str, ...] = ("fit",)
+    before: dict[str, Any] | None = None
+    ckpt_path: str | None = None
+    replicas: int = 1
+    differs: tuple[str, ...] = ()
+
+
+def step_lr(optimizer: Any, _: Any) -> Any:
+    return lr_scheduler.StepLR(optimizer, 1, 0.8)
+
+
+def plateau(optimizer: Any, _: Any) -> Any:
+    return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.2)
+
+
+def one_cycle(optimizer: Any, trainer: Any) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=trainer.estimated_stepping_batches)
+
+
+def two_schedulers(optimizer: Any, trainer: Any) -> Any:
+    return [optimizer], [{"scheduler": step_lr(optimizer, trainer), "interval": "step", "frequency": 3},
+                         {"scheduler": step_lr(optimizer, trainer), "interval": "epoch", "name": "slow"}]  # fmt: skip
+
+
+ROWS: dict[str, Row] = {
+    # How long
+    "max_epochs": Row({"max_epochs": 2}, replicas=2),
+    "max_epochs 0": Row({"max_epochs": 0}),
+    "max_steps": Row({"max_steps": 7, "max_epochs": -1}),
+    "max_steps at an epoch's end": Row({"max_steps": 10, "max_epochs": -1}),
+    "max_steps 0": Row({"max_steps": 0}),
+    "max_steps in mid-epoch, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 2}, replicas=2),
+    "max_steps and max_epochs": Row({"max_steps": 17, "max_epochs": 3}),
+    "max_epochs first": Row({"max_steps": 100, "max_epochs": 2}),
+    "min_steps": Row({"max_epochs": 3, "min_steps": 8}, lambda _: [StopAfter(3)]),
+    "min_epochs": Row({"max_epochs": 4, "min_epochs": 2}, lambda _: [StopAfter(3)]),
+    "max_time, spent": Row({"max_epochs": 2, "max_time": {"seconds": 0}}),
+    "max_time, spent after a step": Row({"max_epochs": 2}, lambda _: [Timer(timedelta(microseconds=1))]),
+    "max_time, spent after an epoch": Row({"max_epochs": 2}, lambda _: [Timer(timedelta(microseconds=1), interval="epoch")]),
+    "max_time, enough": Row({"max_epochs": 1, "max_time": "00:01:00:00"}),
+    "stopped within an epoch": Row({"max_epochs": 3}, lambda _: [StopAfter(13)]),
+    "stopped within a step": Row({"max_epochs": 3, "accumulate_grad_batches": 4}, lambda _: [StopAfter(13)]),
+    "stopped as an epoch starts": Row({"max_epochs": 3}, lambda _: [StopAfter(11, "on_train_epoch_start")]),
+    "stopped as an epoch ends": Row({"max_epochs": 3}, lambda _: [StopAfter(10, "on_train_epoch_end")]),
+    "stopped in an evaluation": Row({"max_epochs": 3, "val_check_interval": 4}, lambda _: [StopAfter(4, "on_validation_end")]),
+    "fast_dev_run": Row({"fast_dev_run": True}, saving()),
+    "fast_dev_run 3": Row({"fast_dev_run": 3, "accumulate_grad_batches": 2}),
+    "overfit_batches": Row({"max_epochs": 3, "overfit_batches": 2}),
+    # How much
+    "limit_train_batches": Row({"max_epochs": 2, "limit_train_batches": 4}),
+    "limit_train_batches, a share": Row({"max_epochs": 2, "limit_train_batches": 0.35}),
+    "limit_train_batches 0": Row({"max_epochs": 2, "limit_train_batches": 0}),
+    "limit_val_batches": Row({"max_epochs": 2, "limit_val_batches": 3}),
+    "limit_val_batches, a share": Row({"max_epochs": 2, "limit_val_batches": 0.5}),
+    "limit_val_batches 0": Row({"max_epochs": 2, "limit_val_batches": 0}),
+    "no validation loader": Row({"max_epochs": 2}, data=lambda: (loader(), None)),
+    "a loader that drops its last": Row({"max_epochs": 2}, data=lambda: (loader(drop_last=True), loader(5))),
+    "a shuffled loader": Row({"max_epochs": 2}, data=lambda: (loader(shuffle=True), loader(5))),
+    "a stream": Row({"max_epochs": 2}, data=lambda: (stream(), loader(5))),
+    "a stream by steps, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(5))),
+    "a stream, limited": Row({"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(5))),
+    "a stream, evaluated by batches": Row({"max_epochs": 2, "val_check_interval": 4}, data=lambda: (stream(), loader(5))),
+    "a stream to evaluate on": Row({"max_epochs": 2}, data=lambda: (loader(), stream(5))),
+    "a stream to evaluate on, limited": Row({"max_epochs": 2, "limit_val_batches": 2}, data=lambda: (loader(), stream(5))),
+    "several validation loaders": Row({"max_epochs": 2, "val_check_interval": 5}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
+    "several validation loaders, limited": Row({"max_epochs": 1, "limit_val_batches": 2}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
+    "a data module": Row({"max_epochs": 2}, data=Data),
+    "reload_dataloaders_every_n_epochs 1": Row({"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}, data=Data),
+    "reload_dataloaders_every_n_epochs 2": Row({"max_epochs": 4, "reload_dataloaders_every_n_epochs": 2}, data=Data),
+    "the distributed sampler": Row({"max_epochs": 2, "use_distributed_sampler": True}, data=lambda: (loader(12), loader(6)), replicas=2),
+    "the rest of an epoch skipped": Row({"max_epochs": 2}, module={"skips": 6}),
+    "the rest of an epoch skipped within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 4}, module={"skips": 6}),
+    # When it evaluates
+    "val_check_interval": Row({"max_epochs": 2, "val_check_interval": 3}),
+    "val_check_interval within a step": Row({"max_epochs": 2, "val_check_interval": 3, "accumulate_grad_batches": 2}, replicas=2),
+    "val_check_interval, a share": Row({"max_epochs": 2, "val_check_interval": 0.25}),
+    "val_check_interval over epochs": Row({"max_epochs": 3, "val_check_interval": 7, "check_val_every_n_epoch": None}),
+    "val_check_interval longer than an epoch": Row({"max_epochs": 3, "val_check_interval": 15, "check_val_every_n_epoch": None}),
+    "val_check_interval by time": Row({"max_epochs": 2, "val_check_interval": "00:00:00:00", "limit_train_batches": 3}),
+    "check_val_every_n_epoch": Row({"max_epochs": 4, "check_val_every_n_epoch": 2}),
+    "num_sanity_val_steps 0": Row({"max_epochs": 1, "num_sanity_val_steps": 0}),
+    "num_sanity_val_steps -1": Row({"max_epochs": 1, "num_sanity_val_steps": -1}),
+    # The step
+    "accumulate_grad_batches": Row({"max_epochs": 2, "accumulate_grad_batches": 5}, replicas=2),
+    "accumulate_grad_batches, the last step short": Row({"max_epochs": 2, "accumulate_grad_batches": 4}),
+    "accumulate_grad_batches of more than an epoch": Row({"max_epochs": 3, "accumulate_grad_batches": 16}),
+    "accumulation that changes": Row({"max_epochs": 4}, lambda _: [GradientAccumulationScheduler({0: 2, 2: 4})]),
+    "gradient_clip_val": Row({"max_epochs": 2, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}, replicas=2),
+    "clip by value": Row({"max_epochs": 2, "gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}, replicas=2),
+    "detect_anomaly": Row({"max_epochs": 1, "detect_anomaly": True}),
+    "deterministic": Row({"max_epochs": 1, "deterministic": True}),
+    "a profiler": Row({"max_epochs": 1, "profiler": "simple"}),
+    "a summary": Row({"max_epochs": 1, "enable_model_summary": True}),
+    "a progress bar": Row({"max_epochs": 1, "enable_progress_bar": True}),
+    "inference_mode": Row({"max_epochs": 1, "inference_mode": False}),
+    # Rates
+    "a rate by step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, module=scheduled(step_lr, interval="step")),
+    "a rate by step, seldom": Row({"max_epochs": 2}, module=scheduled(step_lr, interval="step", frequency=3)),
+    "a rate by epoch": Row({"max_epochs": 3}, module=scheduled(step_lr, interval="epoch")),
+    "a rate by epoch, stopped within one": Row({"max_epochs": 3}, lambda _: [StopAfter(13)], module=scheduled(step_lr, interval="epoch")),
+    "a rate by epoch, seldom": Row({"max_epochs": 4}, module=scheduled(step_lr, interval="epoch", frequency=2)),
+    "a rate by the evaluation": Row({"max_epochs": 4, "limit_train_batches": 3}, module=scheduled(plateau, monitor="eval/loss")),
+    "a rate by the loss of a step": Row({"max_epochs": 1}, module=scheduled(plateau, monitor="train/loss", interval="step")),
+    "a rate for the number of steps": Row({"max_epochs": 2, "accumulate_grad_batches": 4}, module=scheduled(one_cycle, interval="step")),
+    "two schedulers": Row({"max_epochs": 2}, module={"scheduler": two_schedulers}),
+    # What is logged
+    "log_every_n_steps": Row({"max_epochs": 2, "log_every_n_steps": 3, "accumulate_grad_batches": 2}),
+    "log_every_n_steps 0": Row({"max_epochs": 1, "log_every_n_steps": 0}),
+    "the rates": Row({"max_epochs": 2}, lambda _: [LearningRateMonitor()], module=scheduled(step_lr, interval="step")),
+    "the rates of epochs": Row({"max_epochs": 2}, lambda _: [LearningRateMonitor("epoch")], module=scheduled(step_lr, interval="epoch")),
+    # Callbacks
+    "early stopping": Row({"max_epochs": 20}, lambda _: [EarlyStopping("eval/loss", min_delta=0.1, patience=1)]),
+    "early stopping at a threshold": Row({"max_epochs": 20, "val_check_interval": 3, "accumulate_grad_batches": 2},
+        lambda _: [EarlyStopping("eval/loss", stopping_threshold=0.75)]),
+    "early stopping on the training": Row({"max_epochs": 20},
+        lambda _: [EarlyStopping("train/loss", min_delta=0.1, patience=1, check_on_train_epoch_end=True)]),
+    "checkpoints as Lightning makes them": Row({"max_epochs": 2, "enable_checkpointing": True}),
+    "the best checkpoints": Row({"max_epochs": 4, "limit_train_batches": 3},
+        saving(monitor="eval/loss", save_top_k=2, filename="{epoch}-{eval/loss:.3f}", auto_insert_metric_name=False)),
+    "the worst checkpoint": Row({"max_epochs": 3}, saving(monitor="eval/loss", mode="max", filename="{epoch}")),
+    "all checkpoints by steps": Row({"max_epochs": 2}, saving(save_top_k=-1, every_n_train_steps=3)),
+    "checkpoints by steps, accumulated": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, saving(every_n_train_steps=3, save_top_k=-1)),
+    "checkpoints by steps and the loss": Row({"max_epochs": 2}, saving(every_n_train_steps=2, monitor="train/loss", save_top_k=3), differs=SAVES_LATER),
+    "checkpoints by epochs": Row({"max_epochs": 4}, saving(every_n_epochs=2, save_top_k=-1)),
+    "checkpoints before the evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_on_train_epoch_end=True, save_top_k=-1)),
+    "checkpoints after each evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_top_k=-1)),
+    "the last checkpoint": Row({"max_epochs": 2}, saving(save_last=True)),
+    "the last checkpoint alone": Row({"max_epochs": 2}, saving(save_last=True, save_top_k=0)),
+    "the last checkpoint, a link": Row({"max_epochs": 2}, saving(save_last="link")),
+    "checkpoints by time": Row({"max_epochs": 1}, saving(train_time_interval=timedelta(0), save_top_k=-1), differs=SAVES_LATER),
+    "two kinds of checkpoints": Row({"max_epochs": 2}, lambda folder: [
+        ModelCheckpoint(folder / "best", monitor="eval/loss"), ModelCheckpoint(folder / "all", "{step}", every_n_train_steps=4, save_top_k=-1)], differs=SAVES_LATER),
+    "weights alone": Row({"max_epochs": 2}, saving(save_weights_only=True)),
+    "no checkpoints": Row({"max_epochs": 2}, saving(save_top_k=0)),
+    "a checkpoint of one name": Row({"max_epochs": 3}, saving("saved", "best")),
+    "a checkpoint on an error": Row({"max_epochs": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)]),
+    "a checkpoint on an error within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)]),
+    "a checkpoint on an error alone": Row({"max_epochs": 2}, lambda folder: [Raise(13), OnExceptionCheckpoint("saved"), ModelCheckpoint("other")]),
+    "checkpoints of one's own": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [SaveAt(folder / "own", 3, 8, 13)]),
+    # The project's own
+    "EvalSchedule": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda _: [EvalSchedule(3)]),
+    "TimedCheckpoint": Row({"max_epochs": 2}, lambda _: [TimedCheckpoint(1e-9, 4, "saved", monitor="eval/loss")]),
+    # Again
+    "fit, then fit on": Row({"max_epochs": 1}, calls=("fit", "fit")),
+    "validate, fit, validate": Row({"max_epochs": 1}, calls=("validate", "fit", "validate")),
+    "resumed at an epoch's end": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last", differs=LOADS_LATER),
+    "resumed within an epoch": Row({"max_epochs": 2}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
+        before={"max_epochs": 1}, ckpt_path="saved/step=4.ckpt", differs=LOADS_LATER + SAVES_LATER),
+    "resumed by steps": Row({"max_steps": 15, "max_epochs": -1}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
+        before={"max_steps": 9, "max_epochs": -1}, ckpt_path="saved/step=8.ckpt", differs=LOADS_LATER + SAVES_LATER),
+    "resumed when complete": Row({"max_epochs": 2}, saving("saved", save_last=True), before={"max_epochs": 2}, ckpt_path="last", differs=LOADS_LATER),
+    "resumed with a rate": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last",
+        module=scheduled(step_lr, interval="step"), differs=LOADS_LATER),
+    "the best evaluated": Row({"max_epochs": 3}, saving("saved", monitor="eval/loss", mode="max"), calls=("fit", "validate best"), differs=LOADS_LATER),
+    "the last evaluated": Row({"max_epochs": 2}, saving("saved", save_last=True), calls=("fit", "validate last"), differs=LOADS_LATER),
+    "resumed early stopping": Row({"max_epochs": 9}, lambda _: [EarlyStopping("eval/loss", min_delta=0.1, patience=2), ModelCheckpoint("saved", save_last=True)],
+        before={"max_epochs": 2}, ckpt_path="last", differs=LOADS_LATER),
+}  # fmt: skip
