@@ -275,6 +275,8 @@ class PipeLiteModule(pl.LightningModule):
 
         try:
             self.adapter.rehearse_save(directory, self._layers.skeleton)
+            for number in {0, len(self._layers) - 1}:  # without values; the ends have more than the layers between
+                self._layers.trained_state(self._layers.build_stage(number, number + 1, torch.device("meta")))
         except OSError as error:
             raise ConfigurationError(
                 f"{directory} cannot be written ({error.strerror or error}); choose another place to save to."

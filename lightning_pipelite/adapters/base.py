@@ -90,5 +90,10 @@ class Adapter(ABC):
         """Write the state dicts of all stages, none in a rehearsal, and all else that belongs to them."""
 
 
+def to_cpu(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as it is to be saved; one without values, of a rehearsal, as it is."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu().contiguous()
+
+
 class _EnoughError(Exception):
     """Ends the rehearsal of saving."""

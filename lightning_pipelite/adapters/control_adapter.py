@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.lora import (
     DTYPES,
@@ -29,7 +29,7 @@ from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.control import control
 from lightning_pipelite.mixin import mix_in
-from lightning_pipelite.models.fingerprint import KEY
+from lightning_pipelite.models.fingerprint import record_base
 from lightning_pipelite.models.skeleton import Skeleton
 
 PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
@@ -111,7 +111,7 @@ class ControlAdapter(Adapter):
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
         return {
-            FILE_PREFIX + name: parameter.detach().cpu().contiguous()
+            FILE_PREFIX + name: to_cpu(parameter)
             for name, parameter in model.named_parameters()
             if name.endswith((".control_Q", ".control_S"))
         }
@@ -136,11 +136,8 @@ class ControlAdapter(Adapter):
             "inference_mode": True,
         }
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(
-            weights,
-            directory / "adapter_model.safetensors",
-            metadata={"format": "pt", KEY: skeleton.fingerprint},
-        )
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        record_base(directory, skeleton.fingerprint)
 
 
 def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from typing_extensions import override
 
-from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
@@ -63,7 +63,7 @@ class Full(Adapter):
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
         # transformers renames and fuses weights as it loads them; its own reverse gives the names of the files.
         on_disk = revert_weight_conversion(model, state)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
+        return {name: to_cpu(tensor) for name, tensor in on_disk.items()}
 
     @override
     def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:

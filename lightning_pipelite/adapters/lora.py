@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_pipelite.adapters.base import Adapter
+from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.experts import wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.fingerprint import KEY
+from lightning_pipelite.models.fingerprint import BASE_FILE, record_base
 from lightning_pipelite.models.skeleton import Skeleton
 
 FILE_PREFIX = "base_model.model."
-KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_FILE, "README.md")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -131,7 +131,7 @@ class LoRA(Adapter):
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
         state = {
-            FILE_PREFIX + _name_in_file(name): parameter.detach().cpu().contiguous()
+            FILE_PREFIX + _name_in_file(name): to_cpu(parameter)
             for name, parameter in model.named_parameters()
             if ".lora_" in name
         }
@@ -157,11 +157,8 @@ class LoRA(Adapter):
         weights = named_as_whole(states, skeleton)
         if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
             raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
-        save_file(
-            weights,
-            directory / "adapter_model.safetensors",
-            metadata={"format": "pt", KEY: skeleton.fingerprint},
-        )
+        save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        record_base(directory, skeleton.fingerprint)
 
     def _config(self, targets: list[str]) -> LoraConfig:
         return LoraConfig(

@@ -22,7 +22,14 @@ from transformers.core_model_loading import (
 )
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import INDEX_FILE, SINGLE_FILE, check_weights, read_header, read_json
+from lightning_pipelite.models.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_weights,
+    read_header,
+    read_json,
+    weight_files,
+)
 from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
 from lightning_pipelite.models.skeleton import read_config
 from lightning_pipelite.models.whole import WholeModel, whole_model, whole_models
@@ -85,6 +92,11 @@ class BaseModel:
         self.config = read_config(self.directory, trust_remote_code)
         if getattr(self.config, "output_router_logits", False):
             self.config.output_router_logits = False  # a matter of training
+        if not weight_files(self.directory) and any(self.directory.glob("*.bin")):
+            raise ConfigurationError(
+                f"{directory} has pickled weights (.bin) only; save it by transformers' save_pretrained, which writes "
+                "safetensors, and give that."
+            )
         check_weights(self.directory)
         self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
         self.model = self.skeleton()

@@ -18,6 +18,7 @@ from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Lo
 from lightning_pipelite.export.nearness import Nearness, measure
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers
+from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.progress import track
 
 
@@ -181,6 +182,7 @@ def _save(
         config.target_modules = set()
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(directory))
+    record_base(directory, fingerprint(base.directory))
     assert (directory / CONFIG_FILE).exists()
 
 

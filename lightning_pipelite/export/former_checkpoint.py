@@ -21,6 +21,7 @@ from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Lo
 from lightning_pipelite.export.merge import copy_companions, write_shard
 from lightning_pipelite.export.migrate import Migration
 from lightning_pipelite.export.places import new_directory
+from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.progress import Progress, track
 
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
@@ -69,6 +70,7 @@ class FormerCheckpoint:
             if not tensors:
                 raise ConfigurationError(f"{self.directory} holds no adapter; give the configuration of its training.")
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            record_base(partial, fingerprint(base.directory))
             if kind == "ControlAdapter":
                 self._write_control_config(partial)
                 ControlAdapterFile(partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -57,7 +56,7 @@ def measure(
     """
     skeleton = Skeleton(base.directory, trust_remote_code=base.trust_remote_code)
     limit = getattr(skeleton.config, "max_position_embeddings", None) or LENGTH
-    input_ids = _text(base.directory, skeleton.config.vocab_size, min(LENGTH, limit))
+    input_ids = _text(base, skeleton.config.vocab_size, min(LENGTH, limit))
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     states: dict[str, Tensor] = dict.fromkeys(("control", "none", "last", "all"), input_ids)
     bounds = list(zip(skeleton.groups, skeleton.groups[1:], strict=False))
@@ -103,9 +102,11 @@ def measure(
     return near
 
 
-def _text(base: Path, vocabulary: int, length: int) -> Tensor:
+def _text(base: BaseModel, vocabulary: int, length: int) -> Tensor:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(base.directory), local_files_only=True, trust_remote_code=base.trust_remote_code
+        )
         tokens = tokenizer("\n".join(topics[name] for name in ("objects", "types")), add_special_tokens=False).input_ids
     except Exception:  # transformers raises nearly anything here; the measure needs tokens, not this text
         tokens = []

@@ -36,24 +36,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, Any]:
     """Return the tensors that the header of a safetensors file lists, by name, after checking the file's length.
 
-    Raises:
-        ConfigurationError: The header does not parse or the file is not as long as its header says.
-    """
-    return _header(path)[0]
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts by name that stand in the header of a safetensors file.
-
-    Raises:
-        ConfigurationError: As :func:`read_header`.
-    """
-    return _header(path)[1]
-
-
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return tensors and metadata.
-
     The layout is an unsigned 64-bit little-endian header length, the JSON header, then the data that the header's
     ``data_offsets`` cover without a gap (https://github.com/huggingface/safetensors#format).
 
@@ -67,7 +49,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError("the file ends inside its header")
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
+        header.pop("__metadata__", None)
         expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except FileNotFoundError:
         raise ConfigurationError(f"{path} does not exist; fetch the missing weight file.") from None
@@ -75,7 +57,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
     if size != expected:
         raise ConfigurationError(f"{path} has {size} bytes but its header asks for {expected}; fetch it again.")
-    return header, metadata
+    return header
 
 
 def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import pickled_files, read_header, read_json, read_metadata, weight_files
+from lightning_pipelite.models.checkpoint import pickled_files, read_header, read_json, weight_files
 from lightning_pipelite.models.companions import own_code
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not change what the weights mean."""
 SAMPLES, SAMPLE_BYTES = 64, 64
-KEY = "base_model_fingerprint"
-"""In the metadata of an adapter's safetensors file."""
+BASE_FILE = "base_model.json"
+"""Beside an adapter. Not in its other files: PEFT warns of keys that it does not know, and safetensors writes its
+metadata in an order that differs from time to time."""
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Described = tuple[list[object], Callable[[], bytes]]
@@ -54,14 +55,15 @@ def fingerprint(model_dir: Path) -> str:
 def refuse_another_base(adapter: Path, base: Path) -> None:
     """Refuse an adapter that was trained on another base, as far as it tells.
 
-    It does so by the fingerprint that this project writes into its file; else by the directory that its
-    adapter_config.json names, if that is still there.
+    It does so by the fingerprint that this project writes beside it; else by the directory that its adapter_config.json
+    names, if that is still there.
 
     Raises:
         ConfigurationError: It was.
     """
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-    trained_on = _recorded(adapter / "adapter_model.safetensors")
+    path = adapter / BASE_FILE
+    trained_on = read_json(path).get("fingerprint") if path.is_file() else None
     if trained_on is None and (Path(named) / "config.json").is_file():
         trained_on = fingerprint(Path(named))
     if trained_on is not None and trained_on != fingerprint(base):
@@ -71,8 +73,9 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
         )
 
 
-def _recorded(path: Path) -> str | None:
-    return read_metadata(path).get(KEY) if path.is_file() else None
+def record_base(adapter: Path, base: str) -> None:
+    """Write the fingerprint ``base`` of what an adapter was trained on into the adapter's directory."""
+    (adapter / BASE_FILE).write_text(json.dumps({"fingerprint": base}) + "\n", encoding="utf-8")
 
 
 def _in_safetensors(path: Path) -> dict[str, Described]:

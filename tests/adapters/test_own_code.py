@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pipelite import PipeLiteModule
-from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA, full
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, control_to_lora, convert, merge, own_checkpoint
 from lightning_pipelite.models import CausalLMLayers
@@ -107,7 +107,11 @@ def test_the_rehearsal_goes_as_far_as_the_act(base: Path, tmp_path: Path, monkey
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no place")
 
-    for adapter, what in ((LoRA(2), (LoraConfig, "save_pretrained")), (Full(), (Path, "write_text"))):
+    for adapter, what in (
+        (LoRA(2), (LoraConfig, "save_pretrained")),
+        (Full(), (Path, "write_text")),
+        (Full(), (full, "revert_weight_conversion")),
+    ):
         module = PipeLiteModule(str(base), adapter, trust_remote_code=True)
         module.check_save(tmp_path / "out")
         with monkeypatch.context() as patch:

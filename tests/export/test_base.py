@@ -15,6 +15,14 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 
 
+def test_pickled_weights_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    torch.save(load(base).state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"pickled weights \(\.bin\) only; save it by transformers"):
+        BaseModel(base)
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_parameters_are_those_that_transformers_loads(kind: str, tmp_path: Path) -> None:
     directory = write_base(tmp_path / "base", kind, max_shard_size="200kB")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lightning_pipelite.adapters import Adapter, ControlAdapter, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.fingerprint import fingerprint, refuse_another_base
+from lightning_pipelite.models.fingerprint import BASE_FILE, fingerprint, refuse_another_base
 
 torch.set_num_threads(1)
 
@@ -75,8 +75,7 @@ def test_an_adapter_tells_its_base(base: Path, tmp_path: Path, adapter: Adapter)
 def test_an_adapter_of_peft_names_its_base(base: Path, tmp_path: Path) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=LoRA(2))
     layers.adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.skeleton)
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file(load_file(path), path, metadata={"format": "pt"})  # as PEFT writes it
+    (tmp_path / "adapter" / BASE_FILE).unlink()
     refuse_another_base(tmp_path / "adapter", base)
     other = write_model(tmp_path / "other", "qwen3")
     with pytest.raises(ConfigurationError, match=f"names {base}"):
