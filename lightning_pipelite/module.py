@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.batches import BatchForm, count_documents
 from lightning_pipelite.callbacks.over_ranks import gathered
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
@@ -29,7 +30,6 @@ from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.memory import ActivationMemory
-from lightning_pipelite.models.packing import starts
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
@@ -48,7 +48,8 @@ class PipeLiteModule(pl.LightningModule):
 
     Batches are dicts of int64 tensors of shape (batch, sequence): ``input_ids``; ``position_ids``, which restart at
     every document so that attention stays within it; and ``labels``, already shifted, -100 where there is nothing to
-    learn. A Control Adapter needs ``control_classes`` as well.
+    learn. A Control Adapter needs ``control_classes`` as well. Batches of transformers' collators for causal LMs are
+    taken, too: their labels are shifted, and padding on the right, by their ``attention_mask``, changes nothing.
 
     Args:
         model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
@@ -158,6 +159,11 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
+        self._batch_form = BatchForm(
+            *self._layers.vocabulary,
+            keys=tuple(adapter.batch_keys),
+            counts_padding=self._layers.router_loss is not None,
+        )
         self._speed = Speed()
         self._evaluation = Evaluation([])
 
@@ -184,11 +190,13 @@ class PipeLiteModule(pl.LightningModule):
         return self._optimizer
 
     @override
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        # While the host still has them: on a GPU, counting documents would make it wait in every micro-batch.
-        if not batch["position_ids"].is_cuda:
-            self.pipeline_stage.expect_documents(int(starts(batch["position_ids"]).sum()))
-        return batch
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> dict[str, Tensor]:
+        # While the host still has them: on a GPU, looking at documents and tokens would make it wait in every
+        # micro-batch.
+        completed = self._batch_form.complete(batch)
+        if not completed["position_ids"].is_cuda:
+            self.pipeline_stage.expect_documents(count_documents(completed["position_ids"]))
+        return completed
 
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
@@ -296,9 +304,22 @@ class PipeLiteModule(pl.LightningModule):
             )
         return strategy
 
+    def check_data(self, data: Any) -> None:
+        """Refuse now, before the weights are loaded, data with tokens that the model does not have.
+
+        Args:
+            data: what says so by a method ``check_vocabulary``, as PackedDataModule; else each batch is looked at.
+
+        Raises:
+            ConfigurationError: if there is such a token.
+        """
+        if check := getattr(data, "check_vocabulary", None):
+            check(min(self._layers.vocabulary))
+
     @override
     def setup(self, stage: str) -> None:
         self.check_strategy(self.trainer.strategy)
+        self.check_data(self._data_module)
 
     # What is logged beside the strategy's losses and norms
 

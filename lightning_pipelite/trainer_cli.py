@@ -175,6 +175,7 @@ class TrainerCLI(LightningCLI):
                     callback.check(model)
             refuse_former_results(self.trainer, self.config_init.fit.ckpt_path)
         data.prepare_data()  # tokenises and packs what is not in the cache yet
+        model.check_data(data)
         if self.subcommand == "fit":
             data.check(topology.replicas, self.trainer.accumulate_grad_batches)
         elif not data.statistics.eval.sequences:

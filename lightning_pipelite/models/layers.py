@@ -151,6 +151,13 @@ class CausalLMLayers:
         """Return the number of items that can be dealt out: of decoder layers, unless some need each other."""
         return len(self.names)
 
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """The rows of the embedding and of the head: how many tokens there are to read, and to say."""
+        model = self.skeleton.model
+        embedding, head = (model.get_submodule(n) for n in (self.skeleton.embedding_name, self.skeleton.head_name))
+        return embedding.weight.shape[0], head.weight.shape[0]
+
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.
 

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 
-from wrong_input import Case, dataset, file
+from transformers import AutoTokenizer
+from wrong_input import Case, copied, dataset, file
+
+
+def token_added(model: Path) -> None:
+    """To the tokenizer, not to the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(model)
+
 
 CASES = {
     # The data
@@ -164,6 +174,11 @@ CASES = {
     "file for the cache": Case(
         "The cache directory config.yaml cannot be used (File exists): set data.cache_dir to a directory that can be written.",
         edit={"data.cache_dir": "config.yaml"},
+    ),
+    "token that the model does not have": Case(
+        "The data has the token 320 ('<|im_end|>'), but the model's embedding has 320 rows, for 0 to 319: take what was added to the tokenizer of copy out again, or give the model as many rows (transformers' resize_token_embeddings).",
+        edit={"model.model_dir": "copy", "data.document_suffix": "<|im_end|>"},
+        prepare=copied("model", token_added),
     ),
     "nothing evaluated at once": Case(
         "data.eval_gradient_accumulation_steps is 0: give a positive integer.",
