@@ -241,16 +241,16 @@ class PipeLiteModule(pl.LightningModule):
         """
         strategy = self.check_strategy(self.trainer.strategy)
         stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
-        failure: str | None = None
+        failure, cause = None, None
         if strategy.is_global_zero:
             try:
                 self.adapter.save(directory, stages, self._layers.skeleton)
-            except OSError as error:
-                failure = error.strerror or str(error)
+            except Exception as error:  # whatever it is, as safetensors' own of a full disk: the job can still go on
+                cause, failure = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
                 for _ in stages:  # the other stages wait to hand over theirs
                     pass
         if failure := strategy.broadcast(failure):
-            raise OSError(f"{directory} cannot be written: {failure}")
+            raise OSError(f"{directory} cannot be written: {failure}") from cause
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.

@@ -157,6 +157,8 @@ class _Trained:
                 name = prefix + key.removeprefix("orig.").removeprefix("lm_head.")
                 if name == "lm_head.weight" and base.config.tie_word_embeddings:
                     continue  # the embedding once more
+                if base.is_text_part and name in base.groups:  # whose files call it otherwise
+                    (name,) = base.groups[name].files
                 if name not in held or held[name]["shape"] != list(tensor.shape):
                     raise ConfigurationError(
                         f"{path} holds {key} with shape {list(tensor.shape)}, for which {base.directory} has no "

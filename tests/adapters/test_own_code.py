@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from own_code import FILES, change, write_own
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from tiny_models import POSITIONS, build, micro_batches, run_stages, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pipelite import PipeLiteModule
-from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA, full
+from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA, full, lora
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, control_to_lora, convert, merge, own_checkpoint
 from lightning_pipelite.models import CausalLMLayers
@@ -119,6 +121,37 @@ def test_the_rehearsal_goes_as_far_as_the_act(base: Path, tmp_path: Path, monkey
             with pytest.raises(ConfigurationError, match="cannot be written"):
                 module.check_save(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), ConfigurationError("another"), TypeError("x")])
+def test_whatever_hinders_saving_is_one_error_on_all_ranks(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    class Strategy:
+        is_global_zero = True
+
+        def collect_stages(self, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+            for number in range(3):
+                yield state
+                taken.append(number)
+
+        def broadcast(self, said: Any) -> Any:
+            return said
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    module = PipeLiteModule(str(write_model(tmp_path / "base", "llama")), LoRA(2), dtype="float32")
+    module.pipeline_stage = module.pipeline_layers()[0].build_stage(0, 4, torch.device("cpu"))
+    monkeypatch.setattr(PipeLiteModule, "check_strategy", lambda *_: Strategy())
+    monkeypatch.setattr(PipeLiteModule, "trainer", SimpleNamespace(strategy=None))
+    monkeypatch.setattr(lora, "save_file", broken)
+    with pytest.raises(OSError, match=f"out cannot be written: {error}"):
+        module.save_trained(tmp_path / "out")
+    assert taken == [0, 1, 2]  # no stage is left waiting
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("said", ["by the checkpoint", "by the configuration"])

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import load, logits, with_adapter, with_control, write_adapter, write_base, write_control_adapter
+from models.tiny_models import SIZES
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import convert
@@ -107,6 +109,46 @@ def test_a_whole_model_of_which_some_layers_were_trained(kind: str, tmp_path: Pa
     for name, tensor in after.items():
         assert torch.equal(tensor, trained.get(name, before[name]))
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def _multimodal_base(directory: Path) -> Path:
+    torch.manual_seed(0)
+    text = Gemma3TextConfig(**SIZES, sliding_window=4)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision_config = SiglipVisionConfig(**vision, image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision_config, mm_tokens_per_image=4)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_text_model_of_a_base_with_images(whole: bool, tmp_path: Path) -> None:
+    base = _multimodal_base(tmp_path / "base")
+    before, generator = load_file(base / "model.safetensors"), torch.Generator().manual_seed(1)
+    if whole:
+        norms = {number: torch.randn(64, generator=generator) for number in range(LAYERS)}
+        items = {number + 2: {"orig.input_layernorm.weight": norm} for number, norm in norms.items()}
+        config = _config(tmp_path, base, "full_fine_tune = true")
+    else:
+        shapes = {"A": (4, 64), "B": (128, 4)}
+        items = {
+            number + 2: {
+                f"orig.mlp.up_proj.lora_{each}.default.weight": torch.randn(shape, generator=generator)
+                for each, shape in shapes.items()
+            }
+            for number in range(LAYERS)
+        }
+        config = _config(tmp_path, base, "lora_rank = 4")
+    run = _write_layers(tmp_path / "run", items)
+    convert(str(run), str(tmp_path / "out"), str(config))
+    if whole:
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        assert len(changed) == LAYERS
+        for name in changed:
+            assert torch.equal(after[name], norms[int(name.split(".layers.")[1].split(".")[0])])
+    else:
+        assert (with_adapter(base, tmp_path / "out") - logits(load(base))).abs().max() > 1e-2
 
 
 class _Hostile:
