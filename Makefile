@@ -17,9 +17,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Strict: a warning, or a link or anchor that leads nowhere, is an error.
+# Strict: a warning, or a link or anchor that leads nowhere, is an error. Not quiet: warnings that are not shown do not count.
 docs: setup
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	$(BIN)/mkdocs build --strict --site-dir site
 
 dist: setup
 	$(BIN)/python -m build

@@ -162,15 +162,36 @@ def test_the_table_has_every_old_key() -> None:
     assert known <= {key for key, _ in ROWS}
 
 
+def make_docs(site: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What `make docs` runs, to another place."""
+    recipe = re.search(
+        r"^docs:.*\n\t\$\(BIN\)/mkdocs (.*) --site-dir site$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    assert recipe
+    command = [sys.executable, "-m", "mkdocs", *recipe[1].split(), "--site-dir", str(site), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """As `make docs`: no warning, every link and anchor leads somewhere, every option of a public class is there."""
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = make_docs(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     options = (tmp_path / "reference" / "training" / "index.html").read_text(encoding="utf-8")
     for name in ("pipeline_stages", "activation_memory", "load_in_4bit", "timeout"):
         assert f"<code>{name}</code>" in options
+
+
+@pytest.mark.parametrize("link", ["", "gone.md", "index.md#gone", "gone.png"])
+def test_a_link_that_leads_nowhere_fails_the_build(link: str, tmp_path: Path) -> None:
+    """Of a site of one page with the settings of ours."""
+    pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Here\n\n[there]({link or '#here'})\n")
+    ours = {"docs_dir": "docs", "nav": [{"Here": "index.md"}], "theme": {"name": "mkdocs"}, "plugins": [], "hooks": []}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump({"INHERIT": str(ROOT / "mkdocs.yml"), **ours, "extra_css": []}))
+    done = make_docs(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
+    assert done.returncode == (1 if link else 0), done.stdout + done.stderr
 
 
 def test_figures_of_the_readme_are_in_the_results() -> None:
