@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from lightning.pytorch import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.callbacks.low_rank import chunks, find_low_rank, gram_matrices
-from lightning_pipelite.export import merge
+from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.flops import training_flops
 
@@ -100,6 +101,27 @@ def test_all_linear_and_the_saved_configuration_are_pefts(base: Path, tmp_path: 
         for name in ("ours", "theirs")
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_gguf_and_analysis(base: Path, tmp_path: Path) -> None:
+    layers = CausalLMLayers(base, dtype=torch.float32, adapter=LoRA(4))
+    stages = build(layers, [0, 4])
+    randomise(stages)
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    export_gguf(str(tmp_path / "adapter"), str(base), str(tmp_path / "adapter.gguf"))
+    written = {each.name: torch.tensor(each.data) for each in GGUFReader(tmp_path / "adapter.gguf").tensors}
+    assert len(written) == len(saved) == 2 * 4 * 4
+    for ours, theirs in (("attn.c_attn", "attn_qkv"), ("mlp.c_proj", "ffn_down")):
+        for letter in "AB":
+            tensor = saved[f"base_model.model.transformer.h.3.{ours}.lora_{letter}.weight"]
+            assert torch.equal(written[f"blk.3.{theirs}.weight.lora_{letter.lower()}"], tensor)
+    analyze(str(tmp_path / "adapter"), str(base), str(tmp_path / "analysis"))
+    figures = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["figures"]
+    a, b = (saved[f"base_model.model.transformer.h.3.mlp.c_fc.lora_{letter}.weight"] for letter in "AB")
+    weight = load(base).get_parameter("transformer.h.3.mlp.c_fc.weight").detach()
+    product = figures["transformer.h.3.mlp.c_fc.weight"]
+    assert product["relative"] == pytest.approx(float((b @ a).norm() / weight.norm()), rel=1e-4)
 
 
 def test_norms_and_flops_count_them(base: Path) -> None:
