@@ -11,18 +11,26 @@ LoRA that control-to-lora makes of it: what its GGUF file holds.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora
 from lightning_pipelite.export.control import is_control_adapter
+from lightning_pipelite.export.lora import read_tensors
+from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config
 
+LAST_WORDS = 5  # lines of llama.cpp's
 TEXT = "Python is an easy to learn, powerful programming language. It has efficient high-level data structures."
 
 
@@ -33,20 +41,42 @@ def trained_logits(base: str, adapter: str, tokens: list[int], inverse: bool = F
         with tempfile.TemporaryDirectory() as directory:
             control_to_lora(base, adapter, f"{directory}/lora", inverse)
             return trained_logits(base, f"{directory}/lora", tokens)
+    check_tensors(read_lora_config(Path(adapter)), read_tensors(Path(adapter)), Path(adapter))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     logits: Tensor = PeftModel.from_pretrained(model, adapter).eval()(input_ids=torch.tensor([tokens])).logits[0]
     return logits
 
 
-def llama_logits(base_gguf: str, adapter_gguf: str | None, tokens: list[int]) -> Tensor:
-    """Return the same by llama.cpp."""
-    from llama_cpp import Llama
+# In a process of its own: where llama.cpp cannot take a file, it may end its process, by a signal and without a word.
+LLAMA = """
+import sys
+import numpy
+from llama_cpp import Llama
+base, adapter, output, *tokens = sys.argv[1:]
+tokens = [int(token) for token in tokens]
+llama = Llama(base, lora_path=adapter or None, logits_all=True, n_ctx=len(tokens) + 8, n_gpu_layers=0, verbose=True)
+llama.eval(tokens)
+numpy.save(output, numpy.array(llama.scores[: len(tokens)]))
+"""
 
-    llama = Llama(
-        base_gguf, lora_path=adapter_gguf, logits_all=True, n_ctx=len(tokens) + 8, n_gpu_layers=0, verbose=False
-    )
-    llama.eval(tokens)
-    return torch.tensor(llama.scores[: len(tokens)])
+
+def llama_logits(base_gguf: str, adapter_gguf: str | None, tokens: list[int]) -> Tensor:
+    """Return the same by llama.cpp.
+
+    Raises:
+        RuntimeError: It could not do so; its last words are told.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output = f"{directory}/logits.npy"
+        command = [sys.executable, "-c", LLAMA, base_gguf, adapter_gguf or "", output, *map(str, tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode == 0:
+            return torch.from_numpy(np.load(output))
+    code = done.returncode
+    ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    words = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()][-LAST_WORDS:]
+    what = f"{base_gguf} with {adapter_gguf}" if adapter_gguf else base_gguf
+    raise RuntimeError(f"llama.cpp {ended} on {what}; its last words: {' / '.join(words) or 'none'}.")
 
 
 def compare(wanted: Tensor, found: Tensor) -> tuple[float, float]:
@@ -64,9 +94,7 @@ def main() -> int:
     parser.add_argument("--inverse", action="store_true", help="class -1 of a Control Adapter")
     parser.add_argument("--text", default=TEXT)
     options = parser.parse_args()
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp's Python binding is missing; pip install llama-cpp-python.", file=sys.stderr)
         return 2
     for path in (options.base_gguf, options.adapter_gguf):
@@ -74,10 +102,14 @@ def main() -> int:
             print(f"{path} does not exist; see --help for how to make it.", file=sys.stderr)
             return 2
     tokens = AutoTokenizer.from_pretrained(options.base)(options.text).input_ids
-    wanted = trained_logits(options.base, options.adapter, tokens, options.inverse)
-    for told, adapter in (("with the adapter", options.adapter_gguf), ("without it", None)):
-        divergence, same = compare(wanted, llama_logits(options.base_gguf, adapter, tokens))
-        print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats a token, first token the same in {same:.0%}")
+    try:
+        wanted = trained_logits(options.base, options.adapter, tokens, options.inverse)
+        for told, adapter in (("with the adapter", options.adapter_gguf), ("without it", None)):
+            divergence, same = compare(wanted, llama_logits(options.base_gguf, adapter, tokens))
+            print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats a token, first token the same in {same:.0%}")
+    except (ConfigurationError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

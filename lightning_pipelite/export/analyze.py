@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile, is_control_adapter
 from lightning_pipelite.export.control_to_lora import layers_of
-from lightning_pipelite.export.lora import LoRAOfBase
+from lightning_pipelite.export.lora import LoRAOfBase, read_tensors
+from lightning_pipelite.export.lora_kinds import rest_of
 from lightning_pipelite.export.page import page
 from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
 from lightning_pipelite.export.places import new_directory
@@ -52,7 +53,8 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None, tr
     """Print and draw the figures of a LoRA or a Control Adapter.
 
     Writes ``analysis.json``, a PNG for each picture, and ``analysis.html``, which holds all and needs no other file.
-    Everything is computed from the small factors. Of a DoRA, only its product B·A is looked at.
+    Everything is computed from the small factors. Of a LoRA, only its products B·A are looked at: what else there is,
+    such as the magnitudes of a DoRA, is named.
 
     Args:
         adapter: directory of the adapter.
@@ -62,6 +64,7 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None, tr
     """
     source = Path(adapter)
     target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")
+    rest: list[str] = []
     with new_directory(target, [source, *([Path(base)] if base else [])]) as partial:
         model = BaseModel(base, trust_remote_code=trust_remote_code) if base else None
         if is_control_adapter(source):
@@ -71,7 +74,7 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None, tr
             figures: Mapping[str, object] = {str(number): asdict(each) for number, each in layers.items()}
             kind = "Control Adapter"
         else:
-            products = _lora(source, model)
+            products, rest = _lora(source, model)
             terms = {name: text for name, text in LORA_TERMS.items() if base or "‖W‖" not in name}
             head, rows = ["layer", "module", *terms], _lora_rows(products, relative=base is not None)
             pictures = lora_pictures(products)
@@ -82,20 +85,25 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None, tr
         content = json.dumps({"kind": kind, "figures": figures}, indent=1, allow_nan=False)
         (partial / "analysis.json").write_text(content + "\n", encoding="utf-8")
         about = f"{kind} in {source}" + (f", on {base}" if base else "")
+        if rest:
+            about += f"; not shown: {', '.join(rest)}"
         text = page(f"Analysis of {source.name}", about, pngs, head, rows, terms)
         (partial / "analysis.html").write_text(text, encoding="utf-8")
     written = ", ".join(["analysis.html", "analysis.json", *(f"{name}.png" for name in pngs)])
     return f"{about}\n\n{_table(head, rows)}\n\n{target}: {written}"
 
 
-def _lora(adapter: Path, model: BaseModel | None) -> dict[str, Product]:
+def _lora(adapter: Path, model: BaseModel | None) -> tuple[dict[str, Product], list[str]]:
+    """Return the figures of each product, and what else the adapter has."""
     if model is None:
-        return {name: product(each) for name, each in track(list(saved_factors(adapter)), "analyzing", "modules")}
+        factors, rest = saved_factors(adapter)
+        return {name: product(each) for name, each in track(list(factors.items()), "analyzing", "modules")}, rest
     lora = LoRAOfBase(model, adapter)
-    return {
+    products = {
         name: product(each, float(model.read_parameter(name).norm()))
         for name, each in track(list(lora.products()), "analyzing", "modules")
     }
+    return products, rest_of(lora.config, read_tensors(adapter))
 
 
 def _control(adapter: Path, model: BaseModel | None) -> dict[int, Control]:

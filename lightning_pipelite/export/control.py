@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.lora import CONFIG_FILE, read_tensors
+from lightning_pipelite.export.lora import read_tensors
+from lightning_pipelite.export.lora_kinds import CONFIG_FILE
 from lightning_pipelite.models.checkpoint import read_json
 
 KEY = re.compile(r"base_model\.model\.(.+)\.(\d+)\.control_(Q|S|A|B)(?:\.weight)?")

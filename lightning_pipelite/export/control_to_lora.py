@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile, Transform
-from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora import PREFIX, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora_kinds import CONFIG_FILE
 from lightning_pipelite.export.nearness import Nearness, measure
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers

@@ -17,7 +17,8 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control import ControlAdapterFile
-from lightning_pipelite.export.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora import PREFIX, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.lora_kinds import CONFIG_FILE
 from lightning_pipelite.export.merge import copy_companions, write_shard
 from lightning_pipelite.export.migrate import Migration
 from lightning_pipelite.export.places import new_directory

@@ -22,14 +22,12 @@ from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
+from lightning_pipelite.export.lora_kinds import CONFIG_FILE, check_tensors, read_lora_config
 from lightning_pipelite.models.checkpoint import read_json
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# With these the weights that the adapter was trained on are not the base's: they were changed when it was made.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class LoRAOfBase:
         directory: PEFT directory of the adapter.
         scale: Factor on what it adds.
         device: Where it is held and merged.
+        invoked: Whether it may be an activated LoRA (aLoRA), which counts from certain tokens on.
 
     Attributes:
         config: PEFT's configuration.
@@ -67,12 +66,20 @@ class LoRAOfBase:
     """
 
     def __init__(
-        self, base: BaseModel, directory: str | Path, scale: float = 1.0, device: str | torch.device = "cpu"
+        self,
+        base: BaseModel,
+        directory: str | Path,
+        scale: float = 1.0,
+        device: str | torch.device = "cpu",
+        *,
+        invoked: bool = False,
     ) -> None:
         self.directory = Path(directory)
-        self.config = read_lora_config(self.directory)
+        self.config = read_lora_config(self.directory, invoked=invoked)
         _check_same_kind(self.config, self.directory, base)
-        names = [name.removeprefix(PREFIX) for name in read_tensors(self.directory)]
+        tensors = read_tensors(self.directory)
+        check_tensors(self.config, tensors, self.directory)
+        names = [name.removeprefix(PREFIX) for name in tensors]
         # Former adapters of this project go by the text model's names, those of PEFT by the whole model's.
         whole = base.whole_of(names)
         self._model = self._place(base.skeleton() if whole is None else whole.copy(), base, device)
@@ -83,6 +90,7 @@ class LoRAOfBase:
             plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
             plain = plain if whole is None else whole.own_name(plain) or plain
             if isinstance(module, LoraLayer) and ADAPTER in [*module.lora_A, *module.lora_embedding_A]:
+                self._check_variant(module)
                 module.scaling[ADAPTER] *= scale
                 self._layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
                 if module.lora_bias.get(ADAPTER):
@@ -177,6 +185,14 @@ class LoRAOfBase:
             holder._parameters.update(before)
             layer.merged_adapters.clear()
 
+    def _check_variant(self, layer: LoraLayer) -> None:
+        """Check that PEFT takes a layer for what its configuration says here."""
+        variant = layer.lora_variant.get(ADAPTER)
+        if variant is not None and not self.config.use_dora and not self.config.alora_invocation_tokens:
+            raise ConfigurationError(
+                f"{self.directory} is a LoRA of a kind that is not known here ({variant.__name__}); choose another."
+            )
+
     def _place(self, model: PreTrainedModel, base: BaseModel, device: str | torch.device) -> PeftModel:
         try:
             with warnings.catch_warnings():
@@ -242,35 +258,6 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
         raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
-
-
-def read_lora_config(directory: Path) -> LoraConfig:
-    """Return PEFT's configuration of a LoRA.
-
-    Raises:
-        ConfigurationError: It is missing, not a LoRA's, or of a kind that says too little of what is added to the base.
-    """
-    if not (directory / CONFIG_FILE).exists():
-        raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of a PEFT adapter.")
-    kind = read_json(directory / CONFIG_FILE).get("peft_type")
-    if kind != "LORA":
-        raise ConfigurationError(f"{directory} is an adapter of type {kind}, not a LoRA; choose a LoRA.")
-    try:
-        config = LoraConfig.from_pretrained(str(directory))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{directory / CONFIG_FILE} is no LoRA configuration: {error}.") from error
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        raise ConfigurationError(
-            f"{directory} was initialised by {start}, which changes the base's weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion first."
-        )
-    for option in ("layer_replication", "megatron_config", "trainable_token_indices"):
-        if getattr(config, option, None):
-            raise ConfigurationError(f"{directory} uses {option}, which is not supported; choose another adapter.")
-    config.init_lora_weights = True  # whatever it was, the values come from the file
-    config.inference_mode = True
-    return config
 
 
 def _check_same_kind(config: LoraConfig, directory: Path, base: BaseModel) -> None:

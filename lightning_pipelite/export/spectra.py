@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from transformers.core_model_loading import dot_natural_key
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.control import Transform
-from lightning_pipelite.export.lora import Factors, read_lora_config, read_tensors
+from lightning_pipelite.export.lora import Factors, read_tensors
+from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config, rest_of
 
 
 @dataclass(frozen=True)
@@ -126,36 +127,44 @@ def control(transform: Transform) -> Control:
     )
 
 
-def saved_factors(directory: Path) -> Iterator[tuple[str, Factors]]:
-    """Give the name and the factors of each product of a saved LoRA, from its directory alone.
+def saved_factors(directory: Path) -> tuple[dict[str, Factors], list[str]]:
+    """Return the factors of each product of a saved LoRA by name, from its directory alone, and what else it has.
 
     Fused experts have the name of their module, as the file does not say which of its weights is meant.
 
     Raises:
-        ConfigurationError: The directory holds no LoRA.
+        ConfigurationError: The directory holds no LoRA, or one of a kind that is not known here.
     """
     config = read_lora_config(directory)
     tensors = read_tensors(directory)
-    for key in sorted(tensors, key=dot_natural_key):
-        a = tensors[key]
-        for first, second in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
-            if key.endswith(first):
-                name = key.removesuffix(first).removeprefix("base_model.model.")
-                b = tensors.get(key.removesuffix(first) + second)
-                if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                    raise ConfigurationError(f"{directory}: {name} has no A and B that fit each other; fetch it again.")
-                yield name, _saved(config, name, a.float(), b.float())
+    pairs = check_tensors(config, tensors, directory)
+    products = {}
+    for module in sorted(pairs, key=dot_natural_key):
+        a, b = (tensors[each].float() for each in pairs[module])
+        name = module.removeprefix("base_model.model.")
+        products[name] = _saved(config, name, a, b, directory)
+    return products, rest_of(config, tensors)
 
 
-def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor) -> Factors:
+def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor, directory: Path) -> Factors:
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
-    if a.shape[0] % rank:
-        raise ConfigurationError(f"{name} has rank {a.shape[0]} but adapter_config.json says {rank}.")
-    if (experts := a.shape[0] // rank) > 1:  # as PEFT's ParamWrapper lays them out
+    experts, rest = divmod(a.shape[0], rank)
+    if rest or experts < 1 or (experts > 1 and not _is_fused(config, name)):
+        raise ConfigurationError(
+            f"{directory}: {name} has rank {a.shape[0]}, but by adapter_config.json {rank}; fetch both files again."
+        )
+    if experts > 1:  # as PEFT's ParamWrapper lays them out
         a = a.reshape(experts, rank, -1)
         b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
     return Factors(a, b, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed=False)
+
+
+def _is_fused(config: LoraConfig, name: str) -> bool:
+    """Tell whether a module may be one of which parameters are adapted: fused experts."""
+    plain = name.replace(".base_layer", "")
+    targets = config.target_parameters or []
+    return any(plain.endswith(each.rpartition(".")[0]) or not re.fullmatch(r"[\w.]+", each) for each in targets)
 
 
 def _effective_rank(values: Tensor) -> Tensor:

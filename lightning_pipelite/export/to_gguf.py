@@ -45,7 +45,8 @@ def export_gguf(
 
     Names come from the ``gguf`` library's map for the base's architecture, and rows of q and k are permuted where
     llama.cpp's conversion of that architecture does it. A Control Adapter goes by way of the LoRA that control-to-lora
-    makes of it. Tensors whose rows cannot be cut into the blocks of 32 that q8_0 needs are f16.
+    makes of it. An activated LoRA (aLoRA) has its invocation tokens in the file. Tensors whose rows cannot be cut into
+    the blocks of 32 that q8_0 needs are f16.
 
     Args:
         adapter: directory of the LoRA or Control Adapter.
@@ -68,11 +69,11 @@ def export_gguf(
         raise ConfigurationError(f"{adapter} is no Control Adapter, so there is no class -1; leave inverse out.")
     model = BaseModel(base, trust_remote_code=trust_remote_code)
     target = architecture(model.config)
-    lora = LoRAOfBase(model, adapter)
+    lora = LoRAOfBase(model, adapter, invoked=True)
     factors = dict(lora.factors())
-    # llama.cpp multiplies by alpha / rank, with one alpha for all and each tensor's own rank.
-    products = Counter(each.scaling * each.a.shape[-2] for each in factors.values())
-    alpha = float(np.float32(products.most_common(1)[0][0]))
+    # llama.cpp multiplies by alpha / rank, with one alpha for all and each tensor's own rank; by 1 if alpha is 0.
+    products = Counter(each.scaling * each.a.shape[-2] for each in factors.values() if each.scaling)
+    alpha = float(np.float32(products.most_common(1)[0][0])) if products else 1.0
     kind, file_type = TYPES[outtype]
     count = 0
     with new_file(Path(output)) as partial:
@@ -80,6 +81,9 @@ def export_gguf(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if tokens := lora.config.alora_invocation_tokens:
+            key = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS
+            writer.add_key_value(key, tokens, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
         writer.add_file_type(file_type)
         for name, each in track(factors.items(), "writing", "weights"):
             by = each.scaling * each.a.shape[-2] / alpha

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from export_cases import load, with_adapter, with_control, write_adapter, write_base, write_control_adapter
 from peft import PeftModel
 from tiny_job import write_job
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 import compare_llama_cpp
 
@@ -39,6 +38,26 @@ def test_the_comparison() -> None:
     assert same == 0.5
 
 
+# Stands for llama.cpp's binding: gives logits that were put beside the files, and dies where an adapter is not to its
+# taste, as llama.cpp does.
+BINDING = """
+import os, signal, sys
+import numpy
+
+
+class Llama:
+    def __init__(self, path, lora_path, **options):
+        print("llama_adapter_lora_init: what is this", file=sys.stderr, flush=True)
+        if lora_path and not open(lora_path).read():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        self.path = lora_path or path
+
+    def eval(self, tokens):
+        self.scores = numpy.load(self.path + ".npy")
+        assert len(self.scores) == len(tokens)
+"""
+
+
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_job(tmp_path / "job") / "model"
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"])
@@ -46,25 +65,26 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     arguments = ["--base", str(base), "--adapter", str(adapter)]
     arguments += ["--base-gguf", str(tmp_path / "base.gguf"), "--adapter-gguf", str(tmp_path / "adapter.gguf")]
     monkeypatch.setattr(sys, "argv", ["compare_llama_cpp.py", *arguments])
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     assert compare_llama_cpp.main() == 2
     assert "pip install llama-cpp-python" in capsys.readouterr().err
 
-    class Llama:
-        def __init__(self, path: str, lora_path: str | None, **_options: Any) -> None:
-            model = AutoModelForCausalLM.from_pretrained(base)
-            self.model = PeftModel.from_pretrained(model, adapter) if lora_path else load(base)
-
-        @torch.no_grad()
-        def eval(self, tokens: list[int]) -> None:
-            self.scores = self.model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-
-    binding = ModuleType("llama_cpp")
-    binding.Llama = Llama  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llama_cpp", binding)
+    (tmp_path / "binding").mkdir()
+    (tmp_path / "binding" / "llama_cpp.py").write_text(BINDING)
+    monkeypatch.syspath_prepend(str(tmp_path / "binding"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "binding"))
     assert compare_llama_cpp.main() == 2
     assert "adapter.gguf does not exist" in capsys.readouterr().err
     (tmp_path / "adapter.gguf").touch()
+    assert compare_llama_cpp.main() == 2
+    told = capsys.readouterr().err
+    assert "llama.cpp was ended by SIGSEGV on" in told
+    assert "last words: llama_adapter_lora_init: what is this" in told
+
+    tokens = AutoTokenizer.from_pretrained(base)(compare_llama_cpp.TEXT).input_ids
+    (tmp_path / "adapter.gguf").write_text("to its taste")
+    with torch.no_grad():
+        for model, name in ((load(base), "base"), (PeftModel.from_pretrained(load(base), adapter).eval(), "adapter")):
+            np.save(tmp_path / f"{name}.gguf.npy", model(input_ids=torch.tensor([tokens])).logits[0].numpy())
     assert compare_llama_cpp.main() == 0
     with_it, without = capsys.readouterr().out.splitlines()
     assert "with the adapter: KL divergence 0.00e+00" in with_it

@@ -169,7 +169,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no adapter": (lambda t, b, a: {"adapter": str(a / "nowhere")}, "has no adapter_config.json"),
     "no base": (lambda t, b, a: {"base": str(t / "nowhere")}, "is not a directory"),
     "unused": (
-        _edit(lambda t: t.update({f"{LAYER}.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)})),
+        _edit(
+            lambda t: t.update(
+                {
+                    f"{LAYER}.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64),
+                    f"{LAYER}.9.self_attn.q_proj.lora_B.weight": torch.zeros(64, 4),
+                }
+            )
+        ),
         "holds .*layers.9.*, for which .* has no place",
     ),
     "missing": (_edit(lambda t: t.pop(f"{LAYER}.2.self_attn.q_proj.lora_B.weight")), "lacks .*layers.2.*q_proj.lora_B"),
