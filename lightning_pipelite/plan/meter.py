@@ -12,15 +12,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from lightning_pipelite.kernels import lora
 from lightning_pipelite.models.trace import tensors_in
+from lightning_pipelite.plan.products import flops, is_product
 
 BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
-IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # of which torch has no formula
 _simple: set[Any] = set()  # operations that are not made of others: torch looks that up anew each time
 
 
@@ -99,9 +98,9 @@ class Meter(TorchDispatchMode):
             _simple.add(func)
         name = func._schema.name
         given = [t for t in tensors_in((args, kwargs)) if t.device.type == self._device]
-        formula = flop_registry.get(IN_PLACE.get(func._overloadpacket, func._overloadpacket))
         ours = name in OURS
-        product = formula is not None or ours or name in WORKSPACES
+        counted = not ours and is_product(func)
+        product = counted or ours
         if product and self.fused:
             self._read(given)
         if name in WORKSPACES:
@@ -114,8 +113,9 @@ class Meter(TorchDispatchMode):
             return output
         output = func(*args, **kwargs)
         made = [t for t in tensors_in(output) if t.device.type == self._device]
-        if formula is not None:
-            self._count_flops(func, formula, args, kwargs, output)
+        if counted:
+            width, count = flops(func, args, kwargs, output)
+            self.flops[width] = self.flops.get(width, 0.0) + count
         if self.fused and not product:
             self._derive(given, made)
             return output
@@ -144,17 +144,6 @@ class Meter(TorchDispatchMode):
             if storage not in self._known:
                 self._known[storage] = sources
 
-    def _count_flops(self, func: Any, formula: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
-        tensors = [t for t in tensors_in(args) if t.is_floating_point()]
-        width = min((t.element_size() for t in tensors), default=4)
-        if func._schema.name in PACKED_ATTENTION:
-            count = PACKED_ATTENTION[func._schema.name](*args)
-        else:
-            few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
-            count = formula(*few, **kwargs, out_val=output)
-        self.flops[width] = self.flops.get(width, 0.0) + count
-
 
 def _size(storage: Any) -> int:
     return -(-int(storage.nbytes()) // BLOCK) * BLOCK
@@ -173,21 +162,8 @@ OURS: dict[str, Callable[..., Any]] = {
     "pipelite::lora_linear": lora._forward,
     "pipelite::lora_linear_backward": lora._backward,
 }
-"""Operations of this package, which would not be looked into."""
+"""Operations of this package that are looked into, in place of a formula in ``products.py``."""
 
-
-def _causal(query: Tensor, value: Tensor) -> float:
-    """The operations of two products over half the pairs of tokens, as if all were one document: the most there are."""
-    tokens, heads, size = query.shape
-    return float(tokens) ** 2 * heads * (size + value.shape[-1])
-
-
-PACKED_ATTENTION: dict[str, Callable[..., float]] = {
-    "torch_attn::_varlen_attn": lambda query, key, value, *_: _causal(query, value),
-    # Five products, and those of the forward pass are two.
-    "torch_attn::_varlen_attn_backward": lambda gradient, query, key, value, *_: 2.5 * _causal(query, value),
-}
-"""Operations of attention over packed documents, whose lengths are values, which the meta device has not."""
 
 WORKSPACES: dict[str, Callable[..., int]] = {
     "torch_attn::_varlen_attn": lambda *_: 0,

@@ -138,6 +138,21 @@ def test_all_products_of_a_layer_are_counted(model_dir: Path, adapter: Adapter, 
     assert per_token == sum((6 if p.requires_grad else of_frozen) * p.numel() for p in matrices)
 
 
+def test_all_products_of_experts_are_counted(mixtral_dir: Path) -> None:
+    """Of the experts as many as a token is sent to; and what a LoRA multiplies to add to their weights."""
+    layers = make_layers(mixtral_dir, Full(), dtype=torch.bfloat16)
+    one, two = (
+        Simulation(layers, CausalLMLoss(), make_adam).trial(1, "keep", tokens).item.flops for tokens in (64, 128)
+    )
+    per_token = (4 * one[2] - two[2]) / (2 * 64)
+    real = layers.build_stage(1, 2, CPU).named_parameters()
+    matrices = {name: p for name, p in real if ".layers.1." in name and p.ndim > 1}
+    config = layers.skeleton.config
+    share = config.num_experts_per_tok / config.num_local_experts
+    assert sum(p.ndim == 3 for p in matrices.values()) == 2
+    assert per_token == sum(6 * p.numel() * (share if p.ndim == 3 else 1) for p in matrices.values())
+
+
 def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:
     """On the meta device a stage holds tensors of the shapes and types that it really has."""
     real, planned = (

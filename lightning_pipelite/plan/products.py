@@ -1,0 +1,123 @@
+"""How many floating-point operations an operation does: the products, and which operations are none.
+
+What a plan does not count, it takes for free. So an operation must be known to be no product, or have a formula: an
+operation of a library or of this package that does arithmetic is entered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_pipelite.models.trace import tensors_in
+
+ATEN = torch.ops.aten
+IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # of which torch has no formula
+
+
+def _causal(query: Tensor, value: Tensor) -> float:
+    """The operations of two products over half the pairs of tokens, as if all were one document: the most there are."""
+    tokens, heads, size = query.shape
+    return float(tokens) ** 2 * heads * (size + value.shape[-1])
+
+
+def _grouped(left: Tensor, right: Tensor, *_: Any) -> float:
+    """Of products of groups: a dimension that is cut into groups is gone through once, whatever the bounds.
+
+    Rows [tokens, in] by [groups, in, out]; [groups, out, in] by columns [in, tokens]; [out, tokens] by [tokens, in],
+    summed over each group; or a batch of products.
+    """
+    columns = right.shape[-1]
+    groups = left.shape[0] if left.ndim == 3 and right.ndim == 2 else 1
+    return 2.0 * (left.numel() // groups) * columns
+
+
+def _control(delta: Tensor, directions: Tensor, products: int) -> float:
+    """Of products with Q, which the kernel takes as three bfloat16 summands where it is float32 and d is bfloat16."""
+    summands = 3 if delta.dtype == torch.bfloat16 and directions.dtype == torch.float32 else 1
+    return 2.0 * products * summands * delta.numel() * directions.shape[-1]
+
+
+FORMULAS: dict[str, Callable[..., float]] = {
+    "aten::_grouped_mm": _grouped,
+    "transformers::grouped_mm_fallback": _grouped,
+    "transformers::grouped_mm_fallback_backward": lambda rows, weights, *_: 2 * _grouped(rows, weights),
+    "aten::dot": lambda left, right: 2.0 * left.numel(),
+    "aten::mv": lambda matrix, vector: 2.0 * matrix.numel(),
+    "aten::addmv": lambda base, matrix, vector: 2.0 * matrix.numel(),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda query, key, value, *_: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda gradient, query, key, value, *_: (
+        sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+    ),
+    # Over packed documents, whose lengths are values, which the meta device has not.
+    "torch_attn::_varlen_attn": lambda query, key, value, *_: _causal(query, value),
+    # Five products, and those of the forward pass are two.
+    "torch_attn::_varlen_attn_backward": lambda gradient, query, key, value, *_: 2.5 * _causal(query, value),
+    "pipelite::control": lambda output, delta, directions, *_: _control(delta, directions, 2),
+    "pipelite::control_backward": lambda gradient, delta, directions, scales, classes, to_delta: _control(
+        delta, directions, 5 if to_delta else 4
+    ),
+}
+"""By the name of the operation; called with its arguments."""
+
+NO_PRODUCTS = {
+    "bitsandbytes::dequantize_4bit",
+    "bitsandbytes::dequantize_blockwise",
+    "bitsandbytes::quantize_4bit",
+    "bitsandbytes::quantize_blockwise",
+    "aten::linalg_vector_norm",
+    "aten::linalg_cross",
+}
+"""Operations of libraries, and of torch with a name that sounds otherwise, which only go through their operands."""
+
+ENDS = ("mm", "mv", "gemm", "matmul", "dot", "einsum", "linear", "attention", "attn")
+BEGINNINGS = ("conv", "linalg", "lstm", "gru", "rnn", "matmul", "fft")
+WORDS = {"outer", "inner", "ger", "addr", "kron", "cdist", "sdpa"}
+
+
+def is_product(func: Any) -> bool:
+    """Tell whether an operation is one whose arithmetic counts: it has a formula.
+
+    Raises:
+        UnknownProductError: It has none, and is not known to be no product.
+    """
+    name: str = func._schema.name
+    if name in FORMULAS or _torchs(func) is not None:
+        return True
+    if name not in NO_PRODUCTS and _may_be_product(name):
+        raise UnknownProductError(f"the plan does not know how many operations {name} does; enter it in products.py")
+    return False
+
+
+def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[int, float]:
+    """Return the bytes of the elements that a product computes with, and how many operations it does."""
+    tensors = [t for t in tensors_in(args) if t.is_floating_point()]
+    width = min((t.element_size() for t in tensors), default=4)
+    if (formula := FORMULAS.get(func._schema.name)) is not None:
+        return width, float(formula(*args))
+    kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
+    few = args[:2] if func._overloadpacket in (ATEN.mm, ATEN.bmm) else args
+    return width, float(_torchs(func)(*few, **kwargs, out_val=output))
+
+
+class UnknownProductError(NotImplementedError):
+    """An operation of which it is not known how much it computes."""
+
+
+def _torchs(func: Any) -> Any:
+    return flop_registry.get(IN_PLACE.get(func._overloadpacket, func._overloadpacket))
+
+
+def _may_be_product(name: str) -> bool:
+    library, _, operation = name.partition("::")
+    if library == "prims":  # torch's primitives, elementwise and reductions
+        return False
+    if library != "aten":  # of a library of kernels: whatever it is called
+        return True
+    return any(w.endswith(ENDS) or w.startswith(BEGINNINGS) or w in WORDS for w in operation.split("_"))
