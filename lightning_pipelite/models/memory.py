@@ -20,8 +20,18 @@ from lightning_pipelite.models.packing import documents_when_recomputed
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 
-# What is worth keeping, beside what torch counts the arithmetic of: products with adapters, and FlashAttention.
-KEPT_NAMES = ("pipelite::lora_linear", "torch_attn::_varlen_attn")
+# What is worth keeping, beside what torch counts the arithmetic of: products with adapters, those of experts, and
+# FlashAttention.
+KEPT_NAMES = (
+    "pipelite::lora_linear",
+    "torch_attn::_varlen_attn",
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+)
+# Where a product sums over so few, computing it again takes no longer than what lies between products, and the two
+# that it is made of are smaller. B·A of all experts, which is added to their weights, is as large as these.
+SHORT_SUM = 256
+LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of torch's products is the left matrix
 
 
 def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:
@@ -33,8 +43,9 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
 
     Args:
         layers: a stage's.
-        policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention; the rest is
-            computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the host's memory).
+        policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention, but for products
+            of low rank; the rest is computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the
+            host's memory).
         device: where the stage is.
         compiled: whether layers are compiled. The compiler chooses what to keep of a layer as ``selective`` does, and
             keeps nothing that it can make anew from that in passing; the two are then the same.
@@ -107,5 +118,9 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation.overloadpacket in flop_registry or operation.name().split(".")[0] in KEPT_NAMES
+    name = operation.name().split(".")[0]
+    kept = operation.overloadpacket in flop_registry or name in KEPT_NAMES
+    left = LEFT.get(name.removeprefix("aten::"))
+    if left is not None and args[left].shape[-1] <= SHORT_SUM:
+        kept = False
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

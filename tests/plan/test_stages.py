@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from optimi import Adam
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
@@ -151,6 +153,46 @@ def test_all_products_of_experts_are_counted(mixtral_dir: Path) -> None:
     share = config.num_experts_per_tok / config.num_local_experts
     assert sum(p.ndim == 3 for p in matrices.values()) == 2
     assert per_token == sum(6 * p.numel() * (share if p.ndim == 3 else 1) for p in matrices.values())
+
+
+def test_experts_with_adapters_retain_less_with_each_policy(mixtral_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = make_layers(mixtral_dir, LoRA(4), dtype=torch.bfloat16)
+
+    def retained() -> list[int]:
+        simulation = Simulation(layers, CausalLMLoss(), make_adam)
+        policies = ("keep", "selective", "recompute", "offload")
+        # Of few tokens, so that the experts' weights are much beside them.
+        return [simulation.trial(1, policy, 16).item.retained for policy in policies]
+
+    keep, selective, recompute, offload = retained()
+    assert keep > selective > recompute > offload
+    monkeypatch.setattr("lightning_pipelite.models.memory.SHORT_SUM", 0)  # also B·A of all experts, in float32
+    assert retained()[1] > keep
+
+
+@pytest.mark.parametrize("policy", ["selective", "recompute"])
+def test_products_of_experts_are_computed_again_only_if_they_are_not_kept(mixtral_dir: Path, policy: Any) -> None:
+    layers = make_layers(mixtral_dir, LoRA(4), dtype=torch.bfloat16, activation_memory=policy)
+    stage = layers.build_stage(1, 2, CPU)
+    hidden = torch.randn(1, 8, layers.skeleton.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    output = stage((hidden, torch.arange(8)[None]))[0].sum()
+    with _Counts() as counts:
+        output.backward()
+    # Two in each expert's way forward; each has two gradients, but that of the weights is none of a grouped product's.
+    again = counts.of["_grouped_mm"] - 4
+    assert again == (0 if policy == "selective" else 2)
+
+
+class _Counts(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:
