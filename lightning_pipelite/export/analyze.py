@@ -19,6 +19,7 @@ from lightning_pipelite.export.page import page
 from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.spectra import Control, Product, control, product, saved_factors
+from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.progress import track
 
 DPI = 200
@@ -49,7 +50,13 @@ CAPTIONS = {
 }
 
 
-def analyze(adapter: str, base: str | None = None, output: str | None = None, trust_remote_code: bool = False) -> str:
+def analyze(
+    adapter: str,
+    base: str | None = None,
+    output: str | None = None,
+    trust_remote_code: bool = False,
+    allow_another_base: bool = False,
+) -> str:
     """Print and draw the figures of a LoRA or a Control Adapter.
 
     Writes ``analysis.json``, a PNG for each picture, and ``analysis.html``, which holds all and needs no other file.
@@ -61,13 +68,17 @@ def analyze(adapter: str, base: str | None = None, output: str | None = None, tr
         base: directory of the model that it was trained on; gives norms relative to those of its weights.
         output: directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
         trust_remote_code: run the base's own Python code, if it has any.
+        allow_another_base: go on with a base that the adapter was not trained on.
     """
     source = Path(adapter)
     target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")
     rest: list[str] = []
     with new_directory(target, [source, *([Path(base)] if base else [])]) as partial:
         model = BaseModel(base, trust_remote_code=trust_remote_code) if base else None
-        if is_control_adapter(source):
+        is_control = is_control_adapter(source)
+        if model and not allow_another_base:
+            refuse_another_base(source, model.directory)
+        if is_control:
             layers = _control(source, model)
             head, rows, terms = ["layer", *CONTROL_TERMS], _control_rows(layers), CONTROL_TERMS
             pictures = control_pictures(layers)

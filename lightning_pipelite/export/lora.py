@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.lora_kinds import CONFIG_FILE, check_tensors, read_lora_config
-from lightning_pipelite.models.checkpoint import read_json
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -76,7 +75,6 @@ class LoRAOfBase:
     ) -> None:
         self.directory = Path(directory)
         self.config = read_lora_config(self.directory, invoked=invoked)
-        _check_same_kind(self.config, self.directory, base)
         tensors = read_tensors(self.directory)
         check_tensors(self.config, tensors, self.directory)
         names = [name.removeprefix(PREFIX) for name in tensors]
@@ -258,20 +256,6 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
         raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
-
-
-def _check_same_kind(config: LoraConfig, directory: Path, base: BaseModel) -> None:
-    """Check that the base is of the kind of the model that was trained, where that is still to be found."""
-    path = Path(config.base_model_name_or_path or "") / "config.json"
-    if not path.is_file():
-        return
-    trained, given = read_json(path), read_json(base.directory / "config.json")
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        if trained.get(key) != given.get(key):
-            raise ConfigurationError(
-                f"{directory} was trained on {path.parent}, whose {key} is {trained.get(key)}, but that of "
-                f"{base.directory} is {given.get(key)}; give the adapter's base."
-            )
 
 
 def _factors(layer: Any) -> Factors:

@@ -15,6 +15,7 @@ from lightning_pipelite.export.lora import LoRAOfBase
 from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.models.checkpoint import read_header
 from lightning_pipelite.models.companions import copy_to, everything_else, own_code
+from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.progress import Progress
 
 MAX_SCALE = 2.0
@@ -28,6 +29,7 @@ def merge(
     scale: list[float] | float | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    allow_another_base: bool = False,
 ) -> str:
     """Add one or several LoRAs to the weights of their base model.
 
@@ -42,6 +44,7 @@ def merge(
         scale: factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
         device: where to compute: cpu, or cuda.
         trust_remote_code: run the base's own Python code, if it has any.
+        allow_another_base: go on with an adapter that was trained on another base.
 
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
@@ -51,6 +54,8 @@ def merge(
     scales = _scales(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
         model = BaseModel(base, trust_remote_code=trust_remote_code)
+        for each in adapters if not allow_another_base else ():
+            refuse_another_base(Path(each), model.directory)
         loras = [LoRAOfBase(model, each, by, device) for each, by in zip(adapters, scales, strict=True)]
         if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")

@@ -22,6 +22,7 @@ from lightning_pipelite.export.control import is_control_adapter
 from lightning_pipelite.export.control_to_lora import control_to_lora
 from lightning_pipelite.export.lora import Factors, LoRAOfBase
 from lightning_pipelite.export.places import check_new_file, new_file
+from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.progress import track
 
 TYPES = {
@@ -40,6 +41,7 @@ def export_gguf(
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32",
     inverse: bool = False,
     trust_remote_code: bool = False,
+    allow_another_base: bool = False,
 ) -> str:
     """Write an adapter as a GGUF file, for llama.cpp's --lora.
 
@@ -55,13 +57,17 @@ def export_gguf(
         outtype: type of the tensors.
         inverse: of a Control Adapter, class -1 in place of class +1.
         trust_remote_code: run the base's own Python code, if it has any.
+        allow_another_base: go on with an adapter that was trained on another base.
 
     Raises:
         ConfigurationError: The adapter does not fit the base, does more than a LoRA in llama.cpp can, or the base's
             architecture is none of those that are known.
     """
     check_new_file(Path(output))
-    if is_control_adapter(adapter):
+    control = is_control_adapter(adapter)
+    if not allow_another_base:
+        refuse_another_base(Path(adapter), Path(base))
+    if control:
         with tempfile.TemporaryDirectory() as directory:
             told = control_to_lora(base, adapter, f"{directory}/lora", inverse, trust_remote_code=trust_remote_code)
             return f"{told}\n{export_gguf(f'{directory}/lora', base, output, outtype, False, trust_remote_code)}"

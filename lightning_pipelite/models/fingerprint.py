@@ -64,7 +64,7 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     path = adapter / BASE_FILE
     trained_on = read_json(path).get("fingerprint") if path.is_file() else None
-    if trained_on is None and (Path(named) / "config.json").is_file():
+    if trained_on is None and named and _is_whole(Path(named)):
         trained_on = fingerprint(Path(named))
     if trained_on is not None and trained_on != fingerprint(base):
         raise ConfigurationError(
@@ -76,6 +76,13 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
 def record_base(adapter: Path, base: str) -> None:
     """Write the fingerprint ``base`` of what an adapter was trained on into the adapter's directory."""
     (adapter / BASE_FILE).write_text(json.dumps({"fingerprint": base}) + "\n", encoding="utf-8")
+
+
+def _is_whole(model_dir: Path) -> bool:
+    """Tell whether all files of a model, or what was one, are there."""
+    if not (model_dir / "config.json").is_file():
+        return False
+    return all(path.is_file() for path in weight_files(model_dir) or pickled_files(model_dir))
 
 
 def _in_safetensors(path: Path) -> dict[str, Described]:

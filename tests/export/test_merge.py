@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "scales": (lambda *_: {"scale": [0.5, 0.5]}, "scale has 2 numbers for 1 adapters"),
     "full": (lambda t, b, a: {"output": str(a)}, "overlap"),
     "inside": (lambda t, b, a: {"output": str(b / "merged")}, "overlap"),
-    "other base": (_other_base, "was trained on .* model_type is llama, .* is qwen2_moe"),
+    "other base": (_other_base, "was trained on another base than .*other.* names .*/base"),
     "no adapter": (lambda t, b, a: {"adapter": str(a / "nowhere")}, "has no adapter_config.json"),
     "no base": (lambda t, b, a: {"base": str(t / "nowhere")}, "is not a directory"),
     "unused": (
