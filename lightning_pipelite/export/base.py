@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.attention import OF_TRANSFORMERS
 from lightning_pipelite.models.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -90,6 +91,8 @@ class BaseModel:
         self.trust_remote_code = trust_remote_code
         self.build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
         self.config = read_config(self.directory, trust_remote_code)
+        if self.config._attn_implementation not in (None, *OF_TRANSFORMERS):
+            self.config._attn_implementation = "eager"  # whatever it trains with, which need not be installed
         if getattr(self.config, "output_router_logits", False):
             self.config.output_router_logits = False  # a matter of training
         if not weight_files(self.directory) and any(self.directory.glob("*.bin")):

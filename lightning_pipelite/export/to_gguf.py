@@ -21,6 +21,7 @@ from lightning_pipelite.export.base import BaseModel, Group
 from lightning_pipelite.export.control import is_control_adapter
 from lightning_pipelite.export.control_to_lora import control_to_lora
 from lightning_pipelite.export.lora import Factors, LoRAOfBase
+from lightning_pipelite.export.lora_kinds import read_lora_config
 from lightning_pipelite.export.places import check_new_file, new_file
 from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.progress import track
@@ -69,8 +70,19 @@ def export_gguf(
         refuse_another_base(Path(adapter), Path(base))
     if control:
         with tempfile.TemporaryDirectory() as directory:
-            told = control_to_lora(base, adapter, f"{directory}/lora", inverse, trust_remote_code=trust_remote_code)
-            return f"{told}\n{export_gguf(f'{directory}/lora', base, output, outtype, False, trust_remote_code)}"
+            lora_of_it = f"{directory}/lora"
+            told = control_to_lora(base, adapter, lora_of_it, inverse, trust_remote_code=trust_remote_code)
+            if read_lora_config(Path(lora_of_it)).lora_bias:
+                raise ConfigurationError(
+                    f"{adapter}: on {base}, whose layers have biases, a Control Adapter is a LoRA with biases, which "
+                    "llama.cpp does not know; make that LoRA (pipelite control-to-lora), merge it (pipelite merge), "
+                    "and convert the merged model by llama.cpp's convert_hf_to_gguf.py."
+                )
+            try:
+                return f"{told}\n{export_gguf(lora_of_it, base, output, outtype, False, trust_remote_code, True)}"
+            except ConfigurationError as error:  # of a folder that nobody gave, and that is gone
+                message = str(error).replace(lora_of_it, f"the LoRA that control-to-lora makes of {adapter}")
+                raise ConfigurationError(message) from error
     if inverse:
         raise ConfigurationError(f"{adapter} is no Control Adapter, so there is no class -1; leave inverse out.")
     model = BaseModel(base, trust_remote_code=trust_remote_code)

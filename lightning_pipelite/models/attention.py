@@ -24,6 +24,7 @@ NAME = "varlen"
 # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
 GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 LARGEST_HEAD = 256  # of FlashAttention
+OF_TRANSFORMERS = ("sdpa", "eager")  # what a model attends by otherwise, whose masks ``packing.py`` builds
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
 
 

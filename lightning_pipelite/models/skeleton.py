@@ -65,6 +65,12 @@ class Skeleton:
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.trust_remote_code = trust_remote_code
         self.config = read_config(self.model_dir, trust_remote_code)
+        asked = self.config._attn_implementation
+        if attn_implementation is None and asked not in (None, *varlen.OF_TRANSFORMERS):
+            raise ConfigurationError(
+                f"{self.model_dir / 'config.json'} asks for attn_implementation {asked}, which is none of those that "
+                "are known here; set attn_implementation to sdpa, or take it out of config.json."
+            )
         self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
         if attn_implementation is not None:
             self._build = partial(self._build, attn_implementation=attn_implementation)

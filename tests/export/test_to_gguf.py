@@ -211,6 +211,29 @@ def test_control_adapters_in_one_step(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("phi", "model.layers"), ("gpt2", "transformer.h")])
+def test_a_control_adapter_on_layers_with_biases_has_a_way_that_works(kind: str, layers: str, tmp_path: Path) -> None:
+    base, control = write_base(tmp_path / "base", kind), write_control_adapter(tmp_path / "control", layers, (0, 1))
+    with pytest.raises(ConfigurationError, match="is a LoRA with biases, which") as raised:
+        export_gguf(str(control), str(base), str(tmp_path / "out.gguf"))
+    assert str(raised.value).startswith(f"{control}: on {base}")
+    assert not (tmp_path / "out.gguf").exists()
+    # What it tells to do.
+    control_to_lora(str(base), str(control), str(tmp_path / "lora"))
+    merge(str(base), str(tmp_path / "lora"), str(tmp_path / "merged"))
+
+
+def test_no_message_names_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, control = write_base(tmp_path / "base", "cohere"), write_control_adapter(tmp_path / "control")
+
+    def broken(self: Any) -> Any:
+        raise ConfigurationError(f"{self.directory} is broken.")
+
+    monkeypatch.setattr("lightning_pipelite.export.to_gguf.LoRAOfBase.factors", broken)
+    with pytest.raises(ConfigurationError, match=f"^the LoRA that control-to-lora makes of {control} is broken"):
+        export_gguf(str(control), str(base), str(tmp_path / "out.gguf"))
+
+
 def test_what_llama_cpp_cannot_do_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "llama")
     dora = write_adapter(tmp_path / "dora", base, target_modules=["q_proj"], use_dora=True)

@@ -106,6 +106,19 @@ def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
         skeleton_of(tmp_path, Gemma3nTextConfig())
 
 
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+def test_attention_that_config_json_asks_for_is_known_or_refused(tmp_path: Path, asked: str) -> None:
+    LlamaConfig(**SMALL, num_hidden_layers=2).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": asked}))
+    with pytest.raises(ConfigurationError, match=f"asks for attn_implementation {asked}.*set attn_imp"):
+        Skeleton(tmp_path)
+    for remedy in ("sdpa", "eager"):
+        assert Skeleton(tmp_path, attn_implementation=remedy).config._attn_implementation == remedy
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}))
+    assert Skeleton(tmp_path).config._attn_implementation == "eager"
+
+
 def named(probe: Probe) -> dict[str, torch.Tensor]:
     return {**dict(probe.model.named_parameters()), **dict(probe.model.named_buffers())}
 
