@@ -17,7 +17,7 @@ from lightning_pipelite.data.corpus import Corpus, tokenise
 from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequences import largest_token, write_sequences
-from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.sources import find_files, format_of, not_read
 from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
@@ -45,6 +45,11 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
     if not tokenizer_dir.is_dir():
         raise ConfigurationError(f"data.tokenizer_dir {tokenizer_dir} is no directory: name one with a tokenizer.")
     files = [find_files(dataset.dataset_path) for dataset in options.sources]
+    for dataset, paths in zip(options.sources, files, strict=True):
+        if dataset.text_field != "text" and all(format_of(path) == ".txt" for path in paths):
+            raise ConfigurationError(
+                f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
+            )
 
     def key() -> str:
         return content_key(
@@ -264,6 +269,7 @@ class PackBuilder:
             first_skipped=corpus.left_out[number].first,
             broken_files=corpus.left_out[number].files,
             ignored_keys=sorted(corpus.left_out[number].keys),
+            ignored_files=not_read(self._options.sources[number].dataset_path),
         )
 
     def _padding(self, sequences: int, tokens: int) -> float:

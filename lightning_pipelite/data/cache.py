@@ -38,9 +38,12 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
 
 def tokenizer_stamp(directory: Path) -> dict[str, str]:
     """Hash the files from which a tokenizer is loaded, by name; weights and their index do not count."""
+    folders = (directory, directory / "additional_chat_templates")  # where transformers keeps all but the default one
     return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.iterdir())
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for folder in folders
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
         if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
     }
 

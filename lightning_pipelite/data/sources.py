@@ -63,6 +63,15 @@ def find_files(dataset_path: str) -> list[Path]:
     return sorted({file.absolute() for file in files})
 
 
+def not_read(dataset_path: str) -> list[str]:
+    """Give the names of files in a directory that `find_files` takes for no data; hidden ones are not meant at all."""
+    path = Path(dataset_path).expanduser()
+    if not path.is_dir() or (path / "state.json").is_file():
+        return []
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file.name for file in files if not format_of(file))
+
+
 def _saved_dataset(path: Path) -> list[Path]:
     """The Arrow files of what `datasets` writes by save_to_disk."""
     try:

@@ -63,6 +63,7 @@ class DatasetStatistics:
         first_skipped: What was wrong with the first of them.
         broken_files: What was wrong with files that it left out, wholly or from some place on.
         ignored_keys: Keys of records that mean nothing here.
+        ignored_files: Files of its directory that have none of the formats.
     """
 
     dataset_path: str
@@ -75,6 +76,7 @@ class DatasetStatistics:
     first_skipped: str
     broken_files: list[str]
     ignored_keys: list[str]
+    ignored_files: list[str]
 
     def describe(self) -> str:
         """Say it in a line."""
@@ -90,6 +92,8 @@ class DatasetStatistics:
             line += f", {len(self.broken_files):,} files not read to their end: {_some(self.broken_files, '; ')}"
         if self.ignored_keys:
             line += f", ignored keys: {_some(self.ignored_keys, ', ')}"
+        if self.ignored_files:
+            line += f", files of other formats: {_some(self.ignored_files, ', ')}"
         return line
 
 

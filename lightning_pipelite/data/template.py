@@ -22,8 +22,21 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLES_OF_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
-# Keys of a message that say something. Others (an id, a name) may be left out by a template.
-_WORDS = ("tool_calls", "function_call", *REASONING, "images", "image", "audio", "audios", "videos", "video")
+# Keys of a message that say something. Others (an id, a name) may be left out by a template. The first are commonly of
+# the record, which is where a template knows them from.
+_OF_RECORDS = ("tools", "functions", "documents")
+_WORDS = (
+    "tool_calls",
+    "function_call",
+    *REASONING,
+    "images",
+    "image",
+    "audio",
+    "audios",
+    "videos",
+    "video",
+    *_OF_RECORDS,
+)
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
@@ -182,7 +195,7 @@ class ChatTemplate:
 
     def _shows(self, key: str, messages: list[Message], arguments: dict[str, Any]) -> bool:
         """Whether a key of messages, which the last of these has, shows in the text."""
-        if key in self._words:
+        if key in self._words and key not in _OF_RECORDS:  # which the template knows as what the record has
             return True
         if key not in self._shown:  # some show whatever a message has
             *before, last = messages

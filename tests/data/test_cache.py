@@ -142,6 +142,10 @@ def test_stamps(tmp_path: Path) -> None:
     assert sorted(before) == ["merges.txt", "tokenizer.json"]
     (folder / "merges.txt").write_text("changed")
     assert tokenizer_stamp(folder) != before
+    before = tokenizer_stamp(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert tokenizer_stamp(folder) != before
 
 
 def test_key_depends_on_content_not_on_order() -> None:

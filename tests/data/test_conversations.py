@@ -193,6 +193,11 @@ ONLY_PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.tex
         (CHATML, {"messages": [ASK, call("f", {})]}, "the chat template does not show the tool_calls of message 2"),
         (CHATML, {"messages": [ASK, {**REPLY, "thinking": "x"}]}, "does not show the thinking of message 2"),
         (CHATML, {"messages": [{**ASK, "images": ["x"]}, REPLY]}, "does not show the images of message 1"),
+        (
+            TOOLS,
+            {"messages": [{**ASK, "role": "system", "tools": [TOOL]}, ASK, REPLY]},
+            "not show the tools of message 1",
+        ),
         (NO_SYSTEM, {"messages": [{**ASK, "role": "system", "content": "be"}, ASK, REPLY]}, "does not show message 1"),
         (ONLY_PARTS, {"messages": [ASK, REPLY]}, "(does not show message 1|cannot be told apart)"),
         (CHATML, {"messages": [ASK, {**REPLY, "role": "gpt"}, REPLY]}, "the role of message 2 is 'gpt'; write assist"),
@@ -252,6 +257,16 @@ def test_ignored_keys_are_told(make_data: Callable[..., PackedDataModule], tmp_p
     (tmp_path / "a.jsonl").write_text('{"text": "a", "weight": 0.5}')
     with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 1: the record has a 'weight' of 0\.5"):
         make_data([DatasetConfig(str(tmp_path / "a.jsonl"))]).prepare_data()
+
+
+def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
+    for name in ("a.txt", "b.csv", "README.md", ".hidden"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text("text")
+    (line,) = (line for line in make_data([DatasetConfig(str(tmp_path / "d"))]).summary() if line.startswith("dataset"))
+    assert line.endswith(", files of other formats: README.md, b.csv")
+    with pytest.raises(ConfigurationError, match=r"a\.txt is text and has no fields: remove text_field"):
+        make_data([DatasetConfig(str(tmp_path / "d" / "a.txt"), text_field="body")]).prepare_data()
 
 
 @pytest.mark.parametrize("key", ["document_prefix", "document_suffix", "add_prefix_space"])

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.records import read_records
-from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.sources import find_files, not_read
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -30,6 +30,8 @@ def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [str(file.relative_to(tmp_path)) for file in find_files(path)]
 
     assert found(str(tmp_path)) == ["a.json", "b.txt", "odd[1].txt", "z.jsonl.gz"]
+    assert not_read(str(tmp_path)) == ["README.md", "z.csv.gz"]
+    assert not_read(str(tmp_path / "*.txt")) == []
     assert found(str(tmp_path / "b.txt")) == ["b.txt"]
     assert found(str(tmp_path / "odd[1].txt")) == ["odd[1].txt"]
     assert found(str(tmp_path / "**/*.txt")) == ["b.txt", "deep/c.txt", "deep/deeper/d.txt", "odd[1].txt"]
