@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -31,7 +32,11 @@ class AdapterNorms(Callback):
     picture, ``train/norms_map``, of layers (rows) times modules (columns).
 
     It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT, and sees the weights
-    as :class:`CompositeWeightDecay` leaves them. B·A is never formed.
+    as :class:`CompositeWeightDecay` leaves them. Of a layer with several adapters each counts by itself, whether it is
+    active or not. B·A is never formed. Where there is no adapter it warns once, as training starts.
+
+    Raises:
+        ConfigurationError: by ``Trainer.fit``, if an adapter is more than a product B·A, or sharded.
     """
 
     _steps: LoggedSteps
@@ -39,6 +44,11 @@ class AdapterNorms(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps = LoggedSteps(trainer)
+        mine = [torch.ones(()) for _ in (*find_low_rank(pl_module), *find_control(pl_module))]
+        if not summarize({"adapters": mine}, trainer.strategy.root_device):
+            rank_zero_warn(
+                "AdapterNorms: the model has no LoRA layer of PEFT and no Control Adapter: there are no norms to log."
+            )
 
     @override
     def on_train_batch_end(

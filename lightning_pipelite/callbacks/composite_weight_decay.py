@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,10 @@ class CompositeWeightDecay(Callback):
 
     For Control Adapters it is S ← S - lr·wd·S.
 
-    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT. It logs
-    ``train/weight_decay_{avg,min,max}``: by how much a step's decay lowered the norms of all layers of all ranks.
+    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT: of a layer with several
+    adapters each decays by itself, and of DoRA the magnitude does not. What the optimizer does not train, or is frozen
+    at that step, keeps its value. It logs ``train/weight_decay_{avg,min,max}``: by how much a step's decay lowered the
+    norms of all layers of all ranks.
 
     Example::
 
@@ -43,7 +46,8 @@ class CompositeWeightDecay(Callback):
 
     Raises:
         ConfigurationError: if ``weight_decay`` is negative; by ``Trainer.fit``, if there is no adapter on any rank,
-            or one is not in float32, in which so small a change would be rounded away.
+            one is more than a product, or not in float32, in which so small a change would be rounded away, or if an
+            optimizer has no learning rate.
     """
 
     def __init__(self, weight_decay: float) -> None:
@@ -52,14 +56,15 @@ class CompositeWeightDecay(Callback):
         self.weight_decay = weight_decay
         self._pairs: list[LowRank] = []
         self._controls: list[ControlPair] = []
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, tuple[Hashable, _Plan]] = {}
         self._hooks: list[Any] = []
         self._steps = False
         self._lost: list[Tensor] | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pairs, self._controls, self._plans = find_low_rank(pl_module), find_control(pl_module), {}
+        self._release()  # of another fit that an error has ended
+        self._pairs, self._controls = find_low_rank(pl_module), find_control(pl_module)
         self._check(trainer, trainer.strategy.root_device)
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
@@ -90,6 +95,11 @@ class CompositeWeightDecay(Callback):
                 f"CompositeWeightDecay: {type(trainer.strategy).__name__} wraps the optimizer so that its steps cannot "
                 "be followed; use another strategy, such as ddp or pipelite."
             )
+        if without := [each for each in trainer.optimizers if any("lr" not in group for group in each.param_groups)]:
+            raise ConfigurationError(
+                f"CompositeWeightDecay: {type(without[0]).__name__} has no learning rate, of which a step's decay is a "
+                "part; use an optimizer that has one, or leave the callback out."
+            )
 
     @override
     def on_before_optimizer_step(
@@ -102,12 +112,9 @@ class CompositeWeightDecay(Callback):
         if self.weight_decay == 0:
             return
         lost: list[Tensor] | None = [] if logs else None
-        groups = optimizer.param_groups
-        if id(optimizer) not in self._plans:
-            self._plans[id(optimizer)] = self._plan(optimizer)
-        chunked, controls = self._plans[id(optimizer)]
+        chunked, controls = self._plan_of(optimizer)
         # A parameter that this optimizer does not train, group -1, keeps its value.
-        decays = [group["lr"] * self.weight_decay for group in groups] + [0.0]
+        decays = [float(group["lr"]) * self.weight_decay for group in optimizer.param_groups] + [0.0]
         with full_precision():
             for (group_a, group_b), chunk in chunked:
                 decay_products(chunk, decays[group_a], decays[group_b], lost)
@@ -119,9 +126,21 @@ class CompositeWeightDecay(Callback):
         if lost is not None:
             self._lost = (self._lost or []) + lost
 
+    def _plan_of(self, optimizer: Optimizer) -> _Plan:
+        """The optimizer's plan, made anew when a group is added to it or an adapter is frozen or thawed."""
+        groups = tuple(len(group["params"]) for group in optimizer.param_groups)
+        thawed = tuple((pair.a.requires_grad, pair.b.requires_grad) for pair in self._pairs)
+        known = groups, thawed, tuple(control.s.requires_grad for control in self._controls)
+        before, plan = self._plans.get(id(optimizer), (None, None))
+        if plan is None or before != known:
+            plan = self._plan(optimizer)
+            self._plans[id(optimizer)] = known, plan
+        return plan
+
     def _plan(self, optimizer: Optimizer) -> _Plan:
-        """Sort out once what this optimizer trains: chunks and Control Adapters, by the groups of their parameters."""
-        group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        """Sort out what this optimizer trains: chunks and Control Adapters, by the groups of their parameters."""
+        trained = [(p, index) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        group_of = {p: index for p, index in trained if p.requires_grad}
         by_groups: dict[tuple[int, int], list[LowRank]] = {}
         for pair in self._pairs:
             if pair.a in group_of or pair.b in group_of:
@@ -143,9 +162,17 @@ class CompositeWeightDecay(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()  # Lightning then calls no teardown
+
+    def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._pairs, self._controls, self._plans = [], [], [], {}
+        self._steps, self._lost = False, None
 
 
 def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tensor] | None) -> None:

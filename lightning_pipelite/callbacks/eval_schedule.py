@@ -16,16 +16,19 @@ from lightning_pipelite.errors import ConfigurationError
 class EvalSchedule(Callback):
     """Evaluates before the first step and at evenly spaced steps, the last of each epoch and of training among them.
 
-    It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps. Each
-    evaluation prints one line with the loss and its change in per cent against the one before; where there are several
-    evaluation sets, with those of each, the metrics called ``MONITOR/NAME``.
+    It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps;
+    ``check_val_every_n_epoch`` holds beside it. Each evaluation prints one line with the loss and its change in per
+    cent against the one before; where there are several evaluation sets, with those of each, the metrics called
+    ``MONITOR/NAME``.
 
     Args:
-        evals_per_epoch: how many evaluations an epoch has, at most one a step.
+        evals_per_epoch: how many evaluations an epoch has, at most one a step. Where the data has no length, nobody
+            knows what a part of an epoch is, and it must be 1.
         monitor: the metric whose change is printed.
 
     Raises:
-        ConfigurationError: if ``evals_per_epoch`` is not positive.
+        ConfigurationError: if ``evals_per_epoch`` is not positive; by ``Trainer.fit``, if the Trainer has another
+            schedule, or if the data has no length and ``evals_per_epoch`` is not 1.
     """
 
     def __init__(self, evals_per_epoch: int = 10, monitor: str = "eval/loss") -> None:
@@ -36,12 +39,29 @@ class EvalSchedule(Callback):
         self._last: dict[str, float] = {}
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._last = {}  # that of another fit; a resumed one gets its own back after this
+        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none where it is a time
+        if interval != 1.0 or isinstance(interval, int):
+            raise ConfigurationError(
+                "EvalSchedule and Trainer(val_check_interval=) both say when to evaluate; leave one of them out, the "
+                "latter together with check_val_every_n_epoch=None."
+            )
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.num_training_batches == math.inf and self.evals_per_epoch > 1:
+            raise ConfigurationError(
+                f"EvalSchedule: an epoch of data without a length cannot be divided into {self.evals_per_epoch}; set "
+                "evals_per_epoch to 1, set Trainer(limit_train_batches=) to a number, or give the data a __len__."
+            )
         if trainer.global_step > 0:
             # Lightning asks whether the evaluation after the last batch is done before it takes another.
-            self._schedule(trainer, trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step)
+            self._schedule(trainer, trainer.global_step)
             return
-        if trainer.fit_loop.epoch_loop.val_loop.skip or not trainer.enable_validation:
+        if not trainer.enable_validation:
             return
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -51,22 +71,33 @@ class EvalSchedule(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._schedule(trainer, batch_idx, trainer.global_step + 1)
+        self._schedule(trainer, trainer.global_step + 1)
 
-    def _schedule(self, trainer: pl.Trainer, batch_idx: int, step: int) -> None:
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.automatic_optimization:  # a batch may have been any number of steps
+            self._schedule(trainer, trainer.global_step)
+
+    def _schedule(self, trainer: pl.Trainer, step: int) -> None:
         """Have an evaluation after this batch, or none; if it ends a step, that is number ``step``."""
+        loop = trainer.fit_loop.epoch_loop
+        batch = loop.batch_idx + 1
+        ends_epoch = loop._num_ready_batches_reached()
+        ends_training = not loop._should_accumulate() and 0 < trainer.max_steps <= step
+        due = ends_training or ends_epoch or batch in self._due(trainer)
         # Lightning evaluates when val_check_batch divides the number of batches done in the epoch.
-        batches, accumulate = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-        ends_step = (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == batches
-        ends_training = ends_step and step == trainer.max_steps
-        due = ends_training or batch_idx + 1 in self._due(batches, accumulate)
-        trainer.val_check_batch = batch_idx + 1 if due else batch_idx + 2
+        trainer.val_check_batch = batch if due else batch + 1
 
-    def _due(self, batches: int, accumulate: int) -> set[int]:
+    def _due(self, trainer: pl.Trainer) -> set[int]:
         """After how many batches of an epoch to evaluate."""
+        batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if batches == math.inf:
+            return set()  # at its end alone
         steps = math.ceil(batches / accumulate)
         evals = min(self.evals_per_epoch, steps)
-        return {min(round(k * steps / evals) * accumulate, batches) for k in range(1, evals + 1)}
+        return {min(round(k * steps / evals) * accumulate, int(batches)) for k in range(1, evals + 1)}
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -104,8 +105,14 @@ def _up(pair: LowRank) -> Tensor:
     return pair.b.detach().view(pair.b.shape[0], -1, pair.experts).permute(2, 0, 1)
 
 
+# The variants of PEFT's LoRA in which B·A is what it is without them. In others it is multiplied by something else.
+_PLAIN_VARIANTS = re.compile("Dora|ALora|MiCA")
+
+
 def find_low_rank(module: nn.Module) -> list[LowRank]:
-    """Find the LoRA layers of PEFT in a module: linear ones and fused experts.
+    """Find the LoRA layers of PEFT in a module: linear ones, embeddings and fused experts. Of DoRA it is B·A alone.
+
+    Where a layer has several adapters, each is one of its own; the name then tells which.
 
     Raises:
         ConfigurationError: a LoRA layer of another kind, or one whose weights are spread over processes.
@@ -116,10 +123,17 @@ def find_low_rank(module: nn.Module) -> list[LowRank]:
     for name, layer in module.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if len(layer.lora_embedding_A):
-            raise ConfigurationError(f"{name} is a LoRA of an embedding, whose norm and decay are not supported here.")
-        for adapter in layer.lora_A:
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        weights = {each: (layer.lora_A[each].weight, layer.lora_B[each].weight) for each in layer.lora_A}
+        weights |= {
+            each: (layer.lora_embedding_A[each], layer.lora_embedding_B[each]) for each in layer.lora_embedding_A
+        }
+        for adapter, (a, b) in weights.items():
+            variant = type(layer.lora_variant.get(adapter)).__name__
+            if adapter in layer.lora_variant and not _PLAIN_VARIANTS.match(variant):
+                raise ConfigurationError(
+                    f"the adapter of {name} is a {variant.removesuffix('Variant')}, which is more than the product B·A "
+                    "that AdapterNorms and CompositeWeightDecay know; leave them out."
+                )
             if any(w.ndim != 2 or isinstance(w, DTensor) for w in (a, b)) or a.shape[0] != b.shape[1]:
                 raise ConfigurationError(
                     f"the LoRA weights of {name} are {list(a.shape)} and {list(b.shape)}: norms and decay need plain "
@@ -128,7 +142,8 @@ def find_low_rank(module: nn.Module) -> list[LowRank]:
             experts = getattr(layer, "num_experts", 1)
             parameter = [layer.parameter_name] if hasattr(layer, "parameter_name") else []
             full = ".".join([name.replace(".base_layer", ""), *parameter])
-            found.append(LowRank(full, a, b, float(layer.scaling[adapter]), experts))
+            which = f" ({adapter})" if len(weights) > 1 else ""
+            found.append(LowRank(full + which, a, b, float(layer.scaling[adapter]), experts))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,7 +23,8 @@ class StepProgress(ProgressBar):
     optimizer's first parameter group and every metric that is logged with ``prog_bar=True``, without a leading
     ``train/``; of one called ``..._per_s`` the whole number. Neither the elapsed nor the remaining time counts
     evaluations; the latter is the mean of the last steps (at most 50, without the first, which is slow) times the
-    number of steps to come.
+    number of steps to come, where that is known: not for data without a length and no ``max_steps``, nor where a
+    module optimizes by itself, as often as it likes in a batch.
 
     In a terminal it is a bar, on standard error. Where there is none it is a line after the first step and at the
     end, and in between at most one in ten seconds.
@@ -85,16 +86,17 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._enabled:
             return
-        steps = trainer.estimated_stepping_batches
-        self._total = int(steps) if 0 <= steps < math.inf else None
         self._step, self._clock = trainer.global_step, StepClock()
+        # Where a resumed training stands in its epoch is seen in its first batch.
+        self._total = total_steps(trainer, batches_done=0) if self._step == 0 else None
         self._view = view("training", style=self._style, stays=True)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._lr = float(optimizer.param_groups[0]["lr"])
+        rate = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
+        self._lr = None if rate is None else float(rate)
 
     @override
     def on_train_batch_end(
@@ -105,6 +107,7 @@ class StepProgress(ProgressBar):
         self._step = trainer.global_step
         self._clock.step()
         if self._clock.steps == 1 or self._view.due():
+            self._total = total_steps(trainer, trainer.fit_loop.batch_idx + 1)
             self._show_step(self._told(trainer, pl_module))
 
     def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
@@ -196,6 +199,33 @@ class StepProgress(ProgressBar):
             self._clock.go_on()
         else:
             self._close()
+
+
+def total_steps(trainer: pl.Trainer, batches_done: int) -> int | None:
+    """The number of steps when training will have ended, None if nobody knows; as far as no callback stops it.
+
+    Lightning's own estimate takes all epochs to accumulate as much as the present one.
+
+    Args:
+        trainer: within an epoch.
+        batches_done: how many batches of the epoch are done.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    at_most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    total = math.inf
+    if epochs not in (None, -1) and batches < math.inf:
+        if not trainer.lightning_module.automatic_optimization:
+            return None
+        schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+        def steps(batches: float, epoch: int) -> int:
+            factors = [each.get_accumulate_grad_batches(epoch) for each in schedules]
+            return math.ceil(batches / (factors or [trainer.accumulate_grad_batches])[-1])
+
+        total = trainer.global_step - steps(batches_done, trainer.current_epoch)
+        total += sum(steps(batches, epoch) for epoch in range(trainer.current_epoch, epochs))
+    total = min(total, at_most)
+    return int(total) if total < math.inf else None
 
 
 def _shown(name: str, value: Any) -> str:
