@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,9 +33,9 @@ class CompositeWeightDecay(Callback):
     For Control Adapters it is S ← S - lr·wd·S.
 
     It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT: of a layer with several
-    adapters each decays by itself, and of DoRA the magnitude does not. What the optimizer does not train, or is frozen
-    at that step, keeps its value. It logs ``train/weight_decay_{avg,min,max}``: by how much a step's decay lowered the
-    norms of all layers of all ranks.
+    adapters each decays by itself, and of DoRA the magnitude does not. What the step does not train, because it is
+    frozen or has no gradient, keeps its value. It logs ``train/weight_decay_{avg,min,max}``: by how much a step's
+    decay lowered the norms of all layers of all ranks.
 
     Example::
 
@@ -56,7 +56,7 @@ class CompositeWeightDecay(Callback):
         self.weight_decay = weight_decay
         self._pairs: list[LowRank] = []
         self._controls: list[ControlPair] = []
-        self._plans: dict[int, tuple[Hashable, _Plan]] = {}
+        self._plans: dict[int, tuple[Any, _Plan]] = {}
         self._hooks: list[Any] = []
         self._steps = False
         self._lost: list[Tensor] | None = None
@@ -127,20 +127,25 @@ class CompositeWeightDecay(Callback):
             self._lost = (self._lost or []) + lost
 
     def _plan_of(self, optimizer: Optimizer) -> _Plan:
-        """The optimizer's plan, made anew when a group is added to it or an adapter is frozen or thawed."""
-        groups = tuple(len(group["params"]) for group in optimizer.param_groups)
-        thawed = tuple((pair.a.requires_grad, pair.b.requires_grad) for pair in self._pairs)
-        known = groups, thawed, tuple(control.s.requires_grad for control in self._controls)
+        """The optimizer's plan, made anew when it has got a group, or when other adapters are trained than before."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        # Like PyTorch's optimizers, which leave alone what has no gradient; unless they have let go of all of them.
+        released = all(p.grad is None for group in groups for p in group)
+
+        def trains(*parameters: Tensor) -> tuple[bool, ...]:
+            return tuple(p.requires_grad and (released or p.grad is not None) for p in parameters)
+
+        trained = tuple(trains(pair.a, pair.b) for pair in self._pairs), trains(*(each.s for each in self._controls))
+        known = [len(group) for group in groups], trained
         before, plan = self._plans.get(id(optimizer), (None, None))
         if plan is None or before != known:
-            plan = self._plan(optimizer)
+            group_of = {p: index for index, group in enumerate(groups) for p in group if all(trains(p))}
+            plan = self._plan(group_of)
             self._plans[id(optimizer)] = known, plan
         return plan
 
-    def _plan(self, optimizer: Optimizer) -> _Plan:
-        """Sort out what this optimizer trains: chunks and Control Adapters, by the groups of their parameters."""
-        trained = [(p, index) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        group_of = {p: index for p, index in trained if p.requires_grad}
+    def _plan(self, group_of: Mapping[Tensor, int]) -> _Plan:
+        """Sort chunks and Control Adapters by the optimizer's groups of their parameters."""
         by_groups: dict[tuple[int, int], list[LowRank]] = {}
         for pair in self._pairs:
             if pair.a in group_of or pair.b in group_of:

@@ -82,6 +82,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self._saved_at = 0.0
         self._request = 0  # what is to be done after the evaluation that follows
         self._unpruned = False
+        self._warned = False
 
     @property
     @override
@@ -116,6 +117,9 @@ class TimedCheckpoint(ModelCheckpoint):
         refuse_former_result(trainer, self.former_result())
         self._saved_at = time.monotonic()
         self._last_global_step_saved = trainer.global_step  # nothing to save until a step is taken
+        self._request, self._warned = 0, False
+        if self.monitor and not trainer.enable_validation:
+            self._warn_once("there are no evaluations")
         if not _only_tries(trainer):
             self._signals.listen()
 
@@ -127,7 +131,10 @@ class TimedCheckpoint(ModelCheckpoint):
             return
         self._prune(trainer)
         self._request = self._of_any_rank(trainer, self._wish(trainer))
-        if trainer.global_step == trainer.max_steps and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if (
+            0 < trainer.max_steps <= trainer.global_step
+            and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        ):
             self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
@@ -207,17 +214,26 @@ class TimedCheckpoint(ModelCheckpoint):
 
     def _is_best(self, trainer: pl.Trainer) -> bool:
         """Whether this evaluation is the best so far; rank 0 decides."""
-        current = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if not self.monitor:
+            return False
+        current = trainer.callback_metrics.get(self.monitor)
+        if current is None:
+            self._warn_once(f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'} is logged, no {self.monitor}")
         better = False
         if isinstance(current, Tensor) and not current.isnan():
             best = self.best_model_score
             better = best is None or bool(current < best if self.mode == "min" else current > best)
-        if not trainer.strategy.broadcast(better):
+        score = trainer.strategy.broadcast(current.detach().cpu() if better and current is not None else None)
+        if score is None:
             return False
-        assert current is not None
-        self.best_model_score = current.detach().cpu()
+        self.best_model_score = score
         self.best_model_path = str(self._directory / f"step={trainer.global_step:08d}.ckpt")
         return True
+
+    def _warn_once(self, why: str) -> None:
+        if not self._warned:
+            rank_zero_warn(f"TimedCheckpoint(monitor={self.monitor!r}): no checkpoint is kept as the best: {why}.")
+        self._warned = True
 
     # What is kept
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import projects
 import pytest
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
 from terminal import terminal
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -122,6 +123,67 @@ def test_without_an_end(now: list[float], capsys: pytest.CaptureFixture[str]) ->
     trainer = L.Trainer(callbacks=[StepProgress(), Stop()], max_epochs=-1, **QUIET)
     trainer.fit(Net(now), DataLoader(Endless()))
     assert capsys.readouterr().err.splitlines()[-1].startswith("training: step 3, 0:03, loss")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [(1, 9), (2, 9), (3, 9), (6, 9), (9, 9)]),  # 6, 2 and 1 steps
+        ({"max_steps": 8}, [(1, 8), (7, 8), (8, 8)]),
+        ({"max_epochs": 1}, [(1, 6), (6, 6)]),
+        ({"max_epochs": -1, "max_steps": 20}, [(1, 20), (20, 20)]),
+    ],
+    ids=str,
+)
+def test_accumulation_that_changes(
+    now: list[float], capsys: pytest.CaptureFixture[str], options: dict[str, Any], expected: list[tuple[int, int]]
+) -> None:
+    schedule = GradientAccumulationScheduler({0: 2, 1: 6, 2: 12})
+    fit(now, StepProgress(), schedule, **{"max_epochs": 3, **options})
+    shown = {(int(step), int(total)) for step, total in re.findall(r"step (\d+)/(\d+),", capsys.readouterr().err)}
+    assert {total for _, total in shown} == {expected[-1][1]}
+    assert {expected[0], expected[-1]} <= shown
+
+
+def test_a_resumed_training_that_accumulates_otherwise(
+    now: list[float], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six steps of two batches before, and then three of four."""
+    fit(now, StepProgress(), accumulate_grad_batches=2).save_checkpoint(tmp_path / "at_6")
+    capsys.readouterr()
+    trainer = L.Trainer(callbacks=[StepProgress()], max_epochs=2, accumulate_grad_batches=4, **QUIET)
+    trainer.fit(Net(now), batches(12), batches(2), ckpt_path=tmp_path / "at_6", weights_only=False)
+    assert set(re.findall(r"step \d+/\d+", capsys.readouterr().err)) >= {"step 7/9", "step 9/9"}
+
+
+@pytest.mark.parametrize(
+    ("options", "end"), [({}, "step 32, 0:"), ({"max_epochs": -1, "max_steps": 20}, "step 20/20, ")]
+)
+def test_a_module_that_optimizes_by_itself(
+    capsys: pytest.CaptureFixture[str], options: dict[str, Any], end: str
+) -> None:
+    """Two steps a batch: how many there will be is known by max_steps alone."""
+    trainer = L.Trainer(callbacks=[StepProgress()], **{**projects.QUIET, "enable_progress_bar": True, **options})
+    trainer.fit(projects.TwoOptimizers(), projects.loader())
+    lines = capsys.readouterr().err.splitlines()
+    assert end in lines[-1]
+    assert all(("/" in line.split(",")[0]) == bool(options) for line in lines if "step" in line)
+
+
+def test_an_optimizer_without_a_rate(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: Any = None) -> Any:
+            return closure()
+
+    class Own(Net):
+        def configure_optimizers(self) -> Any:
+            return Rateless(self.parameters())
+
+    L.Trainer(callbacks=[StepProgress()], max_epochs=1, **QUIET).fit(Own(now), batches(3), batches(1))
+    assert "lr" not in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_evaluation_alone(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:

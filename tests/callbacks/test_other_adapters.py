@@ -1,0 +1,229 @@
+"""AdapterNorms and CompositeWeightDecay on what PEFT and Lightning offer beside one LoRA and one optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from projects import QUIET, Project, loader
+from test_composite_weight_decay import decayed
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
+from lightning_pipelite.callbacks.low_rank import LowRank, chunks, find_low_rank, gram_matrices
+from lightning_pipelite.errors import ConfigurationError
+
+RATE, DECAY = 0.1, 0.5
+
+
+class Adapted(Project):
+    """A project with LoRAs: an embedding, a Linear and GPT-2's kind of it.
+
+    Args:
+        configs: one for each adapter.
+        optimizer: what trains all that is not frozen.
+    """
+
+    def __init__(self, *configs: dict[str, Any], optimizer: Any = torch.optim.SGD) -> None:
+        super().__init__()
+        net: Any = nn.Sequential(nn.Embedding(7, 8), Conv1D(6, 8), nn.Tanh(), nn.Linear(6, 2))
+        self.names = ["default", "second"][: len(configs)]
+        for name, config in zip(self.names, configs, strict=True):
+            lora = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["0", "1", "3"], **config})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = inject_adapter_in_model(lora, net, adapter_name=name)
+        self.layers = net
+        for layer in net:
+            if hasattr(layer, "set_adapter"):
+                layer.set_adapter("default")
+        for name, parameter in net.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                nn.init.normal_(parameter, std=0.5)
+        self.optimizer = optimizer
+
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.layers(batch[0].abs().long() % 7).mean(1), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(list(self.layers.parameters()), lr=RATE)  # the frozen ones as well
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A, B and scale of each adapter, by PEFT's own names."""
+        found = {}
+        for name, layer in self.layers.named_children():
+            for adapter in self.names if hasattr(layer, "scaling") else []:
+                embeds = adapter in layer.lora_embedding_A
+                a = layer.lora_embedding_A[adapter] if embeds else layer.lora_A[adapter].weight
+                b = layer.lora_embedding_B[adapter] if embeds else layer.lora_B[adapter].weight
+                found[f"{name} {adapter}"] = a.detach().double(), b.detach().double(), layer.scaling[adapter]
+        return found
+
+
+class Before(L.Callback):
+    """Does something before the first step is taken, when the gradients are there."""
+
+    def __init__(self) -> None:
+        self.products: dict[str, Any] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        """What SGD will make of them, without decay."""
+        after = {p: p.detach() - RATE * p.grad for p in module.parameters() if p.grad is not None}
+        kept = {p: p.detach().clone() for p in after}
+        for p, value in after.items():
+            p.data.copy_(value)
+        self.products = {name: (a.clone(), b.clone(), s) for name, (a, b, s) in module.products().items()}
+        for p, value in kept.items():
+            p.data.copy_(value)
+
+
+def one_step(module: Adapted, *callbacks: L.Callback) -> dict[str, float]:
+    trainer = L.Trainer(callbacks=[*callbacks], **{**QUIET, "max_steps": 1, "log_every_n_steps": 1})
+    trainer.fit(module, loader())
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [({},), ({"use_rslora": True},), ({"use_dora": True, "target_modules": ["1", "3"]},), ({}, {"r": 3})],
+    ids=["lora", "rslora", "dora", "two adapters"],
+)
+@pytest.mark.parametrize("idle", ["frozen", "without a gradient"])
+def test_one_step(configs: Any, idle: str) -> None:
+    """Two adapters of a layer: the first is active and decays, the second is idle. Both have norms."""
+    module, before = Adapted(*configs), Before()
+    for name, parameter in module.layers.named_parameters():
+        if "second" in name:
+            parameter.requires_grad_(idle != "frozen")
+    metrics = one_step(module, before, CompositeWeightDecay(DECAY), AdapterNorms())
+    norms, falls = [], []
+    after = module.products()
+    for name, (a, b, scale) in before.products.items():
+        expected = (a, b) if "second" in name else decayed(a, b, scale, RATE * DECAY, RATE * DECAY)
+        for found, wanted in zip(after[name][:2], expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+        norms.append(float((scale * expected[1] @ expected[0]).norm()))
+        if "second" not in name:
+            falls.append(float((scale * b @ a).norm()) - norms[-1])
+    assert len(norms) == len(configs) * len(configs[0].get("target_modules", "abc"))
+    for kind, values in (("norms", norms), ("weight_decay", falls)):
+        assert metrics[f"train/{kind}_min"] == pytest.approx(min(values), rel=1e-5)
+        assert metrics[f"train/{kind}_max"] == pytest.approx(max(values), rel=1e-5)
+        assert metrics[f"train/{kind}_avg"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_norms_are_those_of_peft() -> None:
+    module = Adapted({}, {"r": 3, "use_rslora": True})
+    found = {each.name: each for each in find_low_rank(module.layers)}
+    assert found.keys() == {f"{layer} ({adapter})" for layer in "013" for adapter in ("default", "second")}
+    for name, each in found.items():
+        (chunk,) = chunks([each])
+        layer = module.layers.get_submodule(name[0])
+        delta = layer.get_delta_weight(name[3:-1]).double()
+        assert chunk.norms(*gram_matrices(*chunk.stack())).item() == pytest.approx(delta.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("callback", [AdapterNorms(), CompositeWeightDecay(1.0)], ids=lambda each: type(each).__name__)
+def test_more_than_a_product_is_refused_before_the_first_step(callback: L.Callback) -> None:
+    from peft import MontecloraConfig
+
+    module = Adapted({"target_modules": ["3"], "monteclora_config": MontecloraConfig()})
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(ConfigurationError, match="is a MontecloraLinear, which is more than the product"):
+        one_step(module, callback)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_norms_of_nothing_are_told_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = L.Trainer(callbacks=[AdapterNorms()], **{**QUIET, "log_every_n_steps": 1})
+        trainer.fit(Project(), loader())
+    told = [str(each.message) for each in caught if "AdapterNorms" in str(each.message)]
+    assert told == [
+        "AdapterNorms: the model has no LoRA layer of PEFT and no Control Adapter: there are no norms to log."
+    ]
+    assert not any("norms" in name for name in trainer.callback_metrics)
+
+
+def test_an_optimizer_without_a_rate_is_refused() -> None:
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters: Any, lr: float) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: Any = None) -> Any:
+            return closure()
+
+    with pytest.raises(ConfigurationError, match="Rateless has no learning rate"):
+        one_step(Adapted({}, optimizer=Rateless), CompositeWeightDecay(1.0))
+
+
+def test_a_rate_that_is_a_tensor() -> None:
+    def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=torch.tensor(lr))
+
+    module, same = Adapted({}, optimizer=adam), Adapted({}, optimizer=torch.optim.Adam)
+    for each in (module, same):
+        one_step(each, CompositeWeightDecay(DECAY))
+    for ours, theirs in zip(module.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
+    """The second layer's adapter comes into the optimizer in the second epoch, the third's is thawed."""
+
+    class Later(Adapted):
+        def configure_optimizers(self) -> Any:
+            self.layers[3].requires_grad_(False)
+            later = {id(p) for p in self.layers[1].parameters()}
+            return torch.optim.SGD([p for p in self.layers.parameters() if id(p) not in later], lr=RATE)
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                optimizer: Any = self.optimizers()
+                optimizer.add_param_group({"params": [*self.layers[1].parameters()], "lr": RATE})
+                for name, parameter in self.layers[3].named_parameters():
+                    parameter.requires_grad_("lora_" in name)
+
+    fallen: list[int] = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            fallen.append(sum(group != -1 for (group, _), _ in decay._plan_of(trainer.optimizers[0])[0]))
+
+    decay = CompositeWeightDecay(1.0)
+    L.Trainer(callbacks=[decay, Count()], **{**QUIET, "limit_train_batches": 1}).fit(Later({}), loader())
+    assert fallen == [1, 3]
+
+
+def test_after_an_error_nothing_decays_twice() -> None:
+    """The optimizer is the module's own, the same in both fits."""
+
+    class Keeps(Adapted):
+        def configure_optimizers(self) -> Any:
+            self.kept = getattr(self, "kept", None) or super().configure_optimizers()
+            return self.kept
+
+    class Fail(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    module, decay = Keeps({}), CompositeWeightDecay(DECAY)
+    with pytest.raises(ZeroDivisionError):
+        one_step(module, decay, Fail())
+    assert not decay._hooks
+    assert not module.kept._optimizer_step_post_hooks
+    one_step(module, decay)
+
+
+def test_pairs_of_other_shapes_are_apart() -> None:
+    pairs = [
+        LowRank(str(i), nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(3, 2)), s)
+        for i, s in enumerate((1.0, 2.0))
+    ]
+    assert [len(chunk.pairs) for chunk in chunks(pairs)] == [1, 1]
