@@ -16,7 +16,7 @@ from lightning_pipelite import PipeLiteStrategy
 
 Event = tuple[Any, ...]
 OTHER_MODULE_HOOKS = (
-    "backward", "configure_callbacks", "configure_gradient_clipping", "lr_scheduler_step", "optimizer_step",
+    "configure_callbacks", "configure_gradient_clipping", "lr_scheduler_step", "optimizer_step",
     "optimizer_zero_grad", "prepare_data", "setup", "teardown", "transfer_batch_to_device",
 )  # fmt: skip
 MODULE_HOOKS = {name for name in dir(L.LightningModule) if name.startswith("on_") and name != "on_gpu"}

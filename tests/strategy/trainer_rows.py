@@ -114,7 +114,7 @@ def saving(*args: Any, **options: Any) -> Callbacks:
 
 # What a pipeline does otherwise, in all rows: the hooks that it does not call, as the engine takes a whole step, and
 # those that it calls on one rank of a node.
-NOT_CALLED = ("training_step", "validation_step", "backward")
+NOT_CALLED = ("training_step", "validation_step")
 ONCE_A_NODE = ("prepare_data",)
 # In some rows these hooks come elsewhere. A checkpoint that is asked for right before an evaluation is saved after it
 # (Lightning would not make up for the evaluation when it resumes), and one is loaded when the stages have been built.
