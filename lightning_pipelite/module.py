@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.batches import BatchForm, count_documents
 from lightning_pipelite.callbacks.over_ranks import gathered
+from lightning_pipelite.cautions import warn_of_data
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
 from lightning_pipelite.host_read import on_host
@@ -305,7 +306,7 @@ class PipeLiteModule(pl.LightningModule):
         return strategy
 
     def check_data(self, data: Any) -> None:
-        """Refuse now, before the weights are loaded, data with tokens that the model does not have.
+        """Refuse now, before the weights are loaded, data with tokens that the model does not have; warn of doubts.
 
         Args:
             data: what says so by a method ``check_vocabulary``, as PackedDataModule; else each batch is looked at.
@@ -315,6 +316,7 @@ class PipeLiteModule(pl.LightningModule):
         """
         if check := getattr(data, "check_vocabulary", None):
             check(min(self._layers.vocabulary))
+        warn_of_data(data, self._layers.skeleton.config, self.adapter)
 
     @override
     def setup(self, stage: str) -> None:

@@ -144,6 +144,12 @@ class PackedDataModule(LightningDataModule):
         self._cache: _Cache | None = None
 
     @property
+    def control_classes(self) -> set[int]:
+        """The classes that training documents have, for Control Adapters: 1, -1, or both."""
+        given = {dataset.control_class for dataset in self._options.datasets}
+        return {1, -1} if 0 in given else set(given)
+
+    @property
     def statistics(self) -> DataStatistics | None:
         return None if self._cache is None else self._cache.statistics
 

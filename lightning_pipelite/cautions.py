@@ -1,0 +1,47 @@
+"""What can be so on purpose but mostly is not: a warning each, where a model meets its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import PretrainedConfig
+
+from lightning_pipelite.adapters import Adapter
+
+
+def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
+    """Warn of sequences that are longer than the model was made for, and of a class that an adapter has no other to.
+
+    Args:
+        data: says so by ``sequence_len`` and ``control_classes``, as PackedDataModule; other data is passed over.
+        config: of the model.
+        adapter: what is trained.
+    """
+    length, positions = getattr(data, "sequence_len", None), most_positions(config)
+    if length is not None and positions is not None and length > positions:
+        rank_zero_warn(
+            f"data.sequence_len is {length}, but config.json of the model says that it was made for {positions:g} "
+            "positions: longer documents train it on positions that it does not know; shorten data.sequence_len if "
+            "there are some."
+        )
+    classes = getattr(data, "control_classes", None)
+    if "control_classes" in adapter.batch_keys and classes is not None and len(classes) == 1:
+        rank_zero_warn(
+            f"all training documents have the control_class {min(classes)}: a Control Adapter learns what tells one "
+            "class from the other; give datasets of both, with control_class 1 and -1."
+        )
+
+
+def most_positions(config: PretrainedConfig) -> float | None:
+    """Return how many positions a model was made for, with what its rotary embeddings are stretched to; None if any."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    stretched = [positions]
+    for each in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        original, factor = each.get("original_max_position_embeddings"), each.get("factor")
+        if factor:
+            stretched.append((original or positions) * factor)
+    return max(stretched)
