@@ -18,8 +18,8 @@ def plain(scalar: pa.Scalar) -> Any:
 
 
 def _plain(value: Any, kind: pa.DataType) -> Any:
-    if value is None:
-        return None
+    if value is None or isinstance(value, str):
+        return value
     if isinstance(kind, pa.BaseExtensionType):
         return _plain(value, kind.storage_type)
     if kinds.is_dictionary(kind):

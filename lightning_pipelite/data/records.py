@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,19 +186,20 @@ class _Reader:
         kind = "parquet" if self._path.suffix == ".parquet" else "Arrow"
         try:
             for batch, others in self._parquet() if kind == "parquet" else self._arrow():
-                for row in range(batch.num_rows):
+                for row in zip(*batch.columns, strict=True):
                     number += 1
                     place = f"{self._path}, row {number}"
-
-                    def cells(batch: pa.RecordBatch = batch, row: int = row, place: str = place) -> dict[str, Any]:
-                        try:
-                            return {name: plain(batch.column(name)[row]) for name in batch.schema.names}
-                        except UnicodeDecodeError:
-                            raise ConfigurationError(f"{place}: not valid UTF-8; write the file anew.") from None
-
+                    cells = partial(self._cells, batch.schema.names, row, place)
                     yield from self._take(cells, place, others)
         except pa.ArrowException as error:
             raise UnreadableFileError(f"{self._path} is no readable {kind} file ({error}): write it anew.") from error
+
+    @staticmethod
+    def _cells(names: list[str], row: tuple[pa.Scalar, ...], place: str) -> dict[str, Any]:
+        try:
+            return {name: plain(value) for name, value in zip(names, row, strict=True)}
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"{place}: not valid UTF-8; write the file anew.") from None
 
     def _parquet(self) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
         with pq.ParquetFile(self._path) as file:
