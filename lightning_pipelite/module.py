@@ -306,7 +306,7 @@ class PipeLiteModule(pl.LightningModule):
         return strategy
 
     def check_data(self, data: Any) -> None:
-        """Refuse now, before the weights are loaded, data with tokens that the model does not have; warn of doubts.
+        """Refuse now, before the weights are loaded, data with tokens that the model does not have.
 
         Args:
             data: what says so by a method ``check_vocabulary``, as PackedDataModule; else each batch is looked at.
@@ -316,12 +316,13 @@ class PipeLiteModule(pl.LightningModule):
         """
         if check := getattr(data, "check_vocabulary", None):
             check(min(self._layers.vocabulary))
-        warn_of_data(data, self._layers.skeleton.config, self.adapter)
 
     @override
     def setup(self, stage: str) -> None:
         self.check_strategy(self.trainer.strategy)
         self.check_data(self._data_module)
+        if stage == "fit":
+            warn_of_data(self._data_module, self._layers.skeleton.config, self.adapter)
 
     # What is logged beside the strategy's losses and norms
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_job import write_job
 from transformers import GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
 
+from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, LoRA
 from lightning_pipelite.cautions import warn_of_data
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
@@ -54,6 +58,19 @@ def test_a_control_adapter_with_one_class_alone(classes: tuple[int, ...]) -> Non
     (message,) = warned(LlamaConfig(), ControlAdapter(2), classes=classes)
     assert f"have the control_class {classes[0]}" in message
     assert not warned(LlamaConfig(), LoRA(2), classes=classes)
+
+
+def test_a_module_warns_as_it_is_set_up_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_job(tmp_path / "job") / "model"
+    data = PackedDataModule([DatasetConfig("some.txt")], 64, "nowhere")
+    monkeypatch.setattr(PipeLiteModule, "trainer", SimpleNamespace(strategy=PipeLiteStrategy(), datamodule=data))
+    monkeypatch.setattr(PipeLiteModule, "check_data", lambda *_: None)
+    module = PipeLiteModule(str(model), ControlAdapter(2), dtype="float32")
+    with pytest.warns(UserWarning, match="have the control_class 1"):
+        module.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.setup("validate")
 
 
 def test_other_data_is_passed_over() -> None:
