@@ -8,6 +8,7 @@ from typing import Any
 from lightning_pipelite.errors import ConfigurationError
 
 _BATCHES = "epoch_loop.batch_progress"
+_EVALUATED = "epoch_loop.val_loop.batch_progress"
 _COUNTS = ("ready", "started", "processed", "completed")
 
 
@@ -35,6 +36,66 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts a step after its hooks
     if loaders:
         fit_loop["state_dict"]["combined_loader"] = loaders
+    return fit_loop
+
+
+def before_training(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
+    """The state of the fit loop before the first micro-batch; Lightning (2.6) would count a step when it resumes.
+
+    Args:
+        fit_loop: its ``state_dict()``.
+        loaders: the states of the data loaders if they are others than in ``fit_loop``.
+    """
+    fit_loop = copy.deepcopy(fit_loop)
+    if loaders:
+        fit_loop["state_dict"]["combined_loader"] = loaders
+    for span in ("total", "current"):
+        fit_loop[_BATCHES][span]["completed"] = -1
+        fit_loop["epoch_progress"][span]["ready"] = fit_loop["epoch_progress"][span]["started"]
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = -1
+    return fit_loop
+
+
+def before_evaluation(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
+    """The state of the fit loop between a step and the evaluation right after it, or within that evaluation.
+
+    As one that was stopped within the evaluation, at its first batch: that Lightning (2.6) takes up from the beginning.
+
+    Args:
+        fit_loop: its ``state_dict()``, in the last hook of a batch or later.
+        loaders: the states of the data loaders if they are others than in ``fit_loop``.
+    """
+    fit_loop = copy.deepcopy(fit_loop)
+    for span in ("total", "current"):
+        counts = fit_loop[_BATCHES][span]
+        counts.update(processed=counts["ready"], completed=counts["ready"])
+        fit_loop[_EVALUATED][span].update(ready=1, started=1, processed=0, completed=0)
+    fit_loop[_EVALUATED]["is_last_batch"] = False
+    if loaders:
+        fit_loop["state_dict"]["combined_loader"] = loaders
+    return fit_loop
+
+
+def between_batches(fit_loop: dict[str, Any], loaders: list[Any], evaluated: bool, training: bool) -> dict[str, Any]:
+    """The state of the fit loop that an error has stopped after a step, before a micro-batch of the next one was taken.
+
+    Args:
+        fit_loop: its ``state_dict()``, now.
+        loaders: the states of the data loaders when the step ended.
+        evaluated: whether there was an evaluation right after that step.
+        training: whether the error was not in an evaluation.
+    """
+    fit_loop = copy.deepcopy(fit_loop)
+    if loaders:
+        fit_loop["state_dict"]["combined_loader"] = loaders
+    epoch, batches = fit_loop["epoch_progress"]["current"], fit_loop[_BATCHES]["current"]
+    if epoch["started"] < epoch["ready"]:  # in the first hooks of an epoch, which then has not begun
+        for span in ("total", "current"):
+            fit_loop["epoch_progress"][span]["ready"] -= 1
+    elif training and epoch["processed"] < epoch["ready"] and 0 < batches["ready"] == batches["completed"]:
+        for span in ("total", "current"):
+            fit_loop[_BATCHES][span]["completed"] -= 0 if evaluated else 1
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
     return fit_loop
 
 

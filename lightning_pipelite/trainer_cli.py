@@ -23,6 +23,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module import PipeLiteModule
 from lightning_pipelite.saved_config import SaveConfig
 from lightning_pipelite.strategy import PipeLiteStrategy
+from lightning_pipelite.strategy.checkpoint.find import require_last
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
 from lightning_pipelite.strategy.former_results import refuse_former_results
@@ -111,6 +112,11 @@ class TrainerCLI(LightningCLI):
         if not 0 <= seed < 2**32:
             raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
         path = given.get("ckpt_path")
+        if path == "best":
+            raise ConfigurationError(
+                "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or "
+                "`last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)"
+            )
         if path not in (None, "last", "hpc"):
             read_manifest(located(Path(path)))
 
@@ -169,6 +175,8 @@ class TrainerCLI(LightningCLI):
         # What layers cost is planned by the processes that train.
         method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
         partition(model.pipeline_layers()[0], topology.stages, method)
+        if self.config_init[self.subcommand].ckpt_path == "last":
+            require_last(self.trainer)
         if self.subcommand == "fit" and self.trainer.is_global_zero:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveTrained):

@@ -58,6 +58,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
 
     # What is most precise comes first: a union of types says for each of them why it is not that.
     if name := found(r"unrecognized arguments: (\S+)") or found(r"does not accept option '([^']+)'"):
+        if "convert" in parsers and Path(name).is_dir():
+            return f"{name} stands alone; give a directory as --checkpoint {name}, and where to write as --output."
         return f"{name} is not an option; {_proposal(name, parsers)}"
     if name := found(r"Option '([^']+)' is not accepted"):
         return f"{key}.{name} is not an option; correct its name or remove it."

@@ -13,7 +13,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.locks import is_abandoned, lock
+from lightning_pipelite.locks import is_abandoned, make_locked
 
 
 @contextmanager
@@ -47,8 +47,7 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
             shutil.rmtree(leftover, ignore_errors=True)
     unique = uuid.uuid4().hex[:8]
     partial = directory.with_name(f".{directory.name}.{unique}.partial")
-    partial.mkdir()
-    held = lock(partial)
+    held = make_locked(partial)
     try:
         yield partial
         mode = S_IMODE(partial.stat().st_mode)

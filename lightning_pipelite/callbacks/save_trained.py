@@ -6,10 +6,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_pipelite.callbacks.former_result import refuse_former_result
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.local_path import refuse_remote
 
 
 class SaveTrained(Callback):
@@ -29,7 +31,9 @@ class SaveTrained(Callback):
     def __init__(self, output_dir: str, overwrite: bool = False) -> None:
         if not output_dir:
             raise ConfigurationError("SaveTrained: output_dir is empty; name the directory to write.")
+        refuse_remote(output_dir, "SaveTrained: output_dir")
         self.output_dir = output_dir
+        self._failure: Exception | None = None
         self.overwrite = overwrite
 
     def former_result(self) -> str | None:
@@ -67,6 +71,18 @@ class SaveTrained(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
             pl_module.save_trained(Path(self.output_dir))  # type: ignore[operator]
+        except Exception as error:  # after the callbacks that come next, which may save a checkpoint
+            rank_zero_warn(f"what was trained could not be saved to {self.output_dir}: {error}")
+            self._failure = error
+        else:
             pl_module.print(f"saved what was trained to {self.output_dir}")
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure

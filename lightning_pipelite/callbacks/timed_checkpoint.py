@@ -22,10 +22,11 @@ from lightning_pipelite.callbacks.former_result import refuse_former_result
 from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, STOPS, Signals
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.interrupt import name_of
+from lightning_pipelite.local_path import refuse_remote
 from lightning_pipelite.loop_state import after_last_batch
 
 TRIGGER = "save_now"
-_NAME = re.compile(r"step=(\d+)\.ckpt")
+_NAME = re.compile(r"step=(\d{8,})\.ckpt")
 
 
 class TimedCheckpoint(ModelCheckpoint):
@@ -65,6 +66,7 @@ class TimedCheckpoint(ModelCheckpoint):
         mode: str = "min",
         overwrite: bool = False,
     ) -> None:
+        refuse_remote(dirpath, "TimedCheckpoint: dirpath")
         if checkpoint_interval_hours <= 0:
             raise ConfigurationError(
                 f"TimedCheckpoint: checkpoint_interval_hours must be positive, not {checkpoint_interval_hours}."
@@ -83,6 +85,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self._request = 0  # what is to be done after the evaluation that follows
         self._unpruned = False
         self._warned = False
+        self._failure: Exception | None = None  # to write what was trained
 
     @property
     @override
@@ -105,6 +108,20 @@ class TimedCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
         self._directory = Path(str(self.dirpath))
+        for callback in trainer.checkpoint_callbacks:
+            if callback is not self and isinstance(callback, ModelCheckpoint):
+                self._require_other_names(callback)
+
+    def _require_other_names(self, other: ModelCheckpoint) -> None:
+        """Refuse another callback whose files this one would take for its own, and delete."""
+        if other.dirpath is None or Path(str(other.dirpath)).absolute() != self._directory.absolute():
+            return
+        numbers = {"epoch": torch.tensor(0), "step": torch.tensor(1)}
+        if isinstance(other, TimedCheckpoint) or _NAME.fullmatch(Path(other.format_checkpoint_name(numbers)).name):
+            raise ConfigurationError(
+                f"TimedCheckpoint and another {type(other).__name__} would write over each other's files in "
+                f"{self._directory}; give one of them another dirpath."
+            )
 
     @override
     def on_load_checkpoint(
@@ -173,14 +190,19 @@ class TimedCheckpoint(ModelCheckpoint):
             directory = self._directory / f"epoch={trainer.current_epoch}.trained"
             try:  # before the checkpoint: what resumes from that does not come here again
                 save_trained(directory)
-            except OSError as error:
+                self._failure = None
+            except Exception as error:  # which must not cost the checkpoint as well
                 rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
+                self._failure = error
         self._request = max(self._request, SAVE)
         self._answer(trainer, ends_epoch=True)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prune(trainer)
+        if (failure := self._failure) is not None:  # of the last epoch
+            self._failure = None
+            raise failure
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -26,7 +26,7 @@ def convert(checkpoint: str, output: str, config: str | None = None, allow_anoth
     """
     directory, settings = Path(checkpoint), None if config is None else Path(config)
     if not directory.is_dir():
-        raise ConfigurationError(f"{checkpoint} is not a directory; give that of a checkpoint.")
+        raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
     if settings is not None and not settings.is_file():
         raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
     if FormerCheckpoint.is_one(directory):

@@ -40,7 +40,13 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_an
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    meta, parameters = read_checkpoint(checkpoint)
+    try:
+        meta, parameters = read_checkpoint(checkpoint)
+    except ConfigurationError as error:
+        found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
+        advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
+        said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
+        raise ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.") from None
     values = dict(parameters)
     settings = _said_by(meta, checkpoint) if config is None else _settings(config)
     model_dir = Path(settings["model"]["model_dir"])

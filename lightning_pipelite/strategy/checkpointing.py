@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pipelite import __version__
-from lightning_pipelite.loop_state import after_last_batch, at_step_end, for_replicas
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.loop_state import after_last_batch, for_replicas
 from lightning_pipelite.strategy.checkpoint.encoding import encode
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
+from lightning_pipelite.strategy.last_step import LastStep
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.resumed_options import (
     ResumedOptions,
@@ -23,6 +27,14 @@ from lightning_pipelite.strategy.resumed_options import (
     schedules_of,
 )
 from lightning_pipelite.strategy.topology import Topology
+
+_LIGHTNINGS_OWN = {
+    "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
+    "lr_schedulers", "hyper_parameters", "hparams_name", "datamodule_hyper_parameters", "datamodule_hparams_name",
+}  # fmt: skip
+
+_TYPES = {"hparams_type", "datamodule_hparams_type"}
+"""The classes of the hyper-parameters' containers, which are stored as dicts."""
 
 
 class Checkpointing:
@@ -53,15 +65,15 @@ class Checkpointing:
         self._trainer, self._store, self._stage = trainer, store, stage
         self._randomness, self._topology, self._on_gpu = randomness, topology, on_gpu
         self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
-        self._step_ended: tuple[list[Any], dict[str, Any]] = [], {}  # the data loaders and generators at that time
-        self._evaluated = False  # right after that step
+        self._evaluation_follows = False  # the checkpoint, too
+        self._resumed = ""  # from what, in words
+        self.last_step = LastStep(trainer, randomness)
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
         self._versions = {name: version(name) for name in ("torch", "lightning", "deepspeed")}  # slow to find
         self._versions["lightning-pipelite"] = __version__
         self._made: dict[str, Any] = {}  # with what options the optimizer and its schedules were
         self._made_before: dict[str, Any] | None = None  # those of the training that is resumed
         self._changes: list[str] = []  # of the callbacks' options since then
-        self._to_save: dict[str, bool] = {}  # after the evaluation that follows: whether without the optimizer
 
     # As the training goes
 
@@ -84,11 +96,36 @@ class Checkpointing:
         if self._random_states is not None:
             self._randomness.load_state(self._random_states)
             self._random_states = None
-        self.step_ended()
+        self.last_step.training_starts()
+        if self._resumed and self._trainer.fit_loop.done:
+            limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
+            given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
+            self._trainer.print(f"the training is complete: {self._resumed}, with {given}; give more to go on")
+        if self._evaluation_follows:
+            self._expect_evaluation()
         if self._trainer.checkpoint_callbacks and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]
-            state, _ = self._describe(self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False), ahead=0)
-            encode(state, {})
+            encode(self._rehearsed(), {})
             self._reserves = self._on_gpu
+
+    def _expect_evaluation(self) -> None:
+        """Let Lightning's loop make up for the evaluation, also where a callback decides when there is one."""
+        trainer, self._evaluation_follows = self._trainer, False
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if fetcher is not None and trainer.val_check_batch is not None and not loop._should_check_val_fx(fetcher):
+            by_epoch = trainer.check_val_every_n_epoch is not None
+            trainer.val_check_batch = (loop.batch_idx if by_epoch else loop.total_batch_idx) + 1
+
+    def _rehearsed(self) -> dict[str, Any]:
+        """What Lightning will save, but for what ``on_save_checkpoint`` adds: users save files of their own there."""
+        trainer = self._trainer
+        parts: list[Any] = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
+        return {
+            "callbacks": _call_callbacks_state_dict(trainer),
+            "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "loops": trainer.fit_loop.state_dict(),
+            "datamodule": parts[1].state_dict() if parts[1] is not None else {},
+            **{part.CHECKPOINT_HYPER_PARAMS_KEY: dict(part.hparams) for part in parts if part is not None},
+        }
 
     def step_starts(self, optimizer: Optimizer) -> None:
         """Called before the gradients of a step take their memory."""
@@ -96,69 +133,49 @@ class Checkpointing:
             self._reserves = False
             self._store.reserve(self._stage, optimizer)
 
-    def step_ended(self) -> None:
-        """Called when the last micro-batch of a step has been taken."""
-        loader = self._trainer.fit_loop._combined_loader
-        loaders = loader._state_dicts() if loader is not None and self._trainer.is_global_zero else []
-        self._step_ended = loaders, self._randomness.state()
-        self._evaluated = False
-
-    def evaluation_ended(self, ahead: int) -> None:
-        """Called after the callbacks.
-
-        Args:
-            ahead: how many micro-batches of the next step have been taken.
-        """
-        if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
-            return
-        if not ahead:
-            self.step_ended()
-            self._evaluated = True
-        to_save, self._to_save = self._to_save, {}
-        for path, weights_only in to_save.items():
-            self._trainer.save_checkpoint(path, weights_only)
-
     # Saving
 
-    def save(self, checkpoint: dict[str, Any], path: Path, optimizer: Optimizer | None, ahead: int) -> None:
+    def save(self, checkpoint: dict[str, Any], path: Path, optimizer: Optimizer | None) -> None:
         """Copy everything to host memory; while training goes on, the files are written in the background.
 
         Args:
             checkpoint: what Lightning saves.
             path: the directory to write.
             optimizer: this rank's, if there is one.
-            ahead: how many micro-batches of the next step have been taken.
+
+        Raises:
+            OSError: if training does not go on, and the files cannot be written.
+            RuntimeError: if a step was stopped while it changed the weights.
         """
-        if self._evaluation_follows():
-            # Lightning does not make up for it when it resumes from a checkpoint before it.
-            self._to_save[str(path)] = "optimizer_states" not in checkpoint
-            return
-        state, meta = self._describe(checkpoint, ahead)
+        state, meta = self._describe(self._holdable(checkpoint, path))
         self._store.save(path, state, meta, self._stage, optimizer if "optimizer_states" in checkpoint else None)
-        if self._trainer.state.status != "running":
+        if self._trainer.state.status != TrainerStatus.RUNNING:
             self._store.wait()
+            if failure := self._store.failure:
+                raise OSError(f"the checkpoint {path} could not be written: {failure}")
+
+    def _holdable(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Leave out what ``on_save_checkpoint`` has added and no checkpoint can hold; all else was seen beforehand."""
+        kept = {key: value for key, value in checkpoint.items() if key not in _TYPES}
+        for key in kept.keys() - _LIGHTNINGS_OWN if self._trainer.is_global_zero else ():
+            try:
+                encode({key: checkpoint[key]}, {})
+            except ConfigurationError as error:
+                rank_zero_warn(f"{path} is written without {key!r}, which on_save_checkpoint has added: {error}")
+                del kept[key]
+        return kept
 
     def remove(self, path: Path) -> None:
         """Remove it as soon as what is being written is safely on the disk; if that fails, later. On rank 0."""
-        self._store.remove(path, after_next=bool(self._to_save))
+        self._store.remove(path)
 
-    def _evaluation_follows(self) -> bool:
-        """Whether this is called in the last hook of a batch, before an evaluation."""
-        trainer = self._trainer
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        counts: Any = loop.batch_progress.current
-        in_hook = trainer.training and counts.ready == counts.processed == counts.completed + 1
-        return in_hook and fetcher is not None and trainer.enable_validation and loop._should_check_val_fx(fetcher)
-
-    def _describe(self, checkpoint: dict[str, Any], ahead: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _describe(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Lightning saves, with the random states; and what ``meta.json`` says."""
-        state = {**checkpoint, "random_states": self._randomness.state()}
+        loops, generators, evaluation_follows = self.last_step.state(checkpoint["loops"])
+        generators = generators if self._random_states is None else self._random_states  # which are not loaded yet
+        state = {**checkpoint, "loops": loops, "random_states": generators, "evaluation_follows": evaluation_follows}
         if "optimizer_states" in checkpoint:
             state["made_with"] = self._made
-        if ahead:  # in the middle of a step: the checkpoint is that of the last one
-            loaders, state["random_states"] = self._step_ended
-            fit_loop = at_step_end(checkpoint["loops"]["fit_loop"], ahead, loaders, self._evaluated)
-            state["loops"] = {**checkpoint["loops"], "fit_loop": fit_loop}
         return state, {
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
@@ -189,7 +206,15 @@ class Checkpointing:
         )
         self._random_states = state.pop("random_states")
         self._made_before = state.pop("made_with", None)
+        self._evaluation_follows = state.pop("evaluation_follows", False)
         if trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in state:
+                raise ConfigurationError(
+                    f"ckpt_path: {path} was saved with save_weights_only, so a training cannot go on from it; name "
+                    "another checkpoint."
+                )
+            self._resumed = f"{path}, of step {meta['step']}"
+            trainer.print(f"going on from {self._resumed}")
             self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
             after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
             before = meta["replicas"], meta["micro_batches"]

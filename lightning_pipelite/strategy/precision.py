@@ -26,6 +26,12 @@ class PipelinePrecision(Precision):
         self._strategy.hand_over_gradients()
 
     @override
+    def _wrap_closure(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._wrap_closure(*args, **kwargs)
+        self._strategy.weights_change()
+        return result
+
+    @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
         model.log("train/grad_norm", self._strategy.gradient_norm(), batch_size=1)
         super()._clip_gradients(model, *args, **kwargs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.host_read import on_host
+from lightning_pipelite.local_path import refuse_remote
 from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
+from lightning_pipelite.strategy.checkpoint.promised import see_promises
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
+from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.checks import check_optimizers, check_trainable, check_trainer, checked_pair
 from lightning_pipelite.strategy.collect import collect_stages
@@ -41,6 +46,9 @@ from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.sigterm import SigtermNotice
 from lightning_pipelite.strategy.stage_clock import StageClock, busy_and_waiting
 from lightning_pipelite.strategy.topology import Topology
+
+_SECONDS_TO_WRITE = 60.0
+"""How long the job's end waits for a checkpoint that is being written when a rank fails."""
 
 
 class PipeLiteStrategy(DDPStrategy):
@@ -81,6 +89,7 @@ class PipeLiteStrategy(DDPStrategy):
     _evaluation: PipelineEvaluation  # from setup on
     _checkpointing: Checkpointing
     _sigterm: SigtermNotice
+    _put_back_files: Callable[[], None]
 
     def __init__(
         self,
@@ -165,6 +174,7 @@ class PipeLiteStrategy(DDPStrategy):
         topology = self.topology
         module = arguments.get("model") or trainer.lightning_module
         check_trainer(trainer, module, self._layer_sync)
+        check_checkpoint_callbacks(trainer)
         if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
             self._handed = hand_out_layers(module)
             partition(self._handed[0], topology.stages, self.partition_method)
@@ -232,6 +242,7 @@ class PipeLiteStrategy(DDPStrategy):
         )
         self._evaluation = PipelineEvaluation(trainer, self._engine, self.topology.replicas)
         self._store = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
+        self._put_back_files = see_promises(trainer.callbacks, self._store.promised)  # type: ignore[attr-defined]
         on_gpu = self.root_device.type == "cuda"
         self._checkpointing = Checkpointing(trainer, self._store, self.stage, randomness, self.topology, on_gpu)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -309,7 +320,7 @@ class PipeLiteStrategy(DDPStrategy):
             parameter.grad = None
         self._loss = torch.tensor(total / count)
         self._empty_logs = None
-        self._checkpointing.step_ended()
+        self._checkpointing.last_step.batches_taken()
         module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
         for name, value in zip(self._logged, logged, strict=True):
             module.log(f"train/{name}", on_host(value / count), batch_size=1)
@@ -319,6 +330,10 @@ class PipeLiteStrategy(DDPStrategy):
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []
+
+    def weights_change(self) -> None:
+        """The optimizer has its gradients, and changes the weights next."""
+        self._checkpointing.last_step.weights_change()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the gradients over all stages, each tied parameter counted once; a scalar. Collective."""
@@ -341,7 +356,9 @@ class PipeLiteStrategy(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Called after the callbacks."""
-        self._checkpointing.evaluation_ended(ahead=len(self._micro_batches))
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._checkpointing.last_step.evaluation_ended()
 
     # What was trained
 
@@ -374,9 +391,20 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        refuse_remote(filepath, "save_checkpoint: filepath")
+        error = sys.exc_info()[1]
+        trainer: Any = getattr(self.lightning_module, "_trainer", None)
+        if error is not None and (trainer is None or self._store is None):
+            raise error  # which has stopped the training before it began: there is nothing to save
+        if self.world_size > 1 and trainer.interrupted and not isinstance(error, SIGTERMException):
+            # Who calls this next says that the checkpoint is there, and asks the other ranks, which may wait forever.
+            rank_zero_warn(f"{filepath} is not written: this rank has failed, and the others cannot write their part.")
+            assert error is not None
+            self.on_exception(error)
+            raise error
         self._progress("copying for a checkpoint", True)
         optimizer = self.optimizers[0] if self.optimizers else None
-        self._checkpointing.save(checkpoint, Path(filepath), optimizer, ahead=len(self._micro_batches))
+        self._checkpointing.save(checkpoint, Path(filepath), optimizer)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -386,7 +414,7 @@ class PipeLiteStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.stage is not None
         assert self._store is not None
-        self._store.load_parameters(self.stage)
+        self._store.load_parameters(self.stage, strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -405,9 +433,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and self._store is not None:
-            self._sigterm.completes(exception)
-            self._store.wait()  # all ranks leave together; from fail() on they have some seconds only
+        if self._store is not None:
+            together = isinstance(exception, SIGTERMException)  # all ranks have agreed on that
+            if isinstance(exception, SIGTERMException):
+                self._sigterm.completes(exception)
+            # From fail() on the ranks have some seconds only.
+            self._store.wait(None if together else _SECONDS_TO_WRITE)
         if self._lifeline is not None:
             self._lifeline.fail(exception)
 
@@ -417,6 +448,7 @@ class PipeLiteStrategy(DDPStrategy):
             self._remove_empty_logs()
         if self._store is not None:
             self._store.close()
+            self._put_back_files()
         if self._lifeline is not None:
             self._lifeline.close()
         self.precision_plugin.teardown()

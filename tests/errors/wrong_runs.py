@@ -67,8 +67,26 @@ CASES = {
         ["--ckpt_path", "config.yaml"],
     ),
     "best checkpoint of nothing": Case(
-        "ckpt_path: best is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or `last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)",
         ["--ckpt_path", "best"],
+    ),
+    "last checkpoint of none": Case(
+        "ckpt_path: there is no checkpoint in {here}/kept for `last`; leave ckpt_path out to begin anew.",
+        ["--ckpt_path", "last"],
+        edit=callback("TimedCheckpoint", dirpath="kept"),
+    ),
+    "last checkpoint of nobody": Case(
+        "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the ModelCheckpoint with its dirpath, of the training that is to go on; or name the checkpoint's directory.",
+        ["--ckpt_path", "last"],
+    ),
+    "steps before the checkpoint's": Case(
+        "ckpt_path: {job}/adapter-checkpoint is of step 1, and max_steps is 0: give a max_steps above 1 to go on, or an earlier checkpoint.",
+        ["--ckpt_path", "{job}/adapter-checkpoint"],
+        edit={"trainer.max_steps": 0},
+    ),
+    "checkpoints in a bucket": Case(
+        "TimedCheckpoint: dirpath is s3://bucket/kept, and only directories of the file system can be written and read: give one, mount the remote one (such as by s3fs or gcsfuse), or copy what was written there afterwards.",
+        edit=callback("TimedCheckpoint", dirpath="s3://bucket/kept"),
     ),
     "checkpoint to validate that is not there": Case(
         "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",

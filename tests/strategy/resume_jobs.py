@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def train(
     record = Record()
     trainer = trainer_for(
         strategy, stages * replicas, accumulate_grad_batches=accumulate, logger=record, log_every_n_steps=1,
-        callbacks=[*callbacks], enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        callbacks=[*callbacks], enable_checkpointing=any(isinstance(each, Checkpoint) for each in callbacks),
         **{"max_epochs": 3, "val_check_interval": 2 * accumulate, **options},
     )  # fmt: skip
     rank = {"num_replicas": 1, "rank": 0} if plain else strategy.distributed_sampler_kwargs

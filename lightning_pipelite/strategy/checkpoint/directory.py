@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_pipelite.locks import is_abandoned, lock
+from lightning_pipelite.locks import alone_in, is_abandoned, make_locked
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.ckpt-(?P<kind>partial|old)")
 
@@ -34,16 +34,16 @@ class PartialDirectory:
         self._lock = -1
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent)
-        self.path.mkdir()
-        self._lock = lock(self.path)
+        self._lock = make_locked(self.path)
 
     def publish(self) -> None:
         """Give it its name, in place of what had that name before."""
         os.fsync(self._lock)
         former = self._target.with_name(f".{self._target.name}.{self._unique}.ckpt-old")
-        if replaces := os.path.lexists(self._target):
-            self._target.rename(former)
-        self.path.rename(self._target)
+        with alone_in(self._target.parent):  # another one would put the former one back between the two
+            if replaces := os.path.lexists(self._target):
+                self._target.rename(former)
+            self.path.rename(self._target)
         sync(self._target.parent)
         if replaces:
             _remove(former)
@@ -66,10 +66,12 @@ def remove_directory(path: Path) -> None:
 
 def remove_leftovers(parent: Path) -> None:
     """Remove what killed processes have left in ``parent``; put back what they were about to replace."""
+    with alone_in(parent):
+        for path, target, is_old in _temporaries(parent):
+            if is_old and not os.path.lexists(target):
+                path.rename(target)
     for path, target, is_old in _temporaries(parent):
-        if is_old and not os.path.lexists(target):
-            path.rename(target)
-        elif is_old or is_abandoned(path):
+        if os.path.lexists(target) if is_old else is_abandoned(path):
             _remove(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 
 INFORMATION = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Keys of Lightning's checkpoint that nothing is restored from: what cannot be encoded there is kept as text."""
+"""Keys of Lightning's checkpoint that nothing is restored from: containers of other kinds become dicts and lists there,
+and what cannot be encoded is kept as text."""
 
 
 def encode(value: Any, tensors: dict[str, Tensor], where: str = "") -> Any:
@@ -67,11 +68,24 @@ def _tagged(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {"$path": str(value)}
     if isinstance(value, (torch.dtype, torch.device)):
         return {f"${type(value).__name__}": str(value).removeprefix("torch.")}
-    if isinstance(value, Mapping) and where in INFORMATION:
-        return encode(dict(value), tensors, where)
     if where.startswith(INFORMATION):
+        if isinstance(value, Mapping):  # such as OmegaConf's, which resolves its references as it is read
+            return encode(_read(value, value.keys(), dict), tensors, where)
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return encode(_read(value, range(len(value)), lambda pairs: [item for _, item in pairs]), tensors, where)
         return {"$text": repr(value)}
     raise _refusal(value, where)
+
+
+def _read(container: Any, keys: Iterable[Any], make: Callable[[list[tuple[Any, Any]]], Any]) -> Any:
+    """A plain container of another's items; one that cannot be read, such as a missing value, is kept as text."""
+    pairs = []
+    for key in keys:
+        try:
+            pairs.append((key, container[key]))
+        except Exception as error:
+            pairs.append((key, f"({error})"))
+    return make(pairs)
 
 
 def _refusal(value: Any, where: str) -> ConfigurationError:

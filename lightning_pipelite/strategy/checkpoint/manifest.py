@@ -33,6 +33,12 @@ def read_manifest(directory: Path) -> dict[str, Written]:
     Raises:
         ConfigurationError: if this is no checkpoint, its manifest is damaged, or its version is another.
     """
+    if directory.is_file() and _is_lightnings(directory):
+        raise ConfigurationError(
+            f"ckpt_path: {directory} is a file that Lightning has written under another strategy, whose optimizer and "
+            "position in the data cannot be taken up here: load its weights, such as by load_from_checkpoint() of the "
+            "module, and begin anew with them."
+        )
     if not (directory / MANIFEST).is_file():
         raise ConfigurationError(
             f"ckpt_path: {directory} is not a checkpoint (a directory with {MANIFEST}); name one, or leave it out."
@@ -76,6 +82,15 @@ def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]
     for name in names:
         if _hash_of(directory / name) != files[name].sha256:
             raise ConfigurationError(f"ckpt_path: {name} of {directory} is not as it was written; {ADVICE}.")
+
+
+def _is_lightnings(file: Path) -> bool:
+    """By what torch.save begins its files with: those of zip archives, and of pickles before them."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")
+    except OSError:
+        return False
 
 
 def _hash_of(path: Path) -> str:

@@ -50,7 +50,9 @@ def state_names(stage: nn.Module) -> set[str]:
     return {PARAMETER + name for name in _trained(stage)} | {BUFFER + name for name, _ in _persistent_buffers(stage)}
 
 
-def load_parameters(path: Path, stages: int, stage: nn.Module, everyones: set[str]) -> None:
+def load_parameters(
+    path: Path, stages: int, stage: nn.Module, everyones: set[str], strict: bool = True
+) -> tuple[list[str], list[str]]:
     """Load this stage's trained parameters and buffers, whatever the number of stages that wrote them.
 
     Args:
@@ -58,16 +60,25 @@ def load_parameters(path: Path, stages: int, stage: nn.Module, everyones: set[st
         stages: how many stages wrote it.
         stage: where to load them.
         everyones: the :func:`state_names` of all stages.
+        strict: whether the checkpoint has to have all of them, and no others.
+
+    Returns:
+        The names that the checkpoint lacks, and those that it has beside; empty if ``strict``.
 
     Raises:
-        ConfigurationError: if the checkpoint lacks one, has one more, or has one of another shape or dtype.
+        ConfigurationError: if the checkpoint lacks one or has one more, and ``strict``; or has one of another shape or
+            dtype.
     """
     wanted: dict[str, Tensor] = {PARAMETER + name: p.data for name, p in _trained(stage).items()}
     wanted |= {BUFFER + name: b.data for name, b in _persistent_buffers(stage)}
     found = dict(stage_tensors(path, stages, lambda key: key in wanted))
+    missing, more = [], []
     for key, tensor in wanted.items():
         kind, name = key.split("/", 1)
         if key not in found:
+            missing.append(name)
+            if not strict:
+                continue
             raise ConfigurationError(f"{path} does not hold the {kind} {name}: it is of another model or adapter.")
         theirs = found[key]
         for what, saved, ours in (("shape", [*theirs.shape], [*tensor.shape]), ("dtype", theirs.dtype, tensor.dtype)):
@@ -78,11 +89,16 @@ def load_parameters(path: Path, stages: int, stage: nn.Module, everyones: set[st
                 )
     for key, _ in stage_tensors(path, stages, lambda key: key.startswith((PARAMETER, BUFFER)) and key not in everyones):
         kind, name = key.split("/", 1)
+        more.append(name)
+        if not strict:
+            continue
         raise ConfigurationError(
             f"{path} holds the {kind} {name}, which is not trained here: it is of another model or adapter."
         )
     for key, tensor in wanted.items():  # all or nothing
-        tensor.copy_(found[key])
+        if key in found:
+            tensor.copy_(found[key])
+    return missing, more
 
 
 def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[str, Any]]:

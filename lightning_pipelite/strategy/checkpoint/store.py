@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,10 @@ class CheckpointStore:
             files[layout.STAGE_TENSORS.format(self._stage_id)] = self._copy.write
             files[layout.STAGE_SETTINGS.format(self._stage_id)] = _json_writer(settings)
         if self._leads:
+            with contextlib.suppress(OSError):  # told by what writes
+                path.absolute().parent.mkdir(
+                    parents=True, exist_ok=True
+                )  # at once: ModelCheckpoint may put a link there
             kept: dict[str, Tensor] = {}
             encoded = encode(state, kept)
             self._trainer_copy.take(kept)
@@ -87,23 +92,27 @@ class CheckpointStore:
         if self._writes:
             self._copy.reserve(size_of(stage_state(stage, optimizer)[0]))
 
-    def remove(self, path: Path, after_next: bool = False) -> None:
-        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0.
+    def remove(self, path: Path) -> None:
+        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0."""
+        self._writer.remove(path.absolute())
 
-        Args:
-            path: the checkpoint.
-            after_next: once the next one is, too.
-        """
-        self._writer.remove(path.absolute(), after_next)
+    def promised(self, path: Path) -> bool | None:
+        """Whether a checkpoint will be there when all is done; None if nothing is to be done with it. On rank 0."""
+        return self._writer.promised(path.absolute())
+
+    @property
+    def failure(self) -> str | None:
+        """Why what was written last is not there; not while something is being written."""
+        return self._writer.failure
 
     def share(self, mine: Any) -> list[Any]:
         """What every rank has."""
         self._writer.wait()
         return self._writer.share(mine)
 
-    def wait(self) -> None:
-        """Return when nothing is being written."""
-        self._writer.wait()
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when nothing is being written, or after some time."""
+        self._writer.wait(seconds)
 
     def close(self) -> None:
         """Wait, and give the memory back."""
@@ -141,8 +150,12 @@ class CheckpointStore:
         self._loaded = path, meta
         return decode(encoded, tensors), meta
 
-    def load_parameters(self, stage: nn.Module) -> None:
+    def load_parameters(self, stage: nn.Module, strict: bool = True) -> None:
         """Load this rank's trained parameters from the checkpoint that was opened last.
+
+        Args:
+            stage: where to.
+            strict: whether it has to have all of them, and no others; what differs is told otherwise.
 
         Raises:
             ConfigurationError: if it is of another model or adapter; the same on every rank.
@@ -150,7 +163,12 @@ class CheckpointStore:
         assert self._loaded is not None
         path, meta = self._loaded
         names = set().union(*self._writer.share(state_names(stage)))
-        self._together(lambda: load_parameters(path, meta["stages"], stage, names))
+        differs: list[tuple[list[str], list[str]]] = []
+        self._together(lambda: differs.append(load_parameters(path, meta["stages"], stage, names, strict)))
+        everyones = self._writer.share(differs[0])
+        for index, what in enumerate(("lacks {}, which keep what they began with", "has {}, which are not here")):
+            if found := sorted({name for theirs in everyones for name in theirs[index]}):
+                rank_zero_warn(f"{path} {what.format(', '.join(found))}; strict_loading is False, so this is let pass.")
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse to load what the checkpoint that was opened last has of another optimizer.

@@ -35,7 +35,8 @@ class CheckpointWriter:
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._busy = self._failed = False
+        self._busy, self._path = False, Path()
+        self.failure: str | None = None  # of what was written last
         self._doomed: list[Path] = []
 
     def start(self, path: Path, files: Files) -> None:
@@ -45,28 +46,31 @@ class CheckpointWriter:
         """
         self.wait()
         with self._lock:
-            self._busy = True
+            self._busy, self._path = True, path
             self._doomed = [doomed for doomed in self._doomed if doomed != path]
         self._thread = threading.Thread(target=self._write, args=(path, files), name="pipelite-checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when nothing is being written."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when nothing is being written, or after some time."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread = None
 
-    def remove(self, path: Path, after_next: bool) -> None:
-        """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0.
-
-        Args:
-            path: the checkpoint.
-            after_next: wait at least until one is written that has not been started yet.
-        """
+    def remove(self, path: Path) -> None:
+        """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0."""
         with self._lock:
             self._doomed.append(path)
-            if not self._busy and not self._failed and not after_next:
+            if not self._busy and self.failure is None:
                 self._remove_doomed()
+
+    def promised(self, path: Path) -> bool | None:
+        """Whether a checkpoint will be there when all is done; None if nothing is to be done with it."""
+        with self._lock:
+            if path in self._doomed:
+                return False
+            return True if self._busy and path == self._path else None
 
     def share(self, mine: Any) -> list[Any]:
         """What every rank has; not while something is being written. Collective."""
@@ -83,7 +87,7 @@ class CheckpointWriter:
         except Exception as exception:  # another rank is gone
             error = _described(exception)
         with self._lock:
-            self._busy, self._failed = False, error is not None
+            self._busy, self.failure = False, error
             if error is None:
                 self._remove_doomed()
         if error is not None and self._rank == 0:

@@ -1,0 +1,131 @@
+"""Where a training stood when its last step ended, which is what a checkpoint is of, whenever it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+from lightning_pipelite.loop_state import at_step_end, before_evaluation, before_training, between_batches
+from lightning_pipelite.strategy.randomness import LayerRandomness
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What cannot be had later: Lightning's loop counts micro-batches, and takes some of the next step ahead."""
+
+    batches: int  # of the whole training
+    steps: int
+    loaders: list[Any]
+    generators: dict[str, Any]
+
+
+class LastStep:
+    """Follows the steps of a training.
+
+    Args:
+        trainer: runs the loops.
+        randomness: has the generators.
+    """
+
+    def __init__(self, trainer: pl.Trainer, randomness: LayerRandomness) -> None:
+        self._trainer, self._randomness = trainer, randomness
+        self._ended: _Note | None = None  # None until training starts
+        self._under_way: _Note | None = None  # of the step of which all micro-batches have been taken
+        self._weights_change = False
+        self._evaluated = False  # right after that step
+
+    # As the training goes
+
+    def training_starts(self) -> None:
+        """Called when the data loaders have been made."""
+        self._ended, self._under_way, self._evaluated = self._note(), None, False
+
+    def batches_taken(self) -> None:
+        """Called when the gradients of a step have been computed."""
+        self._settle()
+        self._under_way, self._weights_change = self._note(), False
+
+    def weights_change(self) -> None:
+        """Called right before they do."""
+        self._weights_change = True
+
+    def evaluation_ended(self) -> None:
+        """Called after the callbacks of an evaluation within the training."""
+        if self._settle() == 0:
+            self._ended, self._evaluated = self._note(), True
+
+    def _note(self) -> _Note:
+        loader = self._trainer.fit_loop._combined_loader
+        loaders = loader._state_dicts() if loader is not None and self._trainer.is_global_zero else []
+        return _Note(self._batches, self._trainer.global_step, loaders, self._randomness.state())
+
+    @property
+    def _batches(self) -> int:
+        return int(self._trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+    def _settle(self) -> int:
+        """How many micro-batches have been taken since the last step ended."""
+        if self._under_way is not None and self._trainer.global_step > self._under_way.steps:
+            self._ended, self._under_way, self._evaluated = self._under_way, None, False
+        return self._batches - (self._ended.batches if self._ended is not None else self._batches)
+
+    # For a checkpoint
+
+    def state(self, loops: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        """Say where the training stood.
+
+        Args:
+            loops: the states of all of Lightning's loops, now.
+
+        Returns:
+            The states of the loops then, that of the generators, and whether an evaluation follows, from which a
+            training that resumes goes on.
+
+        Raises:
+            RuntimeError: if an error stopped the training while a step changed the weights.
+        """
+        trainer, ahead = self._trainer, self._settle()
+        if trainer.state.fn != TrainerFn.FITTING:
+            return loops, self._randomness.state(), False
+        noted = self._ended if self._interrupted else None  # perhaps while a micro-batch was fetched
+        if self._batches == 0:
+            fit_loop = before_training(loops["fit_loop"], noted.loaders if noted else [])
+            return {**loops, "fit_loop": fit_loop}, noted.generators if noted else self._randomness.state(), False
+        if self._ended is None:
+            return loops, self._randomness.state(), False
+        if self._under_way is not None and self._weights_change:
+            raise RuntimeError(
+                f"step {trainer.global_step + 1} was changing the weights when it was stopped: no checkpoint can be "
+                "made of what is neither before nor after it"
+            )
+        loaders, generators = self._ended.loaders, self._ended.generators
+        if ahead:
+            fit_loop = at_step_end(loops["fit_loop"], ahead, loaders, self._evaluated)
+            return {**loops, "fit_loop": fit_loop}, generators, False
+        if self._evaluation_follows():
+            if trainer.training and not self._interrupted:
+                loaders, generators = [], self._randomness.state()  # hooks may have drawn, too
+            return {**loops, "fit_loop": before_evaluation(loops["fit_loop"], loaders)}, generators, True
+        if self._interrupted:
+            fit_loop = between_batches(loops["fit_loop"], loaders, self._evaluated, trainer.training)
+            return {**loops, "fit_loop": fit_loop}, generators, False
+        return loops, self._randomness.state(), False
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._trainer.state.status == TrainerStatus.INTERRUPTED
+
+    def _evaluation_follows(self) -> bool:
+        """Whether an evaluation follows the last step that is to come yet, or is not over."""
+        trainer = self._trainer
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if trainer.validating and not trainer.sanity_checking:
+            counts: Any = loop.val_loop.batch_progress.current
+            over = counts.ready == counts.completed and loop.val_loop.batch_progress.is_last_batch
+            return self._interrupted or not over
+        counts = loop.batch_progress.current
+        in_hook = trainer.training and counts.ready == counts.processed == counts.completed + 1
+        return in_hook and fetcher is not None and trainer.enable_validation and loop._should_check_val_fx(fetcher)
