@@ -82,7 +82,7 @@ CASES = {
     ),
     # convert
     "no checkpoint to convert": Case(
-        "none is not a directory; give that of a checkpoint.",
+        "--checkpoint: none is not a directory; give that of a checkpoint.",
         command=["convert", "--checkpoint", "none", "--output", "out"],
     ),
     "model to convert": Case(
@@ -90,7 +90,7 @@ CASES = {
         command=["convert", "--checkpoint", "{job}/model", "--output", "out"],
     ),
     "damaged checkpoint to convert": Case(
-        "ckpt_path: stage-00.safetensors of copy has 109600 bytes, not 109700; name another checkpoint, or `last`, which takes the newest whole one.",
+        "--checkpoint: stage-00.safetensors of copy has 109600 bytes, not 109700; name another one.",
         command=["convert", "--checkpoint", "copy", "--output", "out"],
         prepare=copied("adapter-checkpoint", truncated("stage-00.safetensors")),
     ),

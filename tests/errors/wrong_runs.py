@@ -73,7 +73,7 @@ CASES = {
     "last checkpoint of none": Case(
         "ckpt_path: there is no checkpoint in {here}/kept for `last`; leave ckpt_path out to begin anew.",
         ["--ckpt_path", "last"],
-        edit=callback("TimedCheckpoint", dirpath="kept"),
+        edit={**callback("TimedCheckpoint", dirpath="kept"), "trainer.enable_checkpointing": True},
     ),
     "last checkpoint of nobody": Case(
         "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the ModelCheckpoint with its dirpath, of the training that is to go on; or name the checkpoint's directory.",
