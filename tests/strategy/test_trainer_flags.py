@@ -19,7 +19,7 @@ CASES = [
     for name, row in ROWS.items()
     for stages, replicas in ((1, 1), (2, 1), *([(1, 2)] if row.replicas > 1 else []))
 ]
-AT_ONCE = 40  # rows of one process group
+AT_ONCE = 20  # rows of one process group
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def table(
     return found
 
 
+@pytest.mark.timeout(900)  # the first one runs all rows
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_as_ddp_does(table: Any, name: str, layout: Layout) -> None:
     _, replicas = layout

@@ -141,7 +141,7 @@ class Row:
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: Callbacks = lambda folder: []
     module: dict[str, Any] = field(default_factory=dict)
-    data: Callable[[], Any] = lambda: (loader(), loader(5))
+    data: Callable[[], Any] = lambda: (loader(), loader(3))
     calls: tuple[str, ...] = ("fit",)
     before: dict[str, Any] | None = None
     ckpt_path: str | None = None
@@ -194,18 +194,18 @@ ROWS: dict[str, Row] = {
     "limit_train_batches": Row({"max_epochs": 2, "limit_train_batches": 4}),
     "limit_train_batches, a share": Row({"max_epochs": 2, "limit_train_batches": 0.35}),
     "limit_train_batches 0": Row({"max_epochs": 2, "limit_train_batches": 0}),
-    "limit_val_batches": Row({"max_epochs": 2, "limit_val_batches": 3}),
+    "limit_val_batches": Row({"max_epochs": 2, "limit_val_batches": 2}),
     "limit_val_batches, a share": Row({"max_epochs": 2, "limit_val_batches": 0.5}),
     "limit_val_batches 0": Row({"max_epochs": 2, "limit_val_batches": 0}),
     "no validation loader": Row({"max_epochs": 2}, data=lambda: (loader(), None)),
-    "a loader that drops its last": Row({"max_epochs": 2}, data=lambda: (loader(drop_last=True), loader(5))),
-    "a shuffled loader": Row({"max_epochs": 2}, data=lambda: (loader(shuffle=True), loader(5))),
-    "a stream": Row({"max_epochs": 2}, data=lambda: (stream(), loader(5))),
-    "a stream by steps, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(5))),
-    "a stream, limited": Row({"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(5))),
-    "a stream, evaluated by batches": Row({"max_epochs": 2, "val_check_interval": 4}, data=lambda: (stream(), loader(5))),
-    "a stream to evaluate on": Row({"max_epochs": 2}, data=lambda: (loader(), stream(5))),
-    "a stream to evaluate on, limited": Row({"max_epochs": 2, "limit_val_batches": 2}, data=lambda: (loader(), stream(5))),
+    "a loader that drops its last": Row({"max_epochs": 2}, data=lambda: (loader(drop_last=True), loader(3))),
+    "a shuffled loader": Row({"max_epochs": 2}, data=lambda: (loader(shuffle=True), loader(3))),
+    "a stream": Row({"max_epochs": 2}, data=lambda: (stream(), loader(3))),
+    "a stream by steps, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(3))),
+    "a stream, limited": Row({"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(3))),
+    "a stream, evaluated by batches": Row({"max_epochs": 2, "val_check_interval": 4}, data=lambda: (stream(), loader(3))),
+    "a stream to evaluate on": Row({"max_epochs": 2}, data=lambda: (loader(), stream(3))),
+    "a stream to evaluate on, limited": Row({"max_epochs": 2, "limit_val_batches": 2}, data=lambda: (loader(), stream(3))),
     "several validation loaders": Row({"max_epochs": 2, "val_check_interval": 5}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
     "several validation loaders, limited": Row({"max_epochs": 1, "limit_val_batches": 2}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
     "a data module": Row({"max_epochs": 2}, data=Data),
