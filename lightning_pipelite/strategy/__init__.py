@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pipelite.strategy.strategy import PipeLiteStrategy
+    from lightning_pipelite.strategy.trained import load_trained
 
-__all__ = ["PipeLiteStrategy"]
+__all__ = ["PipeLiteStrategy", "load_trained"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from lightning_pipelite.strategy.strategy import PipeLiteStrategy
 
         return PipeLiteStrategy
+    if name == "load_trained":
+        from lightning_pipelite.strategy.trained import load_trained
+
+        return load_trained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
