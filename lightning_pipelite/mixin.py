@@ -19,6 +19,18 @@ def mix_in(module: nn.Module, mixin: type) -> Any:
     return module
 
 
+def take_out(module: nn.Module, mixin: type) -> None:
+    """Undo :func:`mix_in`; where another class has been mixed in since, the module stays what it is."""
+    if type(module) is _mixed(plain_class(module, mixin), mixin):
+        module.__class__ = plain_class(module, mixin)
+
+
+def plain_class(module: nn.Module, mixin: type) -> Any:
+    """The class that a module had before ``mixin`` was mixed into it."""
+    bases = type(module).__bases__
+    return bases[1] if len(bases) == 2 and bases[0] is mixin else type(module)
+
+
 @cache
 def _mixed(kind: type[nn.Module], mixin: type) -> Any:
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})

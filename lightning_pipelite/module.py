@@ -26,6 +26,7 @@ from lightning_pipelite.callbacks.over_ranks import gathered
 from lightning_pipelite.cautions import warn_of_data
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.evaluation import Evaluation
+from lightning_pipelite.finite import refuse_not_finite
 from lightning_pipelite.host_read import on_host
 from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
@@ -239,8 +240,11 @@ class PipeLiteModule(pl.LightningModule):
 
         Raises:
             OSError: on every rank, if it cannot be written.
+            RuntimeError: on every rank, if what was trained is not finite.
         """
         strategy = self.check_strategy(self.trainer.strategy)
+        trained = {name: p for name, p in self.pipeline_stage.named_parameters() if p.requires_grad}
+        refuse_not_finite(str(directory), trained, strategy.topology, gathered)
         stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
         failure, cause = None, None
         if strategy.is_global_zero:

@@ -56,6 +56,26 @@ def load_deepspeed(device: torch.device, local_rank: int) -> None:
         deepspeed.comm.init_distributed(verbose=False)
 
 
+def forget_engine(engine: Any) -> None:
+    """Let go of an engine and of all that it holds: layers, gradients, and groups that are about to be destroyed.
+
+    DeepSpeed has some of it in module variables, and engine, module and grid hold each other, so that they would live
+    on until the garbage collector comes by, and with them the groups' threads and sockets. Remove when the engine's
+    ``destroy()`` ends them.
+    """
+    import deepspeed.comm.comm
+    import deepspeed.utils.groups
+    from deepspeed.runtime.pipe import p2p
+
+    deepspeed.comm.comm.cdb = None  # made anew by load_deepspeed, over the process group that there is then
+    deepspeed.utils.groups.mpu = None
+    p2p._grid = p2p._groups = None
+    if engine is not None:
+        engine.destroy()
+        for part in (engine.module, engine.grid, engine):
+            part.__dict__.clear()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drop what DeepSpeed prints to standard output while it builds its module and its groups."""

@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.host_read import HostRead
+from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layers import Loss
-from lightning_pipelite.strategy.micro_batches import MicroBatch, require_same_data, shapes_of
+from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint, shapes_of
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.stage_clock import COMPUTING, StageClock
 from lightning_pipelite.strategy.ties import TiedParameters
@@ -67,11 +68,11 @@ class PipeLiteEngine(PipelineEngine):
         self._randomness = randomness
         self._shapes: object = None
         self._sent: object = None
-        self._compared: set[bool] = set()
         self._step = self._forwarded = 0
         self._shared: HostRead | None = None
         self._clock: StageClock | None = None
-        self._sums = torch.zeros(2 + len(getattr(loss, "logged", ())), dtype=torch.float64, device=self.device)
+        terms = 2 + len(getattr(loss, "logged", ()))
+        self._sums = torch.zeros(terms + self.is_pipe_parallel, dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
 
@@ -89,6 +90,11 @@ class PipeLiteEngine(PipelineEngine):
             tensor.data.copy_(sent)
 
     # What the strategy calls
+
+    @property
+    def pipeline_group(self) -> Any:
+        """The process group of this rank's pipeline, or None for a single stage."""
+        return self.grid.get_pipe_parallel_group() if self.is_pipe_parallel else None
 
     def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> list[float]:
         """Forward and backward of all micro-batches of a step.
@@ -108,7 +114,7 @@ class PipeLiteEngine(PipelineEngine):
             same on every rank.
 
         Raises:
-            ConfigurationError: if the stages of a pipeline have different micro-batches (seen in the first step).
+            ConfigurationError: on every rank, if the stages of a pipeline have different micro-batches.
             RuntimeError: if a trainable parameter gets no gradient in the first step.
         """
         self._step = step
@@ -118,7 +124,7 @@ class PipeLiteEngine(PipelineEngine):
             self._run(micro_batches, self._train_schedule(), training=True)
             self.global_steps += 1
             read = self._shared or HostRead(self.share(self._sums))
-            return read.value()
+            return self.require_same_data(read.value(), f"step {step + 1}")
         finally:
             self._begin("", waits=False)
             self._clock = None
@@ -127,7 +133,7 @@ class PipeLiteEngine(PipelineEngine):
         """Forward of some micro-batches, without gradients.
 
         Returns:
-            The sum and the count of their losses, and what follows these; float64; zeros but on the last stage.
+            The sum and the count of their losses, and what follows these, to be shared; float64.
         """
         with torch.no_grad():
             self._run(micro_batches, self._inference_schedule(len(micro_batches)), training=False)
@@ -140,12 +146,32 @@ class PipeLiteEngine(PipelineEngine):
             dist.all_reduce(sums)  # the other stages' are zeros
         return sums
 
+    def require_same_data(self, shared: list[float], place: str) -> list[float]:
+        """Stop if first and last stages had different data.
+
+        Inputs from one sequence and targets from another would train, on nonsense, without any other sign. So first
+        stages add the fingerprint of their micro-batches to what is shared anyway, and last stages subtract theirs.
+
+        Args:
+            shared: what :meth:`share` gave.
+            place: where, for the message.
+
+        Returns:
+            The rest of it.
+
+        Raises:
+            ConfigurationError: on every rank.
+        """
+        if not self.is_pipe_parallel:
+            return shared
+        *sums, difference = shared
+        if difference:
+            raise ConfigurationError(f"{DIFFERENT} in {place}; {ADVICE}")
+        return sums
+
     # How the schedule runs
 
     def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
-        if self.is_pipe_parallel and training not in self._compared:
-            require_same_data(micro_batches, self.grid.get_pipe_parallel_group())
-            self._compared.add(training)
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
         # micro-batches, so each knows without communication when they must be sent anew.
         shapes = [(training, shapes_of(batch)) for batch in micro_batches]
@@ -155,6 +181,9 @@ class PipeLiteEngine(PipelineEngine):
             self._sent = None
         self._shapes = None if self.dynamic_shape else shapes[0]
         self._sums.zero_()
+        if self.is_pipe_parallel and (self.is_first_stage() or self.is_last_stage()):
+            difference = fingerprint(micro_batches, self.device)
+            self._sums[-1] = difference if self.is_first_stage() else -difference
         self._forwarded = 0
         self._shared = None
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
@@ -200,10 +229,11 @@ class PipeLiteEngine(PipelineEngine):
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)
             return
-        terms = self._loss_of(outputs, self.pipe_buffers["labels"][buffer_id])
-        self.loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
+        loss = self._loss_of(outputs, self.pipe_buffers["labels"][buffer_id])
+        self.loss, *others = loss if isinstance(loss, tuple) else (loss, torch.ones_like(loss))
         self.pipe_buffers["labels"][buffer_id] = None
-        self._sums += torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
+        terms = torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
+        self._sums[: len(terms)] += terms
         if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
             self._shared = HostRead(self.share(self._sums))
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.agreement import Agreement
+from lightning_pipelite.strategy.micro_batches import all_shapes
+from lightning_pipelite.strategy.topology import Topology
 
 if TYPE_CHECKING:
     from lightning_pipelite.strategy.engine import PipeLiteEngine
@@ -24,11 +27,12 @@ class PipelineEvaluation:
     Args:
         trainer: runs the loop, and has the module that logs.
         engine: runs the micro-batches.
-        replicas: the data-parallel size.
+        agreement: over all ranks.
+        topology: of the job.
     """
 
-    def __init__(self, trainer: pl.Trainer, engine: PipeLiteEngine, replicas: int) -> None:
-        self._trainer, self._engine, self._replicas = trainer, engine, replicas
+    def __init__(self, trainer: pl.Trainer, engine: PipeLiteEngine, agreement: Agreement, topology: Topology) -> None:
+        self._trainer, self._engine, self._agreement, self._topology = trainer, engine, agreement, topology
         self._batches: list[Any] = []
         self._sums: Tensor | None = None
         self._seen, self._loader = 0, 0
@@ -61,11 +65,15 @@ class PipelineEvaluation:
         last = loop.batch_progress.is_last_batch or self._seen == limit
         if not last and len(self._batches) < at_once:
             return
+        place = f"data loader {loader} of the evaluation"
+        if self._topology.stages > 1:
+            here = f"{place}, up to micro-batch {self._seen} of {loop.max_batches[loader]}"
+            self._agreement.tell(here, all_shapes(self._batches))
         sums = self._engine.evaluate_on(self._batches)
         self._batches = []
         self._sums = sums if self._sums is None else self._sums + sums
         if last:
-            total, count, *_ = self._engine.share(self._sums).tolist()
+            total, count, *_ = self._engine.require_same_data(self._engine.share(self._sums).tolist(), place)
             self._sums = None
             self._warn_of_repeats(loop, loader)
             self._log(total, count, loader)
@@ -87,5 +95,5 @@ class PipelineEvaluation:
         if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
             rank_zero_warn(
                 f"eval/loss counts {repeats} of {len(sampler.dataset)} validation samples twice, because they do not "
-                f"divide by {self._replicas} replicas; PackedDataModule's sampler repeats none."
+                f"divide by {self._topology.replicas} replicas; PackedDataModule's sampler repeats none."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,23 @@ def scale_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> Non
         torch._foreach_mul_(gradients, factor)
 
 
-def global_norm(parameters: Iterable[Tensor], group: Any, device: torch.device) -> Tensor:
-    """The 2-norm of the gradients over all stages, as one vector, in float32.
+@dataclass(frozen=True)
+class GradientNorms:
+    """The 2-norms of gradients.
+
+    Attributes:
+        parameters: those of this stage that have a gradient and are counted here.
+        each: the norm of each of them, float32.
+        total: that of all gradients of all stages as one vector, a float32 scalar.
+    """
+
+    parameters: list[Tensor]
+    each: Tensor
+    total: Tensor
+
+
+def gradient_norms(parameters: Iterable[Tensor], group: Any, device: torch.device) -> GradientNorms:
+    """The 2-norms of the gradients over all stages.
 
     DeepSpeed's own norm counts the first stage alone, and fails on a stage without trainable parameters. Collective
     over the group.
@@ -26,17 +42,19 @@ def global_norm(parameters: Iterable[Tensor], group: Any, device: torch.device) 
     Args:
         parameters: this stage's, each tied one in one stage only.
         group: the process group of the pipeline, or None for a single stage.
-        device: where the result lies, a scalar.
+        device: where the results lie.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    square = torch.zeros((), device=device)
-    if gradients:
+    counted = [p for p in parameters if p.grad is not None]
+    each = torch.zeros(0, device=device)
+    if counted:
         # Norms of bf16 gradients are accumulated in float32, not in their own type.
+        gradients = [p.grad for p in counted if p.grad is not None]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        square = torch.stack([norm.to(device) for norm in norms]).square().sum()
+        each = torch.stack([norm.to(device) for norm in norms])
+    square = each.double().square().sum()  # so that it is finite if each is
     if group is not None:
         dist.all_reduce(square, group=group)
-    return square.sqrt()
+    return GradientNorms(counted, each, square.sqrt().float())
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -47,8 +47,8 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch, self._after_launch = before_launch, after_launch
-        self._watcher = threading.Thread(target=self._watch, name="pipelite-launcher", daemon=True)
-        self._relieved = threading.Event()  # the lifeline holds, or the main thread has raised
+        self._watcher: threading.Thread | None = None
+        self._relieved: threading.Event | None = None  # set if the lifeline holds, or the main thread has raised
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -65,15 +65,20 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
+            self._relieved = threading.Event()  # not before: a Trainer that has not started yet can be copied
+            self._watcher = threading.Thread(
+                target=self._watch, args=(self._relieved,), name="pipelite-launcher", daemon=True
+            )
             self._watcher.start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             result = function(*bound.args, **bound.kwargs)
         except BaseException as exception:
-            if self._watcher.is_alive() and not self._relieved.is_set():
+            watcher, relieved = self._watcher, self._relieved
+            if watcher is not None and relieved is not None and watcher.is_alive() and not relieved.is_set():
                 if is_communication_error(exception):
-                    self._watcher.join(patience.CAUSE)  # if a child has died, this process ends here
-                self._relieved.set()
+                    watcher.join(patience.CAUSE)  # if a child has died, this process ends here
+                relieved.set()
                 end_processes(self.procs, patience.STATUS)
             raise
         self._after_launch()
@@ -81,7 +86,9 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
 
     def stop_watching(self) -> None:
         """Hands the watch over; called once the lifeline is connected."""
-        self._relieved.set()
+        if self._relieved is not None:
+            self._relieved.set()
+        self._watcher = self._relieved = None
 
     @override
     def _call_children_scripts(self) -> None:
@@ -91,18 +98,18 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         finally:
             del os.environ[LAUNCHER_PID]
 
-    def _watch(self) -> None:
-        while not self._relieved.wait(patience.TICK):
+    def _watch(self, relieved: threading.Event) -> None:
+        while not relieved.wait(patience.TICK):
             for local_rank, child in enumerate(self.procs, start=1):
                 code = child.poll()
                 if code is not None:
-                    self._end(local_rank, code)
+                    self._end(local_rank, code, relieved)
                     return
 
-    def _end(self, local_rank: int, code: int) -> None:
+    def _end(self, local_rank: int, code: int, relieved: threading.Event) -> None:
         rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
         try:
             end_processes(self.procs, patience.STATUS)
         finally:
-            if not self._relieved.wait(patience.STATUS):  # else the main thread speaks: it may have raised the same
+            if not relieved.wait(patience.STATUS):  # else the main thread speaks: it may have raised the same
                 leave(f"rank {rank} {describe_exit(code)}, before the training began")

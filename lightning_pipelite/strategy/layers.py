@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
+
+_ADDED, _RECORD = "pipeline_stage", "_pipelite_stage"
 
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, ...]"]
 """``loss(outputs, targets)`` of one micro-batch.
@@ -151,7 +153,7 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
 
 def is_built(module: Any) -> bool:
     """Whether a LightningModule has its stage already, from an earlier run, which :func:`build_stage` will return."""
-    return getattr(module, "_pipelite_stage", None) is not None
+    return getattr(module, _RECORD, None) is not None
 
 
 def build_stage(
@@ -159,8 +161,11 @@ def build_stage(
 ) -> nn.Module:
     """Build a stage, or return that of the module's run before, with what it has learnt.
 
+    What of the stage has weights that are not the module's already becomes a submodule, ``pipeline_stage``, so that
+    its parameters are the module's.
+
     Args:
-        module: the LightningModule, of which the stage becomes a submodule.
+        module: the LightningModule.
         layers: its layers.
         bounds: of all stages, see :func:`~lightning_pipelite.strategy.partition.partition`.
         stage_id: which one.
@@ -170,18 +175,69 @@ def build_stage(
         ConfigurationError: if the module was cut in another way before: most of its layers are not here any more.
     """
     start, stop = bounds[stage_id], bounds[stage_id + 1]
-    place = (start, stop, bounds[-1], str(device))
-    if not is_built(module):
-        stage = layers.build_stage(start, stop, device)
-        # As a submodule it follows Lightning's train and eval modes, and its parameters are the module's.
-        module.add_module("pipeline_stage", stage)
-        object.__setattr__(module, "_pipelite_stage", (stage, place))  # not one more submodule
-        return stage
-    built: nn.Module
-    built, before = module._pipelite_stage
-    if before != place:
-        raise ConfigurationError(
-            f"this {type(module).__name__} has been split into other stages before: this process holds only its "
-            f"layers {before[0]} to {before[1]}; make a new one, and pass ckpt_path to load what was trained."
-        )
-    return built
+    place = (start, stop, bounds[-1])
+    if is_built(module):
+        built: nn.Module
+        built, before = getattr(module, _RECORD)
+        if before != place:
+            raise ConfigurationError(
+                f"this {type(module).__name__} has been split into other stages before: this process holds only its "
+                f"layers {before[0]} to {before[1]}; make a new one, and pass ckpt_path to load what was trained."
+            )
+        return built.to(device)
+    stage = layers.build_stage(start, stop, device)
+    known = {id(known) for known in (*module.modules(), *module.parameters(), *module.buffers())}
+    if added := list(_not_among(stage, known)):
+        module.add_module(_ADDED, stage if added == [stage] else nn.ModuleList(added))
+    object.__setattr__(module, _RECORD, (stage, place))  # not one more submodule
+    return stage
+
+
+def release_stage(module: Any) -> bool:
+    """At the end of a run, leave the module as it was, with the trained weights under its own names.
+
+    What it does not have by itself stays with it, for the next run: layers with weights that ``pipeline_layers()`` made
+    anew. And so does the stage, if there are others: their layers are no longer here.
+
+    Returns:
+        Whether it is whole, with nothing added.
+    """
+    _, (start, stop, number) = getattr(module, _RECORD)
+    is_whole = _ADDED not in module._modules and (start, stop) == (0, number)
+    if is_whole:
+        del module.__dict__[_RECORD]
+    return is_whole
+
+
+class LooseParts:
+    """The parts of a stage that are no submodules of its LightningModule, such as an activation made on the way.
+
+    Lightning does not see them when it sets the modes of training and evaluation.
+
+    Args:
+        module: the LightningModule.
+        stage: its stage.
+    """
+
+    def __init__(self, module: nn.Module, stage: nn.Module) -> None:
+        known = {id(submodule) for submodule in module.modules()}
+        self._module = module
+        self._parts = [(part, part.training) for part in stage.modules() if id(part) not in known]
+
+    def follow(self) -> None:
+        """Set the mode that the module is in; what does not train in training, such as a frozen norm, never does."""
+        for part, trains in self._parts:
+            part.training = trains and self._module.training
+
+
+def _not_among(part: nn.Module, known: set[int]) -> Iterator[nn.Module]:
+    """The largest parts of a module that have weights which are not known."""
+    if id(part) in known:
+        return
+    new = [id(tensor) not in known for tensor in (*part.parameters(), *part.buffers())]
+    own = [id(tensor) not in known for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))]
+    if (new and all(new)) or any(own):
+        yield part
+    else:
+        for child in part.children():
+            yield from _not_among(child, known)

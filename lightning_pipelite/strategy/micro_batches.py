@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from lightning_pipelite.errors import ConfigurationError
 
 MicroBatch = tuple[Any, Any]
 """``(inputs, targets)``: what the first stage starts from, and what the loss on the last stage needs."""
 
-
-def require_same_data(micro_batches: Sequence[MicroBatch], group: Any) -> None:
-    """Inputs from one sequence and targets from another would train, on nonsense, without any other sign. Collective.
-
-    Args:
-        micro_batches: of a step, as this rank has them.
-        group: the process group of the pipeline.
-
-    Raises:
-        ConfigurationError: if another stage has others.
-    """
-    digests = [0] * dist.get_world_size(group)
-    dist.all_gather_object(digests, _digest(micro_batches), group=group)
-    if len(set(digests)) > 1:
-        raise ConfigurationError(
-            "the stages of a pipeline were given different micro-batches; let the data loader's order and random "
-            "numbers depend on nothing that differs between ranks (L.seed_everything(SEED) at the start), and give "
-            "its sampler the strategy's distributed_sampler_kwargs."
-        )
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = 6364136223846793005  # products of it, modulo 2**64, spread over all bits
 
 
 def shapes_of(batch: Any) -> Any:
@@ -47,11 +27,58 @@ def shapes_of(batch: Any) -> Any:
     return batch if batch is None or isinstance(batch, (bool, int, float, str)) else object()
 
 
-def _digest(batch: Any, so_far: int = 0) -> int:
-    """A checksum of all tensors in a batch."""
+def described(batch: Any) -> str:
+    """What a rank can tell of a batch without looking at its tensors' values, such as ``[3, 8] float32``."""
     if isinstance(batch, Tensor):
-        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), so_far)
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for item in items:
-        so_far = _digest(item, so_far)
-    return so_far
+        return f"{list(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return f"{{{', '.join(f'{key}: {described(item)}' for key, item in batch.items())}}}"
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(map(described, batch))})"
+    return repr(batch) if batch is None or isinstance(batch, (bool, int, float, str)) else type(batch).__name__
+
+
+def fingerprint(batch: Any, device: torch.device) -> Tensor:
+    """A number below 2**32 that tells the values of a batch's tensors from others; a float64 scalar.
+
+    It is made of integers alone, so it is the same on a CPU and on a GPU, where the host does not wait for it.
+
+    Args:
+        batch: tensors, in tuples, lists and mappings.
+        device: where the result lies.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for tensor in _tensors(batch):
+        total = total * _ODD + _number(tensor.detach()).to(device)
+    return ((total * _ODD >> 32) & 0xFFFFFFFF).double()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        if batch.layout == torch.strided and not batch.is_quantized:
+            yield batch
+    else:
+        for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
+            yield from _tensors(item)
+
+
+def _number(tensor: Tensor) -> Tensor:
+    """Of all bits, and of where along each dimension they are: a sample in another place is another number."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    number = torch.full((), math.prod(bits.shape), dtype=torch.int64, device=bits.device)
+    for dim, size in enumerate(bits.shape):
+        others = [other for other in range(bits.dim()) if other != dim and bits.shape[other] != 1]
+        along = bits.sum(others, dtype=torch.int64).flatten() if others else bits.flatten().long()
+        weights = torch.arange(1, size + 1, device=bits.device) * _ODD
+        number = number * _ODD + (along * (weights ^ (weights >> 29))).sum()
+    return number if bits.dim() else number * _ODD + bits.long()
+
+
+def all_shapes(micro_batches: Sequence[MicroBatch]) -> str:
+    """What all micro-batches of a step are like; those in a row that are alike are told once."""
+    rows: list[tuple[str, int]] = []
+    for batch in micro_batches:
+        words = described(batch)
+        rows.append((words, rows.pop()[1] + 1) if rows and rows[-1][0] == words else (words, 1))
+    return ", ".join(f"{number} of {words}" for words, number in rows)

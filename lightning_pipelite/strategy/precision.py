@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -20,6 +21,7 @@ class PipelinePrecision(Precision):
 
     def __init__(self, strategy: PipeLiteStrategy) -> None:
         self._strategy = strategy
+        self._norm: Tensor | None = None  # of the gradients as they are, where that is known
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -33,10 +35,25 @@ class PipelinePrecision(Precision):
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        model.log("train/grad_norm", self._strategy.gradient_norm(), batch_size=1)
+        """The last that Lightning does before the optimizer takes its step."""
+        norms = self._strategy.gradient_norms()
+        model.log("train/grad_norm", norms.total, batch_size=1)
+        # A module's own clipping may do anything to the gradients, before it asks for ours and after.
+        own = is_overridden("configure_gradient_clipping", model)
+        self._norm = None if own else norms.total
         super()._clip_gradients(model, *args, **kwargs)
+        clipped = self._norm if self._norm is not None and not own else self._strategy.gradient_norms().total
+        self._norm = None
+        self._strategy.require_finite(norms, clipped)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        factor = clip_factor(self._strategy.gradient_norm(), float(clip_val))
+        norm = self._norm if self._norm is not None else self._strategy.gradient_norms().total
+        factor = clip_factor(norm, float(clip_val))
         scale_gradients(self._strategy.stage_parameters(), factor)
+        self._norm = norm * factor
+
+    @override
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        super().clip_grad_by_value(optimizer, clip_val)
+        self._norm = None

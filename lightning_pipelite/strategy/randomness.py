@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,10 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.mixin import mix_in, plain_class, take_out
 from lightning_pipelite.strategy.layers import Chain
+
+_KEY = "_pipelite_randomness"
 
 
 class LayerRandomness:
@@ -25,7 +28,7 @@ class LayerRandomness:
     layer draws, such as a dropout mask, follows from the seed, the step, the number of the micro-batch in the global
     batch and the layer's name alone: it is the same for every number of stages and replicas, and nothing of it need be
     remembered to resume. A layer is an item of a list of modules (ModuleList, Sequential), or a dropout module outside
-    of such lists.
+    of such lists. :meth:`release` makes the layers what they were.
 
     Building it gives rank 0's global generators (torch's, numpy's, Python's) to all ranks. Collective.
 
@@ -45,8 +48,10 @@ class LayerRandomness:
             self._generators.append(torch.cuda.default_generators[index])
         self._seed = torch.initial_seed()
         self._place = (0, 0)
-        for name, layer in _layers(stage):
-            _draw_anew_at(layer, name, self)
+        self._drawing = list(_layers(stage))
+        for name, layer in self._drawing:
+            layer.__dict__[_KEY] = (self, name)
+            mix_in(layer, _DrawsAnew)
 
     @contextlib.contextmanager
     def drawn_from(self) -> Iterator[None]:
@@ -75,8 +80,12 @@ class LayerRandomness:
         for generator in self._generators:
             generator.manual_seed(seed)
 
-    def __deepcopy__(self, _: Any) -> LayerRandomness:
-        return self  # a copy of a layer draws what the layer draws
+    def release(self) -> None:
+        """Make the layers what they were: they draw from the global generators again."""
+        for _, layer in self._drawing:
+            layer.__dict__.pop(_KEY, None)
+            take_out(layer, _DrawsAnew)
+        self._drawing = []
 
     # For checkpoints
 
@@ -103,17 +112,27 @@ class _DrawsAnew:
     when another micro-batch has entered. This runs outside of torch's checkpoint, which brings the generators back.
     """
 
-    _pipelite_randomness: tuple[LayerRandomness, str]
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        randomness, name = self._pipelite_randomness
-        randomness.draw_for(name)
+        if (drawn := self.__dict__.get(_KEY)) is not None:
+            randomness, name = drawn
+            randomness.draw_for(name)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, or what is pickled, is a layer as it was before: no part of this training."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make = _new  # pickle lets the other make objects of their own class alone
+        kind = plain_class(self, _DrawsAnew)  # type: ignore[arg-type]
+        arguments = tuple(kind if argument is type(self) else argument for argument in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
+        return make, arguments, *rest
 
-def _draw_anew_at(layer: nn.Module, name: str, randomness: LayerRandomness) -> None:
-    layer.__dict__["_pipelite_randomness"] = (randomness, name)
-    mix_in(layer, _DrawsAnew)
+
+def _new(kind: Any, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

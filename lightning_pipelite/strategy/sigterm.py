@@ -9,12 +9,11 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_pipelite.interrupt import heed_first_interrupt, name_of
+from lightning_pipelite.strategy.agreement import Agreement
 
 
 class SigtermNotice:
@@ -22,23 +21,32 @@ class SigtermNotice:
 
     Takes the place of three things in Lightning (2.6). Its handler of SIGTERM broadcasts at once, amid whatever the
     ranks are doing, which then never ends. In every micro-batch it broadcasts a tensor on the GPU and reads it, which
-    makes the host wait for all that has been launched; here it is a number on the host, over a process group of its
-    own, once a step. And Ctrl-C, which a terminal sends to all ranks, breaks each off wherever it is; here it is as
-    SIGTERM while training goes on. Building it is collective. Remove it when Lightning leaves this to its strategies.
+    makes the host wait for all that has been launched; here it is a number on the host, once a step. And Ctrl-C, which
+    a terminal sends to all ranks, breaks each off wherever it is; here it is as SIGTERM while training goes on. Remove
+    it when Lightning leaves this to its strategies.
 
     Args:
         trainer: its handlers are not registered yet.
+        agreement: over all ranks.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: pl.Trainer, agreement: Agreement) -> None:
+        self._trainer, self._agreement = trainer, agreement
         self._noted = 0  # the signal
         self._process = os.getpid()
-        self._group: Any = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = self._note
         connector.register_signal_handlers = self._register
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Give the Trainer back what is its own."""
+        for part, name in (
+            (self._trainer._signal_connector, "_sigterm_notifier_fn"),
+            (self._trainer._signal_connector, "register_signal_handlers"),
+            (self._trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+        ):
+            part.__dict__.pop(name, None)
 
     def completes(self, exception: SIGTERMException) -> None:
         """Give the exception the exit status of the signal, and say what has happened, unless a callback has."""
@@ -69,7 +77,7 @@ class SigtermNotice:
     def _note(self, signum: int, frame: Any) -> None:
         self._noted = signum
         fitting = self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.sanity_checking
-        if self._group is None or not fitting:  # Lightning's loops look at its own flag
+        if self._trainer.world_size == 1 or not fitting:  # Lightning's loops look at its own flag
             self._trainer._signal_connector.received_sigterm = True
 
     def _agree(self) -> None:
@@ -77,8 +85,7 @@ class SigtermNotice:
         loop = self._trainer.fit_loop.epoch_loop
         if loop.batch_progress.current.ready % self._trainer.accumulate_grad_batches:
             return  # in the middle of a step
-        noted = torch.tensor(self._noted)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
-        self._noted = int(noted)
+        place = f"epoch {self._trainer.current_epoch}, before micro-batch {loop.batch_progress.current.ready + 1}"
+        self._noted = self._agreement.tell(f"{place} of {self._trainer.num_training_batches}", noted=self._noted)
         if self._noted:
             raise SIGTERMException

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,6 +26,7 @@ from typing_extensions import override
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.host_read import on_host
 from lightning_pipelite.local_path import refuse_remote
+from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
 from lightning_pipelite.strategy.checkpoint.promised import see_promises
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
@@ -32,16 +34,26 @@ from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callb
 from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.checks import check_optimizers, check_trainable, check_trainer, checked_pair
 from lightning_pipelite.strategy.collect import collect_stages
-from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
+from lightning_pipelite.strategy.deepspeed_compat import forget_engine, load_deepspeed
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.former_results import refuse_former_results
-from lightning_pipelite.strategy.gradients import global_norm, scale_gradients
+from lightning_pipelite.strategy.gradient_check import GradientCheck
+from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
-from lightning_pipelite.strategy.layers import Loss, PipelineLayers, build_stage, hand_out_layers
+from lightning_pipelite.strategy.layers import (
+    LooseParts,
+    Loss,
+    PipelineLayers,
+    build_stage,
+    hand_out_layers,
+    release_stage,
+)
 from lightning_pipelite.strategy.lifeline import Lifeline
+from lightning_pipelite.strategy.micro_batches import all_shapes
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
+from lightning_pipelite.strategy.process_groups import JobGroups
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.sigterm import SigtermNotice
 from lightning_pipelite.strategy.stage_clock import StageClock, busy_and_waiting
@@ -63,10 +75,22 @@ class PipeLiteStrategy(DDPStrategy):
     Example::
 
         class Model(L.LightningModule):
-            def pipeline_layers(self):
-                return [nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)], nn.functional.cross_entropy
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
 
-        Trainer(strategy=PipeLiteStrategy(pipeline_stages=3), devices=3, accumulate_grad_batches=8)
+            def pipeline_layers(self):
+                return list(self.layers), nn.functional.cross_entropy
+
+            def training_step(self, batch, batch_idx):  # under every other strategy
+                return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters())
+
+        strategy = PipeLiteStrategy(pipeline_stages=3)
+        trainer = L.Trainer(strategy=strategy, devices=3, accumulate_grad_batches=8, max_epochs=1)
+        trainer.fit(Model(), loader)  # of pairs (inputs, targets)
 
     Args:
         pipeline_stages: the number of stages; it must divide the number of devices.
@@ -86,10 +110,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     strategy_name = "pipelite"
 
-    _evaluation: PipelineEvaluation  # from setup on
+    _gradient_check: GradientCheck  # all from setup on
+    _loose_parts: LooseParts
+    _agreement: Agreement
+    _evaluation: PipelineEvaluation
     _checkpointing: Checkpointing
     _sigterm: SigtermNotice
-    _put_back_files: Callable[[], None]
 
     def __init__(
         self,
@@ -123,6 +149,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
         self._store: CheckpointStore | None = None
         self._empty_logs: EmptyLogs | None = None  # until something is logged
+        self._end = contextlib.ExitStack()  # what the end of a run undoes, the last first
         self._micro_batches: list[Any] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
@@ -211,6 +238,7 @@ class PipeLiteStrategy(DDPStrategy):
             last_act=self._remove_empty_logs,
         )
         launcher.stop_watching()
+        self._end.callback(self._lifeline.close)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -219,30 +247,42 @@ class PipeLiteStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._sigterm = SigtermNotice(trainer)
+        groups = JobGroups()
+        self._end.callback(groups.destroy)
+        with groups.noted():
+            self._agreement = Agreement(self.topology, self.global_rank)
+        self._sigterm = SigtermNotice(trainer, self._agreement)
+        self._end.callback(self._sigterm.release)
         self.precision_plugin = PipelinePrecision(self)
         layers, loss = self._handed or hand_out_layers(self.lightning_module)
         self._handed = None
         bounds = partition(layers, self.pipeline_stages, self.partition_method)
         self.stage = build_stage(self.lightning_module, layers, bounds, self.stage_id, self.root_device)
+        self._end.callback(self._release_stage)
+        self._loose_parts = LooseParts(self.lightning_module, self.stage)
         self._parameters = list(self.stage.parameters())  # to look for them anew takes 10 ms, of every step
         if isinstance(loss, nn.Module):
             loss.to(self.root_device)
         randomness = LayerRandomness(self, self.root_device, self.stage)
+        self._end.callback(randomness.release)
         self._micro_batches, self._gradients, self._loss = [], [], torch.zeros(())
         self._logged = tuple(getattr(loss, "logged", ()))
-        self._engine = PipeLiteEngine(
-            self.stage,
-            self.stage_id,
-            self.pipeline_stages,
-            self.use_column_major_topology,
-            loss,
-            progress=self._progress,
-            randomness=randomness,
-        )
-        self._evaluation = PipelineEvaluation(trainer, self._engine, self.topology.replicas)
-        self._store = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
-        self._put_back_files = see_promises(trainer.callbacks, self._store.promised)  # type: ignore[attr-defined]
+        self._end.callback(self._forget_engine)
+        with groups.noted():
+            self._engine = PipeLiteEngine(
+                self.stage,
+                self.stage_id,
+                self.pipeline_stages,
+                self.use_column_major_topology,
+                loss,
+                progress=self._progress,
+                randomness=randomness,
+            )
+            self._store = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
+        self._end.callback(see_promises(trainer.callbacks, self._store.promised))  # type: ignore[attr-defined]
+        self._end.callback(self._store.close)
+        self._gradient_check = GradientCheck(self.stage, self._engine.pipeline_group)
+        self._evaluation = PipelineEvaluation(trainer, self._engine, self._agreement, self.topology)
         on_gpu = self.root_device.type == "cuda"
         self._checkpointing = Checkpointing(trainer, self._store, self.stage, randomness, self.topology, on_gpu)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -306,7 +346,12 @@ class PipeLiteStrategy(DDPStrategy):
         for parameter in self.stage_parameters():
             parameter.grad = None
         self._checkpointing.step_starts(self.optimizers[0])
+        self._loose_parts.follow()
         clock = StageClock(self.root_device) if self.measure_stage_times else None
+        if self.pipeline_stages > 1:  # a stage whose micro-batches were others, or fewer, would wait for ever
+            loop = module.trainer.fit_loop.epoch_loop
+            place = f"epoch {module.trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
+            self._agreement.tell(place, all_shapes(micro_batches))
         # But for measured times and offloaded inputs, the only time in a step that the host waits for the device.
         total, count, *logged = self._engine.train_on(micro_batches, module.trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
@@ -335,11 +380,15 @@ class PipeLiteStrategy(DDPStrategy):
         """The optimizer has its gradients, and changes the weights next."""
         self._checkpointing.last_step.weights_change()
 
-    def gradient_norm(self) -> Tensor:
-        """The 2-norm of the gradients over all stages, each tied parameter counted once; a scalar. Collective."""
-        group = self._engine.grid.get_pipe_parallel_group() if self.pipeline_stages > 1 else None
+    def gradient_norms(self) -> GradientNorms:
+        """The 2-norms of the gradients over all stages, each tied parameter counted once. Collective."""
         counted = [p for p in self.stage_parameters() if self._engine.ties.counts_here(p)]
-        return global_norm(counted, group, self.root_device)
+        return gradient_norms(counted, self._engine.pipeline_group, self.root_device)
+
+    def require_finite(self, norms: GradientNorms, clipped: Tensor) -> None:
+        """Stop before the weights change if the gradients are not finite, before clipping or after it."""
+        assert self.lightning_module is not None
+        self._gradient_check.require_finite(self.lightning_module.trainer.global_step + 1, norms, clipped)
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -349,6 +398,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def validation_step(self, batch: Any, *indices: int) -> None:
+        self._loose_parts.follow()
         self._evaluation.take(checked_pair(batch), indices, self.eval_micro_batches)
         assert self.lightning_module is not None
         if not self.lightning_module.trainer.sanity_checking:
@@ -444,17 +494,36 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        """Everything is as it was before the run, but for the trained weights, and whether or not it has failed."""
         if self._empty_logs is not None and self._empty_logs.trainer.state.status == "interrupted":
             self._remove_empty_logs()
-        if self._store is not None:
-            self._store.close()
-            self._put_back_files()
-        if self._lifeline is not None:
-            self._lifeline.close()
+        self._end.close()
+        self._lifeline = None
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+    def _forget_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        for name in ("_gradient_check", "_evaluation", "_loose_parts", "_agreement"):
+            self.__dict__.pop(name, None)
+        self._gradients, self._micro_batches = [], []
+        forget_engine(engine)
+
+    def _release_stage(self) -> None:
+        module, stage = self.lightning_module, self.stage
+        assert module is not None
+        assert stage is not None
+        if release_stage(module):
+            # As Lightning's strategies do.
+            _optimizers_to_device(self.optimizers, torch.device("cpu"))
+            module.cpu()
+        elif module.trainer.state.fn == TrainerFn.FITTING and "pipeline_stage" not in module._modules:
+            rank_zero_info(
+                f"Each process now holds the trained layers of its own stage alone, of {self.pipeline_stages}: the "
+                f"others of this {type(module).__name__} are on the meta device, without values."
+            )
 
     @classmethod
     @override

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.finite import refuse_not_finite
 from lightning_pipelite.strategy.checkpoint import layout
 from lightning_pipelite.strategy.checkpoint.encoding import decode, encode
 from lightning_pipelite.strategy.checkpoint.manifest import check_files, read_manifest
@@ -43,6 +44,7 @@ class CheckpointStore:
     """
 
     def __init__(self, topology: Topology, rank: int, device: torch.device, timeout: timedelta) -> None:
+        self._topology = topology
         self._stage_id, self._leads = topology.stage_of(rank), rank == 0
         self._writes = topology.replica_of(rank) == 0
         self._rank, self._world_size = rank, topology.world_size
@@ -51,7 +53,13 @@ class CheckpointStore:
         self._loaded: tuple[Path, dict[str, Any]] | None = None
 
     def save(
-        self, path: Path, state: dict[str, Any], meta: dict[str, Any], stage: nn.Module, optimizer: Optimizer | None
+        self,
+        path: Path,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        stage: nn.Module,
+        optimizer: Optimizer | None,
+        alone: bool = False,
     ) -> None:
         """Copy everything to host memory and return; the files are written in the background.
 
@@ -61,12 +69,15 @@ class CheckpointStore:
             meta: what ``meta.json`` says of the checkpoint.
             stage: this rank's stage.
             optimizer: its optimizer, if its state is to be saved.
+            alone: whether the other ranks may not be here, as after an error.
 
         Raises:
             ConfigurationError: if there is something in ``state`` or of the optimizer that cannot be written.
+            RuntimeError: on every rank, if a trained parameter or the optimizer's state is not finite.
         """
         self._writer.wait()  # it writes from the memory that is copied to
         files: dict[str, Callable[[Path], Written]] = {}
+        tensors: dict[str, Tensor] = {}
         if self._writes:
             tensors, settings = stage_state(stage, optimizer)
             self._copy.take(tensors)
@@ -85,7 +96,14 @@ class CheckpointStore:
             files[layout.META] = _json_writer({**meta, "written_at": time.time()})
         if self._writes:
             self._copy.finish()  # late: what is prepared meanwhile does not make the step wait longer
+        kinds = (layout.PARAMETER, layout.OPTIMIZER)  # buffers may be infinite: masks are
+        trained = {name.removeprefix(kinds[0]): t for name, t in tensors.items() if name.startswith(kinds)}
+        share = self._among_empty if alone else self._writer.share
+        refuse_not_finite(f"the checkpoint {path}", trained, self._topology, share)
         self._writer.start(path.absolute(), files)
+
+    def _among_empty(self, mine: Any) -> list[Any]:
+        return [mine if rank == self._rank else [] for rank in range(self._world_size)]
 
     def reserve(self, stage: nn.Module, optimizer: Optimizer) -> None:
         """Have the host memory for a checkpoint ready, so that not even the first copy waits for it."""
@@ -115,8 +133,8 @@ class CheckpointStore:
         self._writer.wait(seconds)
 
     def close(self) -> None:
-        """Wait, and give the memory back."""
-        self._writer.wait()
+        """Wait, and give the memory back. What is saved later is not written in the background."""
+        self._writer.close()
         self._copy.release()
 
     def open(

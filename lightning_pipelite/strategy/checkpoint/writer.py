@@ -58,6 +58,12 @@ class CheckpointWriter:
             if not self._thread.is_alive():
                 self._thread = None
 
+    def close(self) -> None:
+        """Wait; from now on the ranks talk over the default group: this job's own is about to be destroyed."""
+        self.wait()
+        if self._group is not None:
+            self._group = dist.group.WORLD
+
     def remove(self, path: Path) -> None:
         """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0."""
         with self._lock:

@@ -1,0 +1,93 @@
+"""What the ranks tell each other on the host, and how it is seen that they have parted."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.topology import Topology
+
+_BITS = 40
+
+
+class Agreement:
+    """A few numbers, added up over all ranks: what they note, and whether all are at the same place of the training.
+
+    Ranks that part, because their data loaders are of different lengths, say, would wait for each other until the
+    time-out, or work on with each other's numbers. All that they say here goes over one process group, so what one
+    says at one place meets what another says at another, and both see it. Building it is collective.
+
+    Args:
+        topology: of the job.
+        rank: of this process.
+    """
+
+    def __init__(self, topology: Topology, rank: int) -> None:
+        self._topology, self._rank = topology, rank
+        self._group: Any = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        # The sum of all ranks' factors is 0, so that of the products with equal numbers is.
+        self._factor = _factor(rank, topology.world_size)
+        self._factor_of_stage = _factor(topology.stage_of(rank), topology.stages)
+
+    def tell(self, place: str, micro_batches: str = "", noted: int = 0) -> int:
+        """Say where this rank is. Collective.
+
+        Args:
+            place: where, in words; it must be the same on all ranks.
+            micro_batches: what they are like; it must be the same on all stages of a pipeline.
+            noted: something that all ranks are to know of; 0 for nothing.
+
+        Returns:
+            The largest number that any rank has noted.
+
+        Raises:
+            ConfigurationError: on every rank, if they are not at the same place.
+        """
+        if self._group is None:
+            return noted
+        factors = self._factor * _digest(place), self._factor_of_stage * _digest(micro_batches)
+        sums = torch.tensor([int(noted > 0), *factors])
+        dist.all_reduce(sums, group=self._group)
+        noters, *parted = sums.tolist()
+        if any(parted):
+            self._explain(place, micro_batches)
+        largest = torch.tensor(noted)
+        if noters:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return int(largest)
+
+    def _explain(self, place: str, micro_batches: str) -> None:
+        everyones = [("", "")] * self._topology.world_size
+        dist.all_gather_object(everyones, (place, micro_batches), group=self._group)
+        for rank, (theirs, _) in enumerate(everyones):
+            if theirs != everyones[0][0]:
+                raise ConfigurationError(
+                    f"the ranks have parted: rank 0 is at {everyones[0][0]}, rank {rank} at {theirs}; let their data "
+                    "loaders give equally many batches, and nothing that they do depend on the rank."
+                )
+        for rank, (_, theirs) in enumerate(everyones):
+            first = self._topology.rank_of(0, self._topology.replica_of(rank))
+            if theirs != everyones[first][1]:
+                own = everyones[first][1]
+                raise ConfigurationError(
+                    f"{DIFFERENT} at {place}: rank {first} has {own}, rank {rank} {theirs}; {ADVICE}"
+                )
+
+
+DIFFERENT = "the stages of a pipeline were given different micro-batches"
+ADVICE = (
+    "let the data loader's order and random numbers depend on nothing that differs between ranks "
+    "(L.seed_everything(SEED) at the start), and give its sampler the strategy's distributed_sampler_kwargs."
+)
+
+
+def _factor(number: int, of: int) -> int:
+    return number + 1 if number < of - 1 else -(of * (of - 1) // 2)
+
+
+def _digest(words: str) -> int:
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=_BITS // 8).digest(), "little")

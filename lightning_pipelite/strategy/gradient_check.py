@@ -1,0 +1,65 @@
+"""Stops a step whose gradients are not finite before it changes the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_pipelite.finite import in_words, not_finite
+from lightning_pipelite.host_read import HostRead
+from lightning_pipelite.strategy.gradients import GradientNorms
+
+
+class GradientCheck:
+    """Looks at the norms of a step's gradients, the last thing before the optimizer changes the weights.
+
+    A loss can be finite while its gradients are not. Clipped by such a norm they all become NaN or zero, and the
+    weights NaN. The norms are those that are logged and clipped by anyway, over all stages, so every rank of a
+    pipeline sees the same and stops with the same sentence.
+
+    Args:
+        stage: this rank's stage.
+        group: the process group of the pipeline, or None for a single stage.
+    """
+
+    def __init__(self, stage: nn.Module, group: Any) -> None:
+        self._stage, self._group = stage, group
+
+    def require_finite(self, step: int, norms: GradientNorms, clipped: Tensor) -> None:
+        """Stop if they are not. Collective over the pipeline then.
+
+        Args:
+            step: which one it is, from 1 on.
+            norms: of the gradients, as the hooks before the optimizer's step have left them.
+            clipped: the total norm after clipping.
+
+        Raises:
+            RuntimeError: naming the step, and the parameters of all stages whose gradients are not finite.
+        """
+        # On a GPU the host waits here, as late as it can be: for what has been launched before, and for no more.
+        before, after = HostRead(torch.stack([norms.total, clipped.to(norms.total)])).value()
+        if math.isfinite(before) and math.isfinite(after):
+            return
+        if math.isfinite(before):
+            gradients = {name: p.grad for name, p in self._stage.named_parameters() if p.grad is not None}
+            found, what = not_finite(gradients), f"clipping has made the norm of the gradients {after}"
+        else:
+            finite = norms.each.isfinite().tolist()
+            bad = {id(p) for p, is_finite in zip(norms.parameters, finite, strict=True) if not is_finite}
+            found = [name for name, p in self._stage.named_parameters() if id(p) in bad]
+            what = f"the loss is finite, but the norm of the gradients is {before}"
+        raise RuntimeError(
+            f"step {step}: {what}, by those of {in_words(self._by_stage(found))}; training stops before the weights "
+            "are changed"
+        )
+
+    def _by_stage(self, mine: list[str]) -> list[list[str]]:
+        if self._group is None:
+            return [mine]
+        everyones = [mine] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyones, mine, group=self._group)
+        return everyones

@@ -1,0 +1,107 @@
+"""Each way in which the ranks of a pipeline can come to have different data; what each rank is told."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from stage_jobs import Catchable, Model, Module, trainer_for
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from lightning_pipelite.errors import ConfigurationError
+
+ROWS = 8
+
+
+class Rows(Dataset[Any]):
+    """Rows whose inputs and targets are the row's number."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        self.kind, self.order = kind, list(range(ROWS))
+        self.length = ROWS - 2 * rank if kind == "length" else ROWS
+        self.rank, self.random = rank, random.Random(rank)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.kind == "dataset that shuffles itself" and index == 0:
+            self.random.shuffle(self.order)
+        row = torch.full((6,), float(self.order[index]))
+        if self.kind == "transform" and self.rank == 1:
+            row[3] += 1e-6  # the smallest change, in one number
+        if self.kind == "shape" and index == 5:
+            row = row[: 6 - self.rank]
+        return row, row[:1]
+
+
+class Unsized(IterableDataset[Any]):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(ROWS - 2 * self.rank):
+            yield torch.full((6,), float(index)), torch.zeros(1)
+
+
+class ByTime(Sampler[int]):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.rows)))
+        random.Random(time.perf_counter()).shuffle(order)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Draw(L.Callback):
+    """Draws a number on one rank, for a picture, say."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            torch.rand(1)
+
+
+def part(kind: str, evaluates: bool, stages: int, replicas: int) -> dict[str, Any]:
+    """A fit of three epochs, or its evaluation, whose ranks part; the steps that were taken, and what was said."""
+    torch.manual_seed(1)
+    random.seed(1)
+    strategy = Catchable(stages)
+    last = int(int(os.environ["RANK"]) // replicas == stages - 1)  # what differs between ranks here
+    given = Rows(kind, last) if kind != "unsized" else Unsized(last)
+    sampler = ByTime(given) if kind == "sampler" else None
+    shuffle = kind == "a number drawn on one rank"
+    loader = DataLoader(given, batch_size=1 if kind == "shape" else 2, shuffle=shuffle or None, sampler=sampler)
+    good: Any = DataLoader(Rows("", 0), batch_size=2)
+    layers: list[nn.Module] = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)]
+    if kind == "shape":
+        layers = [nn.Sequential(nn.AdaptiveAvgPool1d(6), nn.Linear(6, 6)), nn.Linear(6, 1)]
+    steps = itertools.count()
+
+    class Counting(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            next(steps)
+
+    trainer = trainer_for(
+        strategy, stages * replicas, max_epochs=3, accumulate_grad_batches=2, callbacks=[Draw()],
+        num_sanity_val_steps=0, check_val_every_n_epoch=1,
+    )  # fmt: skip
+    module = Counting(Model(layers, [], nn.functional.mse_loss))
+    try:
+        if evaluates:
+            trainer.validate(module, loader, verbose=False)
+        else:
+            trainer.fit(module, loader, good)
+    except ConfigurationError as error:
+        return {"error": str(error), "steps": next(steps), "epoch": trainer.current_epoch}
+    return {"error": None, "steps": next(steps), "epoch": trainer.current_epoch}

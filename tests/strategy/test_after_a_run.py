@@ -1,0 +1,84 @@
+"""After a run the module is as before, with the trained weights, and nothing of the run is left in the process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+import textwrap
+
+import pytest
+import torch
+from after_jobs import after_fit, layers_of_its_own_making, run_the_example, runs, under_another_strategy, weights_after
+from stage_jobs import trainer_for
+
+from lightning_pipelite import PipeLiteStrategy
+from processes import Workers
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("ends", ["ends", "error", "interrupt"])
+def test_the_module_is_as_before(workers: Workers, ends: str, stages: int) -> None:
+    results = workers.run(stages, after_fit, ends, stages)
+    for result in results:
+        assert result["names in the fit"]
+        assert result["parameters in the fit"] == 0
+        assert result["pickles in the fit"]
+        assert result["copied in the fit"]
+        assert result["names"]
+        assert result["types"]
+        assert result["attributes"] == []
+        assert result["pickles"]
+        assert result["copies"]
+        assert result["draws"] == 3
+    assert sorted(number for result in results for number in result["here"]) == [0, 2, 3, 4]
+    modes = [mode for result in results for mode in result["modes"]]
+    assert modes == ([False, True] if ends == "ends" else [True])
+    told = [message for result in results for message in result["told"]]
+    assert len(told) == (stages == 2)
+
+
+def test_its_weights_are_those_of_lightnings_strategy(workers: Workers) -> None:
+    ours, theirs = workers.run(1, weights_after, "pipelite")[0], workers.run(1, weights_after, "auto")[0]
+    assert list(ours) == list(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_layers_that_are_made_as_they_are_handed_out_stay(workers: Workers, stages: int) -> None:
+    first, second = workers.run(stages, layers_of_its_own_making, stages)[0]
+    assert second < first - 0.01
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (1, 2)])
+def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int) -> None:
+    for result in workers.run(stages * replicas, runs, stages, replicas):
+        after_first, *later = result["opened"]
+        assert after_first[2] == 1  # Lightning's own process group
+        for threads, files, groups in later:
+            assert threads <= after_first[0] + 1  # one may be on its way out
+            assert files <= after_first[1]
+            assert groups == 1
+        assert result["alive"] == 0
+
+
+def test_other_strategies_and_groups_of_the_user_go_on(workers: Workers) -> None:
+    opened, reduced = workers.run(1, under_another_strategy)[0]
+    assert reduced == 1.0
+    assert {groups for *_, groups in opened} == {2}
+
+
+def test_the_example_of_the_strategy_runs(workers: Workers) -> None:
+    doc = inspect.getdoc(PipeLiteStrategy) or ""
+    found = re.search(r"Example::\n\n(.*?)\n\nArgs:", doc, re.DOTALL)
+    assert found
+    assert workers.run(3, run_the_example, textwrap.dedent(found[1])) == [4, 4, 4]
+
+
+def test_a_trainer_can_be_pickled_and_copied() -> None:
+    trainer = trainer_for(PipeLiteStrategy(2, timeout=7), 2)
+    for again in (pickle.loads(pickle.dumps(trainer)), copy.deepcopy(trainer)):
+        assert isinstance(again.strategy, PipeLiteStrategy)
+        assert (again.strategy.pipeline_stages, again.strategy.timeout.total_seconds()) == (2, 7)
+        assert again.strategy is not trainer.strategy
