@@ -13,10 +13,11 @@ class Evaluation:
 
     Args:
         names: of the sets.
+        kind: what the names of the metrics begin with.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], kind: str = "eval") -> None:
+        self._names, self._kind = names, kind
         self._sums: list[tuple[float, float]] = []
 
     def add(self, total: float, count: float) -> dict[str, float]:
@@ -28,11 +29,12 @@ class Evaluation:
         """
         metrics = {}
         if len(self._names) > 1:
-            metrics[f"eval/loss/{self._names[len(self._sums)]}"] = total / count if count else math.nan
+            metrics[f"{self._kind}/loss/{self._names[len(self._sums)]}"] = total / count if count else math.nan
         self._sums.append((total, count))
         if len(self._sums) == len(self._names):
             totals, counts = (sum(column) for column in zip(*self._sums, strict=True))
             loss = totals / counts if counts else math.nan
-            metrics |= {"eval/loss": loss, "eval/perplexity": torch.tensor(loss).exp().item()}  # inf, not an error
+            perplexity = torch.tensor(loss).exp().item()  # inf, not an error
+            metrics |= {f"{self._kind}/loss": loss, f"{self._kind}/perplexity": perplexity}
             self._sums = []
         return metrics

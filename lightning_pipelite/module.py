@@ -361,12 +361,13 @@ class PipeLiteModule(pl.LightningModule):
             dataloader_idx: which set it is; they come in order.
         """
         if dataloader_idx == 0:
-            sets: Any = self.trainer.val_dataloaders
+            sets: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
             names = list(sets) if isinstance(sets, Mapping) else getattr(self._data_module, "eval_names", [])
             number = len(sets) if isinstance(sets, (Mapping, list)) else 1
-            self._evaluation = Evaluation(names if len(names) == number else [str(i) for i in range(number)])
+            names = names if len(names) == number else [str(i) for i in range(number)]
+            self._evaluation = Evaluation(names, "test" if self.trainer.testing else "eval")
         for name, value in self._evaluation.add(total, count).items():
-            shown = name == "eval/loss"
+            shown = name in ("eval/loss", "test/loss")
             self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
 
     @property
@@ -411,4 +412,8 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.training_step()
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.training_step()

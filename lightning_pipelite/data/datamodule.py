@@ -248,6 +248,14 @@ class PackedDataModule(LightningDataModule):
             loaders.append(DataLoader(dataset, batch_size=1, sampler=sampler, **self._on_gpu()))
         return loaders[0] if len(loaders) == 1 else loaders
 
+    @override
+    def test_dataloader(self) -> Any:
+        raise ConfigurationError(
+            "PackedDataModule holds out no test set: Trainer.validate evaluates its evaluation sets (eval_fraction and "
+            "eval_datasets); to test on other texts, make another with these as eval_datasets, and give Trainer.test "
+            "its val_dataloader()."
+        )
+
     def _sampler(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> PackedSampler:
         strategy = getattr(self.trainer, "strategy", None)
         replica = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,8 +18,11 @@ from lightning_pipelite.errors import ConfigurationError
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
     """Refuse what a Trainer can do elsewhere and the pipeline cannot."""
-    if trainer.state.fn not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
-        raise ConfigurationError("PipeLiteStrategy trains and validates; test and predict without it.")
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise ConfigurationError(
+            "PipeLiteStrategy trains and evaluates; to predict, save what was trained and load it without the strategy "
+            "(what PipeLiteModule saves, with transformers or PEFT), or call Trainer.predict under another strategy."
+        )
     if trainer.precision != "32-true":
         raise ConfigurationError(
             f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
@@ -65,6 +69,24 @@ def check_trainable(mine: Iterable[Tensor], device: torch.device) -> None:
     dist.all_reduce(trainable)
     if trainable.item() == 0:
         raise ConfigurationError("no parameter of any stage requires a gradient: there is nothing to train.")
+
+
+def check_loaders(loader: Any, module: pl.LightningModule) -> None:
+    """Refuse several data loaders side by side: of two, the batches would pass for inputs and targets.
+
+    Args:
+        loader: the loop's CombinedLoader.
+        module: may make pairs of what they yield.
+    """
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners = (module, getattr(module.trainer, "datamodule", None))
+    if loader._mode == "sequential" or len(loader.flattened) == 1:
+        return
+    if not any(is_overridden(hook, owner) for hook in hooks for owner in owners):
+        raise ConfigurationError(
+            f"there are {len(loader.flattened)} data loaders side by side; PipeLiteStrategy needs one that yields "
+            "pairs (inputs, targets), or a module whose on_after_batch_transfer() makes a pair of what they yield."
+        )
 
 
 def checked_pair(batch: Any) -> tuple[Any, Any]:

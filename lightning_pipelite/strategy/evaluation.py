@@ -1,4 +1,4 @@
-"""Validation through the pipeline."""
+"""Validation and test through the pipeline."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.agreement import Agreement
+from lightning_pipelite.strategy.checks import check_loaders
 from lightning_pipelite.strategy.micro_batches import all_shapes
 from lightning_pipelite.strategy.topology import Topology
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PipelineEvaluation:
-    """Collects the micro-batches of a validation set, runs them a pipeline-full at a time, and logs their mean loss.
+    """Collects the micro-batches of an evaluation set, runs them a pipeline-full at a time, and logs their mean loss.
 
     Args:
         trainer: runs the loop, and has the module that logs.
@@ -49,15 +50,19 @@ class PipelineEvaluation:
             ConfigurationError: if the set before has ended without a sign.
         """
         trainer = self._trainer
-        loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
+        testing = trainer.state.fn == TrainerFn.TESTING
+        loop = trainer.test_loop if testing else trainer.validate_loop
+        if trainer.state.fn == TrainerFn.FITTING:
+            loop = trainer.fit_loop.epoch_loop.val_loop
         loader = indices[-1] if loop._is_sequential and loop.num_dataloaders > 1 else 0
         first = loop.batch_progress.current.ready == 1
         if first or loader != self._loader:
             if not first and (self._batches or self._sums is not None):
                 raise ConfigurationError(
-                    f"validation dataloader {self._loader} has no length, so that its end is not known; give it a "
-                    "__len__, or set limit_val_batches to a number."
+                    f"data loader {self._loader} of the evaluation has no length, so that its end is not known; give "
+                    f"it a __len__, or set limit_{'test' if testing else 'val'}_batches to a number."
                 )
+            check_loaders(loop._combined_loader, trainer.lightning_module)
             self._batches, self._sums, self._seen, self._loader = [], None, 0, loader
         self._batches.append(micro_batch)
         self._seen += 1
@@ -67,7 +72,7 @@ class PipelineEvaluation:
             return
         place = f"data loader {loader} of the evaluation"
         if self._topology.stages > 1:
-            here = f"{place}, up to micro-batch {self._seen} of {loop.max_batches[loader]}"
+            here = f"{place}, up to micro-batch {self._seen} of {limit}"
             self._agreement.tell(here, all_shapes(self._batches))
         sums = self._engine.evaluate_on(self._batches)
         self._batches = []
@@ -78,13 +83,17 @@ class PipelineEvaluation:
             self._warn_of_repeats(loop, loader)
             self._log(total, count, loader)
 
+    @property
+    def _kind(self) -> str:
+        return "test" if self._trainer.state.fn == TrainerFn.TESTING else "eval"
+
     def _log(self, total: float, count: float, loader: int) -> None:
         module = self._trainer.lightning_module
         if callable(log := getattr(module, "log_evaluation", None)):
             log(total, count, loader)
             return
         loss = total / count if count else math.nan
-        module.log("eval/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
+        module.log(f"{self._kind}/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
 
     def _warn_of_repeats(self, loop: Any, loader: int) -> None:
         """Lightning's sampler for several processes gives all of them equally many rows, some twice if need be."""
@@ -94,6 +103,6 @@ class PipelineEvaluation:
         repeats = sampler.total_size - len(sampler.dataset)
         if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
             rank_zero_warn(
-                f"eval/loss counts {repeats} of {len(sampler.dataset)} validation samples twice, because they do not "
+                f"{self._kind}/loss counts {repeats} of {len(sampler.dataset)} samples twice, because they do not "
                 f"divide by {self._topology.replicas} replicas; PackedDataModule's sampler repeats none."
             )

@@ -32,7 +32,13 @@ from lightning_pipelite.strategy.checkpoint.promised import see_promises
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checkpointing import Checkpointing
-from lightning_pipelite.strategy.checks import check_optimizers, check_trainable, check_trainer, checked_pair
+from lightning_pipelite.strategy.checks import (
+    check_loaders,
+    check_optimizers,
+    check_trainable,
+    check_trainer,
+    checked_pair,
+)
 from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import forget_engine, load_deepspeed
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
@@ -67,10 +73,11 @@ class PipeLiteStrategy(DDPStrategy):
     """Pipeline parallelism, and data parallelism over the rest of the devices, on DeepSpeed's pipeline engine.
 
     The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``, see
-    :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step`` and
-    ``validation_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` itself,
-    the same values on every rank; ``eval/loss`` is left to a method ``log_evaluation(total, count, dataloader_idx)`` of
-    the module, if it has one. ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
+    :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step``,
+    ``validation_step`` and ``test_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and
+    ``eval/loss`` (``test/loss`` in ``Trainer.test``) itself, the same values on every rank; the latter are left to a
+    method ``log_evaluation(total, count, dataloader_idx)`` of the module, if it has one.
+    ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
 
     Example::
 
@@ -404,6 +411,10 @@ class PipeLiteStrategy(DDPStrategy):
         if not self.lightning_module.trainer.sanity_checking:
             self._empty_logs = None
 
+    @override
+    def test_step(self, batch: Any, *indices: int) -> None:
+        self.validation_step(batch, *indices)
+
     def on_validation_end(self) -> None:
         """Called after the callbacks."""
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
@@ -477,6 +488,8 @@ class PipeLiteStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """Called when the data loaders have been made."""
+        assert self.lightning_module is not None
+        check_loaders(self.lightning_module.trainer.fit_loop._combined_loader, self.lightning_module)
         self._checkpointing.training_starts()
 
     # The end

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning_jobs import ROWS, Mlp, data
 from stage_jobs import Model, Module, linears, token_loss, tokens, trainer_for
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -55,6 +56,33 @@ def fit_and_validate_plainly() -> list[float]:
     train()
     validate()
     return losses
+
+
+class Tested(Mlp):
+    """Notes its test hooks."""
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: PT028 - a hook
+        self.log("test/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def on_test_start(self) -> None:
+        self.hooks.append("on_test_start")
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.hooks.append("on_test_batch_end")
+
+    def on_test_epoch_end(self) -> None:
+        self.hooks.append(f"on_test_epoch_end in {'training' if self.training else 'evaluation'}")
+
+
+def fit_and_test(stages: int | None, loaders: int) -> tuple[list[dict[str, float]], list[str]]:
+    """A fit and then a test over one or several loaders; None is Lightning's own strategy for one device."""
+    module = Tested()
+    trainer = trainer_for("auto" if stages is None else PipeLiteStrategy(stages), stages or 1, max_epochs=1)
+    trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
+    module.hooks.clear()
+    sets = [DataLoader(data(20 + 8 * index), batch_size=ROWS) for index in range(loaders)]
+    metrics = trainer.test(module, sets if loaders > 1 else sets[0], verbose=False)
+    return [{name: float(value) for name, value in each.items()} for each in metrics], module.hooks
 
 
 class Dealt(DistributedSampler[Any]):
@@ -112,4 +140,8 @@ def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
     before = trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]
     trainer.fit(module, loaded, loaded)
     in_fit = float(trainer.callback_metrics["eval/loss"])
-    return [before, in_fit, trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]]
+    after = trainer.validate(module, loaded, verbose=False)[0]["eval/loss"]
+    tested = trainer.test(module, loaded, verbose=False)[0]
+    assert tested.keys() == {"test/loss", "test/perplexity"}
+    assert abs(tested["test/loss"] - after) < 1e-6
+    return [before, in_fit, after]

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -283,8 +284,17 @@ def refusal(kind: str) -> str:
     elif kind == "batch":
         batches[0] = {"x": 1}  # type: ignore[assignment]
     trainer = trainer_for(strategy, 1, **options)
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    several = CombinedLoader([loader, loader], "max_size_cycle")
+    if kind == "two loaders, made a pair":
+        module.on_after_batch_transfer = lambda batch, _: batch[0] if isinstance(batch[0], (tuple, list)) else batch
     try:
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        if kind == "predict":
+            trainer.predict(module, loader)
+        elif kind == "two loaders in an evaluation":
+            trainer.validate(module, several)
+        else:
+            trainer.fit(module, [loader, loader] if kind.startswith("two loaders") else loader)
     except (ConfigurationError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "trained"

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_jobs import fit_and_validate, fit_and_validate_lora, fit_and_validate_plainly, validate_set
+from evaluation_jobs import (
+    fit_and_test,
+    fit_and_validate,
+    fit_and_validate_lora,
+    fit_and_validate_plainly,
+    validate_set,
+)
 from lightning_jobs import (
     compare_names,
     dropout_masks,
@@ -187,6 +193,10 @@ def test_an_infinite_loss_stops_before_the_weights_change(workers: Workers, stag
         ("frozen", "ConfigurationError: no parameter of any stage requires a gradient"),
         ("all masked", "RuntimeError: step 1: every target is masked"),
         ("batch", "ConfigurationError: PipeLiteStrategy needs micro-batches that are pairs"),
+        ("two loaders", "ConfigurationError: there are 2 data loaders side by side; "),
+        ("two loaders in an evaluation", "ConfigurationError: there are 2 data loaders side by side; "),
+        ("two loaders, made a pair", "trained"),
+        ("predict", "ConfigurationError: PipeLiteStrategy trains and evaluates; to predict, save what was trained"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(workers: Workers, kind: str, expected: str) -> None:
@@ -213,6 +223,16 @@ def test_a_trained_adapter_is_what_is_evaluated_after_the_fit(workers: Workers, 
             assert abs(after - before) > 0.01
 
 
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_test_is_lightnings(workers: Workers, loaders: int) -> None:
+    metrics, hooks = fit_and_test(None, loaders)
+    for stages in (1, 2):
+        for ours, our_hooks in workers.run(stages, fit_and_test, stages, loaders):
+            assert our_hooks == hooks
+            for mine, theirs in zip(ours, metrics, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-6)
+
+
 def test_a_module_is_not_split_in_two_ways(workers: Workers) -> None:
     assert "has been split into other stages before" in workers.run(1, split_again)[0]
 
@@ -232,7 +252,7 @@ def test_evaluation_is_the_mean_over_the_whole_set(workers: Workers, stages: int
 
 def test_samples_that_lightning_repeats_are_told(workers: Workers) -> None:
     _, messages = workers.run(2, validate_set, "plain", 11, 1, 2)[0]
-    assert any("eval/loss counts 1 of 11 validation samples twice" in message for message in messages)
+    assert any("eval/loss counts 1 of 11 samples twice" in message for message in messages)
 
 
 @pytest.mark.parametrize(("asks", "signal"), [(0, "SIGTERM"), (1, "SIGTERM"), (1, "SIGINT")])
