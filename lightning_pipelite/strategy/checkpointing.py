@@ -148,8 +148,7 @@ class Checkpointing:
             RuntimeError: if a step was stopped while it changed the weights.
         """
         state, meta = self._describe(self._holdable(checkpoint, path))
-        saved = optimizer if "optimizer_states" in checkpoint else None
-        self._store.save(path, state, meta, self._stage, saved, alone=self._trainer.interrupted)
+        self._store.save(path, state, meta, self._stage, optimizer if "optimizer_states" in checkpoint else None)
         if self._trainer.state.status != TrainerStatus.RUNNING:
             self._store.wait()
             if failure := self._store.failure:

@@ -53,13 +53,7 @@ class CheckpointStore:
         self._loaded: tuple[Path, dict[str, Any]] | None = None
 
     def save(
-        self,
-        path: Path,
-        state: dict[str, Any],
-        meta: dict[str, Any],
-        stage: nn.Module,
-        optimizer: Optimizer | None,
-        alone: bool = False,
+        self, path: Path, state: dict[str, Any], meta: dict[str, Any], stage: nn.Module, optimizer: Optimizer | None
     ) -> None:
         """Copy everything to host memory and return; the files are written in the background.
 
@@ -69,7 +63,6 @@ class CheckpointStore:
             meta: what ``meta.json`` says of the checkpoint.
             stage: this rank's stage.
             optimizer: its optimizer, if its state is to be saved.
-            alone: whether the other ranks may not be here, as after an error.
 
         Raises:
             ConfigurationError: if there is something in ``state`` or of the optimizer that cannot be written.
@@ -98,12 +91,8 @@ class CheckpointStore:
             self._copy.finish()  # late: what is prepared meanwhile does not make the step wait longer
         kinds = (layout.PARAMETER, layout.OPTIMIZER)  # buffers may be infinite: masks are
         trained = {name.removeprefix(kinds[0]): t for name, t in tensors.items() if name.startswith(kinds)}
-        share = self._among_empty if alone else self._writer.share
-        refuse_not_finite(f"the checkpoint {path}", trained, self._topology, share)
+        refuse_not_finite(f"the checkpoint {path}", trained, self._topology, self._writer.share)
         self._writer.start(path.absolute(), files)
-
-    def _among_empty(self, mine: Any) -> list[Any]:
-        return [mine if rank == self._rank else [] for rank in range(self._world_size)]
 
     def reserve(self, stage: nn.Module, optimizer: Optimizer) -> None:
         """Have the host memory for a checkpoint ready, so that not even the first copy waits for it."""
