@@ -370,6 +370,11 @@ class PipeLiteModule(pl.LightningModule):
             shown = name in ("eval/loss", "test/loss")
             self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
 
+    def logs(self, name: str) -> bool:
+        """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""
+        # Their names in training depend on the adapter and the device; LearningRateMonitor's begin with lr-.
+        return name in ("eval/loss", "eval/perplexity") or name.startswith(("eval/loss/", "train/", "lr-"))
+
     @property
     def _data_module(self) -> Any:
         return getattr(self.trainer, "datamodule", None)

@@ -26,6 +26,7 @@ from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checkpoint.find import require_last
 from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
 from lightning_pipelite.strategy.checkpoint.reader import located
+from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.former_results import refuse_former_results
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.usage import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
@@ -142,7 +143,9 @@ class TrainerCLI(LightningCLI):
             for callback in given:
                 if hasattr(callback, "overwrite"):
                     callback.overwrite = True
-        options.callbacks = [*self._missing(given, shows_progress=options.enable_progress_bar is not False), *given]
+        if not options.barebones:
+            shows_progress = options.enable_progress_bar is not False
+            options.callbacks = [*self._missing(given, shows_progress=shows_progress), *given]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -169,6 +172,12 @@ class TrainerCLI(LightningCLI):
         model, data = self.model, self.datamodule
         model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
+        check_options(self.trainer, model, strategy._layer_sync)
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; "
+                "set data.max_sequences to train on a few sequences."
+            )
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
         topology = strategy.topology

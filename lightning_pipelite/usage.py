@@ -29,6 +29,14 @@ _TYPES = {
 }
 
 
+_ELSEWHERE = {
+    "--optimizer": "choose it by --model.optimizer",
+    "optimizer": "choose it by model.optimizer",
+    "--lr_scheduler": "choose a course of the learning rate by --model.schedule",
+    "lr_scheduler": "choose a course of the learning rate by model.schedule",
+}
+"""What a LightningCLI has elsewhere, and what is here instead."""
+
 _TYPE_ERRORS = (
     "Expected a",
     "Problem with given class_path",
@@ -84,7 +92,15 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         return f"{name} is given without a value; write one behind it."
     if value := found(r"Unable to load config '([^']+)'"):
         return f"{key} is {value!r}; put the options of {key} there, or the name of a file that holds them."
-    if text.startswith('expected "subcommand"') or "argument subcommand: invalid choice" in text:
+    if name := found(r"argument subcommand: invalid choice: '?([^' ]+)"):
+        remedy = f"say pipelite {' or pipelite '.join(parsers)}; pipelite --help lists the others."
+        if name in ("test", "predict"):
+            remedy = (
+                "pipelite validate evaluates what eval_fraction and eval_datasets hold out; what was trained is used "
+                "with other programs (pipelite merge, pipelite export-gguf)."
+            )
+        return f"{name} is not a command; {remedy}"
+    if text.startswith('expected "subcommand"'):
         return f"say what to do: pipelite {' or pipelite '.join(parsers)}."
     if factory := re.search(r"Callable\[.*?(\w+)\] expects .*?class: (.*?)\.* Got value: .*class_path='([^']+)'", text):
         return f"{key}: class_path {factory[3]} makes no {factory[1]} ({factory[2]}); correct it."
@@ -103,6 +119,9 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
 
 
 def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:
+    for elsewhere, instead in _ELSEWHERE.items():
+        if name.split("=")[0] == elsewhere or name.startswith(f"{elsewhere}."):
+            return f"{instead}."
     options = sorted({a.dest for parser in parsers.values() for a in options_of(parser)} - {*SECTIONS})
     near = difflib.get_close_matches(name.split("=")[0].lstrip("-"), options, 1, cutoff=0.75)
     dashes = "--" if name.startswith("--") else ""

@@ -18,6 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.loop_state import after_last_batch, for_replicas
 from lightning_pipelite.strategy.checkpoint.encoding import encode
 from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
+from lightning_pipelite.strategy.known_callbacks import micro_batches_in
 from lightning_pipelite.strategy.last_step import LastStep
 from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.resumed_options import (
@@ -218,7 +219,8 @@ class Checkpointing:
             self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
             after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
             before = meta["replicas"], meta["micro_batches"]
-            for_replicas(state["loops"], before, (self._topology.replicas, trainer.accumulate_grad_batches))
+            now = self._topology.replicas, micro_batches_in(trainer, meta["epoch"])
+            for_replicas(state["loops"], before, now)
         return state
 
     def load_optimizer(self, optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:

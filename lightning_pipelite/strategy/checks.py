@@ -14,15 +14,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.known_callbacks import check_callbacks, check_monitors
+from lightning_pipelite.strategy.module_hooks import check_hooks, check_plugins
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
-    """Refuse what a Trainer can do elsewhere and the pipeline cannot."""
+    """Refuse what a Trainer can do elsewhere and the pipeline cannot, for what it is asked to do now."""
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise ConfigurationError(
             "PipeLiteStrategy trains and evaluates; to predict, save what was trained and load it without the strategy "
             "(what PipeLiteModule saves, with transformers or PEFT), or call Trainer.predict under another strategy."
         )
+    check_options(trainer, module, layer_sync)
+
+
+def check_options(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
+    """Refuse options of the Trainer, plugins, callbacks and methods of the module that would not do what they say."""
     if trainer.precision != "32-true":
         raise ConfigurationError(
             f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
@@ -32,6 +39,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: A
         raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
     if layer_sync is not None:
         raise ConfigurationError("Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.")
+    if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
+        raise ConfigurationError(f"Trainer(accelerator=...) gives {device} devices; PipeLiteStrategy needs gpu or cpu.")
+    if trainer._model_registry:
+        raise ConfigurationError(
+            "Trainer(model_registry=...) is not supported by PipeLiteStrategy, whose checkpoints are directories; "
+            "leave it out."
+        )
+    check_plugins(trainer)
+    check_hooks(module)
+    check_callbacks(trainer)
+    check_monitors(trainer, module)
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule, mine: Iterable[Tensor]) -> None:

@@ -46,6 +46,7 @@ from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.former_results import refuse_former_results
 from lightning_pipelite.strategy.gradient_check import GradientCheck
 from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
+from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.layers import (
     LooseParts,
@@ -229,6 +230,8 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        check_callbacks(self.lightning_module.trainer)  # now those of the module, too
         super().setup_environment()
         load_deepspeed(self.root_device, self.local_rank)
         launcher = self._launcher

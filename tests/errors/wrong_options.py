@@ -9,7 +9,22 @@ GIVEN = "must be given, in the configuration file or on the command line."
 CASES = {
     # The command and its files
     "no subcommand": Case("say what to do: pipelite fit or pipelite validate.", command=[]),
-    "unknown subcommand": Case("say what to do: pipelite fit or pipelite validate.", command=["train"]),
+    "unknown subcommand": Case(
+        "train is not a command; say pipelite fit or pipelite validate; pipelite --help lists the others.",
+        command=["train"],
+    ),
+    "test": Case(
+        "test is not a command; pipelite validate evaluates what eval_fraction and eval_datasets hold out; what was "
+        "trained is used with other programs (pipelite merge, pipelite export-gguf).",
+        command=["test"],
+    ),
+    "optimizer of another command line": Case(
+        "--optimizer is not an option; choose it by --model.optimizer.", ["--optimizer", "Adam"]
+    ),
+    "schedule of another command line": Case(
+        "--lr_scheduler is not an option; choose a course of the learning rate by --model.schedule.",
+        ["--lr_scheduler", "StepLR"],
+    ),
     "subcommand after its options": Case(
         "say what to do: pipelite fit or pipelite validate.", command=["--config", "config.yaml"]
     ),
@@ -59,7 +74,7 @@ CASES = {
         edit=callback("EvalSchedule", evals=2),
     ),
     "unknown section": Case(
-        "optimizer.lr is not an option; pipelite fit --help lists the options.", edit={"optimizer": {"lr": 1}}
+        "optimizer.lr is not an option; choose it by model.optimizer.", edit={"optimizer": {"lr": 1}}
     ),
     "number for a section": Case("trainer is 3; put the options of trainer there.", edit={"trainer": 3}),
     "text for a section": Case(

@@ -54,6 +54,34 @@ CASES = {
         edit={"trainer.gradient_clip_val": -1.0},
     ),
     "seed below 0": Case("seed_everything is -1; give an integer from 0 to 4294967295.", edit={"seed_everything": -1}),
+    "averaged weights": Case(
+        "the callback EMAWeightAveraging is not supported by PipeLiteStrategy: it averages the weights that the module "
+        "has before the pipeline makes its stages; leave it out, and average checkpoints or adapters afterwards.",
+        edit={"trainer.callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]},
+    ),
+    "metric that nothing logs": Case(
+        "EarlyStopping: monitor is 'val_loss', which nothing logs; give it eval/loss, or another name that the "
+        "training logs.",
+        edit={"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]},
+    ),
+    "micro-batches by two": Case(
+        "trainer.accumulate_grad_batches is 2, but a GradientAccumulationScheduler sets it for each epoch; leave one "
+        "of the two out.",
+        edit={
+            "trainer.accumulate_grad_batches": 2,
+            "trainer.callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+                    "init_args": {"scheduling": {0: 1, 1: 2}},
+                }
+            ],
+        },
+    ),
+    "overfitted batches": Case(
+        "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; set "
+        "data.max_sequences to train on a few sequences.",
+        edit={"trainer.overfit_batches": 2},
+    ),
     "no evaluation in an epoch": Case(
         "EvalSchedule: evals_per_epoch must be at least 1, not 0.", edit=callback("EvalSchedule", evals_per_epoch=0)
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from stage_jobs import Catchable, Model, Module, floats, linears, trainer_for
 from torch.utils.data import DataLoader
@@ -53,15 +53,22 @@ def _fit(
     logger: str = "none",
     plain: bool = False,
     frozen: bool = False,
+    brings_averages: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     torch.manual_seed(1)
     module = Saving(Model(linears(2), floats(4)))
+    if brings_averages:
+        module.configure_callbacks = lambda: [EMAWeightAveraging()]  # type: ignore[method-assign]
     if frozen:
         module.requires_grad_(False)
     callbacks: dict[str, list[L.Callback]] = {
         "trained": [SaveTrained(str(folder / "out"), overwrite)],
         "timed": [TimedCheckpoint(dirpath=str(folder / "checkpoints"), overwrite=overwrite)],
+        "scheduled": [
+            GradientAccumulationScheduler({0: 1, 1: 2}),
+            TimedCheckpoint(dirpath=str(folder / "checkpoints")),
+        ],
         "lightning's": [ModelCheckpoint(folder / "lightning", "name")],
         "none": [],
     }
@@ -74,7 +81,8 @@ def _fit(
     strategy: Any = "auto" if plain else Catchable(1)
     trainer = trainer_for(
         strategy, 1, callbacks=callbacks[callback], logger=loggers[logger], num_sanity_val_steps=0,
-        enable_checkpointing=callback in ("timed", "lightning's"), log_every_n_steps=1, **{"max_epochs": 1, **options},
+        enable_checkpointing=callback in ("timed", "scheduled", "lightning's"), log_every_n_steps=1,
+        **{"max_epochs": 1, **options},
     )  # fmt: skip
     data: Any = Remembers(module.model.batches, batch_size=None)  # type: ignore[arg-type]
     refused = ""

@@ -1,0 +1,116 @@
+"""Which callbacks of Lightning do under the pipeline what they do elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lightning_pipelite.errors import ConfigurationError
+
+KNOWN: tuple[type[Any], ...] = (
+    lightnings.BasePredictionWriter,
+    lightnings.Checkpoint,
+    lightnings.DeviceStatsMonitor,
+    lightnings.EarlyStopping,
+    lightnings.GradientAccumulationScheduler,
+    lightnings.LambdaCallback,
+    lightnings.LearningRateMonitor,
+    lightnings.ModelSummary,
+    lightnings.ProgressBar,
+    lightnings.SpikeDetection,
+    lightnings.ThroughputMonitor,
+    lightnings.Timer,
+    SaveConfigCallback,
+)
+"""What was seen to work, in one stage and in two. Of Lightning's others none is let in, new ones included."""
+
+_AVERAGES = "it averages the weights that the module has before the pipeline makes its stages"
+_FREEZES = "what it unfreezes and adds to the optimizer in mid-training is not of one stage, and is in no checkpoint"
+_SEARCHES = "it trains for a trial and puts the weights back, which a pipeline does not"
+_REASONS: dict[str, tuple[str, str]] = {
+    "WeightAveraging": (_AVERAGES, "average checkpoints or adapters afterwards"),
+    "StochasticWeightAveraging": (_AVERAGES, "average checkpoints or adapters afterwards"),
+    "BaseFinetuning": (
+        _FREEZES,
+        "freeze layers before training, and unfreeze them in a second training",
+    ),
+    "ModelPruning": ("it prunes weights that the module has before the pipeline makes its stages", "prune afterwards"),
+    "LearningRateFinder": (_SEARCHES, "compare the losses of a few short trainings"),
+    "BatchSizeFinder": (_SEARCHES, "ask `pipelite plan` what fits"),
+}
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse those that would do nothing, or something else, without a word. Users' own kinds of Callback are theirs.
+
+    Raises:
+        ConfigurationError: naming the callback, why, and what to do instead.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        kind = _lightnings(type(callback))
+        if kind is Callback or issubclass(kind, KNOWN):
+            continue
+        reason, remedy = next(
+            (_REASONS[each.__name__] for each in kind.__mro__ if each.__name__ in _REASONS),
+            ("nobody has seen to it that it works on stages", "use another"),
+        )
+        own = "" if type(callback) is kind else f" (a {kind.__name__})"
+        raise ConfigurationError(
+            f"the callback {type(callback).__name__}{own} is not supported by PipeLiteStrategy: {reason}; leave it "
+            f"out, and {remedy}."
+        )
+    _check_accumulation(trainer, callbacks)
+
+
+def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse a metric to watch that nothing will log, if the module can tell; else it is found out after an epoch.
+
+    Such a module has a method ``logs(name)``, for what it and the callbacks of this package log. Any other callback of
+    a user's own may log what it likes.
+
+    Raises:
+        ConfigurationError: naming the callback and the metric.
+    """
+    logs = getattr(module, "logs", None)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    package = __name__.partition(".")[0] + "."
+    if not callable(logs) or any(not type(each).__module__.startswith(("lightning.", package)) for each in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        of_lightning = isinstance(callback, lightnings.ModelCheckpoint) and monitor in ("epoch", "step")
+        strict = getattr(callback, "strict", True)
+        if isinstance(monitor, str) and strict and not of_lightning and not logs(monitor):
+            raise ConfigurationError(
+                f"{type(callback).__name__}: monitor is {monitor!r}, which nothing logs; give it eval/loss, or another "
+                "name that the training logs."
+            )
+
+
+def _lightnings(kind: type) -> type:
+    """The class of Lightning that a callback's class is or comes from."""
+    return next((each for each in kind.__mro__ if each.__module__.startswith("lightning.pytorch.")), Callback)
+
+
+def micro_batches_in(trainer: pl.Trainer, epoch: int) -> int:
+    """How many micro-batches a step of that epoch takes of each replica; a callback may have a plan for it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, lightnings.GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def _check_accumulation(trainer: pl.Trainer, callbacks: Iterable[Callback]) -> None:
+    """What GradientAccumulationScheduler itself would refuse when everything has been loaded."""
+    scheduled = any(isinstance(each, lightnings.GradientAccumulationScheduler) for each in callbacks)
+    if scheduled and trainer.accumulate_grad_batches != 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but a "
+            "GradientAccumulationScheduler sets it for each epoch; leave one of the two out."
+        )
