@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,6 +27,10 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: A
             "(what PipeLiteModule saves, with transformers or PEFT), or call Trainer.predict under another strategy."
         )
     check_options(trainer, module, layer_sync)
+    rank_zero_info(
+        f"PipeLiteStrategy runs what {type(module).__name__}.pipeline_layers() returns; training_step, "
+        "validation_step and test_step are not called."
+    )
 
 
 def check_options(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
