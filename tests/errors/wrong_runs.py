@@ -58,6 +58,7 @@ CASES = {
         "the callback EMAWeightAveraging is not supported by PipeLiteStrategy: it averages the weights that the module "
         "has before the pipeline makes its stages; leave it out, and average checkpoints or adapters afterwards.",
         edit={"trainer.callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]},
+        starts=True,  # a Python to ask for its paths, when torch's part for it is imported
     ),
     "metric that nothing logs": Case(
         "EarlyStopping: monitor is 'val_loss', which nothing logs; give it eval/loss, or another name that the "

@@ -20,7 +20,7 @@ class Saving(Module):
     """What it has trained is a file."""
 
     def save_trained(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "trained").write_text(str(self.trainer.global_step))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:  # under Lightning's own strategies
