@@ -116,9 +116,9 @@ def saving(*args: Any, **options: Any) -> Callbacks:
 # those that it calls on one rank of a node.
 NOT_CALLED = ("training_step", "validation_step")
 ONCE_A_NODE = ("prepare_data",)
-# In some rows these hooks come elsewhere. A checkpoint that is asked for right before an evaluation is saved after it
-# (Lightning would not make up for the evaluation when it resumes), and one is loaded when the stages have been built.
-SAVES_LATER = ("on_save_checkpoint", "state_dict")
+# As training starts a pipeline looks whether a checkpoint could hold what it would have to.
+REHEARSED = ("on_save_checkpoint", "state_dict")
+# In some rows: it loads a checkpoint when the stages have been built.
 LOADS_LATER = ("on_load_checkpoint", "log_graph", "save")
 
 
@@ -136,6 +136,7 @@ class Row:
         ckpt_path: of the training after that; a relative one is within the folder.
         replicas: also compared with as many.
         differs: hooks that come elsewhere, see above.
+        refused: what is said to it where there are several processes.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +148,7 @@ class Row:
     ckpt_path: str | None = None
     replicas: int = 1
     differs: tuple[str, ...] = ()
+    refused: str = ""
 
 
 def step_lr(optimizer: Any, _: Any) -> Any:
@@ -165,6 +167,8 @@ def two_schedulers(optimizer: Any, trainer: Any) -> Any:
     return [optimizer], [{"scheduler": step_lr(optimizer, trainer), "interval": "step", "frequency": 3},
                          {"scheduler": step_lr(optimizer, trainer), "interval": "epoch", "name": "slow"}]  # fmt: skip
 
+
+ALONE = "can only be used in a training of one process"
 
 ROWS: dict[str, Row] = {
     # How long
@@ -264,22 +268,25 @@ ROWS: dict[str, Row] = {
     "the worst checkpoint": Row({"max_epochs": 3}, saving(monitor="eval/loss", mode="max", filename="{epoch}")),
     "all checkpoints by steps": Row({"max_epochs": 2}, saving(save_top_k=-1, every_n_train_steps=3)),
     "checkpoints by steps, accumulated": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, saving(every_n_train_steps=3, save_top_k=-1)),
-    "checkpoints by steps and the loss": Row({"max_epochs": 2}, saving(every_n_train_steps=2, monitor="train/loss", save_top_k=3), differs=SAVES_LATER),
+    "checkpoints by steps and the loss": Row({"max_epochs": 2}, saving(every_n_train_steps=2, monitor="train/loss", save_top_k=3)),
     "checkpoints by epochs": Row({"max_epochs": 4}, saving(every_n_epochs=2, save_top_k=-1)),
     "checkpoints before the evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_on_train_epoch_end=True, save_top_k=-1)),
     "checkpoints after each evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_top_k=-1)),
     "the last checkpoint": Row({"max_epochs": 2}, saving(save_last=True)),
     "the last checkpoint alone": Row({"max_epochs": 2}, saving(save_last=True, save_top_k=0)),
     "the last checkpoint, a link": Row({"max_epochs": 2}, saving(save_last="link")),
-    "checkpoints by time": Row({"max_epochs": 1}, saving(train_time_interval=timedelta(0), save_top_k=-1), differs=SAVES_LATER),
+    "checkpoints by time": Row({"max_epochs": 1}, saving(train_time_interval=timedelta(0), save_top_k=-1)),
     "two kinds of checkpoints": Row({"max_epochs": 2}, lambda folder: [
-        ModelCheckpoint(folder / "best", monitor="eval/loss"), ModelCheckpoint(folder / "all", "{step}", every_n_train_steps=4, save_top_k=-1)], differs=SAVES_LATER),
+        ModelCheckpoint(folder / "best", monitor="eval/loss"), ModelCheckpoint(folder / "all", "{step}", every_n_train_steps=4, save_top_k=-1)]),
     "weights alone": Row({"max_epochs": 2}, saving(save_weights_only=True)),
     "no checkpoints": Row({"max_epochs": 2}, saving(save_top_k=0)),
+    "two kinds of checkpoints in one folder": Row({"max_epochs": 3}, lambda folder: [
+        ModelCheckpoint("saved", "{epoch}", monitor="eval/loss", save_top_k=2), ModelCheckpoint("saved", "{epoch}", save_top_k=-1, every_n_epochs=1)]),
+    "the best checkpoints of one name": Row({"max_epochs": 4, "limit_train_batches": 3}, saving("saved", "best", monitor="eval/loss", save_top_k=2)),
     "a checkpoint of one name": Row({"max_epochs": 3}, saving("saved", "best")),
-    "a checkpoint on an error": Row({"max_epochs": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)]),
-    "a checkpoint on an error within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)]),
-    "a checkpoint on an error alone": Row({"max_epochs": 2}, lambda folder: [Raise(13), OnExceptionCheckpoint("saved"), ModelCheckpoint("other")]),
+    "a checkpoint on an error": Row({"max_epochs": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
+    "a checkpoint on an error within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
+    "a checkpoint on an error alone": Row({"max_epochs": 2}, lambda folder: [Raise(13), OnExceptionCheckpoint("saved"), ModelCheckpoint("other")], refused=ALONE),
     "checkpoints of one's own": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [SaveAt(folder / "own", 3, 8, 13)]),
     # The project's own
     "EvalSchedule": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda _: [EvalSchedule(3)]),
@@ -289,9 +296,9 @@ ROWS: dict[str, Row] = {
     "validate, fit, validate": Row({"max_epochs": 1}, calls=("validate", "fit", "validate")),
     "resumed at an epoch's end": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last", differs=LOADS_LATER),
     "resumed within an epoch": Row({"max_epochs": 2}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
-        before={"max_epochs": 1}, ckpt_path="saved/step=4.ckpt", differs=LOADS_LATER + SAVES_LATER),
+        before={"max_epochs": 1}, ckpt_path="saved/step=4.ckpt", differs=LOADS_LATER),
     "resumed by steps": Row({"max_steps": 15, "max_epochs": -1}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
-        before={"max_steps": 9, "max_epochs": -1}, ckpt_path="saved/step=8.ckpt", differs=LOADS_LATER + SAVES_LATER),
+        before={"max_steps": 9, "max_epochs": -1}, ckpt_path="saved/step=8.ckpt", differs=LOADS_LATER),
     "resumed when complete": Row({"max_epochs": 2}, saving("saved", save_last=True), before={"max_epochs": 2}, ckpt_path="last", differs=LOADS_LATER),
     "resumed with a rate": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last",
         module=scheduled(step_lr, interval="step"), differs=LOADS_LATER),
