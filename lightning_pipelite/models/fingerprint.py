@@ -61,6 +61,8 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
     Raises:
         ConfigurationError: It was.
     """
+    if not (adapter / "adapter_config.json").is_file():  # no adapter: who reads it says so
+        return
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     path = adapter / BASE_FILE
     trained_on = read_json(path).get("fingerprint") if path.is_file() else None
