@@ -99,14 +99,24 @@ class Checkpointing:
             self._random_states = None
         self.last_step.training_starts()
         if self._resumed and self._trainer.fit_loop.done:
-            limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
-            given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
-            self._trainer.print(f"the training is complete: {self._resumed}, with {given}; give more to go on")
+            self._tell_that_it_is_complete()
+        self._resumed = ""
         if self._evaluation_follows:
             self._expect_evaluation()
         if self._trainer.checkpoint_callbacks and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]
             encode(self._rehearsed(), {})
             self._reserves = self._on_gpu
+
+    def training_ends(self) -> None:
+        """Called at the end of everything; Lightning does not even begin what has reached its last epoch."""
+        if self._resumed and self._trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._tell_that_it_is_complete()
+
+    def _tell_that_it_is_complete(self) -> None:
+        limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
+        given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
+        self._trainer.print(f"the training is complete: {self._resumed}, with {given}; give more to go on")
+        self._resumed = ""
 
     def _expect_evaluation(self) -> None:
         """Let Lightning's loop make up for the evaluation, also where a callback decides when there is one."""

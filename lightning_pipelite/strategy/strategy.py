@@ -295,6 +295,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._evaluation = PipelineEvaluation(trainer, self._engine, self._agreement, self.topology)
         on_gpu = self.root_device.type == "cuda"
         self._checkpointing = Checkpointing(trainer, self._store, self.stage, randomness, self.topology, on_gpu)
+        self._end.callback(self._checkpointing.training_ends)
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(self.stage_parameters(), self.root_device)
             self.setup_optimizers(trainer)

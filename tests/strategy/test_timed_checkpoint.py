@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from resume_jobs import train
-from timed_jobs import asked, by_the_clock, on_a_full_disk
+from timed_jobs import asked, by_the_clock, failing_to_save, on_a_full_disk
 
 from lightning_pipelite.callbacks import TimedCheckpoint
 from lightning_pipelite.errors import ConfigurationError
@@ -58,6 +58,15 @@ def test_the_only_one_stays_while_nothing_can_be_written(workers: Workers, tmp_p
         assert rank["step"] == 9
         assert rank["saved"] == steps(9)
         assert all(steps(3)[0] in seen for seen in rank["seen"])
+
+
+def test_the_checkpoint_stands_though_what_was_trained_cannot_be_written(workers: Workers, tmp_path: Path) -> None:
+    """And the job ends with that error; resumed, there is nothing left to do, which it says."""
+    run = workers.run(1, failing_to_save, str(tmp_path / "a"))[0]
+    assert run["saved"] == steps(5)
+    assert "no such layer" in run["error"]
+    assert f"going on from {tmp_path}/a/{steps(5)[0]}, of step 5" in run["told"]
+    assert "the training is complete" in run["told"]
 
 
 def test_wrong_values_are_told() -> None:

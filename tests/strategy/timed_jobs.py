@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import lightning as L
 from resume_jobs import train
 
-from lightning_pipelite.callbacks import TimedCheckpoint
+from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
 
 
 class At(L.Callback):
@@ -81,3 +83,23 @@ def on_a_full_disk(folder: str) -> dict[str, Any]:
     actions = {4: block, 7: unblock} if int(os.environ["RANK"]) == 0 else {}
     done = train(2, callbacks=(TimedCheckpoint(1e-9, 1, folder), At(actions)), max_steps=9, max_epochs=-1)
     return {"saved": saved(folder), "seen": seen, "step": done["step"]}
+
+
+def failing_to_save(folder: str) -> dict[str, Any]:
+    """What was trained cannot be written, for a reason that is not the disk's; then it goes on to where it was."""
+    import resume_jobs
+
+    def save_trained(self: Any, directory: Path) -> None:
+        raise KeyError("no such layer")
+
+    error, told = "", io.StringIO()
+    resume_jobs.Scheduled.save_trained = save_trained  # type: ignore[attr-defined]
+    try:
+        train(1, callbacks=(TimedCheckpoint(1000, 0, folder), SaveTrained(f"{folder}/result")), max_epochs=1)
+    except KeyError as raised:
+        error = str(raised)
+    finally:
+        del resume_jobs.Scheduled.save_trained  # type: ignore[attr-defined]
+    with contextlib.redirect_stdout(told):
+        train(1, callbacks=(TimedCheckpoint(1000, 0, folder),), max_epochs=1, ckpt_path="last")
+    return {"saved": saved(folder), "error": error, "told": told.getvalue()}
