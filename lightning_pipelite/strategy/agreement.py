@@ -33,6 +33,10 @@ class Agreement:
         self._factor = _factor(rank, topology.world_size)
         self._factor_of_stage = _factor(topology.stage_of(rank), topology.stages)
 
+    def close(self) -> None:
+        """Let go of the group, which is about to be destroyed, so that nothing of it lives on."""
+        self._group = None
+
     def tell(self, place: str, micro_batches: str = "", noted: int = 0) -> int:
         """Say where this rank is. Collective.
 

@@ -261,6 +261,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._end.callback(groups.destroy)
         with groups.noted():
             self._agreement = Agreement(self.topology, self.global_rank)
+        self._end.callback(self._agreement.close)
         self._sigterm = SigtermNotice(trainer, self._agreement)
         self._end.callback(self._sigterm.release)
         self.precision_plugin = PipelinePrecision(self)
