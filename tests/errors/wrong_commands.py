@@ -86,7 +86,7 @@ CASES = {
         command=["convert", "--checkpoint", "none", "--output", "out"],
     ),
     "model to convert": Case(
-        "ckpt_path: {job}/model is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "--checkpoint: {job}/model is not a checkpoint (a directory with manifest.json); name another one.",
         command=["convert", "--checkpoint", "{job}/model", "--output", "out"],
     ),
     "damaged checkpoint to convert": Case(
