@@ -39,7 +39,7 @@ def evaluated(
         (1, stream, {"max_steps": 11, "max_epochs": -1}, [0, 8, 11]),
         (2, stream, {"limit_train_batches": 4}, [0, 2, 4, 6, 8]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_steps(evals: int, train: Any, options: dict[str, Any], steps: list[int]) -> None:
     assert evaluated(evals, train(), **options) == steps
@@ -63,7 +63,7 @@ def test_a_module_that_optimizes_by_itself() -> None:
         {"val_check_interval": 1},
         {"val_check_interval": 0.5},
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_another_schedule_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="both say when to evaluate"):
