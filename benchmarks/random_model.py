@@ -1,4 +1,4 @@
-"""Llamas of known shapes with random weights, and random sequences for them, for the benchmarks."""
+"""Models of known shapes with random weights, and random sequences for them, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -23,14 +23,44 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "num_hidden_layers": 12, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "max_position_embeddings": 4096,
+    },
+    "qwen3-moe-48": {},
+    "gpt-oss": {
+        "model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 8, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 4096,
+    },
+    "mixtral": {
+        "model_type": "mixtral", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 4096,
+    },
+    "tiny-moe": {
+        "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192,
+        "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 128,
+    },
 }  # fmt: skip
-"""Of Llama 3.1 8B, Llama 3.2 1B, and one for trying things out."""
+SHAPES["qwen3-moe-48"] = SHAPES["qwen3-moe"] | {"num_hidden_layers": 48}
+"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B, and all; some of gpt-oss-20b and of Mixtral 8x7B; and two
+for trying things out."""
+
+
+def has_experts(shape: str) -> bool:
+    return "num_experts_per_tok" in SHAPES[shape]
 
 
 def write_model(directory: Path, shape: str, device: torch.device) -> None:
     """Write a Hugging Face directory with bf16 weights, drawn on ``device`` as transformers initialises them."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], rope_theta=500_000.0)
+    kind = {"model_type": "llama", "rope_theta": 500_000.0} | SHAPES[shape]
+    config = AutoConfig.for_model(**kind)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():

@@ -1,10 +1,11 @@
 """What a training step takes, through the Trainer, against a bare loop with the same layers and transformers + PEFT.
 
-    python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|tiny] [--no-reference] [--write]
+    python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|qwen3-moe|gpt-oss|mixtral|tiny|...]
+                              [--no-reference] [--write]
 
-On one GPU, random bf16 weights of a Llama's shape, sequences of 4096 tokens (one document each, the most work), 4
-micro-batches a step, rank 16 in float32 on all linear layers. Each job names the loops that train it, from the same
-values over the same tokens:
+On one GPU, random bf16 weights of a Llama's shape or of a mixture of experts', sequences of 4096 tokens (one document
+each, the most work), 4 micro-batches a step, rank 16 in float32 on all linear layers and experts. Each job names the
+loops that train it, from the same values over the same tokens:
 
 - *Trainer*: PipeLiteModule under PipeLiteStrategy, one stage.
 - *bare loop*: the same stage, loss and optimizer without Lightning and DeepSpeed.
@@ -12,9 +13,10 @@ values over the same tokens:
 
 Tokens/s are those of the median step after three, from the end of one to the end of the next; memory is the most that
 torch had allocated. MFU counts what the model needs (4 floating-point operations a token and frozen weight outside the
-embedding, 6 a trained one, and causal attention), no recomputation, over 989 TFLOP/s, an H100's dense bf16 rate in its
-data sheet. Exits with 1 if a loss of the Trainer's differs from another loop's by more than 2e-2, or a limit is missed;
-among the limits are the Trainer's time against the bare loop's and, where both jobs ran, offload's against recompute's.
+embedding, of experts those that a token goes to; 6 a trained one; and causal attention), no recomputation, over 989
+TFLOP/s, an H100's dense bf16 rate in its data sheet. Exits with 1 if a loss of the Trainer's differs from another
+loop's by more than 2e-2, or a limit is missed; among the limits are the Trainer's time against the bare loop's and,
+where both jobs ran, offload's against recompute's.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.host_read import HostRead
-from random_model import SHAPES, random_sequences, write_model
+from random_model import SHAPES, has_experts, random_sequences, write_model
 from report import Report
 
 MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
@@ -55,7 +57,7 @@ TRAINER, BARE, REFERENCE = "Trainer", "bare loop", "transformers + PEFT"
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and what it must reach on an H100 with the 8B shape.
+    """What is trained, and what it must reach on an H100.
 
     Attributes:
         adapter: a name of :func:`make_adapter`.
@@ -65,6 +67,7 @@ class Job:
         gib: at most.
         loops: what trains it.
         shape: the only shape that it fits with, else any.
+        limited: the shape that the limits are for.
     """
 
     adapter: str
@@ -74,6 +77,7 @@ class Job:
     gib: float = math.inf
     loops: tuple[str, ...] = (TRAINER, BARE)
     shape: str = ""
+    limited: str = "8b"
 
 
 JOBS = {
@@ -84,10 +88,24 @@ JOBS = {
     "control": Job("Control Adapters", "keep", tokens_per_s=16_000, gib=60),
     "full": Job("full", "keep", shape="1b"),
 }
+ALL_LOOPS = (TRAINER, BARE, REFERENCE)
+EXPERT_JOBS = {
+    "experts-recompute": Job("LoRA", "recompute", False, 40_000, 18.5, ALL_LOOPS, limited="qwen3-moe"),
+    "experts-keep": Job("LoRA", "keep", False, 48_000, 40, limited="qwen3-moe"),
+    "experts-qlora": Job("LoRA", "recompute", True, 32_000, 9, limited="qwen3-moe"),
+    "experts-attention": Job("LoRA on attention", "recompute", False, 45_000, 16.5, limited="qwen3-moe"),
+    "experts-qlora-whole": Job("LoRA", "offload", True, 8_500, 22, (TRAINER,), "qwen3-moe-48", "qwen3-moe-48"),
+}
 
 
 def make_adapter(name: str) -> Adapter:
-    return {"LoRA": LoRA(RANK), "Control Adapters": ControlAdapter(RANK), "full": Full()}[name]
+    attention = LoRA(RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    return {
+        "LoRA": LoRA(RANK),
+        "LoRA on attention": attention,
+        "Control Adapters": ControlAdapter(RANK),
+        "full": Full(),
+    }[name]
 
 
 def micro_batches(shape: str, steps: int, adapter: Adapter) -> list[dict[str, Tensor]]:
@@ -262,12 +280,12 @@ def free() -> None:
 
 def mfu(job: Job, shape: str, tokens_per_s: float) -> float:
     config = SHAPES[shape]
-    h, i, layers, length = (
-        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-    )
-    kv = h * config["num_key_value_heads"] // config["num_attention_heads"]
-    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * i) + h * config["vocab_size"]
-    attention = 3 * layers * 2 * length * h  # forward and twice that backward, half of the pairs of tokens
+    h, layers, length = (config[key] for key in ("hidden_size", "num_hidden_layers", "max_position_embeddings"))
+    i = config.get("moe_intermediate_size", config["intermediate_size"]) * config.get("num_experts_per_tok", 1)
+    size = config.get("head_dim", h // config["num_attention_heads"])
+    q, kv = (size * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
+    weights = layers * (2 * h * q + 2 * h * kv + 3 * h * i) + h * config["vocab_size"]
+    attention = 3 * layers * 2 * length * q  # forward and twice that backward, half of the pairs of tokens
     return tokens_per_s * ((6 if job.adapter == "full" else 4) * weights + attention) / PEAK_RATE
 
 
@@ -277,14 +295,14 @@ LOOPS: dict[str, Callable[..., Run]] = {TRAINER: through_trainer, BARE: bare_loo
 def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], tuple[str, str], float]]:
     """Yield two runs, each a job and a loop, and how many times the second's time the first may take."""
     runs = set(speeds)
-    pairs = [((job, TRAINER), (job, BARE), OVERHEAD_LIMIT) for job in JOBS]
+    pairs = [((job, TRAINER), (job, BARE), OVERHEAD_LIMIT) for job in JOBS | EXPERT_JOBS]
     pairs.append((("lora-little", TRAINER), ("lora-recompute", TRAINER), OFFLOAD_LIMIT))
     yield from (pair for pair in pairs if runs.issuperset(pair[:2]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--jobs", help="by default all that the shape fits")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--no-reference", action="store_true")
@@ -294,17 +312,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
+    jobs = EXPERT_JOBS if has_experts(arguments.shape) else JOBS
     report = Report(
-        "step",
+        "step_experts" if has_experts(arguments.shape) else "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )
     failed = False
     speeds: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        for name in arguments.jobs.split(","):
-            job = JOBS[name]
-            shape = job.shape if job.shape and arguments.shape != "tiny" else arguments.shape
+        for name in arguments.jobs.split(",") if arguments.jobs else jobs:
+            job = jobs[name]
+            shape = job.shape if job.shape and not arguments.shape.startswith("tiny") else arguments.shape
             directory = Path(folder) / shape
             if not directory.exists():
                 write_model(directory, shape, device())
@@ -319,7 +338,7 @@ def main() -> None:
                 difference, limits = "", ""
                 if ours is None:
                     ours = run
-                    if torch.cuda.is_available() and shape == "8b" and job.tokens_per_s:
+                    if torch.cuda.is_available() and shape == job.limited and job.tokens_per_s:
                         held = speed >= job.tokens_per_s and run.gib <= job.gib
                         failed |= not held
                         limits = f"{job.tokens_per_s:,.0f}, {job.gib:g} GiB: {'held' if held else 'FAILED'}"

@@ -277,17 +277,19 @@ def _lists(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
 
 def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
     """The weight [rows, in] in x's dtype."""
-    if len(weight) == WHOLE:
-        return weight[0]
+    return weight[0] if len(weight) == WHOLE else dequantise(weight, (rows, x.shape[-1]), x.dtype)
+
+
+def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a weight in ``dtype`` from its parts in nf4, see :data:`FOUR_BIT`."""
     import bitsandbytes  # noqa: F401 (for its operations, as its functions take the host several times as long)
 
-    codes, scales = weight[:FOUR_BIT]
-    if len(weight) == DOUBLE:
-        outer, outer_values, offset = weight[FOUR_BIT:]
+    codes, scales = parts[:FOUR_BIT]
+    if len(parts) == DOUBLE:
+        outer, outer_values, offset = parts[FOUR_BIT:]
         scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, outer, outer_values, SCALES_BLOCK, torch.float32)
         scales += offset
-    shape = (rows, x.shape[-1])
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, x.dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
 
 
 def _precise_product(left: Tensor, right: Tensor) -> Tensor:

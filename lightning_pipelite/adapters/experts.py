@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached, is_parametrized
 from typing_extensions import override
 
+from lightning_pipelite.kernels.experts import Factors
+from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.models.experts import compute, follows_interface, is_covered, share_class
+
 
 def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig, adapter: str) -> ParamWrapper:
     """Put a LoRA layer around the module ``name`` that adapts its fused weight ``parameter`` [experts, ., .].
@@ -38,6 +42,49 @@ def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig
         wrapper = kind(module, adapter, parameter, config=config, r=config.r, lora_alpha=config.lora_alpha)
     setattr(model.get_submodule(parent), child, wrapper)
     return wrapper
+
+
+def fuse_experts(model: nn.Module, adapter: str) -> None:
+    """Let PEFT's layers around experts compute by grouped products, and never form a product of A and B.
+
+    PEFT's own forward remains for experts that :mod:`~lightning_pipelite.models.experts` does not cover, and for
+    adapters that are merged or switched off.
+
+    Args:
+        model: Holds the layers.
+        adapter: The adapter's name in them.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    inside = {id(wrapper.base_layer) for wrapper in wrappers}
+    for wrapper in wrappers:
+        experts = wrapper.get_base_layer()
+        if id(wrapper) not in inside and follows_interface(experts) and is_covered(experts):
+            share_class(experts)
+            mix_in(wrapper, _Grouped)
+            wrapper.__dict__["_adapter"] = adapter
+
+
+class _Grouped:
+    """Mixed into the outermost layer around experts: computes for all."""
+
+    _adapter: str
+
+    def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        factors = {}
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            if layer.disable_adapters or layer.merged:
+                return super().__call__(hidden_states, chosen, scores)  # type: ignore[misc]
+            factors[layer.parameter_name] = _factors(layer, self._adapter)
+            layer = layer.base_layer
+        return compute(layer, hidden_states, chosen, scores, factors)
+
+
+def _factors(layer: Any, adapter: str) -> Factors:
+    """A and B as PEFT reads them: A's rows are those of one expert after the other, B's columns go round."""
+    a, b, experts = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.num_experts
+    a = a.view(experts, -1, a.shape[1])
+    return Factors(a, b.view(b.shape[0], -1, experts).permute(2, 0, 1), layer.scaling[adapter])
 
 
 class _QuantisedExperts(ParamWrapper):

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
-from lightning_pipelite.adapters.experts import wrap_experts
+from lightning_pipelite.adapters.experts import fuse_experts, wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
@@ -127,6 +127,7 @@ class LoRA(Adapter):
         for name, layer in layers:
             self._initialise(layer, name, seed)
         fuse(dict(layers[: len(linear)]), ADAPTER, skeleton.shared_inputs)
+        fuse_experts(model, ADAPTER)
 
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import attention as varlen
 from lightning_pipelite.models.checkpoint import check_weights
 from lightning_pipelite.models.contents import check_contents
+from lightning_pipelite.models.experts import follows_interface, group_experts
 from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
@@ -43,7 +44,8 @@ class CausalLMLayers:
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
             checkpointing), ``"offload"`` that in the host's memory; ``"auto"`` is recompute where the model can do so,
             until somebody chooses better.
-        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers with experts.
+        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers that go
+            through their experts one by one.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
             keep them apart; they train with one document a sequence, and ``packed`` must be false.
@@ -199,6 +201,7 @@ class CausalLMLayers:
         compiled = self.compiles_on(device)
         set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
         self.adapter.apply(model, self.skeleton, self.seed)
+        group_experts(layers)
         if compiled:
             compile_layers(layers)
         return Stage(
@@ -215,18 +218,19 @@ class CausalLMLayers:
     def compiles_on(self, device: torch.device) -> bool:
         """Tell whether layers are compiled on ``device``.
 
-        If nothing else is asked for, on GPUs, where each layer is one graph: not if it chooses between experts, when
-        every layer would be several.
+        If nothing else is asked for, on GPUs, where each layer is one graph: not if it goes through its experts one by
+        one, when every layer would be several.
         """
         if self._compile is not None:
             return self._compile
-        return device.type == "cuda" and not self._have_experts
+        return device.type == "cuda" and not self._have_single_experts
 
     @cached_property
-    def _have_experts(self) -> bool:
-        """Whether a layer has some, fused or in a list."""
+    def _have_single_experts(self) -> bool:
+        """Whether a layer has some in a list, or fused in a way of its own."""
         modules = [module for layer in self.skeleton.layers for module in layer.modules()]
-        fused = any(p.ndim > 2 for module in modules for p in module.parameters(recurse=False))
+        others = [module for module in modules if not follows_interface(module)]
+        fused = any(p.ndim > 2 for module in others for p in module.parameters(recurse=False))
         return fused or any(isinstance(module, nn.ModuleList) for module in modules)
 
     def _attention_on(self, device: torch.device) -> str | None:

@@ -20,16 +20,19 @@ from lightning_pipelite.models.packing import documents_when_recomputed
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 
-# What is worth keeping, beside what torch counts the arithmetic of: products with adapters, those of experts, and
-# FlashAttention.
+# What is worth keeping, beside what torch counts the arithmetic of: products with adapters, those of experts and where
+# tokens go, and FlashAttention.
 KEPT_NAMES = (
     "pipelite::lora_linear",
+    "pipelite::sort_by_expert",
+    "pipelite::grouped_product",
+    "pipelite::grouped_product_4bit",
     "torch_attn::_varlen_attn",
     "aten::_grouped_mm",
     "transformers::grouped_mm_fallback",
 )
 # Where a product sums over so few, computing it again takes no longer than what lies between products, and the two
-# that it is made of are smaller. B·A of all experts, which is added to their weights, is as large as these.
+# that it is made of are smaller. B·A of all experts, where PEFT adds it to their weights, is as large as these.
 SHORT_SUM = 256
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of torch's products is the left matrix
 

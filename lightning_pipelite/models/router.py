@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_pipelite.mixin import mix_in
+
 
 @dataclass(frozen=True)
 class RouterLoss:
@@ -125,27 +127,38 @@ class RouterSums:
 
     def __init__(self, causal_lm: nn.Module, loss: RouterLoss, names: list[str]) -> None:
         self.loss = loss
-        self._sums: list[Tensor] | None = None
+        self.gathers = False
+        self._routers: list[Any] = []
         for name in names:
-            causal_lm.get_submodule(name).register_forward_hook(self._hook(loss.places[name]))
-
-    def _hook(self, index: int | None) -> Any:
-        def add(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not module.training:
-                return
-            # Also when a layer is recomputed: the recomputation must save the same tensors as the first forward.
-            sums = self.loss.sums(output if index is None else output[index])
-            if self._sums is not None:
-                self._sums.append(sums)
-
-        return add
+            router = mix_in(causal_lm.get_submodule(name), _Counted)
+            router.__dict__.update(_all=self, _place=loss.places[name], _sums=None)
+            self._routers.append(router)
 
     def start(self) -> None:
         """Begin a forward."""
-        self._sums = []
+        self.gathers = True
 
     def finish(self, received: Tensor) -> Tensor:
         """End the forward; return its sums and those ``received`` from the stages before, float32 [2, experts]."""
-        assert self._sums is not None
-        sums, self._sums = self._sums, None
-        return sum(sums, start=received)
+        self.gathers = False
+        for router in self._routers:
+            assert router._sums is not None
+            received, router._sums = received + router._sums, None
+        return received
+
+
+class _Counted:
+    """Mixed into a router. Each keeps its own sums, as one graph is to do for all layers that are compiled."""
+
+    _all: RouterSums
+    _place: int | None
+    _sums: Tensor | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if self.training:  # type: ignore[attr-defined]
+            # Also when a layer is recomputed: the recomputation must save the same tensors as the first forward.
+            sums = self._all.loss.sums(output if self._place is None else output[self._place])
+            if self._all.gathers:
+                self._sums = sums
+        return output

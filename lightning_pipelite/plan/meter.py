@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from lightning_pipelite.kernels import lora
+from lightning_pipelite.kernels import experts, grouped, lora
 from lightning_pipelite.models.trace import tensors_in
 from lightning_pipelite.plan.products import flops, is_product
 
@@ -161,6 +161,11 @@ def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
 OURS: dict[str, Callable[..., Any]] = {
     "pipelite::lora_linear": lora._forward,
     "pipelite::lora_linear_backward": lora._backward,
+    "pipelite::grouped_product": grouped.product_operation,
+    "pipelite::grouped_product_4bit": experts.product_4bit_operation,
+    "pipelite::grouped_outer": grouped.outer_operation,
+    "pipelite::sum_copies": grouped.sum_operation,
+    "pipelite::weigh": grouped.weigh_operation,
 }
 """Operations of this package that are looked into, in place of a formula in ``products.py``."""
 

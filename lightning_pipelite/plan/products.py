@@ -71,10 +71,11 @@ NO_PRODUCTS = {
     "bitsandbytes::dequantize_blockwise",
     "bitsandbytes::quantize_4bit",
     "bitsandbytes::quantize_blockwise",
+    "pipelite::sort_by_expert",
     "aten::linalg_vector_norm",
     "aten::linalg_cross",
 }
-"""Operations of libraries, and of torch with a name that sounds otherwise, which only go through their operands."""
+"""Operations of libraries and of this package, and of torch with a name that sounds otherwise, which only go through their operands."""
 
 ENDS = ("mm", "mv", "gemm", "matmul", "dot", "einsum", "linear", "attention", "attn")
 BEGINNINGS = ("conv", "linalg", "lstm", "gru", "rnn", "matmul", "fft")

@@ -131,8 +131,13 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
         torch.testing.assert_close(gradients[name], gradient, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "well"), [("llama", True), ("gemma3_text", True), ("mixtral", False)])
-def test_layers_with_experts_are_not_compiled_by_default(tmp_path: Path, kind: str, well: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "well"),
+    [("llama", True), ("gemma3_text", True), ("mixtral", True), ("gpt_oss", True), ("llama4_text", False)],
+)
+def test_layers_whose_experts_are_computed_one_by_one_are_not_compiled_by_default(
+    tmp_path: Path, kind: str, well: bool
+) -> None:
     AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING[kind]())).save_pretrained(tmp_path)
     layers = CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj"]))
     assert layers.compiles_on(torch.device("cuda")) == well

@@ -155,7 +155,12 @@ def test_all_products_of_experts_are_counted(mixtral_dir: Path) -> None:
     assert per_token == sum(6 * p.numel() * (share if p.ndim == 3 else 1) for p in matrices.values())
 
 
-def test_experts_with_adapters_retain_less_with_each_policy(mixtral_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_experts_with_adapters_retain_less_with_each_policy(
+    mixtral_dir: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    if not fused:  # as PEFT does it
+        monkeypatch.setattr("lightning_pipelite.adapters.lora.fuse_experts", lambda *_: None)
     layers = make_layers(mixtral_dir, LoRA(4), dtype=torch.bfloat16)
 
     def retained() -> list[int]:
@@ -167,7 +172,7 @@ def test_experts_with_adapters_retain_less_with_each_policy(mixtral_dir: Path, m
     keep, selective, recompute, offload = retained()
     assert keep > selective > recompute > offload
     monkeypatch.setattr("lightning_pipelite.models.memory.SHORT_SUM", 0)  # also B·A of all experts, in float32
-    assert retained()[1] > keep
+    assert fused or retained()[1] > keep
 
 
 @pytest.mark.parametrize("policy", ["selective", "recompute"])
@@ -178,9 +183,9 @@ def test_products_of_experts_are_computed_again_only_if_they_are_not_kept(mixtra
     output = stage((hidden, torch.arange(8)[None]))[0].sum()
     with _Counts() as counts:
         output.backward()
-    # Two in each expert's way forward; each has two gradients, but that of the weights is none of a grouped product's.
-    again = counts.of["_grouped_mm"] - 4
-    assert again == (0 if policy == "selective" else 2)
+    # Two in each expert's way forward, and one with A for each; in the backward pass one with B and one with W for each.
+    again = counts.of["grouped_product"] - 4
+    assert again == (0 if policy == "selective" else 4)
 
 
 class _Counts(TorchDispatchMode):
@@ -193,6 +198,20 @@ class _Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.of[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "attention"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_experts_those_that_a_token_goes_to_are_counted(mixtral_dir: Path, targets: Any, compiled: bool) -> None:
+    layers = make_layers(mixtral_dir, LoRA(4, target_modules=targets), compile_layers=compiled)
+    simulation = Simulation(layers, CausalLMLoss(), make_adam)
+    one, two = (simulation.trial(1, "keep", tokens).item.flops[4] for tokens in (LENGTH, 2 * LENGTH))
+    real = layers.build_stage(1, 2, CPU).named_parameters()
+    matrices = [(name, p) for name, p in real if ".layers.1." in name and p.ndim > 1]
+    expected = sum(
+        (6 if p.requires_grad else 4) * p.numel() * (2 / 4 if "experts" in name else 1) for name, p in matrices
+    )
+    assert (4 * one - two) / (2 * LENGTH) == expected
 
 
 def _compare_held(layers: CausalLMLayers, start: int, stop: int) -> None:

@@ -1,0 +1,121 @@
+"""Frozen experts of a mixture, computed by grouped products over tokens that are sorted by expert.
+
+What transformers calls an experts implementation, for the classes that follow its interface: their weights are fused,
+[experts, ., .], in one of two layouts, and their activation is a method. It knows 4-bit weights and adapters, which
+transformers' own do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
+from lightning_pipelite.kernels.lora import BLOCK
+from lightning_pipelite.kernels.routing import sort_by_expert
+from lightning_pipelite.mixin import mix_in
+
+SECOND = "down_proj"
+
+
+def follows_interface(module: nn.Module) -> bool:
+    """Tell whether ``module`` holds experts of a class that transformers computes in other ways than its own.
+
+    By what its decorator ``use_experts_implementation`` leaves on an instance. A norm after each expert, which one
+    class has, is not covered.
+    """
+    known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    special = any(getattr(module, name, False) for name in ("has_post_expert_norm", "_is_expert_parallel"))
+    return known and not special and all(_dimensions(module, name) == 3 for name in weight_names(module))
+
+
+def weight_names(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the first and of the second weights of experts that follow the interface."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", SECOND
+
+
+def group_experts(layers: Iterable[nn.Module]) -> None:
+    """Let the experts of ``layers`` compute by grouped products where they are frozen and covered."""
+    for module in (module for layer in layers for module in layer.modules()):
+        if follows_interface(module) and is_covered(module):
+            share_class(module)
+            mix_in(module, _Grouped)
+
+
+def is_covered(experts: nn.Module) -> bool:
+    """Tell whether experts that follow the interface are frozen, in full precision or in nf4."""
+    frozen = not any(parameter.requires_grad for parameter in experts.parameters())
+    return frozen and all(_parts(experts, name) is not None for name in weight_names(experts))
+
+
+def compute(
+    experts: Any, hidden_states: Tensor, chosen: Tensor, scores: Tensor, factors: Mapping[str, Factors]
+) -> Tensor:
+    """Return what the experts make of each token, weighted and added up: [tokens, hidden].
+
+    Args:
+        experts: covered ones.
+        hidden_states: [tokens, hidden].
+        chosen: int [tokens, copies], the experts of each token.
+        scores: [tokens, copies].
+        factors: the adapters, by the name of the weight that each adapts.
+    """
+    first, second = weight_names(experts)
+    groups = sort_by_expert(chosen, experts.num_experts)
+    inner = experts_in(hidden_states, groups, _matrices(experts, first), factors.get(first))
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    return experts_out(inner, scores, chosen, groups, _matrices(experts, second), factors.get(second))
+
+
+class _Grouped:
+    """Mixed into experts. In ``__call__``: what bitsandbytes hooks to the module is not needed here."""
+
+    def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        if any(_parts(self, name) is None for name in weight_names(self)):  # type: ignore[arg-type]
+            return super().__call__(hidden_states, chosen, scores)  # type: ignore[misc]
+        return compute(self, hidden_states, chosen, scores, {})
+
+
+_shared: dict[Any, type[nn.Module]] = {}
+
+
+def share_class(module: nn.Module) -> None:
+    """Let modules of one class whose weights are parametrised be of one class again, so that one graph does for all.
+
+    torch makes a class for each, all alike, with a property for each parametrised weight.
+    """
+    if is_parametrized(module):
+        kind, names = type(module), sorted(dict(module.parametrizations.items()))  # type: ignore[operator, union-attr]
+        key = (tuple((base.__module__, base.__qualname__) for base in kind.__mro__), *names)
+        module.__class__ = _shared.setdefault(key, kind)
+
+
+def _dimensions(module: Any, name: str) -> int:
+    if is_parametrized(module, name):
+        return len(module.parametrizations[name][0].quant_state.shape)
+    return getattr(getattr(module, name, None), "ndim", 0)
+
+
+def _parts(experts: Any, name: str) -> list[Tensor] | None:
+    """The weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.lora`); None if neither."""
+    if not is_parametrized(experts, name):
+        weight = getattr(experts, name)
+        return [weight] if weight.is_floating_point() else None
+    (*others, last) = experts.parametrizations[name]
+    state = getattr(last, "quant_state", None)
+    if others or state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
+        return None
+    parts = [experts.parametrizations[name].original, state.absmax]
+    return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
+
+
+def _matrices(experts: Any, name: str) -> Matrices:
+    parts = _parts(experts, name)
+    assert parts is not None
+    whole = is_parametrized(experts, name)
+    shape = experts.parametrizations[name][0].quant_state.shape if whole else parts[0].shape
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    return Matrices(parts, tuple(shape), experts.is_transposed, bias)
