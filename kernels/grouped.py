@@ -42,7 +42,7 @@ class Groups(NamedTuple):
         return self.places.shape[1]
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """How a kernel cuts up its work: columns and depth of a tile, warps, and loads in flight."""
 
     columns: int
@@ -281,7 +281,8 @@ def _product_by_triton(
     out = x.new_empty(rows, width)
     assert x.stride(1) == 1
     few = 0 if left is None else left.shape[1]
-    shape = _product_shape(x, width)
+    generation = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    shape = product_shape(x, width, generation)
     block = rows_of_tile(rows, groups.number)
     columns = -(-width // shape.columns)
     # Where there is none, something else is handed over: a compiled graph takes tensors only.
@@ -351,14 +352,16 @@ def _precision(tensor: Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"  # which means nothing to narrower types
 
 
-def _product_shape(x: Tensor, width: int) -> _Shape:
+def product_shape(x: Tensor, width: int, generation: int) -> Shape:
+    """Return how to cut up products of ``width`` columns on GPUs of a compute capability's first number."""
     if x.element_size() == 4:
-        return _Shape(min(64, at_least_16(width)), 32, 4, 2)
+        return Shape(min(64, at_least_16(width)), 32, 4, 2)
     if width <= 64:  # what limits it is how soon x is read
-        return _Shape(at_least_16(width), 128, 4, 3)
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10):  # 227 KiB of shared memory
-        return _Shape(256, 64, 8, 4)
-    return _Shape(128, 64, 8, 3)  # 64 KiB; the smallest have 99
+        return Shape(at_least_16(width), 128, 4, 3)
+    # On an H200, the first product of Qwen3-30B-A3B: 0.46 ms; 0.60 by the other; 0.44 by torch's, without adapters.
+    if generation in (9, 10):  # 227 KiB of shared memory
+        return Shape(256, 64, 8, 4)
+    return Shape(128, 64, 8, 3)  # 64 KiB; the smallest have 99
 
 
 @triton.jit

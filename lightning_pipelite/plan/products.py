@@ -75,7 +75,8 @@ NO_PRODUCTS = {
     "aten::linalg_vector_norm",
     "aten::linalg_cross",
 }
-"""Operations of libraries and of this package, and of torch with a name that sounds otherwise, which only go through their operands."""
+"""Operations of libraries and of this package, and of torch with a name that sounds otherwise, which only go through
+their operands."""
 
 ENDS = ("mm", "mv", "gemm", "matmul", "dot", "einsum", "linear", "attention", "attn")
 BEGINNINGS = ("conv", "linalg", "lstm", "gru", "rnn", "matmul", "fft")

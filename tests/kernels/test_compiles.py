@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_pipelite.kernels import cross_entropy, scale
+from lightning_pipelite.kernels import cross_entropy, grouped, routing, scale
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 
 
-def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], warps: int, capability: int) -> Any:
+def compiled(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], warps: int, capability: int, stages: int = 3
+) -> Any:
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -40,3 +46,49 @@ def test_cross_entropy(
 def test_scale(dtype: str) -> None:
     arguments = {"values": f"*{dtype}", "factor": "*fp32", "number": "i32"}
     assert compiled(scale._kernel, arguments, {"BLOCK": scale.BLOCK}, 4, 90).asm["ptx"]
+
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+"""KiB of shared memory that a block can have."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability"),
+    [*itertools.product(["bf16"], [16, 1536], SHARED), ("fp16", 1536, 90), ("fp32", 1536, 86)],
+)
+def test_grouped_product(dtype: str, width: int, capability: int) -> None:
+    rows = torch.empty(4, 8, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    shape = grouped.product_shape(rows, width, capability // 10)
+    tensors = dict.fromkeys(("x", "weight", "left", "right", "bias", "out"), f"*{dtype}")
+    numbers = (
+        "x_stride",
+        "group_stride",
+        "out_stride",
+        "right_group_stride",
+        "right_out_stride",
+        "most_tiles",
+        "width",
+    )
+    arguments = tensors | dict.fromkeys(("order", "bounds", "tiles"), "*i32")
+    arguments |= dict.fromkeys((*numbers, "depth", "few", "columns_count"), "i32")
+    constants = {"in_stride": 1, "right_few_stride": 1, "COPIES": 8, "BIASED": True, "ADDED": 16, "WHOLE": True}
+    constants |= {"ROWS": grouped.MOST_ROWS, "COLUMNS": shape.columns, "DEPTH": shape.depth, "PRECISION": "ieee"}
+    made = compiled(grouped._product, arguments, constants, shape.warps, capability, shape.stages)
+    assert made.metadata.shared <= SHARED[capability] * 1024
+
+
+def test_the_kernels_around_grouped_products() -> None:
+    arguments = {"u": "*bf16", "v": "*bf16", "order": "*i32", "bounds": "*i32", "scores": "*bf16", "out": "*fp32"}
+    arguments |= {"u_stride": "i32", "v_stride": "i32", "scale": "fp32", "width": "i32", "few": "i32"}
+    constants = {"COPIES": 8, "SCORED": True, "FEW": 16, "COLUMNS": 128, "DEPTH": 64, "PRECISION": "tf32"}
+    assert "dot" in compiled(grouped._outer, arguments, constants, 4, 80).asm["ttir"]
+    arguments = {"y": "*bf16", "places": "*i32", "scores": "*fp32", "out": "*bf16", "width": "i32"}
+    assert compiled(grouped._sum_copies, arguments, {"COPIES": 8, "SCORED": True, "BLOCK": 1024}, 4, 80).asm["ptx"]
+    arguments = {"gradient": "*bf16", "y": "*bf16", "order": "*i32", "scores": "*fp32", "of_y": "*bf16", "width": "i32"}
+    assert compiled(grouped._weigh, arguments | {"of_scores": "*fp32"}, {"BLOCK": 1024}, 4, 80).asm["ptx"]
+    numbers = dict.fromkeys(("count", "experts", "blocks", "room"), "i32")
+    places = dict.fromkeys(("counts", "bounds", "order", "places", "tiles"), "*i32") | {"chosen": "*i64"}
+    for kernel in (routing._count, routing._add_up, routing._place):
+        known = {name: kind for name, kind in (numbers | places).items() if name in kernel.arg_names}
+        sizes = {"EXPERTS": 128, "BLOCK": routing.BLOCK, "BLOCKS": routing.BLOCKS, "ROWS": 128}
+        assert compiled(kernel, known, {n: v for n, v in sizes.items() if n in kernel.arg_names}, 8, 80).asm["ptx"]

@@ -183,7 +183,7 @@ def test_products_of_experts_are_computed_again_only_if_they_are_not_kept(mixtra
     output = stage((hidden, torch.arange(8)[None]))[0].sum()
     with _Counts() as counts:
         output.backward()
-    # Two in each expert's way forward, and one with A for each; in the backward pass one with B and one with W for each.
+    # Forward two with W and one with A for each; in the backward pass one with W and one with B for each.
     again = counts.of["grouped_product"] - 4
     assert again == (0 if policy == "selective" else 4)
 
