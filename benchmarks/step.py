@@ -89,12 +89,14 @@ JOBS = {
     "full": Job("full", "keep", shape="1b"),
 }
 ALL_LOOPS = (TRAINER, BARE, REFERENCE)
+WHOLE = "qwen3-moe-48"  # which nothing but the job for it fits
 EXPERT_JOBS = {
     "experts-recompute": Job("LoRA", "recompute", False, 40_000, 18.5, ALL_LOOPS, limited="qwen3-moe"),
     "experts-keep": Job("LoRA", "keep", False, 48_000, 40, limited="qwen3-moe"),
     "experts-qlora": Job("LoRA", "recompute", True, 32_000, 9, limited="qwen3-moe"),
     "experts-attention": Job("LoRA on attention", "recompute", False, 45_000, 16.5, limited="qwen3-moe"),
-    "experts-qlora-whole": Job("LoRA", "offload", True, 8_500, 22, (TRAINER,), "qwen3-moe-48", "qwen3-moe-48"),
+    "experts-full": Job("full", "recompute", shape="tiny-moe"),
+    "experts-qlora-whole": Job("LoRA", "offload", True, 8_500, 22, (TRAINER,), limited=WHOLE),
 }
 
 
@@ -313,6 +315,7 @@ def main() -> None:
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     jobs = EXPERT_JOBS if has_experts(arguments.shape) else JOBS
+    fitting = [name for name, job in jobs.items() if (job.limited == WHOLE) == (arguments.shape == WHOLE)]
     report = Report(
         "step_experts" if has_experts(arguments.shape) else "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
@@ -321,7 +324,7 @@ def main() -> None:
     failed = False
     speeds: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        for name in arguments.jobs.split(",") if arguments.jobs else jobs:
+        for name in arguments.jobs.split(",") if arguments.jobs else fitting:
             job = jobs[name]
             shape = job.shape if job.shape and not arguments.shape.startswith("tiny") else arguments.shape
             directory = Path(folder) / shape
