@@ -60,34 +60,40 @@ class Workers:
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for rank, (_, connection) in enumerate(self._workers[:world_size]):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
-            if self._one_gpu:
-                ranks = {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
-            variables = {**ranks, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            connection.send((variables, function, args))
-        results, errors = [], []
-        for rank, (process, connection) in enumerate(self._workers[:world_size]):
-            try:
-                if not connection.poll(timeout):
-                    raise EOFError
-                result, error = connection.recv()
-            except (EOFError, ConnectionResetError):
-                result, error = None, f"rank {rank}: no answer (exit code {process.exitcode})"
-            results.append(result)
-            errors += [error] if error else []
+        try:
+            for rank, (_, connection) in enumerate(self._workers[:world_size]):
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
+                if self._one_gpu:
+                    ranks = {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+                variables = {**ranks, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                connection.send((variables, function, args))
+            answers = [self._answer(rank, timeout) for rank in range(world_size)]
+        except BaseException:  # Ctrl-C, or a test that took too long: a late answer would be taken for the next job's
+            self.close(patience=0)
+            raise
+        errors = [error for _, error in answers if error]
         if errors:
             self.close()
             told = [error for error in errors if "Traceback" in error]
             raise RuntimeError(told[0]) if told else WorkerError(errors[0])
-        return results
+        return [result for result, _ in answers]
 
-    def close(self) -> None:
-        """End all workers."""
+    def _answer(self, rank: int, timeout: float) -> tuple[Any, str | None]:
+        """What a rank has returned, or the reason why it has not."""
+        process, connection = self._workers[rank]
+        try:
+            if not connection.poll(timeout):
+                raise EOFError
+            return connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None, f"rank {rank}: no answer (exit code {process.exitcode})"
+
+    def close(self, patience: float = 5) -> None:
+        """End all workers, at once those that do not end by themselves within some seconds."""
         for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
-            process.join(5)
+            process.join(patience)
             process.kill()
             process.join()
         self._workers.clear()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -51,6 +53,16 @@ def check_options(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: A
             "Trainer(model_registry=...) is not supported by PipeLiteStrategy, whose checkpoints are directories; "
             "leave it out."
         )
+    if math.isnan(trainer.gradient_clip_val or 0.0):
+        raise ConfigurationError(
+            "trainer.gradient_clip_val is NaN, which is no norm to clip by; give it a positive number, or leave it out."
+        )
+    if getattr(trainer, "_val_check_time_interval", None) is not None and trainer.world_size > 1:
+        raise ConfigurationError(
+            "trainer.val_check_interval as a time can only be used in a training of one process: each rank would go "
+            "by its own clock, and an evaluation takes all of them; give it a number of micro-batches, or use "
+            "lightning_pipelite.callbacks.EvalSchedule."
+        )
     check_plugins(trainer)
     check_hooks(module)
     check_callbacks(trainer)
@@ -67,6 +79,11 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
     """
     if len(optimizers) != 1:
         raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(optimizers)}.")
+    if isinstance(optimizers[0], _MockOptimizer):
+        raise ConfigurationError(
+            f"{type(module).__name__}.configure_optimizers() returned None, so that nothing would be trained; let it "
+            "return an optimizer, or call Trainer.validate in place of Trainer.fit."
+        )
     if isinstance(optimizers[0], torch.optim.LBFGS):
         raise ConfigurationError("LBFGS needs all parameters in one process; use another optimizer.")
     here = {id(p) for p in mine}

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
@@ -111,20 +111,16 @@ def data(rows: int) -> TensorDataset:
 
 def fit(options: dict[str, Any], stages: int | None, skip_odd_steps: bool = False, loaders: int = 1) -> dict[str, Any]:
     """One fit: `stages` of None is Lightning's own strategy for one device."""
-    options = dict(options)
-    events, callbacks = Events(), []
-    if stop := options.pop("early_stopping", None):
-        callbacks.append(EarlyStopping("eval/loss", **stop))
+    events = Events()
     strategy: Any = "auto" if stages is None else PipeLiteStrategy(stages)
     module = Mlp(skip_odd_steps)
-    trainer = trainer_for(strategy, stages or 1, callbacks=[events, *callbacks], **options)
+    trainer = trainer_for(strategy, stages or 1, callbacks=[events], **options)
     evaluated = [DataLoader(data(20 + 8 * index), batch_size=ROWS) for index in range(loaders)]
     trainer.fit(module, DataLoader(data(40), batch_size=ROWS), evaluated if loaders > 1 else evaluated[0])
     weights = module.net.state_dict() if stages is None else collected(strategy)
     return {
         "events": events.events, "metrics": events.metrics, "weights": list(weights.values()), "hooks": module.hooks,
-        "gradients": module.gradients, "step": trainer.global_step, "epoch": trainer.current_epoch,
-        "all metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "gradients": module.gradients,
     }  # fmt: skip
 
 
@@ -276,6 +272,8 @@ def refusal(kind: str) -> str:
         options["precision"] = "bf16-mixed"
     elif kind == "lbfgs":
         module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
+    elif kind == "no optimizer":
+        module.configure_optimizers = lambda: None
     elif kind == "frozen":
         module.requires_grad_(False)
     elif kind == "all masked":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def said(its: L.LightningModule | None = None, **flags: Any) -> str:
     """What is said to a Trainer, without anything being loaded."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     try:
-        trainer = L.Trainer(strategy=PipeLiteStrategy(), devices=1, **{**quiet, **flags})
+        trainer = L.Trainer(strategy=PipeLiteStrategy(), **{"devices": 1, **quiet, **flags})
         check_options(trainer, its or module(), trainer.strategy._layer_sync)  # type: ignore[attr-defined]
     except ConfigurationError as error:
         return str(error)
@@ -163,3 +164,18 @@ def test_every_flag_of_the_trainer_is_in_its_place() -> None:
 @pytest.mark.parametrize("name", FLAGS["refused"])
 def test_a_flag_that_cannot_work_is_refused(name: str) -> None:
     assert "is not supported by PipeLiteStrategy" in said(**{name: FLAGS["refused"][name]})  # type: ignore[index]
+
+
+def test_a_limit_that_is_no_number_is_refused() -> None:
+    assert said(gradient_clip_val=float("nan")).startswith("trainer.gradient_clip_val is NaN")
+    for number in (None, 0, 0.5, 1, float("inf")):
+        assert said(gradient_clip_val=number) == ""
+
+
+def test_evaluations_by_the_clock_are_for_one_process() -> None:
+    """Each rank has its own clock; an evaluation takes all of them."""
+    for interval in ("00:00:10:00", timedelta(minutes=10), {"minutes": 10}):
+        sentence = said(val_check_interval=interval, devices=2)
+        assert sentence.startswith("trainer.val_check_interval as a time can only be used in a training of one process")
+        assert said(val_check_interval=interval) == ""
+    assert said(val_check_interval=10, devices=2) == ""

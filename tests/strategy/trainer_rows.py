@@ -224,7 +224,7 @@ ROWS: dict[str, Row] = {
     "val_check_interval, a share": Row({"max_epochs": 2, "val_check_interval": 0.25}),
     "val_check_interval over epochs": Row({"max_epochs": 3, "val_check_interval": 7, "check_val_every_n_epoch": None}),
     "val_check_interval longer than an epoch": Row({"max_epochs": 3, "val_check_interval": 15, "check_val_every_n_epoch": None}),
-    "val_check_interval by time": Row({"max_epochs": 2, "val_check_interval": "00:00:00:00", "limit_train_batches": 3}),
+    "val_check_interval by time": Row({"max_epochs": 2, "val_check_interval": "00:00:00:00", "limit_train_batches": 3}, refused=ALONE),
     "check_val_every_n_epoch": Row({"max_epochs": 4, "check_val_every_n_epoch": 2}),
     "num_sanity_val_steps 0": Row({"max_epochs": 1, "num_sanity_val_steps": 0}),
     "num_sanity_val_steps -1": Row({"max_epochs": 1, "num_sanity_val_steps": -1}),
