@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from lightning_pipelite.data.bad import naming
 from lightning_pipelite.data.conversation import Message, learnt
-from lightning_pipelite.data.template import MARKER, REASONING, ChatTemplate, Span
+from lightning_pipelite.data.template import ChatTemplate, Span
+from lightning_pipelite.data.turns import Turns
 from lightning_pipelite.errors import ConfigurationError
 
 Flags = npt.NDArray[np.bool_]
@@ -93,7 +94,7 @@ class ChatRenderer:
                 spans = [(begin, end, True) for begin, end in chosen]
             else:
                 text = template.render(shown, arguments)
-                turns = _Turns(template, shown, arguments, text)
+                turns = Turns(template, shown, arguments, text)
                 spans = [turns.span(number, place) for number in replies]
             unused = template.check_arguments(shown, arguments, others, text, place)
             unused |= template.check_messages(shown, arguments, text, place)
@@ -166,52 +167,6 @@ class ChatRenderer:
                 "of 0; leave such conversations out, or use a template without {% generation %}."
             )
         return [span for number in replies for span in marked[counts[number] : counts[number + 1]]]
-
-
-class _Turns:
-    """Where the assistant's turns are in a rendered conversation."""
-
-    def __init__(self, template: ChatTemplate, messages: list[Message], arguments: dict[str, Any], text: str) -> None:
-        self._template = template
-        self._messages = messages
-        self._arguments = arguments
-        self._text = text
-
-    def span(self, number: int, place: str) -> tuple[int, int, bool]:
-        """Where a turn begins and ends, and whether its mark is within."""
-        return self._turn(number) or self._content(number, place)
-
-    def _turn(self, number: int) -> tuple[int, int, bool] | None:
-        """If it is rendered as the last one would be."""
-        messages, arguments = self._messages, self._arguments
-        try:
-            before = self._template.render(messages[:number], arguments, prompt=True) if number else ""
-            until = self._template.render(messages[: number + 1], arguments)
-        except (TemplateError, TypeError, KeyError, ValueError):  # it may refuse a conversation that ends there
-            return None
-        if self._text.startswith(until) and until.startswith(before):
-            return len(before), len(until), True
-        return None
-
-    def _content(self, number: int, place: str) -> tuple[int, int, bool]:
-        """What does not stay the same with another content in the place of all that it says is it."""
-        messages, text = self._messages, self._text
-        message = {**messages[number], "content": MARKER}
-        bare = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call", *REASONING)}
-        for other in (message, bare):
-            try:
-                changed = self._template.render([*messages[:number], other, *messages[number + 1 :]], self._arguments)
-            except (TemplateError, TypeError, KeyError, ValueError):
-                continue
-            before, _, behind = changed.partition(MARKER)
-            end = len(text) - len(behind)
-            same = text.startswith(before) and text.endswith(behind) and len(before) < end
-            if changed.count(MARKER) == 1 and same:
-                return len(before), end, False
-        raise ConfigurationError(
-            f"{place}: the chat template renders message {number + 1} so that the assistant's words cannot be told "
-            "apart; use a template with {% generation %} marks."
-        )
 
 
 def _with_whole_offsets(tokenizer: Any) -> Tokenizer | None:

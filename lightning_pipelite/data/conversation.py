@@ -79,7 +79,11 @@ def check_messages(value: Any, place: str, what: str) -> list[Message]:
         raise ConfigurationError(f"{place}: {what} has no message of the assistant, so nothing to learn; remove it.")
     # For a chat template, a key that holds nothing is not there. Columns leave none out, so content is always there.
     return [
-        {**{k: v for k, v in message.items() if v is not None}, "content": message.get("content")} for message in value
+        {
+            **{key: each for key, each in message.items() if not _is_nothing(key, each)},
+            "content": message.get("content"),
+        }
+        for message in value
     ]
 
 
@@ -190,6 +194,11 @@ def _check_flags(message: Message, place: str, what: str) -> None:
         raise ConfigurationError(
             f"{place}: {what} has a weight of {_shown(weight)}; give the assistant's messages 0 or 1, and others none."
         )
+
+
+def _is_nothing(key: str, value: Any) -> bool:
+    """Whether a key says nothing: many templates take a message with tool_calls for one that calls, be they none."""
+    return value is None or (key == "tool_calls" and not value)
 
 
 def _shown(value: Any) -> str:

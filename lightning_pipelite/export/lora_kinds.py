@@ -115,7 +115,7 @@ def rest_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 def _is_whole(key: str, modules: set[str], *, biases: bool) -> bool:
     """Tell whether a tensor is a whole one of the base: of ``modules_to_save``, a bias, an embedding's weight."""
     parameter = key.rpartition(".")[2]
-    inside = any(f".{name}." in f".{key}" for name in modules)
+    inside = any(f"{name}." in key for name in modules)  # as PEFT: "norm" is for all whose names end so
     # With an adapter on an embedding or the head, or more tokens than before, PEFT saves their weights as well.
     outside = parameter == "weight" and re.search(r"\.\d+\.", key) is None
     return inside or outside or (biases and parameter == "bias")

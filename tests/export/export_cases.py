@@ -61,6 +61,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "embedding": {"target_modules": ["embed_tokens", "lm_head", "o_proj"]},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "modules whose names end so": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
 }
 INPUT_IDS = torch.tensor([[5, 17, 99, 3, 64, 21, 8, 90], [1, 2, 3, 4, 5, 6, 7, 8]])
 
