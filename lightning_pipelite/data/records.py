@@ -246,7 +246,7 @@ class _Reader:
         if isinstance(record, dict):
             keys = record
             if self._field not in record:
-                fields = ", ".join(sorted(record)) or "none"
+                fields = ", ".join(sorted(map(_readable, record))) or "none"
                 raise ConfigurationError(
                     f"{place}: no field {self._field!r} (it has: {fields}); set {self._option} to the field that holds "
                     "it."
@@ -263,8 +263,14 @@ class _Reader:
 
     def _others(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         names = tuple(
-            name
+            _readable(name)
             for name, value in record.items()
             if value is not None and name != self._field and name not in self._known
         )
         return self._names.setdefault(names, names)  # one for all records: they are sent to other processes
+
+
+def _readable(name: str) -> str:
+    """A key as it can be shown: on one line, short, and without half a surrogate pair, which no terminal takes."""
+    shown = name if name.isprintable() else name.encode("unicode_escape").decode()
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -14,8 +14,10 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.checkpoint import pickled_files, read_header, read_json, weight_files
 from lightning_pipelite.models.companions import own_code
 
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that do not change what the weights mean."""
+VOLATILE = (
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id"
+)  # fmt: skip
+"""Keys of config.json that do not change what the weights mean; people set the last ones for generation."""
 SAMPLES, SAMPLE_BYTES = 64, 64
 BASE_FILE = "base_model.json"
 """Beside an adapter. Not in its other files: PEFT warns of keys that it does not know, and safetensors writes its
@@ -66,8 +68,8 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     path = adapter / BASE_FILE
     trained_on = read_json(path).get("fingerprint") if path.is_file() else None
-    if trained_on is None and named and _is_whole(Path(named)):
-        trained_on = fingerprint(Path(named))
+    if trained_on is None and named and isinstance(named, str):
+        trained_on = _fingerprint_if_whole(Path(named))
     if trained_on is not None and trained_on != fingerprint(base):
         raise ConfigurationError(
             f"{adapter} was trained on another base than {base}: its adapter_config.json names {named or 'none'}; give "
@@ -80,11 +82,15 @@ def record_base(adapter: Path, base: str) -> None:
     (adapter / BASE_FILE).write_text(json.dumps({"fingerprint": base}) + "\n", encoding="utf-8")
 
 
-def _is_whole(model_dir: Path) -> bool:
-    """Tell whether all files of a model, or what was one, are there."""
+def _fingerprint_if_whole(model_dir: Path) -> str | None:
+    """The fingerprint of a model, or of what was one, if all its files are there and can be read."""
     if not (model_dir / "config.json").is_file():
-        return False
-    return all(path.is_file() for path in weight_files(model_dir) or pickled_files(model_dir))
+        return None
+    try:
+        files = weight_files(model_dir) or pickled_files(model_dir)
+        return fingerprint(model_dir) if all(path.is_file() for path in files) else None
+    except ConfigurationError:  # whoever needs that model says so
+        return None
 
 
 def _in_safetensors(path: Path) -> dict[str, Described]:

@@ -259,6 +259,18 @@ def test_ignored_keys_are_told(make_data: Callable[..., PackedDataModule], tmp_p
         make_data([DatasetConfig(str(tmp_path / "a.jsonl"))]).prepare_data()
 
 
+def test_ignored_keys_can_be_shown(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
+    """Whatever they are: a terminal takes no half surrogate pair."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "text", "\ud800": 1, "a\nb": 1, "k" * 999: 1, "größe": 1}))
+    data = [DatasetConfig(str(path))]
+    (line,) = (line for line in make_data(data).summary() if line.startswith("dataset"))
+    assert line.encode().decode().endswith(rf", ignored keys: \ud800, a\nb, größe, {'k' * 60}...")
+    path.write_text(json.dumps({"\ud800": 1}))
+    with pytest.raises(ConfigurationError, match=r"no field 'text' \(it has: \\ud800\)"):
+        make_data(data).prepare_data()
+
+
 def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
     for name in ("a.txt", "b.csv", "README.md", ".hidden"):
         (tmp_path / "d" / name).parent.mkdir(exist_ok=True)

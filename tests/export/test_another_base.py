@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge
-from lightning_pipelite.models.fingerprint import fingerprint, record_base
+from lightning_pipelite.models.fingerprint import BASE_FILE, fingerprint, record_base, refuse_another_base
 
 
 @pytest.fixture
@@ -23,6 +24,10 @@ def bases(tmp_path: Path) -> tuple[Path, Path]:
     weights = {name: tensor + 0.5 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     return one, other
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def commands(adapter: Path, base: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -57,6 +62,21 @@ def test_the_base_that_the_configuration_names(bases: tuple[Path, Path], tmp_pat
     run_all(adapter, copied, tmp_path / "copy")
     (one / "model.safetensors").unlink()  # there is nothing to compare with any more
     run_all(adapter, other, tmp_path / "gone")
+
+
+def test_what_tells_nothing_of_the_base(bases: tuple[Path, Path], tmp_path: Path) -> None:
+    """A base that is named but damaged, a name that is none, and what people change for generation."""
+    one, other = bases
+    adapter = write_adapter(tmp_path / "adapter", one, target_modules=["q_proj"])
+    record_base(adapter, fingerprint(one))
+    change(one / "config.json", use_cache=False, eos_token_id=[5, 6])
+    refuse_another_base(adapter, one)
+    (adapter / BASE_FILE).unlink()
+    (one / "model.safetensors").write_bytes(b"damaged")
+    refuse_another_base(adapter, other)
+    for name in (5, "", None, [str(other)]):
+        change(adapter / "adapter_config.json", base_model_name_or_path=name)
+        refuse_another_base(adapter, other)
 
 
 def test_the_fingerprint_beside_it_counts_more(bases: tuple[Path, Path], tmp_path: Path) -> None:
