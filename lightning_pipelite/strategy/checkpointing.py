@@ -160,7 +160,8 @@ class Checkpointing:
         """
         state, meta = self._describe(self._holdable(checkpoint, path))
         self._store.save(path, state, meta, self._stage, optimizer if "optimizer_states" in checkpoint else None)
-        if self._trainer.state.status != TrainerStatus.RUNNING:
+        # In on_fit_end and teardown the Trainer still says that it runs.
+        if self._store.closed or self._trainer.state.status != TrainerStatus.RUNNING:
             self._store.wait()
             if failure := self._store.failure:
                 raise OSError(f"the checkpoint {path} could not be written: {failure}")

@@ -124,3 +124,22 @@ def saved_in_a_step(folder: str, stages: int) -> list[bool]:
     except StoppedError:
         return [Path(folder, "mine.ckpt", "manifest.json").exists()]
     return []
+
+
+def saved_at_the_end(folder: str, stages: int) -> dict[str, bool]:
+    """In the hooks that come when the strategy has let go of everything: whether the checkpoint is there at once."""
+    found: dict[str, bool] = {}
+
+    class Save(L.Callback):
+        def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.save(trainer, "on_fit_end")
+
+        def teardown(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            self.save(trainer, "teardown")
+
+        def save(self, trainer: L.Trainer, hook: str) -> None:
+            trainer.save_checkpoint(f"{folder}/{hook}.ckpt")
+            found[hook] = Path(folder, f"{hook}.ckpt", "manifest.json").exists()
+
+    train(stages, callbacks=(Save(),), max_steps=3, max_epochs=-1)
+    return found

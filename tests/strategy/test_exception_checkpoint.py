@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exception_jobs import PLACES, failing, resume, saved_in_a_step, with_lightnings
+from exception_jobs import PLACES, failing, resume, saved_at_the_end, saved_in_a_step, with_lightnings
 from resume_jobs import train
 
 from processes import Workers
@@ -57,3 +57,11 @@ def test_saved_by_hand_right_before_an_error(undisturbed: Any, workers: Workers,
         assert resumed["step"] == 15
         if stages == 1:
             assert resumed["lines"] == undisturbed["lines"][len(undisturbed["lines"]) - len(resumed["lines"]) :]
+
+
+def test_saved_when_nobody_waits_any_more(workers: Workers, tmp_path: Path) -> None:
+    """In the last hooks of a training, after which the process may end."""
+    for stages in (1, 2):
+        for found in workers.run(stages, saved_at_the_end, str(tmp_path / str(stages)), stages):
+            assert found == {"on_fit_end": True, "teardown": True}
+    assert workers.run(1, resume, str(tmp_path / "2" / "teardown.ckpt"))[0]["step"] == 15

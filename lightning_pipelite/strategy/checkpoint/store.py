@@ -108,6 +108,11 @@ class CheckpointStore:
         return self._writer.promised(path.absolute())
 
     @property
+    def closed(self) -> bool:
+        """Whether nobody will wait for what is saved now: the training has ended."""
+        return self._writer.closed
+
+    @property
     def failure(self) -> str | None:
         """Why what was written last is not there; not while something is being written."""
         return self._writer.failure
@@ -122,7 +127,7 @@ class CheckpointStore:
         self._writer.wait(seconds)
 
     def close(self) -> None:
-        """Wait, and give the memory back. What is saved later is not written in the background."""
+        """Wait, and give the memory back."""
         self._writer.close()
         self._copy.release()
 

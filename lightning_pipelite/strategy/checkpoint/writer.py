@@ -37,6 +37,7 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._busy, self._path = False, Path()
         self.failure: str | None = None  # of what was written last
+        self.closed = False
         self._doomed: list[Path] = []
 
     def start(self, path: Path, files: Files) -> None:
@@ -61,6 +62,7 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait; from now on the ranks talk over the default group: this job's own is about to be destroyed."""
         self.wait()
+        self.closed = True
         if self._group is not None:
             self._group = dist.group.WORLD
 
