@@ -5,11 +5,13 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://a
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import name2qmap
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
@@ -104,12 +106,29 @@ def quantise_without_weights(
     """
     names = [skeleton.layer_names[number] for number in numbers]
     kept = {*kept_names(model, names)}
-    for layer_name in names:
-        for name, module in list(model.get_submodule(layer_name).named_modules()):
-            if type(module) in (nn.Linear, Conv1D) and f"{layer_name}.{name}" not in kept:
-                model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
-    for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
-        replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
+    with _code_tables_of_its_own():
+        for layer_name in names:
+            for name, module in list(model.get_submodule(layer_name).named_modules()):
+                if type(module) in (nn.Linear, Conv1D) and f"{layer_name}.{name}" not in kept:
+                    model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
+        for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
+            replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
+
+
+@contextlib.contextmanager
+def _code_tables_of_its_own() -> Iterator[None]:
+    """Leave bitsandbytes' tables of codes as they are.
+
+    It makes the table for double quantisation where it is first needed and keeps it there for good: on the meta device
+    it would have no values, and no weights could be quantised any more. Remove when it makes one for each device.
+    """
+    tables = dict(name2qmap)
+    name2qmap.clear()
+    try:
+        yield
+    finally:
+        name2qmap.clear()
+        name2qmap.update(tables)
 
 
 def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, double_quant: bool) -> Linear4bit:

@@ -131,6 +131,7 @@ def test_whatever_hinders_saving_is_one_error_on_all_ranks(
 
     class Strategy:
         is_global_zero = True
+        topology = Topology(world_size=1, stages=1)
 
         def collect_stages(self, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
             for number in range(3):

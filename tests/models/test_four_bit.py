@@ -5,7 +5,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
 from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 from torch import nn
 from transformers import (
@@ -66,7 +66,9 @@ MOE = {
 }
 
 
-def test_double_quantisation(tmp_path: Path) -> None:
+def test_double_quantisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a stage without values was made, as rehearsals and plans make it."""
+    monkeypatch.delitem(name2qmap, "dynamic", raising=False)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MOE["mixtral"], dtype=torch.float32).save_pretrained(tmp_path)
     states = []
@@ -74,6 +76,7 @@ def test_double_quantisation(tmp_path: Path) -> None:
         layers = CausalLMLayers(
             tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4), bnb_4bit_use_double_quant=double
         )
+        layers.build_stage(0, 1, torch.device("meta"))
         model = layers.build_stage(0, 1, CPU).causal_lm
         linear = [m.weight.quant_state for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
         experts = [
