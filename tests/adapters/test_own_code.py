@@ -23,6 +23,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, control_to_lora, convert, merge, own_checkpoint
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.check import check_model
+from lightning_pipelite.strategy.topology import Topology
 
 torch.set_num_threads(1)
 
