@@ -86,18 +86,20 @@ class ChatRenderer:
                 for message in template.plain(messages, place)
             ]
             all_are_learnt = len(replies) == sum(message["role"] == "assistant" for message in messages)
+            marked: list[Span] = []
             if template.marks:
                 text, marked = template.render_marked(shown, arguments)
-                chosen = (
-                    marked if all_are_learnt else self._marked_of(template, shown, arguments, replies, marked, place)
-                )
-                spans = [(begin, end, True) for begin, end in chosen]
             else:
                 text = template.render(shown, arguments)
-                turns = Turns(template, shown, arguments, text)
-                spans = [turns.span(number, place) for number in replies]
             unused = template.check_arguments(shown, arguments, others, text, place)
             unused |= template.check_messages(shown, arguments, text, place)
+            if template.marks:
+                if not all_are_learnt:
+                    marked = self._marked_of(template, shown, arguments, replies, marked, place)
+                spans = [(begin, end, True) for begin, end in marked]
+            else:
+                turns = Turns(template, shown, arguments, text)
+                spans = [turns.span(number, place) for number in replies]
         with naming(place, "the tokenizer refuses the conversation"):
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             offsets = self._offsets(text)

@@ -161,6 +161,7 @@ class ChatTemplate:
     def check_messages(self, messages: list[Message], arguments: dict[str, Any], text: str, place: str) -> set[str]:
         """Refuse what messages say and the template passes over; as `check_arguments`."""
         passed_over = set()
+        self._check_calls(messages, arguments, place)
         for number, message in enumerate(messages):
             for key in message:
                 nothing = key in ("role", "content") or not message[key]
@@ -185,6 +186,18 @@ class ChatTemplate:
                 if _quoted_twice(call, text):
                     passed_over.add("that arguments of tool calls are JSON (they are text, quoted once more)")
         return passed_over
+
+    def _check_calls(self, messages: list[Message], arguments: dict[str, Any], place: str) -> None:
+        """Refuse calls that are not shown: some templates show the first of a message alone, or none beside content."""
+        for number, message in enumerate(messages):
+            calls = range(len(message.get("tool_calls") or []))
+            others = [*messages[:number], with_calls(message), *messages[number + 1 :]]
+            text = self._rendered(others, arguments) if calls else None
+            if text is not None and any(f"{MARKER}{call}." not in text for call in calls):
+                raise ConfigurationError(
+                    f"{place}: the chat template does not show the tool_calls of message {number + 1}, or not all of "
+                    "them; use one that does, or take them out."
+                )
 
     def _takes_parts(self) -> bool:
         if self._reads_parts is None:
@@ -215,6 +228,17 @@ class ChatTemplate:
             return self.render(messages, arguments)
         except Exception:
             return None
+
+
+def with_calls(message: Message) -> Message:
+    """Give a message that calls functions of other names: the first `MARKER` and 0, and so on."""
+    calls: list[dict[str, Any]] = []
+    for number, call in enumerate(message.get("tool_calls") or []):
+        function, name = call.get("function"), f"{MARKER}{number}."
+        calls.append(
+            {**call, "function": {**function, "name": name}} if isinstance(function, dict) else {**call, "name": name}
+        )
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _quoted_twice(call: dict[str, Any], text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lightning_pipelite.data.conversation import Message
-from lightning_pipelite.data.template import MARKER, REASONING, ChatTemplate
+from lightning_pipelite.data.template import MARKER, REASONING, ChatTemplate, with_calls
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -67,7 +67,7 @@ class Turns:
         So it is where a template shows tools with the last question. A word in the turn's place tells where that is.
         """
         message = self._messages[number]
-        for other in (_with_content(message), _with_calls(message)):
+        for other in (_with_content(message), with_calls(message)):
             last = self._render([*self._messages[:number], other])
             whole = self._whole(number, other)
             if (
@@ -87,7 +87,7 @@ class Turns:
         """What does not stay the same with another content in the place of all that it says is it."""
         text, message = self._text, self._messages[number]
         bare = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call", *REASONING)}
-        every = _with_calls({**message, **{key: MARKER for key in REASONING if message.get(key)}})
+        every = with_calls({**message, **{key: MARKER for key in REASONING if message.get(key)}})
         for other in (_with_content(bare), _with_content(every)):
             changed = self._whole(number, other)
             if changed is None or changed.count(MARKER) != 1:
@@ -119,14 +119,3 @@ class Turns:
 
 def _with_content(message: Message) -> Message:
     return {**message, "content": MARKER}
-
-
-def _with_calls(message: Message) -> Message:
-    """A message that calls other functions."""
-    calls = [
-        {**call, "function": {**call["function"], "name": MARKER}}
-        if isinstance(call.get("function"), dict)
-        else {**call, "name": MARKER}
-        for call in message.get("tool_calls") or []
-    ]
-    return {**message, "tool_calls": calls} if calls else message

@@ -92,7 +92,11 @@ def test_conversation_that_begins_with_a_reply(make: Any) -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('no system message') }}", r"here: the chat template refuses .*no system message"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}{{ messages | length }}", "here: .* cannot be told apart"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}{{ messages | length }}", "here: .* does not show message 1"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}{{ messages | length }}",
+            "here: .* message 3 so that the assistant's words cannot be told apart",
+        ),
         (MARKED.replace("'assistant'", "'nobody'"), "here: .* no token is the assistant's"),
     ],
 )

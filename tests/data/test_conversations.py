@@ -191,6 +191,16 @@ ONLY_PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.tex
         (CHATML, {"weight": 0.5}, "the record has a 'weight' of 0.5, but all records count alike"),
         (CHATML, {"loss_mask": [0, 1]}, r"the record has a 'loss_mask' of \[0, 1\]"),
         (CHATML, {"messages": [ASK, call("f", {})]}, "the chat template does not show the tool_calls of message 2"),
+        (
+            TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+            {"messages": [ASK, {**REPLY, "tool_calls": [*call("f", {})["tool_calls"], *call("f", {})["tool_calls"]]}]},
+            "does not show the tool_calls of message 2, or not all of them",
+        ),
+        (
+            TOOLS.replace("m.tool_calls or []", "(m.tool_calls or []) if m.content is undefined"),
+            {"messages": [ASK, call("f", {}), REPLY]},
+            "does not show the tool_calls of message 2, or not all of them",
+        ),
         (CHATML, {"messages": [ASK, {**REPLY, "thinking": "x"}]}, "does not show the thinking of message 2"),
         (CHATML, {"messages": [{**ASK, "images": ["x"]}, REPLY]}, "does not show the images of message 1"),
         (
