@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from gpu_time import milliseconds
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.attention import varlen_attention
-from lightning_pipelite.models.packing import documents_apart
+from lightning_pipelite.models.attention.document_mask import document_mask
+from lightning_pipelite.models.attention.varlen import varlen_attention
 from report import Report
 
 GPU = torch.device("cuda")
@@ -69,7 +69,7 @@ def compare_times(tokens: int, length: int) -> list[float]:
     mask = ((document[:, None] == document) & (place[:, None] >= place))[None, None]
 
     def varlen() -> Tensor:
-        with documents_apart(positions, most=-(-tokens // length)):  # known, as in training: the host need not wait
+        with document_mask(positions, most=-(-tokens // length)):  # known, as in training: the host need not wait
             return varlen_attention(nn.Module(), query, key, value, None)[0]
 
     def with_mask() -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_pipelite.adapters import ControlAdapter
-from lightning_pipelite.models import Stage, attention
+from lightning_pipelite.models import Stage
+from lightning_pipelite.models.attention import varlen as attention
 from lightning_pipelite.models.memory import compile_layers, set_activation_memory
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
 from report import Report
 
 LIMIT, MICRO_BATCHES = 1.05, 4
@@ -54,25 +55,25 @@ CPU = Size(2, 256, 896, 4, 256, 3, torch.float32)
 
 
 def make_stage(
-    skeleton: Skeleton, adapter: ControlAdapter | None, memory: str, size: Size, device: torch.device
+    meta_model: MetaModel, adapter: ControlAdapter | None, memory: str, size: Size, device: torch.device
 ) -> Stage:
     """A whole random model as one stage, which sends gradients down to the embedding."""
     torch.manual_seed(0)
     kernel = attention.NAME if attention.has_kernel(device, size.dtype) else None  # as CausalLMLayers chooses it
     with device:
-        model: Any = AutoModelForCausalLM.from_config(skeleton.config, dtype=size.dtype, attn_implementation=kernel)
+        model: Any = AutoModelForCausalLM.from_config(meta_model.config, dtype=size.dtype, attn_implementation=kernel)
     model.requires_grad_(False)
-    layers = list(model.get_submodule(skeleton.layers_name))
+    layers = list(model.get_submodule(meta_model.layers_name))
     set_activation_memory(layers, memory, device, compiled=device.type == "cuda")  # as CausalLMLayers does
     if device.type == "cuda":
         compile_layers(layers)
     if adapter is not None:
-        adapter.apply(model, skeleton, seed=0)
+        adapter.apply(model, meta_model, seed=0)
         for name, parameter in model.named_parameters():
             if name.endswith("control_S"):
                 nn.init.normal_(parameter, std=0.1)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    return Stage(model, skeleton.layers_name, 0, size.layers).train()
+    return Stage(model, meta_model.layers_name, 0, size.layers).train()
 
 
 def training_step(stage: Stage, adapter: ControlAdapter | None, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -108,7 +109,7 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
-        skeleton = Skeleton(Path(directory))
+        meta_model = MetaModel(Path(directory))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, size.tokens), generator=generator)
     half = size.tokens // 2
@@ -125,7 +126,7 @@ def main() -> None:
     ratios = {}
     for memory in ("keep", "recompute"):
         steps = {
-            name: training_step(make_stage(skeleton, kind, memory, size, device), kind, inputs)
+            name: training_step(make_stage(meta_model, kind, memory, size, device), kind, inputs)
             for name, kind in kinds.items()
         }
         times: dict[str, list[float]] = {name: [] for name in steps}

@@ -32,8 +32,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from lightning_pipelite.cli.check_command import compare_packed, compare_split, exact_layers
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.check import compare_packed, compare_split, exact_layers
 from lightning_pipelite.models.tiny import small_sizes
 
 LAYERS = 4

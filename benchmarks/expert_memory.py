@@ -22,7 +22,7 @@ from transformers.utils import logging
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
-from lightning_pipelite.models import CausalLMLayers, Skeleton
+from lightning_pipelite.models import CausalLMLayers, MetaModel
 from load_memory import PeakWatcher, memory
 
 EXPERTS, HIDDEN, INNER = 8, 512, 1024
@@ -32,11 +32,11 @@ class Untrained(Adapter):
     """Trains nothing: what is loaded is what is compared."""
 
     @override
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+    def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         pass
 
     @override
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+    def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
         model.requires_grad_(False)
 
     @override
@@ -44,11 +44,11 @@ class Untrained(Adapter):
         return {}
 
     @override
-    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+    def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
         raise NotImplementedError("nothing is trained")
 
     @override
-    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
         raise NotImplementedError("nothing is trained")
 
 

@@ -38,8 +38,8 @@ from transformers.utils import logging
 
 import coverage
 from expert_memory import EXPERTS, Untrained, measure_peak
+from lightning_pipelite.cli.check_command import LIMIT, build, relative, tokens
 from lightning_pipelite.models import CausalLMLayers, Stage
-from lightning_pipelite.models.check import LIMIT, build, relative, tokens
 from report import Report
 
 RATIO_LIMIT = 0.30

@@ -56,7 +56,7 @@ def time_layers(setting: Setting, way: str) -> LayerTimes:
         stage.expect_documents(1)
         inputs = batch["input_ids"]
         if start > 0:
-            hidden = layers.skeleton.config.hidden_size
+            hidden = layers.meta_model.config.hidden_size
             inputs = torch.randn(1, setting.length, hidden, device=device, dtype=layers.dtype).requires_grad_()
         forwards, backwards = [], []
         for _ in range(8):

@@ -36,9 +36,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_pipelite import PackedDataModule, PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full
-from lightning_pipelite.callbacks.over_ranks import gathered
 from lightning_pipelite.data import DatasetConfig
-from lightning_pipelite.strategy.stage_clock import busy_and_waiting
+from lightning_pipelite.shared.over_ranks import gathered
+from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from processes import Workers
 from report import Report
 

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.plan.planner import Planner
-from lightning_pipelite.plan.simulation import Simulation
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.simulation import Simulation
 from random_model import SHAPES, random_sequences, write_model
 from report import Report
 from step import one_stage_trainer

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.strategy.stage_clock import busy_and_waiting
+from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from random_model import random_sequences
 from shared_layers import read_shared
 

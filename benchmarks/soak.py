@@ -41,7 +41,7 @@ from report import Report
 from resumable import Deal, batched
 
 SCALE = Scale(vocabulary=64, hidden=32, layers=2, sequence=32, sequences=13)
-EVERY, PATIENCE = 2, 40.0
+EVERY, TIMEOUTS = 2, 40.0
 STEPS_A_LIFE = 12  # twice what one takes on average, so that the training does not end before its last life
 MOMENTS = ("start", "step", "step", "write", "write")
 WAYS = ("SIGKILL to one rank", "SIGKILL to all ranks", "SIGTERM to rank 0")
@@ -146,7 +146,7 @@ class Life:
 
     def end_as_torchrun_does(self) -> None:
         """Send SIGTERM to all once one has ended: until they are connected, ranks wait for each other for ever."""
-        self.wait_for(lambda: bool(self.statuses), PATIENCE)
+        self.wait_for(lambda: bool(self.statuses), TIMEOUTS)
         self.send(signal.SIGTERM, [*self.alive])
 
     def lines(self) -> list[Line]:
@@ -215,7 +215,7 @@ def soak(folder: Path, kills: int, stages: int, seed: int, report: Report) -> Ta
             life.send(signal.SIGTERM if way == WAYS[2] else signal.SIGKILL, ranks)
             if not begun:
                 life.end_as_torchrun_does()
-        life.wait_for(lambda: False, 600 if last else PATIENCE)
+        life.wait_for(lambda: False, 600 if last else TIMEOUTS)
         if life.alive:
             tally.orphans += len(life.alive)
             life.send(signal.SIGKILL, [*life.alive])

@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
-from lightning_pipelite.host_read import HostRead
+from lightning_pipelite.shared.async_scalar import AsyncScalar
 from random_model import SHAPES, has_experts, random_sequences, write_model
 from report import Report
 
@@ -253,7 +253,7 @@ def plain_steps(
         for batch in group:
             loss = forward({name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}) / count
             total += loss.detach()
-            read = HostRead(total.clone())  # as the strategy does: the host does not wait for the backward pass
+            read = AsyncScalar(total.clone())  # as the strategy does: the host does not wait for the backward pass
             loss.backward()
         losses.append(float(read.value()))
         optimizer.step()

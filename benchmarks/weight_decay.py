@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_pipelite.callbacks.composite_weight_decay import CompositeWeightDecay
-from lightning_pipelite.callbacks.low_rank import find_low_rank
+from lightning_pipelite.callbacks.support.low_rank import find_low_rank
 from report import Report
 
 HIDDEN, INNER, KEY_VALUE, RANK = 4096, 14336, 1024, 16

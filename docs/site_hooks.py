@@ -10,7 +10,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from lightning_pipelite.commands import COMMANDS
+from lightning_pipelite.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandbytes")

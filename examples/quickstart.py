@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_pipelite.verbosity import be_quiet
+from lightning_pipelite.shared.verbosity import be_quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the standard library, what is documented at length and does nothing when it is imported.

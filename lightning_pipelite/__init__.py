@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pipelite.data import PackedDataModule
-    from lightning_pipelite.module import PipeLiteModule
+    from lightning_pipelite.module.pipelite_module import PipeLiteModule
     from lightning_pipelite.strategy import PipeLiteStrategy
 
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return PackedDataModule
     if name == "PipeLiteModule":
-        from lightning_pipelite.module import PipeLiteModule
+        from lightning_pipelite.module.pipelite_module import PipeLiteModule
 
         return PipeLiteModule
     if name == "PipeLiteStrategy":

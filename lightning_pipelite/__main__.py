@@ -1,5 +1,5 @@
 """``python -m lightning_pipelite`` is ``pipelite``."""
 
-from lightning_pipelite.cli import start
+from lightning_pipelite.cli.main import start
 
 start()

@@ -58,7 +58,7 @@ def run_command(directory: str, arguments: list[str]) -> None:
     """Run `pipelite` with arguments, in a directory."""
     import os
 
-    from lightning_pipelite.cli import main
+    from lightning_pipelite.cli.main import main
 
     os.chdir(directory)
     sys.argv = ["pipelite", *arguments]

@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
 
 
 class Adapter(ABC):
     """Chooses and adds the trained parameters of a causal LM that is spread over pipeline stages.
 
     An adapter holds its options only, so one object serves every stage. All that it does on a stage follows from the
-    whole model's skeleton and the seed: never from the partition.
+    whole model's meta model and the seed: never from the partition.
 
     Attributes:
         batch_keys: What a batch must hold beside tokens, positions and labels: int64 tensors of the tokens' shape. They
@@ -27,7 +27,7 @@ class Adapter(ABC):
     batch_keys: tuple[str, ...] = ()
 
     @abstractmethod
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+    def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         """Check, before any weight is read, that the options fit the model.
 
         Raises:
@@ -35,7 +35,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+    def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
         """Make ``model``, the trimmed model of one stage, trainable in place and freeze all else.
 
         Initial values depend on ``seed`` and the module's name alone. A stage may end up with nothing to train.
@@ -48,7 +48,7 @@ class Adapter(ABC):
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return what is to be saved of a stage's ``model``: tensors on the CPU by their names in the model."""
 
-    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model: Skeleton | Path) -> None:
+    def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model: MetaModel | Path) -> None:
         """Write the state dicts of all stages, in order, as ``directory``: whole or not at all.
 
         Args:
@@ -60,25 +60,25 @@ class Adapter(ABC):
         Raises:
             ConfigurationError: ``directory`` exists and is not such a directory.
         """
-        skeleton = model if isinstance(model, Skeleton) else Skeleton(model)
-        with self.place(directory, skeleton) as partial:
-            self.write(partial, states, skeleton)
+        meta_model = model if isinstance(model, MetaModel) else MetaModel(model)
+        with self.place(directory, meta_model) as partial:
+            self.write(partial, states, meta_model)
 
-    def rehearse_save(self, directory: Path, skeleton: Skeleton) -> None:
+    def rehearse_save(self, directory: Path, meta_model: MetaModel) -> None:
         """Do all that :meth:`save` does, of no stage, and put everything back.
 
         Raises:
             ConfigurationError: As :meth:`save`, with what there is to write of the model.
         """
         try:
-            with self.place(directory, skeleton) as partial:
-                self.write(partial, [], skeleton)
+            with self.place(directory, meta_model) as partial:
+                self.write(partial, [], meta_model)
                 raise _EnoughError
         except _EnoughError:
             pass
 
     @abstractmethod
-    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+    def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
         """Give an empty directory that takes the place of ``directory`` once it is complete.
 
         Raises:
@@ -86,7 +86,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
         """Write the state dicts of all stages, none in a rehearsal, and all else that belongs to them."""
 
 

@@ -28,9 +28,9 @@ from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.control import control
-from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.fingerprint import record_base
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.shared.class_mixin import mix_in
 
 PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
 
@@ -82,24 +82,24 @@ class ControlAdapter(Adapter):
         self.layers_to_transform = layers_to_transform
 
     @override
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
-        parse_layers(self.layers_to_transform, len(skeleton.layers))
-        _ = skeleton.whole  # refused now if it cannot be had: its names are those of the file
-        hidden = _hidden_size(skeleton)
+    def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
+        parse_layers(self.layers_to_transform, len(meta_model.layers))
+        _ = meta_model.whole  # refused now if it cannot be had: its names are those of the file
+        hidden = _hidden_size(meta_model)
         if self.rank > hidden:
             raise ConfigurationError(f"rank is {self.rank}, but the model's layers are only {hidden} wide; lower rank.")
 
     @override
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+    def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
         model.requires_grad_(False)
-        layers = model.get_submodule(skeleton.layers_name)
-        for number in parse_layers(self.layers_to_transform, len(skeleton.layers)):
+        layers = model.get_submodule(meta_model.layers_name)
+        for number in parse_layers(self.layers_to_transform, len(meta_model.layers)):
             layer = layers.get_submodule(str(number))
             device = next((parameter.device for parameter in layer.parameters()), None)
             if device is None:  # a placeholder for another stage's layer
                 continue
-            generator = generator_of(seed, f"{skeleton.layers_name}.{number}")
-            q = torch.empty(_hidden_size(skeleton), self.rank, dtype=torch.float32, device="cpu")
+            generator = generator_of(seed, f"{meta_model.layers_name}.{number}")
+            q = torch.empty(_hidden_size(meta_model), self.rank, dtype=torch.float32, device="cpu")
             nn.init.orthogonal_(q, generator=generator)
             _control(layer, q.to(device, DTYPES[self.dtype]), self.dropout, model)
 
@@ -117,27 +117,27 @@ class ControlAdapter(Adapter):
         }
 
     @override
-    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+    def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
         return whole_directory(directory, KNOWN_FILES)
 
     @override
-    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
-        weights = named_as_whole(states, skeleton)
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
+        weights = named_as_whole(states, meta_model)
         layers = self.layers_to_transform
         config = {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(skeleton.model_dir.absolute()),
+            "base_model_name_or_path": str(meta_model.model_dir.absolute()),
             "r": self.rank,
             "lora_alpha": self.rank,  # as qlora-pipe-lite's tools want it: the scale is 1
             "lora_dropout": self.dropout,
             "control_gamma": self.gamma,
-            "layers_to_transform": None if layers is None else parse_layers(layers, len(skeleton.layers)),
+            "layers_to_transform": None if layers is None else parse_layers(layers, len(meta_model.layers)),
             "inference_mode": True,
         }
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        record_base(directory, skeleton.fingerprint)
+        record_base(directory, meta_model.fingerprint)
 
 
 def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTrainedModel) -> None:
@@ -191,5 +191,5 @@ class _Controlled:
         )
 
 
-def _hidden_size(skeleton: Skeleton) -> int:
-    return int(skeleton.config.get_text_config(decoder=True).hidden_size)
+def _hidden_size(meta_model: MetaModel) -> int:
+    return int(meta_model.config.get_text_config(decoder=True).hidden_size)

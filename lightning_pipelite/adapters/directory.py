@@ -13,7 +13,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.locks import is_abandoned, make_locked
+from lightning_pipelite.shared.locks import is_abandoned, make_locked
 
 
 @contextmanager

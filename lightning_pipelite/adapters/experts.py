@@ -14,8 +14,8 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 from typing_extensions import override
 
 from lightning_pipelite.kernels.experts import Factors
-from lightning_pipelite.mixin import mix_in
 from lightning_pipelite.models.experts import compute, follows_interface, is_covered, share_class
+from lightning_pipelite.shared.class_mixin import mix_in
 
 
 def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig, adapter: str) -> ParamWrapper:

@@ -20,10 +20,10 @@ from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import INDEX_FILE, read_json
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
-from lightning_pipelite.models.skeleton import Skeleton, read_config
+from lightning_pipelite.models.meta_model import MetaModel, read_config
+from lightning_pipelite.models.weight_files import INDEX_FILE, read_json
 
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *PLAIN)
 
@@ -45,14 +45,14 @@ class Full(Adapter):
         self.layers_to_transform = layers_to_transform
 
     @override
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
+    def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         if load_in_4bit:
             raise ConfigurationError("load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.")
-        self._trained(skeleton)
+        self._trained(meta_model)
 
     @override
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
-        trained = self._trained(skeleton)
+    def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
+        trained = self._trained(meta_model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
 
@@ -66,44 +66,44 @@ class Full(Adapter):
         return {name: to_cpu(tensor) for name, tensor in on_disk.items()}
 
     @override
-    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
-        if directory.resolve() == skeleton.model_dir.resolve():
+    def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
+        if directory.resolve() == meta_model.model_dir.resolve():
             raise ConfigurationError(f"{directory} is the model that is trained; choose another place to save to.")
-        copied = {path.parts[0] for path in companions(skeleton.model_dir)}
+        copied = {path.parts[0] for path in companions(meta_model.model_dir)}
         return whole_directory(directory, [*KNOWN_FILES, *map(escape, copied)])
 
     @override
-    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
-        config = _config(skeleton)
-        copy_to(directory, skeleton.model_dir, companions(skeleton.model_dir))
-        shards, dtype = _write_shards(directory, map(_as_text_model, states) if skeleton.is_text_part else states)
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
+        config = _config(meta_model)
+        copy_to(directory, meta_model.model_dir, companions(meta_model.model_dir))
+        shards, dtype = _write_shards(directory, map(_as_text_model, states) if meta_model.is_text_part else states)
         _write_index(directory, shards)
         config["dtype"] = dtype
         config.pop("torch_dtype", None)  # the older name of the same key
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def _trained(self, skeleton: Skeleton) -> set[str]:
+    def _trained(self, meta_model: MetaModel) -> set[str]:
         """Return the names of the trained parameters of the whole model, a tied one under the embedding's name."""
-        modules = {name: module for name, module in skeleton.model.named_modules() if name}
-        trained = {id(parameter) for parameter in skeleton.model.parameters()}
+        modules = {name: module for name, module in meta_model.model.named_modules() if name}
+        trained = {id(parameter) for parameter in meta_model.model.parameters()}
         if self.target_modules is not None:
             matched = match_modules(modules, self.target_modules)
             trained = {id(parameter) for name in matched for parameter in modules[name].parameters()}
-        names = {name for name, parameter in skeleton.model.named_parameters() if id(parameter) in trained}
+        names = {name for name, parameter in meta_model.model.named_parameters() if id(parameter) in trained}
         if self.layers_to_transform is not None:
-            layers = set(parse_layers(self.layers_to_transform, len(skeleton.layers)))
-            names = {name for name in names if skeleton.layer_of(name) in layers}
+            layers = set(parse_layers(self.layers_to_transform, len(meta_model.layers)))
+            names = {name for name in names if meta_model.layer_of(name) in layers}
         if not names:
             raise ConfigurationError("target_modules matches no weight of layers_to_transform; widen either.")
         return names
 
 
-def _config(skeleton: Skeleton) -> dict[str, Any]:
+def _config(meta_model: MetaModel) -> dict[str, Any]:
     """Return the configuration of what is saved: of a multimodal model, that of the text model alone."""
-    if not skeleton.is_text_part:
-        return read_json(skeleton.model_dir / "config.json")
-    text = read_config(skeleton.model_dir, skeleton.trust_remote_code)
-    return {**text.to_dict(), "architectures": [type(skeleton.model).__name__], "use_cache": True}
+    if not meta_model.is_text_part:
+        return read_json(meta_model.model_dir / "config.json")
+    text = read_config(meta_model.model_dir, meta_model.trust_remote_code)
+    return {**text.to_dict(), "architectures": [type(meta_model.model).__name__], "use_cache": True}
 
 
 def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lightning_pipelite.kernels.lora import BLOCK, lora_linear
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.shared.class_mixin import mix_in
 
 
 def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[list[str]]) -> None:

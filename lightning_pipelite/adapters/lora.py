@@ -24,7 +24,7 @@ from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.fingerprint import BASE_FILE, record_base
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
 
 FILE_PREFIX = "base_model.model."
 KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_FILE, "README.md")
@@ -89,14 +89,14 @@ class LoRA(Adapter):
         return self.init_lora_weights.startswith("pissa")
 
     @override
-    def check(self, skeleton: Skeleton, *, load_in_4bit: bool) -> None:
-        linear, fused = self._targets(skeleton)
+    def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
+        linear, fused = self._targets(meta_model)
         if self._pissa and load_in_4bit:
             raise ConfigurationError("init_lora_weights pissa changes the weights, which load_in_4bit cannot; use one.")
-        if self._pissa and (small := [n for n in linear if min(_shape(skeleton, n)) < self.rank]):
+        if self._pissa and (small := [n for n in linear if min(_shape(meta_model, n)) < self.rank]):
             raise ConfigurationError(
                 f"rank is {self.rank}, but {small[0]}, which init_lora_weights pissa decomposes, has only "
-                f"{min(_shape(skeleton, small[0]))} singular values; lower rank."
+                f"{min(_shape(meta_model, small[0]))} singular values; lower rank."
             )
         for name, option in (("dropout", self.dropout), ("use_dora", self.use_dora), ("pissa", self._pissa)):
             if fused and option:
@@ -104,29 +104,29 @@ class LoRA(Adapter):
                     f"{name} does not work on fused experts such as {fused[0]}; leave it out, or name other "
                     "target_modules."
                 )
-        check_peft_loads(self._saved_config(skeleton), skeleton, {*linear, *fused})
+        check_peft_loads(self._saved_config(meta_model), meta_model, {*linear, *fused})
 
     @override
-    def apply(self, model: PreTrainedModel, skeleton: Skeleton, seed: int) -> None:
+    def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
         model.requires_grad_(False)
-        linear, fused = self._targets(skeleton)
+        linear, fused = self._targets(meta_model)
         owned = dict(model.named_modules())
         linear = [name for name in linear if name in owned]
         fused = [name for name in fused if name.rpartition(".")[0] in owned]
         if linear:
             # On the meta device, as PEFT's own initial values would draw from the global random numbers in vain.
             # Into the list of layers: given a model, PEFT takes gate_proj and its like for the experts' in some types.
-            prefix = skeleton.layers_name + "."
+            prefix = meta_model.layers_name + "."
             config = self._config([name.removeprefix(prefix) for name in linear])
             config.fan_in_fan_out = is_transposed(model, linear)
-            inject_adapter_in_model(config, owned[skeleton.layers_name], adapter_name=ADAPTER, low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, owned[meta_model.layers_name], adapter_name=ADAPTER, low_cpu_mem_usage=True)
         layers = [(name, model.get_submodule(name)) for name in linear]
         for name in fused:
             module, _, parameter = name.rpartition(".")
             layers.append((name, wrap_experts(model, module, parameter, self._config([]), ADAPTER)))
         for name, layer in layers:
             self._initialise(layer, name, seed)
-        fuse(dict(layers[: len(linear)]), ADAPTER, skeleton.shared_inputs)
+        fuse(dict(layers[: len(linear)]), ADAPTER, meta_model.shared_inputs)
         fuse_experts(model, ADAPTER)
 
     @override
@@ -145,21 +145,21 @@ class LoRA(Adapter):
         return state
 
     @override
-    def place(self, directory: Path, skeleton: Skeleton) -> AbstractContextManager[Path]:
+    def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
         return whole_directory(directory, KNOWN_FILES)
 
     @override
-    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> None:
-        config = self._saved_config(skeleton)
+    def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
+        config = self._saved_config(meta_model)
         config.task_type = "CAUSAL_LM"
-        config.base_model_name_or_path = str(skeleton.model_dir.absolute())
+        config.base_model_name_or_path = str(meta_model.model_dir.absolute())
         config.inference_mode = True
         config.save_pretrained(str(directory))
-        weights = named_as_whole(states, skeleton)
+        weights = named_as_whole(states, meta_model)
         if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
             raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
         save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        record_base(directory, skeleton.fingerprint)
+        record_base(directory, meta_model.fingerprint)
 
     def _config(self, targets: list[str]) -> LoraConfig:
         return LoraConfig(
@@ -171,9 +171,9 @@ class LoRA(Adapter):
             use_dora=self.use_dora,
         )
 
-    def _saved_config(self, skeleton: Skeleton) -> LoraConfig:
-        linear, fused = self._targets(skeleton)
-        whole, transposed = skeleton.whole, is_transposed(skeleton.model, linear)
+    def _saved_config(self, meta_model: MetaModel) -> LoraConfig:
+        linear, fused = self._targets(meta_model)
+        whole, transposed = meta_model.whole, is_transposed(meta_model.model, linear)
         linear, fused = ([whole.name(name) for name in names] for names in (linear, fused))
         config = self._config(shortest(linear, [name for name, _ in whole.model.named_modules()], 1))
         config.fan_in_fan_out = transposed
@@ -183,8 +183,8 @@ class LoRA(Adapter):
             config.r = config.lora_alpha = 2 * self.rank
         return config
 
-    def _targets(self, skeleton: Skeleton) -> tuple[list[str], list[str]]:
-        return lora_targets(skeleton, self.target_modules, self.layers_to_transform)
+    def _targets(self, meta_model: MetaModel) -> tuple[list[str], list[str]]:
+        return lora_targets(meta_model, self.target_modules, self.layers_to_transform)
 
     def _initialise(self, layer: Any, name: str, seed: int) -> None:
         """Set A and B to values that depend on ``seed`` and ``name`` alone, drawn on the CPU for every device."""
@@ -229,10 +229,10 @@ def check_options(rank: int, dropout: float, dtype: str) -> None:
         raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
 
 
-def named_as_whole(states: Iterable[dict[str, Tensor]], skeleton: Skeleton) -> dict[str, Tensor]:
+def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> dict[str, Tensor]:
     """Return the tensors of all stages by the names that PEFT looks for, in the model that the directory loads as."""
     return {
-        FILE_PREFIX + skeleton.whole.name(name.removeprefix(FILE_PREFIX)): tensor
+        FILE_PREFIX + meta_model.whole.name(name.removeprefix(FILE_PREFIX)): tensor
         for state in states
         for name, tensor in state.items()
     }
@@ -250,5 +250,5 @@ def _name_in_file(name: str) -> str:
     return name.replace(magnitude, ".lora_magnitude_vector").replace(f".{ADAPTER}.", ".")
 
 
-def _shape(skeleton: Skeleton, name: str) -> torch.Size:
-    return skeleton.model.get_submodule(name).weight.shape
+def _shape(meta_model: MetaModel, name: str) -> torch.Size:
+    return meta_model.model.get_submodule(name).weight.shape

@@ -13,25 +13,25 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.four_bit import fused_weights
-from lightning_pipelite.models.kinds import kind_of
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.layer_signature import layer_signature
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.quantization.four_bit import fused_weights
 
 ADAPTER = "default"
 
 
 def lora_targets(
-    skeleton: Skeleton, target_modules: str | list[str], layers_to_transform: str | list[int] | None
+    meta_model: MetaModel, target_modules: str | list[str], layers_to_transform: str | list[int] | None
 ) -> tuple[list[str], list[str]]:
     """Return the full names of the linear layers and of the fused weights to adapt in the whole model.
 
     Raises:
         ConfigurationError: A target that is neither, or nothing to adapt.
     """
-    modules = {name: module for name, module in skeleton.model.named_modules() if name}
-    known = {n for n, m in modules.items() if skeleton.layer_of(n) is not None and _is_linear(m)}
+    modules = {name: module for name, module in meta_model.model.named_modules() if name}
+    known = {n for n, m in modules.items() if meta_model.layer_of(n) is not None and _is_linear(m)}
     names = {module: name for name, module in modules.items()}
-    experts = [f"{names[module]}.{name}" for module, name in fused_weights(skeleton.layers)]
+    experts = [f"{names[module]}.{name}" for module, name in fused_weights(meta_model.layers)]
     targets = [*(name for name in modules if name in known), *experts]
     if target_modules != "all-linear":
         targets = match_modules([*modules, *experts], target_modules)
@@ -41,38 +41,38 @@ def lora_targets(
                 f"target_modules matches {others[0]}, a {kind}; name linear modules of decoder layers, or fused "
                 "experts, only."
             )
-    layers = set(parse_layers(layers_to_transform, len(skeleton.layers)))
-    chosen = [name for name in targets if skeleton.layer_of(name) in layers]
+    layers = set(parse_layers(layers_to_transform, len(meta_model.layers)))
+    chosen = [name for name in targets if meta_model.layer_of(name) in layers]
     if not chosen:
         raise ConfigurationError("target_modules matches no linear layer of layers_to_transform; widen either.")
     return [name for name in chosen if name in known], [name for name in chosen if name not in known]
 
 
-def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) -> None:
+def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str]) -> None:
     """Refuse, before hours of training, what PEFT would not adapt when it loads the result.
 
     Args:
         config: What will be saved.
-        skeleton: The whole model.
+        meta_model: The whole model.
         targets: Full names of what the LoRA adapts.
 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
     """
-    whole = skeleton.whole
-    layers = whole.model.get_submodule(whole.name(skeleton.layers_name))
+    whole = meta_model.whole
+    layers = whole.model.get_submodule(whole.name(meta_model.layers_name))
     # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
     tried: dict[Hashable, int] = {}
-    own: list[set[str]] = [set() for _ in skeleton.layers]
+    own: list[set[str]] = [set() for _ in meta_model.layers]
     for name in targets:
-        number = skeleton.layer_of(name)
+        number = meta_model.layer_of(name)
         assert number is not None
-        own[number].add(name.removeprefix(skeleton.layers_name).split(".", 2)[2])
-    for number, layer in enumerate(skeleton.layers):
-        tried.setdefault((kind_of(layer), frozenset(own[number])), number)
+        own[number].add(name.removeprefix(meta_model.layers_name).split(".", 2)[2])
+    for number, layer in enumerate(meta_model.layers):
+        tried.setdefault((layer_signature(layer), frozenset(own[number])), number)
     others = {id(layer): nn.Identity() for n, layer in enumerate(layers) if n not in tried.values()}
     model = copy.deepcopy(whole.model, others)
-    targets = {name for name in targets if skeleton.layer_of(name) in tried.values()}
+    targets = {name for name in targets if meta_model.layer_of(name) in tried.values()}
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
@@ -85,7 +85,7 @@ def check_peft_loads(config: LoraConfig, skeleton: Skeleton, targets: set[str]) 
     if lost := sorted(targets - adapted):
         raise ConfigurationError(
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
-            f"{skeleton.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
+            f"{meta_model.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
             "target_modules."
         )
 

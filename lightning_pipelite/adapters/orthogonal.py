@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_pipelite.precision import full_precision
+from lightning_pipelite.shared.tf32 import full_precision
 
 
 def keep_orthogonal(directions: Sequence[Tensor], gamma: float) -> None:

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.control import find_control, orthogonality, spectral_norm
-from lightning_pipelite.callbacks.heat_map import heat_map
-from lightning_pipelite.callbacks.low_rank import chunks, find_low_rank, gram_matrices
-from lightning_pipelite.callbacks.over_ranks import LoggedSteps, gathered, summarize
-from lightning_pipelite.precision import full_precision
+from lightning_pipelite.callbacks.support.control_decay import find_control, orthogonality, spectral_norm
+from lightning_pipelite.callbacks.support.heat_map import heat_map
+from lightning_pipelite.callbacks.support.low_rank import chunks, find_low_rank, gram_matrices
+from lightning_pipelite.shared.over_ranks import LoggedSteps, gathered, summarize
+from lightning_pipelite.shared.tf32 import full_precision
 
 LAYERS_EVERY = 10
 """After how many times that the averages are logged the single layers are."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.control import ControlPair, find_control, spectral_norm
-from lightning_pipelite.callbacks.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
-from lightning_pipelite.callbacks.over_ranks import logs_now, summarize
+from lightning_pipelite.callbacks.support.control_decay import ControlPair, find_control, spectral_norm
+from lightning_pipelite.callbacks.support.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.precision import full_precision
+from lightning_pipelite.shared.over_ranks import logs_now, summarize
+from lightning_pipelite.shared.tf32 import full_precision
 
 _Plan = tuple[list[tuple[tuple[int, int], Chunk]], dict[int, list[ControlPair]]]
 

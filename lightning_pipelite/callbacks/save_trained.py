@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.former_result import refuse_former_result
+from lightning_pipelite.callbacks.support.former_result import refuse_former_result
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.local_path import refuse_remote
+from lightning_pipelite.shared.local_path import refuse_remote
 
 
 class SaveTrained(Callback):

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.over_ranks import LoggedSteps, gathered, logs_now
-from lightning_pipelite.callbacks.stage_bars import stage_bars
+from lightning_pipelite.callbacks.support.stage_bars import stage_bars
+from lightning_pipelite.shared.over_ranks import LoggedSteps, gathered, logs_now
 
 PICTURE_EVERY = 10
 """After how many times that the numbers are logged the picture is."""

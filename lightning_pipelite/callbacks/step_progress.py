@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.step_clock import StepClock
-from lightning_pipelite.progress import Style, View, duration, view
+from lightning_pipelite.shared.progress import Style, View, duration, view
+from lightning_pipelite.shared.step_clock import StepClock
 
 
 class StepProgress(ProgressBar):

@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pipelite.callbacks.former_result import refuse_former_result
-from lightning_pipelite.callbacks.signals import SAVE, SAVE_AND_PASS_ON, STOPS, Signals
+from lightning_pipelite.callbacks.support.former_result import refuse_former_result
+from lightning_pipelite.callbacks.support.signals import SAVE, SAVE_AND_PASS_ON, STOPS, Signals
+from lightning_pipelite.checkpoint.loop_state import after_last_batch
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.interrupt import name_of
-from lightning_pipelite.local_path import refuse_remote
-from lightning_pipelite.loop_state import after_last_batch
+from lightning_pipelite.shared.interrupt import name_of
+from lightning_pipelite.shared.local_path import refuse_remote
 
 TRIGGER = "save_now"
 _NAME = re.compile(r"step=(\d{8,})\.ckpt")

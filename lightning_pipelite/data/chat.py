@@ -9,8 +9,8 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from lightning_pipelite.data.bad import naming
 from lightning_pipelite.data.conversation import Message, learnt
+from lightning_pipelite.data.record_errors import naming
 from lightning_pipelite.data.template import ChatTemplate, Span
 from lightning_pipelite.data.turns import Turns
 from lightning_pipelite.errors import ConfigurationError

@@ -16,7 +16,7 @@ from lightning_pipelite.data.records import Record, UnreadableFileError, read_re
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.data.workers import map_in_order
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.progress import Progress
+from lightning_pipelite.shared.progress import Progress
 
 # A batch takes a process some fifty times its size while it is tokenised, and costs a message there and back.
 _BATCH_DOCUMENTS = 1024

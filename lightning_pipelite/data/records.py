@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_pipelite.data.bad import reason
 from lightning_pipelite.data.columns import plain
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.conversation import (
@@ -23,6 +22,7 @@ from lightning_pipelite.data.conversation import (
     template_arguments,
 )
 from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
+from lightning_pipelite.data.record_errors import reason
 from lightning_pipelite.data.sources import format_of, open_bytes
 from lightning_pipelite.errors import ConfigurationError
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_pipelite.data.corpus import UNLABELLED
 from lightning_pipelite.data.packing import Ints, Layout
-from lightning_pipelite.progress import track
+from lightning_pipelite.shared.progress import track
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lightning_pipelite.data.bad import naming
 from lightning_pipelite.data.chat import ChatRenderer, Flags
 from lightning_pipelite.data.config import PackingOptions, TokenSpec
+from lightning_pipelite.data.record_errors import naming
 from lightning_pipelite.errors import ConfigurationError
 
 _SAMPLE = ["The quick\n\n  brown fox's 3.14", " é漢字🙂\t<s> </s> [CLS] <|endoftext|>", "", "\r\nDEF foo(x): return x"]

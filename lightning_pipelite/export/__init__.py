@@ -6,8 +6,8 @@ Each is a command of ``pipelite`` as well. Nothing here needs Lightning or DeepS
 from lightning_pipelite.export.analyze import analyze
 from lightning_pipelite.export.control_to_lora import control_to_lora
 from lightning_pipelite.export.convert import convert
+from lightning_pipelite.export.gguf import export_gguf
 from lightning_pipelite.export.merge import merge
 from lightning_pipelite.export.migrate import migrate
-from lightning_pipelite.export.to_gguf import export_gguf
 
 __all__ = ["analyze", "control_to_lora", "convert", "export_gguf", "merge", "migrate"]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.control import ControlAdapterFile, is_control_adapter
+from lightning_pipelite.export.control_files import ControlAdapterFile, is_control_adapter
 from lightning_pipelite.export.control_to_lora import layers_of
-from lightning_pipelite.export.lora import LoRAOfBase, read_tensors
+from lightning_pipelite.export.lora_files import LoRAOfBase, read_tensors
 from lightning_pipelite.export.lora_kinds import rest_of
 from lightning_pipelite.export.page import page
 from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
-from lightning_pipelite.export.places import new_directory
 from lightning_pipelite.export.spectra import Control, Product, control, product, saved_factors
 from lightning_pipelite.models.fingerprint import refuse_another_base
-from lightning_pipelite.progress import track
+from lightning_pipelite.shared.progress import track
 
 DPI = 200
 LORA_TERMS = {

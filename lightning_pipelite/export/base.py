@@ -22,8 +22,10 @@ from transformers.core_model_loading import (
 )
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.attention import OF_TRANSFORMERS
-from lightning_pipelite.models.checkpoint import (
+from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
+from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
+from lightning_pipelite.models.meta_model import read_config
+from lightning_pipelite.models.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
     check_weights,
@@ -31,9 +33,7 @@ from lightning_pipelite.models.checkpoint import (
     read_json,
     weight_files,
 )
-from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
-from lightning_pipelite.models.skeleton import read_config
-from lightning_pipelite.models.whole import WholeModel, whole_model, whole_models
+from lightning_pipelite.models.whole_model import WholeModel, whole_model, whole_models
 
 DTYPES = {
     "F64": torch.float64,
@@ -102,7 +102,7 @@ class BaseModel:
             )
         check_weights(self.directory)
         self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
-        self.model = self.skeleton()
+        self.model = self.meta_model()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.headers = {name: read_header(self.directory / name) for name in self._file_names()}
         self._file_of = {tensor: name for name, header in self.headers.items() for tensor in header}
@@ -126,7 +126,7 @@ class BaseModel:
         wholes = whole_models(self.directory, self.model, self.trust_remote_code) if self.is_text_part else ()
         return next((whole for whole in wholes if whole.is_meant(names)), None)
 
-    def skeleton(self) -> PreTrainedModel:
+    def meta_model(self) -> PreTrainedModel:
         """Return a new model on the meta device, in float32."""
         with torch.device("meta"):
             return self.build(self.config, dtype=torch.float32)

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.control import ControlAdapterFile, Transform
-from lightning_pipelite.export.lora import PREFIX, WEIGHTS_FILE, LoRAOfBase
+from lightning_pipelite.export.control_files import ControlAdapterFile, Transform
+from lightning_pipelite.export.kl_divergence import KLDivergence, measure
+from lightning_pipelite.export.lora_files import PREFIX, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.lora_kinds import CONFIG_FILE
-from lightning_pipelite.export.nearness import Nearness, measure
-from lightning_pipelite.export.places import new_directory
-from lightning_pipelite.export.writers import LayerWriters, Writer, find_writers
+from lightning_pipelite.export.residual_writers import LayerWriters, Writer, find_writers
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
-from lightning_pipelite.progress import track
+from lightning_pipelite.shared.progress import track
 
 
 def control_to_lora(
@@ -121,7 +121,7 @@ def _choose(
     return (_Last() if take == "last" else _All()), "\n".join(lines)
 
 
-def _told(near: Nearness) -> str:
+def _told(near: KLDivergence) -> str:
     return f"KL divergence {near.divergence:.3g} nats a token ({near.without:.3g} without any adapter)"
 
 

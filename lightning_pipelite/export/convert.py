@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.former_checkpoint import FormerCheckpoint
-from lightning_pipelite.export.own_checkpoint import convert_own
+from lightning_pipelite.export.from_checkpoint import convert_own
+from lightning_pipelite.export.from_qlora_pipe_lite import FormerCheckpoint
 
 
 def convert(checkpoint: str, output: str, config: str | None = None, allow_another_base: bool = False) -> str:

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import read_json
+from lightning_pipelite.models.weight_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 # Keys that say nothing of what is added to a weight. Those of initialisations count by ``init_lora_weights`` alone.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
-from lightning_pipelite.export.lora import LoRAOfBase
-from lightning_pipelite.export.places import new_directory
-from lightning_pipelite.models.checkpoint import read_header
+from lightning_pipelite.export.lora_files import LoRAOfBase
 from lightning_pipelite.models.companions import copy_to, everything_else, own_code
 from lightning_pipelite.models.fingerprint import refuse_another_base
-from lightning_pipelite.progress import Progress
+from lightning_pipelite.models.weight_files import read_header
+from lightning_pipelite.shared.progress import Progress
 
 MAX_SCALE = 2.0
 CHUNK = 1 << 24  # bytes copied at a time

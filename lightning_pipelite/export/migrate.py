@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.places import check_new_file, new_file
+from lightning_pipelite.export.atomic_output import check_new_file, new_file
 
 if sys.version_info >= (3, 11):
     import tomllib

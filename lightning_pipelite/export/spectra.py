@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.core_model_loading import dot_natural_key
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.control import Transform
-from lightning_pipelite.export.lora import Factors, read_tensors
+from lightning_pipelite.export.control_files import Transform
+from lightning_pipelite.export.lora_files import Factors, read_tensors
 from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config, rest_of
 
 

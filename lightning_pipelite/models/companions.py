@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from lightning_pipelite.models.checkpoint import INDEX_FILE, PICKLED_INDEX_FILE
+from lightning_pipelite.models.weight_files import INDEX_FILE, PICKLED_INDEX_FILE
 
 PLAIN = (
     "generation_config.json",

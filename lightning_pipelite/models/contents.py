@@ -12,8 +12,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import weight_entries
-from lightning_pipelite.models.skeleton import Skeleton, embedding_first
+from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.weight_files import weight_entries
 
 # What multimodal checkpoints, old and new, call the weights of their text model.
 TEXT_MODEL_NAMES = {
@@ -24,7 +24,7 @@ TEXT_MODEL_NAMES = {
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
 
 
-def check_contents(skeleton: Skeleton) -> None:
+def check_contents(meta_model: MetaModel) -> None:
     """Check that the safetensors files hold each of the model's weights, in its shape, and no decoder layers more.
 
     The load is rehearsed by transformers' own code with tensors on the meta device, of the shapes in the headers: that
@@ -34,32 +34,32 @@ def check_contents(skeleton: Skeleton) -> None:
         ConfigurationError: A weight that is missing, has another shape, does not belong to config.json's model, or is
             stored in a type that is not a plain floating one.
     """
-    entries = weight_entries(skeleton.model_dir)
+    entries = weight_entries(meta_model.model_dir)
     for name, entry in entries.items():
         if name.endswith(".weight") and entry["dtype"] not in FLOATS:
             raise ConfigurationError(
-                f"{skeleton.model_dir}: the weight {name} is stored as {entry['dtype']}; give the model in bfloat16, "
+                f"{meta_model.model_dir}: the weight {name} is stored as {entry['dtype']}; give the model in bfloat16, "
                 "float16 or float32."
             )
-    report = _rehearse(skeleton, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
-    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    buffers = {n for n, b in skeleton.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
+    report = _rehearse(meta_model, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
+    parameters = dict(meta_model.model.named_parameters(remove_duplicate=False))
+    buffers = {n for n, b in meta_model.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
     missing = (parameters.keys() & report.missing_keys) | (buffers & report.unforgiven_keys)
-    refuse_misfits(skeleton.model_dir, missing, report.mismatched_keys)
+    refuse_misfits(meta_model.model_dir, missing, report.mismatched_keys)
     if report.conversion_errors:
         raise ConfigurationError(
-            f"{skeleton.model_dir}: the weights that make up {min(report.conversion_errors)} are not all there or have "
-            "different shapes; fetch the model again."
+            f"{meta_model.model_dir}: the weights that make up {min(report.conversion_errors)} are not all there or "
+            "have different shapes; fetch the model again."
         )
-    count = len(skeleton.layers)
-    heads = range(count, count + (getattr(skeleton.config, "num_nextn_predict_layers", 0) or 0))
+    count = len(meta_model.layers)
+    heads = range(count, count + (getattr(meta_model.config, "num_nextn_predict_layers", 0) or 0))
     for name in sorted(report.unexpected_keys):
-        layer, (module, _, own) = skeleton.layer_of(name), name.rpartition(".")
+        layer, (module, _, own) = meta_model.layer_of(name), name.rpartition(".")
         if layer is None or layer in heads:
             continue  # of a multimodal model what is left out, or what predicts several tokens ahead
         if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
             raise ConfigurationError(
-                f"{skeleton.model_dir} holds the weight {name}, which the model that its config.json describes does "
+                f"{meta_model.model_dir} holds the weight {name}, which the model that its config.json describes does "
                 "not have; correct config.json."
             )
 
@@ -97,9 +97,9 @@ class _Report:
     conversion_errors: dict[str, str]
 
 
-def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
+def _rehearse(meta_model: MetaModel, state: dict[str, torch.Tensor]) -> _Report:
     """Load ``state`` into a new model on the meta device."""
-    whole_class = type(skeleton.model)
+    whole_class = type(meta_model.model)
     found = _Report()
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -124,11 +124,11 @@ def _rehearse(skeleton: Skeleton, state: dict[str, torch.Tensor]) -> _Report:
     try:
         rehearsing_class.from_pretrained(
             None,
-            config=skeleton.config,
+            config=meta_model.config,
             state_dict=state,
             dtype=torch.bfloat16,
             device_map={"": "meta"},
-            key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
+            key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
             ignore_mismatched_sizes=True,
         )
     finally:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
 from lightning_pipelite.kernels.lora import BLOCK
 from lightning_pipelite.kernels.routing import sort_by_expert
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.shared.class_mixin import mix_in
 
 SECOND = "down_proj"
 

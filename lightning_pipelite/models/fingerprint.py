@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.checkpoint import pickled_files, read_header, read_json, weight_files
 from lightning_pipelite.models.companions import own_code
+from lightning_pipelite.models.weight_files import pickled_files, read_header, read_json, weight_files
 
 VOLATILE = (
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
 
 # Dense bf16 products with fp32 accumulation, TFLOP/s, by a part of the device's name; the first that is found counts.
 # NVIDIA's data sheets (H200, H100, A100, L40S, L40, L4, A10, A40, A6000) and the appendices of its architecture
@@ -69,7 +69,7 @@ class TrainingFlops:
         return self.per_token * tokens + self.per_pair * pairs
 
 
-def training_flops(skeleton: Skeleton, trained: Mapping[str, Tensor]) -> TrainingFlops | None:
+def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> TrainingFlops | None:
     """Count as the PaLM paper does, appendix B, but only what this training needs.
 
     A token costs 2 for each weight in the forward pass, 2 in the backward pass for the gradient of what the weight is
@@ -80,35 +80,39 @@ def training_flops(skeleton: Skeleton, trained: Mapping[str, Tensor]) -> Trainin
     document, whether one sees the other or not. Recomputed activations do not count.
 
     Args:
-        skeleton: The model.
+        meta_model: The model.
         trained: The trained parameters of all stages by their names, on any device.
 
     Returns:
         None for a model with experts whose configuration does not tell how many are used, or without attention heads.
     """
-    config = skeleton.config
+    config = meta_model.config
     share = _share_of_experts(config)
-    matrices = dict(_matrices(skeleton.model))
-    layers = [layer for name in trained if (layer := skeleton.layer_of(name)) is not None]
+    matrices = dict(_matrices(meta_model.model))
+    layers = [layer for name in trained if (layer := meta_model.layer_of(name)) is not None]
     # What is before the layers can only be trained through all of them; the tail alone needs none.
-    before = any(name.rpartition(".")[0] in skeleton.start_names for name in trained)
-    lowest = 0 if before else min(layers, default=len(skeleton.layers))
-    own = {name for name, _ in skeleton.model.named_parameters()}
+    before = any(name.rpartition(".")[0] in meta_model.start_names for name in trained)
+    lowest = 0 if before else min(layers, default=len(meta_model.layers))
+    own = {name for name, _ in meta_model.model.named_parameters()}
     added = sum(p.numel() for name, p in trained.items() if name not in own and p.ndim >= 2)
     per_token = 6.0 * added
     for name, matrix in matrices.items():
         routed = _is_routed(name, matrix)
         if routed and share is None:
             return None
-        layer = skeleton.layer_of(name)
-        tied = f"{skeleton.embedding_name}.weight" if skeleton.tied and name == f"{skeleton.head_name}.weight" else name
+        layer = meta_model.layer_of(name)
+        tied = (
+            f"{meta_model.embedding_name}.weight"
+            if meta_model.tied and name == f"{meta_model.head_name}.weight"
+            else name
+        )
         factor = 2 + 2 * (layer is None or layer >= lowest) + 2 * (name in trained or tied in trained)
         per_token += factor * matrix.numel() * (share if routed and share is not None else 1.0)
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         return None
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kinds = getattr(config, "layer_types", None) or ["attention"] * len(skeleton.layers)
+    kinds = getattr(config, "layer_types", None) or ["attention"] * len(meta_model.layers)
     attends = ["attention" in kind and "linear" not in kind for kind in kinds]
     per_pair = width * (4 * sum(attends) + 8 * sum(attends[lowest:]))
     return TrainingFlops(per_token, float(per_pair))

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import attention as varlen
-from lightning_pipelite.models.checkpoint import check_weights
+from lightning_pipelite.models.attention import varlen
 from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.experts import follows_interface, group_experts
-from lightning_pipelite.models.four_bit import unknown_linear
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.memory import ActivationMemory, compile_layers, set_activation_memory
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.quantization.four_bit import unknown_linear
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
-from lightning_pipelite.models.skeleton import Skeleton
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.models.weight_files import check_weights
 
 if TYPE_CHECKING:
     from lightning_pipelite.adapters import Adapter
@@ -62,8 +62,8 @@ class CausalLMLayers:
 
     Attributes:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
-            that need each other (``skeleton.groups``).
-        skeleton: The whole model on the meta device.
+            that need each other (``meta_model.groups``).
+        meta_model: The whole model on the meta device.
 
     Raises:
         ConfigurationError: The model is missing, damaged, not a causal LM or cannot be split, or the adapter does not
@@ -98,46 +98,48 @@ class CausalLMLayers:
             choices = ", ".join(get_args(ActivationMemory))
             raise ConfigurationError(f"activation_memory is {activation_memory!r}; set it to one of {choices}.")
         self._attn_implementation = None if attn_implementation == "auto" else attn_implementation
-        self.skeleton = Skeleton(
+        self.meta_model = MetaModel(
             model_dir,
             trust_remote_code=trust_remote_code,
             attn_implementation=None if attn_implementation in ("auto", varlen.NAME) else attn_implementation,
         )
-        if attn_implementation == varlen.NAME and not self.skeleton.fits_varlen():
+        if attn_implementation == varlen.NAME and not self.meta_model.fits_varlen():
             raise ConfigurationError(
-                f"{model_dir}: a model of type {self.skeleton.config.model_type} attends in a way that varlen does not "
-                "know; set attn_implementation to auto."
+                f"{model_dir}: a model of type {self.meta_model.config.model_type} attends in a way that varlen does "
+                "not know; set attn_implementation to auto."
             )
-        if (self.skeleton.model_dir / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
+        if (
+            self.meta_model.model_dir / "adapter_config.json"
+        ).exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
             )
-        if packed and not self.skeleton.isolates_documents:
+        if packed and not self.meta_model.isolates_documents:
             raise ConfigurationError(
-                f"{model_dir}: a model of type {self.skeleton.config.model_type} would let packed documents see each "
+                f"{model_dir}: a model of type {self.meta_model.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
         if activation_memory == "auto":
-            activation_memory = "recompute" if self.skeleton.can_recompute else "keep"
-        if activation_memory != "keep" and not self.skeleton.can_recompute:
+            activation_memory = "recompute" if self.meta_model.can_recompute else "keep"
+        if activation_memory != "keep" and not self.meta_model.can_recompute:
             raise ConfigurationError(
-                f"{model_dir}: a model of type {self.skeleton.config.model_type} cannot recompute its layers; set "
+                f"{model_dir}: a model of type {self.meta_model.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
             )
-        self._pickled = not check_weights(self.skeleton.model_dir, allow_pickled=allow_pickled_weights)
-        if load_in_4bit and (name := unknown_linear(self.skeleton.model, self.skeleton.layer_names)):
-            kind = type(self.skeleton.model.get_submodule(name)).__name__
+        self._pickled = not check_weights(self.meta_model.model_dir, allow_pickled=allow_pickled_weights)
+        if load_in_4bit and (name := unknown_linear(self.meta_model.model, self.meta_model.layer_names)):
+            kind = type(self.meta_model.model.get_submodule(name)).__name__
             raise ConfigurationError(
                 f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
             )
-        adapter.check(self.skeleton, load_in_4bit=load_in_4bit)
+        adapter.check(self.meta_model, load_in_4bit=load_in_4bit)
         self.router_loss: RouterLoss | None = None
-        if router_aux_loss_coef or (router_aux_loss_coef is None and self.skeleton.balances_routers):
-            self.router_loss = self.skeleton.router_loss()
+        if router_aux_loss_coef or (router_aux_loss_coef is None and self.meta_model.balances_routers):
+            self.router_loss = self.meta_model.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
         if not self._pickled:  # those have no headers; what is wrong with them shows as they are loaded
-            check_contents(self.skeleton)
+            check_contents(self.meta_model)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
@@ -147,7 +149,12 @@ class CausalLMLayers:
         self._compile = compile_layers
         self.seed = seed
         self.packed = packed
-        self.names = [type(self.skeleton.layers[first]).__name__ for first in self.skeleton.groups[:-1]]
+        self.names = [type(self.meta_model.layers[first]).__name__ for first in self.meta_model.groups[:-1]]
+
+    @property
+    def skeleton(self) -> MetaModel:
+        """The former name of ``meta_model``, for programs that know it."""
+        return self.meta_model
 
     def __len__(self) -> int:
         """Return the number of items that can be dealt out: of decoder layers, unless some need each other."""
@@ -156,8 +163,8 @@ class CausalLMLayers:
     @property
     def vocabulary(self) -> tuple[int, int]:
         """The rows of the embedding and of the head: how many tokens there are to read, and to say."""
-        model = self.skeleton.model
-        embedding, head = (model.get_submodule(n) for n in (self.skeleton.embedding_name, self.skeleton.head_name))
+        model = self.meta_model.model
+        embedding, head = (model.get_submodule(n) for n in (self.meta_model.embedding_name, self.meta_model.head_name))
         return embedding.weight.shape[0], head.weight.shape[0]
 
     def parameter_counts(self) -> list[int]:
@@ -166,7 +173,7 @@ class CausalLMLayers:
         The embedding is counted in the first item, final norm and head in the last; a weight that ties embedding and
         head is counted in both, as both stages hold it.
         """
-        return self.skeleton.parameter_counts()
+        return self.meta_model.parameter_counts()
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> Stage:
         """Load items [start, stop) to ``device``, adapt them and return them as a stage, in training mode.
@@ -181,9 +188,9 @@ class CausalLMLayers:
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
-        start, stop = self.skeleton.groups[start], self.skeleton.groups[stop]
+        start, stop = self.meta_model.groups[start], self.meta_model.groups[stop]
         model = load_trimmed(
-            self.skeleton,
+            self.meta_model,
             start,
             stop,
             dtype=self.dtype,
@@ -194,22 +201,22 @@ class CausalLMLayers:
             attn_implementation=self._attention_on(device),
         ).train()
         follow_documents(model)
-        leaves_head = self._fuse_head and stop == len(self.skeleton.layers)
+        leaves_head = self._fuse_head and stop == len(self.meta_model.layers)
         # Before the adapter's layers, which may need more than tokens.
-        fused_head = find_fused_head(model, model.get_submodule(self.skeleton.head_name)) if leaves_head else None
-        layers = list(model.get_submodule(self.skeleton.layers_name))[start:stop]
+        fused_head = find_fused_head(model, model.get_submodule(self.meta_model.head_name)) if leaves_head else None
+        layers = list(model.get_submodule(self.meta_model.layers_name))[start:stop]
         compiled = self.compiles_on(device)
         set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
-        self.adapter.apply(model, self.skeleton, self.seed)
+        self.adapter.apply(model, self.meta_model, self.seed)
         group_experts(layers)
         if compiled:
             compile_layers(layers)
         return Stage(
             model,
-            self.skeleton.layers_name,
+            self.meta_model.layers_name,
             start,
             stop,
-            takes_positions=self.skeleton.takes_positions,
+            takes_positions=self.meta_model.takes_positions,
             packed=self.packed,
             router_loss=self.router_loss,
             fused_head=fused_head,
@@ -228,7 +235,7 @@ class CausalLMLayers:
     @cached_property
     def _have_single_experts(self) -> bool:
         """Whether a layer has some in a list, or fused in a way of its own."""
-        modules = [module for layer in self.skeleton.layers for module in layer.modules()]
+        modules = [module for layer in self.meta_model.layers for module in layer.modules()]
         others = [module for module in modules if not follows_interface(module)]
         fused = any(p.ndim > 2 for module in others for p in module.parameters(recurse=False))
         return fused or any(isinstance(module, nn.ModuleList) for module in modules)
@@ -236,11 +243,11 @@ class CausalLMLayers:
     def _attention_on(self, device: torch.device) -> str | None:
         if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):
             return self._attn_implementation
-        if self.skeleton.fits_varlen():
+        if self.meta_model.fits_varlen():
             return varlen.NAME
         warnings.warn(
-            f"{self.skeleton.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a "
-            f"model of type {self.skeleton.config.model_type} attends in a way that FlashAttention does not know.",
+            f"{self.meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as "
+            f"a model of type {self.meta_model.config.model_type} attends in a way that FlashAttention does not know.",
             stacklevel=2,
         )
         return None

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
-from lightning_pipelite.models.four_bit import kept_names, nf4, quantise_on_load, quantise_without_weights
-from lightning_pipelite.models.skeleton import Skeleton, embedding_first
-from lightning_pipelite.models.stage import Absent, Placeholder, StandIn
+from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.quantization.four_bit import kept_names, nf4, quantise_on_load, quantise_without_weights
+from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
 
 
 def load_trimmed(
-    skeleton: Skeleton,
+    meta_model: MetaModel,
     start: int,
     stop: int,
     *,
@@ -37,78 +37,80 @@ def load_trimmed(
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
-    attn_implementation = attn_implementation or skeleton.config._attn_implementation
+    attn_implementation = attn_implementation or meta_model.config._attn_implementation
     if device.type == "meta":
-        model = _without_weights(skeleton, start, stop, dtype, attn_implementation)
-        _untie(model, skeleton, start, stop, device)
+        model = _without_weights(meta_model, start, stop, dtype, attn_implementation)
+        _untie(model, meta_model, start, stop, device)
         if load_in_4bit:
-            quantise_without_weights(model, skeleton, range(start, stop), dtype, double_quant=double_quant)
+            quantise_without_weights(model, meta_model, range(start, stop), dtype, double_quant=double_quant)
         return model
     trimming_class = _trimming_class(
-        skeleton, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
+        meta_model, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
     )
     model, report = trimming_class.from_pretrained(
-        str(skeleton.model_dir),
-        config=skeleton.config,
+        str(meta_model.model_dir),
+        config=meta_model.config,
         dtype=dtype,
         device_map={"": device},
         quantization_config=nf4(
-            [skeleton.head_name, *kept_names(skeleton.model, skeleton.layer_names)], dtype, double_quant=double_quant
+            [meta_model.head_name, *kept_names(meta_model.model, meta_model.layer_names)],
+            dtype,
+            double_quant=double_quant,
         )
         if load_in_4bit
         else None,
         use_safetensors=not pickled,
         attn_implementation=attn_implementation,
-        key_mapping=TEXT_MODEL_NAMES if skeleton.is_text_part else None,
+        key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # reported below, in one sentence
         output_loading_info=True,
     )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    refuse_misfits(skeleton.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
-    _untie(model, skeleton, start, stop, device)
+    refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
+    _untie(model, meta_model, start, stop, device)
     return model
 
 
 def _without_weights(
-    skeleton: Skeleton, start: int, stop: int, dtype: torch.dtype, attn_implementation: str
+    meta_model: MetaModel, start: int, stop: int, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
-    """Return a trimmed copy of the skeleton's model; the layers of other stages are not copied before they go."""
-    others = {id(layer): layer for number, layer in enumerate(skeleton.layers) if not start <= number < stop}
-    model: PreTrainedModel = copy.deepcopy(skeleton.model, others)
+    """Return a trimmed copy of the meta model's model; the layers of other stages are not copied before they go."""
+    others = {id(layer): layer for number, layer in enumerate(meta_model.layers) if not start <= number < stop}
+    model: PreTrainedModel = copy.deepcopy(meta_model.model, others)
     model.config._attn_implementation = attn_implementation
-    _trim(model, skeleton, start, stop, torch.device("meta"))
+    _trim(model, meta_model, start, stop, torch.device("meta"))
     return model.to(dtype)
 
 
-def _untie(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int, device: torch.device) -> None:
+def _untie(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, device: torch.device) -> None:
     """Check that the ends are tied where they must be, and let the first stage keep no more of the head than that."""
-    is_first, is_last = start == 0, stop == len(skeleton.layers)
-    if skeleton.tied and (is_first or is_last):
-        embedding, head = (model.get_submodule(name) for name in (skeleton.embedding_name, skeleton.head_name))
+    is_first, is_last = start == 0, stop == len(meta_model.layers)
+    if meta_model.tied and (is_first or is_last):
+        embedding, head = (model.get_submodule(name) for name in (meta_model.embedding_name, meta_model.head_name))
         if head.weight is not embedding.weight:  # transformers only warns, and does not tie them
             raise ConfigurationError(
-                f"{skeleton.model_dir} ties {skeleton.head_name} to {skeleton.embedding_name} but its files hold two "
-                "different weights; set tie_word_embeddings to false in config.json."
+                f"{meta_model.model_dir} ties {meta_model.head_name} to {meta_model.embedding_name} but its files hold "
+                "two different weights; set tie_word_embeddings to false in config.json."
             )
         if not is_last:
-            for name in skeleton.tail_names:
-                if _holds(name, skeleton.head_name):
+            for name in meta_model.tail_names:
+                if _holds(name, meta_model.head_name):
                     _drop(model, name, device)
 
 
 def _trimming_class(
-    skeleton: Skeleton, start: int, stop: int, device: torch.device, *, load_in_4bit: bool, double_quant: bool
+    meta_model: MetaModel, start: int, stop: int, device: torch.device, *, load_in_4bit: bool, double_quant: bool
 ) -> type[PreTrainedModel]:
     """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for."""
-    whole_class = type(skeleton.model)
+    whole_class = type(meta_model.model)
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         whole_class.__init__(self, config, *args, **kwargs)
         embedding_first(self)
-        _trim(self, skeleton, start, stop, device)
+        _trim(self, meta_model, start, stop, device)
         if load_in_4bit:
-            layers = list(self.get_submodule(skeleton.layers_name))[start:stop]
+            layers = list(self.get_submodule(meta_model.layers_name))[start:stop]
             quantise_on_load(layers, double_quant=double_quant)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
@@ -120,20 +122,20 @@ def _trimming_class(
     return type(whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__})
 
 
-def _trim(model: PreTrainedModel, skeleton: Skeleton, start: int, stop: int, device: torch.device) -> None:
-    layers = model.get_submodule(skeleton.layers_name)
+def _trim(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, device: torch.device) -> None:
+    layers = model.get_submodule(meta_model.layers_name)
     for number, layer in enumerate(layers):
         if not start <= number < stop:
-            layers[number] = Placeholder(layer, leaves=number == stop, tuple_length=skeleton.tuple_lengths[number])
+            layers[number] = RemoteLayer(layer, leaves=number == stop, tuple_length=meta_model.tuple_lengths[number])
     is_first, is_last = start == 0, stop == len(layers)
     # Where they are tied, both ends are loaded together: transformers then finds the weight under either name.
-    keeps_ends = skeleton.tied and (is_first or is_last)
-    for name in skeleton.start_names:
-        nested = any(_holds(outer, name) for outer in skeleton.start_names if outer != name)
-        if not is_first and not nested and not (keeps_ends and name == skeleton.embedding_name):
-            _replace(model, name, StandIn(model.get_submodule(name), model.dtype, device))
-    for name in skeleton.tail_names:
-        if not is_last and not (keeps_ends and _holds(name, skeleton.head_name)):
+    keeps_ends = meta_model.tied and (is_first or is_last)
+    for name in meta_model.start_names:
+        nested = any(_holds(outer, name) for outer in meta_model.start_names if outer != name)
+        if not is_first and not nested and not (keeps_ends and name == meta_model.embedding_name):
+            _replace(model, name, ZeroStub(model.get_submodule(name), model.dtype, device))
+    for name in meta_model.tail_names:
+        if not is_last and not (keeps_ends and _holds(name, meta_model.head_name)):
             _drop(model, name, device)
     held = dict(model.named_parameters(remove_duplicate=False))
     ties = model.all_tied_weights_keys
@@ -153,7 +155,7 @@ def _drop(model: PreTrainedModel, name: str, device: torch.device) -> None:
     """Take out a module that never runs on this stage; of one with modules inside, its own weights alone."""
     module = model.get_submodule(name)
     if next(module.children(), None) is None:
-        _replace(model, name, Absent(module, model.dtype, device))
+        _replace(model, name, EmptyStub(module, model.dtype, device))
     else:
         for parameter in list(module._parameters):
             delattr(module, parameter)

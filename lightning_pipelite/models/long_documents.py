@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lightning_pipelite.models.packing import documents_apart
+from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.probe import build_tiny, equal
 from lightning_pipelite.models.rope import follow_documents
 
@@ -55,7 +55,7 @@ def try_long_documents(
 
     def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         given = {"position_ids": position_ids} if takes_positions else {}
-        with documents_apart(position_ids):
+        with document_mask(position_ids):
             logits: Tensor = model(input_ids=input_ids, use_cache=False, **given).logits
         return logits
 

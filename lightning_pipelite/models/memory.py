@@ -14,9 +14,9 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.models.attention.document_mask import documents_when_recomputed
 from lightning_pipelite.models.offload import HostCopies
-from lightning_pipelite.models.packing import documents_when_recomputed
+from lightning_pipelite.shared.class_mixin import mix_in
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lightning_pipelite.models.packing import documents_apart
+from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.tiny import tiny_config
 from lightning_pipelite.models.trace import Trace, trace_forward
 
@@ -131,7 +131,7 @@ class Probe:
     def _run(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         given = position_ids is not None and self.takes_positions
         arguments: dict[str, Any] = {"position_ids": position_ids} if given else {}
-        with documents_apart(position_ids):
+        with document_mask(position_ids):
             return self.model(input_ids=input_ids, use_cache=False, **arguments).logits
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_pipelite.mixin import mix_in
-from lightning_pipelite.models.packing import starts
+from lightning_pipelite.models.attention.document_mask import starts
+from lightning_pipelite.shared.class_mixin import mix_in
 
 # Of transformers (``modeling_rope_utils``), the types whose frequencies follow from the configuration alone. One that
 # is not listed, of a later version or of a model's own code, is tried: see ``long_documents.py``. What to watch for:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.shared.class_mixin import mix_in
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.mixin import mix_in
+from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.head import FusedHead
-from lightning_pipelite.models.packing import documents_apart
 from lightning_pipelite.models.router import RouterLoss, RouterSums
+from lightning_pipelite.shared.class_mixin import mix_in
 
 
 class Stage(nn.Module):
@@ -23,7 +23,7 @@ class Stage(nn.Module):
     decoder layers (and embedding, norm and head) of other stages are left out.
 
     Args:
-        causal_lm: The model trimmed to this stage: a :class:`Placeholder` stands for each layer of another stage.
+        causal_lm: The model trimmed to this stage: a :class:`RemoteLayer` stands for each layer of another stage.
         layers_name: Name of the list of decoder layers in ``causal_lm``.
         start: Number of the first decoder layer that this stage owns.
         stop: Number after the last one.
@@ -111,7 +111,7 @@ class Stage(nn.Module):
             arguments["input_ids"] = first
         self.causal_lm.extra_inputs = tuple(extra)
         try:
-            with documents_apart(position_ids if self._packed else None, self._most_documents):
+            with document_mask(position_ids if self._packed else None, self._most_documents):
                 outputs: Any = (
                     self.causal_lm(**arguments).logits
                     if self.fused_head is None
@@ -136,7 +136,7 @@ class LeaveStage(Exception):  # noqa: N818 (control flow, not an error)
         self.hidden_states = hidden_states
 
 
-class Placeholder(nn.Module):
+class RemoteLayer(nn.Module):
     """Stands, without parameters, for a decoder layer that another stage owns.
 
     Args:
@@ -163,7 +163,7 @@ class Placeholder(nn.Module):
         return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
 
 
-class Absent(nn.Module):
+class EmptyStub(nn.Module):
     """Stands, without parameters, for a module that another stage owns and that this one never runs.
 
     Args:
@@ -179,7 +179,7 @@ class Absent(nn.Module):
         self.__dict__.update({name: torch.empty(0, dtype=dtype, device=device) for name in module._parameters})
 
 
-class StandIn(Absent):
+class ZeroStub(EmptyStub):
     """Stands for a module before the layers: gives zeros of the same shape.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.topology import Topology
+from lightning_pipelite.shared.topology import Topology
 
 _BITS = 40
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.local_path import refuse_remote
+from lightning_pipelite.shared.local_path import refuse_remote
 
 
 def check_checkpoint_callbacks(trainer: pl.Trainer) -> None:

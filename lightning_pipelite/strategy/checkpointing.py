@@ -14,20 +14,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pipelite import __version__
+from lightning_pipelite.checkpoint.encoding import encode
+from lightning_pipelite.checkpoint.loop_state import after_last_batch, for_replicas
+from lightning_pipelite.checkpoint.store import CheckpointStore
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.loop_state import after_last_batch, for_replicas
-from lightning_pipelite.strategy.checkpoint.encoding import encode
-from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
+from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.known_callbacks import micro_batches_in
 from lightning_pipelite.strategy.last_step import LastStep
-from lightning_pipelite.strategy.randomness import LayerRandomness
+from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.resumed_options import (
     ResumedOptions,
     keep_callback_options,
     options_of,
     schedules_of,
 )
-from lightning_pipelite.strategy.topology import Topology
 
 _LIGHTNINGS_OWN = {
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
@@ -49,7 +49,7 @@ class Checkpointing:
         trainer: runs the loops.
         store: keeps the files.
         stage: this rank's stage.
-        randomness: what its layers draw from.
+        layer_rng: what its layers draw from.
         topology: of the job.
         on_gpu: whether copies to host memory are worth preparing.
     """
@@ -59,16 +59,16 @@ class Checkpointing:
         trainer: pl.Trainer,
         store: CheckpointStore,
         stage: nn.Module,
-        randomness: LayerRandomness,
+        layer_rng: LayerRNG,
         topology: Topology,
         on_gpu: bool,
     ) -> None:
         self._trainer, self._store, self._stage = trainer, store, stage
-        self._randomness, self._topology, self._on_gpu = randomness, topology, on_gpu
+        self._layer_rng, self._topology, self._on_gpu = layer_rng, topology, on_gpu
         self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
         self._evaluation_follows = False  # the checkpoint, too
         self._resumed = ""  # from what, in words
-        self.last_step = LastStep(trainer, randomness)
+        self.last_step = LastStep(trainer, layer_rng)
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
         self._versions = {name: version(name) for name in ("torch", "lightning", "deepspeed")}  # slow to find
         self._versions["lightning-pipelite"] = __version__
@@ -95,7 +95,7 @@ class Checkpointing:
             ConfigurationError: if there will be checkpoints, and something that one cannot hold: not hours later.
         """
         if self._random_states is not None:
-            self._randomness.load_state(self._random_states)
+            self._layer_rng.load_state(self._random_states)
             self._random_states = None
         self.last_step.training_starts()
         if self._resumed and self._trainer.fit_loop.done:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_pipelite.strategy.topology import Topology
+from lightning_pipelite.shared.topology import Topology
 
 
 def collect_stages(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pipelite.verbosity import is_verbose
+from lightning_pipelite.shared.verbosity import is_verbose
 
 
 def load_deepspeed(device: torch.device, local_rank: int) -> None:

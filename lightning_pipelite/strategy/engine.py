@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.host_read import HostRead
+from lightning_pipelite.shared.async_scalar import AsyncScalar
 from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
+from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.layers import Loss
 from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint, shapes_of
-from lightning_pipelite.strategy.randomness import LayerRandomness
-from lightning_pipelite.strategy.stage_clock import COMPUTING, StageClock
+from lightning_pipelite.strategy.stage_timer import COMPUTING, StageTimer
 from lightning_pipelite.strategy.ties import TiedParameters
 
 
@@ -35,10 +35,10 @@ class PipeLiteEngine(PipelineEngine):
         stage: this rank's layers, as one module on its device.
         stage_id: which stage it is.
         stages: the number of stages.
-        column_major: the layout of the ranks, see :class:`~lightning_pipelite.strategy.topology.Topology`.
+        column_major: the layout of the ranks, see :class:`~lightning_pipelite.shared.topology.Topology`.
         loss: the loss of one micro-batch, used on the last stage.
         progress: told of every instruction before it runs: its name, and whether it may wait for other ranks.
-        randomness: what the layers draw random numbers from.
+        layer_rng: what the layers draw random numbers from.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PipeLiteEngine(PipelineEngine):
         column_major: bool,
         loss: Loss,
         progress: Callable[[str, bool], None],
-        randomness: LayerRandomness,
+        layer_rng: LayerRNG,
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
@@ -65,12 +65,12 @@ class PipeLiteEngine(PipelineEngine):
         self._stage = stage
         self._loss_of = loss
         self._progress = progress
-        self._randomness = randomness
+        self._layer_rng = layer_rng
         self._shapes: object = None
         self._sent: object = None
         self._step = self._forwarded = 0
-        self._shared: HostRead | None = None
-        self._clock: StageClock | None = None
+        self._shared: AsyncScalar | None = None
+        self._clock: StageTimer | None = None
         terms = 2 + len(getattr(loss, "logged", ()))
         self._sums = torch.zeros(terms + self.is_pipe_parallel, dtype=torch.float64, device=self.device)
         self._equalize_replicas()
@@ -96,7 +96,7 @@ class PipeLiteEngine(PipelineEngine):
         """The process group of this rank's pipeline, or None for a single stage."""
         return self.grid.get_pipe_parallel_group() if self.is_pipe_parallel else None
 
-    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageClock | None = None) -> list[float]:
+    def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageTimer | None = None) -> list[float]:
         """Forward and backward of all micro-batches of a step.
 
         Where one stage is all, it returns when the losses are known, which is before the last backward pass has ended:
@@ -123,7 +123,7 @@ class PipeLiteEngine(PipelineEngine):
         try:
             self._run(micro_batches, self._train_schedule(), training=True)
             self.global_steps += 1
-            read = self._shared or HostRead(self.share(self._sums))
+            read = self._shared or AsyncScalar(self.share(self._sums))
             return self.require_same_data(read.value(), f"step {step + 1}")
         finally:
             self._begin("", waits=False)
@@ -187,7 +187,7 @@ class PipeLiteEngine(PipelineEngine):
         self._forwarded = 0
         self._shared = None
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
-        with self._randomness.drawn_from():
+        with self._layer_rng.drawn_from():
             self._exec_schedule(steps)
 
     @override
@@ -223,7 +223,7 @@ class PipeLiteEngine(PipelineEngine):
     def _forward(self, buffer_id: int) -> None:
         # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
         replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
-        self._randomness.enter(self._step, self._forwarded * replicas + replica)
+        self._layer_rng.enter(self._step, self._forwarded * replicas + replica)
         self._forwarded += 1
         outputs = self._stage(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
@@ -235,7 +235,7 @@ class PipeLiteEngine(PipelineEngine):
         terms = torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
         self._sums[: len(terms)] += terms
         if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
-            self._shared = HostRead(self.share(self._sums))
+            self._shared = AsyncScalar(self.share(self._sums))
 
     def _sendable(self, outputs: Any) -> Any:
         if isinstance(outputs, list):

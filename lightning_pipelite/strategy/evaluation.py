@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checks import check_loaders
 from lightning_pipelite.strategy.micro_batches import all_shapes
-from lightning_pipelite.strategy.topology import Topology
 
 if TYPE_CHECKING:
     from lightning_pipelite.strategy.engine import PipeLiteEngine

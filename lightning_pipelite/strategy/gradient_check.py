@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_pipelite.finite import in_words, not_finite
-from lightning_pipelite.host_read import HostRead
+from lightning_pipelite.shared.async_scalar import AsyncScalar
+from lightning_pipelite.shared.finite import in_words, not_finite
 from lightning_pipelite.strategy.gradients import GradientNorms
 
 
@@ -41,7 +41,7 @@ class GradientCheck:
             RuntimeError: naming the step, and the parameters of all stages whose gradients are not finite.
         """
         # On a GPU the host waits here, as late as it can be: for what has been launched before, and for no more.
-        before, after = HostRead(torch.stack([norms.total, clipped.to(norms.total)])).value()
+        before, after = AsyncScalar(torch.stack([norms.total, clipped.to(norms.total)])).value()
         if math.isfinite(before) and math.isfinite(after):
             return
         if math.isfinite(before):

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from lightning_pipelite.loop_state import at_step_end, before_evaluation, before_training, between_batches
-from lightning_pipelite.strategy.randomness import LayerRandomness
+from lightning_pipelite.checkpoint.loop_state import at_step_end, before_evaluation, before_training, between_batches
+from lightning_pipelite.strategy.layer_rng import LayerRNG
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class LastStep:
 
     Args:
         trainer: runs the loops.
-        randomness: has the generators.
+        layer_rng: has the generators.
     """
 
-    def __init__(self, trainer: pl.Trainer, randomness: LayerRandomness) -> None:
-        self._trainer, self._randomness = trainer, randomness
+    def __init__(self, trainer: pl.Trainer, layer_rng: LayerRNG) -> None:
+        self._trainer, self._layer_rng = trainer, layer_rng
         self._ended: _Note | None = None  # None until training starts
         self._under_way: _Note | None = None  # of the step of which all micro-batches have been taken
         self._weights_change = False
@@ -60,7 +60,7 @@ class LastStep:
     def _note(self) -> _Note:
         loader = self._trainer.fit_loop._combined_loader
         loaders = loader._state_dicts() if loader is not None and self._trainer.is_global_zero else []
-        return _Note(self._batches, self._trainer.global_step, loaders, self._randomness.state())
+        return _Note(self._batches, self._trainer.global_step, loaders, self._layer_rng.state())
 
     @property
     def _batches(self) -> int:
@@ -89,13 +89,13 @@ class LastStep:
         """
         trainer, ahead = self._trainer, self._settle()
         if trainer.state.fn != TrainerFn.FITTING:
-            return loops, self._randomness.state(), False
+            return loops, self._layer_rng.state(), False
         noted = self._ended if self._interrupted else None  # perhaps while a micro-batch was fetched
         if self._batches == 0:
             fit_loop = before_training(loops["fit_loop"], noted.loaders if noted else [])
-            return {**loops, "fit_loop": fit_loop}, noted.generators if noted else self._randomness.state(), False
+            return {**loops, "fit_loop": fit_loop}, noted.generators if noted else self._layer_rng.state(), False
         if self._ended is None:
-            return loops, self._randomness.state(), False
+            return loops, self._layer_rng.state(), False
         if self._under_way is not None and self._weights_change:
             raise RuntimeError(
                 f"step {trainer.global_step + 1} was changing the weights when it was stopped: no checkpoint can be "
@@ -107,12 +107,12 @@ class LastStep:
             return {**loops, "fit_loop": fit_loop}, generators, False
         if self._evaluation_follows():
             if trainer.training and not self._interrupted:
-                loaders, generators = [], self._randomness.state()  # hooks may have drawn, too
+                loaders, generators = [], self._layer_rng.state()  # hooks may have drawn, too
             return {**loops, "fit_loop": before_evaluation(loops["fit_loop"], loaders)}, generators, True
         if self._interrupted:
             fit_loop = between_batches(loops["fit_loop"], loaders, self._evaluated, trainer.training)
             return {**loops, "fit_loop": fit_loop}, generators, False
-        return loops, self._randomness.state(), False
+        return loops, self._layer_rng.state(), False
 
     @property
     def _interrupted(self) -> bool:

@@ -1,4 +1,4 @@
-"""Starts the other ranks of a node and sees to it that no rank is left over before the lifeline takes over."""
+"""Starts the other ranks of a node and sees to it that no rank is left over before the watchdog takes over."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from lightning_pipelite.strategy.lifeline import patience
-from lightning_pipelite.strategy.lifeline.failure import is_communication_error
-from lightning_pipelite.strategy.lifeline.orphans import LAUNCHER_PID
-from lightning_pipelite.strategy.lifeline.processes import describe_exit, end_processes, leave
+from lightning_pipelite.strategy.watchdog import timeouts
+from lightning_pipelite.strategy.watchdog.failure import is_communication_error
+from lightning_pipelite.strategy.watchdog.parent_death import LAUNCHER_PID
+from lightning_pipelite.strategy.watchdog.processes import describe_exit, end_processes, leave
 
 
 class PipeLiteLauncher(_SubprocessScriptLauncher):
     """Launches the script once for each further device of the node, as Lightning's own launcher does.
 
     It differs in what happens when a rank dies. Lightning's observer kills the main process with SIGKILL, and with it
-    every message. Here, until the :class:`~lightning_pipelite.strategy.lifeline.Lifeline` is connected, a thread
+    every message. Here, until the :class:`~lightning_pipelite.strategy.watchdog.Watchdog` is connected, a thread
     watches the children, and when one dies ends them all and says which; if the main process raises it ends the
     children and its own traceback comes last; a child whose launcher dies ends with it.
 
@@ -48,7 +48,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch, self._after_launch = before_launch, after_launch
         self._watcher: threading.Thread | None = None
-        self._relieved: threading.Event | None = None  # set if the lifeline holds, or the main thread has raised
+        self._relieved: threading.Event | None = None  # set if the watchdog holds, or the main thread has raised
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -77,29 +77,29 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
             watcher, relieved = self._watcher, self._relieved
             if watcher is not None and relieved is not None and watcher.is_alive() and not relieved.is_set():
                 if is_communication_error(exception):
-                    watcher.join(patience.CAUSE)  # if a child has died, this process ends here
+                    watcher.join(timeouts.CAUSE)  # if a child has died, this process ends here
                 relieved.set()
-                end_processes(self.procs, patience.STATUS)
+                end_processes(self.procs, timeouts.STATUS)
             raise
         self._after_launch()
         return result
 
     def stop_watching(self) -> None:
-        """Hands the watch over; called once the lifeline is connected."""
+        """Hands the watch over; called once the watchdog is connected."""
         if self._relieved is not None:
             self._relieved.set()
         self._watcher = self._relieved = None
 
     @override
     def _call_children_scripts(self) -> None:
-        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of lifeline/orphans.py
+        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of watchdog/parent_death.py
         try:
             super()._call_children_scripts()
         finally:
             del os.environ[LAUNCHER_PID]
 
     def _watch(self, relieved: threading.Event) -> None:
-        while not relieved.wait(patience.TICK):
+        while not relieved.wait(timeouts.TICK):
             for local_rank, child in enumerate(self.procs, start=1):
                 code = child.poll()
                 if code is not None:
@@ -109,7 +109,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
     def _end(self, local_rank: int, code: int, relieved: threading.Event) -> None:
         rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
         try:
-            end_processes(self.procs, patience.STATUS)
+            end_processes(self.procs, timeouts.STATUS)
         finally:
-            if not relieved.wait(patience.STATUS):  # else the main thread speaks: it may have raised the same
+            if not relieved.wait(timeouts.STATUS):  # else the main thread speaks: it may have raised the same
                 leave(f"rank {rank} {describe_exit(code)}, before the training began")

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_pipelite.interrupt import heed_first_interrupt, name_of
+from lightning_pipelite.shared.interrupt import heed_first_interrupt, name_of
 from lightning_pipelite.strategy.agreement import Agreement
 
 

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipelite.checkpoint.find import find_checkpoint
+from lightning_pipelite.checkpoint.promised import see_promises
+from lightning_pipelite.checkpoint.store import CheckpointStore
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.host_read import on_host
-from lightning_pipelite.local_path import refuse_remote
+from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.shared.local_path import refuse_remote
+from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.agreement import Agreement
-from lightning_pipelite.strategy.checkpoint.find import find_checkpoint
-from lightning_pipelite.strategy.checkpoint.promised import see_promises
-from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.checks import (
@@ -48,6 +49,7 @@ from lightning_pipelite.strategy.gradient_check import GradientCheck
 from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
+from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.layers import (
     LooseParts,
     Loss,
@@ -56,15 +58,13 @@ from lightning_pipelite.strategy.layers import (
     hand_out_layers,
     release_stage,
 )
-from lightning_pipelite.strategy.lifeline import Lifeline
 from lightning_pipelite.strategy.micro_batches import all_shapes
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.process_groups import JobGroups
-from lightning_pipelite.strategy.randomness import LayerRandomness
 from lightning_pipelite.strategy.sigterm import SigtermNotice
-from lightning_pipelite.strategy.stage_clock import StageClock, busy_and_waiting
-from lightning_pipelite.strategy.topology import Topology
+from lightning_pipelite.strategy.stage_timer import StageTimer, busy_and_waiting
+from lightning_pipelite.strategy.watchdog import Watchdog
 
 _SECONDS_TO_WRITE = 60.0
 """How long the job's end waits for a checkpoint that is being written when a rank fails."""
@@ -141,7 +141,7 @@ class PipeLiteStrategy(DDPStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             process_group_backend=process_group_backend,
-            # Longer than the lifeline's, which can tell which rank is stuck; NCCL would only abort.
+            # Longer than the watchdog's, which can tell which rank is stuck; NCCL would only abort.
             timeout=timedelta(seconds=timeout + 60),
         )
         if timeout <= 0:
@@ -153,7 +153,7 @@ class PipeLiteStrategy(DDPStrategy):
         self.stage: nn.Module | None = None
         self._parameters: list[Tensor] = []
         self._handed: tuple[PipelineLayers, Loss] | None = None
-        self._lifeline: Lifeline | None = None
+        self._watchdog: Watchdog | None = None
         self._engine: Any = None  # a PipeLiteEngine, which can be imported once the device is known
         self._store: CheckpointStore | None = None
         self._empty_logs: EmptyLogs | None = None  # until something is logged
@@ -237,7 +237,7 @@ class PipeLiteStrategy(DDPStrategy):
         launcher = self._launcher
         assert isinstance(launcher, PipeLiteLauncher)
         assert self.cluster_environment is not None
-        self._lifeline = Lifeline.connect(
+        self._watchdog = Watchdog.connect(
             rank=self.global_rank,
             world_size=self.world_size,
             local_rank=self.local_rank,
@@ -248,7 +248,7 @@ class PipeLiteStrategy(DDPStrategy):
             last_act=self._remove_empty_logs,
         )
         launcher.stop_watching()
-        self._end.callback(self._lifeline.close)
+        self._end.callback(self._watchdog.close)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -274,8 +274,8 @@ class PipeLiteStrategy(DDPStrategy):
         self._parameters = list(self.stage.parameters())  # to look for them anew takes 10 ms, of every step
         if isinstance(loss, nn.Module):
             loss.to(self.root_device)
-        randomness = LayerRandomness(self, self.root_device, self.stage)
-        self._end.callback(randomness.release)
+        layer_rng = LayerRNG(self, self.root_device, self.stage)
+        self._end.callback(layer_rng.release)
         self._micro_batches, self._gradients, self._loss = [], [], torch.zeros(())
         self._logged = tuple(getattr(loss, "logged", ()))
         self._end.callback(self._forget_engine)
@@ -287,7 +287,7 @@ class PipeLiteStrategy(DDPStrategy):
                 self.use_column_major_topology,
                 loss,
                 progress=self._progress,
-                randomness=randomness,
+                layer_rng=layer_rng,
             )
             self._store = CheckpointStore(self.topology, self.global_rank, self.root_device, self.timeout)
         self._end.callback(see_promises(trainer.callbacks, self._store.promised))  # type: ignore[attr-defined]
@@ -295,7 +295,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._gradient_check = GradientCheck(self.stage, self._engine.pipeline_group)
         self._evaluation = PipelineEvaluation(trainer, self._engine, self._agreement, self.topology)
         on_gpu = self.root_device.type == "cuda"
-        self._checkpointing = Checkpointing(trainer, self._store, self.stage, randomness, self.topology, on_gpu)
+        self._checkpointing = Checkpointing(trainer, self._store, self.stage, layer_rng, self.topology, on_gpu)
         self._end.callback(self._checkpointing.training_ends)
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(self.stage_parameters(), self.root_device)
@@ -319,8 +319,8 @@ class PipeLiteStrategy(DDPStrategy):
         return self._parameters
 
     def _progress(self, activity: str, waits: bool) -> None:
-        if self._lifeline is not None:
-            self._lifeline.progress(activity, waits=waits)
+        if self._watchdog is not None:
+            self._watchdog.progress(activity, waits=waits)
 
     # Training
 
@@ -359,7 +359,7 @@ class PipeLiteStrategy(DDPStrategy):
             parameter.grad = None
         self._checkpointing.step_starts(self.optimizers[0])
         self._loose_parts.follow()
-        clock = StageClock(self.root_device) if self.measure_stage_times else None
+        clock = StageTimer(self.root_device) if self.measure_stage_times else None
         if self.pipeline_stages > 1:  # a stage whose micro-batches were others, or fewer, would wait for ever
             loop = module.trainer.fit_loop.epoch_loop
             place = f"epoch {module.trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
@@ -507,8 +507,8 @@ class PipeLiteStrategy(DDPStrategy):
                 self._sigterm.completes(exception)
             # From fail() on the ranks have some seconds only.
             self._store.wait(None if together else _SECONDS_TO_WRITE)
-        if self._lifeline is not None:
-            self._lifeline.fail(exception)
+        if self._watchdog is not None:
+            self._watchdog.fail(exception)
 
     @override
     def teardown(self) -> None:
@@ -516,7 +516,7 @@ class PipeLiteStrategy(DDPStrategy):
         if self._empty_logs is not None and self._empty_logs.trainer.state.status == "interrupted":
             self._remove_empty_logs()
         self._end.close()
-        self._lifeline = None
+        self._watchdog = None
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lightning_pipelite.checkpoint.reader import check_whole, located
+from lightning_pipelite.checkpoint.stage_state import load_parameters, state_names
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.checkpoint.reader import check_whole, located
-from lightning_pipelite.strategy.checkpoint.stage_state import load_parameters, state_names
 from lightning_pipelite.strategy.layers import SequentialLayers, hand_out_layers
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.callbacks.low_rank import chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.support.low_rank import chunks, find_low_rank, gram_matrices
 from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.flops import training_flops
@@ -68,7 +68,7 @@ def test_logits_gradients_and_merge_are_pefts(base: Path, tmp_path: Path, varian
     stages = build(layers, [0, 1, 4])
     torch.testing.assert_close(run_stages(stages, INPUT_IDS, POSITIONS), logits(load(base)), rtol=0, atol=1e-4)
     randomise(stages)
-    adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.meta_model)
     whole = PeftModel.from_pretrained(load(base), tmp_path / "adapter", is_trainable=True)
     kept = len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert kept == sum("lora_" in name for name, _ in whole.named_parameters())
@@ -90,7 +90,7 @@ def test_logits_gradients_and_merge_are_pefts(base: Path, tmp_path: Path, varian
 def test_all_linear_and_the_saved_configuration_are_pefts(base: Path, tmp_path: Path) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=LoRA(4))
     (stage,) = build(layers, [0, 4])
-    layers.adapter.save(tmp_path / "ours", [layers.trained_state(stage)], layers.skeleton)
+    layers.adapter.save(tmp_path / "ours", [layers.trained_state(stage)], layers.meta_model)
     theirs = get_peft_model(load(base), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     theirs.save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
@@ -107,7 +107,7 @@ def test_gguf_and_analysis(base: Path, tmp_path: Path) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=LoRA(4))
     stages = build(layers, [0, 4])
     randomise(stages)
-    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.meta_model)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     export_gguf(str(tmp_path / "adapter"), str(base), str(tmp_path / "adapter.gguf"))
     written = {each.name: torch.tensor(each.data) for each in GGUFReader(tmp_path / "adapter.gguf").tensors}
@@ -136,8 +136,8 @@ def test_norms_and_flops_count_them(base: Path) -> None:
         for pair, norm in zip(chunk.pairs, chunk.norms(*gram_matrices(*chunk.stack())), strict=True):
             torch.testing.assert_close(norm.float(), (pair.scale * pair.b @ pair.a).norm(), rtol=1e-4, atol=0)
     trained = {n.removeprefix("causal_lm."): p for n, p in stage.named_parameters() if p.requires_grad}
-    flops = training_flops(layers.skeleton, trained)
-    frozen = sum(p.numel() for n, p in layers.skeleton.model.named_parameters() if p.ndim == 2 and ".h." in n)
+    flops = training_flops(layers.meta_model, trained)
+    frozen = sum(p.numel() for n, p in layers.meta_model.model.named_parameters() if p.ndim == 2 and ".h." in n)
     assert flops is not None
     assert flops.per_token == 4 * (frozen + 128 * 64) + 6 * sum(p.numel() for p in trained.values())
 
@@ -160,6 +160,6 @@ def test_in_4_bits_they_are_transformers_own(base: Path) -> None:
 def test_the_whole_model(base: Path, tmp_path: Path) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=Full())
     stages = build(layers, [0, 2, 4])
-    layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.skeleton)
+    layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.meta_model)
     torch.testing.assert_close(logits(load(tmp_path / "saved")), logits(load(base)))
     assert layers.build_stage(0, 4, CPU)

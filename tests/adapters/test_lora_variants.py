@@ -169,7 +169,7 @@ def test_experts_are_pefts(tmp_path: Path, kind: str, in_4bit: bool) -> None:
 )
 def test_experts_are_chosen_by_name(tmp_path: Path, options: dict, linear: list[str], fused: list[str]) -> None:
     layers = CausalLMLayers(write_moe(tmp_path, "mixtral"), dtype=torch.float32, adapter=LoRA(2, **options))
-    found, experts = layers.adapter._targets(layers.skeleton)
+    found, experts = layers.adapter._targets(layers.meta_model)
     count = 1 if "layers_to_transform" in options else 4
     assert len(found) == count * len(linear)
     assert len(experts) == count * len(fused)

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA, full, lora
+from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export import analyze, control_to_lora, convert, merge, own_checkpoint
+from lightning_pipelite.export import analyze, control_to_lora, convert, merge
+from lightning_pipelite.export import from_checkpoint as own_checkpoint
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.check import check_model
-from lightning_pipelite.strategy.topology import Topology
+from lightning_pipelite.shared.topology import Topology
 
 torch.set_num_threads(1)
 
@@ -58,9 +59,9 @@ def train(base: Path, adapter: Adapter) -> tuple[CausalLMLayers, list[Any], Tens
 
 def test_a_lora_is_saved_merged_and_analysed(base: Path, tmp_path: Path) -> None:
     layers, stages, expected = train(base, LoRA(2))
-    layers.adapter.rehearse_save(tmp_path / "adapter", layers.skeleton)
+    layers.adapter.rehearse_save(tmp_path / "adapter", layers.meta_model)
     assert not (tmp_path / "adapter").exists()
-    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.meta_model)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), expected)
     with pytest.raises(ConfigurationError, match="trust_remote_code"):
         merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -72,8 +73,8 @@ def test_a_lora_is_saved_merged_and_analysed(base: Path, tmp_path: Path) -> None
 def test_the_whole_model_is_saved_with_all_that_it_needs(base: Path, tmp_path: Path) -> None:
     layers, stages, expected = train(base, Full())
     for _ in range(2):  # the second takes the first one's place, though that holds code
-        layers.adapter.rehearse_save(tmp_path / "saved", layers.skeleton)
-        layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.skeleton)
+        layers.adapter.rehearse_save(tmp_path / "saved", layers.meta_model)
+        layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.meta_model)
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= FILES
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     torch.testing.assert_close(logits(load(tmp_path / "saved")), expected)
@@ -86,7 +87,7 @@ def test_code_that_saving_would_delete_is_refused(base: Path, tmp_path: Path) ->
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "mine.py").write_text("")
     with pytest.raises(ConfigurationError, match=r"holds mine\.py"):
-        layers.adapter.rehearse_save(tmp_path / "saved", layers.skeleton)
+        layers.adapter.rehearse_save(tmp_path / "saved", layers.meta_model)
     assert (tmp_path / "saved" / "mine.py").exists()
 
 
@@ -94,13 +95,13 @@ def test_code_of_another_repository_stays_where_it_is(base: Path, tmp_path: Path
     layers, stages, _ = train(base, Full())
     auto_map = {"AutoConfig": "somebody/own--own_model.OwnConfig"}
     change(base / "config.json", auto_map=auto_map)
-    layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.skeleton)
+    layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.meta_model)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == auto_map
 
 
 def test_a_control_adapter_becomes_a_lora(base: Path, tmp_path: Path) -> None:
     layers, stages, _ = train(base, ControlAdapter(2))
-    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.skeleton)
+    layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.meta_model)
     told = control_to_lora(str(base), str(tmp_path / "adapter"), str(tmp_path / "lora"), trust_remote_code=True)
     assert "Against the Control Adapter" in told
     PeftModel.from_pretrained(load(base), tmp_path / "lora")

@@ -73,7 +73,7 @@ def train(base: Path, adapter: Adapter, saved: Path) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     for parameter in (p for p in stage.parameters() if p.requires_grad):
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    adapter.save(saved, [layers.trained_state(stage)], layers.skeleton)
+    adapter.save(saved, [layers.trained_state(stage)], layers.meta_model)
     extra = [torch.ones_like(INPUT_IDS)] if isinstance(adapter, ControlAdapter) else []
     return run_stages([stage], INPUT_IDS, POSITIONS, *extra)
 

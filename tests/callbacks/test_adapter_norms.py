@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_composite_weight_decay import QUIET, Net, rows
 
 from lightning_pipelite.callbacks import AdapterNorms
-from lightning_pipelite.callbacks.control import find_control, orthogonality, spectral_norm
-from lightning_pipelite.callbacks.heat_map import HEIGHT, MISSING, WIDTH, heat_map
-from lightning_pipelite.callbacks.over_ranks import summarize
+from lightning_pipelite.callbacks.support.control_decay import find_control, orthogonality, spectral_norm
+from lightning_pipelite.callbacks.support.heat_map import HEIGHT, MISSING, WIDTH, heat_map
+from lightning_pipelite.shared.over_ranks import summarize
 from processes import Workers
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
 from lightning_pipelite.callbacks.composite_weight_decay import decay_products
-from lightning_pipelite.callbacks.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.support.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def test_decay_and_norms_in_float32(rates: tuple[float, float]) -> None:
 
 
 def test_chunks_are_small_and_views_follow_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_pipelite.callbacks.low_rank.CHUNK_BYTES", 2 * 4 * (4 * 8 + 4 * 8))
+    monkeypatch.setattr("lightning_pipelite.callbacks.support.low_rank.CHUNK_BYTES", 2 * 4 * (4 * 8 + 4 * 8))
     pairs = [pair(str(i), 4, 8, 8) for i in range(5)]
     made = chunks(pairs)
     assert [len(chunk.pairs) for chunk in made] == [2, 2, 1]

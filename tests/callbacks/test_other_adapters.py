@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
-from lightning_pipelite.callbacks.low_rank import LowRank, chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.support.low_rank import LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
 
 RATE, DECAY = 0.1, 0.5

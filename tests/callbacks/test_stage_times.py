@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.callbacks import StageTimes
-from lightning_pipelite.callbacks.stage_bars import BAR, BUSY, GAP, LEFT, WAITING, WIDTH, stage_bars
+from lightning_pipelite.callbacks.support.stage_bars import BAR, BUSY, GAP, LEFT, WAITING, WIDTH, stage_bars
 from processes import Workers
 
 SLOW, MICRO_BATCHES = 0.02, 4

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgr
 from terminal import terminal
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_pipelite import progress
-from lightning_pipelite.callbacks import EvalSchedule, StepProgress, step_clock
-from lightning_pipelite.callbacks.step_clock import StepClock
+from lightning_pipelite.callbacks import EvalSchedule, StepProgress
+from lightning_pipelite.shared import progress, step_clock
+from lightning_pipelite.shared.step_clock import StepClock
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -225,7 +225,7 @@ def test_one_may_show_something_else(now: list[float], capsys: pytest.CaptureFix
 
 
 def test_the_command_line_takes_a_users_bar_instead() -> None:
-    from lightning_pipelite.trainer_cli import TrainerCLI
+    from lightning_pipelite.cli.fit import TrainerCLI
 
     def kinds(*given: L.Callback, shows_progress: bool = True) -> list[str]:
         return [type(each).__name__ for each in TrainerCLI._missing([*given], shows_progress=shows_progress)]

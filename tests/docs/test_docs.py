@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_pipelite.cli import main
-from lightning_pipelite.commands import COMMANDS
+from lightning_pipelite.cli.commands import COMMANDS
+from lightning_pipelite.cli.main import main
 from lightning_pipelite.export.migrate import Migration
 
 if sys.version_info >= (3, 11):

@@ -71,13 +71,13 @@ class ForkServer:
 
 
 def _import_all(warm_up: Path) -> None:
-    from lightning_pipelite.verbosity import be_quiet
+    from lightning_pipelite.shared.verbosity import be_quiet
 
     be_quiet()
     from lightning_pipelite.adapters import LoRA
-    from lightning_pipelite.commands import COMMANDS
+    from lightning_pipelite.cli.commands import COMMANDS
+    from lightning_pipelite.cli.fit import TrainerCLI  # noqa: F401
     from lightning_pipelite.models import CausalLMLayers
-    from lightning_pipelite.trainer_cli import TrainerCLI  # noqa: F401
 
     for command in COMMANDS.values():
         __import__(command.module)
@@ -120,7 +120,7 @@ def _run(here: str, arguments: list[str], environment: dict[str, str], answers: 
 
 def _exit_as_main_does() -> NoReturn:
     """Do as the interpreter does with a program, but for clearing its memory, which takes two seconds."""
-    from lightning_pipelite.cli import main
+    from lightning_pipelite.cli.main import main
 
     code: Any = 1
     try:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze
-from lightning_pipelite.export.control import Transform
-from lightning_pipelite.export.lora import Factors
+from lightning_pipelite.export.control_files import Transform
+from lightning_pipelite.export.lora_files import Factors
 from lightning_pipelite.export.spectra import control, product
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora, merge
-from lightning_pipelite.export.control import ControlAdapterFile
-from lightning_pipelite.export.writers import find_writers
+from lightning_pipelite.export.control_files import ControlAdapterFile
+from lightning_pipelite.export.residual_writers import find_writers
 
 LAYER = "model.layers.1"
 DOWN, OUT = ".mlp.down_proj.weight", ".self_attn.o_proj.weight"

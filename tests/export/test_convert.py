@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import load, logits, with_adapter, with_control, write_adapter, write_base, write_control_adapter
-from models.tiny_models import SIZES
 from safetensors.torch import load_file
+from tiny_models import SIZES
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import convert
-from lightning_pipelite.export.own_checkpoint import _said_by
+from lightning_pipelite.export.from_checkpoint import _said_by
 
 LAYERS = 4
 

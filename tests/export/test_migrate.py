@@ -11,7 +11,7 @@ import pytest
 import yaml
 from export_cases import write_base
 
-from lightning_pipelite import cli
+from lightning_pipelite.cli import main as cli
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import migrate
 

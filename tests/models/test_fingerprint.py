@@ -61,7 +61,7 @@ def test_code_of_its_own_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", [LoRA(2), ControlAdapter(2)], ids=lambda adapter: type(adapter).__name__)
 def test_an_adapter_tells_its_base(base: Path, tmp_path: Path, adapter: Adapter) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=adapter)
-    adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.skeleton)
+    adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.meta_model)
     base.rename(tmp_path / "moved")
     refuse_another_base(tmp_path / "adapter", tmp_path / "moved")
     other = write_model(base, "llama")  # in its place, but not it
@@ -74,7 +74,7 @@ def test_an_adapter_tells_its_base(base: Path, tmp_path: Path, adapter: Adapter)
 
 def test_an_adapter_of_peft_names_its_base(base: Path, tmp_path: Path) -> None:
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=LoRA(2))
-    layers.adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.skeleton)
+    layers.adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.meta_model)
     (tmp_path / "adapter" / BASE_FILE).unlink()
     refuse_another_base(tmp_path / "adapter", base)
     other = write_model(tmp_path / "other", "qwen3")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lightning_pipelite.models.flops import peak_flops, training_flops
-from lightning_pipelite.models.skeleton import Skeleton
+from lightning_pipelite.models.meta_model import MetaModel
 
 TOKENS = 24
 
@@ -27,13 +27,13 @@ def counted(model: Any) -> int:
     return counter.get_total_flops()
 
 
-def ours(skeleton: Skeleton, model: Any) -> float:
+def ours(meta_model: MetaModel, model: Any) -> float:
     trained = {
         name.removeprefix("base_model.model."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    flops = training_flops(skeleton, trained)
+    flops = training_flops(meta_model, trained)
     assert flops is not None
     return flops.of(TOKENS, TOKENS**2)
 
@@ -42,7 +42,7 @@ def ours(skeleton: Skeleton, model: Any) -> float:
 def test_all_weights(kind: str, tmp_path: Path) -> None:
     write_model(tmp_path, kind)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert ours(Skeleton(tmp_path), model) == counted(model)
+    assert ours(MetaModel(tmp_path), model) == counted(model)
 
 
 @pytest.mark.parametrize("layers", [None, [2, 3]])
@@ -58,7 +58,7 @@ def test_a_lora(layers: list[int] | None, tmp_path: Path) -> None:
     spared = 2 * TOKENS * sum(each.weight.numel() for each in [*projections, *adapters])
     # k_proj has no adapter, and its input needs no gradient.
     keys_alone = 2 * TOKENS**2 * SIZES["num_attention_heads"] * SIZES["head_dim"]
-    assert ours(Skeleton(tmp_path), lora) == counted(lora) + spared + keys_alone
+    assert ours(MetaModel(tmp_path), lora) == counted(lora) + spared + keys_alone
 
 
 def test_experts_count_as_often_as_they_are_used(tmp_path: Path) -> None:
@@ -66,15 +66,15 @@ def test_experts_count_as_often_as_they_are_used(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(**SIZES, **experts)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
-    flops = training_flops(Skeleton(tmp_path), dict(model.named_parameters()))
+    flops = training_flops(MetaModel(tmp_path), dict(model.named_parameters()))
     assert flops is not None
     hidden, layers = 64, 4
     attention = hidden * 16 * (4 + 2 + 2 + 4)
     used = 2 * 3 * hidden * 96
     assert flops.per_token == 6 * (layers * (attention + hidden * 8 + used) + hidden * 128)
-    skeleton: Any = Skeleton(tmp_path)
-    skeleton.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)  # which does not tell how many are used
-    assert training_flops(skeleton, {}) is None
+    meta_model: Any = MetaModel(tmp_path)
+    meta_model.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)  # which does not tell how many are used
+    assert training_flops(meta_model, {}) is None
 
 
 def test_peaks() -> None:

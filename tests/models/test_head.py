@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.head import HeadInputs, fuse_head
+from lightning_pipelite.models.loss import CausalLMLoss
 
 CONFIGS: dict[str, tuple[PretrainedConfig, float, float | None]] = {
     "plain": (LlamaConfig(**SIZES), 1.0, None),

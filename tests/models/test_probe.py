@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import Skeleton
+from lightning_pipelite.models import MetaModel
 from lightning_pipelite.models.probe import Probe
 
 torch.set_num_threads(1)
@@ -72,38 +72,40 @@ REAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model_type", list(REAL))
 def test_real_configurations_can_be_cut_everywhere_and_packed(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **REAL[model_type]}))
-    skeleton = Skeleton(tmp_path)
-    assert skeleton.groups == list(range(REAL[model_type]["num_hidden_layers"] + 1))
-    assert skeleton.isolates_documents
-    assert skeleton.takes_positions
-    assert skeleton.model.config.hidden_size == skeleton.model.get_submodule(skeleton.embedding_name).embedding_dim
+    meta_model = MetaModel(tmp_path)
+    assert meta_model.groups == list(range(REAL[model_type]["num_hidden_layers"] + 1))
+    assert meta_model.isolates_documents
+    assert meta_model.takes_positions
+    assert (
+        meta_model.model.config.hidden_size == meta_model.model.get_submodule(meta_model.embedding_name).embedding_dim
+    )
 
 
-def skeleton_of(tmp_path: Path, config: Any) -> Skeleton:
+def meta_model_of(tmp_path: Path, config: Any) -> MetaModel:
     config.save_pretrained(tmp_path)
-    return Skeleton(tmp_path)
+    return MetaModel(tmp_path)
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
 
 
 def test_recurrent_layers_are_told_to_leak(tmp_path: Path) -> None:
-    assert not skeleton_of(tmp_path / "mamba", MambaConfig(hidden_size=64, num_hidden_layers=2)).isolates_documents
+    assert not meta_model_of(tmp_path / "mamba", MambaConfig(hidden_size=64, num_hidden_layers=2)).isolates_documents
     config = Qwen3NextConfig(**SMALL, num_hidden_layers=4, num_attention_heads=4, num_experts=4)
-    assert not skeleton_of(tmp_path / "next", config).isolates_documents
-    assert skeleton_of(tmp_path / "oss", GptOssConfig(num_hidden_layers=2)).isolates_documents
+    assert not meta_model_of(tmp_path / "next", config).isolates_documents
+    assert meta_model_of(tmp_path / "oss", GptOssConfig(num_hidden_layers=2)).isolates_documents
 
 
 def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Path) -> None:
     config = RobertaConfig(is_decoder=True, num_hidden_layers=2)
-    skeleton = skeleton_of(tmp_path, config)
-    assert not skeleton.takes_positions
-    assert not skeleton.isolates_documents
+    meta_model = meta_model_of(tmp_path, config)
+    assert not meta_model.takes_positions
+    assert not meta_model.isolates_documents
 
 
 def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="what comes before"):
-        skeleton_of(tmp_path, Gemma3nTextConfig())
+        meta_model_of(tmp_path, Gemma3nTextConfig())
 
 
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
@@ -112,11 +114,11 @@ def test_attention_that_config_json_asks_for_is_known_or_refused(tmp_path: Path,
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": asked}))
     with pytest.raises(ConfigurationError, match=f"asks for attn_implementation {asked}.*set attn_imp"):
-        Skeleton(tmp_path)
+        MetaModel(tmp_path)
     for remedy in ("sdpa", "eager"):
-        assert Skeleton(tmp_path, attn_implementation=remedy).config._attn_implementation == remedy
+        assert MetaModel(tmp_path, attn_implementation=remedy).config._attn_implementation == remedy
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}))
-    assert Skeleton(tmp_path).config._attn_implementation == "eager"
+    assert MetaModel(tmp_path).config._attn_implementation == "eager"
 
 
 def named(probe: Probe) -> dict[str, torch.Tensor]:

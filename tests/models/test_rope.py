@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers, Skeleton
+from lightning_pipelite.models import CausalLMLayers, MetaModel
 from lightning_pipelite.models.rope import document_lengths, is_static
 
 torch.set_num_threads(1)
@@ -119,9 +119,9 @@ def layers_of(directory: Path, **options: Any) -> CausalLMLayers:
 @torch.no_grad()
 def test_each_packed_document_is_as_alone_whatever_ran_before(tmp_path: Path, kind: str) -> None:
     directory = write(tmp_path, CONFIGS[kind])
-    skeleton = Skeleton(directory)
-    assert not is_static(skeleton.model)
-    assert skeleton.isolates_documents
+    meta_model = MetaModel(directory)
+    assert not is_static(meta_model.model)
+    assert meta_model.isolates_documents
     position_ids = torch.stack([positions(row) for row in LENGTHS])
     whole = fresh(directory)
     undone = whole(input_ids=tokens(), position_ids=position_ids, use_cache=False).logits
@@ -171,7 +171,7 @@ def test_static_types_are_left_alone(tmp_path: Path) -> None:
     ):
         config = LlamaConfig(**SIZES, max_position_embeddings=8, rope_scaling=scaling)
         directory = write(tmp_path / str(number), config)
-        assert is_static(Skeleton(directory).model)
+        assert is_static(MetaModel(directory).model)
         model = layers_of(directory).build_stage(0, 2, CPU).causal_lm
         assert type(model.model.rotary_emb) is LlamaRotaryEmbedding
 
@@ -229,7 +229,7 @@ def write_own(directory: Path, update: str) -> Path:
 def test_code_of_the_models_own_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     follows = write_own(tmp_path / "follows", "pass")
-    assert not Skeleton(follows, trust_remote_code=True).isolates_documents
+    assert not MetaModel(follows, trust_remote_code=True).isolates_documents
     with pytest.raises(ConfigurationError, match="set packed to false"):
         layers_of(follows, trust_remote_code=True)
     layers_of(follows, trust_remote_code=True, packed=False)
@@ -237,4 +237,4 @@ def test_code_of_the_models_own_is_tried(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigurationError, match="after a long document"):
         layers_of(remembers, trust_remote_code=True, packed=False)
     static = write_own(tmp_path / "static", "longest = self.limit")
-    assert Skeleton(static, trust_remote_code=True).isolates_documents
+    assert MetaModel(static, trust_remote_code=True).isolates_documents

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.tiny_models import CUTS, SIZES, build, micro_batches
+from tiny_models import CUTS, SIZES, build, micro_batches
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,8 +20,8 @@ from transformers import (
 
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.loss import CausalLMLoss
 from lightning_pipelite.models import CausalLMLayers, Stage
+from lightning_pipelite.models.loss import CausalLMLoss
 
 COEFFICIENT = 0.3
 OPTIONS = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
@@ -128,7 +128,7 @@ def test_evaluation_is_the_cross_entropy_alone(tmp_path: Path) -> None:
 
 
 def test_model_without_routers_is_refused(tmp_path: Path) -> None:
-    from models.tiny_models import write_model
+    from tiny_models import write_model
 
     write_model(tmp_path, "llama")
     with pytest.raises(ConfigurationError, match="no auxiliary loss for its routers; set router_aux_loss_coef to 0"):

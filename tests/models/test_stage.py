@@ -69,7 +69,7 @@ def test_each_stage_holds_its_own_weights_bit_equal_and_no_others(model_dir: Pat
             assert torch.equal(parameter, files[name.removeprefix("causal_lm.")]), name
         owned = tuple(f"model.layers.{number}." for number in range(stage.start, stage.stop))
         expected = {name for name in files if name.startswith(owned)}
-        if stage.start == 0 or (stage.stop == 4 and layers.skeleton.tied):
+        if stage.start == 0 or (stage.stop == 4 and layers.meta_model.tied):
             expected.add("model.embed_tokens.weight")
         if stage.stop == 4:
             expected |= {"model.norm.weight", "lm_head.weight"} & files.keys()

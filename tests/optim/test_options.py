@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_pipelite import cli
+from lightning_pipelite.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from finite_jobs import Case, save_lora_not_finite, save_not_finite, spoil
 
 from exactness import Case as ModelCase
 from exactness import Scale, make_model
-from lightning_pipelite.finite import in_words, not_finite
+from lightning_pipelite.shared.finite import in_words, not_finite
 from processes import Workers
 
 NORM = "step 3: the loss is finite, but the norm of the gradients is {}, by those of {}; training stops before the"

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from tiny_job import options, write_job
 
-from lightning_pipelite import cli
-from lightning_pipelite.callbacks.signals import STOPS, Signals
+from lightning_pipelite.callbacks.support.signals import STOPS, Signals
+from lightning_pipelite.cli import main as cli
 
 SLOW = """
 import time
@@ -42,7 +42,7 @@ def test_ctrl_c_within_an_evaluation_saves_and_says_how_to_go_on(tmp_path: Path)
     }
     (job / "slow.py").write_text(SLOW)
     (job / "config.yaml").write_text(yaml.safe_dump(config))
-    paths = [str(job), str(Path(cli.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(job), str(Path(cli.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     clean = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_pipelite", "fit", "--config", "config.yaml"], cwd=job, text=True,

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
+from lightning_pipelite.checkpoint.encoding import decode, encode
+from lightning_pipelite.checkpoint.manifest import read_manifest
+from lightning_pipelite.checkpoint.store import CheckpointStore
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy import load_trained
-from lightning_pipelite.strategy.checkpoint.encoding import decode, encode
-from lightning_pipelite.strategy.checkpoint.manifest import read_manifest
-from lightning_pipelite.strategy.checkpoint.store import CheckpointStore
 from lightning_pipelite.strategy.layers import SequentialLayers
-from lightning_pipelite.strategy.topology import Topology
 
 
 class Layered(nn.Module):

@@ -1,0 +1,14 @@
+"""Checkpoints of a training: directories of safetensors and JSON, described in docs/checkpoints.md.
+
+- :mod:`.layout`, :mod:`.manifest`, :mod:`.encoding`, :mod:`.tensor_file`: the format,
+- :mod:`.reader`: reads it, without Lightning or DeepSpeed; :func:`read_checkpoint` is for other programs,
+- :mod:`.directory`: whole or absent,
+- :mod:`.find`: which one ``last`` is,
+- :mod:`.writer`: copies at once, writes in the background, on all ranks,
+- :mod:`.stage_state`: a stage's parameters and optimizer state by name,
+- :mod:`.store`: what the strategy calls.
+"""
+
+from lightning_pipelite.checkpoint.reader import read_checkpoint
+
+__all__ = ["read_checkpoint"]

@@ -1,0 +1,117 @@
+"""Directories that are whole or absent: written under another name, renamed at the end, cleaned up after a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_pipelite.shared.locks import alone_in, is_abandoned, make_locked
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.ckpt-(?P<kind>partial|old)")
+
+
+class PartialDirectory:
+    """A directory that is being written, locked as long as its process lives.
+
+    What killed processes left beside it is removed first. Partial directories of living ones are left alone.
+
+    Args:
+        target: the name that it is to have in the end.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._unique = uuid.uuid4().hex[:8]
+        self.path = target.with_name(f".{target.name}.{self._unique}.ckpt-partial")
+        self._lock = -1
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent)
+        self._lock = make_locked(self.path)
+
+    def publish(self) -> None:
+        """Give it its name, in place of what had that name before."""
+        os.fsync(self._lock)
+        former = self._target.with_name(f".{self._target.name}.{self._unique}.ckpt-old")
+        with alone_in(self._target.parent):  # another one would put the former one back between the two
+            if replaces := os.path.lexists(self._target):
+                self._target.rename(former)
+            self.path.rename(self._target)
+        sync(self._target.parent)
+        if replaces:
+            _remove(former)
+
+    def close(self) -> None:
+        """Unlock it, and remove it if it was not published."""
+        _remove(self.path)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a published directory so that it is never seen in parts."""
+    doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.ckpt-partial")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        _remove(doomed)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes have left in ``parent``; put back what they were about to replace."""
+    with alone_in(parent):
+        for path, target, is_old in _temporaries(parent):
+            if is_old and not os.path.lexists(target):
+                path.rename(target)
+    for path, target, is_old in _temporaries(parent):
+        if os.path.lexists(target) if is_old else is_abandoned(path):
+            _remove(path)
+
+
+def former_of(path: Path) -> Path | None:
+    """What had the name ``path`` before a process was killed between the two renames of a replacement."""
+    if not path.parent.is_dir() or os.path.lexists(path):
+        return None
+    return next((old for old, target, is_old in _temporaries(path.parent) if is_old and target == path), None)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is one that :func:`remove_leftovers` would see to."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def target_of(temporary: Path) -> Path:
+    """The name that a temporary directory was to have, or had."""
+    match = _TEMPORARY.fullmatch(temporary.name)
+    assert match
+    return temporary.with_name(match["name"])
+
+
+def sync(directory: Path) -> None:
+    """Bring the entries of a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporaries(parent: Path) -> Iterator[tuple[Path, Path, bool]]:
+    for path in sorted(parent.iterdir()):
+        if is_temporary(path):
+            yield path, target_of(path), path.name.endswith("old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,101 @@
+"""The manifest: which files a checkpoint has, with their sizes and hashes; whatever differs from it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_pipelite.checkpoint.layout import FORMAT, MANIFEST, MANIFEST_HASH, VERSION
+from lightning_pipelite.checkpoint.tensor_file import Written, write_file
+from lightning_pipelite.errors import ConfigurationError
+
+ADVICE = "name another checkpoint, or `last`, which takes the newest whole one"
+
+
+def write_manifest(directory: Path, files: dict[str, Written]) -> None:
+    """Write the manifest over ``files``, and the hash of the manifest as sha256sum prints it."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "files": {name: asdict(written) for name, written in sorted(files.items())},
+    }
+    written = write_file(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(directory / MANIFEST_HASH, f"{written.sha256}  {MANIFEST}\n".encode())
+
+
+def read_manifest(directory: Path) -> dict[str, Written]:
+    """The files of a checkpoint, from its manifest.
+
+    Raises:
+        ConfigurationError: if this is no checkpoint, its manifest is damaged, or its version is another.
+    """
+    if directory.is_file() and _is_lightnings(directory):
+        raise ConfigurationError(
+            f"ckpt_path: {directory} is a file that Lightning has written under another strategy, whose optimizer and "
+            "position in the data cannot be taken up here: load its weights, such as by load_from_checkpoint() of the "
+            "module, and begin anew with them."
+        )
+    if not (directory / MANIFEST).is_file():
+        raise ConfigurationError(
+            f"ckpt_path: {directory} is not a checkpoint (a directory with {MANIFEST}); name one, or leave it out."
+        )
+    try:
+        content = (directory / MANIFEST).read_bytes()
+        expected = (directory / MANIFEST_HASH).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"ckpt_path: {directory} cannot be read ({error}); {ADVICE}.") from None
+    if expected != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
+        raise ConfigurationError(f"ckpt_path: {MANIFEST} of {directory} is not as it was written; {ADVICE}.")
+    manifest: dict[str, Any] = json.loads(content)
+    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+        raise ConfigurationError(
+            f"ckpt_path: {directory} is of version {manifest['version']} of the format {manifest['format']!r}, and "
+            f"this pipelite reads version {VERSION} of {FORMAT!r}: use the pipelite that wrote it."
+        )
+    return {name: Written(**entry) for name, entry in manifest["files"].items()}
+
+
+def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]) -> None:
+    """Hold files against the manifest.
+
+    Args:
+        directory: the checkpoint.
+        files: from :func:`read_manifest`.
+        names: those of them to check; the sizes of all are checked at any rate.
+
+    Raises:
+        ConfigurationError: for the first that is missing, cut short or altered.
+    """
+    for name, expected in files.items():
+        try:
+            size = (directory / name).stat().st_size
+        except OSError:
+            raise ConfigurationError(f"ckpt_path: {directory} lacks its file {name}; {ADVICE}.") from None
+        if size != expected.size:
+            raise ConfigurationError(
+                f"ckpt_path: {name} of {directory} has {size} bytes, not {expected.size}; {ADVICE}."
+            )
+    for name in names:
+        if _hash_of(directory / name) != files[name].sha256:
+            raise ConfigurationError(f"ckpt_path: {name} of {directory} is not as it was written; {ADVICE}.")
+
+
+def _is_lightnings(file: Path) -> bool:
+    """By what torch.save begins its files with: those of zip archives, and of pickles before them."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")
+    except OSError:
+        return False
+
+
+def _hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(16 * 2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The door: the ``pipelite`` command, its configuration files, and what it says of mistakes."""

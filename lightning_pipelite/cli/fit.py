@@ -1,0 +1,234 @@
+"""``pipelite fit`` and ``pipelite validate``: LightningCLI, with everything checked before any process is started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_pipelite import __version__
+from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
+from lightning_pipelite.checkpoint.find import require_last
+from lightning_pipelite.checkpoint.manifest import read_manifest
+from lightning_pipelite.checkpoint.reader import located
+from lightning_pipelite.cli.commands import COMMANDS
+from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+from lightning_pipelite.cli.saved_config import SaveConfig
+from lightning_pipelite.data import PackedDataModule
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.module.pipelite_module import PipeLiteModule
+from lightning_pipelite.shared.verbosity import OPTION
+from lightning_pipelite.strategy import PipeLiteStrategy
+from lightning_pipelite.strategy.checks import check_options
+from lightning_pipelite.strategy.former_results import refuse_former_results
+from lightning_pipelite.strategy.partition import partition
+
+DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
+{ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
+its order. {OPTION} prints all that the libraries say. Further commands: \
+{"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
+
+
+class TrainerCLI(LightningCLI):
+    """Parses ``sys.argv``, checks, and runs the Trainer.
+
+    Raises:
+        ConfigurationError: if anything is wrong that can be told before training.
+        MisconfigurationException: Lightning's own of that kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            PipeLiteModule,
+            PackedDataModule,
+            save_config_callback=SaveConfig,
+            trainer_defaults={
+                "strategy": {"class_path": "lightning_pipelite.PipeLiteStrategy"},
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "version": __version__,
+                "env_prefix": ENV_PREFIX,
+                "default_env": True,
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,  # the module has its own
+        )
+
+    # Parsing
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=_ConfigFile, help="A YAML or JSON file of these options.")
+        return parser
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate")}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Not when parsing: jsonargparse applies such links before it has seen the command line, if the environment
+        # is parsed too, and then refuses the model_dir that is not there yet.
+        parser.link_arguments("model.model_dir", "data.tokenizer_dir", apply_on="instantiate")
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--overwrite",
+                action=ActionYesNo(no_prefix=None),  # type: ignore[arg-type]
+                default=False,
+                help="Begin anew where another training has left its results: what it trained, its checkpoints.",
+            )
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_environment(self._subcommand_parsers)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from None
+        given = self.config[self.config.subcommand]
+        for section in SECTIONS:
+            if not isinstance(given.get(section), Namespace):
+                raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
+        seed = given.seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
+        path = given.get("ckpt_path")
+        if path == "best":
+            raise ConfigurationError(
+                "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or "
+                "`last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)"
+            )
+        if path not in (None, "last", "hpc"):
+            read_manifest(located(Path(path)))
+
+    # Checking
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand].trainer
+        if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or mend the "
+                "driver (nvidia-smi must list the GPU)."
+            )
+        positive = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "limit_train_batches")
+        for name in positive:  # Lightning takes all
+            if options[name] is not None and options[name] <= 0:
+                raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
+        if (options.log_every_n_steps or 0) < 0:
+            raise ConfigurationError(f"trainer.log_every_n_steps is {options.log_every_n_steps}; give 0 or more.")
+        given = options.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        if self.subcommand == "fit" and self.config_init.fit.overwrite:
+            for callback in given:
+                if hasattr(callback, "overwrite"):
+                    callback.overwrite = True
+        if not options.barebones:
+            shows_progress = options.enable_progress_bar is not False
+            options.callbacks = [*self._missing(given, shows_progress=shows_progress), *given]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
+
+    @staticmethod
+    def _missing(given: list[Callback], *, shows_progress: bool) -> list[Callback]:
+        """The callbacks of every run, unless the user has given others of their kind."""
+        missing: list[Callback] = []
+        if shows_progress and not any(isinstance(callback, ProgressBar) for callback in given):
+            missing.append(StepProgress())
+        if not any(isinstance(callback, StageTimes) for callback in given):
+            missing.append(StageTimes())
+        return missing
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's of a union of types, which hides what a class has said
+            if "Union subtypes" not in str(error):
+                raise
+            raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from error
+        model, data = self.model, self.datamodule
+        model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
+        strategy = model.check_strategy(self.trainer.strategy)
+        check_options(self.trainer, model, strategy._layer_sync)
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; "
+                "set data.max_sequences to train on a few sequences."
+            )
+        _check_environment_of(strategy)
+        _check_loggers(self.trainer)
+        topology = strategy.topology
+        # What layers cost is planned by the processes that train.
+        method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
+        partition(model.pipeline_layers()[0], topology.stages, method)
+        if self.config_init[self.subcommand].ckpt_path == "last":
+            require_last(self.trainer)
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveTrained):
+                    callback.check(model)
+            refuse_former_results(self.trainer, self.config_init.fit.ckpt_path)
+        data.prepare_data()  # tokenises and packs what is not in the cache yet
+        model.check_data(data)
+        if self.subcommand == "fit":
+            data.check(topology.replicas, self.trainer.accumulate_grad_batches)
+        elif not data.statistics.eval.sequences:
+            raise ConfigurationError(
+                "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets."
+            )
+        if self.trainer.is_global_zero:
+            print("\n".join(data.summary()), flush=True)
+
+
+def _check_environment_of(strategy: PipeLiteStrategy) -> None:
+    """Refuse what Lightning and torch refuse when the processes meet."""
+    backend = strategy._process_group_backend
+    if backend is not None and backend not in dist.Backend.backend_list:
+        names = ", ".join(name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED)
+        raise ConfigurationError(f"strategy: process_group_backend is {backend!r}; choose one of {names}.")
+    assert strategy.cluster_environment is not None
+    try:
+        strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+    except ValueError as error:
+        raise ConfigurationError(f"trainer: {error}") from error
+
+
+def _check_loggers(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if logger.save_dir and "://" not in logger.save_dir:
+            directory = Path(logger.save_dir).absolute()
+            place = next(path for path in (directory, *directory.parents) if path.exists())
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                raise ConfigurationError(
+                    f"trainer.logger: {type(logger).__name__} cannot write to {logger.save_dir}; set its save_dir to a "
+                    "directory that can be written."
+                )
+
+
+class _ConfigFile(ActionConfigFile):
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        check_config_file(values)
+        super().__call__(parser, cfg, values, option_string)

@@ -1,0 +1,90 @@
+"""The ``pipelite`` command: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from lightning_pipelite import __version__
+from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.verbosity import be_quiet, take_option
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status after Ctrl-C, as shells have it."""
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names; errors of configuration are one sentence, and exit status 2.
+
+    With ``--verbose``, or ``PIPELITE_VERBOSE=1`` in the environment, everything is printed that the libraries say.
+    """
+    if sys.argv[1:] == ["--version"]:  # at once, without ten seconds of imports
+        print(f"pipelite {__version__}")
+        return
+    take_option()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
+    be_quiet()
+    try:
+        with short_lived() if _plans() else contextlib.nullcontext():
+            _run()
+    except ConfigurationError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's end of it
+            _interrupted()
+        raise
+
+
+def start() -> None:
+    """Run :func:`main` as the whole of a process."""
+    main()
+    if _plans():
+        end_at_once()
+
+
+def _plans() -> bool:
+    return sys.argv[1:2] == ["plan"]
+
+
+def _run() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from lightning_pipelite.cli.commands import COMMANDS
+    from lightning_pipelite.shared.progress import from_tqdm
+
+    transformers_logging.set_tqdm_hook(from_tqdm)
+    if (name := sys.argv[1] if sys.argv[1:] else "") in COMMANDS:
+        COMMANDS[name].run(name, sys.argv[2:])
+        return
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lightning_pipelite.cli.fit import TrainerCLI
+
+    try:
+        TrainerCLI()
+    except MisconfigurationException as error:  # Lightning's ConfigurationError
+        raise ConfigurationError(str(error)) from error
+
+
+def _refuse(sentence: str) -> NoReturn:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    # The processes that another one started, or a launcher, would all say the same.
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(f"pipelite: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _interrupted() -> NoReturn:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print("\npipelite: interrupted by Ctrl-C", file=sys.stderr, flush=True)
+    sys.exit(INTERRUPTED)

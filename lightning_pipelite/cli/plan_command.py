@@ -1,0 +1,94 @@
+"""``pipelite plan``: what a training will take, before it is started, without a GPU and without its weights."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.planning.before_training import device_memory
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.report import Report
+from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, read_settings
+from lightning_pipelite.planning.simulation import Simulation
+
+
+def plan(
+    config: str,
+    devices: int | None = None,
+    memory: str | None = None,
+    hosts: int | None = None,
+    model_dir: str | None = None,
+    sequence_len: int | None = None,
+    picture: str | None = None,
+) -> Report:
+    """Say what a training will take of each GPU, whether it fits, and on which split.
+
+    Nothing but config.json and the headers of the weight files is read of the model, and no GPU is needed.
+
+    Args:
+        config: the configuration of pipelite fit.
+        devices: GPUs of a host; the configuration's if not given.
+        memory: of each GPU, such as 24GiB; that of the GPU here if not given, and unknown without one.
+        hosts: how many hosts there are; the configuration's if not given.
+        model_dir: the model, in place of the configuration's.
+        sequence_len: tokens of a sequence, in place of the configuration's.
+        picture: a PNG file to draw the stages into.
+    """
+    torch.set_num_threads(1)  # what is computed is tiny
+    for name, value in (("devices", devices), ("hosts", hosts), ("sequence_len", sequence_len)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
+    if picture is not None and Path(picture).suffix.lower() != ".png":
+        raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
+    size = parse_memory(memory) if memory is not None else _smallest_here()
+    settings = read_settings(config, model_dir)
+    settings.sequence_len = sequence_len or settings.sequence_len
+    on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
+    total = on_each * (hosts or settings.hosts)
+    planner = Planner(
+        simulate(settings), micro_batches=settings.micro_batches, sequence_len=settings.sequence_len, memory=size
+    )
+    try:
+        report = Report.of(planner, settings, total)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # of a model that cannot be run without weights
+        told = str(error).splitlines() or [""]
+        raise ConfigurationError(
+            f"{settings.model['model_dir']} cannot be planned: its layers cannot be tried without weights "
+            f"({type(error).__name__}: {told[0]}); see with pipelite fit whether they fit."
+        ) from error
+    if picture is not None:
+        from lightning_pipelite.planning.pictures import draw
+
+        draw(report, Path(picture))
+    return report
+
+
+def _smallest_here() -> int | None:
+    """Return the bytes of this machine's smallest GPU, or None."""
+    sizes = (device_memory(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def simulate(settings: Settings) -> Simulation:
+    """Make the layers, the loss and the optimizer that the configuration asks for."""
+    model = settings.model
+    adapter_class, options = class_of(model["adapter"], "model.adapter", "lightning_pipelite.adapters")
+    taken = inspect.signature(CausalLMLayers.__init__).parameters
+    options_of_layers = {name: value for name, value in model.items() if name in taken}
+    options_of_layers |= {"adapter": adapter_class(**options), "dtype": dtype_of(model), "activation_memory": "keep"}
+    layers = CausalLMLayers(options_of_layers.pop("model_dir"), fuse_head=True, **options_of_layers)
+    optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
+    router_loss = layers.router_loss
+    return Simulation(
+        layers,
+        CausalLMLoss(router_loss.coefficient if router_loss else 0.0),
+        partial(optimizer_class, lr=1e-3, **options),
+    )

@@ -1,0 +1,115 @@
+"""``pipelite preview``: the first packed sequences as text."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lightning_pipelite.cli.error_messages import check_config_file, explain
+from lightning_pipelite.data.datamodule import PackedDataModule
+from lightning_pipelite.data.sequences import IGNORED, PackedSequences
+from lightning_pipelite.data.tokens import DocumentTokenizer
+from lightning_pipelite.errors import ConfigurationError
+
+_RESET = "\x1b[0m"
+_BOLD, _MASKED, _PADDING = "\x1b[1m", "\x1b[2;3m", "\x1b[2m"
+_CLASSES = {1: "\x1b[32m", -1: "\x1b[35m"}
+
+
+def preview(config: str, sequences: int = 3) -> str:
+    """Pack the data of a configuration as fit would, and show the sequences that training begins with.
+
+    Each document begins with a line that tells its control class. What is no label (masked tokens, and the first of a
+    document, which nothing comes before) is dim in colour, and stands in « » where there is none: on a terminal there
+    is, unless NO_COLOR is set, and elsewhere if FORCE_COLOR is. The model is not loaded.
+
+    Args:
+        config: The YAML or JSON file of `pipelite fit`.
+        sequences: How many to show.
+    """
+    if sequences < 1:
+        raise ConfigurationError(f"sequences is {sequences}: give a positive number.")
+    data = data_of(config)
+    loader = data.train_dataloader()
+    dataset = loader.dataset
+    assert isinstance(dataset, PackedSequences)
+    writer = _Writer(data.tokenizer(), _colour())
+    indices = [index for index in itertools.islice(iter(loader.sampler), sequences) if index is not None]
+    shown = ["\n".join(writer.lines(dataset, index, number)) for number, index in enumerate(indices, start=1)]
+    return "\n\n".join(["\n".join(data.summary()), *shown])
+
+
+def data_of(config: str) -> PackedDataModule:
+    """Make the data module of a configuration for `pipelite fit`.
+
+    Args:
+        config: The YAML or JSON file.
+
+    Raises:
+        ConfigurationError: If the file, or what it says about the data, is not usable.
+    """
+    path = Path(config).expanduser()
+    if not path.is_file():
+        raise ConfigurationError(f"there is no configuration file {config}; give the one that fit is given.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PackedDataModule, "data")
+    try:
+        check_config_file(config)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        section, model = content.get("data"), content.get("model")
+        model_dir = model.get("model_dir") if isinstance(model, dict) else None
+        if not isinstance(section, dict) or not isinstance(model_dir, str):
+            missing = "model.model_dir" if isinstance(section, dict) else "data"
+            raise ConfigurationError(f"{missing} must be given in {config}; put it there as for fit.")
+        if "tokenizer_dir" in section:
+            raise ConfigurationError("data.tokenizer_dir is always model.model_dir; leave it out.")
+        options = parser.parse_object({"data": {**section, "tokenizer_dir": model_dir}})
+    except ArgumentError as error:
+        raise ConfigurationError(explain(str(error), {"preview": parser})) from None
+    data: PackedDataModule = parser.instantiate_classes(options).data
+    return data
+
+
+def _colour() -> bool:
+    return not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
+
+
+class _Writer:
+    def __init__(self, tokenizer: DocumentTokenizer, colour: bool) -> None:
+        self._tokenizer = tokenizer
+        self._colour = colour
+
+    def lines(self, dataset: PackedSequences, index: int, number: int) -> Iterator[str]:
+        """Show one sequence."""
+        item = {name: tensor.tolist() for name, tensor in dataset[index].items()}
+        borders, length = dataset.borders(index)
+        labels = item["labels"]
+        learnt = sum(label != IGNORED for label in labels)
+        width = len(labels)
+        yield self._in(_BOLD, f"sequence {number}: {len(borders) + 1} documents, {learnt} labels, {width} tokens")
+        edges = [0, *borders.tolist(), length]
+        for (begin, end), control_class in zip(itertools.pairwise(edges), dataset.classes(index).tolist(), strict=True):
+            yield self._in(
+                _CLASSES[control_class], f"── document at {begin}, {end - begin} tokens, class {control_class:+d}"
+            )
+            masked = [t == 0 or labels[t - 1] == IGNORED for t in range(begin, end)]
+            yield self._text(item["input_ids"][begin:end], masked, _CLASSES[control_class])
+        if length < width:
+            yield self._in(_PADDING, f"── padding, {width - length} tokens")
+
+    def _text(self, ids: list[int], masked: list[bool], colour: str) -> str:
+        text = ""
+        for hidden, run in itertools.groupby(zip(ids, masked, strict=True), key=lambda pair: pair[1]):
+            decoded = self._tokenizer.decode([token for token, _ in run])
+            text += self._in(_MASKED if hidden else colour, f"«{decoded}»" if hidden and not self._colour else decoded)
+        return text
+
+    def _in(self, colour: str, text: Any) -> str:
+        return f"{colour}{text}{_RESET}" if self._colour else str(text)

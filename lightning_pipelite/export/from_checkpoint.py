@@ -1,0 +1,134 @@
+"""Takes what was trained out of a checkpoint of this project."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+
+from lightning_pipelite import adapters
+from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.checkpoint import read_checkpoint
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.atomic_output import new_directory
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.fingerprint import fingerprint
+from lightning_pipelite.shared.progress import track
+
+CPU = torch.device("cpu")
+# What the training was told of how the base is loaded, and saving must know.
+LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
+
+
+def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_another_base: bool = False) -> str:
+    """Write what ``checkpoint`` has trained as the training itself would have.
+
+    Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
+    they saw in training, and the memory is that of one layer.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        output: Directory to write.
+        config: YAML of the training; if not given, what the checkpoint says of it counts.
+        allow_another_base: Take a model that is not the one of the training.
+
+    Raises:
+        ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
+    """
+    try:
+        meta, parameters = read_checkpoint(checkpoint)
+    except ConfigurationError as error:
+        found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
+        advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
+        said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
+        raise ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.") from None
+    values = dict(parameters)
+    settings = _said_by(meta, checkpoint) if config is None else _settings(config)
+    model_dir = Path(settings["model"]["model_dir"])
+    with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
+        pass
+    output.rmdir()
+    trained_on = meta.get("identity", {}).get("base_model")
+    if not allow_another_base and trained_on is not None and trained_on != fingerprint(model_dir):
+        raise ConfigurationError(
+            f"{checkpoint} was trained on another base than {model_dir}; give a configuration with that one as "
+            "model.model_dir, or set allow_another_base to true."
+        )
+    adapter = _adapter(settings["model"]["adapter"], config or checkpoint)
+    loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
+    layers = CausalLMLayers(
+        model_dir,
+        dtype=getattr(torch, settings["model"].get("dtype", "bfloat16")),
+        **loading,
+        adapter=adapter,
+        activation_memory="keep",
+        seed=int(settings.get("seed_everything") or 0),
+        packed=False,
+    )
+    unused = set(values)
+
+    def states() -> Iterator[dict[str, Tensor]]:
+        for number in track(range(len(layers)), "converting", "layers"):
+            stage = layers.build_stage(number, number + 1, CPU)
+            for name, parameter in stage.named_parameters():
+                if parameter.requires_grad:
+                    if name not in values or values[name].shape != parameter.shape:
+                        raise ConfigurationError(
+                            f"{checkpoint} has no {name} of shape {list(parameter.shape)}; give the configuration "
+                            "that it was trained with."
+                        )
+                    parameter.data.copy_(values[name])
+                    unused.discard(name)
+            yield layers.trained_state(stage)
+        if unused:
+            raise ConfigurationError(
+                f"{checkpoint} holds {min(unused)}, for which there is no place; give the configuration that it was "
+                "trained with."
+            )
+
+    adapter.save(output, states(), layers.meta_model)
+    return f"{output}: {type(adapter).__name__} of step {meta['step']}."
+
+
+def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    try:
+        identity, model_dir = meta["identity"], meta["hyper_parameters"]["model_dir"]
+        own = {f"{kind.__module__}.{name}" for name, kind in vars(adapters).items() if isinstance(kind, type)}
+        if identity["adapter"]["class_path"] not in own:  # else reading a checkpoint could run any code
+            raise TypeError(f"adapter {identity['adapter']['class_path']}")
+        model = {"model_dir": str(model_dir), "adapter": identity["adapter"], "dtype": identity["dtype"]}
+        model |= {key: meta["hyper_parameters"].get(key, identity.get(key)) for key in LOADING}
+    except (LookupError, TypeError) as error:
+        raise ConfigurationError(
+            f"{checkpoint} does not say what was trained ({error}); give the YAML of the training as config."
+        ) from None
+    return {"model": model}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings["model"]["model_dir"], str) or not isinstance(settings["model"]["adapter"], dict):
+            raise TypeError("model_dir or adapter")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path} has no model.model_dir and model.adapter ({error}); give the YAML of the training."
+        ) from None
+    return dict(settings)
+
+
+def _adapter(settings: dict[str, Any], path: Path) -> Adapter:
+    module, _, name = str(settings.get("class_path")).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        adapter = kind(**settings.get("init_args") or {})
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{path}: model.adapter cannot be made ({error}).") from None
+    if not isinstance(adapter, Adapter):
+        raise ConfigurationError(f"{path}: model.adapter is a {name}, which is no adapter of this project.")
+    return adapter

@@ -1,0 +1,279 @@
+"""A LoRA of a base model, with PEFT's own code for what it does to each weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.base import BaseModel
+from lightning_pipelite.export.lora_kinds import CONFIG_FILE, check_tensors, read_lora_config
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a LoRA adds to one parameter W: ``scaling * B @ A``.
+
+    Attributes:
+        a: [rank, in], or [experts, rank, in] for fused experts, float32.
+        b: [out, rank] or [experts, out, rank], float32.
+        scaling: Factor of the product.
+        transposed: Whether W is kept as [.., in, out].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    transposed: bool
+
+
+class LoRAOfBase:
+    """A saved LoRA on a base model on the meta device: PEFT places it, reads it, and merges it one weight at a time.
+
+    Args:
+        base: The model that it is for.
+        directory: PEFT directory of the adapter.
+        scale: Factor on what it adds.
+        device: Where it is held and merged.
+        invoked: Whether it may be an activated LoRA (aLoRA), which counts from certain tokens on.
+
+    Attributes:
+        config: PEFT's configuration.
+        changed: Names of the base's parameters that it changes.
+
+    Raises:
+        ConfigurationError: The directory is no LoRA, does not fit the base, or a weight of it would go unused.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        directory: str | Path,
+        scale: float = 1.0,
+        device: str | torch.device = "cpu",
+        *,
+        invoked: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.config = read_lora_config(self.directory, invoked=invoked)
+        tensors = read_tensors(self.directory)
+        check_tensors(self.config, tensors, self.directory)
+        names = [name.removeprefix(PREFIX) for name in tensors]
+        # Former adapters of this project go by the text model's names, those of PEFT by the whole model's.
+        whole = base.whole_of(names)
+        self._model = self._place(base.meta_model() if whole is None else whole.copy(), base, device)
+        self._layers: dict[str, LoraLayer] = {}
+        self._biases: dict[str, LoraLayer] = {}
+        self._replaced: dict[str, Tensor] = {}
+        for name, module in self._model.get_base_model().named_modules():
+            plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+            plain = plain if whole is None else whole.own_name(plain) or plain
+            if isinstance(module, LoraLayer) and ADAPTER in [*module.lora_A, *module.lora_embedding_A]:
+                self._check_variant(module)
+                module.scaling[ADAPTER] *= scale
+                self._layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
+                if module.lora_bias.get(ADAPTER):
+                    self._biases[f"{plain}.bias"] = module
+            elif ".modules_to_save.default" in name or not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+                inside = ".lora_" in name
+                for parameter, value in module.named_parameters(recurse=False):
+                    if value.device.type != "meta" and not inside:
+                        self._replaced[f"{plain}.{parameter}"] = value.detach()
+        for name, value in list(self._replaced.items()):  # with an embedding, PEFT saves its unchanged weight as well
+            if name in base.groups and torch.equal(value.cpu(), base.read_parameter(name)):
+                del self._replaced[name]
+        self.changed = {*self._layers, *self._biases, *self._replaced}
+        if not self.changed:
+            raise ConfigurationError(f"{directory} changes no weight of {base.directory}; give the adapter's base.")
+        if scale != 1.0 and (self.config.use_dora or self._replaced):
+            what = "a DoRA" if self.config.use_dora else "an adapter with whole weights (modules_to_save or bias)"
+            raise ConfigurationError(f"{directory} is {what}, which cannot be scaled; leave scale at 1.")
+        for name in self.changed:
+            if name not in base.shapes:
+                raise ConfigurationError(
+                    f"{directory} changes {name}, which is no part of the text model of {base.directory}; give an "
+                    "adapter of that alone."
+                )
+            group = base.group_of(name)
+            if name in self._replaced and tuple(self._replaced[name].shape) != base.shapes[name]:
+                raise ConfigurationError(
+                    f"{directory} holds {name} with shape {list(self._replaced[name].shape)} but {base.directory} has "
+                    f"{list(base.shapes[name])}; give the adapter's base."
+                )
+            if base.model.get_input_embeddings() is base.model.get_output_embeddings():
+                raise ConfigurationError(f"{base.directory} has one module for embedding and head; not supported.")
+            tied = getattr(base.model, "all_tied_weights_keys", {})
+            if any(other in {*tied, *tied.values()} for other in group.parameters) and base.config.tie_word_embeddings:
+                raise ConfigurationError(
+                    f"{directory} changes {name}, which {base.directory} ties to another weight; an untied base is "
+                    "needed."
+                )
+
+    def products(self) -> Iterator[tuple[str, Factors]]:
+        """Give, in the model's order, the name of each parameter that a product B·A is for, and its factors."""
+        for name, layer in self._layers.items():
+            yield name, _factors(layer)
+
+    def factors(self) -> Iterator[tuple[str, Factors]]:
+        """Give the same where that is all that the adapter does.
+
+        Raises:
+            ConfigurationError: The adapter does more than add products of factors.
+        """
+        if self.config.use_dora or self._replaced or self._biases:
+            what = "a DoRA" if self.config.use_dora else "an adapter that changes more than products B·A"
+            raise ConfigurationError(
+                f"{self.directory} is {what}, which has no factors; merge it into its base (pipelite merge) instead."
+            )
+        yield from self.products()
+
+    def apply(self, name: str, value: Tensor) -> Tensor:
+        """Return the parameter ``name`` with the adapter in it.
+
+        Args:
+            name: One of the base's parameters.
+            value: It, float32; may be changed in place.
+
+        Raises:
+            ConfigurationError: The sum is not finite.
+        """
+        if name in self._replaced:
+            value = self._replaced[name].to(value)
+        if name in self._biases:
+            layer = self._biases[name]
+            value = value + layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].bias.detach().to(value)
+        if name in self._layers:
+            value = self._merge(self._layers[name], name.rpartition(".")[2], value)
+        if not torch.isfinite(value).all():
+            raise ConfigurationError(f"{self.directory}: {name} is not finite once merged; the adapter is broken.")
+        return value
+
+    def _merge(self, layer: Any, parameter: str, value: Tensor) -> Tensor:
+        holder = layer.get_base_layer()
+        before = dict(holder._parameters)
+        try:
+            holder._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+            if layer.lora_bias.get(ADAPTER):  # PEFT merges it as well, here into nothing: see _biases
+                holder._parameters["bias"] = nn.Parameter(
+                    torch.zeros_like(layer.lora_B[ADAPTER].bias), requires_grad=False
+                )
+            with torch.no_grad():
+                layer.merge(adapter_names=[ADAPTER])
+            return holder._parameters[parameter].detach()
+        finally:
+            holder._parameters.update(before)
+            layer.merged_adapters.clear()
+
+    def _check_variant(self, layer: LoraLayer) -> None:
+        """Check that PEFT takes a layer for what its configuration says here."""
+        variant = layer.lora_variant.get(ADAPTER)
+        if variant is not None and not self.config.use_dora and not self.config.alora_invocation_tokens:
+            raise ConfigurationError(
+                f"{self.directory} is a LoRA of a kind that is not known here ({variant.__name__}); choose another."
+            )
+
+    def _place(self, model: PreTrainedModel, base: BaseModel, device: str | torch.device) -> PeftModel:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                placed = PeftModel(model, self.config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+                with _adapter_stays():
+                    loaded = placed.load_adapter(
+                        str(self.directory),
+                        ADAPTER,
+                        torch_device=str(device),
+                        low_cpu_mem_usage=True,
+                        autocast_adapter_dtype=False,
+                    )
+        except (SafetensorError, OSError) as error:
+            raise ConfigurationError(f"{self.directory} cannot be read ({error}); fetch it again.") from None
+        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+            told = str(error).split("\n\t")  # of many sizes that do not match, the first
+            reason = " ".join(told[min(1, len(told) - 1)].split()).rstrip(".")
+            raise ConfigurationError(f"{self.directory} does not fit {base.directory}: {reason}.") from error
+        if loaded.unexpected_keys:
+            raise ConfigurationError(
+                f"{self.directory} holds {_names(loaded.unexpected_keys)}, for which {base.directory} has no place; "
+                "give the adapter's base."
+            )
+        missing = [name for name, each in placed.named_parameters() if ".lora_" in name and each.device.type == "meta"]
+        if missing:
+            raise ConfigurationError(f"{self.directory} lacks {_names(missing)}; fetch it again.")
+        for name, each in placed.named_parameters():
+            if each.device.type != "meta":
+                each.data = each.data.float()
+                if not torch.isfinite(each).all():
+                    raise ConfigurationError(f"{self.directory}: {name} is not finite; the adapter is broken.")
+        return placed
+
+
+@contextmanager
+def _adapter_stays() -> Iterator[None]:
+    """Keep PEFT from moving what it read to the device of the base's weights, which is meta."""
+    kinds: list[Any] = [LoraLayer, ParamWrapper]
+    before = [kind.__dict__.get("_move_adapter_to_device_of_base_layer") for kind in kinds]
+    for kind in kinds:
+        kind._move_adapter_to_device_of_base_layer = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, before, strict=True):
+            if method is None:
+                del kind._move_adapter_to_device_of_base_layer
+            else:
+                kind._move_adapter_to_device_of_base_layer = method
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's directory, by name.
+
+    Raises:
+        ConfigurationError: They are missing or damaged.
+    """
+    path, pickled = directory / WEIGHTS_FILE, directory / "adapter_model.bin"
+    if not (directory / CONFIG_FILE).exists() or not (path.exists() or pickled.exists()):
+        raise ConfigurationError(f"{directory} has no {CONFIG_FILE} or no {WEIGHTS_FILE}; give an adapter's directory.")
+    try:
+        return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+        raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
+
+
+def _factors(layer: Any) -> Factors:
+    scaling = layer.scaling[ADAPTER]
+    if isinstance(layer, ParamWrapper):
+        a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+        if layer.num_experts > 1:
+            a = a.reshape(layer.num_experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+        return Factors(a, b, scaling, transposed=not layer._did_swap_in_out_features and layer.num_experts > 1)
+    if ADAPTER in layer.lora_embedding_A:  # the embedding's weight is [in, out] of the map from one-hot to hidden
+        return Factors(
+            layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach(), scaling, True
+        )
+    a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+    return Factors(a, b, scaling, transposed=bool(layer.fan_in_fan_out))
+
+
+def _names(names: list[str]) -> str:
+    names = sorted(names)
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

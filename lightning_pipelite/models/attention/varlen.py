@@ -1,0 +1,136 @@
+"""Attention over packed documents without a mask: torch's FlashAttention for sequences of different lengths.
+
+A mask of sequence x sequence values makes scaled dot-product attention compute every pair of tokens, also those of
+different documents, by its slower kernels. Here the bounds of the documents take its place.
+
+cuDNN's attention, which torch chooses for a single document and which takes a Hopper GPU half of FlashAttention's time,
+is no choice for several: with bounds, torch 2.11 (cuDNN 9.19) plans it anew at each call, which takes the host 50 ms,
+and the gradients are wrong.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from lightning_pipelite.models.attention.document_mask import Documents, current_documents
+
+NAME = "varlen"
+# Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
+GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+LARGEST_HEAD = 256  # of FlashAttention
+OF_TRANSFORMERS = ("sdpa", "eager")  # what a model attends by otherwise, whose masks ``packing.py`` builds
+UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether torch has a kernel for it: bf16 and fp16 on NVIDIA GPUs since Ampere, which meta stands for."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "meta":
+        return half
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **asked: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within each document of :func:`~lightning_pipelite.models.attention.document_mask.document_mask`.
+
+    An attention function of transformers. Whether a class of models asks for nothing else is found out by a trial, see
+    ``MetaModel.fits_varlen``: which window a layer has, for one, it is told in two ways, by a mask and by a number, and
+    here only the number counts.
+
+    Args:
+        module: The attention layer.
+        query: [batch, heads, seq, head size].
+        key: [batch, key heads, seq, head size].
+        value: [batch, key heads, seq, value size].
+        attention_mask: None, as no mask is built.
+        dropout: Of the probabilities.
+        scaling: Of the scores; 1 / sqrt(head size) if None.
+        sliding_window: How many tokens a token sees, itself included; None for all before it.
+        is_causal: Whether tokens see only what is before them; None for yes.
+        asked: What else a layer asks for.
+
+    Returns:
+        [batch, seq, heads, value size], and None in place of the probabilities.
+
+    Raises:
+        NotImplementedError: A layer asks for something else.
+    """
+    unknown = [name for name in UNKNOWN if asked.get(name) is not None]
+    causal = is_causal is not False and getattr(module, "is_causal", True)
+    if unknown or attention_mask is not None or not causal or dropout or query.shape[2] != key.shape[2]:
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'masks, dropout or a cache'}")
+    documents = current_documents()
+    window = None if sliding_window is None or sliding_window >= query.shape[2] else sliding_window
+    if documents is None and window is None:
+        grouped = query.shape[1] != key.shape[1]
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=grouped
+        )
+        return output.transpose(1, 2).contiguous(), None
+    head = max(query.shape[-1], value.shape[-1])
+    if has_kernel(query.device, query.dtype) and head <= LARGEST_HEAD:
+        return _kernel(query, key, value, documents, scaling, window), None
+    return _masked(query, key, value, documents, scaling, window), None
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
+) -> Tensor:
+    batch, heads, length, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    head = -(-max(size, value.shape[-1]) // 8) * 8  # the kernel wants equal sizes, multiples of 8
+
+    def in_a_row(tensor: Tensor) -> Tensor:
+        rows = tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], tensor.shape[3])
+        return nn.functional.pad(rows, (0, head - rows.shape[-1])) if rows.shape[-1] < head else rows
+
+    if documents is None:
+        bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    else:
+        bounds = documents.bounds
+    left = -1 if window is None else window - 1
+    output = varlen_attn(
+        in_a_row(query), in_a_row(key), in_a_row(value), bounds, bounds, length, length,
+        scale=scaling, window_size=(left, 0), **GROUPED_HEADS,
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output[..., : value.shape[-1]].reshape(batch, length, heads, value.shape[-1])
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
+) -> Tensor:
+    """The same by a mask: on a CPU, in float32, and for heads that are too large."""
+    place = torch.arange(query.shape[2], device=query.device)
+    distance = place[:, None] - place
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if documents is not None:
+        numbers = documents.numbers
+        seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
+    grouped = query.shape[1] != key.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+# transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would make
+# the host of a GPU wait in every micro-batch.
+AttentionInterface.register(NAME, varlen_attention)

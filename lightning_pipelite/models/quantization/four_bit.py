@@ -1,0 +1,167 @@
+"""Weights in 4 bits (nf4): linear layers as transformers quantises them, and the fused experts that it leaves out.
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://arxiv.org/abs/2305.14314).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.functional import name2qmap
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning_pipelite.models.meta_model import MetaModel
+
+SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
+ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
+
+
+def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
+    """Return the linear layers of the named decoder layers that keep their precision: routers, gates of experts.
+
+    They are small and steer much. Most classes have routers that are no linear layers; here are the others.
+    """
+    return [
+        f"{layer_name}.{name}"
+        for layer_name in layer_names
+        for name, module in model.get_submodule(layer_name).named_modules()
+        if isinstance(module, nn.Linear) and any(ROUTER.fullmatch(part) for part in name.split("."))
+    ]
+
+
+def unknown_linear(model: nn.Module, layer_names: Iterable[str]) -> str | None:
+    """Return the name of a linear layer that transformers would silently leave as it is, or None."""
+    layer_names = list(layer_names)
+    kept = set(kept_names(model, layer_names))
+    for layer_name in layer_names:
+        for name, module in model.get_submodule(layer_name).named_modules():
+            full = f"{layer_name}.{name}"
+            if isinstance(module, nn.Linear) and type(module) is not nn.Linear and full not in kept:
+                return full
+    return None
+
+
+def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBytesConfig:
+    """Return the quantisation of linear layers other than those ``kept``, computed in ``dtype``.
+
+    With ``double_quant`` the scales of the blocks are quantised too, to 8 bits.
+
+    ``kept`` must name the head: transformers, left alone, guesses it as a model's last module, and on a trimmed model
+    that is a decoder layer's.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        llm_int8_skip_modules=[rf"{re.escape(name)}$" for name in kept],
+    )
+
+
+def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the weights of many experts in one tensor [experts, ., .], each as its module and its name there."""
+    for module in (module for layer in layers for module in layer.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = parameter.ndim == 3 and min(parameter.shape[1:]) >= SMALLEST_SIDE
+            if matrix and not isinstance(module, nn.modules.conv._ConvNd):
+                yield module, name
+
+
+def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None:
+    """Make the fused weights of ``layers``, still on the meta device, turn into nf4 as each is loaded."""
+    for module, name in list(fused_weights(layers)):
+        if not isinstance(module, _QuantisedOnLoad):
+            whole_class = type(module)
+            members = {
+                "__module__": whole_class.__module__,
+                "fused_names": frozenset[str](),
+                "double_quant": double_quant,
+            }
+            module.__class__ = type(whole_class.__name__, (_QuantisedOnLoad, whole_class), members)
+        type(module).fused_names |= {name}  # type: ignore[attr-defined]
+
+
+def quantise_without_weights(
+    model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, *, double_quant: bool
+) -> None:
+    """Give a model on the meta device the tensors that it has in 4 bits, where a real one is quantised on loading.
+
+    Args:
+        model: Trimmed to the decoder layers ``numbers``.
+        meta_model: The whole model.
+        numbers: The decoder layers that it has.
+        dtype: Type of the computation.
+        double_quant: Quantise the scales of the blocks too.
+    """
+    names = [meta_model.layer_names[number] for number in numbers]
+    kept = {*kept_names(model, names)}
+    with _code_tables_of_its_own():
+        for layer_name in names:
+            for name, module in list(model.get_submodule(layer_name).named_modules()):
+                if type(module) in (nn.Linear, Conv1D) and f"{layer_name}.{name}" not in kept:
+                    model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
+        for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
+            replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
+
+
+@contextlib.contextmanager
+def _code_tables_of_its_own() -> Iterator[None]:
+    """Leave bitsandbytes' tables of codes as they are.
+
+    It makes the table for double quantisation where it is first needed and keeps it there for good: on the meta device
+    it would have no values, and no weights could be quantised any more. Remove when it makes one for each device.
+    """
+    tables = dict(name2qmap)
+    name2qmap.clear()
+    try:
+        yield
+    finally:
+        name2qmap.clear()
+        name2qmap.update(tables)
+
+
+def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, double_quant: bool) -> Linear4bit:
+    weight = linear.weight.mT if isinstance(linear, Conv1D) else linear.weight
+    quantised = Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantised.weight.data = weight.data.contiguous()
+    quantised.weight._quantize(torch.device("meta"))
+    quantised.bias = linear.bias
+    return quantised.requires_grad_(False)
+
+
+class _QuantisedOnLoad(nn.Module):
+    """Mixed into a module with fused weights: quantises what is assigned to them.
+
+    Not after loading: all experts of a stage would then be held in full precision at once.
+    """
+
+    fused_names: frozenset[str]
+    double_quant: bool
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        loaded = isinstance(value, nn.Parameter) and value.is_floating_point() and not value.is_meta
+        if loaded and name in self.fused_names and not is_parametrized(self, name):
+            replace_parameter_4bit(self, name, quant_type="nf4", compress_statistics=self.double_quant)
+            # So that transformers does not take the weight for one that no file held.
+            self.get_parameter(f"parametrizations.{name}.original")._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,0 +1,136 @@
+"""Micro-batches of a causal LM, brought into the one form that the stages take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.attention.document_mask import starts
+
+IGNORED = -100
+_WANTED = (
+    "give int64 tensors input_ids and labels of shape (batch, sequence), and position_ids that restart at every "
+    "document; or batches as transformers' collators for causal LMs make them"
+)
+_KNOWN = {"input_ids", "labels", "position_ids", "attention_mask", "token_type_ids", "control_classes"}
+# Of transformers' DataCollatorWithFlattening: what position_ids say, once more.
+_SAID_BY_POSITIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """Completes batches and refuses what would train on something else than they say.
+
+    Args:
+        embeddings: rows of the embedding.
+        outputs: rows of the head.
+        keys: what the adapter needs besides.
+        counts_padding: whether padding would count in a loss, as in that of routers.
+    """
+
+    embeddings: int
+    outputs: int
+    keys: tuple[str, ...] = ()
+    counts_padding: bool = False
+
+    def complete(self, batch: Any) -> dict[str, Tensor]:
+        """Give a batch with ``labels`` that say the next token, and ``position_ids``.
+
+        In batches of transformers' collators ``labels[t]`` is the token ``input_ids[t]`` itself, and the model shifts.
+        Where labels can only be meant in one of the two ways, that is how they are meant; where both would do, or
+        neither, a batch with ``position_ids`` is of our form.
+
+        Args:
+            batch: a mapping; it is not changed.
+
+        Raises:
+            ConfigurationError: if something is missing, has no use, or is no token of the model.
+        """
+        if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= {*batch}:
+            has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ConfigurationError(f"PipeLiteModule cannot train on batches of {has}: {_WANTED}.")
+        known = _KNOWN | {*self.keys} | (_SAID_BY_POSITIONS if "position_ids" in batch else set())
+        if unknown := sorted(map(str, {*batch} - known)):
+            raise ConfigurationError(
+                f"PipeLiteModule has no use for {unknown[0]} in batches: leave it out, or {_WANTED}."
+            )
+        ids = _matrix(batch, "input_ids", None)
+        labels = _matrix(batch, "labels", ids.shape)
+        if "token_type_ids" in batch and _matrix(batch, "token_type_ids", ids.shape).any():
+            raise ConfigurationError("PipeLiteModule has no use for token_type_ids but 0 in batches: leave them out.")
+        self._check_tokens(ids, labels)
+        if _are_of_the_token(ids, labels, ours="position_ids" in batch):
+            if self.keys:
+                raise ConfigurationError(
+                    f"labels of a batch with {self.keys[0]} must say the next token, not the token itself: {_WANTED}."
+                )
+            labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+        if "position_ids" in batch:
+            positions = _matrix(batch, "position_ids", ids.shape)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
+        if "attention_mask" in batch:
+            self._check_padding(_matrix(batch, "attention_mask", ids.shape), labels, positions)
+        rest = {key: batch[key] for key in self.keys if key in batch}
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, **rest}
+
+    def _check_tokens(self, ids: Tensor, labels: Tensor) -> None:
+        low, high = (int(each) for each in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.embeddings:
+            raise ConfigurationError(
+                f"a batch has the token {low if low < 0 else high}, but the model's embedding has {self.embeddings} "
+                f"rows, for 0 to {self.embeddings - 1}: use the model's own tokenizer, or give the model as many rows."
+            )
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.outputs))]
+        if wrong.numel():
+            raise ConfigurationError(
+                f"a batch has the label {int(wrong[0])}, but the model's head has {self.outputs} rows, for 0 to "
+                f"{self.outputs - 1}; where there is nothing to learn, a label is {IGNORED}."
+            )
+
+    def _check_padding(self, mask: Tensor, labels: Tensor, positions: Tensor) -> None:
+        """Padding behind a row's tokens changes nothing, as no token sees later ones."""
+        if ((mask != 0) & (mask != 1)).any():
+            raise ConfigurationError("attention_mask of a batch is more than 0 and 1: tell documents by position_ids.")
+        if bool(mask.all()):
+            return
+        if (mask.diff(dim=1) > 0).any():
+            raise ConfigurationError(
+                "attention_mask of a batch leaves out tokens before others: pad on the right (padding_side of the "
+                "tokenizer)."
+            )
+        if self.counts_padding:
+            raise ConfigurationError(
+                "a batch has padding, which would count in the loss of the model's routers: give sequences of one "
+                "length, or set model.router_aux_loss_coef to 0."
+            )
+        # Of padding, by ours as by the label of the token itself.
+        to_learn = labels != IGNORED
+        if (to_learn[:, :-1] & (mask[:, 1:] == 0)).any() or (to_learn & (mask == 0)).any():
+            raise ConfigurationError(f"a batch has labels for padding: set them to {IGNORED}.")
+
+
+def _matrix(batch: Mapping[str, Any], key: str, shape: torch.Size | None) -> Tensor:
+    value = batch[key]
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2
+    if not whole or (shape is not None and value.shape != shape):
+        has = f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+        raise ConfigurationError(f"{key} of a batch is {has}: {_WANTED}.")
+    return value.long()
+
+
+def _are_of_the_token(ids: Tensor, labels: Tensor, *, ours: bool) -> bool:
+    nothing = labels == IGNORED
+    of_the_token = bool(((labels == ids) | nothing).all())
+    of_the_next = bool(((labels[:, :-1] == ids[:, 1:]) | nothing[:, :-1]).all())
+    return of_the_token if of_the_token != of_the_next else not ours
+
+
+def count_documents(position_ids: Tensor) -> int:
+    """Give how many documents the rows of a batch have."""
+    return int(starts(position_ids).sum())

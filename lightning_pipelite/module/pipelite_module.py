@@ -1,0 +1,424 @@
+"""The LightningModule that puts a causal LM, its adapter, its loss and its optimizer together."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections import ChainMap
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from optimi import Adam
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers, Stage
+from lightning_pipelite.models.flops import peak_flops, training_flops
+from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.models.memory import ActivationMemory
+from lightning_pipelite.module.batches import BatchForm, count_documents
+from lightning_pipelite.module.data_warnings import warn_of_data
+from lightning_pipelite.module.evaluation_metrics import Evaluation
+from lightning_pipelite.module.throughput import Speed
+from lightning_pipelite.optim import (
+    OptimizerFactory,
+    check_patterns,
+    check_schedule,
+    group_parameters,
+    make_optimizer,
+    make_schedule,
+)
+from lightning_pipelite.planning.memory_plan import MemoryPlan
+from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.shared.finite import refuse_not_finite
+from lightning_pipelite.shared.over_ranks import gathered
+from lightning_pipelite.strategy import PipeLiteStrategy
+
+
+class PipeLiteModule(pl.LightningModule):
+    """Fine-tunes a Hugging Face causal LM under :class:`~lightning_pipelite.strategy.PipeLiteStrategy`.
+
+    Batches are dicts of int64 tensors of shape (batch, sequence): ``input_ids``; ``position_ids``, which restart at
+    every document so that attention stays within it; and ``labels``, already shifted, -100 where there is nothing to
+    learn. A Control Adapter needs ``control_classes`` as well. Batches of transformers' collators for causal LMs are
+    taken, too: their labels are shifted, and padding on the right, by their ``attention_mask``, changes nothing.
+
+    Args:
+        model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
+        adapter: what is trained: LoRA, ControlAdapter or Full.
+        load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
+        lr: the learning rate, approached by the RMS-ratio schedule unless another is chosen.
+        beta1: Adam's decay rate of the first moment.
+        beta2: Adam's decay rate of the second moment, also that of the schedule.
+        eps: Adam's epsilon.
+        dtype: the dtype of the base model's weights and of the hidden states.
+        activation_memory: what is kept of a layer's activations until its backward pass. keep: everything; selective:
+            the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
+            offload: that in the host's memory; auto: on GPUs the first of these with which every stage fits, by the
+            same plan as ``pipelite plan``, else recompute.
+        check_memory: refuse a training that does not fit its GPUs, by that plan, before weights are loaded.
+        compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
+            by default on GPUs, but not layers with experts.
+        optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
+            summation where weights are bf16. beta1, beta2 and eps are for the default.
+        schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
+            the end of training.
+        warmup_steps: steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
+        parameter_groups: other options for some parameters, by a regular expression that is searched in their names:
+            ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
+        packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
+            those with recurrent layers, are refused unless this is false and each sequence is one document.
+        attn_implementation: varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
+            varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
+        bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
+        allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
+        trust_remote_code: run the model's own Python code from model_dir.
+        router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+            given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
+        allow_another_base: go on from a checkpoint that was trained on another base model than model_dir.
+
+    Raises:
+        ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
+    """
+
+    pipeline_stage: Stage  # put here by the strategy
+
+    def __init__(
+        self,
+        model_dir: str,
+        adapter: Adapter,
+        load_in_4bit: bool = False,
+        lr: float = 2e-5,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        eps: float = 1e-6,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        activation_memory: ActivationMemory = "auto",
+        check_memory: bool = True,
+        compile_layers: bool | None = None,
+        optimizer: OptimizerFactory | None = None,
+        schedule: Literal["rms_ratio", "constant", "cosine"] = "rms_ratio",
+        warmup_steps: int = 0,
+        parameter_groups: dict[str, dict[str, float]] | None = None,
+        packed: bool = True,
+        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
+        bnb_4bit_use_double_quant: bool = False,
+        allow_pickled_weights: bool = False,
+        trust_remote_code: bool = False,
+        router_aux_loss_coef: float | None = None,
+        allow_another_base: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
+            if not low <= value < high or (name == "beta2" and value == 0):
+                raise ConfigurationError(f"model.{name} must be at least {low} and less than {high:g}, not {value}.")
+        if eps <= 0:
+            raise ConfigurationError(f"model.eps must be positive, not {eps}.")
+        if optimizer is not None and (beta1, beta2, eps) != (0.9, 0.99, 1e-6):
+            raise ConfigurationError(
+                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
+            )
+        check_schedule(schedule, warmup_steps)
+        check_patterns(parameter_groups or {})
+        if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
+            raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
+        self.save_hyperparameters(ignore=["adapter", "optimizer"])
+        # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
+        warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer`")
+        self.adapter = adapter
+        self.model_dir = model_dir
+        self.lr = lr
+        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi
+        # warns that this will go in favour of one launch for each.
+        together = torch.cuda.is_available() or None
+        warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
+        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps, foreach=together)
+        self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
+        self._rehearse_optimizer()
+        self._layers = CausalLMLayers(
+            model_dir,
+            dtype=getattr(torch, dtype),
+            load_in_4bit=load_in_4bit,
+            adapter=adapter,
+            activation_memory=activation_memory,
+            compile_layers=compile_layers,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            packed=packed,
+            attn_implementation=attn_implementation,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            allow_pickled_weights=allow_pickled_weights,
+            trust_remote_code=trust_remote_code,
+            fuse_head=True,
+            router_aux_loss_coef=router_aux_loss_coef,
+        )
+        self._batch_form = BatchForm(
+            *self._layers.vocabulary,
+            keys=tuple(adapter.batch_keys),
+            counts_padding=self._layers.router_loss is not None,
+        )
+        self._speed = Speed()
+        self._evaluation = Evaluation([])
+
+    def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
+        router_loss = self._layers.router_loss
+        return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        layers, loss = self.pipeline_layers()
+        return [
+            MemoryPlan(
+                layers,
+                loss,
+                lambda parameters: self._optimizer(parameters, self.lr),
+                choose=self.hparams["activation_memory"] == "auto",
+                refuse=self.hparams["check_memory"],
+            )
+        ]
+
+    @property
+    def optimizer_factory(self) -> OptimizerFactory:
+        """Makes the optimizer of parameters and a learning rate."""
+        return self._optimizer
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> dict[str, Tensor]:
+        # While the host still has them: on a GPU, looking at documents and tokens would make it wait in every
+        # micro-batch.
+        completed = self._batch_form.complete(batch)
+        if not completed["position_ids"].is_cuda:
+            self.pipeline_stage.expect_documents(count_documents(completed["position_ids"]))
+        return completed
+
+    @override
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
+        if missing := [key for key in self.adapter.batch_keys if key not in batch]:
+            raise ConfigurationError(
+                f"{type(self.adapter).__name__} needs batches with {missing[0]}; let the data module give them."
+            )
+        return (
+            (batch["input_ids"], batch["position_ids"], *(batch[key] for key in self.adapter.batch_keys)),
+            batch["labels"],
+        )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        groups = group_parameters(self.named_parameters(), self._groups)
+        # A stage may have nothing of a group, but some stage must.
+        matched = gathered([bool(group["params"]) for group in groups[1:]])
+        for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
+            if not any(found):
+                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self.pipeline_stage.causal_lm))
+        total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
+        scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rehearse_optimizer(self) -> None:
+        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
+        groups = group_parameters([("", torch.nn.Parameter(torch.zeros(1)))], self._groups)
+        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        if self._schedule == "rms_ratio":
+            make_schedule(optimizer, self._schedule, self._warmup_steps, math.inf)
+
+    def save_trained(self, directory: Path) -> None:
+        """Write the adapter (a PEFT directory) or the model (a Hugging Face directory). Collective.
+
+        Args:
+            directory: replaced once the new one is complete.
+
+        Raises:
+            OSError: on every rank, if it cannot be written.
+            RuntimeError: on every rank, if what was trained is not finite.
+        """
+        strategy = self.check_strategy(self.trainer.strategy)
+        trained = {name: p for name, p in self.pipeline_stage.named_parameters() if p.requires_grad}
+        refuse_not_finite(str(directory), trained, strategy.topology, gathered)
+        stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
+        failure, cause = None, None
+        if strategy.is_global_zero:
+            try:
+                self.adapter.save(directory, stages, self._layers.meta_model)
+            except Exception as error:  # whatever it is, as safetensors' own of a full disk: the job can still go on
+                cause, failure = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
+                for _ in stages:  # the other stages wait to hand over theirs
+                    pass
+        if failure := strategy.broadcast(failure):
+            raise OSError(f"{directory} cannot be written: {failure}") from cause
+
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
+
+        ``pipelite convert`` makes the adapter anew from it: ``adapter`` has the class and its options.
+        """
+        kind = type(self.adapter)
+        options = {name: getattr(self.adapter, name) for name in inspect.signature(kind).parameters}
+        doubly = self.hparams["load_in_4bit"] and self.hparams["bnb_4bit_use_double_quant"]
+        return {
+            "base_model": self._layers.meta_model.fingerprint,
+            "adapter": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options},
+            "dtype": self.hparams["dtype"],
+            "load_in_4bit": self.hparams["load_in_4bit"],
+            # The frozen weights are others with it; said only where it is used, as older checkpoints do not say it.
+            **({"bnb_4bit_use_double_quant": True} if doubly else {}),
+        }
+
+    @property
+    def checkpoint_may_differ(self) -> dict[str, tuple[bool, str]]:
+        """What of that may be another one: whether it has been allowed, and by which option it is."""
+        return {"base_model": (self.hparams["allow_another_base"], "model.allow_another_base")}
+
+    def check_save(self, directory: Path) -> None:
+        """Refuse now what ``save_trained(directory)`` would refuse at the end of training.
+
+        Raises:
+            ConfigurationError: if ``directory`` cannot be written, or holds what saving would delete.
+        """
+
+        try:
+            self.adapter.rehearse_save(directory, self._layers.meta_model)
+            for number in {0, len(self._layers) - 1}:  # without values; the ends have more than the layers between
+                self._layers.trained_state(self._layers.build_stage(number, number + 1, torch.device("meta")))
+        except OSError as error:
+            raise ConfigurationError(
+                f"{directory} cannot be written ({error.strerror or error}); choose another place to save to."
+            ) from error
+
+    @staticmethod
+    def check_strategy(strategy: Strategy) -> PipeLiteStrategy:
+        """Return the strategy if it is one that can train this module.
+
+        Raises:
+            ConfigurationError: if it is another one.
+        """
+        if not isinstance(strategy, PipeLiteStrategy):
+            raise ConfigurationError(
+                f"PipeLiteModule trains under PipeLiteStrategy, not {type(strategy).__name__}: set trainer.strategy to "
+                "pipelite."
+            )
+        return strategy
+
+    def check_data(self, data: Any) -> None:
+        """Refuse now, before the weights are loaded, data with tokens that the model does not have.
+
+        Args:
+            data: what says so by a method ``check_vocabulary``, as PackedDataModule; else each batch is looked at.
+
+        Raises:
+            ConfigurationError: if there is such a token.
+        """
+        if check := getattr(data, "check_vocabulary", None):
+            check(min(self._layers.vocabulary))
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.check_strategy(self.trainer.strategy)
+        self.check_data(self._data_module)
+        if stage == "fit":
+            warn_of_data(self._data_module, self._layers.meta_model.config, self.adapter)
+
+    # What is logged beside the strategy's losses and norms
+
+    @override
+    def on_fit_start(self) -> None:
+        for layer in self.pipeline_stage.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
+                # product has no backward: from then on most gradients would be wrong, with no more than a warning.
+                layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        evaluated_at_once = getattr(self._data_module, "eval_gradient_accumulation_steps", 1)
+        if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
+            self.trainer.strategy.eval_micro_batches = evaluated_at_once
+        self._speed = self._speedometer()
+
+    def _speedometer(self) -> Speed:
+        """Collective: the trained parameters of all stages count."""
+        strategy = self.check_strategy(self.trainer.strategy)
+        parameters = self.pipeline_stage.causal_lm.named_parameters()
+        trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
+        flops = training_flops(self._layers.meta_model, dict(ChainMap(*gathered(trained))))
+        device = strategy.root_device
+        peak = peak_flops(torch.cuda.get_device_name(device), self._layers.dtype) if device.type == "cuda" else None
+        return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)
+
+    def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
+        """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
+
+        Args:
+            total: the summed loss of an evaluation set.
+            count: the number of tokens in it.
+            dataloader_idx: which set it is; they come in order.
+        """
+        if dataloader_idx == 0:
+            sets: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+            names = list(sets) if isinstance(sets, Mapping) else getattr(self._data_module, "eval_names", [])
+            number = len(sets) if isinstance(sets, (Mapping, list)) else 1
+            names = names if len(names) == number else [str(i) for i in range(number)]
+            self._evaluation = Evaluation(names, "test" if self.trainer.testing else "eval")
+        for name, value in self._evaluation.add(total, count).items():
+            shown = name in ("eval/loss", "test/loss")
+            self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
+
+    def logs(self, name: str) -> bool:
+        """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""
+        # Their names in training depend on the adapter and the device; LearningRateMonitor's begin with lr-.
+        return name in ("eval/loss", "eval/perplexity") or name.startswith(("eval/loss/", "train/", "lr-"))
+
+    @property
+    def _data_module(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._speed.begin(batch[0][1])
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        for name, value in self._speed.end().items():
+            self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
+
+    @override
+    def on_validation_start(self) -> None:
+        self._pause()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        """An evaluation or an epoch's end follows: of the time until the next micro-batch, nothing counts."""
+        device = self.trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step's backward pass may still be under way
+        self._speed.pause()
+
+    # Lightning asks for these; the strategy runs the layers itself
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("PipeLiteStrategy runs the layers itself.")
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.training_step()
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.training_step()

@@ -1,0 +1,64 @@
+"""How fast a training is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_pipelite.models.flops import TrainingFlops
+from lightning_pipelite.shared.async_scalar import AsyncScalar
+from lightning_pipelite.shared.step_clock import StepClock
+
+
+class Speed:
+    """Measures steps, each from the loss of the one before to its own, without what comes between while it is paused.
+
+    A step's last backward pass may still be under way when its loss is known; so it is this that adds up.
+
+    Args:
+        replicas: of the pipeline, each of which trains on as many tokens.
+        flops: what the model needs, if that is known.
+        peak: the FLOP/s of all devices together, if that is known.
+    """
+
+    def __init__(self, replicas: int = 1, flops: TrainingFlops | None = None, peak: float | None = None) -> None:
+        self._replicas, self._flops, self._peak = replicas, flops, peak
+        self._tokens = 0
+        self._pairs: list[AsyncScalar] = []
+        self._clock: StepClock | None = None  # from the first micro-batch on
+
+    def begin(self, position_ids: Tensor) -> None:
+        """Take note of a micro-batch that begins, the first of a step or a further one.
+
+        Args:
+            position_ids: int64 [batch, sequence], from 0 at the start of every document.
+        """
+        self._clock = self._clock or StepClock()
+        self._clock.go_on()
+        if self._tokens == 0:
+            self._pairs = []
+        self._tokens += position_ids.numel()
+        if self._flops is not None and self._peak is not None:
+            # Read at the end, by when it has been there for long.
+            self._pairs.append(AsyncScalar((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
+
+    def pause(self) -> None:
+        """The device has done all that was asked of it; what comes before the next micro-batch is not the training."""
+        if self._clock is not None:
+            self._clock.pause()
+
+    def end(self) -> dict[str, float]:
+        """Take note of the step's end, when the host has waited for its loss.
+
+        Returns:
+            ``train/tokens_per_s``, padding included, and ``train/mfu``: the share of the devices' peak rate that the
+            model's arithmetic, as :func:`~lightning_pipelite.models.flops.training_flops` counts it, comes to; left
+            out where either is not known. The lengths of documents are taken from this replica's.
+        """
+        assert self._clock is not None
+        seconds, tokens = self._clock.step(), self._tokens * self._replicas
+        self._tokens = 0
+        speeds = {"train/tokens_per_s": tokens / seconds}
+        if self._flops is not None and self._peak is not None:
+            pairs = sum(read.value() for read in self._pairs) * self._replicas
+            speeds["train/mfu"] = self._flops.of(tokens, pairs) / seconds / self._peak
+        return speeds

@@ -1,0 +1,132 @@
+"""A plan of the training that is about to start: what to keep of activations, what layers cost, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.report import gib
+from lightning_pipelite.planning.simulation import Simulation
+from lightning_pipelite.planning.stages import CONTEXT
+from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.strategy.partition import method_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained on what.
+
+    Attributes:
+        stages: Of the pipeline.
+        method: The strategy's ``partition_method``.
+        micro_batches: Of a step.
+        sequence_len: Tokens of a micro-batch.
+        devices: How many there are.
+        memory: Bytes of the smallest; None for no limit.
+    """
+
+    stages: int
+    method: str
+    micro_batches: int
+    sequence_len: int
+    devices: int
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """What a training will take.
+
+    Attributes:
+        activation_memory: The policy: the first that fits, if it was to be chosen.
+        costs: Of the layers, with it.
+        peaks: What torch will have allocated in each stage, bytes.
+        refusal: Why it does not fit, and what to do; empty if it fits.
+    """
+
+    activation_memory: str
+    costs: LayerCosts
+    peaks: Sequence[int]
+    refusal: str
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU that this process may take, its context's included; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)  # by the process for something else
+    mine = free + torch.cuda.memory_reserved(device) - used + CONTEXT
+    return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
+
+
+def plan_training(
+    layers: CausalLMLayers, loss: Callable[[Any, Any], Any], make_optimizer: Callable[..., Any], job: Job, choose: bool
+) -> PlannedTraining | str:
+    """Plan, on the meta device.
+
+    Args:
+        layers: That are to be trained.
+        loss: On what the last stage returns.
+        make_optimizer: Makes the optimizer of some parameters.
+        job: What they are trained on.
+        choose: Whether to choose the policy of activation memory; else it is that of ``layers``.
+
+    Returns:
+        The plan; or why it could not be made, which need not keep anybody from training.
+    """
+    try:
+        return _plan(layers, loss, make_optimizer, job, choose)
+    except Exception as error:  # the plan's own, or of a model or optimizer that cannot be tried without weights
+        return f"{type(error).__name__}: {error}"
+
+
+def _plan(
+    layers: CausalLMLayers, loss: Callable[[Any, Any], Any], make_optimizer: Callable[..., Any], job: Job, choose: bool
+) -> PlannedTraining:
+    policy: str = layers.activation_memory
+    planner = Planner(
+        Simulation(layers, loss, make_optimizer),
+        micro_batches=job.micro_batches,
+        sequence_len=job.sequence_len,
+        memory=job.memory,
+    )
+    if choose and job.memory is not None:
+        policy = planner.choose_policy(job.stages, job.method) or planner.policies[-1]
+    stages = planner.stages(planner.split(job.stages, job.method, policy), policy)
+    refusal = ""
+    if not planner.fits(stages):
+        assert job.memory is not None
+        fullest = max(range(len(stages)), key=lambda number: stages[number].total)
+        refusal = (
+            f"stage {fullest} of {len(stages)} would take {gib(stages[fullest].total)} with activation_memory "
+            f"{policy}, and its GPU has {gib(job.memory)}: {_advice(planner, job)}, or set model.check_memory to false "
+            "to try."
+        )
+    return PlannedTraining(policy, planner.costs(policy), [stage.peak for stage in stages], refusal)
+
+
+def _advice(planner: Planner, job: Job) -> str:
+    if better := planner.choose_policy(job.stages, job.method):
+        return f"set model.activation_memory to {better}"
+    if (recommended := planner.recommend(job.devices)) is not None:
+        stages, policy, bounds = recommended
+        return (
+            f"set the strategy's pipeline_stages to {stages} and partition_method to {method_of(bounds)}, and "
+            f"model.activation_memory to {policy}"
+        )
+    return "use more GPUs, a shorter data.sequence_len, or model.load_in_4bit"
+
+
+def compared(planned: Sequence[int], measured: Sequence[int]) -> str:
+    """Return a line that holds what torch has allocated at most in each stage, in bytes, against the plan."""
+    each = (
+        f"stage {number}: {gib(most)} (planned {gib(peak)})"
+        for number, (peak, most) in enumerate(zip(planned, measured, strict=True))
+    )
+    return f"memory at its peak: {', '.join(each)}"

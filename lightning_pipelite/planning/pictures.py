@@ -1,0 +1,29 @@
+"""The stages of a plan as bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lightning_pipelite.planning.report import GIB, KINDS, Report
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw what each stage holds, a bar a stage, and the memory of a device, into a PNG file."""
+    stages = report.policies[report.policy]
+    figure = Figure(figsize=(6.75, 1.4 + 0.4 * len(stages)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [f"stage {number}" for number in range(len(stages))]
+    left = [0.0] * len(stages)
+    for name, (_, label) in KINDS.items():
+        widths = [getattr(stage, name) / GIB for stage in stages]
+        axes.barh(rows, widths, left=left, label=label, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    if report.planner.memory is not None:
+        axes.axvline(report.planner.memory / GIB, color="black", linestyle="--", linewidth=1, label="device")
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB")
+    axes.set_title(f"activation_memory {report.policy}, sequences of {report.planner.sequence_len} tokens", fontsize=9)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(stages) > 2 else -0.6))
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,183 @@
+"""Whether a training fits, on which split, with which policy of activation memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.planning.longest import find_longest
+from lightning_pipelite.planning.simulation import Simulation
+from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
+from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.strategy.partition import partition
+
+MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
+POLICIES = ("keep", "selective", "recompute", "offload")  # the fastest first
+LONGEST = 2**20  # tokens, for a model that sets no limit
+STEP = 256  # tokens: the largest sequence is a multiple of it
+
+
+class Planner:
+    """Plans how to train a model.
+
+    Args:
+        simulation: knows what the layers take.
+        micro_batches: of a step.
+        sequence_len: tokens of a micro-batch.
+        memory: bytes of a device; None if not known.
+    """
+
+    def __init__(
+        self, simulation: Simulation, *, micro_batches: int, sequence_len: int, memory: int | None = None
+    ) -> None:
+        self._simulation = simulation
+        self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
+        meta_model = simulation.layers.meta_model
+        self._costs: dict[str, LayerCosts] = {}
+        self._splits: dict[tuple[int, str, str], list[int]] = {}
+        self.policies = [p for p in POLICIES if p == "keep" or meta_model.can_recompute]
+
+    @property
+    def layers(self) -> CausalLMLayers:
+        return self._simulation.layers
+
+    def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
+        """Return what each stage of a split takes."""
+        return [
+            self._stage(bounds, number, policy, sequence_len or self.sequence_len) for number in range(len(bounds) - 1)
+        ]
+
+    def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> StageMemory:
+        return stage_memory(
+            self._simulation,
+            bounds[number],
+            bounds[number + 1],
+            stage=number,
+            stages=len(bounds) - 1,
+            micro_batches=self.micro_batches,
+            policy=policy,
+            sequence_len=sequence_len,
+        )
+
+    def fits(self, stages: Iterable[StageMemory]) -> bool:
+        """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
+        return self.memory is None or all(stage.total <= (1 - MARGIN) * self.memory for stage in stages)
+
+    def costs(self, policy: str) -> LayerCosts:
+        """Return the time and the bytes of each item, alone in the middle of a pipeline."""
+        if policy not in self._costs:
+            self._costs[policy] = self._find_costs(policy)
+        return self._costs[policy]
+
+    def _find_costs(self, policy: str) -> LayerCosts:
+        length = self.sequence_len
+        seconds, held, retained = [], [], []
+        for number in range(len(self.layers)):
+            cost = stage_memory(
+                self._simulation,
+                number,
+                number + 1,
+                stage=0,
+                stages=1,
+                micro_batches=max(2, self.micro_batches),
+                policy=policy,
+                sequence_len=length,
+            )
+            seconds.append(cost.seconds)
+            held.append(cost.weights + cost.gradients + cost.optimizer)
+            trial = self._simulation.trial(number, policy, length)
+            received = trial.entry.retained if number == 0 else 0  # by the others once a stage, not once an item
+            retained.append(received + trial.item.retained - trial.unsaved + max(0, trial.tail.retained))
+        usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy)
+        return LayerCosts(seconds, held, retained, self.micro_batches, usable)
+
+    def _beside(self, policy: str) -> int:
+        """What a stage takes beside the sum over its layers: the largest of what comes and goes, and the reserve."""
+        single = self.stages([0, len(self.layers)], policy)[0]
+        return single.transient + single.exchange + single.reserve
+
+    def split(self, stages: int, method: str, policy: str) -> list[int]:
+        """Return the bounds of the stages."""
+        asked = stages, method, policy
+        if asked not in self._splits:
+            self._splits[asked] = partition(_Layers(self, policy), stages, method)
+        return self._splits[asked]
+
+    def choose_policy(self, stages: int, method: str) -> str | None:
+        """Return the first of keep, selective, recompute and offload that fits; None if none does."""
+        for policy in self.policies:
+            if self.fits(self.stages(self.split(stages, method, policy), policy)):
+                return policy
+        return None
+
+    def recommend(self, devices: int) -> tuple[int, str, list[int]] | None:
+        """Return the number of stages, the policy and the bounds with which a step is fastest; None if nothing fits.
+
+        Stages must divide the devices; more of them mean fewer replicas, which then take more micro-batches each for
+        the same sequences a step.
+        """
+        best: tuple[float, int, str, list[int]] | None = None
+        for stages in (n for n in range(1, min(devices, len(self.layers)) + 1) if devices % n == 0):
+            for policy in self.policies:
+                bounds = self.split(stages, "auto", policy)
+                costs = self.stages(bounds, policy)
+                if not self.fits(costs):
+                    continue
+                # Per sequence and device, the bubble included.
+                rounds = (self.micro_batches + stages - 1) / self.micro_batches
+                time = max(cost.seconds for cost in costs) * rounds * stages
+                if best is None or time < best[0]:
+                    best = time, stages, policy, bounds
+        return None if best is None else best[1:]
+
+    def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
+        """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
+
+        Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
+        can take is found first, and mostly the others take it too.
+        """
+        if self.memory is None:
+            raise ValueError("the memory of a device is not known")
+        limit = (1 - MARGIN) * self.memory
+
+        def excess(number: int, length: int) -> float:
+            return self._stage(bounds, number, policy, length).total - limit
+
+        longest = getattr(self.layers.meta_model.config, "max_position_embeddings", None) or LONGEST
+        stages = self.stages(bounds, policy)
+        for place, number in enumerate(sorted(range(len(stages)), key=lambda number: -stages[number].total)):
+            stage = stages[number]
+            empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE
+            known = {0: empty - limit, self.sequence_len: stage.total - limit}
+            if place > 0 and longest > 0:
+                known[longest] = excess(number, longest)
+            longest = find_longest(partial(excess, number), known, longest, STEP)
+        return longest
+
+    def fewest_devices(self, most: int) -> tuple[int, str] | None:
+        """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""
+        for stages in range(1, min(most, len(self.layers)) + 1):
+            if policy := self.choose_policy(stages, "auto"):
+                return stages, policy
+        return None
+
+
+class _Layers:
+    """The layers as the strategy cuts them."""
+
+    def __init__(self, planner: Planner, policy: str) -> None:
+        self._planner, self._policy = planner, policy
+        self.names: Sequence[str] = planner.layers.names
+
+    def parameter_counts(self) -> list[int]:
+        return self._planner.layers.parameter_counts()
+
+    def layer_costs(self) -> LayerCosts:
+        return self._planner.costs(self._policy)
+
+    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        raise NotImplementedError("a plan builds no stages")

@@ -1,0 +1,171 @@
+"""A plan as a user reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.settings import Settings
+from lightning_pipelite.planning.stages import StageMemory, bubble
+from lightning_pipelite.strategy.partition import method_of
+
+GIB = 2**30
+BAR = 44  # characters of a bar
+KINDS = {  # of what a stage holds: the character and the name
+    "weights": ("█", "weights"),
+    "gradients": ("▓", "gradients"),
+    "optimizer": ("▒", "optimizer"),
+    "activations": ("░", "activations"),
+    "transient": ("▚", "comes and goes"),
+    "reserve": ("·", "reserve"),
+}
+
+
+@dataclass
+class Report:
+    """A plan and its recommendation; printed as text.
+
+    Attributes:
+        planner: That made it.
+        settings: What the configuration says.
+        devices: How many there are.
+        split: The bounds of the configuration's stages.
+        policies: What the stages take with each policy of activation memory, on that split.
+        recommended: Number of stages, policy and bounds; None if nothing fits.
+        largest: The most tokens of a sequence that fit the recommended split, or the configuration's.
+        fewest: The fewest stages that fit, and with which policy.
+    """
+
+    planner: Planner
+    settings: Settings
+    devices: int
+    split: list[int]
+    policies: dict[str, list[StageMemory]]
+    recommended: tuple[int, str, list[int]] | None
+    largest: int | None
+    fewest: tuple[int, str] | None
+
+    @classmethod
+    def of(cls, planner: Planner, settings: Settings, devices: int) -> Report:
+        """Plan."""
+        if devices % settings.stages:
+            raise ConfigurationError(
+                f"pipeline_stages={settings.stages} must divide the number of devices ({devices}); change one of them."
+            )
+        split = planner.split(settings.stages, settings.partition_method, planner.policies[0])
+        policies = {policy: planner.stages(split, policy) for policy in planner.policies}
+        recommended = planner.recommend(devices)
+        largest = fewest = None
+        if planner.memory is not None:
+            fewest = planner.fewest_devices(devices)
+            if recommended:
+                largest = planner.largest_sequence(recommended[2], planner.policies[-1])
+        return cls(planner, settings, devices, split, policies, recommended, largest, fewest)
+
+    @property
+    def policy(self) -> str:
+        """The policy that is shown: the configuration's, if the model can do so."""
+        asked = self.settings.model.get("activation_memory", "auto")
+        if asked in self.policies:
+            return str(asked)
+        return next((name for name, stages in self.policies.items() if self.planner.fits(stages)), [*self.policies][-1])
+
+    def __str__(self) -> str:
+        return "\n".join([*self._head(), "", *self._stages(), "", *self._policies(), "", *self._advice()])
+
+    def _head(self) -> list[str]:
+        model, planner = self.settings.model, self.planner
+        count = sum(stage.parameters for stage in self.policies[self.policy])
+        trained = sum(stage.trained for stage in self.policies[self.policy])
+        size = f" of {gib(planner.memory)}" if planner.memory else ""
+        adapter = type(planner.layers.adapter).__name__
+        bits = " on 4-bit weights" if model.get("load_in_4bit") else ""
+        return [
+            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters, {adapter}{bits}, {trained / 1e6:.1f} million "
+            "trained",
+            f"{self.devices} device{'s' * (self.devices > 1)}{size}, {self.settings.stages} stage"
+            f"{'s' * (self.settings.stages > 1)}, {planner.micro_batches} micro-batches a step of "
+            f"{planner.sequence_len} tokens",
+        ]
+
+    def _stages(self) -> list[str]:
+        stages = self.policies[self.policy]
+        widest = max(stage.total for stage in stages)
+        scale = max(widest, self.planner.memory or 0)
+        lines = [f"activation_memory {self.policy}, partition_method {self.settings.partition_method}, in GiB"]
+        lines.append(
+            f"{'stage':>5} {'layers':>9} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
+            f"{'passing':>7} {'loss':>6} {'reserve':>7} {'total':>7} {'time':>8}"
+        )
+        for number, stage in enumerate(stages):
+            layers = self.planner.layers.meta_model.groups
+            span = f"{layers[stage.start]}-{layers[stage.stop] - 1}"
+            lines.append(
+                f"{number:>5} {span:>9} {stage.parameters / 1e9:>7.2f}B {stage.weights / GIB:>8.2f} "
+                f"{stage.gradients / GIB:>7.2f} {stage.optimizer / GIB:>7.2f} {stage.activations / GIB:>7.2f} "
+                f"{stage.transient / GIB:>7.2f} {stage.loss / GIB:>6.2f} {stage.reserve / GIB:>7.2f} "
+                f"{stage.total / GIB:>7.2f} {1e3 * stage.seconds:>5.0f} ms"
+            )
+        lines.append("")
+        for number, stage in enumerate(stages):
+            lines.append(f"{number:>5} {self._bar(stage, scale)} {gib(stage.total)}")
+        lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
+        sent = [stage.sent for stage in stages[:-1]]
+        if sent:
+            waits = bubble(len(stages), self.planner.micro_batches)
+            lines.append(
+                f"      bubble {waits:.0%} of the time; over each boundary "
+                f"{', '.join(sorted({gib(size) for size in sent}))} a step"
+            )
+        return lines
+
+    def _bar(self, stage: StageMemory, scale: int) -> str:
+        marks, so_far = "", 0
+        for name, (mark, _) in KINDS.items():
+            so_far += getattr(stage, name)
+            marks += mark * (round(BAR * so_far / scale) - len(marks))
+        room = BAR - len(marks)
+        fits = self.planner.memory is None or stage.total <= self.planner.memory
+        return f"|{marks}{' ' * room}{'|' if fits else '> does not fit'}"
+
+    def _policies(self) -> list[str]:
+        lines = [f"{'activation_memory':<18}{'fullest stage':>14}{'step':>10}   "]
+        for name, stages in self.policies.items():
+            fullest = max(stage.total for stage in stages)
+            slowest = max(stage.seconds for stage in stages)
+            time = (self.planner.micro_batches + len(stages) - 1) * slowest
+            verdict = "" if self.planner.memory is None else "fits" if self.planner.fits(stages) else "does not fit"
+            lines.append(f"{name:<18}{gib(fullest):>14}{time:>8.2f} s   {verdict}")
+        lines.append("(times on H100 GPUs)")
+        return lines
+
+    def _advice(self) -> list[str]:
+        planner = self.planner
+        if planner.memory is None:
+            return ["Give --memory, such as --memory 24GiB, to learn what fits."]
+        lines = []
+        if self.recommended is None:
+            last = [*self.policies][-1]
+            lines.append(
+                f"Nothing fits {self.devices} x {gib(planner.memory)}, not even {self.devices} stages with "
+                f"activation_memory {last}: use more devices, load_in_4bit, or a shorter sequence_len."
+            )
+            return lines
+        stages, policy, bounds = self.recommended
+        replicas = self.devices // stages
+        lines.append(
+            f"Recommended: pipeline_stages: {stages}, partition_method: {method_of(bounds)}, activation_memory: "
+            f"{policy}; {replicas} replica{'s' * (replicas > 1)}."
+        )
+        if self.largest is not None:
+            lines.append(f"The largest sequence_len on that split is {self.largest}, with {planner.policies[-1]}.")
+        if self.fewest is not None:
+            count, how = self.fewest
+            lines.append(f"The fewest devices that fit: {count}, with activation_memory {how}.")
+        return lines
+
+
+def gib(size: float) -> str:
+    """Return bytes in words."""
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

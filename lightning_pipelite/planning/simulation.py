@@ -1,0 +1,200 @@
+"""What each layer of a pipeline takes, found out by training a stage of it on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.adapters.selection import parse_layers
+from lightning_pipelite.models.layer_signature import layer_signature
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.models.memory import set_activation_memory
+from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.planning.meter import BLOCK
+from lightning_pipelite.planning.trial import Part, Trial
+from lightning_pipelite.planning.watched_stage import WatchedStage, quantisation_states
+
+META = torch.device("meta")
+GPU_ONLY = ("fused", "capturable", "triton")  # of optimizers: none of them changes what is kept
+DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but that they are several does
+
+
+class Simulation:
+    """Trains stages of one item each, which are built as those that are trained, but without weights.
+
+    Every kind of item is built once, and tried once for each policy of activation memory and each length.
+
+    Args:
+        layers: The layers of the model.
+        loss: The loss on what the last stage returns.
+        make_optimizer: Makes the optimizer of some parameters.
+    """
+
+    def __init__(
+        self,
+        layers: CausalLMLayers,
+        loss: Callable[[Any, Any], Any],
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.layers = layers
+        self._loss = loss
+        self._make_optimizer = make_optimizer
+        self._built: dict[Any, WatchedStage] = {}
+        self._trials: dict[Any, Trial] = {}
+        kinds: dict[Any, int] = {}
+        self._kinds = [kinds.setdefault(self._kind(number), len(kinds)) for number in range(len(layers))]
+
+    def trial(
+        self, number: int, policy: str, sequence_len: int, *, input_grad: bool = True, first: bool = False
+    ) -> Trial:
+        """Return what item ``number`` takes.
+
+        Args:
+            number: of the item.
+            policy: the activation memory.
+            sequence_len: tokens of a micro-batch.
+            input_grad: whether the backward pass goes on before the item; matters but for the first one.
+            first: whether the micro-batch is the first of a step, whose backward pass makes the gradients that the
+                others find.
+        """
+        if policy == "selective" and self.compiled:
+            policy = "keep"  # it is the compiler that selects
+        if policy == "offload":
+            return _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad, first=first))
+        built = (self._kinds[number], number == 0, number == len(self.layers) - 1)
+        key = (built, policy, sequence_len, input_grad, first)
+        if key not in self._trials:
+            if built not in self._built:
+                self._built[built] = self._build(number)
+            it = self._built[built]
+            set_activation_memory(it.layers, policy, META, compiled=False)
+            self._trials[key] = it.train(lambda: self._inputs(it.stage, sequence_len, input_grad), first=first)
+        return self._trials[key]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled on a GPU."""
+        return self.layers.compiles_on(torch.device("cuda"))
+
+    def _kind(self, number: int) -> Any:
+        """What tells apart items that take differently much."""
+        meta_model, adapter = self.layers.meta_model, self.layers.adapter
+        first, after = meta_model.groups[number], meta_model.groups[number + 1]
+        names = getattr(adapter, "target_modules", None)
+        if isinstance(names, str) and names != "all-linear":  # may name some layers only
+            return number
+        chosen = parse_layers(getattr(adapter, "layers_to_transform", None), len(meta_model.layers))
+        return tuple((layer_signature(meta_model.layers[n]), n in chosen) for n in range(first, after))
+
+    @contextlib.contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Build stages as a GPU would, but for compiling them; their layers are ready to run again."""
+        layers = self.layers
+        before = layers.activation_memory, layers._compile, torch.get_num_threads()
+        layers.activation_memory, layers._compile = "recompute", False
+        torch.set_num_threads(1)  # what is computed is tiny
+        try:
+            yield
+        finally:
+            layers.activation_memory, layers._compile, threads = before
+            torch.set_num_threads(threads)
+
+    def _build(self, number: int) -> WatchedStage:
+        with self._uncompiled():
+            stage = self.layers.build_stage(number, number + 1, META)
+        if self.layers.packed:
+            stage.expect_documents(DOCUMENTS)
+        loss = self._loss if number == len(self.layers) - 1 else None
+        meta_model = self.layers.meta_model
+        weighed = self._weigh(stage)
+        return WatchedStage(stage, weighed, meta_model.layers_name, meta_model.tail_names, loss, compiled=self.compiled)
+
+    def _inputs(self, stage: Stage, sequence_len: int, input_grad: bool) -> tuple[Tensor, ...]:
+        layers = self.layers
+        ids = [torch.empty(1, sequence_len, dtype=torch.int64, device=META) for _ in range(2)]
+        extra = [torch.empty_like(ids[0]) for _ in layers.adapter.batch_keys]
+        if stage.start == 0:
+            return (*ids, *extra)
+        size = layers.meta_model.model.get_submodule(layers.meta_model.embedding_name).weight.shape[1]
+        size = getattr(layers.meta_model.config, "hidden_size", size)
+        # As between two items: not a leaf, which the graph would hold whether the item keeps it or not.
+        source = torch.empty(1, 1, 1, dtype=layers.dtype, device=META, requires_grad=input_grad)
+        hidden = source.expand(1, sequence_len, size).clone()
+        sums = []
+        if layers.router_loss is not None:
+            sums = [torch.empty(2, layers.router_loss.experts, device=META, requires_grad=True)]
+        return (hidden, ids[1], *extra, *sums)
+
+    def _weigh(self, stage: Stage) -> Trial:
+        """Return what the parameters of each part take, whatever the micro-batch is."""
+        trial = Trial(Part(), Part(), Part())
+        prefix = f"causal_lm.{self.layers.meta_model.layers_name}."
+        whole = dict(self.layers.meta_model.model.named_parameters())
+        start_names = self.layers.meta_model.start_names
+        parts: dict[int, list[tuple[str, Tensor]]] = {0: [], 1: [], 2: []}
+
+        def place(name: str) -> int:
+            if name.startswith(prefix):
+                return 1
+            module = name.removeprefix("causal_lm.").rpartition(".")[0]
+            return 0 if stage.start == 0 and module in start_names else 2
+
+        for name, tensor in stage.named_parameters():
+            parts[place(name)].append((name, tensor))
+        for index, part in enumerate(trial.parts):
+            own = [p for _, p in parts[index]]
+            part.weights = sum(_rounded(t) for t in {id(t): t for t in own}.values())
+            trained = [p for p in own if p.requires_grad]
+            part.trained = sum(p.numel() for p in trained)
+            part.gradients = sum(_rounded(p) for p in trained)
+            part.optimizer = self._optimizer_bytes(trained)  # type: ignore[arg-type]
+        embedding = f"causal_lm.{self.layers.meta_model.embedding_name}.weight"
+        for parameter in (p for name, p in parts[2] if name == embedding):
+            trained = [parameter] if parameter.requires_grad else []
+            trial.tied = Part(
+                parameter.numel(),
+                _rounded(parameter),
+                sum(p.numel() for p in trained),
+                sum(map(_rounded, trained)),
+                self._optimizer_bytes(trained),  # type: ignore[arg-type]
+            )
+        states = [t for module in stage.modules() for t in quantisation_states(module)]
+        trial.item.weights += sum(_rounded(t) for t in {id(t): t for t in states}.values())
+        trial.entry.weights += sum(_rounded(buffer) for buffer in stage.buffers())
+        meta_model = self.layers.meta_model
+        first, after = stage.start, stage.stop
+        trial.item.parameters = sum(p.numel() for layer in meta_model.layers[first:after] for p in layer.parameters())
+        outside = {n: p for n, p in whole.items() if meta_model.layer_of(n) is None}
+        for index, part in ((0, trial.entry), (2, trial.tail)):
+            names = {name.removeprefix("causal_lm.") for name, _ in parts[index]}
+            part.parameters = sum(p.numel() for n, p in outside.items() if n in names)
+        return trial
+
+    def _optimizer_bytes(self, trained: list[nn.Parameter]) -> int:
+        if not trained:
+            return 0
+        optimizer = self._make_optimizer(trained)
+        for group in optimizer.param_groups:
+            group.update({option: False for option in GPU_ONLY if option in group})
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        for parameter in trained:
+            parameter.grad = None
+        return sum(_rounded(t) for t in tensors if t.is_meta)
+
+
+def _offloaded(trial: Trial) -> Trial:
+    """What a recomputed item takes if its input waits in the host's memory, and the next one's comes back meanwhile."""
+    hidden = max(trial.hidden, trial.item.retained)
+    return replace(trial, item=replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden))
+
+
+def _rounded(tensor: Tensor) -> int:
+    return -(-tensor.untyped_storage().nbytes() // BLOCK) * BLOCK

@@ -1,0 +1,1 @@
+"""What all rooms may use, one idea a file."""

@@ -1,0 +1,144 @@
+"""Random numbers: the same for the data on every rank, and for each layer its own, whichever rank it stands on."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_pipelite.shared.class_mixin import mix_in, plain_class, take_out
+from lightning_pipelite.strategy.layers import Chain
+
+_KEY = "_pipelite_rng"
+
+
+class LayerRNG:
+    """Sets torch's generators anew at each layer, so that what it draws does not depend on the partition.
+
+    The first stage takes the inputs of a micro-batch and the last one the targets, each from its own data loader. So
+    shuffles and augmentations must draw the same numbers on all ranks, whatever the layers draw in between. What a
+    layer draws, such as a dropout mask, follows from the seed, the step, the number of the micro-batch in the global
+    batch and the layer's name alone: it is the same for every number of stages and replicas, and nothing of it need be
+    remembered to resume. A layer is an item of a list of modules (ModuleList, Sequential), or a dropout module outside
+    of such lists. :meth:`release` makes the layers what they were.
+
+    Building it gives rank 0's global generators (torch's, numpy's, Python's) to all ranks. Collective.
+
+    Args:
+        strategy: shares rank 0's generators.
+        device: where the layers are.
+        stage: this rank's stage.
+    """
+
+    def __init__(self, strategy: Strategy, device: torch.device, stage: nn.Module) -> None:
+        _set_rng_states(strategy.broadcast(_collect_rng_states(include_cuda=False)))
+        self._on_gpu = device if device.type == "cuda" else None
+        self._generators: list[torch.Generator] = [torch.default_generator]
+        if self._on_gpu:
+            torch.cuda.manual_seed(torch.initial_seed())
+            index = device.index if device.index is not None else torch.cuda.current_device()
+            self._generators.append(torch.cuda.default_generators[index])
+        self._seed = torch.initial_seed()
+        self._place = (0, 0)
+        self._drawing = list(_layers(stage))
+        for name, layer in self._drawing:
+            layer.__dict__[_KEY] = (self, name)
+            mix_in(layer, _DrawsAnew)
+
+    @contextlib.contextmanager
+    def drawn_from(self) -> Iterator[None]:
+        """Within it the layers draw; afterwards the global generators are as they were."""
+        shared = [generator.get_state() for generator in self._generators]
+        try:
+            yield
+        finally:
+            for generator, state in zip(self._generators, shared, strict=True):
+                generator.set_state(state)
+
+    def enter(self, step: int, micro_batch: int) -> None:
+        """What is drawn next belongs to this micro-batch.
+
+        Args:
+            step: the number of steps taken before.
+            micro_batch: its number in the global batch of the step.
+        """
+        self._place = (step, micro_batch)
+        self.draw_for("")
+
+    def draw_for(self, layer: str) -> None:
+        """What is drawn next belongs to this layer."""
+        key = f"{self._seed}/{self._place[0]}/{self._place[1]}/{layer}"
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+        for generator in self._generators:
+            generator.manual_seed(seed)
+
+    def release(self) -> None:
+        """Make the layers what they were: they draw from the global generators again."""
+        for _, layer in self._drawing:
+            layer.__dict__.pop(_KEY, None)
+            take_out(layer, _DrawsAnew)
+        self._drawing = []
+
+    # For checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """The seed of the layers, and where the global generators are."""
+        state = {"layers": self._seed, "global": _collect_rng_states(include_cuda=False)}
+        if self._on_gpu:
+            state["gpu"] = self._generators[1].get_state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state` was taken, on whatever device."""
+        self._seed = state["layers"]
+        _set_rng_states(state["global"])
+        gpu: Tensor | None = state.get("gpu")
+        if self._on_gpu and gpu is not None:
+            self._generators[1].set_state(gpu)
+
+
+class _DrawsAnew:
+    """Mixed into a layer.
+
+    Not a forward pre-hook: where a layer's activations are recomputed, its hooks run again in the backward pass, by
+    when another micro-batch has entered. This runs outside of torch's checkpoint, which brings the generators back.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (drawn := self.__dict__.get(_KEY)) is not None:
+            layer_rng, name = drawn
+            layer_rng.draw_for(name)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, or what is pickled, is a layer as it was before: no part of this training."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make = _new  # pickle lets the other make objects of their own class alone
+        kind = plain_class(self, _DrawsAnew)  # type: ignore[arg-type]
+        arguments = tuple(kind if argument is type(self) else argument for argument in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}
+        return make, arguments, *rest
+
+
+def _new(kind: Any, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
+
+
+def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        full_name = f"{prefix}{name}"
+        if isinstance(module, (nn.ModuleList, nn.Sequential, Chain)) or isinstance(child, _DropoutNd):
+            yield full_name, child
+        else:
+            yield from _layers(child, f"{full_name}.")

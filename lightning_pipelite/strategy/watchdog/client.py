@@ -1,0 +1,84 @@
+"""The end of the network that a rank other than 0 has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from multiprocessing import connection
+from typing import Any
+
+from lightning_pipelite.strategy.watchdog import timeouts
+from lightning_pipelite.strategy.watchdog.failure import Failure
+from lightning_pipelite.strategy.watchdog.link import Link
+from lightning_pipelite.strategy.watchdog.processes import describe_exit
+
+
+class Client:
+    """One connection, to rank 0, whose death is a failure as well.
+
+    Args:
+        link: The connection; rank 0 has been told who speaks.
+        hub_stage: The pipeline stage of rank 0, for the message.
+
+    Attributes:
+        failure: What ended the job, once rank 0 has said so, or is lost.
+        lost: Whether rank 0 has died or does not answer.
+    """
+
+    def __init__(self, link: Link, hub_stage: int) -> None:
+        self.failure: Failure | None = None
+        self.lost = False
+        self._link: Link | None = link
+        self._hub_stage = hub_stage
+        self._hub_left = False
+        self._reported: Failure | None = None
+        self._reported_at = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the connection is closed."""
+        return self._link is None
+
+    def turn(self, seconds: float) -> None:
+        """Waits up to ``seconds`` for something to happen, and deals with it."""
+        for link in connection.wait([self._link] if self._link else [], seconds):  # type: ignore[list-item]
+            assert isinstance(link, Link)
+            self._read(link)
+        if self.failure is None and self._is_lost():
+            self.lost = True
+            self.failure = self._reported or Failure(0, self._hub_stage, describe_exit(None), "died")
+
+    def report(self, failure: Failure) -> None:
+        """Tells rank 0 of ``failure``, if it is the first here."""
+        if self._reported is None:
+            self._reported, self._reported_at = failure, time.monotonic()
+            self.say(failure=asdict(failure))
+
+    def report_exit(self, rank: int, code: int) -> None:
+        """Tells rank 0 of the exit status of a process that this one has launched."""
+        self.say(exit=[rank, code])
+
+    def say(self, **message: Any) -> None:
+        """Sends ``message`` to rank 0."""
+        if self._link is not None:
+            self._link.send(**message)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _read(self, link: Link) -> None:
+        try:
+            for message in link.receive():
+                self._hub_left |= "bye" in message
+                if "failure" in message and self.failure is None:
+                    self.failure = Failure(**message["failure"])
+        except EOFError:
+            self.close()
+
+    def _is_lost(self) -> bool:
+        if self._reported is None:
+            return self.alone and not self._hub_left
+        return self.alone or time.monotonic() - self._reported_at > timeouts.RELAY

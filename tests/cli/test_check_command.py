@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SIZES, write_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+
+from lightning_pipelite.cli.check_command import check_model
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import Stage
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_sound_model(tmp_path: Path, kind: str) -> None:
+    report = check_model(write_model(tmp_path, kind), stages=(1, 2, 4))
+    assert report.differences == []
+    assert report.packing
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    for count, sizes in report.stage_bytes.items():
+        assert len(sizes) == count
+        ties = 2 * 128 * 64 if kind == "gemma3" and count == 1 else 0  # counted at both ends
+        assert sum(sizes) >= weights / 2 * 0.9 - ties  # float32 on disk, bfloat16 in the report
+    assert "agree" in str(report)
+
+
+def test_tiny_needs_the_configuration_alone(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=6).save_pretrained(tmp_path)
+    report = check_model(tmp_path, stages=(3,), tiny=True)
+    assert report.differences == []
+    assert sum(report.stage_bytes[3]) > 2e9  # of the real model, not of the tiny one
+
+
+def test_recurrent_model_is_exact_unpacked(tmp_path: Path) -> None:
+    MambaConfig(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
+    report = check_model(tmp_path, stages=(2,), tiny=True)
+    assert report.differences == []
+    assert "packed to false" in str(report)
+
+
+def test_a_stage_that_computes_something_else_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path, "llama")
+    whole = Stage.forward
+
+    def wrong(self: Stage, inputs: tuple[torch.Tensor, ...]) -> object:
+        output = whole(self, inputs)
+        return output * 1.001 if isinstance(output, torch.Tensor) else output
+
+    monkeypatch.setattr(Stage, "forward", wrong)
+    assert any("logits" in line for line in check_model(tmp_path, stages=(2,)).differences)
+
+
+def test_more_stages_than_layers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="stages: 5"):
+        check_model(write_model(tmp_path, "llama"), stages=(5,))
+
+
+def test_what_stands_around_the_weights_does_not_matter(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "a [b]*? ü" / "org" / "name.safetensors", "llama", max_shard_size="100KB")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for shard in list(directory.glob("*.safetensors")):  # as in the hub's cache
+        shard.rename(blobs / shard.stem)
+        shard.symlink_to(blobs / shard.stem)
+    assert check_model(directory, stages=(2,)).differences == []
+    (directory / "generation_config.json").write_text("{")
+    assert check_model(directory, stages=(2,)).differences == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_layer(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    report = check_model(tmp_path, stages=(1,))
+    assert report.differences == []
+    assert report.packing

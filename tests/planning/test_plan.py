@@ -1,0 +1,208 @@
+"""Plans of whole trainings: the command, its advice, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_cases import write_config
+
+from header_model import LLAMA_70B, write_headers
+from lightning_pipelite.cli.plan_command import plan
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.planning.report import Report
+from lightning_pipelite.planning.settings import parse_memory
+from lightning_pipelite.planning.stages import StageMemory, bubble
+from lightning_pipelite.planning.watched_stage import WatchedStage
+from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.strategy.partition import cheapest_bounds, partition
+
+GIB = 2**30
+SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    return write_config(folder / "config.yaml", write_headers(folder / "model", SMALL, shards=2), stages=2)
+
+
+@pytest.fixture(scope="module")
+def small_stages(small: Path) -> list[StageMemory]:
+    return plan(str(small), devices=2, memory="24GiB").policies["keep"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A 70B-shaped Llama in QLoRA on 4 x 24 GiB, from headers alone."""
+    folder = tmp_path_factory.mktemp("large")
+    config = write_config(folder / "config.yaml", write_headers(folder / "model", LLAMA_70B), load_in_4bit=True)
+    return plan(str(config), devices=4, memory="24GiB")
+
+
+def test_70b_in_qlora_is_planned_from_headers(large: Report) -> None:
+    stages = large.policies["recompute"]
+    linear = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672)
+    whole = 2 * 128_256 * 8192 + 161 * 8192
+    rank = 80 * 16 * (2 * 2 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28_672))
+    assert sum(s.parameters for s in stages) == linear + whole
+    assert sum(s.trained for s in stages) == rank
+    # Half a byte a weight, four for each block of 64; bf16 for the ends and norms, fp32 for the adapters.
+    weights = linear / 2 + linear / 64 * 4 + 2 * whole + 4 * rank
+    assert sum(s.weights for s in stages) == pytest.approx(weights, rel=1e-3)
+    assert sum(s.gradients for s in stages) == pytest.approx(4 * rank, rel=1e-3)
+    assert sum(s.optimizer for s in stages) == pytest.approx(8 * rank, rel=1e-3)
+    assert stages[0].sent == 2 * 8 * (4096 * 8192 * 2 + 4096 * 8)  # hidden states and positions, both ways
+    assert [s.in_flight for s in stages] == [4, 3, 2, 1]
+
+
+def test_70b_in_qlora_gets_advice(large: Report) -> None:
+    text = str(large)
+    assert large.recommended is not None
+    stages, policy, bounds = large.recommended
+    assert stages == 4
+    assert policy != "keep"
+    assert large.planner.fits(large.planner.stages(bounds, policy))
+    assert large.largest is not None
+    assert large.planner.fits(large.planner.stages(bounds, large.planner.policies[-1], large.largest))
+    assert not large.planner.fits(large.planner.stages(bounds, large.planner.policies[-1], large.largest + 256))
+    assert "bubble 27%" in text
+    assert f"pipeline_stages: {stages}, partition_method: layers:" in text
+    assert large.fewest is not None
+    assert large.fewest[0] <= 4
+
+
+def test_the_policies_take_less_and_less(large: Report) -> None:
+    fullest = [max(s.total for s in stages) for stages in large.policies.values()]
+    assert list(large.policies) == ["keep", "selective", "recompute", "offload"]
+    assert fullest == sorted(fullest, reverse=True)
+
+
+def test_what_fits_no_device_is_said(small: Path) -> None:
+    assert "Nothing fits 2 x" in str(plan(str(small), devices=2, memory="700MiB"))
+
+
+def test_without_a_memory_only_needs_are_told(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "Give --memory" in str(plan(str(small), devices=2))
+
+
+def test_the_picture_is_a_png(small: Path, tmp_path: Path) -> None:
+    plan(str(small), devices=2, memory="24GiB", picture=str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "much"}, "memory is 'much'; write it as in 24GiB or 80GB."),
+        ({"memory": "0GiB"}, "memory is '0GiB'"),
+        ({"devices": 0}, "devices is 0; give a number of at least 1."),
+        ({"hosts": -1}, "hosts is -1"),
+        ({"sequence_len": 0}, "sequence_len is 0"),
+        ({"devices": 3}, "pipeline_stages=2 must divide the number of devices (3)"),
+        ({"picture": "plan.jpg"}, "give the name of a .png file."),
+        ({"model_dir": "/nowhere"}, "/nowhere is not a directory"),
+    ],
+)
+def test_wrong_options_are_one_sentence(small: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        plan(str(small), **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "cannot be read"),
+        ("- 1", "holds no options"),
+        ("model: 3", "model is 3; put the options of model there."),
+        ("model: {model_dir: x}\ndata: {sequence_len: 64}", "model.adapter must be given"),
+        ("model: {model_dir: x, adapter: LoRA}", "data.sequence_len must be an integer of at least 1, not None."),
+        (
+            "model: {model_dir: x, adapter: {class_path: lightning_pipelite.adapters.Lora}}\ndata: {sequence_len: 64}",
+            "model.adapter: class_path lightning_pipelite.adapters.Lora cannot be imported",
+        ),
+        (
+            "model: {model_dir: x, adapter: {class_path: LoRA, init_args: {rang: 1}}}\ndata: {sequence_len: 64}",
+            "model.adapter.rang is not an option",
+        ),
+        (
+            "model: {model_dir: x, adapter: {class_path: LoRA}}\ndata: {sequence_len: 64}",
+            "model.adapter.rank must be given",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        plan(str(path), memory="24GiB")
+    assert message in str(caught.value)
+
+
+def test_a_model_that_cannot_be_tried_is_one_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel for meta\nmore")
+
+    monkeypatch.setattr(WatchedStage, "train", fail)
+    with pytest.raises(ConfigurationError, match=r"model cannot be planned: .* \(RuntimeError: no kernel for meta\);"):
+        plan(str(small), memory="24GiB")
+
+
+def test_memory_is_read_in_both_units() -> None:
+    assert parse_memory("24GiB") == 24 * GIB
+    assert parse_memory("80 GB") == 80 * 10**9
+    assert parse_memory("1.5gib") == GIB * 3 // 2
+
+
+def test_bubble() -> None:
+    assert bubble(1, 8) == 0
+    assert bubble(4, 8) == pytest.approx(3 / 11)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(5, 60),
+    st.integers(1, 5),
+)
+def test_no_cut_that_fits_has_a_faster_slowest_stage(
+    rows: list[tuple[int, int, int]], stages: int, memory: int, micro_batches: int
+) -> None:
+    stages = min(stages, len(rows))
+    seconds, held, retained = (list(column) for column in zip(*rows, strict=True))
+
+    def cost(bounds: tuple[int, ...]) -> tuple[int, int]:
+        pairs = list(itertools.pairwise(bounds))
+        fullest = max(
+            sum(held[a:b]) + min(micro_batches, stages - i) * sum(retained[a:b]) for i, (a, b) in enumerate(pairs)
+        )
+        return max(sum(seconds[a:b]) for a, b in pairs), fullest
+
+    cuts = [(0, *cut, len(rows)) for cut in itertools.combinations(range(1, len(rows)), stages - 1)]
+    fitting = [cost(cut)[0] for cut in cuts if cost(cut)[1] <= memory]
+    found = cost(tuple(cheapest_bounds(LayerCosts(seconds, held, retained, micro_batches, memory), stages)))
+    if fitting:
+        assert found[1] <= memory
+        assert found[0] == min(fitting)
+    else:
+        assert found[1] == min(cost(cut)[1] for cut in cuts)
+
+
+def test_auto_needs_layers_that_say_what_they_cost() -> None:
+    class Layers:
+        names = ("A", "B")
+
+        def parameter_counts(self) -> list[int]:
+            return [1, 1]
+
+        def build_stage(self, start: int, stop: int, device: torch.device) -> Any: ...
+
+    with pytest.raises(ConfigurationError, match="the layers do not say what they cost"):
+        partition(Layers(), 2, "auto")

@@ -1,0 +1,76 @@
+"""A small byte-level tokenizer and real text, built on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from packed_files import BOS, EOS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_pipelite.data import PackedDataModule
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Sixty real texts of different length, no two equal."""
+    return sorted({text.strip()[: 40 + 37 * number] for number, text in enumerate(topics.values())})[:60]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def make(specials: dict[str, str]) -> Path:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=sorted(specials.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        folder = tmp_path_factory.mktemp("tokenizer")
+        PreTrainedTokenizerFast(tokenizer_object=backend, **specials).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(make_tokenizer: Callable[..., Path]) -> Path:
+    return make_tokenizer({"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture
+def encode(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], tuple[int, ...]]:
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    return lambda text: (*tokenizer.encode(text, add_special_tokens=False), EOS)
+
+
+@pytest.fixture
+def make_data(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., PackedDataModule]:
+    """Make a data module with short sequences and a cache of its own."""
+
+    def make(datasets: list[Any], **options: Any) -> PackedDataModule:
+        options = {
+            "sequence_len": 64,
+            "tokenizer_dir": str(tokenizer_dir),
+            "cache_dir": str(tmp_path / "cache"),
+            **options,
+        }
+        return PackedDataModule(datasets, **options)
+
+    return make
