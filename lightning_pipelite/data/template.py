@@ -208,13 +208,17 @@ class ChatTemplate:
 
     def _shows(self, key: str, messages: list[Message], arguments: dict[str, Any]) -> bool:
         """Whether a key of messages, which the last of these has, shows in the text."""
-        if key in self._words and key not in _OF_RECORDS:  # which the template knows as what the record has
+        # A template may know a word as what the record has, or for its own options.
+        if key in self._words and key not in (*_OF_RECORDS, *REASONING):
             return True
         if key not in self._shown:  # some show whatever a message has
             *before, last = messages
             without = [*before, {name: value for name, value in last.items() if name != key}]
             texts = [self._rendered(each, arguments) for each in (messages, without)]
-            self._shown[key] = None in texts or texts[0] != texts[1]
+            shown = None in texts or texts[0] != texts[1]
+            if not shown and key in REASONING:  # it may be shown in other places
+                return False
+            self._shown[key] = shown
         return self._shown[key]
 
     def _shows_content(self, number: int, messages: list[Message], arguments: dict[str, Any], text: str) -> bool:

@@ -202,6 +202,11 @@ ONLY_PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.tex
             "does not show the tool_calls of message 2, or not all of them",
         ),
         (CHATML, {"messages": [ASK, {**REPLY, "thinking": "x"}]}, "does not show the thinking of message 2"),
+        (
+            "{% if thinking %}Think. {% endif %}" + CHATML,
+            {"messages": [ASK, {**REPLY, "thinking": "x"}]},
+            "does not show the thinking of message 2",
+        ),
         (CHATML, {"messages": [{**ASK, "images": ["x"]}, REPLY]}, "does not show the images of message 1"),
         (
             TOOLS,
