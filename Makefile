@@ -16,6 +16,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Strict: a warning, or a link or anchor that leads nowhere, is an error. Not quiet: warnings that are not shown do not count.
 docs: setup

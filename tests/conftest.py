@@ -23,3 +23,9 @@ def workers() -> Iterator[Workers]:
     pool = Workers(4)
     yield pool
     pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes run the tests, and must give them the same names."""
+    for item in items:
+        assert " at 0x" not in item.nodeid, f"{item.nodeid}: name the case, not where it lies in memory"

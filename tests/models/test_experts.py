@@ -83,7 +83,7 @@ def test_equals_peft(tmp_path: Path, kind: str) -> None:
         ("mixtral", "keep", True, LoRA(4, target_modules=["q_proj"])),
         ("gpt_oss", "keep", False, ControlAdapter(4)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, (str, bool)) else type(value).__name__,
 )
 def test_compiled_as_one_graph_for_all_layers(
     tmp_path: Path, kind: str, policy: str, in_4bit: bool, adapter: Any
