@@ -14,10 +14,8 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import own_code
 from lightning_pipelite.models.weight_files import pickled_files, read_header, read_json, weight_files
 
-VOLATILE = (
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id"
-)  # fmt: skip
-"""Keys of config.json that do not change what the weights mean; people set the last ones for generation."""
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of config.json that do not change what the weights mean. One more, and no checkpoint of before would be known."""
 SAMPLES, SAMPLE_BYTES = 64, 64
 BASE_FILE = "base_model.json"
 """Beside an adapter. Not in its other files: PEFT warns of keys that it does not know, and safetensors writes its

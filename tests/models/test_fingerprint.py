@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.fingerprint import BASE_FILE, fingerprint, refuse_another_base
 
 torch.set_num_threads(1)
+
+
+def test_checkpoints_of_version_0_1_know_their_base(tmp_path: Path) -> None:
+    """The value is what that version wrote into its checkpoints for these files."""
+    config = {"model_type": "llama", "hidden_size": 4, "use_cache": True, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {"a.weight": torch.arange(8.0).reshape(2, 4), "b.weight": torch.ones(3, dtype=torch.bfloat16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) == "c888faed9bc966a1655c3a336aaeaab81e9db65e2bb76d9ac379031e1710597e"
 
 
 @pytest.fixture
