@@ -90,6 +90,11 @@ def _read(container: Any, keys: Iterable[Any], make: Callable[[list[tuple[Any, A
 
 def _refusal(value: Any, where: str) -> ConfigurationError:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Tensor) and value.is_meta:
+        return ConfigurationError(
+            f"the checkpoint cannot hold {where}, a tensor of a layer that another process has: keep what belongs to "
+            "layers in buffers of them, or leave it out of that state_dict()."
+        )
     return ConfigurationError(
         f"the checkpoint cannot hold {where}, a {kind}: make it of numbers, strings, lists, tuples, dicts and tensors, "
         "or leave it out of that state_dict()."

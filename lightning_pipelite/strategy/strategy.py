@@ -59,6 +59,7 @@ from lightning_pipelite.strategy.layers import (
     release_stage,
 )
 from lightning_pipelite.strategy.micro_batches import all_shapes
+from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.process_groups import JobGroups
@@ -449,7 +450,9 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # saved by stage
+        """All else is saved by stage."""
+        assert self.lightning_module is not None
+        return {} if self.stage is None else {**outside_layers(self.lightning_module, self.stage)}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -481,6 +484,8 @@ class PipeLiteStrategy(DDPStrategy):
         assert self.stage is not None
         assert self._store is not None
         self._store.load_parameters(self.stage, strict)
+        assert self.lightning_module is not None
+        load_outside_layers(self.lightning_module, self.stage, checkpoint.get("state_dict", {}), strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:

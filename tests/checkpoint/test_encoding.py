@@ -71,3 +71,8 @@ def test_hyper_parameters_are_information() -> None:
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="a value of the kind \\$call"):
         decode({"a": {"$call": ["os.system", "true"]}}, {})
+
+
+def test_a_tensor_of_another_stage_is_told_as_such() -> None:
+    with pytest.raises(ConfigurationError, match="average, a tensor of a layer that another process has"):
+        encode({"average": torch.ones(2, device="meta")}, {}, "callbacks.Own")

@@ -320,6 +320,43 @@ def late_layers(stages: int) -> float:
     return float((trained["0.weight"] - first).abs().max()) if strategy.is_global_zero else 0.0
 
 
+class Beside(Mlp):
+    """Has a buffer and a frozen weight beside its layers."""
+
+    def __init__(self, size: int = 2, strict: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(size))
+        self.scale = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.strict_loading = strict
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen += 1
+        self.scale += 2
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def beside_the_layers(folder: str, stages: int) -> list[Any]:
+    """What is there after two epochs, the second of which resumes; and what is said to modules that have another."""
+    rows = DataLoader(data(5 * ROWS), batch_size=ROWS)
+    for epochs in (1, 2):
+        module = Beside()
+        trainer = trainer_for(Catchable(stages), stages, max_epochs=epochs)
+        path = f"{folder}/{epochs}.ckpt"
+        trainer.fit(module, rows, ckpt_path=f"{folder}/1.ckpt" if epochs > 1 else None)
+        trainer.save_checkpoint(path)
+    found: list[Any] = [module.seen.tolist(), module.scale.tolist()]
+    for strict in (True, False):
+        trainer, other = trainer_for(Catchable(stages), stages), Beside(3, strict)
+        try:
+            trainer.validate(other, rows, ckpt_path=path)
+            found.append([other.seen.tolist(), other.scale.tolist()])
+        except ConfigurationError as error:
+            found.append(str(error))
+    return found
+
+
 def split_again() -> str:
     """The same module in layers that are not those of its first fit."""
     strategy = Catchable(1)

@@ -1,0 +1,50 @@
+"""What a module has beside its layers: buffers and frozen weights that no stage saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+def outside_layers(module: nn.Module, stage: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state that are in none of its layers, by name.
+
+    Args:
+        module: the LightningModule; the layers of other stages are on the meta device, or not there.
+        stage: this rank's stage.
+    """
+    inside = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
+    state = module.state_dict(keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and not tensor.is_meta and id(tensor) not in inside
+    }
+
+
+def load_outside_layers(module: nn.Module, stage: nn.Module, saved: Mapping[str, Tensor], strict: bool) -> None:
+    """Put back what :func:`outside_layers` gave.
+
+    Args:
+        module: the LightningModule.
+        stage: this rank's stage.
+        saved: from the checkpoint.
+        strict: whether all must be there.
+
+    Raises:
+        ConfigurationError: if a tensor is missing or has another shape; the same on every rank.
+    """
+    for name, tensor in outside_layers(module, stage).items():
+        if name in saved and saved[name].shape == tensor.shape:
+            with torch.no_grad():
+                tensor.copy_(saved[name])
+        elif strict:
+            found = f"has {name} in the shape {tuple(saved[name].shape)}" if name in saved else f"does not hold {name}"
+            raise ConfigurationError(
+                f"ckpt_path: the checkpoint {found}, which is in no layer of {type(module).__name__} and of shape "
+                f"{tuple(tensor.shape)} here: it is of another module; set strict_loading = False in it to go on."
+            )
