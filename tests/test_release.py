@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
         for path in (ROOT / "kernels").glob("*.py"):  # files, not a link that leads nowhere
             assert archive.read(f"lightning_pipelite/kernels/{path.name}") == path.read_bytes()
         (scripts,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "pipelite = lightning_pipelite.cli.main:start" in archive.read(scripts).decode()
+        assert "pipelite = lightning_pipelite.cli:start" in archive.read(scripts).decode()
 
 
 def test_the_sdist_can_be_built_and_tested(built: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-JOB = str(Path(__file__).with_name("watchdog_job.py"))
+JOB = str(Path(__file__).parents[1] / "support" / "watchdog_job.py")
 RAISED = "failed: ValueError: the message"
 SILENT = "died without a word (killed, or out of memory?)"
 
