@@ -13,6 +13,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.fsync import fsync
 from lightning_pipelite.shared.locks import is_abandoned, make_locked
 
 
@@ -53,8 +54,8 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
         mode = S_IMODE(partial.stat().st_mode)
         for path in sorted(partial.rglob("*"), reverse=True):
             _open_to(path, mode if path.is_dir() else mode & 0o666)
-            _sync(path)
-        _sync(partial)
+            fsync(path)
+        fsync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(held)
@@ -63,7 +64,7 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
     if directory.exists():
         directory.rename(former)
     partial.rename(directory)
-    _sync(directory.parent)
+    fsync(directory.parent)
     os.close(held)
     for old in directory.parent.glob(f".{escape(directory.name)}.????????.old"):
         shutil.rmtree(old, ignore_errors=True)
@@ -74,11 +75,3 @@ def _open_to(path: Path, mode: int) -> None:
     if S_IMODE(path.stat().st_mode) != mode:
         with suppress(PermissionError):  # a file system that has one mode for all
             path.chmod(mode)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

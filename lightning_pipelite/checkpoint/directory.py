@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning_pipelite.shared.fsync import fsync
 from lightning_pipelite.shared.locks import alone_in, is_abandoned, make_locked
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.ckpt-(?P<kind>partial|old)")
@@ -44,7 +45,7 @@ class PartialDirectory:
             if replaces := os.path.lexists(self._target):
                 self._target.rename(former)
             self.path.rename(self._target)
-        sync(self._target.parent)
+        fsync(self._target.parent)
         if replaces:
             _remove(former)
 
@@ -92,15 +93,6 @@ def target_of(temporary: Path) -> Path:
     match = _TEMPORARY.fullmatch(temporary.name)
     assert match
     return temporary.with_name(match["name"])
-
-
-def sync(directory: Path) -> None:
-    """Bring the entries of a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _temporaries(parent: Path) -> Iterator[tuple[Path, Path, bool]]:

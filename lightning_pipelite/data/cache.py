@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.fsync import fsync
 
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab", ".bpe", ".merges"}
 
@@ -96,13 +97,13 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
     try:
         build(temporary)
         for file in temporary.rglob("*"):
-            _sync(file)
+            fsync(file)
         try:
             temporary.rename(entry)
         except OSError:
             if not entry.is_dir():  # else another host was first, with the same content
                 raise
-        _sync(entry.parent)
+        fsync(entry.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -112,11 +113,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
