@@ -7,10 +7,11 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.layers import LayerCosts, PipelineLayers
+
+_Allowed = Callable[[int, int, int], bool]
 
 
 def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> list[int]:
@@ -102,51 +103,18 @@ def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
         ``stages + 1`` bounds, exact by dynamic programming; of equally good ones that with the least sum of squares of
         the stages' times.
     """
-    time, held, retained = ([0, *itertools.accumulate(row)] for row in (costs.seconds, costs.held, costs.retained))
+    held, retained = ([0, *itertools.accumulate(row)] for row in (costs.held, costs.retained))
+    memory = math.inf if costs.memory is None else costs.memory
 
-    def bytes_of(stage: int, start: int, stop: int) -> float:
+    def bytes_of(stage: int, start: int, stop: int) -> int:
         in_flight = min(costs.micro_batches, stages - stage)
         return held[stop] - held[start] + in_flight * (retained[stop] - retained[start])
 
-    def seconds_of(stage: int, start: int, stop: int) -> float:
-        return time[stop] - time[start]
-
-    def cut(cost: Callable[[int, int, int], float], fits: Callable[[int, int, int], bool], sums: bool) -> Any:
-        items = len(time) - 1
-        best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-        for stage in range(stages):
-            row = {}
-            for stop in range(stage + 1, items - (stages - stage - 1) + 1):
-                found = [
-                    (so_far + cost(stage, start, stop) if sums else max(so_far, cost(stage, start, stop)), -start)
-                    for start, (so_far, _) in best[-1].items()
-                    if start < stop and fits(stage, start, stop)
-                ]
-                if found:
-                    row[stop] = min(found)
-            best.append(row)
-        if items not in best[-1]:
-            return None
-        bounds = [items]
-        for stage in range(stages, 0, -1):
-            bounds.append(-best[stage][bounds[-1]][1])
-        return best[-1][items][0], bounds[::-1]
-
-    def within(stage: int, start: int, stop: int) -> bool:
-        return costs.memory is None or bytes_of(stage, start, stop) <= costs.memory
-
-    found = cut(seconds_of, within, False)
-    if found is None:
-        bounds: list[int] = cut(bytes_of, lambda *_: True, False)[1]
-        return bounds
-    slowest = found[0] * (1 + 1e-9)
-    evened: list[int] = cut(lambda *s: seconds_of(*s) ** 2, lambda *s: within(*s) and seconds_of(*s) <= slowest, True)[
-        1
-    ]
-    return evened
+    fitting = balanced_bounds(costs.seconds, stages, lambda *part: bytes_of(*part) <= memory)
+    return fitting or _least_cut(len(costs.seconds), stages, bytes_of, max)
 
 
-def balanced_bounds(weights: Sequence[int], parts: int) -> list[int]:
+def balanced_bounds(weights: Sequence[float], parts: int, allowed: _Allowed = lambda *_: True) -> list[int]:
     """Cut a row of weights into contiguous, non-empty parts whose heaviest is as light as possible.
 
     Among the cuts with the lightest heaviest part it takes the one with the least sum of squares, which evens out the
@@ -155,34 +123,53 @@ def balanced_bounds(weights: Sequence[int], parts: int) -> list[int]:
     Args:
         weights: one non-negative weight an item.
         parts: the number of parts, at most ``len(weights)``.
+        allowed: of a part's number, its first item and the item after its last: whether it may be cut like this.
 
     Returns:
-        ``parts + 1`` bounds.
+        ``parts + 1`` bounds; none if no cut has only parts that are allowed.
     """
     total = [0, *itertools.accumulate(weights)]
-    bounds = _cut(total, parts, math.inf, max, lambda weight: weight)
-    heaviest = max(total[stop] - total[start] for start, stop in itertools.pairwise(bounds))
-    return _cut(total, parts, heaviest, operator.add, lambda weight: weight**2)
+
+    def weight(part: int, start: int, stop: int) -> float:
+        return total[stop] - total[start]
+
+    bounds = _least_cut(len(weights), parts, weight, max, allowed)
+    if not bounds:
+        return []
+    # Sums of the same weights differ by the rounding of where they start.
+    heaviest = (1 + 1e-9) * max(weight(0, *part) for part in itertools.pairwise(bounds))
+    return _least_cut(
+        len(weights),
+        parts,
+        lambda *part: weight(*part) ** 2,
+        operator.add,
+        lambda *part: allowed(*part) and weight(*part) <= heaviest,
+    )
 
 
-def _cut(
-    total: list[int], parts: int, limit: float, join: Callable[[int, int], int], cost: Callable[[int], int]
+def _least_cut(
+    items: int,
+    parts: int,
+    cost: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
+    allowed: _Allowed = lambda *_: True,
 ) -> list[int]:
-    """The cut with the least joined cost of its parts, none of them heavier than ``limit`` (dynamic programming)."""
-    items = len(total) - 1
-    best = [{0: (0, 0)}]  # for each number of parts: {items cut so far: (cost, minus where the last part starts)}
-    for part in range(1, parts + 1):
+    """The cut into allowed parts with the least joined cost, by dynamic programming; empty if there is none."""
+    best: list[dict[int, tuple[float, int]]] = [{0: (0, 0)}]  # by parts: {items cut: (cost, minus the last's start)}
+    for part in range(parts):
         row = {}
-        for stop in range(part, items - (parts - part) + 1):
-            candidates = [
-                (join(so_far, cost(total[stop] - total[start])), -start)
+        for stop in range(part + 1, items - (parts - part - 1) + 1):
+            found = [
+                (join(so_far, cost(part, start, stop)), -start)
                 for start, (so_far, _) in best[-1].items()
-                if start < stop and total[stop] - total[start] <= limit
+                if start < stop and allowed(part, start, stop)
             ]
-            if candidates:
-                row[stop] = min(candidates)
+            if found:
+                row[stop] = min(found)
         best.append(row)
+    if items not in best[-1]:
+        return []
     bounds = [items]
-    for part in range(parts, 0, -1):
-        bounds.append(-best[part][bounds[-1]][1])
+    for row in best[:0:-1]:
+        bounds.append(-row[bounds[-1]][1])
     return bounds[::-1]
