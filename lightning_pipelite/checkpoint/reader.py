@@ -49,6 +49,11 @@ def located(path: Path) -> Path:
     return former_of(path) or path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a directory that was written as a checkpoint, whole or not: other kinds have none of these."""
+    return any((path / name).is_file() for name in (MANIFEST_HASH, STAGE_TENSORS.format(0)))
+
+
 def check_whole(path: Path) -> dict[str, Any]:
     """Hold every file against its hash, and return the content of ``meta.json``.
 

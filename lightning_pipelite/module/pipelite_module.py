@@ -257,6 +257,16 @@ class PipeLiteModule(pl.LightningModule):
         if failure := strategy.broadcast(failure):
             raise OSError(f"{directory} cannot be written: {failure}") from cause
 
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights are there once a stage is built, which the Trainer asks for."""
+        raise ConfigurationError(
+            f"{cls.__name__} cannot be loaded without a Trainer: make it as for the training, and give "
+            f"{checkpoint_path} to Trainer.fit or validate as ckpt_path; or write what was trained by "
+            f"`pipelite convert --checkpoint {checkpoint_path}`, and load that with transformers and PEFT."
+        )
+
     def checkpoint_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
 

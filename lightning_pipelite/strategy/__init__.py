@@ -16,7 +16,9 @@ def __getattr__(name: str) -> Any:
 
         return PipeLiteStrategy
     if name == "load_trained":
+        from lightning_pipelite.strategy.lightning_compat import install
         from lightning_pipelite.strategy.trained import load_trained
 
+        install()
         return load_trained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

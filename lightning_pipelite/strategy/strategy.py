@@ -30,6 +30,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.shared.local_path import refuse_remote
 from lightning_pipelite.shared.topology import Topology
+from lightning_pipelite.strategy import lightning_compat
 from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checkpointing import Checkpointing
@@ -556,3 +557,4 @@ class PipeLiteStrategy(DDPStrategy):
 
 
 PipeLiteStrategy.register_strategies(StrategyRegistry)
+lightning_compat.install()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_pipelite.checkpoint.reader import check_whole, located
+from lightning_pipelite.checkpoint.encoding import decode
+from lightning_pipelite.checkpoint.reader import check_whole, located, trainer_state
 from lightning_pipelite.checkpoint.stage_state import load_parameters, state_names
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.layers import SequentialLayers, hand_out_layers
+from lightning_pipelite.strategy.outside_layers import load_outside_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_trained(module: Module, directory: str | Path, strict: bool = True) -> Module:
     """Load the trained parameters and the buffers of a checkpoint, of however many stages.
+
+    Also what the module has beside its layers; the rest of it, such as the optimizer's state, is left.
 
     Args:
         module: as it was made for the training, with a method ``pipeline_layers()`` that returns a list of layers.
@@ -32,13 +37,34 @@ def load_trained(module: Module, directory: str | Path, strict: bool = True) -> 
     """
     path = located(Path(directory))
     meta = check_whole(path)
+    load_state(module, path, meta, decode(*trainer_state(path)).get("state_dict", {}), strict)
+    return module
+
+
+def load_state(
+    module: nn.Module, path: Path, meta: Mapping[str, Any], outside: Mapping[str, Tensor], strict: bool
+) -> None:
+    """Load what a checkpoint that is known to be whole has of a module.
+
+    Args:
+        module: see :func:`load_trained`.
+        path: the checkpoint.
+        meta: what its ``meta.json`` says.
+        outside: what the module has beside its layers, from the checkpoint.
+        strict: see :func:`load_trained`.
+
+    Raises:
+        ConfigurationError: if it is one of another model.
+    """
     layers, _ = hand_out_layers(module)
     if not isinstance(layers, SequentialLayers):
         raise ConfigurationError(
-            f"{type(module).__name__} is not made of a list of layers: use `pipelite convert --checkpoint "
-            f"{directory}`, and load what that writes with transformers and PEFT."
+            f"{type(module).__name__} is not made of a list of layers, so {path} cannot be loaded into one: give it to "
+            "the Trainer as ckpt_path under PipeLiteStrategy; or write what was trained by `pipelite convert "
+            f"--checkpoint {path}`, and load that with transformers and PEFT."
         )
-    whole = layers.build_stage(0, len(layers.names), torch.device("cpu"))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    whole = layers.build_stage(0, len(layers.names), device)
     with torch.no_grad():
         load_parameters(path, meta["stages"], whole, state_names(whole), strict)
-    return module
+    load_outside_layers(module, whole, outside, strict)

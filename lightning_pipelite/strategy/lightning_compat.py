@@ -1,0 +1,114 @@
+"""What Lightning itself does with a checkpoint's path, where that is a directory that the strategy has written.
+
+Lightning hands every path to ``torch.load``, be it in ``load_from_checkpoint`` or as ``ckpt_path`` under any other
+strategy, and offers no hook in either place that a module or a strategy of its own would not have to opt in to. So
+three of its functions are replaced, once the strategy or :func:`~lightning_pipelite.strategy.load_trained` is imported;
+for every path and every state that is not of such a directory they do what they did. Remove each when Lightning asks
+the checkpoint, not the running strategy, how it is read.
+
+* ``_load`` in ``lightning.pytorch.core.saving``, by which ``load_from_checkpoint`` reads,
+* ``_CheckpointConnector.resume_start``, by which ``ckpt_path`` is read; elsewhere than here it works to evaluate, under
+  strategies that load a module's own ``state_dict``,
+* ``LightningModule.load_state_dict``, as stages are saved by the names of the layers and of what is trained alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core import saving
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_pipelite.checkpoint.encoding import decode
+from lightning_pipelite.checkpoint.layout import BUFFER, PARAMETER
+from lightning_pipelite.checkpoint.reader import check_whole, is_checkpoint, located, stage_tensors, trainer_state
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.trained import load_state
+
+_load, _resume_start = saving.pl_load, _CheckpointConnector.resume_start
+
+
+class StagesState(dict[str, Tensor]):
+    """The ``state_dict`` of a checkpoint in stages, by the names that it has there.
+
+    Args:
+        directory: the checkpoint, known to be whole.
+        meta: what its ``meta.json`` says.
+        outside: of the module, what no stage has.
+    """
+
+    def __init__(self, directory: Path, meta: dict[str, Any], outside: dict[str, Tensor]) -> None:
+        saved = stage_tensors(directory, meta["stages"], lambda key: key.startswith((PARAMETER, BUFFER)))
+        super().__init__({**{key.split("/", 1)[1]: tensor for key, tensor in saved}, **outside})
+        self.directory, self.meta, self.outside = directory, meta, outside
+
+
+def install() -> None:
+    """Replace the three functions; more than once is as good as once."""
+    saving.pl_load = load
+    _CheckpointConnector.resume_start = resume_start  # type: ignore[method-assign, assignment]
+    pl.LightningModule.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+
+
+def load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """In place of ``torch.load``: the same dict of either kind of checkpoint."""
+    if not _is_ours(path_or_url):
+        return _load(path_or_url, map_location=map_location, weights_only=weights_only)
+    checkpoint = _as_lightnings(path_or_url)
+    if isinstance(map_location, (str, torch.device)):  # Lightning puts the module where the first tensor is
+        state = checkpoint["state_dict"]
+        state.update({name: tensor.to(map_location) for name, tensor in state.items()})
+    return checkpoint
+
+
+def resume_start(
+    connector: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None
+) -> None:
+    """In place of Lightning's, which asks the strategy to read its own kind of checkpoint."""
+    from lightning_pipelite.strategy.strategy import PipeLiteStrategy
+
+    trainer, strategy = connector.trainer, connector.trainer.strategy
+    if isinstance(strategy, PipeLiteStrategy) or not _is_ours(checkpoint_path):
+        _resume_start(connector, checkpoint_path, weights_only=weights_only)
+        return
+    evaluates = trainer.state.fn != TrainerFn.FITTING
+    if not evaluates or type(strategy).load_model_state_dict is not Strategy.load_model_state_dict:
+        raise ConfigurationError(
+            f"ckpt_path: {checkpoint_path} was written by PipeLiteStrategy, and {type(strategy).__name__} cannot go on "
+            "from its stages: do so under PipeLiteStrategy, or leave ckpt_path out and load what was trained into the "
+            f"module by lightning_pipelite.strategy.load_trained(module, {str(checkpoint_path)!r})."
+        )
+    connector._ckpt_path = checkpoint_path
+    connector._loaded_checkpoint = _as_lightnings(checkpoint_path)
+
+
+def load_state_dict(module: pl.LightningModule, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of torch's, which knows a module's own names alone."""
+    if not isinstance(state_dict, StagesState):
+        return nn.Module.load_state_dict(module, state_dict, *args, **kwargs)
+    strict = args[0] if args else kwargs.get("strict", True)
+    load_state(module, state_dict.directory, state_dict.meta, state_dict.outside, strict)
+    return _IncompatibleKeys([], [])
+
+
+def _is_ours(path: Any) -> bool:
+    return isinstance(path, (str, Path)) and "://" not in str(path) and is_checkpoint(located(Path(path)))
+
+
+def _as_lightnings(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as ``torch.load`` gives those of other strategies.
+
+    Raises:
+        ConfigurationError: if it is not whole.
+    """
+    directory = located(Path(path))
+    meta = check_whole(directory)
+    state: dict[str, Any] = decode(*trainer_state(directory))
+    return {**state, "state_dict": StagesState(directory, meta, state.get("state_dict", {}))}
