@@ -30,7 +30,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.control import control
 from lightning_pipelite.models.fingerprint import record_base
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in, own_class
 
 PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
 
@@ -148,13 +148,14 @@ def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTra
     layer._stage_model = [model]  # type: ignore[assignment]  # in a list, so that it is no submodule of its layer
 
 
-class _Controlled:
+class _Controlled(Mixin):
     """Mixed into a decoder layer, so that activation checkpointing includes the adapter.
 
     The classes are read before the checkpoint and handed to it: by the time of the recomputation another micro-batch
     may have come to the stage.
     """
 
+    mixin_place = MixinPlace.CONTROL
     control_Q: nn.Parameter  # noqa: N815  (the name in the file)
     control_S: nn.Parameter  # noqa: N815
     control_dropout: nn.Module
@@ -186,8 +187,8 @@ class _Controlled:
 
     def _refusal(self) -> ConfigurationError:
         return ConfigurationError(
-            f"Control Adapters cannot be trained on a {type(self).__name__}: it has several streams of hidden states, "
-            "or overwrites its input; choose LoRA."
+            f"Control Adapters cannot be trained on a {own_class(self).__name__}: it has several streams of hidden "
+            "states, or overwrites its input; choose LoRA."
         )
 
 

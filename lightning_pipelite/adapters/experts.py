@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_pipelite.kernels.experts import Factors
 from lightning_pipelite.models.experts import compute, follows_interface, is_covered, share_class
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
 def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig, adapter: str) -> ParamWrapper:
@@ -60,13 +60,14 @@ def fuse_experts(model: nn.Module, adapter: str) -> None:
         experts = wrapper.get_base_layer()
         if id(wrapper) not in inside and follows_interface(experts) and is_covered(experts):
             share_class(experts)
-            mix_in(wrapper, _Grouped)
+            mix_in(wrapper, _GroupedLoRA)
             wrapper.__dict__["_adapter"] = adapter
 
 
-class _Grouped:
+class _GroupedLoRA(Mixin):
     """Mixed into the outermost layer around experts: computes for all."""
 
+    mixin_place = MixinPlace.COMPUTATION
     _adapter: str
 
     def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lightning_pipelite.kernels.lora import BLOCK, lora_linear
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
 def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[list[str]]) -> None:
@@ -27,7 +27,7 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
     for names in (*shared_inputs, *([name] for name in layers)):
         members = [fused.pop(name) for name in names if name in fused]
         for number, layer in enumerate(members):
-            mix_in(layer, _Fused)
+            mix_in(layer, _FusedLoRA)
             layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
             layer._group = members  # type: ignore[assignment]
 
@@ -41,9 +41,10 @@ def _covered(layer: Any, adapter: str) -> bool:
     return (plain or four_bit) and frozen and adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
 
 
-class _Fused:
+class _FusedLoRA(Mixin):
     """Mixed into PEFT's layer. The first layer of a group computes for all; the others take what is theirs."""
 
+    mixin_place = MixinPlace.COMPUTATION
     _adapter: str
     _number: int
     _group: list[Any]

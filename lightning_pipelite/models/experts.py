@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
 from lightning_pipelite.kernels.lora import BLOCK
 from lightning_pipelite.kernels.routing import sort_by_expert
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 SECOND = "down_proj"
 
@@ -39,10 +39,11 @@ def weight_names(experts: nn.Module) -> tuple[str, str]:
 
 def group_experts(layers: Iterable[nn.Module]) -> None:
     """Let the experts of ``layers`` compute by grouped products where they are frozen and covered."""
-    for module in (module for layer in layers for module in layer.modules()):
+    modules = {module: None for layer in layers for module in layer.modules()}  # once, where layers share one
+    for module in modules:
         if follows_interface(module) and is_covered(module):
             share_class(module)
-            mix_in(module, _Grouped)
+            mix_in(module, _GroupedExperts)
 
 
 def is_covered(experts: nn.Module) -> bool:
@@ -70,8 +71,10 @@ def compute(
     return experts_out(inner, scores, chosen, groups, _matrices(experts, second), factors.get(second))
 
 
-class _Grouped:
+class _GroupedExperts(Mixin):
     """Mixed into experts. In ``__call__``: what bitsandbytes hooks to the module is not needed here."""
+
+    mixin_place = MixinPlace.COMPUTATION
 
     def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         if any(_parts(self, name) is None for name in weight_names(self)):  # type: ignore[arg-type]

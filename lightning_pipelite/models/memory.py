@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_pipelite.models.attention.document_mask import documents_when_recomputed
 from lightning_pipelite.models.offload import HostCopies
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 
@@ -64,13 +64,16 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
     if run is not None and policy == "offload" and device.type == "cuda":
         run = partial(_offloaded, run, HostCopies(device))
     for layer in layers:
-        if run is not None or isinstance(layer, _RunsAgain):
-            mix_in(layer, _RunsAgain).__dict__["_run"] = run
+        if run is not None and not isinstance(layer, _MemoryPolicy):
+            mix_in(layer, _MemoryPolicy)
+        if isinstance(layer, _MemoryPolicy):
+            layer.__dict__["_run"] = run
 
 
-class _RunsAgain:
-    """Mixed into a decoder layer, outside of what is compiled. What is mixed in later stands outside of this."""
+class _MemoryPolicy(Mixin):
+    """Mixed into a decoder layer, outside of what is compiled."""
 
+    mixin_place = MixinPlace.MEMORY
     _run: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.models.attention.document_mask import starts
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 # Of transformers (``modeling_rope_utils``), the types whose frequencies follow from the configuration alone. One that
 # is not listed, of a later version or of a model's own code, is tried: see ``long_documents.py``. What to watch for:
@@ -35,7 +35,7 @@ def follow_documents(model: nn.Module) -> None:
     """Let each document be turned by the frequencies that it has alone, and no micro-batch change the next one's."""
     for module in model.modules():
         if any(_follows(kind) for kind in _types(module)):
-            mix_in(module, _ByDocument)
+            mix_in(module, _RopeByDocument)
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
@@ -62,9 +62,10 @@ def _follows(kind: str) -> bool:
     return kind == "longrope" or "dynamic" in kind
 
 
-class _ByDocument:
+class _RopeByDocument(Mixin):
     """Mixed into a rotary embedding: its own code runs on documents of one length at a time, then is as before."""
 
+    mixin_place = MixinPlace.COMPUTATION
     rope_type: str | dict[str, str]
     config: Any
     original_max_seq_len: int

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RouterSums:
         self.gathers = False
         self._routers: list[Any] = []
         for name in names:
-            router = mix_in(causal_lm.get_submodule(name), _Counted)
+            router = mix_in(causal_lm.get_submodule(name), _CountedRouter)
             router.__dict__.update(_all=self, _place=loss.places[name], _sums=None)
             self._routers.append(router)
 
@@ -147,9 +147,10 @@ class RouterSums:
         return received
 
 
-class _Counted:
+class _CountedRouter(Mixin):
     """Mixed into a router. Each keeps its own sums, as one graph is to do for all layers that are compiled."""
 
+    mixin_place = MixinPlace.RECORD
     _all: RouterSums
     _place: int | None
     _sums: Tensor | None

@@ -13,7 +13,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.router import RouterLoss, RouterSums
-from lightning_pipelite.shared.class_mixin import mix_in
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
 class Stage(nn.Module):
@@ -60,7 +60,7 @@ class Stage(nn.Module):
         # In a list, so that the layer is not registered a second time under another name.
         # All layers of such a stage can receive, though one does: those of one class are compiled once.
         own = [causal_lm.get_submodule(f"{layers_name}.{number}") for number in range(start, stop)]
-        self._entry = [] if start == 0 else [mix_in(layer, _Receiver) for layer in own][:1]
+        self._entry = [] if start == 0 else [mix_in(layer, _StageEntry) for layer in own][:1]
 
     def expect_documents(self, count: int) -> None:
         """Tell how many documents a micro-batch has, which spares the host of a GPU a wait for it.
@@ -201,13 +201,14 @@ class ZeroStub(EmptyStub):
         return first.new_zeros(*kept, self._size or first.shape[-1], dtype=self._dtype)
 
 
-class _Receiver:
+class _StageEntry(Mixin):
     """Mixed into the first owned layer: swaps the hidden states that it is called with for the received ones.
 
     Not a forward pre-hook: transformers before 5.23 checkpoints a layer's ``__call__``, hooks included, so a hook would
     run again in the recomputation, by when another micro-batch has been received. This runs outside the checkpoint.
     """
 
+    mixin_place = MixinPlace.STAGE_ENTRY
     received: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

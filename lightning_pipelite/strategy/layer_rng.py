@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_pipelite.shared.class_mixin import mix_in, plain_class, take_out
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in, take_out, without
 from lightning_pipelite.strategy.layers import Chain
 
 _KEY = "_pipelite_rng"
@@ -51,7 +51,8 @@ class LayerRNG:
         self._drawing = list(_layers(stage))
         for name, layer in self._drawing:
             layer.__dict__[_KEY] = (self, name)
-            mix_in(layer, _DrawsAnew)
+            if not isinstance(layer, _OwnRNG):  # as one that stands in two lists is
+                mix_in(layer, _OwnRNG)
 
     @contextlib.contextmanager
     def drawn_from(self) -> Iterator[None]:
@@ -84,7 +85,7 @@ class LayerRNG:
         """Make the layers what they were: they draw from the global generators again."""
         for _, layer in self._drawing:
             layer.__dict__.pop(_KEY, None)
-            take_out(layer, _DrawsAnew)
+            take_out(layer, _OwnRNG)
         self._drawing = []
 
     # For checkpoints
@@ -105,12 +106,14 @@ class LayerRNG:
             self._generators[1].set_state(gpu)
 
 
-class _DrawsAnew:
+class _OwnRNG(Mixin):
     """Mixed into a layer.
 
     Not a forward pre-hook: where a layer's activations are recomputed, its hooks run again in the backward pass, by
     when another micro-batch has entered. This runs outside of torch's checkpoint, which brings the generators back.
     """
+
+    mixin_place = MixinPlace.RNG
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (drawn := self.__dict__.get(_KEY)) is not None:
@@ -124,7 +127,7 @@ class _DrawsAnew:
         make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make = _new  # pickle lets the other make objects of their own class alone
-        kind = plain_class(self, _DrawsAnew)  # type: ignore[arg-type]
+        kind = without(type(self), _OwnRNG)
         arguments = tuple(kind if argument is type(self) else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key != _KEY}

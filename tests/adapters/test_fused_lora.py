@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lightning_pipelite.adapters.fused_lora import _Fused, fuse
+from lightning_pipelite.adapters.fused_lora import _FusedLoRA, fuse
 
 
 def adapted(**options: Any) -> tuple[nn.Module, nn.Module]:
@@ -31,7 +31,7 @@ def adapted(**options: Any) -> tuple[nn.Module, nn.Module]:
 )
 def test_what_is_not_covered_is_left_to_peft(options: dict[str, Any], fused: bool) -> None:
     theirs, ours = adapted(**options)
-    assert isinstance(ours[0], _Fused) == fused
+    assert isinstance(ours[0], _FusedLoRA) == fused
     x = torch.randn(3, 8)
     torch.testing.assert_close(ours(x), theirs(x))
     for model in (theirs, ours):

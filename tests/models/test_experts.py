@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, MixtralConfig, Qwen2MoeConfig
 
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
-from lightning_pipelite.adapters.experts import _Grouped as GroupedLoRA
+from lightning_pipelite.adapters.experts import _GroupedLoRA as GroupedLoRA
 from lightning_pipelite.models import CausalLMLayers
-from lightning_pipelite.models.experts import _Grouped
+from lightning_pipelite.models.experts import _GroupedExperts
 
 ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 4}
 MODELS: dict[str, Any] = {
@@ -110,6 +110,6 @@ def test_compiled_as_one_graph_for_all_layers(
 def test_trained_experts_are_left_to_transformers(tmp_path: Path) -> None:
     write(tmp_path, "mixtral")
     layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(target_modules=["mlp"]))
-    assert not any(isinstance(module, _Grouped) for module in layers.build_stage(0, 4, CPU).modules())
+    assert not any(isinstance(module, _GroupedExperts) for module in layers.build_stage(0, 4, CPU).modules())
     layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(target_modules=["self_attn"]))
-    assert sum(isinstance(module, _Grouped) for module in layers.build_stage(0, 4, CPU).modules()) == 4
+    assert sum(isinstance(module, _GroupedExperts) for module in layers.build_stage(0, 4, CPU).modules()) == 4

@@ -20,6 +20,8 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
+from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
+
 if TYPE_CHECKING:
     from lightning_pipelite.models.meta_model import MetaModel
 
@@ -82,14 +84,8 @@ def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None
     """Make the fused weights of ``layers``, still on the meta device, turn into nf4 as each is loaded."""
     for module, name in list(fused_weights(layers)):
         if not isinstance(module, _QuantisedOnLoad):
-            whole_class = type(module)
-            members = {
-                "__module__": whole_class.__module__,
-                "fused_names": frozenset[str](),
-                "double_quant": double_quant,
-            }
-            module.__class__ = type(whole_class.__name__, (_QuantisedOnLoad, whole_class), members)
-        type(module).fused_names |= {name}  # type: ignore[attr-defined]
+            mix_in(module, _QuantisedOnLoad).__dict__.update(fused_names=set(), double_quant=double_quant)
+        module.fused_names.add(name)  # type: ignore[operator, arg-type]
 
 
 def quantise_without_weights(
@@ -148,13 +144,14 @@ def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, doub
     return quantised.requires_grad_(False)
 
 
-class _QuantisedOnLoad(nn.Module):
+class _QuantisedOnLoad(Mixin, nn.Module):
     """Mixed into a module with fused weights: quantises what is assigned to them.
 
     Not after loading: all experts of a stage would then be held in full precision at once.
     """
 
-    fused_names: frozenset[str]
+    mixin_place = MixinPlace.QUANTISATION
+    fused_names: set[str]
     double_quant: bool
 
     @override
