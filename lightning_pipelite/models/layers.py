@@ -64,6 +64,7 @@ class CausalLMLayers:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
             that need each other (``meta_model.groups``).
         meta_model: The whole model on the meta device.
+        compile_layers: As given; like ``activation_memory``, it may be changed before a stage is built.
 
     Raises:
         ConfigurationError: The model is missing, damaged, not a causal LM or cannot be split, or the adapter does not
@@ -146,7 +147,7 @@ class CausalLMLayers:
         self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory: ActivationMemory = activation_memory
-        self._compile = compile_layers
+        self.compile_layers = compile_layers
         self.seed = seed
         self.packed = packed
         self.names = [type(self.meta_model.layers[first]).__name__ for first in self.meta_model.groups[:-1]]
@@ -228,8 +229,8 @@ class CausalLMLayers:
         If nothing else is asked for, on GPUs, where each layer is one graph: not if it goes through its experts one by
         one, when every layer would be several.
         """
-        if self._compile is not None:
-            return self._compile
+        if self.compile_layers is not None:
+            return self.compile_layers
         return device.type == "cuda" and not self._have_single_experts
 
     @cached_property

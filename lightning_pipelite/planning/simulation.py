@@ -95,13 +95,13 @@ class Simulation:
     def _uncompiled(self) -> Iterator[None]:
         """Build stages as a GPU would, but for compiling them; their layers are ready to run again."""
         layers = self.layers
-        before = layers.activation_memory, layers._compile, torch.get_num_threads()
-        layers.activation_memory, layers._compile = "recompute", False
+        before = layers.activation_memory, layers.compile_layers, torch.get_num_threads()
+        layers.activation_memory, layers.compile_layers = "recompute", False
         torch.set_num_threads(1)  # what is computed is tiny
         try:
             yield
         finally:
-            layers.activation_memory, layers._compile, threads = before
+            layers.activation_memory, layers.compile_layers, threads = before
             torch.set_num_threads(threads)
 
     def _build(self, number: int) -> WatchedStage:
