@@ -8,8 +8,9 @@ pass adds up one gradient of the input in place. Nothing is kept but the input a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,35 +48,31 @@ def lora_linear(
     Returns:
         [..., out] each, in x's dtype.
     """
-    down, ups = _rounded([] if projected is not None else a, b, x.dtype)
+    given = [each.flatten(0, -2) for each in projected or ()]
+    down, ups = _rounded([] if given else a, b, x.dtype)
     # Apart from the rest, so that a recomputation need not run all of it for this.
-    along = x.new_empty(0) if projected is not None else x.detach().flatten(0, -2) @ down.T
-    return torch.ops.pipelite.lora_linear(
-        x,
-        [tensor for weight in weights for tensor in weight],
-        [len(weight) for weight in weights],
-        [] if projected is not None else list(a),
-        list(b),
-        along,
-        down,
-        ups,
-        list(projected or []),
-        [x.new_empty(0) if bias is None else bias for bias in biases],
-        list(scales),
+    along = [x.detach().flatten(0, -2) @ down.T] if down is not None else [each.detach() for each in given]
+    operands = _Operands(
+        down=[] if down is None else [down],
+        along=along,
+        ups=ups,
+        weights=[list(weight) for weight in weights],
+        biases=[[] if bias is None else [bias] for bias in biases],
+        scales=list(scales),
     )
+    return torch.ops.pipelite.lora_linear(x, [*(given or a), *b], *operands.flat())
 
 
-def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """All A on end [ranks, in], and each B, in another dtype: copied together, as each is small."""
+def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+    """All A on end [ranks, in], if there are any, and each B, in another dtype: copied together, as each is small."""
     tensors = [tensor.detach() for tensor in (*a, *b)]
     if any(tensor.dtype != dtype for tensor in tensors):
         flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
         parts = flat.split([tensor.numel() for tensor in tensors])
         tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-        down = flat[: sum(tensor.numel() for tensor in a)]
-        down = down.view(-1, a[0].shape[1]) if a else down
+        down = flat[: sum(tensor.numel() for tensor in a)].view(-1, a[0].shape[1]) if a else None
     else:
-        down = torch.cat(tensors[: len(a)]) if a else tensors[0].new_empty(0)
+        down = torch.cat(tensors[: len(a)]) if a else None
     return down, tensors[len(a) :]
 
 
@@ -94,185 +91,156 @@ def lora_linear_reference(
     ]
 
 
-# Not torch.library.custom_op, whose checks of each call take the host longer than the products take a GPU.
+class _Operands(NamedTuple):
+    """What the operation computes with beside x, and its backward pass as well.
+
+    A schema knows tensors, numbers and lists of them, but no structures: operations take :meth:`flat` of it.
+
+    Attributes:
+        down: All Aᵢ on end [ranks, in], in x's dtype; nothing where the projections are given.
+        along: x·Aᵀ [tokens, ranks]; or the given projections, one by one.
+        ups: Bᵢ in x's dtype.
+        weights: Of each frozen weight its parts.
+        biases: Of each weight nothing, or its bias.
+        scales: sᵢ.
+    """
+
+    down: list[Tensor]
+    along: list[Tensor]
+    ups: list[Tensor]
+    weights: list[list[Tensor]]
+    biases: list[list[Tensor]]
+    scales: list[float]
+
+    def flat(self) -> tuple[list[Tensor], list[int], list[float]]:
+        """Return all tensors, of how many each list is made, and the scales."""
+        lists = [self.down, self.along, self.ups, *self.weights, *self.biases]
+        return [tensor for each in lists for tensor in each], [len(each) for each in lists], self.scales
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], counts: Sequence[int], scales: list[float]) -> _Operands:
+        """Return what is laid out flat."""
+        places = iter(tensors)
+        down, along, ups, *others = ([*itertools.islice(places, count)] for count in counts)
+        return cls(down, along, ups, others[: len(ups)], others[len(ups) :], scales)
+
+    @property
+    def ranks(self) -> list[int]:
+        return [up.shape[1] for up in self.ups]
+
+    @property
+    def alongs(self) -> list[Tensor]:
+        """What each Bᵢ is multiplied with [tokens, rank]."""
+        return [*self.along[0].split(self.ranks, dim=1)] if self.down else self.along
+
+
+# Operations, as the compiler would keep weights that it sees made whole for the backward pass, and make copies for
+# what is added in place. Not torch.library.custom_op, whose checks of each call take the host longer than the products
+# take a GPU.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
-_LIBRARY.define(
-    "lora_linear(Tensor x, Tensor[] weights, int[] parts, Tensor[] a, Tensor[] b, Tensor along, Tensor down, "
-    "Tensor[] ups, Tensor[] projected, Tensor[] biases, float[] scales) -> Tensor[]"
-)
-_LIBRARY.define(
-    "lora_linear_backward(Tensor[] gradients, Tensor x, Tensor along, Tensor[] weights, int[] parts, Tensor down, "
-    "Tensor[] ups, Tensor[] projected, float[] scales, bool to_x) -> Tensor[]"
-)
+_OPERANDS = "Tensor[] operands, int[] counts, float[] scales"
+_LIBRARY.define(f"lora_linear(Tensor x, Tensor[] trained, {_OPERANDS}) -> Tensor[]")
+_LIBRARY.define(f"lora_linear_backward(Tensor[] gradients, Tensor x, {_OPERANDS}, bool to_x) -> Tensor[]")
 
 
 @torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor,
-    weights: list[Tensor],
-    parts: list[int],
-    a: list[Tensor],
-    b: list[Tensor],
-    along: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-    projected: list[Tensor],
-    biases: list[Tensor],
-    scales: list[float],
-) -> list[Tensor]:
+def forward_operation(x: Tensor, trained: list[Tensor], *flat: Any) -> list[Tensor]:
     """Return the outputs.
 
     Args:
-        a: there for its gradient, as is ``b``; what is computed with is ``down`` and ``ups``.
-        along: x·Aᵀ [tokens, all ranks], nothing where it was given.
+        x: [..., in].
+        trained: All A, or the given projections [tokens, rank], and all B: there for their gradients. What is computed
+            with is in ``flat``.
+        flat: :class:`_Operands`.
     """
+    it = _Operands.of(*flat)
     rows = x.reshape(-1, x.shape[-1])
-    alongs = _alongs(along, ups, projected)
     outputs = []
-    for weight, part, up, bias, scale in zip(_lists(weights, parts), alongs, ups, biases, scales, strict=True):
+    for weight, bias, along, up, scale in zip(it.weights, it.biases, it.alongs, it.ups, it.scales, strict=True):
         width = up.shape[0]
         # The adapter's product first: the large one, bound by arithmetic, reads in passing what it adds to. On an H100,
         # 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 the other way round, 0.71 for the large product alone.
-        if bias.numel():
-            output = torch.addmm(bias, part, up.T, alpha=scale)
+        if bias:
+            output = torch.addmm(bias[0], along, up.T, alpha=scale)
         else:
-            output = x.new_empty(rows.shape[0], width).addmm_(part, up.T, beta=0, alpha=scale)
+            output = x.new_empty(rows.shape[0], width).addmm_(along, up.T, beta=0, alpha=scale)
         output.addmm_(rows, _whole(weight, width, x).T)
         outputs.append(output.view(*x.shape[:-1], width))
     return outputs
 
 
 @torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    weights: list[Tensor],
-    parts: list[int],
-    a: list[Tensor],
-    b: list[Tensor],
-    along: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-    projected: list[Tensor],
-    biases: list[Tensor],
-    scales: list[float],
-) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in ups]
+def _(x: Tensor, trained: list[Tensor], *flat: Any) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in _Operands.of(*flat).ups]
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
-def _backward(
-    gradients: list[Tensor],
-    x: Tensor,
-    along: Tensor,
-    weights: list[Tensor],
-    parts: list[int],
-    down: Tensor,
-    ups: list[Tensor],
-    projected: list[Tensor],
-    scales: list[float],
-    to_x: bool,
-) -> list[Tensor]:
-    """Return the gradients of x (nothing if it needs none), of all A on end or of the given projections, and of each B.
+def backward_operation(gradients: list[Tensor], x: Tensor, *flat_to_x: Any) -> list[Tensor]:
+    """Return the gradients of x (nothing if it needs none), of all A on end or all given projections, and of each B.
 
     Those of A and B are in float32. A gradient that is empty is that of an output which nobody used.
     """
+    *flat, to_x = flat_to_x
+    it = _Operands.of(*flat)
     rows = x.reshape(-1, x.shape[-1])
-    ranks = [up.shape[1] for up in ups]
-    alongs = _alongs(along, ups, projected)
-    back = x.new_empty(rows.shape[0], sum(ranks))
-    backs = back.split(ranks, dim=1)
+    back = x.new_empty(rows.shape[0], sum(it.ranks))
     given = [g.reshape(rows.shape[0], -1) if g.numel() else None for g in gradients]
     of_b = []
-    for g, part, of_part, up, scale in zip(given, alongs, backs, ups, scales, strict=True):
+    for g, along, of_along, up, scale in zip(
+        given, it.alongs, back.split(it.ranks, dim=1), it.ups, it.scales, strict=True
+    ):
         if g is None:
-            of_part.zero_()
+            of_along.zero_()
             of_b.append(torch.zeros_like(up, dtype=torch.float32))
             continue
-        torch.mm(g, up, out=of_part)
-        of_up = _precise_product(g.T, part)
+        torch.mm(g, up, out=of_along)
+        of_up = _precise_product(g.T, along)
         if scale != 1:
-            of_part.mul_(scale)
+            of_along.mul_(scale)
             of_up.mul_(scale)
         of_b.append(of_up)
-    if projected:
-        of_a = [part.reshape(each.shape).clone() for part, each in zip(backs, projected, strict=True)]
-    else:
-        of_a = [_precise_product(back.T, rows)]
+    of_first = _precise_product(back.T, rows) if it.down else back
     if not to_x:
-        return [x.new_empty(0), *of_a, *of_b]
-    of_x = x.new_zeros(rows.shape) if projected else back @ down  # the small product first, as forward
-    for g, weight, up in zip(given, _lists(weights, parts), ups, strict=True):
+        return [x.new_empty(0), of_first, *of_b]
+    of_x = back @ it.down[0] if it.down else x.new_zeros(rows.shape)  # the small product first, as forward
+    for g, weight, up in zip(given, it.weights, it.ups, strict=True):
         if g is not None:
             of_x.addmm_(g, _whole(weight, up.shape[0], x))
-    return [of_x.view(x.shape), *of_a, *of_b]
+    return [of_x.view(x.shape), of_first, *of_b]
 
 
 @torch.library.register_fake("pipelite::lora_linear_backward", lib=_LIBRARY)
-def _(
-    gradients: list[Tensor],
-    x: Tensor,
-    along: Tensor,
-    weights: list[Tensor],
-    parts: list[int],
-    down: Tensor,
-    ups: list[Tensor],
-    projected: list[Tensor],
-    scales: list[float],
-    to_x: bool,
-) -> list[Tensor]:
-    of_a = [torch.empty_like(each) for each in projected] or [torch.empty_like(down, dtype=torch.float32)]
-    return [x.new_empty(x.shape if to_x else 0), *of_a, *(torch.empty_like(up, dtype=torch.float32) for up in ups)]
+def _(gradients: list[Tensor], x: Tensor, *flat_to_x: Any) -> list[Tensor]:
+    *flat, to_x = flat_to_x
+    it = _Operands.of(*flat)
+    if it.down:
+        of_first = torch.empty_like(it.down[0], dtype=torch.float32)
+    else:
+        of_first = x.new_empty(it.along[0].shape[0], sum(it.ranks))
+    of_b = [torch.empty_like(up, dtype=torch.float32) for up in it.ups]
+    return [x.new_empty(x.shape if to_x else 0), of_first, *of_b]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, parts, a, b, along, down, ups, projected, _, scales = inputs
-    ctx.parts, ctx.scales, ctx.dtypes = parts, scales, [tensor.dtype for tensor in (*a, *b)]
-    ctx.a_ranks = [each.shape[0] for each in a]
-    ctx.counts = [len(weights), len(ups), len(projected)]
-    ctx.save_for_backward(x, along, down, *weights, *ups, *projected)
+    x, trained, *flat = inputs
+    it = _Operands.of(*flat)
+    tensors, ctx.counts, ctx.scales = it._replace(biases=[[] for _ in it.biases]).flat()
+    ctx.dtypes, ctx.operands = [tensor.dtype for tensor in trained], len(flat[0])
+    ctx.save_for_backward(x, *tensors)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    x, along, down, *saved = ctx.saved_tensors
-    weights, ups, projected = _lists(saved, ctx.counts)
+    x, *tensors = ctx.saved_tensors
     given = [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
     to_x = bool(ctx.needs_input_grad[0])
-    of_x, *rest = torch.ops.pipelite.lora_linear_backward(
-        given, x, along, weights, ctx.parts, down, ups, projected, ctx.scales, to_x
-    )
-    count = len(ups)
-    of_ab = [*(rest[0].split(ctx.a_ranks) if ctx.a_ranks else []), *rest[-count:]]
-    of_ab = [gradient.to(dtype) for gradient, dtype in zip(of_ab, ctx.dtypes, strict=True)]
-    return (
-        of_x if to_x else None,
-        [None] * len(weights),
-        None,
-        of_ab[: len(ctx.a_ranks)],
-        of_ab[len(ctx.a_ranks) :],
-        None,
-        None,
-        [None] * count,
-        rest[:count] if projected else [],
-        [None] * count,
-        None,
-    )
+    of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(given, x, tensors, ctx.counts, ctx.scales, to_x)
+    it = _Operands.of(tensors, ctx.counts, ctx.scales)
+    of_trained = [*of_first.split(it.ranks, dim=0 if it.down else 1), *of_b]
+    of_trained = [gradient.to(dtype) for gradient, dtype in zip(of_trained, ctx.dtypes, strict=True)]
+    return of_x if to_x else None, of_trained, [None] * ctx.operands, None, None
 
 
 torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
-
-
-def _alongs(along: Tensor, ups: list[Tensor], projected: list[Tensor]) -> list[Tensor]:
-    if projected:
-        return [each.reshape(-1, each.shape[-1]) for each in projected]
-    return list(along.split([up.shape[1] for up in ups], dim=1))
-
-
-def _lists(flat: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    lists, start = [], 0
-    for count in counts:
-        lists.append(list(flat[start : start + count]))
-        start += count
-    return lists
 
 
 def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 OURS: dict[str, Callable[..., Any]] = {
-    "pipelite::lora_linear": lora._forward,
-    "pipelite::lora_linear_backward": lora._backward,
+    "pipelite::lora_linear": lora.forward_operation,
+    "pipelite::lora_linear_backward": lora.backward_operation,
     "pipelite::grouped_product": grouped.product_operation,
     "pipelite::grouped_product_4bit": experts.product_4bit_operation,
     "pipelite::grouped_outer": grouped.outer_operation,

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
+from lightning_pipelite.kernels.lora import _Operands, lora_linear, lora_linear_reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 OUTPUTS, RANKS, SCALES = (24, 8, 40), (4, 4, 3), (1.0, 0.5, 2.0)
@@ -122,21 +122,26 @@ def test_no_tokens() -> None:
     assert x.grad.shape == x.shape
 
 
-def test_torchs_own_checks_of_the_operation() -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_torchs_own_checks_of_the_operation(given: bool) -> None:
     case = Case("cpu", torch.float32)
     x, *ab = (t.clone().requires_grad_() for t in (case.x, *case.a, *case.b))
-    down, ups = torch.cat(case.a), case.b
-    along = case.x.flatten(0, -2) @ down.T
-    torch.library.opcheck(
-        torch.ops.pipelite.lora_linear.default,
-        (x, case.weights, [1, 1, 1], ab[:3], ab[3:], along, down, ups, [], [case.x.new_empty(0)] * 3, list(SCALES)),
-    )
+    projected = [(case.x @ down.T).requires_grad_() for down in case.a] if given else None
+    opchecked = []
+
+    class Operations:
+        def lora_linear(self, *arguments: Any) -> list[Tensor]:
+            opchecked.append(arguments)
+            return [x]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "pipelite", Operations())
+        lora_linear(x, [[w] for w in case.weights], ab[:3], ab[3:], case.biases, SCALES, projected)
+    torch.library.opcheck(torch.ops.pipelite.lora_linear.default, opchecked[0])
 
 
 def test_the_gradient_of_a_transposed_input_has_the_strides_that_the_compiler_is_told() -> None:
     x, weight, up = torch.randn(64, 14).T, torch.randn(24, 64), torch.randn(24, 4)
-    nothing, projected = x.new_empty(0), torch.randn(14, 4)
-    of_x, *_ = torch.ops.pipelite.lora_linear_backward(
-        [torch.randn(14, 24)], x, nothing, [weight], [1], nothing, [up], [projected], [1.0], True
-    )
+    operands = _Operands([], [torch.randn(14, 4)], [up], [[weight]], [[]], [1.0])
+    of_x, *_ = torch.ops.pipelite.lora_linear_backward([torch.randn(14, 24)], x, *operands.flat(), True)
     assert of_x.is_contiguous()
