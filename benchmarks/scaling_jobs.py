@@ -145,7 +145,7 @@ class Measure(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._last and batch_idx % trainer.accumulate_grad_batches == 0:
-            engine = trainer.strategy._engine
+            engine = trainer.strategy._run.engine
             for name in ("_send_tensor_meta", "_recv_tensor_meta"):
                 setattr(engine, name, self._counted(getattr(engine, name)))
             self._caught = warnings.catch_warnings(record=True)

@@ -16,6 +16,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checks import check_loaders
+from lightning_pipelite.strategy.layers import LooseParts
 from lightning_pipelite.strategy.micro_batches import all_shapes
 
 if TYPE_CHECKING:
@@ -30,10 +31,19 @@ class PipelineEvaluation:
         engine: runs the micro-batches.
         agreement: over all ranks.
         topology: of the job.
+        loose_parts: of the stage.
     """
 
-    def __init__(self, trainer: pl.Trainer, engine: PipeLiteEngine, agreement: Agreement, topology: Topology) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        engine: PipeLiteEngine,
+        agreement: Agreement,
+        topology: Topology,
+        loose_parts: LooseParts,
+    ) -> None:
         self._trainer, self._engine, self._agreement, self._topology = trainer, engine, agreement, topology
+        self._loose_parts = loose_parts
         self._batches: list[Any] = []
         self._sums: Tensor | None = None
         self._seen, self._loader = 0, 0
@@ -49,6 +59,7 @@ class PipelineEvaluation:
         Raises:
             ConfigurationError: if the set before has ended without a sign.
         """
+        self._loose_parts.follow()
         trainer = self._trainer
         testing = trainer.state.fn == TrainerFn.TESTING
         loop = trainer.test_loop if testing else trainer.validate_loop

@@ -193,6 +193,11 @@ def build_stage(
     return stage
 
 
+def keeps_stage(module: nn.Module) -> bool:
+    """Whether a LightningModule has got a submodule with its stage, or with what of it was not the module's before."""
+    return _ADDED in module._modules
+
+
 def release_stage(module: Any) -> bool:
     """At the end of a run, leave the module as it was, with the trained weights under its own names.
 
@@ -203,7 +208,7 @@ def release_stage(module: Any) -> bool:
         Whether it is whole, with nothing added.
     """
     _, (start, stop, number) = getattr(module, _RECORD)
-    is_whole = _ADDED not in module._modules and (start, stop) == (0, number)
+    is_whole = not keeps_stage(module) and (start, stop) == (0, number)
     if is_whole:
         del module.__dict__[_RECORD]
     return is_whole

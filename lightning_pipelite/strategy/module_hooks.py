@@ -8,7 +8,6 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.precision import PipelinePrecision
 
 NOT_CALLED = {
     "backward": "the engine goes backward through the stages; change the loss that pipeline_layers() returns",
@@ -47,7 +46,7 @@ def check_plugins(trainer: pl.Trainer) -> None:
             "checkpoints itself, a file for each stage, in the background; leave it out."
         )
     precision = trainer.precision_plugin
-    if type(precision) not in (Precision, PipelinePrecision):
+    if type(precision) is not Precision:
         raise ConfigurationError(
             f"Trainer(plugins=[{type(precision).__name__}]) is not supported by PipeLiteStrategy: every layer keeps "
             "the dtype that the module gives it; leave it out."

@@ -13,44 +13,44 @@ from typing_extensions import override
 from lightning_pipelite.strategy.gradients import clip_factor, scale_gradients
 
 if TYPE_CHECKING:
-    from lightning_pipelite.strategy.strategy import PipeLiteStrategy
+    from lightning_pipelite.strategy.training import PipelineTraining
 
 
 class PipelinePrecision(Precision):
     """Leaves every dtype as it is; takes the gradients from the engine, and clips by their norm over all stages."""
 
-    def __init__(self, strategy: PipeLiteStrategy) -> None:
-        self._strategy = strategy
+    def __init__(self, training: PipelineTraining) -> None:
+        self._training = training
         self._norm: Tensor | None = None  # of the gradients as they are, where that is known
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        self._strategy.hand_over_gradients()
+        self._training.hand_over_gradients()
 
     @override
     def _wrap_closure(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._wrap_closure(*args, **kwargs)
-        self._strategy.weights_change()
+        self._training.weights_change()
         return result
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """The last that Lightning does before the optimizer takes its step."""
-        norms = self._strategy.gradient_norms()
+        norms = self._training.gradient_norms()
         model.log("train/grad_norm", norms.total, batch_size=1)
         # A module's own clipping may do anything to the gradients, before it asks for ours and after.
         own = is_overridden("configure_gradient_clipping", model)
         self._norm = None if own else norms.total
         super()._clip_gradients(model, *args, **kwargs)
-        clipped = self._norm if self._norm is not None and not own else self._strategy.gradient_norms().total
+        clipped = self._norm if self._norm is not None and not own else self._training.gradient_norms().total
         self._norm = None
-        self._strategy.require_finite(norms, clipped)
+        self._training.require_finite(norms, clipped)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        norm = self._norm if self._norm is not None else self._strategy.gradient_norms().total
+        norm = self._norm if self._norm is not None else self._training.gradient_norms().total
         factor = clip_factor(norm, float(clip_val))
-        scale_gradients(self._strategy.stage_parameters(), factor)
+        scale_gradients(self._training.parameters, factor)
         self._norm = norm * factor
 
     @override

@@ -1,0 +1,146 @@
+"""What a run of the Trainer has on each rank, from its setup to its end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_pipelite.checkpoint.promised import see_promises
+from lightning_pipelite.checkpoint.store import CheckpointStore
+from lightning_pipelite.shared.topology import Topology
+from lightning_pipelite.strategy.agreement import Agreement
+from lightning_pipelite.strategy.checkpointing import Checkpointing
+from lightning_pipelite.strategy.deepspeed_compat import forget_engine
+from lightning_pipelite.strategy.evaluation import PipelineEvaluation
+from lightning_pipelite.strategy.layer_rng import LayerRNG
+from lightning_pipelite.strategy.layers import (
+    LooseParts,
+    Loss,
+    PipelineLayers,
+    build_stage,
+    hand_out_layers,
+    keeps_stage,
+    release_stage,
+)
+from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.strategy.process_groups import JobGroups
+from lightning_pipelite.strategy.sigterm import SigtermNotice
+from lightning_pipelite.strategy.training import PipelineTraining
+
+if TYPE_CHECKING:
+    from lightning_pipelite.strategy.engine import PipeLiteEngine
+
+
+class PipelineRun:
+    """Process groups, stage, engine, and what works with them; made in this order, undone in the opposite one.
+
+    Building it is collective. What each part leaves behind is undone by ``end``, also that of a run that could not be
+    made whole. The stage, the store and the checkpointing stay: what was trained can still be saved afterwards.
+
+    Args:
+        trainer: runs the loops.
+        handed: the module's layers and loss, if they are there already.
+        topology: of the job.
+        rank: of this process.
+        device: of this process.
+        partition_method: how the layers are dealt out.
+        timeout: how long a rank may make no progress.
+        progress: told of all that ranks do together: what it is, and whether it may wait for other ranks.
+        end: what is to be undone at the end of the run.
+
+    Attributes:
+        stage: this rank's stage.
+        store: keeps the checkpoints' files.
+        checkpointing: what is saved and resumed.
+        engine: of DeepSpeed; until the end of the run.
+        training: of one step after the other; until the end of the run.
+        evaluation: of one set after the other; until the end of the run.
+    """
+
+    engine: PipeLiteEngine
+    training: PipelineTraining
+    evaluation: PipelineEvaluation
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        handed: tuple[PipelineLayers, Loss] | None,
+        *,
+        topology: Topology,
+        rank: int,
+        device: torch.device,
+        partition_method: str,
+        timeout: timedelta,
+        progress: Callable[[str, bool], None],
+        end: contextlib.ExitStack,
+    ) -> None:
+        from lightning_pipelite.strategy.engine import PipeLiteEngine  # which can be imported once the device is known
+
+        module = trainer.lightning_module
+        self._trainer, self._stages = trainer, topology.stages
+        groups = JobGroups()
+        end.callback(groups.destroy)
+        with groups.noted():
+            agreement = Agreement(topology, rank)
+        end.callback(agreement.close)
+        self.sigterm = SigtermNotice(trainer, agreement)
+        end.callback(self.sigterm.release)
+        layers, loss = handed or hand_out_layers(module)
+        bounds = partition(layers, topology.stages, partition_method)
+        stage_id = topology.stage_of(rank)
+        self.stage: nn.Module = build_stage(module, layers, bounds, stage_id, device)
+        end.callback(self._release_stage)
+        loose_parts = LooseParts(module, self.stage)
+        if isinstance(loss, nn.Module):
+            loss.to(device)
+        layer_rng = LayerRNG(trainer.strategy, device, self.stage)
+        end.callback(layer_rng.release)
+        end.callback(self._forget_engine)
+        with groups.noted():
+            self.engine = PipeLiteEngine(
+                self.stage,
+                stage_id,
+                topology.stages,
+                topology.column_major,
+                loss,
+                progress=progress,
+                layer_rng=layer_rng,
+            )
+            self.store = CheckpointStore(topology, rank, device, timeout)
+        end.callback(see_promises(trainer.callbacks, self.store.promised))  # type: ignore[attr-defined]
+        end.callback(self.store.close)
+        on_gpu = device.type == "cuda"
+        self.checkpointing = Checkpointing(trainer, self.store, self.stage, layer_rng, topology, on_gpu)
+        end.callback(self.checkpointing.training_ends)
+        logged = tuple(getattr(loss, "logged", ()))
+        self.training = PipelineTraining(
+            trainer, self.engine, agreement, topology, self.stage, loose_parts, self.checkpointing, logged
+        )
+        self.evaluation = PipelineEvaluation(trainer, self.engine, agreement, topology, loose_parts)
+
+    def _forget_engine(self) -> None:
+        engine = self.__dict__.pop("engine", None)
+        for name in ("training", "evaluation"):
+            self.__dict__.pop(name, None)
+        forget_engine(engine)
+
+    def _release_stage(self) -> None:
+        trainer, module = self._trainer, self._trainer.lightning_module
+        if release_stage(module):
+            # As Lightning's strategies do.
+            _optimizers_to_device(trainer.optimizers, torch.device("cpu"))
+            module.cpu()
+        elif trainer.state.fn == TrainerFn.FITTING and not keeps_stage(module):
+            rank_zero_info(
+                f"Each process now holds the trained layers of its own stage alone, of {self._stages}: the others of "
+                f"this {type(module).__name__} are on the meta device, without values."
+            )

@@ -1,0 +1,136 @@
+"""A step of the training: its micro-batches, its loss and its gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.shared.topology import Topology
+from lightning_pipelite.strategy.agreement import Agreement
+from lightning_pipelite.strategy.checkpointing import Checkpointing
+from lightning_pipelite.strategy.gradient_check import GradientCheck
+from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
+from lightning_pipelite.strategy.layers import LooseParts
+from lightning_pipelite.strategy.micro_batches import MicroBatch, all_shapes
+from lightning_pipelite.strategy.stage_timer import StageTimer
+
+if TYPE_CHECKING:
+    from lightning_pipelite.strategy.engine import PipeLiteEngine
+
+
+class PipelineTraining:
+    """Collects the micro-batches of a step, runs them forward and backward, and has the gradients until they are used.
+
+    Args:
+        trainer: runs the loop, and has the module that logs.
+        engine: runs the micro-batches.
+        agreement: over all ranks.
+        topology: of the job.
+        stage: this rank's stage.
+        loose_parts: of the stage.
+        checkpointing: told where the step is.
+        logged: the names of what the loss returns besides.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        engine: PipeLiteEngine,
+        agreement: Agreement,
+        topology: Topology,
+        stage: nn.Module,
+        loose_parts: LooseParts,
+        checkpointing: Checkpointing,
+        logged: tuple[str, ...],
+    ) -> None:
+        self._trainer, self._engine, self._agreement, self._topology = trainer, engine, agreement, topology
+        self._loose_parts, self._checkpointing, self._logged = loose_parts, checkpointing, logged
+        self._gradient_check = GradientCheck(stage, engine.pipeline_group)
+        self._micro_batches: list[MicroBatch] = []
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._loss = torch.zeros(())
+        self.parameters: list[Tensor] = list(stage.parameters())
+        """Of this rank's stage; to look for them anew takes 10 ms, of every step."""
+        self.instruction_times: dict[str, float] | None = None
+        """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
+
+    def take(self, micro_batch: MicroBatch, *, measure: bool) -> Tensor:
+        """Take one more micro-batch; with the last one of a step, run them all.
+
+        Args:
+            micro_batch: ``(inputs, targets)``.
+            measure: whether to take the times of the step that it ends.
+
+        Returns:
+            The loss of the last step that was run.
+        """
+        loop = self._trainer.fit_loop
+        # Lightning passes the index only to a training_step that asks for it, and goes by the module's.
+        if loop.epoch_loop.batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self._micro_batches.clear()
+        self._micro_batches.append(micro_batch)
+        if not loop._should_accumulate():
+            micro_batches, self._micro_batches = self._micro_batches, []
+            self._train_on(micro_batches, measure)
+        return self._loss
+
+    def _train_on(self, micro_batches: list[MicroBatch], measure: bool) -> None:
+        """Compute the loss and the gradients of a step.
+
+        The engine's gradients are those of the sum of all losses, divided by the number of replicas. Divided by the
+        number of terms of the global batch instead they are exact, however the valid tokens are spread over the
+        micro-batches. Lightning sets gradients to zero between its training step and its backward, so until then they
+        are kept aside.
+        """
+        trainer, module = self._trainer, self._trainer.lightning_module
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._checkpointing.step_starts(trainer.optimizers[0])
+        self._loose_parts.follow()
+        clock = StageTimer(self._engine.device) if measure else None
+        if self._topology.stages > 1:  # a stage whose micro-batches were others, or fewer, would wait for ever
+            loop = trainer.fit_loop.epoch_loop
+            place = f"epoch {trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
+            self._agreement.tell(place, all_shapes(micro_batches))
+        # But for measured times and offloaded inputs, the only time in a step that the host waits for the device.
+        total, count, *logged = self._engine.train_on(micro_batches, trainer.global_step, clock)
+        self.instruction_times = None if clock is None else clock.seconds()
+        if not (count > 0 and math.isfinite(total)):
+            why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
+            step = trainer.global_step + 1
+            raise RuntimeError(f"step {step}: {why}; training stops before the weights are changed")
+        scale_gradients(self.parameters, self._topology.replicas / count)
+        self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        self._loss = torch.tensor(total / count)
+        self._checkpointing.last_step.batches_taken()
+        module.log("train/loss", self._loss, prog_bar=True, batch_size=1)
+        for name, value in zip(self._logged, logged, strict=True):
+            module.log(f"train/{name}", on_host(value / count), batch_size=1)
+
+    # What becomes of the gradients, as Lightning's precision plugin is called
+
+    def hand_over_gradients(self) -> None:
+        """Give the parameters the gradients of the step."""
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients = []
+
+    def gradient_norms(self) -> GradientNorms:
+        """The 2-norms of the gradients over all stages, each tied parameter counted once. Collective."""
+        counted = [p for p in self.parameters if self._engine.ties.counts_here(p)]
+        return gradient_norms(counted, self._engine.pipeline_group, self._engine.device)
+
+    def require_finite(self, norms: GradientNorms, clipped: Tensor) -> None:
+        """Stop before the weights change if the gradients are not finite, before clipping or after it."""
+        self._gradient_check.require_finite(self._trainer.global_step + 1, norms, clipped)
+
+    def weights_change(self) -> None:
+        """The optimizer has its gradients, and changes the weights next."""
+        self._checkpointing.last_step.weights_change()
