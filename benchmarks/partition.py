@@ -118,8 +118,8 @@ def train(folder: str, stages: int, method: str, steps: int, micro_batches: int)
     stage = module.pipeline_stage
     told = gathered((stage.start, stage.stop, statistics.median(times.busy[WARM_UP:])))
     step = max(gathered(statistics.median(times.whole[WARM_UP:])))
-    costs = getattr(module.pipeline_layers()[0], "layer_costs", None)
-    planned = [sum(costs().seconds[start:stop]) for start, stop, _ in told] if costs is not None else []
+    costs = module.pipeline_layers()[0].layer_costs()
+    planned = [sum(costs.seconds[start:stop]) for start, stop, _ in told] if costs is not None else []
     return Balance([stop - start for start, stop, _ in told], [seconds for *_, seconds in told], step, planned)
 
 

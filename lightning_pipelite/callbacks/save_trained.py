@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_pipelite.callbacks.support.former_result import refuse_former_result
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.local_path import refuse_remote
+from lightning_pipelite.shared.protocol import ChecksSaving, SavesTrained
 
 
 class SaveTrained(Callback):
@@ -52,13 +53,13 @@ class SaveTrained(Callback):
         Raises:
             ConfigurationError: if it cannot save at all, or (its own) not there.
         """
-        if not callable(getattr(module, "save_trained", None)):
+        if not isinstance(module, SavesTrained):
             raise ConfigurationError(
                 f"SaveTrained needs a method save_trained(directory) of {type(module).__name__}; write it, or leave "
                 "SaveTrained out."
             )
-        if callable(check := getattr(module, "check_save", None)):
-            check(Path(self.output_dir))
+        if isinstance(module, ChecksSaving):
+            module.check_save(Path(self.output_dir))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,7 +75,8 @@ class SaveTrained(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
-            pl_module.save_trained(Path(self.output_dir))  # type: ignore[operator]
+            assert isinstance(pl_module, SavesTrained)
+            pl_module.save_trained(Path(self.output_dir))
         except Exception as error:  # after the callbacks that come next, which may save a checkpoint
             rank_zero_warn(f"what was trained could not be saved to {self.output_dir}: {error}")
             self._failure = error

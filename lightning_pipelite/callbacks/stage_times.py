@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_pipelite.callbacks.support.stage_bars import stage_bars
 from lightning_pipelite.shared.over_ranks import LoggedSteps, gathered, logs_now
+from lightning_pipelite.shared.protocol import TimesStages
 
 PICTURE_EVERY = 10
 """After how many times that the numbers are logged the picture is."""
@@ -39,10 +40,9 @@ class StageTimes(Callback):
     ``train/stage_imbalance``: busy time of the busiest stage by the mean of all, 1 if the split is even. The first
     time and every tenth time after it, a TensorBoard logger also gets the picture ``train/stages``.
 
-    A strategy of several stages must have ``stage_id`` and, set by this callback on it, ``measure_stage_times``; after
-    a step that was measured its ``stage_times`` are (busy, waiting) seconds of this rank, or None. Under any other
-    strategy each rank counts as a stage of its own, and its memory alone is logged. Ranks speak with each other only
-    in steps that are logged.
+    Times come from a strategy that is a :class:`~lightning_pipelite.shared.protocol.TimesStages`. Under any other one
+    each rank counts as a stage of its own, and its memory alone is logged. Ranks speak with each other only in steps
+    that are logged.
     """
 
     _steps: LoggedSteps
@@ -55,7 +55,7 @@ class StageTimes(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if hasattr(trainer.strategy, "measure_stage_times"):
+        if isinstance(trainer.strategy, TimesStages):
             trainer.strategy.measure_stage_times = logs_now(trainer)  # of the step that this batch is part of
 
     @override
@@ -83,8 +83,10 @@ def _own(trainer: pl.Trainer) -> StageState:
     strategy, device = trainer.strategy, trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
-    busy, waiting = getattr(strategy, "stage_times", None) or (None, None)
-    return StageState(getattr(strategy, "stage_id", trainer.global_rank), busy, waiting, memory)
+    if not isinstance(strategy, TimesStages):
+        return StageState(trainer.global_rank, None, None, memory)
+    busy, waiting = strategy.stage_times or (None, None)
+    return StageState(strategy.stage_id, busy, waiting, memory)
 
 
 def _by_stage(states: Sequence[StageState]) -> dict[int, list[StageState]]:

@@ -24,6 +24,7 @@ from lightning_pipelite.checkpoint.loop_state import after_last_batch
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.interrupt import name_of
 from lightning_pipelite.shared.local_path import refuse_remote
+from lightning_pipelite.shared.protocol import SavesTrained
 
 TRIGGER = "save_now"
 _NAME = re.compile(r"step=(\d{8,})\.ckpt")
@@ -186,10 +187,10 @@ class TimedCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _only_tries(trainer):
             return
-        if callable(save_trained := getattr(pl_module, "save_trained", None)):
+        if isinstance(pl_module, SavesTrained):
             directory = self._directory / f"epoch={trainer.current_epoch}.trained"
             try:  # before the checkpoint: what resumes from that does not come here again
-                save_trained(directory)
+                pl_module.save_trained(directory)
                 self._failure = None
             except Exception as error:  # which must not cost the checkpoint as well
                 rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")

@@ -26,6 +26,7 @@ from lightning_pipelite.cli.saved_config import SaveConfig
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module.pipelite_module import PipeLiteModule
+from lightning_pipelite.shared.protocol import MayOverwrite
 from lightning_pipelite.shared.verbosity import OPTION
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checks import check_options
@@ -141,7 +142,7 @@ class TrainerCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         if self.subcommand == "fit" and self.config_init.fit.overwrite:
             for callback in given:
-                if hasattr(callback, "overwrite"):
+                if isinstance(callback, MayOverwrite):
                     callback.overwrite = True
         if not options.barebones:
             shows_progress = options.enable_progress_bar is not False

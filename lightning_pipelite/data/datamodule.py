@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -21,6 +22,7 @@ from lightning_pipelite.data.sequences import PackedSequences
 from lightning_pipelite.data.statistics import DataStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import DealsData
 
 
 class PackedDataModule(LightningDataModule):
@@ -257,14 +259,15 @@ class PackedDataModule(LightningDataModule):
         )
 
     def _sampler(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> PackedSampler:
-        strategy = getattr(self.trainer, "strategy", None)
-        replica = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        strategy = None if self.trainer is None else self.trainer.strategy
+        dealt = strategy.distributed_sampler_kwargs if isinstance(strategy, DealsData) else None
+        replica = dealt or {"num_replicas": 1, "rank": 0}
         return PackedSampler(dataset, shuffle=shuffle, seed=self._options.seed, round_to=round_to, **replica)
 
     def _on_gpu(self) -> dict[str, Any]:
         """The loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
-        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
-        if device is None or device.type != "cuda":
+        strategy = None if self.trainer is None else self.trainer.strategy
+        if not isinstance(strategy, Strategy) or strategy.root_device.type != "cuda":
             return {}
         return {"pin_memory": True, "num_workers": 1, "persistent_workers": True}
 

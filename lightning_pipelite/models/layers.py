@@ -24,6 +24,7 @@ from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.models.weight_files import check_weights
+from lightning_pipelite.shared.protocol import LayerCosts
 
 if TYPE_CHECKING:
     from lightning_pipelite.adapters import Adapter
@@ -150,6 +151,7 @@ class CausalLMLayers:
         self.compile_layers = compile_layers
         self.seed = seed
         self.packed = packed
+        self.costs: LayerCosts | None = None
         self.names = [type(self.meta_model.layers[first]).__name__ for first in self.meta_model.groups[:-1]]
 
     @property
@@ -175,6 +177,10 @@ class CausalLMLayers:
         head is counted in both, as both stages hold it.
         """
         return self.meta_model.parameter_counts()
+
+    def layer_costs(self) -> LayerCosts | None:
+        """Return what the items cost to train, if somebody has found it out and set ``costs``."""
+        return self.costs
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> Stage:
         """Load items [start, stop) to ``device``, adapt them and return them as a stage, in training mode.

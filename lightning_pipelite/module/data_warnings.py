@@ -8,25 +8,28 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PretrainedConfig
 
 from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.data import PackedDataModule
 
 
 def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
     """Warn of sequences that are longer than the model was made for, and of a class that an adapter has no other to.
 
     Args:
-        data: says so by ``sequence_len`` and ``control_classes``, as PackedDataModule; other data is passed over.
+        data: other than a PackedDataModule is passed over.
         config: of the model.
         adapter: what is trained.
     """
-    length, positions = getattr(data, "sequence_len", None), most_positions(config)
-    if length is not None and positions is not None and length > positions:
+    if not isinstance(data, PackedDataModule):
+        return
+    length, positions = data.sequence_len, most_positions(config)
+    if positions is not None and length > positions:
         rank_zero_warn(
             f"data.sequence_len is {length}, but config.json of the model says that it was made for {positions:g} "
             "positions: longer documents train it on positions that it does not know; shorten data.sequence_len if "
             "there are some."
         )
-    classes = getattr(data, "control_classes", None)
-    if "control_classes" in adapter.batch_keys and classes is not None and len(classes) == 1:
+    classes = data.control_classes
+    if "control_classes" in adapter.batch_keys and len(classes) == 1:
         rank_zero_warn(
             f"all training documents have the control_class {min(classes)}: a Control Adapter learns what tells one "
             "class from the other; give datasets of both, with control_class 1 and -1."

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.flops import peak_flops, training_flops
@@ -42,6 +43,7 @@ from lightning_pipelite.planning.memory_plan import MemoryPlan
 from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.shared.finite import refuse_not_finite
 from lightning_pipelite.shared.over_ranks import gathered
+from lightning_pipelite.shared.protocol import ChecksVocabulary
 from lightning_pipelite.strategy import PipeLiteStrategy
 
 
@@ -323,13 +325,14 @@ class PipeLiteModule(pl.LightningModule):
         """Refuse now, before the weights are loaded, data with tokens that the model does not have.
 
         Args:
-            data: what says so by a method ``check_vocabulary``, as PackedDataModule; else each batch is looked at.
+            data: if it is a :class:`~lightning_pipelite.shared.protocol.ChecksVocabulary`, as PackedDataModule; else
+                each batch is looked at.
 
         Raises:
             ConfigurationError: if there is such a token.
         """
-        if check := getattr(data, "check_vocabulary", None):
-            check(min(self._layers.vocabulary))
+        if isinstance(data, ChecksVocabulary):
+            data.check_vocabulary(min(self._layers.vocabulary))
 
     @override
     def setup(self, stage: str) -> None:
@@ -347,9 +350,6 @@ class PipeLiteModule(pl.LightningModule):
                 # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
                 # product has no backward: from then on most gradients would be wrong, with no more than a warning.
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        evaluated_at_once = getattr(self._data_module, "eval_gradient_accumulation_steps", 1)
-        if evaluated_at_once > 1 and isinstance(self.trainer.strategy, PipeLiteStrategy):
-            self.trainer.strategy.eval_micro_batches = evaluated_at_once
         self._speed = self._speedometer()
 
     def _speedometer(self) -> Speed:
@@ -362,6 +362,12 @@ class PipeLiteModule(pl.LightningModule):
         peak = peak_flops(torch.cuda.get_device_name(device), self._layers.dtype) if device.type == "cuda" else None
         return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)
 
+    @property
+    def eval_micro_batches(self) -> int | None:
+        """How many micro-batches of an evaluation run at once, if the data says more than one."""
+        at_once = self._packed_data.eval_gradient_accumulation_steps if self._packed_data else 1
+        return at_once if at_once > 1 else None
+
     def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
         """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
 
@@ -372,7 +378,7 @@ class PipeLiteModule(pl.LightningModule):
         """
         if dataloader_idx == 0:
             sets: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-            names = list(sets) if isinstance(sets, Mapping) else getattr(self._data_module, "eval_names", [])
+            names = list(sets) if isinstance(sets, Mapping) else self._names_of_sets()
             number = len(sets) if isinstance(sets, (Mapping, list)) else 1
             names = names if len(names) == number else [str(i) for i in range(number)]
             self._evaluation = Evaluation(names, "test" if self.trainer.testing else "eval")
@@ -380,14 +386,21 @@ class PipeLiteModule(pl.LightningModule):
             shown = name in ("eval/loss", "test/loss")
             self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
 
+    def _names_of_sets(self) -> list[str]:
+        return self._packed_data.eval_names if self._packed_data else []
+
     def logs(self, name: str) -> bool:
         """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""
         # Their names in training depend on the adapter and the device; LearningRateMonitor's begin with lr-.
         return name in ("eval/loss", "eval/perplexity") or name.startswith(("eval/loss/", "train/", "lr-"))
 
     @property
-    def _data_module(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+    def _data_module(self) -> pl.LightningDataModule | None:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def _packed_data(self) -> PackedDataModule | None:
+        return self._data_module if isinstance(self._data_module, PackedDataModule) else None
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

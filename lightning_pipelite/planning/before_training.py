@@ -13,7 +13,7 @@ from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import gib
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT
-from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import method_of
 
 

@@ -28,8 +28,8 @@ class MemoryPlan(pl.Callback):
     with ``partition_method`` auto.
 
     Args:
-        layers: that are to be trained; their ``layer_costs`` are set, and if it is to be chosen ``activation_memory``.
-            Of a module whose stage is there already, from an earlier run, nothing is planned anew: it stays as it is.
+        layers: that are to be trained; their ``costs`` are set, and if it is to be chosen ``activation_memory``. Of a
+            module whose stage is there already, from an earlier run, nothing is planned anew: it stays as it is.
         loss: on what the last stage returns.
         make_optimizer: makes the optimizer of some parameters.
         choose: whether to choose what is kept of activations.
@@ -59,7 +59,7 @@ class MemoryPlan(pl.Callback):
                 a plan that cannot be made.
         """
         self._peaks = ()
-        strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
+        strategy, data = trainer.strategy, trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(strategy, PipeLiteStrategy) or not isinstance(data, PackedDataModule) or is_built(pl_module):
             return
         cuts, fits = strategy.partition_method == "auto", stage == "fit" and strategy.root_device.type == "cuda"
@@ -91,7 +91,7 @@ class MemoryPlan(pl.Callback):
             raise ConfigurationError(planned.refusal)
         if self._choose:
             self._layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
-        self._layers.layer_costs = lambda: planned.costs  # type: ignore[attr-defined]
+        self._layers.costs = planned.costs
         self._peaks = planned.peaks if fits else ()
 
     @override

@@ -12,7 +12,7 @@ from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.longest import find_longest
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
-from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import partition
 
 MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low

@@ -9,12 +9,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pipelite.checkpoint.find import find_checkpoint
+from lightning_pipelite.shared.protocol import Loss, PipelineLayers
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checks import check_trainer
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.former_results import refuse_former_results
-from lightning_pipelite.strategy.layers import Loss, PipelineLayers, hand_out_layers
+from lightning_pipelite.strategy.layers import hand_out_layers
 from lightning_pipelite.strategy.partition import partition
 
 

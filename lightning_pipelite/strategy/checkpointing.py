@@ -18,6 +18,7 @@ from lightning_pipelite.checkpoint.encoding import encode
 from lightning_pipelite.checkpoint.loop_state import after_last_batch, for_replicas
 from lightning_pipelite.checkpoint.store import CheckpointStore
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import AllowsAnother, IdentifiesItself
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.known_callbacks import micro_batches_in
 from lightning_pipelite.strategy.last_step import LastStep
@@ -201,8 +202,8 @@ class Checkpointing:
 
     def _identity(self) -> dict[str, Any]:
         """What tells the module's model and what is trained of it from others, if the module can say."""
-        describe = getattr(self._trainer.lightning_module, "checkpoint_identity", None)
-        return describe() if callable(describe) else {}
+        module = self._trainer.lightning_module
+        return module.checkpoint_identity() if isinstance(module, IdentifiesItself) else {}
 
     # Resuming
 
@@ -213,9 +214,9 @@ class Checkpointing:
             ConfigurationError: if it is not whole, or of another model, adapter or global batch.
         """
         trainer = self._trainer
-        state, meta = self._store.open(
-            path, self._identity(), getattr(trainer.lightning_module, "checkpoint_may_differ", {})
-        )
+        module = trainer.lightning_module
+        may_differ = module.checkpoint_may_differ if isinstance(module, AllowsAnother) else {}
+        state, meta = self._store.open(path, self._identity(), may_differ)
         self._random_states = state.pop("random_states")
         self._made_before = state.pop("made_with", None)
         self._evaluation_follows = state.pop("evaluation_follows", False)

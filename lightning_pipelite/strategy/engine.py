@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.async_scalar import AsyncScalar
+from lightning_pipelite.shared.protocol import Loss, names_of_sums
 from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
 from lightning_pipelite.strategy.layer_rng import LayerRNG
-from lightning_pipelite.strategy.layers import Loss
 from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint, shapes_of
 from lightning_pipelite.strategy.stage_timer import COMPUTING, StageTimer
 from lightning_pipelite.strategy.ties import TiedParameters
@@ -71,7 +71,7 @@ class PipeLiteEngine(PipelineEngine):
         self._step = self._forwarded = 0
         self._shared: AsyncScalar | None = None
         self._clock: StageTimer | None = None
-        terms = 2 + len(getattr(loss, "logged", ()))
+        terms = 2 + len(names_of_sums(loss))
         self._sums = torch.zeros(terms + self.is_pipe_parallel, dtype=torch.float64, device=self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import EvaluatesTogether, LogsEvaluation
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checks import check_loaders
@@ -48,13 +49,12 @@ class PipelineEvaluation:
         self._sums: Tensor | None = None
         self._seen, self._loader = 0, 0
 
-    def take(self, micro_batch: tuple[Any, Any], indices: tuple[int, ...], at_once: int) -> None:
+    def take(self, micro_batch: tuple[Any, Any], indices: tuple[int, ...]) -> None:
         """Take one more micro-batch; with the last one of its set, log.
 
         Args:
             micro_batch: ``(inputs, targets)``.
             indices: what Lightning passes to the module's own validation_step: only what that asks for.
-            at_once: how many micro-batches run through the pipeline together.
 
         Raises:
             ConfigurationError: if the set before has ended without a sign.
@@ -79,7 +79,7 @@ class PipelineEvaluation:
         self._seen += 1
         limit = loop.max_batches[loader] if loop._is_sequential else math.inf
         last = loop.batch_progress.is_last_batch or self._seen == limit
-        if not last and len(self._batches) < at_once:
+        if not last and len(self._batches) < self._at_once:
             return
         place = f"data loader {loader} of the evaluation"
         if self._topology.stages > 1:
@@ -95,13 +95,20 @@ class PipelineEvaluation:
             self._log(total, count, loader)
 
     @property
+    def _at_once(self) -> int:
+        """How many micro-batches run through the pipeline together."""
+        module = self._trainer.lightning_module
+        chosen = module.eval_micro_batches if isinstance(module, EvaluatesTogether) else None
+        return 4 * self._topology.stages if chosen is None else chosen
+
+    @property
     def _kind(self) -> str:
         return "test" if self._trainer.state.fn == TrainerFn.TESTING else "eval"
 
     def _log(self, total: float, count: float, loader: int) -> None:
         module = self._trainer.lightning_module
-        if callable(log := getattr(module, "log_evaluation", None)):
-            log(total, count, loader)
+        if isinstance(module, LogsEvaluation):
+            module.log_evaluation(total, count, loader)
             return
         loss = total / count if count else math.nan
         module.log(f"{self._kind}/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)

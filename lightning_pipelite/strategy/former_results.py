@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import KeepsResults
 
 
 def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
     """Refuse a training that begins anew where another one has left its results.
 
-    A callback that replaces what it finds has a method ``former_result()``: a sentence about what that is, or None.
-    Lightning's ModelCheckpoint needs none: it numbers its files, unless it is told to replace them.
+    A callback that replaces what it finds is a :class:`~lightning_pipelite.shared.protocol.KeepsResults`. Lightning's
+    ModelCheckpoint need not be: it numbers its files, unless it is told to replace them.
 
     Args:
         trainer: its callbacks and loggers tell where is written.
@@ -29,8 +30,7 @@ def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
     if trainer.fast_dev_run or _resumes(trainer, ckpt_path):  # type: ignore[attr-defined]
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        former_result = getattr(callback, "former_result", None)
-        if callable(former_result) and (sentence := former_result()):
+        if isinstance(callback, KeepsResults) and (sentence := callback.former_result()):
             raise ConfigurationError(sentence)
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and logger._experiment is None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import KnowsMetrics
 
 KNOWN: tuple[type[Any], ...] = (
     lightnings.BasePredictionWriter,
@@ -71,22 +72,21 @@ def check_callbacks(trainer: pl.Trainer) -> None:
 def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse a metric to watch that nothing will log, if the module can tell; else it is found out after an epoch.
 
-    Such a module has a method ``logs(name)``, for what it and the callbacks of this package log. Any other callback of
-    a user's own may log what it likes.
+    Any other callback of a user's own may log what it likes.
 
     Raises:
         ConfigurationError: naming the callback and the metric.
     """
-    logs = getattr(module, "logs", None)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     package = __name__.partition(".")[0] + "."
-    if not callable(logs) or any(not type(each).__module__.startswith(("lightning.", package)) for each in callbacks):
+    own = any(not type(each).__module__.startswith(("lightning.", package)) for each in callbacks)
+    if own or not isinstance(module, KnowsMetrics):
         return
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         of_lightning = isinstance(callback, lightnings.ModelCheckpoint) and monitor in ("epoch", "step")
         strict = getattr(callback, "strict", True)
-        if isinstance(monitor, str) and strict and not of_lightning and not logs(monitor):
+        if isinstance(monitor, str) and strict and not of_lightning and not module.logs(monitor):
             raise ConfigurationError(
                 f"{type(callback).__name__}: monitor is {monitor!r}, which nothing logs; give it eval/loss, or another "
                 "name that the training logs."

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import HandsOutLayers, Loss, PipelineLayers
 
 _ADDED, _RECORD = "pipeline_stage", "_pipelite_stage"
-
-Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, ...]"]
-"""``loss(outputs, targets)`` of one micro-batch.
-
-It returns either a scalar, the mean over the micro-batch (every micro-batch then weighs the same), or a pair
-``(total, count)``: the sum of the losses and the number of terms in it (tokens, say). With the pair, what is trained
-on is exactly the sum of all totals over the sum of all counts in the global batch.
-
-A loss with an attribute ``logged``, a tuple of names, returns after the pair one more scalar for each name; the
-strategy logs ``train/NAME``, the sum of these over the sum of all counts.
-"""
-
-
-@dataclass(frozen=True)
-class LayerCosts:
-    """What each layer costs, so that stages can be balanced.
-
-    Embedding and the like count in the first layer, head and loss in the last.
-
-    Attributes:
-        seconds: the time of a micro-batch, forward and backward; in any unit.
-        held: bytes that a layer takes at all times: weights, gradients, optimizer state.
-        retained: bytes that a layer keeps of each micro-batch in flight for its backward pass.
-        micro_batches: of a step.
-        memory: bytes of a device for all of a stage's layers; None for no limit.
-    """
-
-    seconds: Sequence[float]
-    held: Sequence[int]
-    retained: Sequence[int]
-    micro_batches: int
-    memory: int | None = None
-
-
-@runtime_checkable
-class PipelineLayers(Protocol):
-    """Layers that are built a stage at a time, so that no process ever holds those of another stage."""
-
-    names: Sequence[str]
-    """The class name of each layer, in order; ``partition_method="type:REGEX"`` looks at these."""
-
-    def parameter_counts(self) -> Sequence[int]:
-        """The number of parameters of each layer, frozen ones too."""
-        ...
-
-    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
-        """Build layers ``start`` to ``stop`` (exclusive) on ``device``, as one module from inputs to outputs.
-
-        Its parameter names must not depend on the partition. A parameter that stands under one name in several
-        stages is tied: its gradients are summed over them.
-        """
-        ...
-
-    # Layers may have a method ``layer_costs() -> LayerCosts`` as well, for partition_method="auto".
 
 
 class SequentialLayers:
@@ -131,18 +77,17 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
     """Ask a LightningModule for its layers and its loss.
 
     Args:
-        module: a LightningModule with a method ``pipeline_layers()`` that returns ``(layers, loss)``: a list of
-            modules or a :class:`PipelineLayers`, and a :data:`Loss`.
+        module: a LightningModule that is a :class:`~lightning_pipelite.shared.protocol.HandsOutLayers`.
 
     Raises:
         ConfigurationError: if there is no such method, or it returns something else.
     """
-    if not callable(getattr(module, "pipeline_layers", None)):
+    if not isinstance(module, HandsOutLayers):
         raise ConfigurationError(
             f"{type(module).__name__} has no method pipeline_layers(); "
             "PipeLiteStrategy needs one that returns (layers, loss)."
         )
-    handed = module.pipeline_layers()
+    handed: Any = module.pipeline_layers()
     if not isinstance(handed, tuple) or len(handed) != 2 or not callable(handed[1]):
         raise ConfigurationError(f"{type(module).__name__}.pipeline_layers() must return a pair (layers, loss).")
     layers, loss = handed

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.layers import LayerCosts, PipelineLayers
+from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, PipelineLayers
 
 _Allowed = Callable[[int, int, int], bool]
 
@@ -81,12 +81,13 @@ def _given(method: str, stages: int, items: int) -> list[int]:
 
 
 def _auto(layers: PipelineLayers, stages: int) -> list[int]:
-    if not callable(costs := getattr(layers, "layer_costs", None)):
+    costs = layers.layer_costs() if isinstance(layers, KnowsCosts) else None
+    if costs is None:
         raise ConfigurationError(
             "partition_method is auto, but the layers do not say what they cost; set it to uniform, parameters or "
             "type:REGEX, or give them a method layer_costs()."
         )
-    return cheapest_bounds(costs(), stages)
+    return cheapest_bounds(costs, stages)
 
 
 def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:

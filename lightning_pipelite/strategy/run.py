@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_pipelite.checkpoint.promised import see_promises
 from lightning_pipelite.checkpoint.store import CheckpointStore
+from lightning_pipelite.shared.protocol import Loss, PipelineLayers, names_of_sums
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checkpointing import Checkpointing
@@ -24,8 +25,6 @@ from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.layers import (
     LooseParts,
-    Loss,
-    PipelineLayers,
     build_stage,
     hand_out_layers,
     keeps_stage,
@@ -121,9 +120,8 @@ class PipelineRun:
         on_gpu = device.type == "cuda"
         self.checkpointing = Checkpointing(trainer, self.store, self.stage, layer_rng, topology, on_gpu)
         end.callback(self.checkpointing.training_ends)
-        logged = tuple(getattr(loss, "logged", ()))
         self.training = PipelineTraining(
-            trainer, self.engine, agreement, topology, self.stage, loose_parts, self.checkpointing, logged
+            trainer, self.engine, agreement, topology, self.stage, loose_parts, self.checkpointing, names_of_sums(loss)
         )
         self.evaluation = PipelineEvaluation(trainer, self.engine, agreement, topology, loose_parts)
 

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.local_path import refuse_remote
+from lightning_pipelite.shared.protocol import Loss, PipelineLayers
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy import lightning_compat
 from lightning_pipelite.strategy.before_launch import check_launch
@@ -31,7 +32,6 @@ from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
-from lightning_pipelite.strategy.layers import Loss, PipelineLayers
 from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
@@ -45,11 +45,11 @@ _SECONDS_TO_WRITE = 60.0
 class PipeLiteStrategy(DDPStrategy):
     """Pipeline parallelism, and data parallelism over the rest of the devices, on DeepSpeed's pipeline engine.
 
-    The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``, see
-    :mod:`lightning_pipelite.strategy.layers`; micro-batches are pairs ``(inputs, targets)``. Its ``training_step``,
-    ``validation_step`` and ``test_step`` are not called: the strategy logs ``train/loss``, ``train/grad_norm`` and
-    ``eval/loss`` (``test/loss`` in ``Trainer.test``) itself, the same values on every rank; the latter are left to a
-    method ``log_evaluation(total, count, dataloader_idx)`` of the module, if it has one.
+    The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``; micro-batches are pairs
+    ``(inputs, targets)``. Its ``training_step``, ``validation_step`` and ``test_step`` are not called: the strategy
+    logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` (``test/loss`` in ``Trainer.test``) itself, the same
+    values on every rank; the latter are left to a method ``log_evaluation(total, count, dataloader_idx)`` of the
+    module, if it has one. :mod:`lightning_pipelite.shared.protocol` says what else a module may have.
     ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
 
     Example::
@@ -115,8 +115,6 @@ class PipeLiteStrategy(DDPStrategy):
         self.pipeline_stages = pipeline_stages
         self.partition_method = partition_method
         self.use_column_major_topology = use_column_major_topology
-        self.eval_micro_batches = 4 * pipeline_stages
-        """How many micro-batches of an evaluation run through the pipeline at once."""
         self.measure_stage_times = False
         """Whether the next step is to be measured."""
         self.instruction_times: dict[str, float] | None = None
@@ -279,7 +277,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def validation_step(self, batch: Any, *indices: int) -> None:
-        self._running.evaluation.take(checked_pair(batch), indices, self.eval_micro_batches)
+        self._running.evaluation.take(checked_pair(batch), indices)
         assert self.lightning_module is not None
         if not self.lightning_module.trainer.sanity_checking:
             self._empty_logs = None

@@ -19,7 +19,7 @@ from lightning_pipelite.planning.report import Report
 from lightning_pipelite.planning.settings import parse_memory
 from lightning_pipelite.planning.stages import StageMemory, bubble
 from lightning_pipelite.planning.watched_stage import WatchedStage
-from lightning_pipelite.strategy.layers import LayerCosts
+from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import cheapest_bounds, partition
 
 GIB = 2**30
