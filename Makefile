@@ -28,7 +28,7 @@ dist: setup
 # What decides most of whether other versions work, with the lowest that are allowed and with the newest that were tested.
 # The tests of error sentences are left out: what jsonargparse says of a wrong value, and our sentences with it, differ.
 VERSIONS_TESTS = tests/cli/test_main.py tests/cli/test_commands.py tests/optim tests/strategy/test_engine.py tests/strategy/test_exactness.py \
-	tests/models/test_stage.py tests/adapters/test_lora.py tests/export/test_merge.py tests/export/test_gguf.py \
+	tests/models/test_stage.py tests/adapters/test_lora.py tests/export/test_merging.py tests/export/test_gguf.py \
 	tests/data/test_datamodule.py
 
 versions: versions-constraints-lowest versions-constraints

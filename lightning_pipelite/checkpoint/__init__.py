@@ -9,6 +9,12 @@
 - :mod:`.store`: what the strategy calls.
 """
 
-from lightning_pipelite.checkpoint.reader import read_checkpoint
+from typing import TYPE_CHECKING
+
+from lightning_pipelite.shared.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_pipelite.checkpoint.reader import read_checkpoint
 
 __all__ = ["read_checkpoint"]
+__getattr__ = lazy_names(__name__, {"read_checkpoint": "reader"})

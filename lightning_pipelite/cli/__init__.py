@@ -1,5 +1,11 @@
 """The door: the ``pipelite`` command, its configuration files, and what it says of mistakes."""
 
-from lightning_pipelite.cli.main import start
+from typing import TYPE_CHECKING
+
+from lightning_pipelite.shared.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_pipelite.cli.main import start
 
 __all__ = ["start"]
+__getattr__ = lazy_names(__name__, {"start": "main"})

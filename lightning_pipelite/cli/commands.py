@@ -67,23 +67,23 @@ COMMANDS = {
     "check": Command(
         "lightning_pipelite.cli.check_command", "check", "Hold a model in stages against the same model unsplit.", True
     ),
-    "merge": Command("lightning_pipelite.export.merge", "merge", "Add LoRAs to the weights of their base model."),
+    "merge": Command("lightning_pipelite.export.merging", "merge", "Add LoRAs to the weights of their base model."),
     "convert": Command(
-        "lightning_pipelite.export.convert",
+        "lightning_pipelite.export.conversion",
         "convert",
         "Write what a training checkpoint holds as an adapter or a model.",
     ),
     "control-to-lora": Command(
-        "lightning_pipelite.export.control_to_lora", "control_to_lora", "Make a LoRA of a Control Adapter."
+        "lightning_pipelite.export.control_lora", "control_to_lora", "Make a LoRA of a Control Adapter."
     ),
     "export-gguf": Command(
         "lightning_pipelite.export.gguf", "export_gguf", "Write an adapter as a GGUF file, for llama.cpp."
     ),
     "analyze": Command(
-        "lightning_pipelite.export.analyze", "analyze", "Print and draw the figures of a LoRA or a Control Adapter."
+        "lightning_pipelite.export.analysis", "analyze", "Print and draw the figures of a LoRA or a Control Adapter."
     ),
     "migrate": Command(
-        "lightning_pipelite.export.migrate", "migrate", "Turn a configuration of qlora-pipe-lite into YAML.", True
+        "lightning_pipelite.export.migration", "migrate", "Turn a configuration of qlora-pipe-lite into YAML.", True
     ),
     "preview": Command(
         "lightning_pipelite.cli.preview_command",

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from lightning_pipelite import __version__
+from lightning_pipelite import __version__, adapters, callbacks
 from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
 from lightning_pipelite.checkpoint.find import require_last
 from lightning_pipelite.checkpoint.manifest import read_manifest
@@ -26,6 +26,7 @@ from lightning_pipelite.cli.saved_config import SaveConfig
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module.pipelite_module import PipeLiteModule
+from lightning_pipelite.shared.lazy_names import import_names
 from lightning_pipelite.shared.protocol import MayOverwrite
 from lightning_pipelite.shared.verbosity import OPTION
 from lightning_pipelite.strategy import PipeLiteStrategy
@@ -48,6 +49,8 @@ class TrainerCLI(LightningCLI):
     """
 
     def __init__(self) -> None:
+        for package in (adapters, callbacks):  # whose classes jsonargparse then knows by their short names
+            import_names(package)
         super().__init__(
             PipeLiteModule,
             PackedDataModule,

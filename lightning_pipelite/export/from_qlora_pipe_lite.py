@@ -20,8 +20,8 @@ from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control_files import ControlAdapterFile
 from lightning_pipelite.export.lora_files import PREFIX, WEIGHTS_FILE, LoRAOfBase
 from lightning_pipelite.export.lora_kinds import CONFIG_FILE
-from lightning_pipelite.export.merge import copy_companions, write_shard
-from lightning_pipelite.export.migrate import Migration
+from lightning_pipelite.export.merging import copy_companions, write_shard
+from lightning_pipelite.export.migration import Migration
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import Progress, track
 

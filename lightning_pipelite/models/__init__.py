@@ -1,7 +1,13 @@
 """A causal LM from disk, as layers: split, load one stage, quantise."""
 
-from lightning_pipelite.models.layers import CausalLMLayers
-from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.stage import Stage
+from typing import TYPE_CHECKING
+
+from lightning_pipelite.shared.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_pipelite.models.layers import CausalLMLayers
+    from lightning_pipelite.models.meta_model import MetaModel
+    from lightning_pipelite.models.stage import Stage
 
 __all__ = ["CausalLMLayers", "MetaModel", "Stage"]
+__getattr__ = lazy_names(__name__, {"CausalLMLayers": "layers", "MetaModel": "meta_model", "Stage": "stage"})

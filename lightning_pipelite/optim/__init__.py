@@ -1,7 +1,12 @@
 """Learning-rate schedules and parameter groups; the optimizers themselves are optimi's and torch's."""
 
-from lightning_pipelite.optim.groups import OptimizerFactory, check_patterns, group_parameters, make_optimizer
-from lightning_pipelite.optim.schedule import check_schedule, make_schedule, rms_ratio, rms_ratio_schedule
+from typing import TYPE_CHECKING
+
+from lightning_pipelite.shared.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_pipelite.optim.groups import OptimizerFactory, check_patterns, group_parameters, make_optimizer
+    from lightning_pipelite.optim.schedule import check_schedule, make_schedule, rms_ratio, rms_ratio_schedule
 
 __all__ = [
     "OptimizerFactory",
@@ -13,3 +18,16 @@ __all__ = [
     "rms_ratio",
     "rms_ratio_schedule",
 ]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "OptimizerFactory": "groups",
+        "check_patterns": "groups",
+        "group_parameters": "groups",
+        "make_optimizer": "groups",
+        "check_schedule": "schedule",
+        "make_schedule": "schedule",
+        "rms_ratio": "schedule",
+        "rms_ratio_schedule": "schedule",
+    },
+)

@@ -178,7 +178,7 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
         strategy(pipeline_stages=2, partition_method="auto"),
     )
     config["trainer"]["callbacks"] = [
-        {"class_path": "lightning_pipelite.callbacks.EvalSchedule", "init_args": {"evals_per_epoch": 1}},
+        {"class_path": "EvalSchedule", "init_args": {"evals_per_epoch": 1}},
         {"class_path": "lightning_pipelite.callbacks.SaveTrained", "init_args": {"output_dir": "deep/down/lora"}},
     ]
     config["model"]["load_in_4bit"] = True

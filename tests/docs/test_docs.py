@@ -16,7 +16,7 @@ import yaml
 
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.main import main
-from lightning_pipelite.export.migrate import Migration
+from lightning_pipelite.export.migration import Migration
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,7 +157,7 @@ def test_old_keys_go_where_the_table_says(key: str, here: str, tmp_path: Path) -
 
 
 def test_the_table_has_every_old_key() -> None:
-    source = (ROOT / "lightning_pipelite" / "export" / "migrate.py").read_text(encoding="utf-8")
+    source = (ROOT / "lightning_pipelite" / "export" / "migration.py").read_text(encoding="utf-8")
     known = set(re.findall(r'_take\("(\w+)"', source)) | set(re.findall(r'for key, default in \(\("(\w+)"', source))
     assert known <= {key for key, _ in ROWS}
 

@@ -10,19 +10,18 @@ and the gradients are wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from lightning_pipelite.models.attention.document_mask import Documents, current_documents
 
 NAME = "varlen"
-# Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
-GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 LARGEST_HEAD = 256  # of FlashAttention
 OF_TRANSFORMERS = ("sdpa", "eager")  # what a model attends by otherwise, whose masks ``packing.py`` builds
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
@@ -34,6 +33,16 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "meta":
         return half
     return device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any]:
+    """Import torch's function where it is needed: with it comes torch's compiler, which takes two seconds."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
+    asks = "enable_gqa" in signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 def varlen_attention(
@@ -106,9 +115,9 @@ def _kernel(
     else:
         bounds = documents.bounds
     left = -1 if window is None else window - 1
-    output = varlen_attn(
+    output = _varlen_attn()(
         in_a_row(query), in_a_row(key), in_a_row(value), bounds, bounds, length, length,
-        scale=scaling, window_size=(left, 0), **GROUPED_HEADS,
+        scale=scaling, window_size=(left, 0),
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output[..., : value.shape[-1]].reshape(batch, length, heads, value.shape[-1])

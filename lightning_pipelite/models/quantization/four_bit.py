@@ -11,9 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.functional import name2qmap
-from bitsandbytes.nn import Linear4bit
-from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
@@ -23,6 +20,9 @@ from typing_extensions import override
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 if TYPE_CHECKING:
+    # Otherwise where it is used: bitsandbytes imports torch's compiler, which takes two seconds.
+    from bitsandbytes.nn import Linear4bit
+
     from lightning_pipelite.models.meta_model import MetaModel
 
 SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
@@ -100,6 +100,8 @@ def quantise_without_weights(
         dtype: Type of the computation.
         double_quant: Quantise the scales of the blocks too.
     """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
     names = [meta_model.layer_names[number] for number in numbers]
     kept = {*kept_names(model, names)}
     with _code_tables_of_its_own():
@@ -118,6 +120,8 @@ def _code_tables_of_its_own() -> Iterator[None]:
     It makes the table for double quantisation where it is first needed and keeps it there for good: on the meta device
     it would have no values, and no weights could be quantised any more. Remove when it makes one for each device.
     """
+    from bitsandbytes.functional import name2qmap
+
     tables = dict(name2qmap)
     name2qmap.clear()
     try:
@@ -128,6 +132,8 @@ def _code_tables_of_its_own() -> Iterator[None]:
 
 
 def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, double_quant: bool) -> Linear4bit:
+    from bitsandbytes.nn import Linear4bit
+
     weight = linear.weight.mT if isinstance(linear, Conv1D) else linear.weight
     quantised = Linear4bit(
         weight.shape[1],
@@ -156,6 +162,8 @@ class _QuantisedOnLoad(Mixin, nn.Module):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
         super().__setattr__(name, value)
         loaded = isinstance(value, nn.Parameter) and value.is_floating_point() and not value.is_meta
         if loaded and name in self.fused_names and not is_parametrized(self, name):

@@ -12,6 +12,12 @@ once its own traceback, if it has one, is printed; rank 0 then closes all connec
 - :mod:`.timeouts`: how long each of these waits.
 """
 
-from lightning_pipelite.strategy.watchdog.watchdog import Watchdog
+from typing import TYPE_CHECKING
+
+from lightning_pipelite.shared.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_pipelite.strategy.watchdog.watchdog import Watchdog
 
 __all__ = ["Watchdog"]
+__getattr__ = lazy_names(__name__, {"Watchdog": "watchdog"})

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control_files import ControlAdapterFile, is_control_adapter
-from lightning_pipelite.export.control_to_lora import layers_of
+from lightning_pipelite.export.control_lora import layers_of
 from lightning_pipelite.export.lora_files import LoRAOfBase, read_tensors
 from lightning_pipelite.export.lora_kinds import rest_of
 from lightning_pipelite.export.page import page

@@ -115,7 +115,7 @@ def test_several_adapters_each_with_its_scale(tmp_path: Path) -> None:
 def test_a_kill_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base", "llama", max_shard_size="100kB")
     adapter = write_adapter(tmp_path / "adapter", base, target_modules="all-linear")
-    module = sys.modules["lightning_pipelite.export.merge"]
+    module = sys.modules["lightning_pipelite.export.merging"]
     write = module.write_shard
 
     def slowly(*arguments: Any) -> None:
