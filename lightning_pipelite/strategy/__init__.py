@@ -1,6 +1,6 @@
 """The strategy: pipeline stages on DeepSpeed's engine, in the Lightning Trainer."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_pipelite.shared.lazy_names import lazy_names
 
@@ -9,4 +9,12 @@ if TYPE_CHECKING:
     from lightning_pipelite.strategy.trained import load_trained
 
 __all__ = ["PipeLiteStrategy", "load_trained"]
-__getattr__ = lazy_names(__name__, {"PipeLiteStrategy": "strategy", "load_trained": "trained"})
+_find = lazy_names(__name__, {"PipeLiteStrategy": "strategy", "load_trained": "trained"})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_trained":  # with which Lightning's own loaders read checkpoints too; the strategy sees to it itself
+        from lightning_pipelite.strategy.lightning_compat import install
+
+        install()
+    return _find(name)
