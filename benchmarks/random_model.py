@@ -66,7 +66,7 @@ def write_model(directory: Path, shape: str, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size="4GB")  # a shard at a time is copied to the host
 
 
 def random_sequences(count: int, length: int, vocabulary: int, documents: int = 1) -> list[dict[str, Tensor]]:

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
-from lightning_pipelite.models.quantization.four_bit import kept_names, nf4, quantise_on_load, quantise_without_weights
+from lightning_pipelite.models.quantization.four_bit import (
+    count_as_quantised,
+    kept_names,
+    nf4,
+    quantise_on_load,
+    quantise_without_weights,
+)
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
 
 
@@ -117,7 +123,16 @@ def _trimming_class(
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
         report.unexpected_keys = set()
 
-    members = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
+    def load_all(model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if load_in_4bit:
+            count_as_quantised(load_config.hf_quantizer)
+        return whole_class._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
+
+    members = {
+        "__init__": build,
+        "_adjust_missing_and_unexpected_keys": adjust_keys,
+        "_load_pretrained_model": staticmethod(load_all),
+    }
     # Name and module stay: transformers looks them up to find a model's loss and its weight conversions.
     return type(whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__})
 

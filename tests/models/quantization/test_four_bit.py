@@ -5,6 +5,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers.modeling_utils as modeling_utils
 from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
 from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 from torch import nn
@@ -142,3 +143,23 @@ def test_routers_keep_their_precision(tmp_path: Path) -> None:
     quantised = {n.rpartition(".")[2] for n, m in stage.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert quantised == {"base_layer", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {p.dtype for n, p in stage.named_parameters() if "gate." in n} == {torch.float32}
+
+
+def test_no_more_is_reserved_before_loading_than_four_bits_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers allocates a model's size at once on a GPU before it loads: fused experts counted in full there."""
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(tmp_path)
+    counted: list[float] = []
+
+    def count(model: nn.Module, device_map: dict[str, torch.device], quantizer: object) -> None:
+        counted.append(sum(modeling_utils.get_total_byte_count(model, device_map, quantizer).values()))
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", count)
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4))
+    stage = layers.build_stage(0, len(layers), CPU)
+    frozen = [p for p in stage.parameters() if not p.requires_grad]
+    quantised = [p for p in frozen if p.dtype == torch.uint8]
+    assert len(quantised) == 4 * (4 + 2)
+    assert counted[-1] == sum(p.numel() * p.element_size() for p in frozen)  # the first is the meta model's
