@@ -123,7 +123,9 @@ def _trimming_class(
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
         report.unexpected_keys = set()
 
-    def load_all(model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_all(
+        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if load_in_4bit:
             count_as_quantised(load_config.hf_quantizer)
         return whole_class._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
