@@ -1,7 +1,7 @@
 """What a training step takes, through the Trainer, against a bare loop with the same layers and transformers + PEFT.
 
     python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|qwen3-moe|gpt-oss|mixtral|tiny|...]
-                              [--no-reference] [--write]
+                              [--loops NAME,...] [--write]
 
 On one GPU, random bf16 weights of a Llama's shape or of a mixture of experts', sequences of 4096 tokens (one document
 each, the most work), 4 micro-batches a step, rank 16 in float32 on all linear layers and experts. Each job names the
@@ -10,6 +10,7 @@ loops that train it, from the same values over the same tokens:
 - *Trainer*: PipeLiteModule under PipeLiteStrategy, one stage.
 - *bare loop*: the same stage, loss and optimizer without Lightning and DeepSpeed.
 - *transformers + PEFT*: their model and forward, recomputed layers, the same optimizer (LoRA and QLoRA).
+- *Unsloth*, where it is installed: its model and recomputation, the same optimizer, first values of its own draw.
 
 Tokens/s are those of the median step after three, from the end of one to the end of the next; memory is the most that
 torch had allocated. MFU counts what the model needs (4 floating-point operations a token and frozen weight outside the
@@ -48,11 +49,12 @@ from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.shared.async_scalar import AsyncScalar
 from random_model import SHAPES, has_experts, random_sequences, write_model
 from report import Report
+from unsloth_step import is_installed, run_unsloth
 
 MICRO_BATCHES, RANK, LR, WARM_UP = 4, 16, 1e-4, 3
 LOSS_LIMIT, PEAK_RATE = 2e-2, 989e12
 OVERHEAD_LIMIT, OFFLOAD_LIMIT = 1.02, 1.03
-TRAINER, BARE, REFERENCE = "Trainer", "bare loop", "transformers + PEFT"
+TRAINER, BARE, REFERENCE, UNSLOTH = "Trainer", "bare loop", "transformers + PEFT", "Unsloth"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ JOBS = {
     "control": Job("Control Adapters", "keep", tokens_per_s=16_000, gib=60),
     "full": Job("full", "keep", shape="1b"),
 }
-ALL_LOOPS = (TRAINER, BARE, REFERENCE)
+ALL_LOOPS = (TRAINER, BARE, REFERENCE, UNSLOTH)
 WHOLE = "qwen3-moe-48"  # which nothing but the job for it fits
 EXPERT_JOBS = {
     "experts-recompute": Job("LoRA", "recompute", False, 40_000, 18.5, ALL_LOOPS, limited="qwen3-moe"),
@@ -235,6 +237,11 @@ def reference_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
     return plain_steps(forward, model, batches, optimizer, lambda: None)
 
 
+def unsloth_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
+    batches = micro_batches(shape, steps, make_adapter(job.adapter))
+    return Run(**run_unsloth(directory, batches, attention_alone="attention" in job.adapter, in_4bit=job.in_4bit))
+
+
 def first_values(directory: str) -> Path:
     return Path(directory).with_name("adapter")
 
@@ -291,7 +298,9 @@ def mfu(job: Job, shape: str, tokens_per_s: float) -> float:
     return tokens_per_s * ((6 if job.adapter == "full" else 4) * weights + attention) / PEAK_RATE
 
 
-LOOPS: dict[str, Callable[..., Run]] = {TRAINER: through_trainer, BARE: bare_loop, REFERENCE: reference_loop}
+LOOPS: dict[str, Callable[..., Run]] = {
+    TRAINER: through_trainer, BARE: bare_loop, REFERENCE: reference_loop, UNSLOTH: unsloth_loop,
+}  # fmt: skip
 
 
 def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], tuple[str, str], float]]:
@@ -307,17 +316,19 @@ def main() -> None:
     parser.add_argument("--jobs", help="by default all that the shape fits")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--no-reference", action="store_true")
-    parser.add_argument("--only", choices=LOOPS, help="one of the loops")
+    parser.add_argument("--loops", help=f"of {', '.join(LOOPS)}; by default all that a job names")
     parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md, or step_SHAPE.md")
     arguments = parser.parse_args()
+    chosen = arguments.loops.split(",") if arguments.loops else list(LOOPS)
+    if unknown := set(chosen) - set(LOOPS):
+        parser.error(f"--loops: {', '.join(unknown)} is none of {', '.join(LOOPS)}")
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     jobs = EXPERT_JOBS if has_experts(arguments.shape) else JOBS
     fitting = [name for name, job in jobs.items() if (job.limited == WHOLE) == (arguments.shape == WHOLE)]
     report = Report(
-        "step_experts" if has_experts(arguments.shape) else "step",
+        f"step_{arguments.shape}" if has_experts(arguments.shape) else "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )
@@ -332,7 +343,7 @@ def main() -> None:
                 write_model(directory, shape, device())
             ours: Run | None = None
             for loop in job.loops:
-                if arguments.only not in (None, loop) or (arguments.no_reference and loop == REFERENCE):
+                if loop not in chosen or (loop == UNSLOTH and not is_installed()):
                     continue
                 free()
                 profiled = {"profiled": arguments.profile / f"{name}.txt"} if arguments.profile else {}
