@@ -13,7 +13,7 @@ _find = lazy_names(__name__, {"PipeLiteStrategy": "strategy", "load_trained": "t
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_trained":  # with which Lightning's own loaders read checkpoints too; the strategy sees to it itself
+    if name == "load_trained":  # with it Lightning's own loaders read checkpoints; the strategy sees to it itself
         from lightning_pipelite.strategy.lightning_compat import install
 
         install()
