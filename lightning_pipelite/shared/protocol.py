@@ -75,7 +75,7 @@ class PipelineLayers(Protocol):
         """Build layers ``start`` to ``stop`` (exclusive) on ``device``, as one module from inputs to outputs.
 
         Its parameter names must not depend on the partition. A parameter that stands under one name in several
-        stages is tied: its gradients are summed over them.
+        stages is tied: its gradients are summed over them. With virtual stages it is called for each piece of a stage.
         """
         ...
 

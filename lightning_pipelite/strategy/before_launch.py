@@ -25,6 +25,7 @@ def check_launch(
     *,
     topology: Topology,
     partition_method: str,
+    virtual_stages: int,
     layer_sync: Any,
     starts_the_job: bool,
 ) -> tuple[tuple[PipelineLayers, Loss] | None, EmptyLogs | None]:
@@ -35,6 +36,7 @@ def check_launch(
         arguments: of the Trainer's method by name; ``ckpt_path`` is changed.
         topology: of the job.
         partition_method: how the layers are dealt out.
+        virtual_stages: the number of pieces of each stage.
         layer_sync: what the Trainer wants for batch norms.
         starts_the_job: whether this is the first rank, which looks after the job's files.
 
@@ -51,7 +53,7 @@ def check_launch(
     handed = None
     if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
         handed = hand_out_layers(module)
-        partition(handed[0], topology.stages, partition_method)
+        partition(handed[0], topology.stages, partition_method, virtual_stages)
     arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=starts_the_job)
     if not starts_the_job:
         return handed, None

@@ -37,7 +37,8 @@ class PipeLiteEngine(PipelineEngine):
         stages: the number of stages.
         column_major: the layout of the ranks, see :class:`~lightning_pipelite.shared.topology.Topology`.
         loss: the loss of one micro-batch, used on the last stage.
-        progress: told of every instruction before it runs: its name, and whether it may wait for other ranks.
+        progress: told of every instruction before it runs: its name, whether it may wait for other ranks, and of which
+            piece of the stage it is, if there are several.
         layer_rng: what the layers draw random numbers from.
     """
 
@@ -48,7 +49,7 @@ class PipeLiteEngine(PipelineEngine):
         stages: int,
         column_major: bool,
         loss: Loss,
-        progress: Callable[[str, bool], None],
+        progress: Callable[[str, bool, str], None],
         layer_rng: LayerRNG,
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
@@ -172,6 +173,15 @@ class PipeLiteEngine(PipelineEngine):
     # How the schedule runs
 
     def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
+        self._sums.zero_()
+        if self.is_pipe_parallel and (self.is_first_stage() or self.is_last_stage()):
+            difference = fingerprint(micro_batches, self.device)
+            self._sums[-1] = difference if self.is_first_stage() else -difference
+        self._shared = None
+        with self._layer_rng.drawn_from():
+            self._execute(micro_batches, steps, training)
+
+    def _execute(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
         # micro-batches, so each knows without communication when they must be sent anew.
         shapes = [(training, shapes_of(batch)) for batch in micro_batches]
@@ -180,29 +190,26 @@ class PipeLiteEngine(PipelineEngine):
             self.reset_activation_shape()
             self._sent = None
         self._shapes = None if self.dynamic_shape else shapes[0]
-        self._sums.zero_()
-        if self.is_pipe_parallel and (self.is_first_stage() or self.is_last_stage()):
-            difference = fingerprint(micro_batches, self.device)
-            self._sums[-1] = difference if self.is_first_stage() else -difference
         self._forwarded = 0
-        self._shared = None
         self.data_iterator: Iterator[MicroBatch] = iter(micro_batches)
-        with self._layer_rng.drawn_from():
-            self._exec_schedule(steps)
+        self._exec_schedule(steps)
 
     @override
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for instructions in pipe_schedule:
             for instruction in instructions:
-                # On a GPU what computes waits, too: where the host reads a result, in the step, say.
-                self._begin(instruction.name, waits=instruction.name not in COMPUTING)
+                self._announce(instruction)
                 self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
         self._begin("outside of the pipeline", waits=True)
 
-    def _begin(self, activity: str, waits: bool) -> None:
+    def _announce(self, instruction: schedule.PipeInstruction) -> None:
+        # On a GPU what computes waits, too: where the host reads a result, in the step, say.
+        self._begin(instruction.name, waits=instruction.name not in COMPUTING)
+
+    def _begin(self, activity: str, waits: bool, piece: str = "") -> None:
         if activity:
-            self._progress(activity, waits)
+            self._progress(activity, waits, piece)
         if self._clock is not None:
             self._clock.begin(activity)
 
@@ -221,41 +228,61 @@ class PipeLiteEngine(PipelineEngine):
             self.pipe_buffers["labels"][buffer_id] = targets
 
     def _forward(self, buffer_id: int) -> None:
-        # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
-        replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
-        self._layer_rng.enter(self._step, self._forwarded * replicas + replica)
+        self._enter(self._forwarded)
         self._forwarded += 1
         outputs = self._stage(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)
             return
-        loss = self._loss_of(outputs, self.pipe_buffers["labels"][buffer_id])
-        self.loss, *others = loss if isinstance(loss, tuple) else (loss, torch.ones_like(loss))
+        self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
         self.pipe_buffers["labels"][buffer_id] = None
-        terms = torch.stack([term.detach().to(self._sums) for term in (self.loss, *others)])
-        self._sums[: len(terms)] += terms
         if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
             self._shared = AsyncScalar(self.share(self._sums))
 
-    def _sendable(self, outputs: Any) -> Any:
-        if isinstance(outputs, list):
-            outputs = tuple(outputs)
-        if not isinstance(outputs, Tensor) and not (
-            isinstance(outputs, tuple) and all(isinstance(item, Tensor) for item in outputs)
-        ):
-            raise ConfigurationError(
-                f"stage {self.stage_id} ends with a layer that returns a {type(outputs).__name__}; between stages only "
-                "a tensor or a tuple of tensors can be handed on."
-            )
+    def _enter(self, micro_batch: int) -> None:
+        """What is drawn next belongs to this micro-batch of the replica."""
+        # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
+        replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
+        self._layer_rng.enter(self._step, micro_batch * replicas + replica)
+
+    def _add_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of a micro-batch, and add it, and what is logged beside it, to the sums."""
+        terms = self._loss_of(outputs, targets)
+        loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
+        stacked = torch.stack([term.detach().to(self._sums) for term in (loss, *others)])
+        self._sums[: len(stacked)] += stacked
+        return loss
+
+    def _sendable(self, outputs: Any) -> Tensor | tuple[Tensor, ...]:
+        outputs = self._handed_on(outputs)
         shapes = shapes_of(outputs)
         if not self.dynamic_shape and self._sent not in (None, shapes):
             # The receiver's buffers are of the old shapes: it would read beyond or short of what is sent.
-            raise RuntimeError(
-                f"stage {self.stage_id} hands on {shapes} after {self._sent}, for micro-batches of equal shapes; the "
-                "shapes between stages may only depend on the shapes of the micro-batch"
-            )
+            raise RuntimeError(self._other_shapes(shapes, self._sent))
         self._sent = shapes
-        return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(t.contiguous() for t in outputs)
+        return outputs
+
+    def _handed_on(self, outputs: Any) -> Tensor | tuple[Tensor, ...]:
+        """Return what a stage or piece hands on, as it can be sent."""
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous()
+        if isinstance(outputs, (tuple, list)) and all(isinstance(item, Tensor) for item in outputs):
+            return tuple(item.contiguous() for item in outputs)
+        raise ConfigurationError(
+            f"{self._place} ends with a layer that returns a {type(outputs).__name__}; between stages only a tensor or "
+            "a tuple of tensors can be handed on."
+        )
+
+    @property
+    def _place(self) -> str:
+        """What is running, for messages."""
+        return f"stage {self.stage_id}"
+
+    def _other_shapes(self, shapes: object, before: object) -> str:
+        return (
+            f"{self._place} hands on {shapes} after {before}, for micro-batches of equal shapes; the shapes between "
+            "stages may only depend on the shapes of the micro-batch"
+        )
 
     def _backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
@@ -263,20 +290,24 @@ class PipeLiteEngine(PipelineEngine):
             gradients: list[Tensor | None] = [None]
             self.loss = self.loss.detach()
         else:
-            outputs = _tensors(self.pipe_buffers["outputs"][buffer_id])
-            gradients = [*_tensors(self.grad_layer)]
+            outputs = with_gradients(self.pipe_buffers["outputs"][buffer_id])
+            gradients = [*with_gradients(self.grad_layer)]
             self.pipe_buffers["outputs"][buffer_id] = None
+        inputs = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
+        self._back_propagate(outputs, gradients, inputs)
+
+    def _back_propagate(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], received: Any) -> None:
+        """Go backward from outputs; what was received, if anything was, then has gradients."""
         # A first stage without trainable parameters has nothing to propagate to.
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        if not self.is_first_stage():
-            self._complete_gradients(_tensors(self.pipe_buffers["inputs"][buffer_id]))
-
-    def _complete_gradients(self, inputs: list[Tensor]) -> None:
-        """The stage before waits for a gradient of everything that it sent, also of what is not used here."""
+        if received is None:
+            return
+        # The stage before waits for a gradient of everything that it sent, also of what is not used here.
+        inputs = with_gradients(received)
         if inputs and all(tensor.grad is None for tensor in inputs):
-            raise RuntimeError(f"stage {self.stage_id}: the loss does not depend on what the stage before hands on")
+            raise RuntimeError(f"{self._place}: the loss does not depend on what the stage before hands on")
         for tensor in inputs:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
@@ -315,6 +346,6 @@ class PipeLiteEngine(PipelineEngine):
     }
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def with_gradients(outputs: Any) -> list[Tensor]:
     """The tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]

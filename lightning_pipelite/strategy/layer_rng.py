@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in, take_out, without
 from lightning_pipelite.strategy.layers import Chain
+from lightning_pipelite.strategy.pieces import Pieces
 
 _KEY = "_pipelite_rng"
 
@@ -139,6 +140,10 @@ def _new(kind: Any, *arguments: Any) -> Any:
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, Pieces):
+        found = [pair for piece in module for pair in _layers(piece, prefix)]
+        yield from {id(layer): (name, layer) for name, layer in found}.values()  # one may stand in several
+        return
     for name, child in module.named_children():
         full_name = f"{prefix}{name}"
         if isinstance(module, (nn.ModuleList, nn.Sequential, Chain)) or isinstance(child, _DropoutNd):

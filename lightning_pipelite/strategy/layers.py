@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import HandsOutLayers, Loss, PipelineLayers
+from lightning_pipelite.strategy.pieces import Pieces, in_words
 
 _ADDED, _RECORD = "pipeline_stage", "_pipelite_stage"
 
@@ -41,14 +42,17 @@ class SequentialLayers:
     def parameter_counts(self) -> list[int]:
         return [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
 
+    def drop_all_but(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Give up the weights of the layers that are in none of the spans."""
+        kept = {id(module) for span in spans for layer in self._layers[slice(*span)] for module in layer.modules()}
+        for module in (module for layer in self._layers for module in layer.modules()):
+            if id(module) not in kept:
+                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
         # The first position of a layer names it, in whichever stage it stands.
         first = {id(layer): index for index, layer in reversed(list(enumerate(self._layers)))}
         mine = self._layers[start:stop]
-        kept = {id(module) for layer in mine for module in layer.modules()}
-        for module in (module for layer in self._layers for module in layer.modules()):
-            if id(module) not in kept:
-                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
         for layer in mine:
             layer.to(device)
         here = {id(p) for layer in mine for p in layer.parameters()}
@@ -102,7 +106,7 @@ def is_built(module: Any) -> bool:
 
 
 def build_stage(
-    module: Any, layers: PipelineLayers, bounds: Sequence[int], stage_id: int, device: torch.device
+    module: Any, layers: PipelineLayers, spans: Sequence[tuple[int, int]], number: int, device: torch.device
 ) -> nn.Module:
     """Build a stage, or return that of the module's run before, with what it has learnt.
 
@@ -112,25 +116,29 @@ def build_stage(
     Args:
         module: the LightningModule.
         layers: its layers.
-        bounds: of all stages, see :func:`~lightning_pipelite.strategy.partition.partition`.
-        stage_id: which one.
+        spans: the first layer and the one after the last of each piece that the stage has; of one, unless there are
+            virtual stages.
+        number: of all layers.
         device: where it is built.
 
     Raises:
         ConfigurationError: if the module was cut in another way before: most of its layers are not here any more.
     """
-    start, stop = bounds[stage_id], bounds[stage_id + 1]
-    place = (start, stop, bounds[-1])
+    place = (tuple(spans), number)
     if is_built(module):
         built: nn.Module
         built, before = getattr(module, _RECORD)
         if before != place:
+            held = " and ".join(map(in_words, before[0]))
             raise ConfigurationError(
                 f"this {type(module).__name__} has been split into other stages before: this process holds only its "
-                f"layers {before[0]} to {before[1]}; make a new one, and pass ckpt_path to load what was trained."
+                f"{held}; make a new one, and pass ckpt_path to load what was trained."
             )
         return built.to(device)
-    stage = layers.build_stage(start, stop, device)
+    if isinstance(layers, SequentialLayers):
+        layers.drop_all_but(spans)
+    pieces = [layers.build_stage(start, stop, device) for start, stop in spans]
+    stage = pieces[0] if len(pieces) == 1 else Pieces(pieces, spans)
     known = {id(known) for known in (*module.modules(), *module.parameters(), *module.buffers())}
     if added := list(_not_among(stage, known)):
         module.add_module(_ADDED, stage if added == [stage] else nn.ModuleList(added))
@@ -152,8 +160,8 @@ def release_stage(module: Any) -> bool:
     Returns:
         Whether it is whole, with nothing added.
     """
-    _, (start, stop, number) = getattr(module, _RECORD)
-    is_whole = not keeps_stage(module) and (start, stop) == (0, number)
+    _, (spans, number) = getattr(module, _RECORD)
+    is_whole = not keeps_stage(module) and spans == ((0, number),)
     if is_whole:
         del module.__dict__[_RECORD]
     return is_whole

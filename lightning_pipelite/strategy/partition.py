@@ -14,8 +14,8 @@ from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, PipelineL
 _Allowed = Callable[[int, int, int], bool]
 
 
-def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> list[int]:
-    """Cut the layers into contiguous stages.
+def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virtual_stages: int = 1) -> list[int]:
+    """Cut the layers into contiguous stages, or into the pieces of virtual stages.
 
     Args:
         layers: the layers of the whole model.
@@ -23,22 +23,30 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
         method: ``uniform`` (the same number of layers a stage), ``parameters`` (the same number of parameters, frozen
             ones too), ``type:REGEX`` (the same number of layers whose class name matches; case is ignored) or ``auto``
             (the slowest stage as fast as possible, where all fit their device; by the layers' costs).
+        virtual_stages: the number of pieces of each stage; piece ``i`` of all is on stage ``i % stages``.
 
     Returns:
-        ``stages + 1`` bounds: stage ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``, exclusive.
+        ``stages * virtual_stages + 1`` bounds: piece ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``,
+        exclusive.
 
     Raises:
-        ConfigurationError: if there are more stages than layers, or the method is unknown or matches nothing.
+        ConfigurationError: if there are more pieces than layers, or the method is unknown or matches nothing.
     """
     names = list(layers.names)
     if stages > len(names):
         raise ConfigurationError(
             f"pipeline_stages={stages} is more than the {len(names)} layers of the model; use at most {len(names)}."
         )
+    pieces = stages * virtual_stages
+    if pieces > len(names):
+        raise ConfigurationError(
+            f"pipeline_stages={stages} times virtual_stages={virtual_stages} are {pieces} pieces, more than the "
+            f"{len(names)} layers of the model; set virtual_stages to at most {len(names) // stages}."
+        )
     if method == "auto":
         return _auto(layers, stages)
     if method.startswith("layers:"):
-        return _given(method, stages, len(names))
+        return _given(method, stages, virtual_stages, len(names))
     if method == "uniform":
         weights = [1] * len(names)
     elif method == "parameters":
@@ -57,7 +65,12 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform") -> l
         raise ConfigurationError(
             f"partition_method must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not {method!r}."
         )
-    return balanced_bounds(weights, stages)
+    return balanced_bounds(weights, pieces)
+
+
+def spans_of(bounds: Sequence[int], stages: int, stage: int) -> list[tuple[int, int]]:
+    """The first layer and the one after the last of each piece of a stage."""
+    return [(bounds[piece], bounds[piece + 1]) for piece in range(stage, len(bounds) - 1, stages)]
 
 
 def method_of(bounds: Sequence[int]) -> str:
@@ -65,17 +78,22 @@ def method_of(bounds: Sequence[int]) -> str:
     return f"layers:{','.join(str(stop - start) for start, stop in itertools.pairwise(bounds))}"
 
 
-def _given(method: str, stages: int, items: int) -> list[int]:
+def _given(method: str, stages: int, virtual_stages: int, items: int) -> list[int]:
     sizes = method.removeprefix("layers:").split(",")
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigurationError(
-            f"partition_method is {method!r}; write layers: and the layers of each stage, such as 9,7."
+            f"partition_method is {method!r}; write layers: and the layers of each stage, such as 9,7 (of each piece, "
+            "in the model's order, where there are virtual_stages)."
         )
     counts = [int(size) for size in sizes]
-    if len(counts) != stages or sum(counts) != items:
+    if len(counts) != stages * virtual_stages or sum(counts) != items:
+        parts, wanted = "stages", f"pipeline_stages is {stages}"
+        if virtual_stages > 1:
+            product = f"pipeline_stages={stages} times virtual_stages={virtual_stages}"
+            parts, wanted = "pieces", f"{product} are {stages * virtual_stages} pieces"
         raise ConfigurationError(
-            f"partition_method {method} deals {sum(counts)} layers out to {len(counts)} stages; the model has {items} "
-            f"and pipeline_stages is {stages}."
+            f"partition_method {method} deals {sum(counts)} layers out to {len(counts)} {parts}; the model has {items} "
+            f"and {wanted}."
         )
     return [0, *itertools.accumulate(counts)]
 

@@ -55,5 +55,6 @@ class PipelinePrecision(Precision):
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        super().clip_grad_by_value(optimizer, clip_val)
+        if any(p.grad is not None for p in self._training.parameters):  # torch fails on none, unlike by norm
+            super().clip_grad_by_value(optimizer, clip_val)
         self._norm = None

@@ -30,7 +30,7 @@ from lightning_pipelite.strategy.layers import (
     keeps_stage,
     release_stage,
 )
-from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.strategy.partition import partition, spans_of
 from lightning_pipelite.strategy.process_groups import JobGroups
 from lightning_pipelite.strategy.sigterm import SigtermNotice
 from lightning_pipelite.strategy.training import PipelineTraining
@@ -52,8 +52,10 @@ class PipelineRun:
         rank: of this process.
         device: of this process.
         partition_method: how the layers are dealt out.
+        virtual_stages: the number of pieces of the stage.
         timeout: how long a rank may make no progress.
-        progress: told of all that ranks do together: what it is, and whether it may wait for other ranks.
+        progress: told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
+            of the stage it is about, if there are several.
         end: what is to be undone at the end of the run.
 
     Attributes:
@@ -78,11 +80,14 @@ class PipelineRun:
         rank: int,
         device: torch.device,
         partition_method: str,
+        virtual_stages: int,
         timeout: timedelta,
-        progress: Callable[[str, bool], None],
+        progress: Callable[[str, bool, str], None],
         end: contextlib.ExitStack,
     ) -> None:
-        from lightning_pipelite.strategy.engine import PipeLiteEngine  # which can be imported once the device is known
+        # These can be imported once the device is known.
+        from lightning_pipelite.strategy.engine import PipeLiteEngine
+        from lightning_pipelite.strategy.interleaved_engine import InterleavedEngine
 
         module = trainer.lightning_module
         self._trainer, self._stages = trainer, topology.stages
@@ -94,9 +99,10 @@ class PipelineRun:
         self.sigterm = SigtermNotice(trainer, agreement)
         end.callback(self.sigterm.release)
         layers, loss = handed or hand_out_layers(module)
-        bounds = partition(layers, topology.stages, partition_method)
+        bounds = partition(layers, topology.stages, partition_method, virtual_stages)
         stage_id = topology.stage_of(rank)
-        self.stage: nn.Module = build_stage(module, layers, bounds, stage_id, device)
+        spans = spans_of(bounds, topology.stages, stage_id)
+        self.stage: nn.Module = build_stage(module, layers, spans, bounds[-1], device)
         end.callback(self._release_stage)
         loose_parts = LooseParts(module, self.stage)
         if isinstance(loss, nn.Module):
@@ -105,7 +111,7 @@ class PipelineRun:
         end.callback(layer_rng.release)
         end.callback(self._forget_engine)
         with groups.noted():
-            self.engine = PipeLiteEngine(
+            self.engine = (InterleavedEngine if virtual_stages > 1 else PipeLiteEngine)(
                 self.stage,
                 stage_id,
                 topology.stages,

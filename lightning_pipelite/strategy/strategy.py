@@ -83,6 +83,8 @@ class PipeLiteStrategy(DDPStrategy):
         timeout: how long a rank may make no progress before the job is ended, in seconds.
         process_group_backend: ``nccl`` or ``gloo``; chosen by the device if not given.
         cluster_environment: Lightning's, for special clusters.
+        virtual_stages: the number of pieces of the model on each stage, which makes the pipeline's bubble as many times
+            smaller: of 2 stages with 2 pieces each the first has the first and the third quarter of the layers.
 
     Raises:
         ConfigurationError: by ``Trainer.fit``, before any process is started, if the configuration does not fit.
@@ -98,6 +100,7 @@ class PipeLiteStrategy(DDPStrategy):
         timeout: float = 1800.0,
         process_group_backend: str | None = None,
         cluster_environment: ClusterEnvironment | None = None,
+        virtual_stages: int = 1,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
     ) -> None:
@@ -112,7 +115,15 @@ class PipeLiteStrategy(DDPStrategy):
         if timeout <= 0:
             raise ConfigurationError(f"strategy: timeout must be a positive number of seconds, not {timeout}.")
         self.timeout = timedelta(seconds=timeout)
+        if virtual_stages < 1:
+            raise ConfigurationError(f"strategy: virtual_stages must be at least 1, not {virtual_stages}.")
+        if virtual_stages > 1 and pipeline_stages == 1:
+            raise ConfigurationError(
+                f"strategy: virtual_stages={virtual_stages} needs pipeline_stages of 2 or more; a single stage never "
+                "waits for another: leave virtual_stages out."
+            )
         self.pipeline_stages = pipeline_stages
+        self.virtual_stages = virtual_stages
         self.partition_method = partition_method
         self.use_column_major_topology = use_column_major_topology
         self.measure_stage_times = False
@@ -173,6 +184,7 @@ class PipeLiteStrategy(DDPStrategy):
             arguments,
             topology=self.topology,
             partition_method=self.partition_method,
+            virtual_stages=self.virtual_stages,
             layer_sync=self._layer_sync,
             starts_the_job=self.cluster_environment.global_rank() == 0,
         )
@@ -216,6 +228,7 @@ class PipeLiteStrategy(DDPStrategy):
             rank=self.global_rank,
             device=self.root_device,
             partition_method=self.partition_method,
+            virtual_stages=self.virtual_stages,
             timeout=self.timeout,
             progress=self._progress,
             end=self._end,
@@ -246,9 +259,9 @@ class PipeLiteStrategy(DDPStrategy):
         for group in self.optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
 
-    def _progress(self, activity: str, waits: bool) -> None:
+    def _progress(self, activity: str, waits: bool, piece: str = "") -> None:
         if self._watchdog is not None:
-            self._watchdog.progress(activity, waits=waits)
+            self._watchdog.progress(activity, waits=waits, piece=piece)
 
     # Training
 

@@ -17,10 +17,12 @@ from lightning_pipelite import PipeLiteStrategy
 from processes import Workers
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("ends", ["ends", "error", "interrupt"])
-def test_the_module_is_as_before(workers: Workers, ends: str, stages: int) -> None:
-    results = workers.run(stages, after_fit, ends, stages)
+@pytest.mark.parametrize(
+    ("ends", "stages", "pieces"),
+    [*((ends, stages, 1) for ends in ("ends", "error", "interrupt") for stages in (1, 2)), ("ends", 2, 2)],
+)
+def test_the_module_is_as_before(workers: Workers, ends: str, stages: int, pieces: int) -> None:
+    results = workers.run(stages, after_fit, ends, stages, pieces)
     for result in results:
         assert result["names in the fit"]
         assert result["parameters in the fit"] == 0
@@ -51,9 +53,9 @@ def test_layers_that_are_made_as_they_are_handed_out_stay(workers: Workers, stag
     assert second < first - 0.01
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (1, 2)])
-def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int) -> None:
-    for result in workers.run(stages * replicas, runs, stages, replicas):
+@pytest.mark.parametrize(("stages", "replicas", "pieces"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 1, 2)])
+def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, pieces: int) -> None:
+    for result in workers.run(stages * replicas, runs, stages, replicas, pieces):
         # After each, Lightning's own process group is left; some threads may be on their way out.
         assert {groups for _, _, groups in result["opened"]} == {1}
         (threads, files, _), (threads_in_the_end, files_in_the_end, _) = result["opened"][0], result["opened"][-1]

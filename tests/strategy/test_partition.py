@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.strategy.partition import balanced_bounds, method_of, partition
+from lightning_pipelite.strategy.partition import balanced_bounds, method_of, partition, spans_of
 
 
 @dataclass
@@ -74,6 +74,34 @@ def test_what_cannot_be_cut_is_refused(stages: int, method: str, message: str) -
     with pytest.raises(ConfigurationError) as caught:
         partition(Layers(["A"] * 4), stages, method)
     assert message in str(caught.value)
+
+
+def test_the_pieces_of_virtual_stages_are_dealt_out_in_order() -> None:
+    bounds = partition(Layers(["L"] * 8), 2, "layers:1,2,3,2", virtual_stages=2)
+    assert bounds == [0, 1, 3, 6, 8]
+    assert [spans_of(bounds, 2, stage) for stage in (0, 1)] == [[(0, 1), (3, 6)], [(1, 3), (6, 8)]]
+    assert partition(Layers(["L"] * 9), 2, virtual_stages=4) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert partition(Layers(["L"] * 4, [90, 10, 10, 70]), 2, "parameters", virtual_stages=2) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("uniform", "pipeline_stages=2 times virtual_stages=3 are 6 pieces, more than the 4 layers"),
+        ("uniform", "set virtual_stages to at most 2"),
+        ("layers:2,2", "of the model; set virtual_stages to at most 2"),
+    ],
+)
+def test_more_pieces_than_layers_are_refused(method: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        partition(Layers(["A"] * 4), 2, method, virtual_stages=3)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["layers:4,4", "layers:2,2,2,1", "layers:2,2,2,2,1"])
+def test_other_numbers_of_pieces_than_there_are_are_refused(method: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"pipeline_stages=2 times virtual_stages=2 are 4 pieces"):
+        partition(Layers(["A"] * 8), 2, method, virtual_stages=2)
 
 
 def test_a_split_is_written_as_it_is_read() -> None:

@@ -86,7 +86,7 @@ def loads(module: nn.Module) -> bool:
     return all(a.is_meta or torch.equal(a, b) for a, b in pairs)
 
 
-def after_fit(ends: str, stages: int) -> dict[str, Any]:
+def after_fit(ends: str, stages: int, virtual_stages: int = 1) -> dict[str, Any]:
     """The module during a fit and after it."""
     told: list[str] = []
 
@@ -101,7 +101,8 @@ def after_fit(ends: str, stages: int) -> dict[str, Any]:
     module = Dropping()
     names, types = list(module.state_dict()), [type(layer) for layer in module.net]
     error = {"ends": None, "error": ValueError("enough"), "interrupt": KeyboardInterrupt()}[ends]
-    trainer = trainer_for(Catchable(stages), stages, max_epochs=1, callbacks=[During(error)], num_sanity_val_steps=0)
+    strategy = Catchable(stages, virtual_stages=virtual_stages)
+    trainer = trainer_for(strategy, stages, max_epochs=1, callbacks=[During(error)], num_sanity_val_steps=0)
     try:
         trainer.fit(module, DataLoader(data(20), ROWS), DataLoader(data(8), ROWS))
     except (ValueError, SystemExit):
@@ -174,7 +175,7 @@ def what_is_open() -> tuple[int, int, int]:
     return len([*(process / "task").iterdir()]), len([*(process / "fd").iterdir()]), len(groups)
 
 
-def runs(stages: int, replicas: int) -> dict[str, Any]:
+def runs(stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
     """Ten fits, some of which fail, each with a validation; what is open after each, and which modules are alive."""
     opened, modules = [], []
 
@@ -187,7 +188,8 @@ def runs(stages: int, replicas: int) -> dict[str, Any]:
         modules.append(weakref.ref(module))
         callbacks = [Fail()] if number % 3 == 1 else []
         processes = stages * replicas
-        trainer = trainer_for(Catchable(stages), processes, max_steps=1, callbacks=callbacks, num_sanity_val_steps=0)
+        strategy = Catchable(stages, virtual_stages=virtual_stages)
+        trainer = trainer_for(strategy, processes, max_steps=1, callbacks=callbacks, num_sanity_val_steps=0)
         with contextlib.suppress(ValueError):
             trainer.fit(module, DataLoader(data(16), batch_size=ROWS))
         modules.append(weakref.ref(trainer.strategy.stage))

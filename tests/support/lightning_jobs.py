@@ -363,9 +363,9 @@ def split_again() -> str:
     module = Mlp()
     trainer_for(strategy, 1, max_epochs=1).fit(module, DataLoader(data(8), batch_size=ROWS))
     cpu = strategy.root_device
-    build_stage(module, SequentialLayers([*module.net]), [0, 5], 0, cpu)
+    build_stage(module, SequentialLayers([*module.net]), [(0, 5)], 5, cpu)
     try:
-        build_stage(module, SequentialLayers([module.net]), [0, 1], 0, cpu)
+        build_stage(module, SequentialLayers([module.net]), [(0, 1)], 1, cpu)
     except ConfigurationError as error:
         return str(error)
     return "built"

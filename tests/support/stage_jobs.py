@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -214,9 +213,41 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 
 
+def tied_ends() -> list[nn.Module]:
+    """The first and the last of eight layers, and two in the middle that have a stage in common."""
+    embedding, shared, hidden = TiedEmbedding(), nn.Linear(WIDTH, WIDTH), linears(5)
+    return [
+        embedding,
+        nn.Sequential(shared, nn.Tanh()),
+        *hidden[:3],
+        nn.Sequential(shared, nn.GELU()),
+        hidden[3],
+        embedding,
+    ]
+
+
+def deep_sides() -> Model:
+    """Tensors of several types, which every piece hands on; micro-batches of three shapes."""
+    lengths = [3] * 5 + [2] * 4 + [4]
+    batches = [
+        ((torch.randn(n, WIDTH), torch.rand(n, 2), torch.arange(n)), torch.randint(CLASSES, (n,))) for n in lengths
+    ]
+    return Model([*map(OnFirst, linears(7)), Lambda(lambda item: item[0] * item[1].sum(1, keepdim=True))], batches)
+
+
+# Of eight layers, for several pieces on each stage; the last step of an epoch has fewer micro-batches than ranks.
+DEEP: dict[str, Callable[[], Model]] = {
+    "eight layers": lambda: Model(linears(8), tokens(18), token_loss, clip=0.1, accumulate=4),
+    "tied ends": lambda: Model(tied_ends(), tokens(10, True), token_loss, clip=0.1),
+    "frozen pieces": lambda: Model(frozen(linears(8), [0, 1, 4, 5, 7]), floats(9), clip=0.01, algorithm="value"),
+    "deep sides": deep_sides,
+    "one micro-batch": lambda: Model(linears(8), tokens(5), token_loss, accumulate=1),
+}
+
+
 def build(name: str) -> Model:
     torch.manual_seed(3)
-    return MODELS[name]()
+    return {**MODELS, **DEEP}[name]()
 
 
 class Module(L.LightningModule):
@@ -284,10 +315,10 @@ def collected(strategy: PipeLiteStrategy) -> dict[str, Tensor]:
     return found
 
 
-def train(name: str, stages: int, replicas: int) -> dict[str, Any]:
+def train(name: str, stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
     """Two epochs under the strategy, with evaluations in the middle of a window."""
     model = build(name)
-    steps, strategy = Steps(), PipeLiteStrategy(stages)
+    steps, strategy = Steps(), PipeLiteStrategy(stages, virtual_stages=virtual_stages)
     trainer = trainer_for(
         strategy, stages * replicas, accumulate_grad_batches=model.accumulate, gradient_clip_val=model.clip,
         gradient_clip_algorithm=model.algorithm, max_epochs=2, callbacks=[steps], val_check_interval=VAL_INTERVAL,
@@ -354,7 +385,8 @@ def hand_on(kind: str) -> str:
         "other dtypes": first.bfloat16(),
         "a dictionary": {"hidden": first},
     }[kind]
-    engine: Any = SimpleNamespace(stage_id=0, dynamic_shape=False, _sent=None)
+    engine: Any = object.__new__(PipeLiteEngine)
+    engine.__dict__.update(stage_id=0, dynamic_shape=False, _sent=None)
     try:
         sent = [PipeLiteEngine._sendable(engine, outputs) for outputs in (first, second)]
     except (RuntimeError, ConfigurationError) as error:

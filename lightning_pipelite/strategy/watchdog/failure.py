@@ -31,26 +31,28 @@ class Failure:
         stage: The pipeline stage of that rank.
         reason: What follows "rank 1 (stage 1) " in the message, in one line.
         kind: Whether the rank raised, died, hung, or left by KeyboardInterrupt or SystemExit.
+        piece: Which piece of the stage ran, such as "piece 3, layers 12 to 15", if there are several.
     """
 
     rank: int
     stage: int
     reason: str
     kind: Literal["raised", "died", "hung", "interrupted"]
+    piece: str = ""
 
     def __str__(self) -> str:
         if self.kind == "interrupted" and self.reason == _INTERRUPTED:  # a terminal's Ctrl-C reaches all ranks
             return self.reason
-        return f"rank {self.rank} (stage {self.stage}) {self.reason}"
+        return f"rank {self.rank} (stage {self.stage}{', ' if self.piece else ''}{self.piece}) {self.reason}"
 
     @classmethod
-    def of(cls, exception: BaseException, rank: int, stage: int) -> Failure:
+    def of(cls, exception: BaseException, rank: int, stage: int, piece: str = "") -> Failure:
         """The failure of a rank that raised ``exception``."""
         if isinstance(exception, KeyboardInterrupt):
             return cls(rank, stage, _INTERRUPTED, "interrupted")
         if isinstance(exception, SystemExit):
             return cls(rank, stage, f"left by {_in_one_line(exception)}", "interrupted")
-        return cls(rank, stage, f"failed: {_in_one_line(exception)}", "raised")
+        return cls(rank, stage, f"failed: {_in_one_line(exception)}", "raised", piece)
 
 
 def is_communication_error(exception: BaseException) -> bool:

@@ -54,6 +54,7 @@ class Watchdog:
         self._last_act = last_act
         # What the main thread tells the other one
         self._last: tuple[float, str, bool] | None = None  # since when, in what, waiting for others or not
+        self._piece = ""  # of the stage, in words
         self._raised: Failure | None = None  # the main thread is unwinding
         self._finished = threading.Event()  # ... and has printed its traceback, or has none to print
         self._closing = threading.Event()
@@ -116,18 +117,24 @@ class Watchdog:
             )  # from here on, a launched rank outlives its launcher for long enough to say so
         return watchdog
 
-    def progress(self, activity: str, *, waits: bool = False) -> None:
+    def progress(self, activity: str, *, waits: bool = False, piece: str = "") -> None:
         """Says that this rank is alive and what it does next; from the first call on it is watched.
 
         Args:
             activity: A name for the message, such as "forward".
             waits: Whether the activity may wait for other ranks. The rank that all wait for then speaks first.
+            piece: Of which piece of the stage it is, for the message, if there are several.
         """
         self._last = (time.monotonic(), activity, waits)
+        self._piece = piece
 
     def suspend(self) -> None:
         """Stops the watch on this rank until the next ``progress``, for work that may last: a callback, a save."""
         self._last = None
+
+    def failure_of(self, exception: BaseException) -> Failure:
+        """What is told of an exception that this rank has raised."""
+        return Failure.of(exception, self._rank, self._stage, self._piece)
 
     def fail(self, exception: BaseException) -> None:
         """Tells all ranks that this one has raised; called in its main thread before the exception propagates.
@@ -140,7 +147,7 @@ class Watchdog:
         """
         if self._world_size == 1 or self._raised or self._closing.is_set():
             return
-        failure = Failure.of(exception, self._rank, self._stage)
+        failure = self.failure_of(exception)
         if is_communication_error(exception) and self._settled.wait(timeouts.CAUSE):
             self._leave_it_to_the_thread()
         self._raised = failure
@@ -206,7 +213,7 @@ class Watchdog:
         self._last = None
         what = "has waited for other ranks" if waits else "has made no progress"
         reason = f'{what} for {limit:g} s in "{activity}"; raise the strategy\'s timeout if that is expected'
-        self._network.report(Failure(self._rank, self._stage, reason, "hung"))
+        self._network.report(Failure(self._rank, self._stage, reason, "hung", self._piece))
         stack = "".join(traceback.format_stack(sys._current_frames().get(self._main_thread)))
         write_stderr(f"\nRank {self._rank} is here (most recent call last):\n{stack}")
 

@@ -1,0 +1,237 @@
+"""The engine of a pipeline in which each rank has several pieces of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_pipelite.strategy.engine import PipeLiteEngine, with_gradients
+from lightning_pipelite.strategy.micro_batches import MicroBatch, shapes_of
+from lightning_pipelite.strategy.pieces import Pieces, in_words
+from lightning_pipelite.strategy.schedule import Action, Schedule, interleaved_1f1b
+from lightning_pipelite.strategy.stage_timer import COMPUTING
+from lightning_pipelite.strategy.transfers import Arrival, Shapes, Transfers
+
+_AHEAD = 1
+"""How many passes ahead of its use an input is received."""
+
+_MOST_KEYS = 256
+"""How many kinds of micro-batches are remembered. A kind that is like no other, not even itself, comes every time."""
+
+
+class _PassInstruction(schedule.PipeInstruction):
+    """An instruction about one pass, under the name of DeepSpeed's instruction that takes the same time."""
+
+    names: tuple[str, str]
+
+    def __init__(self, action: Action) -> None:
+        super().__init__(action=action)
+        self.name = self.names[action.backward]
+
+
+class ReceivePass(_PassInstruction):
+    """Start to receive what the pass needs from another rank."""
+
+    names = ("RecvActivation", "RecvGrad")
+
+
+class RunPass(_PassInstruction):
+    """Run the pass, once what it needs is here."""
+
+    names = ("ForwardPass", "BackwardPass")
+
+
+class SendPass(_PassInstruction):
+    """Start to send the result of the pass to another rank."""
+
+    names = ("SendActivation", "SendGrad")
+
+
+class InterleavedSchedule(schedule.PipeSchedule):
+    """A rank's part of a :class:`~lightning_pipelite.strategy.schedule.Schedule`, in DeepSpeed's form.
+
+    Args:
+        plan: the passes of all ranks.
+        stage_id: which rank of the pipeline this is.
+        training: whether gradients are reduced at the end.
+        ahead: how many passes ahead inputs are received.
+    """
+
+    _KINDS = {"receive": ReceivePass, "compute": RunPass, "send": SendPass}  # noqa: RUF012
+
+    def __init__(self, plan: Schedule, stage_id: int, training: bool, ahead: int) -> None:
+        super().__init__(plan.micro_batches, plan.ranks, stage_id)
+        self._plan, self._training, self._ahead = plan, training, ahead
+
+    @override
+    def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
+        for instruction in self._plan.program(self.stage_id, self._ahead):
+            yield [self._KINDS[instruction.name](instruction.action)]
+        if self._training:
+            yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
+
+    @override
+    def num_pipe_buffers(self) -> int:
+        return 0  # what is in flight is held by piece and micro-batch
+
+
+class InterleavedEngine(PipeLiteEngine):
+    """Runs several pieces of the model on each rank, in the order of interleaved 1F1B.
+
+    Transfers are hidden: a rank starts to receive what its next pass needs before it computes the present one, and
+    never waits for what it sends (:class:`~lightning_pipelite.strategy.schedule.Schedule`). The shapes of what travels
+    are told once for micro-batches of equal shapes; the first time nothing is received ahead.
+
+    Args:
+        stage: this rank's pieces.
+        arguments: as for :class:`~lightning_pipelite.strategy.engine.PipeLiteEngine`.
+    """
+
+    _stage: Pieces
+
+    def __init__(self, stage: nn.Module, *arguments: Any, **named: Any) -> None:
+        super().__init__(stage, *arguments, **named)
+        self._transfers = Transfers(self.grid.pipe_groups, self.global_rank, self.device)
+        self._told: dict[tuple[int, Any], Shapes] = {}  # of what a piece hands on, for a kind of micro-batch
+        self._known: set[Any] = set()  # the kinds of micro-batches of which every rank has been told
+        self._step_data: Sequence[MicroBatch] = ()
+        self._keys: list[Any] = []
+        self._piece = 0  # the one that runs
+        self._arrivals: dict[Action, Arrival] = {}
+        self._inputs: dict[tuple[int, int], Any] = {}
+        self._outputs: dict[tuple[int, int], Any] = {}
+        self._results: dict[Action, Any] = {}
+
+    @override
+    def _train_schedule(self) -> Schedule:
+        return _checked(self.num_stages, len(self._stage), self.micro_batches, training=True)
+
+    @override
+    def _inference_schedule(self, micro_batches: int) -> Schedule:
+        return _checked(self.num_stages, len(self._stage), micro_batches, training=False)
+
+    @override
+    def _execute(self, micro_batches: Sequence[MicroBatch], steps: Schedule, training: bool) -> None:
+        self._plan, self._step_data = steps, micro_batches
+        self._keys = [_hashable((training, shapes_of(batch))) for batch in micro_batches]
+        # Every rank sees the shapes of its pipeline's micro-batches, so each knows what the others know.
+        if len(self._known) > _MOST_KEYS:
+            self._known.clear()
+            self._told.clear()
+        ahead = _AHEAD if self._known.issuperset(self._keys) else 0
+        try:
+            self._exec_schedule(InterleavedSchedule(steps, self.stage_id, training, ahead))
+            self._transfers.finish()
+            self._known.update(self._keys)
+        finally:
+            for held in (self._arrivals, self._inputs, self._outputs, self._results):
+                held.clear()
+            self._step_data = ()
+
+    @override
+    def _announce(self, instruction: schedule.PipeInstruction) -> None:
+        if not isinstance(instruction, _PassInstruction):
+            super()._announce(instruction)
+            return
+        self._piece = instruction.action.piece
+        name = instruction.name
+        if instruction.action in self._arrivals:
+            name = ReceivePass(instruction.action).name  # as long as it waits
+        self._begin(name, waits=name not in COMPUTING, piece=self._piece_in_words())
+
+    @property
+    @override
+    def _place(self) -> str:
+        return f"stage {self.stage_id}, {self._piece_in_words()}"
+
+    def _piece_in_words(self) -> str:
+        return f"piece {self._piece}, {in_words(self._stage.spans[self._piece // self.num_stages])}"
+
+    # Instructions
+
+    def _receive(self, action: Action) -> None:
+        way, key = self._plan.way(action), self._keys[action.micro_batch]
+        if action.backward:
+            shapes = self._told[action.piece, key].of_gradients()
+        else:
+            if (action.piece - 1, key) not in self._told:
+                self._told[action.piece - 1, key] = self._transfers.receive_shapes(way)
+            shapes = self._told[action.piece - 1, key]
+        self._arrivals[action] = self._transfers.receive(shapes, way)
+
+    def _run_pass(self, action: Action) -> None:
+        received = None
+        if action in self._arrivals:
+            received = self._arrivals.pop(action).wait()
+            self._begin(RunPass(action).name, waits=False, piece=self._piece_in_words())
+        if action.backward:
+            self._go_backward(action, received)
+        else:
+            self._go_forward(action, received)
+
+    def _go_forward(self, action: Action, received: list[Tensor] | None) -> None:
+        piece, number = action.piece, action.micro_batch
+        training = torch.is_grad_enabled()
+        inputs, targets = self._step_data[number]
+        if received is not None:
+            inputs = [tensor.requires_grad_(training and tensor.is_floating_point()) for tensor in received]
+            inputs = inputs[0] if self._told[piece - 1, self._keys[number]].single else tuple(inputs)
+            if training:
+                self._inputs[piece, number] = inputs
+        self._enter(number)
+        outputs = self._stage[piece // self.num_stages](inputs)
+        if piece == self._plan.pieces - 1:
+            outputs = self._add_loss(outputs, targets)
+        else:
+            outputs = self._results[action] = self._handed_on(outputs)
+        if training:
+            self._outputs[piece, number] = outputs
+
+    def _go_backward(self, action: Action, received: list[Tensor] | None) -> None:
+        place = action.piece, action.micro_batch
+        inputs = self._inputs.pop(place, None)
+        gradients: Sequence[Tensor | None] = [None] if received is None else received
+        self._back_propagate(with_gradients(self._outputs.pop(place)), gradients, inputs)
+        if inputs is not None:
+            gradients = [tensor.grad for tensor in with_gradients(inputs)]
+            self._results[action] = [gradient.contiguous() for gradient in gradients if gradient is not None]
+
+    def _send(self, action: Action) -> None:
+        result = self._results.pop(action)
+        neighbour = (self.stage_id + (-1 if action.backward else 1)) % self.num_stages
+        way = self.stage_id, neighbour, action.backward
+        if not action.backward:
+            shapes, place = Shapes.of(result), (action.piece, self._keys[action.micro_batch])
+            if place not in self._told:
+                self._told[place] = shapes
+                self._transfers.send_shapes(shapes, way)
+            elif self._told[place] != shapes:
+                # What is received would read beyond or short of what is sent.
+                raise RuntimeError(self._other_shapes(shapes.tensors, self._told[place].tensors))
+        self._transfers.send([result] if isinstance(result, Tensor) else result, way)
+
+    _INSTRUCTION_MAP = {  # noqa: RUF012 - the name and the kind are DeepSpeed's
+        **PipeLiteEngine._INSTRUCTION_MAP,
+        ReceivePass: _receive,
+        RunPass: _run_pass,
+        SendPass: _send,
+    }
+
+
+@lru_cache(maxsize=16)
+def _checked(ranks: int, virtual_stages: int, micro_batches: int, training: bool) -> Schedule:
+    """The schedule, played through before it first runs: on real ranks a fault in it would be a wait for ever."""
+    plan = interleaved_1f1b(ranks, virtual_stages, micro_batches, training)
+    for ahead in (0, _AHEAD):
+        plan.check(ahead)
+    return plan
+
+
+def _hashable(shapes: Any) -> Any:
+    return tuple(_hashable(item) for item in shapes) if isinstance(shapes, (list, tuple)) else shapes

@@ -1,0 +1,48 @@
+"""The pieces of a model that one rank has when each rank has several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from typing_extensions import override
+
+
+class Pieces(nn.ModuleList):
+    """Pieces of one model in order, whose parameters, buffers and modules have the names that they have in each alone.
+
+    Those names do not depend on the partition. A parameter that stands in several of the pieces under one name is
+    tied, as it is over stages: here all of them have the first piece's.
+
+    Args:
+        pieces: each as ``PipelineLayers.build_stage`` gives it.
+        spans: the first layer of each and the one after its last.
+    """
+
+    def __init__(self, pieces: Sequence[nn.Module], spans: Sequence[tuple[int, int]]) -> None:
+        super().__init__(pieces)
+        self.spans = tuple(spans)
+        first: dict[str, nn.Parameter] = {}
+        for piece in pieces:
+            for name, parameter in list(piece.named_parameters(remove_duplicate=False)):
+                if first.setdefault(name, parameter) is not parameter:
+                    owner, _, own = name.rpartition(".")
+                    piece.get_submodule(owner)._parameters[own] = first[name]
+
+    @override
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """By this go the names of parameters and buffers, also those that a parent gives them."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            memo.add(self)
+            yield prefix, self
+        for piece in self:
+            yield from piece.named_modules(memo, prefix, remove_duplicate)
+
+
+def in_words(span: tuple[int, int]) -> str:
+    """Which layers these are, such as ``layers 0 to 3``."""
+    start, stop = span
+    return f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"

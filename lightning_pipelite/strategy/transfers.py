@@ -1,0 +1,120 @@
+"""Tensors that go from rank to rank beside the computation."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_pipelite.strategy.schedule import Way
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a piece hands on: the shape and the dtype of each tensor, and whether it is one tensor and no tuple."""
+
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    single: bool
+
+    @classmethod
+    def of(cls, outputs: Tensor | tuple[Tensor, ...]) -> Shapes:
+        tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), isinstance(outputs, Tensor))
+
+    def of_gradients(self) -> Shapes:
+        """What comes back: a gradient of each tensor of floating type."""
+        return Shapes(tuple(tensor for tensor in self.tensors if tensor[1].is_floating_point), single=False)
+
+
+class Arrival:
+    """Tensors on their way here.
+
+    Args:
+        tensors: what they are received into.
+        works: the transfers.
+    """
+
+    def __init__(self, tensors: list[Tensor], works: list[Any]) -> None:
+        self._tensors, self._works = tensors, works
+
+    def wait(self) -> list[Tensor]:
+        """Return the tensors; on a GPU what uses them waits in its stream, not the host."""
+        for work in self._works:
+            work.wait()
+        return self._tensors
+
+
+class Transfers:
+    """The ways between the neighbours of a ring of ranks: in each direction one for activations and one for gradients.
+
+    What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. On a GPU
+    each way is a communicator with a stream of its own, as NCCL works off what shares one in order. Building it is
+    collective over all ranks.
+
+    Args:
+        pipelines: the global ranks of every pipeline, in the order of their stages.
+        rank: this process's global rank.
+        device: where tensors are received.
+    """
+
+    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device) -> None:
+        self._device = device
+        self._groups: dict[Way, Any] = {}
+        self._sent: list[tuple[Any, Tensor]] = []
+        self._ranks = next(ranks for ranks in pipelines if rank in ranks)
+        for ranks in pipelines:
+            for place in range(len(ranks)):
+                for backward in (False, True):
+                    start, end = place, (place + (-1 if backward else 1)) % len(ranks)
+                    group = dist.new_group(sorted([ranks[start], ranks[end]]))  # by every rank
+                    if rank in (ranks[start], ranks[end]):
+                        self._groups[start, end, backward] = group
+
+    def send_shapes(self, shapes: Shapes, way: Way) -> None:
+        """Tell the other end what will come."""
+        told = torch.frombuffer(bytearray(pickle.dumps(shapes)), dtype=torch.uint8).to(self._device)
+        self.send([torch.tensor([len(told)], device=self._device), told], way)
+
+    def receive_shapes(self, way: Way) -> Shapes:
+        """Wait for what the other end tells."""
+        (length,) = self._receive([((1,), torch.int64)], way).wait()
+        (told,) = self._receive([((int(length),), torch.uint8)], way).wait()
+        shapes: Shapes = pickle.loads(told.cpu().numpy().tobytes())
+        return shapes
+
+    def send(self, tensors: Sequence[Tensor], way: Way) -> None:
+        """Start to send; the tensors are held until they are gone, and must not be changed until then.
+
+        Args:
+            tensors: contiguous, on the device.
+            way: from which stage to which, and whether they are gradients.
+        """
+        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
+        for tensor in tensors:
+            work = dist.isend(tensor.detach(), dst=self._ranks[way[1]], group=self._groups[way])
+            self._sent.append((work, tensor))
+
+    def receive(self, shapes: Shapes, way: Way) -> Arrival:
+        """Start to receive.
+
+        Args:
+            shapes: of what is sent.
+            way: from which stage to which, and whether they are gradients.
+        """
+        return self._receive(shapes.tensors, way)
+
+    def _receive(self, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], way: Way) -> Arrival:
+        tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in shapes]
+        group, source = self._groups[way], self._ranks[way[0]]
+        return Arrival(tensors, [dist.irecv(tensor, src=source, group=group) for tensor in tensors])
+
+    def finish(self) -> None:
+        """Wait until all is sent; on a GPU in the stream."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent = []
