@@ -13,7 +13,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter, to_cpu
@@ -23,6 +22,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.meta_model import MetaModel, read_config
+from lightning_pipelite.models.transformers_compat import revert_weight_conversion
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_json
 
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *PLAIN)

@@ -13,18 +13,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
 from lightning_pipelite.models.meta_model import read_config
+from lightning_pipelite.models.transformers_compat import (
+    WeightConverter,
+    WeightRenaming,
+    attention_of,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+    set_attention,
+)
 from lightning_pipelite.models.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -91,8 +93,8 @@ class BaseModel:
         self.trust_remote_code = trust_remote_code
         self.build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
         self.config = read_config(self.directory, trust_remote_code)
-        if self.config._attn_implementation not in (None, *OF_TRANSFORMERS):
-            self.config._attn_implementation = "eager"  # whatever it trains with, which need not be installed
+        if attention_of(self.config) not in (None, *OF_TRANSFORMERS):
+            set_attention(self.config, "eager")  # whatever it trains with, which need not be installed
         if getattr(self.config, "output_router_logits", False):
             self.config.output_router_logits = False  # a matter of training
         if not weight_files(self.directory) and any(self.directory.glob("*.bin")):

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.architectures import Architecture, architecture
@@ -24,6 +23,7 @@ from lightning_pipelite.export.control_lora import control_to_lora
 from lightning_pipelite.export.lora_files import Factors, LoRAOfBase
 from lightning_pipelite.export.lora_kinds import read_lora_config
 from lightning_pipelite.models.fingerprint import refuse_another_base
+from lightning_pipelite.models.transformers_compat import Concatenate, MergeModulelist
 from lightning_pipelite.shared.progress import track
 
 TYPES = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_pipelite.adapters.peft_compat import adapter_stays, expert_factors, is_swapped
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.lora_kinds import CONFIG_FILE, check_tensors, read_lora_config
@@ -196,7 +195,7 @@ class LoRAOfBase:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 placed = PeftModel(model, self.config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-                with _adapter_stays():
+                with adapter_stays():
                     loaded = placed.load_adapter(
                         str(self.directory),
                         ADAPTER,
@@ -226,23 +225,6 @@ class LoRAOfBase:
         return placed
 
 
-@contextmanager
-def _adapter_stays() -> Iterator[None]:
-    """Keep PEFT from moving what it read to the device of the base's weights, which is meta."""
-    kinds: list[Any] = [LoraLayer, ParamWrapper]
-    before = [kind.__dict__.get("_move_adapter_to_device_of_base_layer") for kind in kinds]
-    for kind in kinds:
-        kind._move_adapter_to_device_of_base_layer = lambda *_args, **_kwargs: None
-    try:
-        yield
-    finally:
-        for kind, method in zip(kinds, before, strict=True):
-            if method is None:
-                del kind._move_adapter_to_device_of_base_layer
-            else:
-                kind._move_adapter_to_device_of_base_layer = method
-
-
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter's directory, by name.
 
@@ -263,9 +245,8 @@ def _factors(layer: Any) -> Factors:
     if isinstance(layer, ParamWrapper):
         a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
         if layer.num_experts > 1:
-            a = a.reshape(layer.num_experts, -1, a.shape[-1])
-            b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
-        return Factors(a, b, scaling, transposed=not layer._did_swap_in_out_features and layer.num_experts > 1)
+            a, b = expert_factors(a, b, layer.num_experts)
+        return Factors(a, b, scaling, transposed=not is_swapped(layer) and layer.num_experts > 1)
     if ADAPTER in layer.lora_embedding_A:  # the embedding's weight is [in, out] of the map from one-hot to hidden
         return Factors(
             layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach(), scaling, True

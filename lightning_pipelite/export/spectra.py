@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
-from transformers.core_model_loading import dot_natural_key
 
+from lightning_pipelite.adapters.peft_compat import expert_factors, rank_and_alpha
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.control_files import Transform
 from lightning_pipelite.export.lora_files import Factors, read_tensors
 from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config, rest_of
+from lightning_pipelite.models.transformers_compat import dot_natural_key
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,14 @@ def saved_factors(directory: Path) -> tuple[dict[str, Factors], list[str]]:
 
 
 def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor, directory: Path) -> Factors:
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    rank, alpha = rank_and_alpha(config, name)
     experts, rest = divmod(a.shape[0], rank)
     if rest or experts < 1 or (experts > 1 and not _is_fused(config, name)):
         raise ConfigurationError(
             f"{directory}: {name} has rank {a.shape[0]}, but by adapter_config.json {rank}; fetch both files again."
         )
-    if experts > 1:  # as PEFT's ParamWrapper lays them out
-        a = a.reshape(experts, rank, -1)
-        b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
+    if experts > 1:
+        a, b = expert_factors(a, b, experts)
     return Factors(a, b, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed=False)
 
 

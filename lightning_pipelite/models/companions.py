@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_imports
-
+from lightning_pipelite.models.transformers_compat import get_relative_imports
 from lightning_pipelite.models.weight_files import INDEX_FILE, PICKLED_INDEX_FILE
 
 PLAIN = (

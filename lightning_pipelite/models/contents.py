@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.transformers_compat import forgive_keys, loading_class, no_init_weights
 from lightning_pipelite.models.weight_files import weight_entries
 
 # What multimodal checkpoints, old and new, call the weights of their text model.
@@ -109,16 +109,14 @@ def _rehearse(meta_model: MetaModel, state: dict[str, torch.Tensor]) -> _Report:
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
         found.missing_keys = set(report.missing_keys)
-        whole_class._adjust_missing_and_unexpected_keys(self, report)
+        forgive_keys(whole_class, self, report)
         found.unforgiven_keys = set(report.missing_keys)
         found.unexpected_keys, found.mismatched_keys = set(report.unexpected_keys), set(report.mismatched_keys)
         found.conversion_errors = dict(report.conversion_errors)
         for part in (report.missing_keys, report.unexpected_keys, report.mismatched_keys, report.conversion_errors):
             part.clear()
 
-    members: dict[str, Any] = {"__init__": build, "_adjust_missing_and_unexpected_keys": adjust_keys}
-    members["__module__"] = whole_class.__module__  # transformers looks it up to find the class's conversions
-    rehearsing_class: type[PreTrainedModel] = type(whole_class.__name__, (whole_class,), members)
+    rehearsing_class = loading_class(whole_class, build, adjust_keys)
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -16,20 +16,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
 from lightning_pipelite.kernels.lora import BLOCK
 from lightning_pipelite.kernels.routing import sort_by_expert
+from lightning_pipelite.models.transformers_compat import gate_of_experts, has_experts_interface
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 SECOND = "down_proj"
 
 
 def follows_interface(module: nn.Module) -> bool:
-    """Tell whether ``module`` holds experts of a class that transformers computes in other ways than its own.
-
-    By what its decorator ``use_experts_implementation`` leaves on an instance. A norm after each expert, which one
-    class has, is not covered.
-    """
-    known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-    special = any(getattr(module, name, False) for name in ("has_post_expert_norm", "_is_expert_parallel"))
-    return known and not special and all(_dimensions(module, name) == 3 for name in weight_names(module))
+    """Tell whether ``module`` holds experts that transformers computes in several ways, in fused weights."""
+    return has_experts_interface(module) and all(_dimensions(module, name) == 3 for name in weight_names(module))
 
 
 def weight_names(experts: nn.Module) -> tuple[str, str]:
@@ -67,7 +62,7 @@ def compute(
     first, second = weight_names(experts)
     groups = sort_by_expert(chosen, experts.num_experts)
     inner = experts_in(hidden_states, groups, _matrices(experts, first), factors.get(first))
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = gate_of_experts(experts, inner)
     return experts_out(inner, scores, chosen, groups, _matrices(experts, second), factors.get(second))
 
 

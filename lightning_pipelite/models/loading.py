@@ -20,6 +20,7 @@ from lightning_pipelite.models.quantization.four_bit import (
     quantise_without_weights,
 )
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
+from lightning_pipelite.models.transformers_compat import attention_of, loading_class, set_attention
 
 
 def load_trimmed(
@@ -43,7 +44,7 @@ def load_trimmed(
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
-    attn_implementation = attn_implementation or meta_model.config._attn_implementation
+    attn_implementation = attn_implementation or attention_of(meta_model.config)
     if device.type == "meta":
         model = _without_weights(meta_model, start, stop, dtype, attn_implementation)
         _untie(model, meta_model, start, stop, device)
@@ -84,7 +85,7 @@ def _without_weights(
     """Return a trimmed copy of the meta model's model; the layers of other stages are not copied before they go."""
     others = {id(layer): layer for number, layer in enumerate(meta_model.layers) if not start <= number < stop}
     model: PreTrainedModel = copy.deepcopy(meta_model.model, others)
-    model.config._attn_implementation = attn_implementation
+    set_attention(model.config, attn_implementation)
     _trim(model, meta_model, start, stop, torch.device("meta"))
     return model.to(dtype)
 
@@ -123,20 +124,11 @@ def _trimming_class(
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
         report.unexpected_keys = set()
 
-    def load_all(
-        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def before_loading(quantizer: Any) -> None:
         if load_in_4bit:
-            count_as_quantised(load_config.hf_quantizer)
-        return whole_class._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
+            count_as_quantised(quantizer)
 
-    members = {
-        "__init__": build,
-        "_adjust_missing_and_unexpected_keys": adjust_keys,
-        "_load_pretrained_model": staticmethod(load_all),
-    }
-    # Name and module stay: transformers looks them up to find a model's loss and its weight conversions.
-    return type(whole_class.__name__, (whole_class,), {**members, "__module__": whole_class.__module__})
+    return loading_class(whole_class, build, adjust_keys, before_loading)
 
 
 def _trim(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.trace import START
+from lightning_pipelite.models.transformers_compat import attention_of, set_attention
 from lightning_pipelite.models.weight_files import read_json
 from lightning_pipelite.models.whole_model import WholeModel, whole_model
 
@@ -65,7 +66,7 @@ class MetaModel:
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.trust_remote_code = trust_remote_code
         self.config = read_config(self.model_dir, trust_remote_code)
-        asked = self.config._attn_implementation
+        asked = attention_of(self.config)
         if attn_implementation is None and asked not in (None, *varlen.OF_TRANSFORMERS):
             raise ConfigurationError(
                 f"{self.model_dir / 'config.json'} asks for attn_implementation {asked}, which is none of those that "
@@ -152,7 +153,7 @@ class MetaModel:
         Returns:
             A probe that attends as the model will.
         """
-        if self.config._attn_implementation == "eager":
+        if attention_of(self.config) == "eager":
             return probe
         build = partial(self._build, attn_implementation="eager")
         try:
@@ -167,7 +168,8 @@ class MetaModel:
                 f"{self.model_dir}: attn_implementation {asked} leaves out something of how a model of type "
                 f"{self.config.model_type} attends; set it to auto."
             )
-        self._build, self.config._attn_implementation = build, "eager"
+        self._build = build
+        set_attention(self.config, "eager")
         return eager
 
     @cache  # noqa: B019  (meta_models are few, and live as long as the job)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.tiny import tiny_config
 from lightning_pipelite.models.trace import Trace, trace_forward
+from lightning_pipelite.models.transformers_compat import no_init_weights
 
 DOCUMENTS = (5, 7)  # tokens of the packed documents of the trial
 STRONG = 8.0  # what weights are multiplied with so that attention scores reach the caps and sinks of real models

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.transformers_compat import loads_by
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # in order
 
@@ -74,7 +75,7 @@ def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code:
     """
     config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     for auto in AUTO_CLASSES:
-        if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        if loads_by(auto, config):
             try:
                 with torch.device("meta"):
                     given = copy.deepcopy(config)

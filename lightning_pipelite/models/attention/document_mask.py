@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionMaskInterface,
-    and_masks,
-    causal_mask_function,
-    packed_sequence_mask_function,
-)
+
+from lightning_pipelite.models.transformers_compat import mask_documents
 
 
 @dataclass(frozen=True)
@@ -68,13 +62,13 @@ def starts(position_ids: Tensor) -> Tensor:
 def document_mask(position_ids: Tensor | None, most: int | None = None) -> Iterator[None]:
     """Let no token see another document in the masks that are built in this context.
 
-    Models hand the positions to transformers' mask builders, or forget to: gpt-oss and others then attend across
-    documents without a word. Here the positions reach the masks whatever the model does.
+    Whatever the model hands to transformers' mask builders.
 
     Args:
         position_ids: int64 [batch, seq], starting again where a document starts; None changes nothing.
         most: see :func:`find_documents`.
     """
+    mask_documents(_numbers)
     with _set(None if position_ids is None else find_documents(position_ids, most)):
         yield
 
@@ -102,22 +96,5 @@ def current_documents() -> Documents | None:
     return _Current.documents
 
 
-def _document_mask(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a mask builder that is ``build`` outside of :func:`document_mask`."""
-
-    def build_apart(*args: Any, **kwargs: Any) -> Any:
-        documents = _Current.documents
-        lengths = {kwargs.get("q_length"), kwargs.get("kv_length")}
-        if documents is None or lengths != {documents.numbers.shape[1]}:
-            return build(*args, **kwargs)
-        kwargs["mask_function"] = and_masks(
-            kwargs.get("mask_function", causal_mask_function), packed_sequence_mask_function(documents.numbers)
-        )
-        kwargs["allow_is_causal_skip"] = False
-        return build(*args, **kwargs)
-
-    return build_apart
-
-
-for _implementation in ("sdpa", "eager"):
-    AttentionMaskInterface.register(_implementation, _document_mask(ALL_MASK_ATTENTION_FUNCTIONS[_implementation]))
+def _numbers() -> Tensor | None:
+    return None if _Current.documents is None else _Current.documents.numbers

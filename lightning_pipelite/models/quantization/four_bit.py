@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
+from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def count_as_quantised(quantizer: Any) -> None:
 
     def element_size(model: nn.Module, name: str, parameter: torch.Tensor) -> float:
         owner, _, own_name = name.rpartition(".")
-        fused_names: frozenset[str] = getattr(type(model.get_submodule(owner)), "fused_names", frozenset())
+        fused_names: Any = getattr(model.get_submodule(owner), "fused_names", ())
         return 0.5 if own_name in fused_names else size_of(model, name, parameter)
 
     quantizer.param_element_size = element_size
@@ -185,4 +185,4 @@ class _QuantisedOnLoad(Mixin, nn.Module):
         if loaded and name in self.fused_names and not is_parametrized(self, name):
             replace_parameter_4bit(self, name, quant_type="nf4", compress_statistics=self.double_quant)
             # So that transformers does not take the weight for one that no file held.
-            self.get_parameter(f"parametrizations.{name}.original")._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialised(self.get_parameter(f"parametrizations.{name}.original"))
