@@ -80,7 +80,7 @@ def load_trimmed(
 
 
 def _without_weights(
-    meta_model: MetaModel, start: int, stop: int, dtype: torch.dtype, attn_implementation: str
+    meta_model: MetaModel, start: int, stop: int, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Return a trimmed copy of the meta model's model; the layers of other stages are not copied before they go."""
     others = {id(layer): layer for number, layer in enumerate(meta_model.layers) if not start <= number < stop}

@@ -72,7 +72,7 @@ def attention_of(config: PretrainedConfig) -> str | None:
     return name
 
 
-def set_attention(config: PretrainedConfig, name: str) -> None:
+def set_attention(config: PretrainedConfig, name: str | None) -> None:
     """Let models of ``config`` attend by the implementation ``name``, unchecked: one that exists on a GPU alone, too.
 
     Remove when there is a setter, or ``PreTrainedModel.set_attn_implementation`` works on the meta device.
