@@ -19,156 +19,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from lightning_pipelite.cli.check_command import compare_packed, compare_split, exact_layers
-from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.tiny import small_sizes
+import tests_support  # noqa: F401
+from tiny_families import Outcome, try_model
 
-LAYERS = 4
-LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
-DEPTHS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "num_blocks",
-    "num_decoder_layers",
-)
-# Values that four small layers ask of single types, by the names that only those have.
-SPECIAL: dict[str, Any] = {
-    "attention_types": [[["global", "local"], 2]],
-    "num_kv_shared_layers": 2,
-    "local_layer_ids": [0, 2],
-    "full_attn_idxs": [1, 3],
-    "attn_layer_indices": [1, 3],
-    "n_shared_experts": 1,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "default_language": "en_XX",
-    "axial_pos_embds_dim": (32, 32),
-    "axial_pos_shape": (8, 8),
-    "num_attention_heads": 4,
-}
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-class NotTiny(Exception):  # noqa: N818 (an outcome, not an error)
-    """No tiny model of this type can be built with values that this script knows."""
-
-
-@dataclass
-class Outcome:
-    """What became of one model type: ``result`` is exact, refused, not tried or WRONG."""
-
-    model_type: str
-    result: str
-    stages: str = ""
-    packing: str = ""
-    note: str = ""
-
-
-def tiny(model_type: str) -> PretrainedConfig:
-    """Return a configuration with four layers of every kind that the type has, small sizes and no dropout.
-
-    Raises:
-        NotTiny: The class refuses such values.
-    """
-    try:
-        default = CONFIG_MAPPING[model_type]()
-        default = default.get_text_config(decoder=True)
-        values = default.to_dict()
-        changed: dict[str, Any] = {**small_sizes(default), **{name: LAYERS for name in DEPTHS if name in values}}
-        changed.update(
-            {name: 0.0 for name, v in values.items() if ("drop" in name or "jitter" in name) and isinstance(v, float)}
-        )
-        changed.update({k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in values})
-        changed.update({name: value for name, value in SPECIAL.items() if name in values})
-        kinds = list(dict.fromkeys(values.get("layer_types") or []))
-        changed.pop("layer_types", None)
-        variants = [changed]
-        variants += [{**changed, "num_experts_per_tok": 1}] if "num_experts_per_tok" in values else []
-        if values.get("layer_types", 0) is None:
-            variants.append({**changed, "layer_types": ["full_attention"] * LAYERS})
-        if len(kinds) > 1:
-            variants.insert(0, {**changed, "layer_types": [kinds[i % len(kinds)] for i in range(LAYERS)]})
-        error: Exception | None = None
-        for variant in variants:
-            try:
-                config = type(default)(**variant)
-                with torch.device("meta"):
-                    model = AutoModelForCausalLM.from_config(config)
-                break
-            except Exception as refusal:
-                error = refusal
-        else:
-            raise error or AssertionError
-    except Exception as refusal:  # validation errors of every sort
-        raise NotTiny(
-            f"no tiny model: {(str(refusal) or type(refusal).__name__).splitlines()[-1].strip()}"
-        ) from refusal
-    if (size := sum(p.numel() for p in model.parameters())) > LARGEST:
-        raise NotTiny(f"no tiny model: it still has {size} parameters")
-    return config
-
-
-def write(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
-    """Save a random model of ``config`` and return it as it is loaded from there, in training mode."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data += (0.2 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
-
-
-def try_model(model_type: str) -> Outcome:
-    """Try one model type."""
-    try:
-        config = tiny(model_type)
-    except NotTiny as reason:
-        return Outcome(model_type, "not tried", note=str(reason))
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        try:
-            whole = write(config, directory)
-        except Exception as error:
-            return Outcome(model_type, "not tried", note=f"no tiny model: {str(error).splitlines()[-1]}")
-        packing = "isolated"
-        try:
-            layers = exact_layers(directory, packed=True)
-        except ConfigurationError as refusal:
-            if "packed to false" not in str(refusal):
-                return Outcome(model_type, "refused", note=reason_of(refusal))
-            layers, packing = exact_layers(directory, packed=False), "refused"
-        stages = f"1 to {len(layers)}"
-        try:
-            wrong = compare_split(layers, whole, sorted({1, 2, len(layers)}), train=True)
-            if packing == "isolated":
-                wrong += compare_packed(layers, whole)
-        except ConfigurationError as refusal:
-            return Outcome(model_type, "refused", note=reason_of(refusal))
-        except Exception as error:
-            wrong = [f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"]
-    return Outcome(model_type, "WRONG" if wrong else "exact", stages, packing, "; ".join(wrong))
-
-
-def reason_of(refusal: ConfigurationError) -> str:
-    return str(refusal).split(" because ")[-1].removesuffix("; choose another model.")
 
 
 PREFACE = """# Which models train as a pipeline

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from load_memory import MB, memory
+import tests_support  # noqa: F401
+from load_memory import MB
+from peak_memory import memory
 from report import Report
 
 SECONDS = 10.0

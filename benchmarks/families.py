@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from functools import partial
-from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-import coverage
-from exactness import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, differences, train_plain, train_split
+import tests_support  # noqa: F401
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT
+from family_training import modes, try_family
 from processes import Workers
 from report import Report
 
@@ -48,29 +46,6 @@ FAMILIES = {
     "deepseek_v3": "latent attention, experts in groups, shared experts, a dense layer first",
     "gpt_oss": "experts with biases, attention sinks, sliding window",
 }
-# PEFT takes the names in DeepSeek's dense layers for those of the experts: there, attention alone.
-LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-SCALE = Scale(vocabulary=120, layers=coverage.LAYERS, sequence=32, sequences=43)
-
-
-def modes(model_type: str) -> tuple[Case, Case]:
-    """Return the ways to train a family."""
-    return Case("full", full=True), Case("LoRA", targets=LATENT if model_type == "deepseek_v3" else ())
-
-
-def try_family(workers: Workers, model_type: str, case: Case, steps: int) -> tuple[float, float]:
-    """Train a family in one way; return the largest difference of a loss and of a weight.
-
-    Raises:
-        AssertionError: The loss does not move, or the weights have other names.
-        RuntimeError: What a process raised.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        coverage.write(coverage.tiny(model_type), Path(directory))
-        reference = workers.run(1, partial(train_plain, alone=True), case, directory, steps, SCALE)[0]
-        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
-        assert moved > 100 * LOSS_LIMIT, f"the loss moves by {moved} only: nothing is compared"
-        return differences(workers.run(2, train_split, case, Split(2), directory, steps, SCALE)[0], reference)
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from exactness import Case, Scale, Split, differences, make_model, train_plain, train_split
+import tests_support  # noqa: F401
+from exact_training import Case, Scale, Split, differences, make_model, train_plain, train_split
 from processes import Workers
 from report import Report
 

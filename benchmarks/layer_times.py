@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+import tests_support  # noqa: F401
 from random_model import random_sequences
 from scaling_jobs import Setting, make_module
 from schedule_simulation import Stage

@@ -27,6 +27,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import tests_support  # noqa: F401
+
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import lightning as L

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import tests_support  # noqa: F401
 from header_model import LLAMA_70B, write_headers
 from report import Report
 

@@ -23,7 +23,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from exactness import CLIP, LR, MICRO_BATCHES, Case, Scale, Split, make_model, sequences
+import tests_support  # noqa: F401
+from exact_training import CLIP, LR, MICRO_BATCHES, Case, Scale, Split, make_model, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from processes import Workers

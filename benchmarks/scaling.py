@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
 from lightning_pipelite.strategy.partition import balanced_bounds
 from processes import Workers

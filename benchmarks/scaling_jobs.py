@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import tests_support  # noqa: F401
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting

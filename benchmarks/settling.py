@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 
+import tests_support  # noqa: F401
 from lightning_pipelite import PackedDataModule, PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay

@@ -28,12 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tests_support  # noqa: F401
+
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import lightning as L
 import torch
 
-from exactness import Case, Scale, make_model, sequences
+from exact_training import Case, Scale, make_model, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.callbacks import TimedCheckpoint

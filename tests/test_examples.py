@@ -15,8 +15,9 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from safetensors import safe_open
-from tiny_job import write_job
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_job import write_job
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

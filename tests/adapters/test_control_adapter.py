@@ -11,6 +11,11 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from test_lora import trained
+from torch import Tensor, nn
+
+from lightning_pipelite.adapters import ControlAdapter, load_control_adapter
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers, Stage
 from tiny_models import (
     CONFIGS,
     CUTS,
@@ -22,11 +27,6 @@ from tiny_models import (
     train_stages,
     write_model,
 )
-from torch import Tensor, nn
-
-from lightning_pipelite.adapters import ControlAdapter, load_control_adapter
-from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers, Stage
 
 torch.set_num_threads(1)
 CLASSES = torch.randint(-1, 2, (2, 2, 12), generator=torch.Generator().manual_seed(5))

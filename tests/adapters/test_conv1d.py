@@ -12,7 +12,6 @@ from gguf import GGUFReader
 from lightning.pytorch import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import CPU, POSITIONS, build, cross_entropy, micro_batches, run_stages, train_stages
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
@@ -21,6 +20,7 @@ from lightning_pipelite.callbacks.support.low_rank import chunks, find_low_rank,
 from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.flops import training_flops
+from tiny_models import CPU, POSITIONS, build, cross_entropy, micro_batches, run_stages, train_stages
 
 torch.set_num_threads(1)
 VARIANTS: dict[str, dict[str, Any]] = {

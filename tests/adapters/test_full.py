@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import CONFIGS, CPU, POSITIONS, build, micro_batches, reference, run_stages, write_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CONFIGS, CPU, POSITIONS, build, micro_batches, reference, run_stages, write_model
 
 torch.set_num_threads(1)
 

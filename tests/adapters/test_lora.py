@@ -7,6 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+
+from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers, Stage
 from tiny_models import (
     CONFIGS,
     CPU,
@@ -19,10 +23,6 @@ from tiny_models import (
     train_stages,
     write_model,
 )
-
-from lightning_pipelite.adapters import LoRA
-from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers, Stage
 
 torch.set_num_threads(1)
 

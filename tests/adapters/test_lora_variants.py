@@ -11,13 +11,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_lora import trained
-from tiny_models import CUTS, SIZES, build, micro_batches, reference, run_stages, train_stages, write_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
+from tiny_models import CUTS, SIZES, build, micro_batches, reference, run_stages, train_stages, write_model
 
 torch.set_num_threads(1)
 ROW = torch.arange(12).expand(2, -1)  # one document a row: some of these models do not isolate documents

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from own_code import FILES, change, write_own
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from tiny_models import POSITIONS, build, micro_batches, run_stages, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +23,8 @@ from lightning_pipelite.export import analyze, control_to_lora, convert, merge
 from lightning_pipelite.export import from_checkpoint as own_checkpoint
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.shared.topology import Topology
+from own_code import FILES, change, write_own
+from tiny_models import POSITIONS, build, micro_batches, run_stages, write_model
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from test_lora_variants import four_bit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
 from adapter_jobs import (
     DECAY,
     GAMMA,
@@ -23,12 +28,7 @@ from adapter_jobs import (
     train_control_plainly,
     train_jobs,
 )
-from peft import PeftModel
-from test_lora_variants import four_bit
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
-from exactness import Case, make_model
+from exact_training import Case, make_model
 from lightning_pipelite.adapters import ControlAdapter, LoRA, load_control_adapter
 from processes import Workers
 

@@ -13,7 +13,6 @@ from gguf import GGUFReader
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_text_part import CONFIGS, SIZES
-from tiny_models import CPU, micro_batches, run_stages
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -29,6 +28,7 @@ from lightning_pipelite.adapters import Adapter, ControlAdapter, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, control_to_lora, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CPU, micro_batches, run_stages
 
 torch.set_num_threads(1)
 BASES: dict[str, Callable[[], PretrainedConfig]] = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-from projects import QUIET, Project, TwoOptimizers, loader, stream
 from test_other_adapters import Adapted
 
 from lightning_pipelite import callbacks
@@ -25,6 +24,7 @@ from lightning_pipelite.callbacks import (
     StepProgress,
     TimedCheckpoint,
 )
+from projects import QUIET, Project, TwoOptimizers, loader, stream
 
 MADE: dict[str, Callable[[Path], L.Callback]] = {
     "AdapterNorms": lambda folder: AdapterNorms(),

@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from projects import QUIET, Evaluations, Project, TwoOptimizers, loader, stream
 
 from lightning_pipelite.callbacks import EvalSchedule
 from lightning_pipelite.errors import ConfigurationError
+from projects import QUIET, Evaluations, Project, TwoOptimizers, loader, stream
 
 
 def evaluated(

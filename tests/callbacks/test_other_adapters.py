@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from projects import QUIET, Project, loader
 from test_composite_weight_decay import decayed
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
 from lightning_pipelite.callbacks.support.low_rank import LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
+from projects import QUIET, Project, loader
 
 RATE, DECAY = 0.1, 0.5
 

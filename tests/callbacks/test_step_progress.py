@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import projects
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
-from terminal import terminal
 from torch.utils.data import DataLoader, IterableDataset
 
+import projects
 from lightning_pipelite.callbacks import EvalSchedule, StepProgress
 from lightning_pipelite.shared import progress, step_clock
 from lightning_pipelite.shared.step_clock import StepClock
+from terminal import terminal
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from resume_jobs import train
-from timed_jobs import asked, by_the_clock, failing_to_save, on_a_full_disk
 
 from lightning_pipelite.callbacks import TimedCheckpoint
 from lightning_pipelite.errors import ConfigurationError
 from processes import Workers
+from resume_jobs import train
+from timed_jobs import asked, by_the_clock, failing_to_save, on_a_full_disk
 
 
 def steps(*numbers: int) -> list[str]:

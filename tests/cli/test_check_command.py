@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SIZES, write_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import Stage
+from tiny_models import SIZES, write_model
 
 torch.set_num_threads(1)
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import write_model
 
 from lightning_pipelite.cli import main as cli
 from lightning_pipelite.cli.commands import COMMANDS, Command
 from lightning_pipelite.errors import ConfigurationError
+from tiny_models import write_model
 
 
 def function(base: str, output: Path, scale: float = 1.0, inverse: bool = False) -> str:

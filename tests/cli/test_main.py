@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_job import options, write_job
-from wrong_input import edited, strategy
 
 from lightning_pipelite import __version__
 from lightning_pipelite.cli import main as cli
 from lightning_pipelite.shared.verbosity import is_verbose, take_option
+from tiny_job import options, write_job
+from wrong_input import edited, strategy
 
 
 @pytest.fixture(scope="module")

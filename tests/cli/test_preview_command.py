@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from packed_files import EOS
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.cli import main as cli
+from packed_files import EOS
 
 GREEN, MAGENTA, DIM, RESET = "\x1b[32m", "\x1b[35m", "\x1b[2;3m", "\x1b[0m"
 

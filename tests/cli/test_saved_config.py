@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from tiny_job import options, write_job
 
 from lightning_pipelite.cli.saved_config import hyper_parameters
 from processes import Workers
+from tiny_job import options, write_job
 
 
 def fit(directory: str) -> None:

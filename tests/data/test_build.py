@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_files import items, write_jsonl
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, corpus
 from lightning_pipelite.data.build import PackBuilder
 from lightning_pipelite.errors import ConfigurationError
+from packed_files import items, write_jsonl
 
 MakeData = Callable[..., PackedDataModule]
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import KINDS, write_tokenizer
 from test_chat import CHATML, MARKED, THINKING
 from test_tokens import OPTIONS
 from transformers import AutoTokenizer
 
+from chat_tokenizers import KINDS, write_tokenizer
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.tokens import DocumentTokenizer
 

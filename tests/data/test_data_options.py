@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
-from packed_files import items, write_jsonl
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
+from packed_files import items, write_jsonl
 
 MakeData = Callable[..., PackedDataModule]
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_files import BOS, EOS, documents_of, items, write_jsonl
-from packing_reference import label_slowly, pack_slowly
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, PackedSampler
 from lightning_pipelite.errors import ConfigurationError
+from packed_files import BOS, EOS, documents_of, items, write_jsonl
+from packing_reference import label_slowly, pack_slowly
 
 MakeData = Callable[..., PackedDataModule]
 

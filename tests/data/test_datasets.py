@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_files import BOS, EOS, documents_of, items, write_jsonl
-from packing_reference import pack_slowly
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
+from packed_files import BOS, EOS, documents_of, items, write_jsonl
+from packing_reference import pack_slowly
 
 MakeData = Callable[..., PackedDataModule]
 

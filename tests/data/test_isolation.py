@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from data_jobs import packed_step
-from packed_files import BOS, EOS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from data_jobs import packed_step
 from lightning_pipelite.data import DatasetConfig
+from packed_files import BOS, EOS
 from processes import Workers
 
 LIMIT = 1e-5

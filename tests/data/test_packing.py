@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_reference import Slot, label_slowly, pack_slowly
 
 from lightning_pipelite.data.corpus import UNLABELLED
 from lightning_pipelite.data.packing import Layout, best_fit, lay_out
 from lightning_pipelite.data.sequences import PackedSequences, write_sequences
+from packing_reference import Slot, label_slowly, pack_slowly
 
 PADDING = 999
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_files import BOS, EOS, items, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import PackedDataModule
+from packed_files import BOS, EOS, items, write_jsonl
 
 MakeData = Callable[..., PackedDataModule]
 LENGTH = 64

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_files import EOS, items, write_jsonl
-from packing_reference import Slot, label_slowly
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
+from packed_files import EOS, items, write_jsonl
+from packing_reference import Slot, label_slowly
 
 END = 1  # <s>, which no text gives
 WIDTH = 64

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from data_jobs import Row, train
-from packed_files import write_jsonl
 
+from data_jobs import Row, train
 from lightning_pipelite.data import DatasetConfig, PackedDataModule, PackedSampler
 from lightning_pipelite.data.loader import PackedLoader
 from lightning_pipelite.errors import ConfigurationError
+from packed_files import write_jsonl
 from processes import Workers
 
 CHANCE = random.Random(3)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_tokenizers import write_tokenizer
 from test_tokens import OPTIONS
 from transformers import AutoTokenizer
 
+from chat_tokenizers import write_tokenizer
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.conversation import check_messages
 from lightning_pipelite.data.tokens import DocumentTokenizer

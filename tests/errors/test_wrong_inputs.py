@@ -13,6 +13,7 @@ import wrong_options
 import wrong_runs
 import yaml
 from fork_server import ForkServer
+
 from tiny_job import options, write_job
 from wrong_input import Case, adapter, edited
 

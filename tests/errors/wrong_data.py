@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 from transformers import AutoTokenizer
+
 from wrong_input import Case, copied, dataset, file
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_cases import write_adapter, write_base, write_control_adapter
 from safetensors.torch import load_file, save_file
 
+from export_cases import write_adapter, write_base, write_control_adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models.fingerprint import fingerprint, record_base, refuse_another_base

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import BASES, load, write_base
 from transformers import AutoModelForImageTextToText, Gemma3Config
 
+from export_cases import BASES, load, write_base
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_cases import load, with_adapter, with_control, write_adapter, write_base, write_control_adapter
 from peft import PeftModel
-from tiny_job import write_job
 from transformers import AutoTokenizer
 
 import compare_llama_cpp
+from export_cases import load, with_adapter, with_control, write_adapter, write_base, write_control_adapter
+from tiny_job import write_job
 
 
 def test_the_trained_models_logits(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from export_cases import BASES, load, logits, with_adapter, with_control, write_base, write_control_adapter
 from safetensors.torch import load_file, save_file
 
+from export_cases import BASES, load, logits, with_adapter, with_control, write_base, write_control_adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora, merge
 from lightning_pipelite.export.control_files import ControlAdapterFile

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import load, logits, with_adapter, with_control, write_adapter, write_base, write_control_adapter
 from safetensors.torch import load_file
-from tiny_models import SIZES
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
+from export_cases import load, logits, with_adapter, with_control, write_adapter, write_base, write_control_adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import convert
 from lightning_pipelite.export.from_checkpoint import _said_by
+from tiny_models import SIZES
 
 LAYERS = 4
 

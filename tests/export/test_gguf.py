@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_cases import BASES, FUSED, write_adapter, write_base, write_control_adapter
 from safetensors.torch import load_file
 from transformers import (
     ApertusConfig,
@@ -27,6 +26,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from export_cases import BASES, FUSED, write_adapter, write_base, write_control_adapter
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora, export_gguf, merge
 from lightning_pipelite.export.architectures import PERMUTED, PLAIN

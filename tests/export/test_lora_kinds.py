@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_cases import load, logits, write_adapter, write_base
 from peft import LoraConfig
 from peft.tuners.lora import config as peft_config
 from safetensors.torch import load_file, save_file
 
 import compare_llama_cpp
+from export_cases import load, logits, write_adapter, write_base
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from export_cases import ADAPTERS, FUSED, load, logits, with_adapter, write_adapter, write_base
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from export_cases import ADAPTERS, FUSED, load, logits, with_adapter, write_adapter, write_base
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import merge
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from export_cases import write_base
 
+from export_cases import write_base
 from lightning_pipelite.cli import main as cli
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import migrate

@@ -15,11 +15,11 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_job import options, write_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quickstart
 from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
+from tiny_job import options, write_job
 
 CALLBACKS = "lightning_pipelite.callbacks"
 

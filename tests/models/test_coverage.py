@@ -1,11 +1,11 @@
-"""The coverage benchmark on a few types of different build."""
+"""Types of different build train exactly, or are refused; benchmarks/coverage.py tries all of transformers'."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import coverage
+import tiny_families
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
     ],
 )
 def test_exact(model_type: str, packing: str) -> None:
-    outcome = coverage.try_model(model_type)
+    outcome = tiny_families.try_model(model_type)
     assert (outcome.result, outcome.packing) == ("exact", packing), outcome.note
 
 
@@ -34,6 +34,6 @@ def test_exact(model_type: str, packing: str) -> None:
     [("gemma3n_text", "what comes before"), ("inkling2_text", "what comes before"), ("xlnet", "later tokens")],
 )
 def test_refused_with_the_reason(model_type: str, word: str) -> None:
-    outcome = coverage.try_model(model_type)
+    outcome = tiny_families.try_model(model_type)
     assert outcome.result == "refused"
     assert word in outcome.note

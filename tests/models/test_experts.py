@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import CPU, SIZES, build, micro_batches, train_stages
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, MixtralConfig, Qwen2MoeConfig
 
@@ -16,6 +15,7 @@ from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
 from lightning_pipelite.adapters.experts import _GroupedLoRA as GroupedLoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.experts import _GroupedExperts
+from tiny_models import CPU, SIZES, build, micro_batches, train_stages
 
 ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 4}
 MODELS: dict[str, Any] = {

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_code import write_own
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, write_model
 from transformers import AutoModelForCausalLM
 
 from lightning_pipelite.adapters import Adapter, ControlAdapter, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.fingerprint import BASE_FILE, fingerprint, refuse_another_base
+from own_code import write_own
+from tiny_models import CPU, write_model
 
 torch.set_num_threads(1)
 

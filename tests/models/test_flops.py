@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import SIZES, write_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.meta_model import MetaModel
+from tiny_models import SIZES, write_model
 
 TOKENS = 24
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, POSITIONS, SIZES, micro_batches, write_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.head import HeadInputs, fuse_head
 from lightning_pipelite.models.loss import CausalLMLoss
+from tiny_models import CPU, POSITIONS, SIZES, micro_batches, write_model
 
 CONFIGS: dict[str, tuple[PretrainedConfig, float, float | None]] = {
     "plain": (LlamaConfig(**SIZES), 1.0, None),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -20,6 +19,7 @@ from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
+from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, build, run_stages
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, MetaModel
 from lightning_pipelite.models.rope import document_lengths, is_static
+from tiny_models import CPU, build, run_stages
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CUTS, SIZES, build, micro_batches
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.loss import CausalLMLoss
+from tiny_models import CUTS, SIZES, build, micro_batches
 
 COEFFICIENT = 0.3
 OPTIONS = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}

@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from lightning_pipelite.adapters import Full, LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers
 from tiny_models import (
     CONFIGS,
     CPU,
@@ -18,10 +22,6 @@ from tiny_models import (
     train_whole,
     write_model,
 )
-
-from lightning_pipelite.adapters import Full, LoRA
-from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, SIZES, micro_batches, run_stages
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +21,7 @@ from transformers import (
 
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CPU, SIZES, micro_batches, run_stages
 
 torch.set_num_threads(1)
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

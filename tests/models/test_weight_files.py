@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages, write_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,6 +19,7 @@ from transformers import (
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages, write_model
 
 torch.set_num_threads(1)
 CODES = torch.ones(8)

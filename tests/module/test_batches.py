@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_job import write_job
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +23,7 @@ from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module.batches import BatchForm
 from processes import Workers
+from tiny_job import write_job
 
 ROWS = [[5, 9, 9, 30, 7, 8, 1], [11, 12, 13, 14], [21, 22, 23, 24, 25, 26]]
 FORM = BatchForm(320, 320)

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_job import write_job
 from transformers import GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
 
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, ControlAdapter, LoRA
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from lightning_pipelite.module.data_warnings import warn_of_data
+from tiny_job import write_job
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from optimi import Adam
-from plan_jobs import run_again, told_by_auto
-from tiny_job import write_job
 
 from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.adapters import LoRA
@@ -26,7 +24,9 @@ from lightning_pipelite.planning.before_training import (
 )
 from lightning_pipelite.planning.planner import MARGIN, Planner
 from lightning_pipelite.planning.simulation import Simulation
+from plan_jobs import run_again, told_by_auto
 from processes import Workers
+from tiny_job import write_job
 
 SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
 JOB = Job(stages=2, method="uniform", micro_batches=4, sequence_len=2048, devices=2, memory=24 * 2**30)

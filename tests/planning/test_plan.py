@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import write_config
 
 from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.cli.plan_command import plan
@@ -21,6 +20,7 @@ from lightning_pipelite.planning.stages import StageMemory, bubble
 from lightning_pipelite.planning.watched_stage import WatchedStage
 from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import cheapest_bounds, partition
+from plan_cases import write_config
 
 GIB = 2**30
 SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}

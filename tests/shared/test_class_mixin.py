@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, POSITIONS, write_model
 from torch import nn
 
 from lightning_pipelite.adapters import ControlAdapter
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in, own_class, take_out
 from lightning_pipelite.strategy.layer_rng import LayerRNG
+from tiny_models import CPU, POSITIONS, write_model
 
 
 class Memory(Mixin):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from terminal import terminal
 from transformers.utils import logging
 
 from lightning_pipelite.shared import progress
 from lightning_pipelite.shared.progress import Progress, duration, from_tqdm, track, view
+from terminal import terminal
 
 
 class Clock:

@@ -10,11 +10,11 @@ import textwrap
 
 import pytest
 import torch
-from after_jobs import after_fit, layers_of_its_own_making, run_the_example, runs, under_another_strategy, weights_after
-from stage_jobs import trainer_for
 
+from after_jobs import after_fit, layers_of_its_own_making, run_the_example, runs, under_another_strategy, weights_after
 from lightning_pipelite import PipeLiteStrategy
 from processes import Workers
+from stage_jobs import trainer_for
 
 
 @pytest.mark.parametrize(

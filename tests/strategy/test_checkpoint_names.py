@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from names_jobs import ROW, named
 
+from names_jobs import ROW, named
 from processes import Workers
 
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from stage_jobs import MODELS, build, hand_on, train, train_plainly
 
 from processes import Workers
+from stage_jobs import MODELS, build, hand_on, train, train_plainly
 
 
 def splits() -> list[tuple[str, int, int]]:

@@ -1,10 +1,10 @@
-"""Training through stages equals a plain loop over the unsplit model: a part of benchmarks/exactness.py."""
+"""Training through stages equals a plain loop over the unsplit model: some of what benchmarks/exactness.py compares."""
 
 from __future__ import annotations
 
 import pytest
 
-from exactness import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, compare
+from exact_training import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, compare
 from processes import Workers
 
 SPLITS = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from exception_jobs import PLACES, failing, resume, saved_at_the_end, saved_in_a_step, with_lightnings
-from resume_jobs import train
 
+from exception_jobs import PLACES, failing, resume, saved_at_the_end, saved_in_a_step, with_lightnings
 from processes import Workers
+from resume_jobs import train
 
 EXACT = [(hook, call) for hook, calls in PLACES.items() for call in calls]
 

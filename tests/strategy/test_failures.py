@@ -1,10 +1,10 @@
-"""A real job that fails ends as a whole: a part of benchmarks/failures.py."""
+"""A real job that fails ends as a whole: benchmarks/failures.py has all ways and launchers."""
 
 from __future__ import annotations
 
 import pytest
 
-from failures import Failure, failures, run
+from failing_job import Failure, failures, run
 
 CHOSEN = [
     ("lightning", failure)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from finite_jobs import Case, save_lora_not_finite, save_not_finite, spoil
 
-from exactness import Case as ModelCase
-from exactness import Scale, make_model
+from exact_training import Case as ModelCase
+from exact_training import Scale, make_model
+from finite_jobs import Case, save_lora_not_finite, save_not_finite, spoil
 from lightning_pipelite.shared.finite import in_words, not_finite
 from processes import Workers
 

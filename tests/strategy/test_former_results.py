@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from former_jobs import fit
 
+from former_jobs import fit
 from processes import Workers
 
 

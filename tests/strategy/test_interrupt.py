@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_job import options, write_job
 
 from lightning_pipelite.callbacks.support.signals import STOPS, Signals
 from lightning_pipelite.cli import main as cli
+from tiny_job import options, write_job
 
 SLOW = """
 import time

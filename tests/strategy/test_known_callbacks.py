@@ -9,20 +9,20 @@ from typing import Any
 
 import lightning as L
 import pytest
-from former_jobs import fit
-from hook_jobs import CALLED, HOOKS, hooks_called
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.tuner import Tuner
-from stage_jobs import Model, Module, floats, linears
 
+from former_jobs import fit
+from hook_jobs import CALLED, HOOKS, hooks_called
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.known_callbacks import KNOWN
 from lightning_pipelite.strategy.module_hooks import NOT_CALLED
 from processes import Workers
+from stage_jobs import Model, Module, floats, linears
 
 REFUSED: dict[str, dict[str, Any]] = {
     "BackboneFinetuning": {},

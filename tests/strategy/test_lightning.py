@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from evaluation_jobs import (
     fit_and_test,
     fit_and_validate,
@@ -14,6 +16,7 @@ from evaluation_jobs import (
     fit_and_validate_plainly,
     validate_set,
 )
+from exact_training import Case, Scale, make_model
 from lightning_jobs import (
     compare_names,
     dropout_masks,
@@ -26,11 +29,8 @@ from lightning_jobs import (
     split_again,
     terminated,
 )
-from stage_jobs import linears, token_loss, tokens
-from torch import nn
-
-from exactness import Case, Scale, make_model
 from processes import Workers
+from stage_jobs import linears, token_loss, tokens
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

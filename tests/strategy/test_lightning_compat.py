@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from elsewhere_jobs import QUIET, Frozen, evaluate, loader, train
 from lightning.fabric.utilities import cloud_io
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
@@ -18,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
+from elsewhere_jobs import QUIET, Frozen, evaluate, loader, train
 from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy import lightning_compat

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning_jobs import beside_the_layers
 
+from lightning_jobs import beside_the_layers
 from processes import Workers
 
 

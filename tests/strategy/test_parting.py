@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parting_jobs import part
 
 from lightning_pipelite.strategy.agreement import _factor
 from lightning_pipelite.strategy.micro_batches import all_shapes, described, fingerprint
+from parting_jobs import part
 from processes import Workers
 
 CPU = torch.device("cpu")

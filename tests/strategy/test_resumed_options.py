@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from option_jobs import in_plain_torch, resumed
 
 from lightning_pipelite.strategy.resumed_options import keep_callback_options
+from option_jobs import in_plain_torch, resumed
 from processes import Workers
 
 FORMER = ({}, "warm-up", {})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from clock_jobs import MICRO_BATCHES, NAP, measured
 
+from clock_jobs import MICRO_BATCHES, NAP, measured
 from processes import Workers
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_jobs import train, validate
 
+from checkpoint_jobs import train, validate
 from processes import Workers
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from resume_jobs import train, train_and_save, train_and_stop, train_with_model_checkpoint
 
 from processes import Workers
+from resume_jobs import train, train_and_save, train_and_stop, train_with_model_checkpoint
 
 # Ten micro-batches an epoch, two a step, an evaluation after every fourth; batch-04 is the first of the third step.
 HOOKS = (

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from processes import Workers
 from trainer_jobs import run_rows
 from trainer_recorder import Event
 from trainer_rows import NOT_CALLED, ONCE_A_NODE, REHEARSED, ROWS
-
-from processes import Workers
 
 Layout = tuple[int | None, int]  # stages (None: DDP) and replicas
 CASES = [

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stage_jobs import DEEP, train, train_plainly
 from torch import nn
-from virtual_jobs import drop_out, measured, reported_failure
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.pieces import Pieces
 from processes import Workers
+from stage_jobs import DEEP, train, train_plainly
+from virtual_jobs import drop_out, measured, reported_failure
 
 SPLITS = [
     *((name, 2, 1, 2) for name in DEEP),

@@ -44,8 +44,7 @@ def server() -> Iterator[socket.socket]:
     """A process that has imported all that a job needs, and forks one where it is asked to."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, JOB, "serve", str(theirs.fileno())]
-    paths = [str(Path(JOB).parents[2]), str(Path(JOB).parents[2] / "benchmarks")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(JOB).parents[2]), "DS_ACCELERATOR": "cpu"}
     with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment):
         theirs.close()
         yield ours
@@ -214,7 +213,7 @@ def test_a_bug_of_the_watchdog_ends_the_job(tmp_path: Path, run: Callable[..., O
     ],
 )
 def test_the_trainer(tmp_path: Path, run: Callable[..., Outcome], what: str, victim: int, reason: str) -> None:
-    """The job of benchmarks/failures.py, which takes all launchers, with ranks that something else has started."""
+    """The job of test_failures.py with ranks that something else has started."""
     outcome = run(["neutral", str(tmp_path), f"trainer {what}", str(victim), "2"])
     assert outcome.last_line.startswith(f"pipelite: rank {victim} (stage {victim}) {reason}")
     assert outcome.stderr.count("pipelite: ") == 1

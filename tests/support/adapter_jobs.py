@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from exactness import Scale, Sequences, sequences
+from exact_training import Scale, Sequences, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay

@@ -15,12 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning_jobs import ROWS, Mlp, data
-from stage_jobs import Catchable, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_jobs import ROWS, Mlp, data
 from lightning_pipelite import PipeLiteStrategy
+from stage_jobs import Catchable, trainer_for
 
 
 class Scaled(nn.Module):

@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from optimi import Adam
-from stage_jobs import CLASSES, WIDTH, Catchable, Model, Module, Steps, collected, loader, token_loss, trainer_for
 from torch import nn
 
 from lightning_pipelite.errors import ConfigurationError
+from stage_jobs import CLASSES, WIDTH, Catchable, Model, Module, Steps, collected, loader, token_loss, trainer_for
 
 
 class Normed(nn.Module):

@@ -7,10 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from stage_jobs import Lambda, Model, Module, floats, linears, loader, trainer_for
 from torch import Tensor
 
 from lightning_pipelite import PipeLiteStrategy
+from stage_jobs import Lambda, Model, Module, floats, linears, loader, trainer_for
 
 NAP, MICRO_BATCHES = 0.03, 4
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from packed_files import BOS, EOS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import PackedDataModule
+from packed_files import BOS, EOS
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stage_jobs import Catchable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from stage_jobs import Catchable
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning_jobs import ROWS, Mlp, data
-from stage_jobs import Model, Module, linears, token_loss, tokens, trainer_for
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_jobs import ROWS, Mlp, data
 from lightning_pipelite import PipeLiteStrategy
+from stage_jobs import Model, Module, linears, token_loss, tokens, trainer_for
 
 
 def fit_and_validate(stages: int) -> list[float]:
@@ -128,7 +128,7 @@ def validate_set(kind: str, number: int, stages: int, replicas: int) -> tuple[fl
 
 def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
     """A model from disk, whose adapter must be the trained one when the same trainer evaluates after its fit."""
-    from exactness import Scale, Sequences, sequences
+    from exact_training import Scale, Sequences, sequences
     from lightning_pipelite import PipeLiteModule
     from lightning_pipelite.adapters import LoRA
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+
 from resume_jobs import train
 
 PLACES = {  # calls of a hook, counted from 1: ten micro-batches an epoch, two a step, an evaluation after every fourth

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, SIZES
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,8 @@ from transformers import (
     Qwen3MoeConfig,
     Starcoder2Config,
 )
+
+from tiny_models import CONFIGS, SIZES
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 BASES: dict[str, PretrainedConfig] = {

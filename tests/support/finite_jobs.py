@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from stage_jobs import Catchable, Model, Module, floats, frozen, linears, loader, trainer_for
 from torch import Tensor, nn
+
+from stage_jobs import Catchable, Model, Module, floats, frozen, linears, loader, trainer_for
 
 
 class _Spoiled(torch.autograd.Function):
@@ -167,7 +168,7 @@ def save_not_finite(where: str, folder: str, stages: int) -> tuple[str, list[str
 
 def save_lora_not_finite(model_dir: str, folder: str, stages: int) -> list[str]:
     """A LoRA of which one weight becomes NaN: what save_trained says, by itself and at the end of a training."""
-    from exactness import Scale, Sequences, sequences
+    from exact_training import Scale, Sequences, sequences
     from lightning_pipelite import PipeLiteModule
     from lightning_pipelite.adapters import LoRA
     from lightning_pipelite.callbacks import SaveTrained

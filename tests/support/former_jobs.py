@@ -9,11 +9,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from stage_jobs import Catchable, Model, Module, floats, linears, trainer_for
 from torch.utils.data import DataLoader
 
 from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
 from lightning_pipelite.errors import ConfigurationError
+from stage_jobs import Catchable, Model, Module, floats, linears, trainer_for
 
 
 class Saving(Module):

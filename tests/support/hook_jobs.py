@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from former_jobs import Remembers, Saving
-from stage_jobs import Catchable, Model, floats, linears, trainer_for
 
+from former_jobs import Remembers, Saving
 from lightning_pipelite.callbacks import TimedCheckpoint
+from stage_jobs import Catchable, Model, floats, linears, trainer_for
 
 CALLED = {
     "configure_callbacks", "configure_gradient_clipping", "configure_model", "configure_optimizers",

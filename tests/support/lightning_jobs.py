@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
-from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.layers import SequentialLayers, build_stage
+from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
 
 ROWS = 4
 

@@ -9,12 +9,12 @@ from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_jobs import ROWS, Mlp, data
-from stage_jobs import trainer_for
 from torch.utils.data import DataLoader
 
+from lightning_jobs import ROWS, Mlp, data
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.checkpoint.writer import CheckpointWriter
+from stage_jobs import trainer_for
 
 ROW: dict[str, list[dict[str, Any]]] = {
     "all and the best": [

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from stage_jobs import Catchable, Model, Module, collected, floats, linears, mean_loss, trainer_for
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
+
+from stage_jobs import Catchable, Model, Module, collected, floats, linears, mean_loss, trainer_for
 
 BEFORE, AFTER = 3, 3
 

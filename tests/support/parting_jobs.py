@@ -11,11 +11,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from stage_jobs import Catchable, Model, Module, trainer_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_pipelite.errors import ConfigurationError
+from stage_jobs import Catchable, Model, Module, trainer_for
 
 ROWS = 8
 

@@ -10,11 +10,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
 from resumable import Deal
+from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
 
 
 class Noisy(Deal):

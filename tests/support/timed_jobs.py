@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from resume_jobs import train
 
 from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
+from resume_jobs import train
 
 
 class At(L.Callback):

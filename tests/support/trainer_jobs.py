@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
 from stage_jobs import Catchable
 from trainer_recorder import Net, Recorder, RecordingCallback, RecordingLogger, Weights, files, plain
 from trainer_rows import ROWS, FaultError, Row

@@ -7,10 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from stage_jobs import WIDTH, Catchable, Model, Module, Steps, collected, floats, linears, loader, trainer_for
 from torch import Tensor, nn
 
 from lightning_pipelite import PipeLiteStrategy
+from stage_jobs import WIDTH, Catchable, Model, Module, Steps, collected, floats, linears, loader, trainer_for
 
 
 class Failing(nn.Module):

@@ -176,14 +176,14 @@ _dial = network._dial
 
 
 def train_with_lightning(how: str, folder: Path, victim: int, rank: int, ranks: int) -> None:
-    """A rank of the benchmark's job, which looks to Lightning as if something else had started it."""
-    import failures
+    """A rank of the job that fails on purpose, which looks to Lightning as if something else had started it."""
+    import failing_job
 
-    failures.HANG_TIMEOUT = 3.0
+    failing_job.HANG_TIMEOUT = 3.0
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     marker = str(folder / "failed")
-    failures.job(argparse.Namespace(how=how, rank=victim, devices=ranks, nodes=1, marker=marker, gpu=False))
+    failing_job.job(argparse.Namespace(how=how, rank=victim, devices=ranks, nodes=1, marker=marker, gpu=False))
 
 
 def main() -> None:

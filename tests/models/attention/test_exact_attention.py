@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CPU, SIZES, micro_batches, run_stages
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CPU, SIZES, micro_batches, run_stages
 
 torch.set_num_threads(1)
 CONFIGS: dict[str, PretrainedConfig] = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, reference, run_stages, write_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.attention.document_mask import document_mask, find_documents
 from lightning_pipelite.models.attention.varlen import varlen_attention
+from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, reference, run_stages, write_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3"])

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers.modeling_utils as modeling_utils
 from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
-from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers import (
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 
 torch.set_num_threads(1)
 

@@ -1,27 +1,28 @@
-"""A small part of benchmarks/four_bit.py."""
+"""Weights in 4 bits are bitsandbytes'; benchmarks/four_bit.py looks at more families."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import four_bit
+import four_bit_families
+from expert_memory import measure_peak
 
 torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "cohere2", "qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_weights_are_bitsandbytes_and_the_rest_is_as_it_was(model_type: str) -> None:
-    outcome = four_bit.try_family(model_type)
+    outcome = four_bit_families.try_family(model_type)
     assert outcome.wrong == []
     assert outcome.linear > 0
     assert bool(outcome.fused) == ("router" in outcome.kept)
 
 
 def test_a_weight_that_is_not_the_reference_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(four_bit.FAMILIES, "mixtral", "")  # then the routers should be in 4 bits
-    assert "mlp.gate.weight is not in 4 bits" in four_bit.try_family("mixtral").wrong[0]
+    monkeypatch.setitem(four_bit_families.FAMILIES, "mixtral", "")  # then the routers should be in 4 bits
+    assert "mlp.gate.weight is not in 4 bits" in four_bit_families.try_family("mixtral").wrong[0]
 
 
 def test_one_layer_of_experts_at_a_time_is_held_in_full_precision() -> None:
-    assert four_bit.measure_peak(8) <= four_bit.PEAK_LIMIT
+    assert measure_peak(8) <= four_bit_families.PEAK_LIMIT

@@ -1,6 +1,6 @@
 """Worker processes that stay, each a rank: a new process group costs a second, a new process ten.
 
-Used by the benchmarks and the tests. The workers look to Lightning as if torchrun had started them.
+The workers look to Lightning as if torchrun had started them.
 """
 
 from __future__ import annotations

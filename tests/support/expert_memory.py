@@ -1,6 +1,6 @@
-"""The memory that a load of 4-bit experts takes beside what stays; a part of benchmarks/four_bit.py. Linux only.
+"""The memory that a load of 4-bit experts takes beside what stays. Linux only.
 
-    python benchmarks/expert_memory.py DIRECTORY
+    python tests/support/expert_memory.py DIRECTORY
 
 Loads the Mixtral in DIRECTORY, in this process, and prints what :func:`load_experts` returns.
 """
@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.models import CausalLMLayers, MetaModel
-from load_memory import PeakWatcher, memory
+from peak_memory import PeakWatcher, memory
 
 EXPERTS, HIDDEN, INNER = 8, 512, 1024
 

@@ -1,0 +1,264 @@
+"""Training through the pipeline, and the same by a plain loop over the unsplit model: the same numbers."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from optimi import Adam
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
+
+from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
+from lightning_pipelite.adapters import Adapter, Full, LoRA
+from lightning_pipelite.data.sampler import PackedSampler
+from lightning_pipelite.models import CausalLMLayers
+from processes import Workers
+
+MICRO_BATCHES, CLIP, LR = 8, 0.1, 2e-3
+LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the model and the data are, and where they are computed."""
+
+    vocabulary: int = 512
+    hidden: int = 64
+    layers: int = 4
+    sequence: int = 64
+    sequences: int = 75
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gpu: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda:0" if self.gpu else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to train."""
+
+    name: str
+    tied: bool = False
+    full: bool = False
+    layers: str | None = None
+    targets: tuple[str, ...] = ()
+    in_4bit: bool = False
+    experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the job is spread over processes."""
+
+    stages: int
+    replicas: int = 1
+    column_major: bool = False
+
+    def __str__(self) -> str:
+        layout = (
+            "" if self.stages == 1 or self.replicas == 1 else ", column-major" if self.column_major else ", row-major"
+        )
+        return f"{self.stages} x {self.replicas}{layout}"
+
+
+CASES = (
+    Case("full, untied", full=True),
+    Case("full, tied", full=True, tied=True),
+    Case("LoRA, all layers"),
+    Case("LoRA, first layer only", layers="0"),
+    Case("LoRA, last layer only", layers="3"),
+    Case("LoRA, 4-bit base", in_4bit=True),
+    Case("full, experts and router loss", full=True, experts=True),
+)
+
+
+def make_model(directory: Path, case: Case, scale: Scale) -> int:
+    """Write a Llama or a Mixtral with random weights, norms included, and return the number of its parameters."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": scale.vocabulary, "hidden_size": scale.hidden, "intermediate_size": 4 * scale.hidden,
+        "num_hidden_layers": scale.layers, "num_attention_heads": max(4, scale.hidden // 128), "num_key_value_heads": 2,
+        "tie_word_embeddings": case.tied, "max_position_embeddings": scale.sequence,
+    }  # fmt: skip
+    experts = MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.05)
+    with torch.device(scale.device):
+        model = AutoModelForCausalLM.from_config(experts if case.experts else LlamaConfig(**sizes))
+        model = model.to(getattr(torch, scale.dtype))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(directory)
+    return sum(p.numel() for p in model.parameters())
+
+
+def sequences(scale: Scale) -> list[dict[str, Tensor]]:
+    """Packed sequences of random tokens: documents of random lengths, and unequal numbers of masked labels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int, size: tuple[int, ...] = ()) -> Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    made, length = [], scale.sequence
+    for _ in range(scale.sequences):
+        tokens = draw(0, scale.vocabulary, (length,))
+        labels = torch.cat([tokens[1:], torch.tensor([-100])])
+        border = int(draw(8, length - 8))
+        positions = torch.cat([torch.arange(border), torch.arange(length - border)])
+        labels[border - 1] = -100
+        labels[int(draw(4, length)) :] = -100
+        made.append({"input_ids": tokens, "labels": labels, "position_ids": positions})
+    return made
+
+
+def make_adapter(case: Case) -> Adapter:
+    if case.full:
+        return Full()
+    return LoRA(rank=4, layers_to_transform=case.layers, target_modules=list(case.targets) or "all-linear")
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """A list of sequences; None, which the sampler fills up with, is one without labels."""
+
+    def __init__(self, items: list[dict[str, Tensor]]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        if index is not None:
+            return self._items[index]
+        return {**self._items[0], "labels": torch.full_like(self._items[0]["labels"], -100)}
+
+
+def train_split(
+    case: Case, split: Split, model_dir: str, steps: int, scale: Scale
+) -> tuple[list[float], dict[str, Tensor]] | None:
+    """Train under PipeLiteStrategy, as one rank of several.
+
+    Returns:
+        On rank 0 the loss of each step and the final weights, by their names in the saved file; None elsewhere.
+    """
+    losses: list[float] = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if len(losses) < trainer.global_step:
+                losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    processes = split.stages * split.replicas
+    strategy = PipeLiteStrategy(split.stages, use_column_major_topology=split.column_major)
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="gpu" if scale.gpu else "cpu", devices=1 if scale.gpu else processes,
+        num_nodes=processes if scale.gpu else 1,  # ranks that share one GPU look like nodes of one each
+        accumulate_grad_batches=MICRO_BATCHES // split.replicas, gradient_clip_val=CLIP, max_steps=steps, max_epochs=-1,
+        callbacks=[Losses()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    module = PipeLiteModule(model_dir, make_adapter(case), load_in_4bit=case.in_4bit, lr=LR, dtype=scale.dtype)
+    data = Sequences(sequences(scale))
+    sampler = PackedSampler(data, **strategy.distributed_sampler_kwargs, shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=1, sampler=sampler))
+    state = module._layers.trained_state(module.pipeline_stage)
+    collected = {name: t for stage in strategy.collect_stages(state) for name, t in stage.items()}
+    return (losses, collected) if strategy.is_global_zero else None
+
+
+def train_plain(
+    case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
+
+    Args:
+        case: The way to train.
+        model_dir: The model.
+        steps: How many.
+        scale: The data.
+        alone: Run each document of a sequence by itself. Some models would let packed ones see each other.
+    """
+    dtype = getattr(torch, scale.dtype)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, device_map={"": scale.device},
+        quantization_config=quantization if case.in_4bit else None,
+    )  # fmt: skip
+    if not case.full:
+        adapter = make_adapter(case)
+        with tempfile.TemporaryDirectory() as directory:
+            layers = CausalLMLayers(model_dir, dtype=dtype, load_in_4bit=case.in_4bit, adapter=adapter)
+            state = layers.trained_state(layers.build_stage(0, scale.layers, scale.device))
+            adapter.save(Path(directory) / "adapter", [state], Path(model_dir))
+            model = PeftModel.from_pretrained(model, f"{directory}/adapter", is_trainable=True)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Adam(parameters, lr=LR, betas=(0.9, 0.99), eps=1e-6)
+    data = sequences(scale)
+    rounds = [data[i : i + MICRO_BATCHES] for i in range(0, len(data), MICRO_BATCHES)]
+    losses = []
+    for step, micro_batches in zip(range(steps), itertools.cycle(rounds), strict=False):
+        count = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        total = 0.0
+        for batch in micro_batches:
+            tokens, positions, labels = (
+                batch[key][None].to(scale.device) for key in ("input_ids", "position_ids", "labels")
+            )
+            starts = (positions[0] == 0).nonzero().flatten().tolist() if alone else [0]
+            runs = [
+                model(input_ids=tokens[:, a:b], position_ids=positions[:, a:b], use_cache=False)
+                for a, b in itertools.pairwise([*starts, tokens.shape[1]])
+            ]
+            logits = torch.cat([outputs.logits for outputs in runs], dim=1)[0].float()
+            loss = nn.functional.cross_entropy(logits, labels[0], reduction="sum") / count
+            if case.experts:
+                loss = loss + (labels != -100).sum() / count * model.config.router_aux_loss_coef * runs[0].aux_loss
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        decayed = 0.99 ** (step + 1)
+        optimizer.param_groups[0]["lr"] = LR * ((1 - decayed) / (1 + decayed)) ** 0.5
+        optimizer.step()
+        optimizer.zero_grad()
+    if not case.full:
+        weights = get_peft_model_state_dict(model)
+        return losses, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory() as directory:  # in the names and the layout of the files
+        model.save_pretrained(directory)
+        return losses, load_file(f"{directory}/model.safetensors")
+
+
+def differences(ours: Any, reference: Any) -> tuple[float, float]:
+    """The largest difference of a loss, and the largest relative one of a weight, in the 2-norm."""
+    (losses, weights), (plain_losses, plain_weights) = ours, reference
+    assert len(losses) == len(plain_losses), f"{len(losses)} steps instead of {len(plain_losses)}"
+    missing = {name for name in plain_weights.keys() ^ weights.keys() if name != "lm_head.weight"}
+    assert not missing, f"not in both: {sorted(missing)}"
+    loss = max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True))
+    weight = max(float((w - plain_weights[n]).norm() / plain_weights[n].norm()) for n, w in weights.items())
+    return loss, weight
+
+
+def compare(
+    workers: Workers, case: Case, splits: Sequence[Split], steps: int, scale: Scale
+) -> Iterator[tuple[Split, float, float]]:
+    """Train a case in every split, and give each one's differences to the plain loop."""
+    with tempfile.TemporaryDirectory() as directory:
+        make_model(Path(directory), case, scale)
+        reference = workers.run(1, train_plain, case, directory, steps, scale)[0]
+        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
+        assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"
+        for split in splits:
+            ours = workers.run(split.stages * split.replicas, train_split, case, split, directory, steps, scale)[0]
+            yield split, *differences(ours, reference)
