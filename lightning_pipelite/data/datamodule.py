@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -266,8 +265,8 @@ class PackedDataModule(LightningDataModule):
 
     def _on_gpu(self) -> dict[str, Any]:
         """The loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
-        strategy = None if self.trainer is None else self.trainer.strategy
-        if not isinstance(strategy, Strategy) or strategy.root_device.type != "cuda":
+        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
+        if device is None or device.type != "cuda":
             return {}
         return {"pin_memory": True, "num_workers": 1, "persistent_workers": True}
 
