@@ -67,6 +67,7 @@ class Job:
         adapter: a name of :func:`make_adapter`.
         memory: activation_memory.
         in_4bit: load_in_4bit.
+        in_fp8: load_in_fp8.
         tokens_per_s: at least.
         gib: at most.
         loops: what trains it.
@@ -82,6 +83,7 @@ class Job:
     loops: tuple[str, ...] = (TRAINER, BARE)
     shape: str = ""
     limited: str = "8b"
+    in_fp8: bool = False
 
 
 JOBS = {
@@ -91,6 +93,9 @@ JOBS = {
     "qlora-little": Job("LoRA", "offload", in_4bit=True, tokens_per_s=9_500, gib=8.1, loops=(TRAINER, BARE, REFERENCE)),
     "control": Job("Control Adapters", "keep", tokens_per_s=16_000, gib=60),
     "full": Job("full", "keep", shape="1b"),
+    "lora-fp8": Job("LoRA", "keep", tokens_per_s=19_000, gib=25.5, in_fp8=True),
+    "lora-fp8-little": Job("LoRA", "offload", tokens_per_s=14_500, gib=10.5, in_fp8=True),
+    "control-fp8": Job("Control Adapters", "keep", tokens_per_s=20_000, gib=28, in_fp8=True),
 }
 ALL_LOOPS = (TRAINER, BARE, REFERENCE, FLOAT32, UNSLOTH)
 WHOLE = "qwen3-moe-48"  # which nothing but the job for it fits
@@ -167,8 +172,8 @@ class Timing(L.Callback):
 
 def make_module(job: Job, directory: str) -> PipeLiteModule:
     return PipeLiteModule(
-        directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, lr=LR, schedule="constant",
-        activation_memory=job.memory,  # type: ignore[arg-type]
+        directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, load_in_fp8=job.in_fp8, lr=LR,
+        schedule="constant", activation_memory=job.memory,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -26,6 +26,11 @@ class Adapter(ABC):
 
     batch_keys: tuple[str, ...] = ()
 
+    @property
+    def changes_weights(self) -> str:
+        """What of it changes the model's own weights, which then cannot be held as codes; empty if nothing does."""
+        return ""
+
     @abstractmethod
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         """Check, before any weight is read, that the options fit the model.

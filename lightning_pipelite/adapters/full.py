@@ -44,6 +44,11 @@ class Full(Adapter):
         self.target_modules = target_modules
         self.layers_to_transform = layers_to_transform
 
+    @property
+    @override
+    def changes_weights(self) -> str:
+        return "Full"
+
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         if load_in_4bit:

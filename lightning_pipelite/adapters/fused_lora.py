@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lightning_pipelite.kernels.lora import BLOCK, lora_linear
+from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
@@ -24,7 +26,9 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
         shared_inputs: names of linear layers that are called one after the other with one and the same tensor.
     """
     fused = {name: layer for name, layer in layers.items() if _covered(layer, adapter)}
-    for names in (*shared_inputs, *([name] for name in layers)):
+    in_fp8 = {name: _in_fp8(layer) for name, layer in fused.items()}
+    alike = ([n for n in names if in_fp8.get(n) is kind] for names in shared_inputs for kind in (False, True))
+    for names in (*alike, *([name] for name in layers)):
         members = [fused.pop(name) for name in names if name in fused]
         for number, layer in enumerate(members):
             mix_in(layer, _FusedLoRA)
@@ -34,11 +38,18 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
 
 def _covered(layer: Any, adapter: str) -> bool:
     base = layer.get_base_layer()
-    state = getattr(base.weight, "quant_state", None)
-    plain = type(base) is nn.Linear and base.weight.is_floating_point()
-    four_bit = state is not None and state.quant_type == "nf4" and state.blocksize == BLOCK
+    known = isinstance(base, Fp8Linear)
+    if not known:
+        state = getattr(base.weight, "quant_state", None)
+        plain = type(base) is nn.Linear and base.weight.is_floating_point()
+        known = plain or (state is not None and state.quant_type == "nf4" and state.blocksize == BLOCK)
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    return (plain or four_bit) and frozen and adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
+    return known and frozen and adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
+
+
+def _in_fp8(layer: Any) -> bool:
+    base = layer.get_base_layer()
+    return isinstance(base, Fp8Linear) and base.in_fp8
 
 
 class _FusedLoRA(Mixin):
@@ -70,7 +81,7 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
     weights, a, b, biases, scales, projected = [], [], [], [], [], []
     for layer in members:
         base = layer.get_base_layer()
-        weights.append(_parts(base.weight))
+        weights.append(_parts(base))
         biases.append(None if base.bias is None else base.bias.to(x.dtype))
         a.append(layer.lora_A[adapter].weight)
         b.append(layer.lora_B[adapter].weight)
@@ -78,10 +89,14 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         dropout = layer.lora_dropout[adapter]
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), a[-1].to(x.dtype)))
-    return lora_linear(x, weights, a, b, biases, scales, projected or None)
+    in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
+    return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 
-def _parts(weight: Any) -> list[Tensor]:
+def _parts(base: Any) -> list[Tensor]:
+    if isinstance(base, Fp8Linear):
+        return base.parts
+    weight = base.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
         return [weight]

@@ -88,6 +88,11 @@ class LoRA(Adapter):
     def _pissa(self) -> bool:
         return self.init_lora_weights.startswith("pissa")
 
+    @property
+    @override
+    def changes_weights(self) -> str:
+        return f"init_lora_weights {self.init_lora_weights}" if self._pissa else ""
+
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         linear, fused = self._targets(meta_model)

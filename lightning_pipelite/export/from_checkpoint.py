@@ -22,7 +22,7 @@ from lightning_pipelite.shared.progress import track
 
 CPU = torch.device("cpu")
 # What the training was told of how the base is loaded, and saving must know.
-LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
+LOADING = ("load_in_4bit", "load_in_fp8", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
 def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_another_base: bool = False) -> str:

@@ -20,6 +20,7 @@ from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.memory import ActivationMemory, compile_layers, set_activation_memory
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.quantization.four_bit import unknown_linear
+from lightning_pipelite.models.quantization.fp8 import check_fp8, tell_how_computed
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
@@ -40,6 +41,7 @@ class CausalLMLayers:
         dtype: Type of the weights (other than 4-bit ones) and of the computation.
         load_in_4bit: Hold the linear layers and the fused experts of the decoder in nf4; embedding, head, norms and
             routers keep ``dtype``.
+        load_in_fp8: Hold the linear layers of the decoder in FP8, and compute with them in FP8 where the device can.
         adapter: What is trained.
         activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
@@ -95,6 +97,7 @@ class CausalLMLayers:
         trust_remote_code: bool = False,
         fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
+        load_in_fp8: bool = False,
     ) -> None:
         if activation_memory not in get_args(ActivationMemory):
             choices = ", ".join(get_args(ActivationMemory))
@@ -134,6 +137,15 @@ class CausalLMLayers:
             raise ConfigurationError(
                 f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
             )
+        if load_in_fp8:
+            if load_in_4bit:
+                raise ConfigurationError("load_in_4bit and load_in_fp8 exclude each other; set one of them to false.")
+            if adapter.changes_weights:
+                raise ConfigurationError(
+                    f"load_in_fp8 cannot be used with {adapter.changes_weights}, which changes weights: those in FP8 "
+                    "do not train; set load_in_fp8 to false."
+                )
+            check_fp8(self.meta_model)
         adapter.check(self.meta_model, load_in_4bit=load_in_4bit)
         self.router_loss: RouterLoss | None = None
         if router_aux_loss_coef or (router_aux_loss_coef is None and self.meta_model.balances_routers):
@@ -144,7 +156,7 @@ class CausalLMLayers:
             check_contents(self.meta_model)
         self.adapter = adapter
         self.dtype = dtype
-        self.load_in_4bit = load_in_4bit
+        self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
         self._fuse_head = fuse_head
         self._double_quant = bnb_4bit_use_double_quant
         self.activation_memory: ActivationMemory = activation_memory
@@ -203,10 +215,12 @@ class CausalLMLayers:
             dtype=self.dtype,
             device=device,
             load_in_4bit=self.load_in_4bit,
+            load_in_fp8=self.load_in_fp8,
             double_quant=self._double_quant,
             pickled=self._pickled,
             attn_implementation=self._attention_on(device),
         ).train()
+        tell_how_computed(model, device)
         follow_documents(model)
         leaves_head = self._fuse_head and stop == len(self.meta_model.layers)
         # Before the adapter's layers, which may need more than tokens.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from lightning_pipelite.models.quantization.four_bit import (
     quantise_on_load,
     quantise_without_weights,
 )
+from lightning_pipelite.models.quantization.fp8 import hold_in_fp8
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
-from lightning_pipelite.models.transformers_compat import attention_of, loading_class, set_attention
+from lightning_pipelite.models.transformers_compat import attention_of, loading_class, one_at_a_time, set_attention
 
 
 def load_trimmed(
@@ -31,6 +34,7 @@ def load_trimmed(
     dtype: torch.dtype,
     device: torch.device,
     load_in_4bit: bool,
+    load_in_fp8: bool = False,
     double_quant: bool = False,
     pickled: bool = False,
     attn_implementation: str | None = None,
@@ -50,29 +54,38 @@ def load_trimmed(
         _untie(model, meta_model, start, stop, device)
         if load_in_4bit:
             quantise_without_weights(model, meta_model, range(start, stop), dtype, double_quant=double_quant)
+        if load_in_fp8:
+            hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
         return model
-    trimming_class = _trimming_class(
-        meta_model, start, stop, device, load_in_4bit=load_in_4bit, double_quant=double_quant
-    )
-    model, report = trimming_class.from_pretrained(
-        str(meta_model.model_dir),
-        config=meta_model.config,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=nf4(
-            [meta_model.head_name, *kept_names(meta_model.model, meta_model.layer_names)],
-            dtype,
-            double_quant=double_quant,
+
+    def quantise(model: PreTrainedModel) -> None:
+        if load_in_4bit:
+            quantise_on_load(list(model.get_submodule(meta_model.layers_name))[start:stop], double_quant=double_quant)
+        if load_in_fp8:
+            hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
+
+    before_loading = count_as_quantised if load_in_4bit else None
+    trimming_class = _trimming_class(meta_model, start, stop, device, quantise, before_loading)
+    with one_at_a_time() if load_in_fp8 else contextlib.nullcontext():
+        model, report = trimming_class.from_pretrained(
+            str(meta_model.model_dir),
+            config=meta_model.config,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=nf4(
+                [meta_model.head_name, *kept_names(meta_model.model, meta_model.layer_names)],
+                dtype,
+                double_quant=double_quant,
+            )
+            if load_in_4bit
+            else None,
+            use_safetensors=not pickled,
+            attn_implementation=attn_implementation,
+            key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, in one sentence
+            output_loading_info=True,
         )
-        if load_in_4bit
-        else None,
-        use_safetensors=not pickled,
-        attn_implementation=attn_implementation,
-        key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # reported below, in one sentence
-        output_loading_info=True,
-    )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
     _untie(model, meta_model, start, stop, device)
@@ -107,26 +120,28 @@ def _untie(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int,
 
 
 def _trimming_class(
-    meta_model: MetaModel, start: int, stop: int, device: torch.device, *, load_in_4bit: bool, double_quant: bool
+    meta_model: MetaModel,
+    start: int,
+    stop: int,
+    device: torch.device,
+    quantise: Callable[[PreTrainedModel], None],
+    before_loading: Callable[[Any], None] | None,
 ) -> type[PreTrainedModel]:
-    """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for."""
+    """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for.
+
+    ``quantise`` then lets it quantise what will be loaded; ``before_loading`` is that of ``loading_class``.
+    """
     whole_class = type(meta_model.model)
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         whole_class.__init__(self, config, *args, **kwargs)
         embedding_first(self)
         _trim(self, meta_model, start, stop, device)
-        if load_in_4bit:
-            layers = list(self.get_submodule(meta_model.layers_name))[start:stop]
-            quantise_on_load(layers, double_quant=double_quant)
+        quantise(self)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
         report.unexpected_keys = set()
-
-    def before_loading(quantizer: Any) -> None:
-        if load_in_4bit:
-            count_as_quantised(quantizer)
 
     return loading_class(whole_class, build, adjust_keys, before_loading)
 

@@ -24,6 +24,7 @@ ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 # tokens go, and FlashAttention.
 KEPT_NAMES = (
     "pipelite::lora_linear",
+    "pipelite::fp8_product",
     "pipelite::sort_by_expert",
     "pipelite::grouped_product",
     "pipelite::grouped_product_4bit",

@@ -15,12 +15,15 @@ routers (``router.py``). The data room, which knows no models, has its own (``da
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -57,6 +60,7 @@ __all__ = [
     "mark_initialised",
     "mask_documents",
     "no_init_weights",
+    "one_at_a_time",
     "rename_source_key",
     "revert_weight_conversion",
     "set_attention",
@@ -92,7 +96,7 @@ def loading_class(
     whole_class: type[PreTrainedModel],
     build: Callable[..., None],
     adjust_keys: Callable[[Any, Any], None],
-    before_loading: Callable[[Any], None] = lambda quantizer: None,
+    before_loading: Callable[[Any], None] | None = None,
 ) -> type[PreTrainedModel]:
     """Return ``whole_class`` with another ``__init__``, whose ``from_pretrained`` hands over what it found.
 
@@ -108,7 +112,8 @@ def loading_class(
     """
 
     def load(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        before_loading(load_config.hf_quantizer)
+        if before_loading is not None:
+            before_loading(load_config.hf_quantizer)
         return whole_class._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
     members = {
@@ -123,6 +128,21 @@ def loading_class(
 def forgive_keys(whole_class: type[PreTrainedModel], model: PreTrainedModel, report: Any) -> None:
     """Take out of a load's report what ``whole_class`` declares to be no loss, as it does by itself."""
     whole_class._adjust_missing_and_unexpected_keys(model, report)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Within it, let models be loaded in the memory of what is made of each weight as it is assigned.
+
+    Left alone, transformers reserves on a GPU what the model takes in full precision, and threads of its read weights
+    on while those before are being quantised, all of the model if they are fast enough; quantisations of its own it
+    spares both. Remove when a model, and not only a quantiser, can say so.
+    """
+    with (
+        mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
+        mock.patch.object(modeling_utils, "caching_allocator_warmup"),
+    ):
+        yield
 
 
 def mark_initialised(parameter: nn.Parameter) -> None:

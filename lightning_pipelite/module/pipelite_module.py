@@ -88,6 +88,9 @@ class PipeLiteModule(pl.LightningModule):
         router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
         allow_another_base: go on from a checkpoint that was trained on another base model than model_dir.
+        load_in_fp8: keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
+            in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
+            they are dequantised before each product. Not for fused experts.
 
     Raises:
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
@@ -119,6 +122,7 @@ class PipeLiteModule(pl.LightningModule):
         trust_remote_code: bool = False,
         router_aux_loss_coef: float | None = None,
         allow_another_base: bool = False,
+        load_in_fp8: bool = False,
     ) -> None:
         super().__init__()
         for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
@@ -151,6 +155,7 @@ class PipeLiteModule(pl.LightningModule):
             model_dir,
             dtype=getattr(torch, dtype),
             load_in_4bit=load_in_4bit,
+            load_in_fp8=load_in_fp8,
             adapter=adapter,
             activation_memory=activation_memory,
             compile_layers=compile_layers,
@@ -284,6 +289,7 @@ class PipeLiteModule(pl.LightningModule):
             "load_in_4bit": self.hparams["load_in_4bit"],
             # The frozen weights are others with it; said only where it is used, as older checkpoints do not say it.
             **({"bnb_4bit_use_double_quant": True} if doubly else {}),
+            **({"load_in_fp8": True} if self.hparams["load_in_fp8"] else {}),
         }
 
     @property

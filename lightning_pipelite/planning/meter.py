@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from lightning_pipelite.kernels import experts, grouped, lora
+from lightning_pipelite.kernels import experts, fp8, grouped, lora
 from lightning_pipelite.models.trace import tensors_in
 from lightning_pipelite.planning.products import flops, is_product
 
@@ -161,6 +161,7 @@ def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
 OURS: dict[str, Callable[..., Any]] = {
     "pipelite::lora_linear": lora.forward_operation,
     "pipelite::lora_linear_backward": lora.backward_operation,
+    "pipelite::fp8_product": fp8.product_operation,
     "pipelite::grouped_product": grouped.product_operation,
     "pipelite::grouped_product_4bit": experts.product_4bit_operation,
     "pipelite::grouped_outer": grouped.outer_operation,

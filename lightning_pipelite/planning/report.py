@@ -80,7 +80,8 @@ class Report:
         trained = sum(stage.trained for stage in self.policies[self.policy])
         size = f" of {gib(planner.memory)}" if planner.memory else ""
         adapter = type(planner.layers.adapter).__name__
-        bits = " on 4-bit weights" if model.get("load_in_4bit") else ""
+        held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
+        bits = next((words for option, words in held.items() if model.get(option)), "")
         return [
             f"{model['model_dir']}: {count / 1e9:.2f} billion parameters, {adapter}{bits}, {trained / 1e6:.1f} million "
             "trained",

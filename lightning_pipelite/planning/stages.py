@@ -13,7 +13,7 @@ WORKSPACE = 32 * 2**20
 """Bytes of cuBLAS' workspace, which torch allocates once on Hopper (8 MiB before)."""
 FRAGMENTATION = 0.04
 """Share of what comes and goes that torch's allocator keeps unused between its blocks."""
-FLOPS = {2: 600e12, 4: 45e12}
+FLOPS = {1: 1050e12, 2: 600e12, 4: 45e12}
 """Operations a second by the bytes of an element, and"""
 BANDWIDTH = 2.4e12
 """bytes a second that one H100 reaches in training; other GPUs have other numbers, but much the same ratios."""

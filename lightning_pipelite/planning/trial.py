@@ -11,7 +11,7 @@ class Part:
 
     Attributes:
         parameters: The number of weights of the base model.
-        weights: Bytes of all parameters and buffers, 4-bit ones with the scales of their blocks.
+        weights: Bytes of all parameters and buffers, 4-bit and FP8 ones with their scales.
         trained: The number of trained parameters.
         gradients: Bytes of their gradients.
         optimizer: Bytes of the optimizer's state.

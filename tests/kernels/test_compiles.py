@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_pipelite.kernels import cross_entropy, grouped, routing, scale
+from lightning_pipelite.kernels import cross_entropy, fp8, grouped, routing, scale
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 
@@ -46,6 +46,15 @@ def test_cross_entropy(
 def test_scale(dtype: str) -> None:
     arguments = {"values": f"*{dtype}", "factor": "*fp32", "number": "i32"}
     assert compiled(scale._kernel, arguments, {"BLOCK": scale.BLOCK}, 4, 90).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_fp8(capability: int) -> None:
+    arguments = {"codes": "*fp8e4nv", "out": "*bf16", "number": "i32"}
+    assert compiled(fp8._as_numbers, arguments, {"BLOCK": fp8.BLOCK}, 4, capability).asm["ptx"]
+    arguments = {"source": "*i32", "out": "*i32", "rows": "i32", "columns": "i32"}
+    constants = {"ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS}
+    assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}

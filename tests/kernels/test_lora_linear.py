@@ -142,6 +142,6 @@ def test_torchs_own_checks_of_the_operation(given: bool) -> None:
 
 def test_the_gradient_of_a_transposed_input_has_the_strides_that_the_compiler_is_told() -> None:
     x, weight, up = torch.randn(64, 14).T, torch.randn(24, 64), torch.randn(24, 4)
-    operands = _Operands([], [torch.randn(14, 4)], [up], [[weight]], [[]], [1.0])
-    of_x, *_ = torch.ops.pipelite.lora_linear_backward([torch.randn(14, 24)], x, *operands.flat(), True)
+    operands = _Operands([], [torch.randn(14, 4)], [up], [[weight]], [[]], [], [1.0])
+    of_x, *_ = torch.ops.pipelite.lora_linear_backward([torch.randn(14, 24)], [], x, *operands.flat(), True)
     assert of_x.is_contiguous()

@@ -39,6 +39,7 @@ LOADING, MASKS = "transformers.core_model_loading", "transformers.masking_utils"
         ("transformers.utils.chat_template_utils", "render_jinja_template", "chats are rendered with their spans"),
         ("transformers", "PreTrainedModel._adjust_missing_and_unexpected_keys", "a stage loads a part of a model"),
         ("transformers", "PreTrainedModel._load_pretrained_model", "4-bit experts are counted as such before loading"),
+        ("transformers.modeling_utils", "caching_allocator_warmup", "what FP8 will not take is not reserved"),
         ("transformers.quantizers.base", "HfQuantizer.param_element_size", "4-bit experts are counted as such"),
         ("transformers", "AutoModelForCausalLM._model_mapping", "the class is found that PEFT will load"),
         ("transformers.modeling_rope_utils", "dynamic_rope_update", "rope.py undoes what it leaves in a module"),

@@ -14,6 +14,7 @@ SPLITS = {
     "LoRA, first layer only": [Split(2)],
     "LoRA, last layer only": [Split(4)],
     "LoRA, 4-bit base": [Split(2)],
+    "LoRA, FP8 base, dequantised": [Split(2, 2)],
     "full, experts and router loss": [Split(2, 2), Split(4)],
 }
 

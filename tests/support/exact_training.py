@@ -55,6 +55,7 @@ class Case:
     layers: str | None = None
     targets: tuple[str, ...] = ()
     in_4bit: bool = False
+    in_fp8: bool = False
     experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
 
@@ -80,6 +81,7 @@ CASES = (
     Case("LoRA, first layer only", layers="0"),
     Case("LoRA, last layer only", layers="3"),
     Case("LoRA, 4-bit base", in_4bit=True),
+    Case("LoRA, FP8 base, dequantised", in_fp8=True),
     Case("full, experts and router loss", full=True, experts=True),
 )
 
@@ -167,7 +169,9 @@ def train_split(
         callbacks=[Losses()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    module = PipeLiteModule(model_dir, make_adapter(case), load_in_4bit=case.in_4bit, lr=LR, dtype=scale.dtype)
+    module = PipeLiteModule(
+        model_dir, make_adapter(case), load_in_4bit=case.in_4bit, load_in_fp8=case.in_fp8, lr=LR, dtype=scale.dtype
+    )
     data = Sequences(sequences(scale))
     sampler = PackedSampler(data, **strategy.distributed_sampler_kwargs, shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=1, sampler=sampler))
@@ -194,6 +198,8 @@ def train_plain(
         model_dir, dtype=dtype, device_map={"": scale.device},
         quantization_config=quantization if case.in_4bit else None,
     )  # fmt: skip
+    if case.in_fp8:
+        use_what_codes_stand_for(model)
     if not case.full:
         adapter = make_adapter(case)
         with tempfile.TemporaryDirectory() as directory:
@@ -237,6 +243,15 @@ def train_plain(
     with tempfile.TemporaryDirectory() as directory:  # in the names and the layout of the files
         model.save_pretrained(directory)
         return losses, load_file(f"{directory}/model.safetensors")
+
+
+def use_what_codes_stand_for(model: Any) -> None:
+    """Round the decoder's linear layers to e4m3 with a scale for each output channel."""
+    for module in (module for layer in model.model.layers for module in layer.modules()):
+        if isinstance(module, nn.Linear):
+            scales = module.weight.data.float().abs().amax(1, keepdim=True) / 448
+            codes = (module.weight.data / scales).to(torch.float8_e4m3fn)
+            module.weight.data = (codes.float() * scales).to(module.weight.dtype)
 
 
 def differences(ours: Any, reference: Any) -> tuple[float, float]:

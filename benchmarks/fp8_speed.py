@@ -1,0 +1,96 @@
+"""Products with frozen weights in FP8 on a GPU: what each part of them takes, beside bf16's.
+
+    python benchmarks/fp8_speed.py [--write]
+
+For the weights of a Llama 8B and 4096 tokens, in milliseconds: the product in bf16; forward in FP8 (torch._scaled_mm
+by rows); the cast of its input, compiled by itself (within a layer it is part of what computes the input); backward in
+FP8 as it is, from one copy of the codes, which are transposed for each product; that with a second, transposed copy;
+and the transposition alone, by this project's kernel and by torch's copy, with the share of copy speed. Medians of 20
+runs after 5. Exits with 1 if a row of a result is further from float64 of what the codes stand for than bf16's
+rounding, also where rows are as large as bf16 allows, or if the transposition is no copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gpu_time import milliseconds
+from lightning_pipelite.kernels import fp8
+from report import Report
+
+GPU = torch.device("cuda")
+TOKENS = 4096
+WEIGHTS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+ROUNDING = 6e-3
+
+
+def row_error(found: Tensor, wanted: Tensor) -> float:
+    return float(((found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+def right(rows: list[Tensor], weight: list[Tensor], back: bool) -> float:
+    """The largest error of a row of a product, of the first tokens."""
+    few = [each[:128] for each in rows]
+    found = fp8.product(few, weight, torch.bfloat16, back=back)
+    of_rows = fp8.dequantise_rows(few[0], few[1], torch.float64)
+    whole = weight[0].double() if back else fp8.dequantise_rows(weight[0], weight[1], torch.float64).T
+    return row_error(found, of_rows @ whole)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/fp8_speed.md")
+    arguments = parser.parse_args()
+    report = Report(
+        "fp8_speed",
+        "| weight | bf16 | forward | cast | backward | two copies | transposing | torch's copy | largest error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    )
+    failed = False
+    cast = torch.compile(fp8.quantise_rows)
+    source = torch.empty(2**28, dtype=torch.uint8, device=GPU)
+    (copy,) = milliseconds(partial(torch.empty_like(source).copy_, source))
+    del source
+    for outputs, inputs in WEIGHTS:
+        torch.manual_seed(0)
+        weight = torch.randn(outputs, inputs, device=GPU, dtype=torch.bfloat16) / inputs**0.5
+        x = torch.randn(TOKENS, inputs, device=GPU, dtype=torch.bfloat16)
+        g = torch.randn(TOKENS, outputs, device=GPU, dtype=torch.bfloat16)
+        for each in (x, g):
+            each *= 10 ** torch.linspace(-3, 3, TOKENS, device=GPU)[torch.randperm(TOKENS, device=GPU), None]
+            each[5] *= 1e36 / float(each[5].abs().max())
+        parts = fp8.quantise_rows(weight)
+        rows, back_rows = fp8.quantise_rows(x), fp8.quantise_rows(g, parts[1])
+        turned = fp8.transposed(parts[0])
+        failed |= not torch.equal(turned.view(torch.uint8), parts[0].view(torch.uint8).T)
+        error = max(right(rows, parts, False), right(back_rows, parts, True))
+        failed |= not error <= ROUNDING
+        codes = parts[0].view(torch.uint8)
+        times = milliseconds(
+            partial(torch.mm, x, weight.T),
+            partial(fp8.product, rows, parts, torch.bfloat16, back=False),
+            partial(cast, x),
+            partial(fp8.product, back_rows, parts, torch.bfloat16, back=True),
+            partial(fp8.product, back_rows, [turned, torch.ones(inputs, device=GPU)], torch.bfloat16, back=False),
+            partial(fp8.transposed, parts[0]),
+            partial(torch.clone, codes.T, memory_format=torch.contiguous_format),
+        )
+        share = codes.numel() / 2**28 * copy / times[5]
+        report.row(
+            f"| {outputs} x {inputs} | "
+            + " | ".join(f"{time:.3f}" for time in times[:5])
+            + f" | {times[5]:.3f} ({share:.0%}) | {times[6]:.3f} | {error:.1e} |"
+        )
+    report.line("FAILED" if failed else "all right")
+    if arguments.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Products with frozen weights in FP8, forward and backward, from one copy of the weight's codes.
+
+A weight W [out, in] is codes in e4m3 and one scale for each output channel, W = diag(s) C. The product x·Wᵀ takes x in
+codes too, with one scale for each token. So does g·W = (g·diag(s))·C: the gradient is multiplied by the weight's scales
+before it is cast, so that these are no scales of what the product sums over. Tensor cores want that dimension to be the
+contiguous one of both operands; for g·W the codes are therefore transposed into memory that is free again afterwards.
+
+The format is that of Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (https://arxiv.org/abs/2209.05433).
+Where there are no tensor cores for it, weights are dequantised before each product, and x and g are not cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_pipelite.kernels.device import runs_triton
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0  # that the format has
+SMALLEST = 2.0**-100  # that a row's largest value is taken for: no scale is zero
+MULTIPLE = 16  # of which the sides of a weight must be for tensor cores
+OLDEST = (8, 9)  # compute capability of the first GPUs that have them
+
+ROWS, COLUMNS = 32, 32  # of a block that is transposed, in words of four codes
+BLOCK = 4096  # of codes that become numbers
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Tell whether products in FP8 can be had; of the meta device, whether on the GPU here, if there is one."""
+    if device.type == "meta":
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
+    """Return codes of x's shape and for each row a float32 scale [rows], so that x is about codes times scales.
+
+    Plain torch: the compiler makes one pass of it, or part of what computes x. A row that holds a NaN or an infinity
+    becomes NaN.
+
+    Args:
+        x: [..., width].
+        by: [width], what x is multiplied with before.
+    """
+    wide = x.float() if by is None else x.float() * by
+    scales = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / LARGEST
+    codes = (wide / scales).clamp(-LARGEST, LARGEST).to(DTYPE)
+    return [codes, scales.flatten()]
+
+
+def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what codes [rows, width] and scales [rows] stand for, but for the rounding to ``dtype`` exactly."""
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+def as_numbers(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return codes as numbers of another type, exactly. torch's own takes several times as long as a copy."""
+    if not codes.is_cuda or not codes.is_contiguous():
+        return codes.to(dtype)
+    out = torch.empty_like(codes, dtype=dtype)
+    _as_numbers[(triton.cdiv(codes.numel(), BLOCK),)](codes, out, codes.numel(), BLOCK=BLOCK)
+    return out
+
+
+def transposed(codes: Tensor) -> Tensor:
+    """Return a transposed copy of codes [rows, columns], both multiples of four and without gaps in memory."""
+    if codes.is_meta or not runs_triton(codes):
+        return codes.T.contiguous()
+    rows, columns = (size // 4 for size in codes.shape)
+    out = codes.new_empty(codes.shape[1], codes.shape[0])
+    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))
+    _transpose[grid](
+        codes.view(torch.int32), out.view(torch.int32), rows, columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
+    return out
+
+
+def product(
+    rows: Sequence[Tensor], weight: Sequence[Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, back: bool
+) -> Tensor:
+    """Return x·Wᵀ + bias, or g·W.
+
+    Args:
+        rows: x [tokens, in], or g [tokens, out], of ``dtype``; or codes and scales of x, or of g·diag(s), as
+            :func:`quantise_rows` gives them.
+        weight: Codes C [out, in] and scales s [out].
+        dtype: Of the result.
+        bias: [out].
+        back: Whether it is g·W.
+    """
+    codes, scales = weight
+    if len(rows) == 1:
+        whole = dequantise_rows(codes, scales, dtype)
+        return rows[0] @ whole if back else torch.nn.functional.linear(rows[0], whole, bias)
+    left, of_left = rows
+    if not left.numel():
+        return left.new_zeros(left.shape[0], codes.shape[1 if back else 0], dtype=dtype)
+    right, of_right = (transposed(codes), torch.ones_like(scales).new_ones(codes.shape[1])) if back else (codes, scales)
+    if left.device.type == "cpu":  # to be compared with
+        result = (left.float() @ right.float().T) * of_right * of_left.unsqueeze(1)
+        return (result if bias is None else result + bias).to(dtype)
+    return torch._scaled_mm(
+        left, right.T, of_left.unsqueeze(1), of_right.unsqueeze(0), bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+def fp8_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, in_fp8: bool) -> Tensor:
+    """Return x·Wᵀ + bias; nothing is kept for the backward pass but the weight.
+
+    Args:
+        x: [..., in].
+        weight: Codes [out, in] and scales [out], frozen.
+        bias: [out], frozen.
+        in_fp8: Whether the products are computed in FP8.
+    """
+    result: Tensor = _Linear.apply(x, *weight, bias, in_fp8)
+    return result
+
+
+def fp8_linear_reference(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The same in plain torch, in the precision of x, which is not cast."""
+    return torch.nn.functional.linear(x, weight[0].to(x.dtype) * weight[1].to(x.dtype).unsqueeze(1), bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_fp8: bool) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.in_fp8 = in_fp8
+        rows = quantise_rows(x) if in_fp8 else [x]
+        return torch.ops.pipelite.fp8_product(rows, [codes, scales], bias, False, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        codes, scales = ctx.saved_tensors
+        rows = quantise_rows(gradient, scales) if ctx.in_fp8 else [gradient]
+        of_x = torch.ops.pipelite.fp8_product(rows, [codes, scales], None, True, gradient.dtype)
+        return of_x, None, None, None, None
+
+
+# An operation, as the compiler would keep weights that it sees made whole, or transposed, for the backward pass.
+_LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
+_LIBRARY.define("fp8_product(Tensor[] rows, Tensor[] weight, Tensor? bias, bool back, ScalarType dtype) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "fp8_product", "CompositeExplicitAutograd")
+def product_operation(
+    rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`product`; here x and g are [..., in] and [..., out]."""
+    shape = rows[0].shape[:-1]
+    flat = [rows[0].reshape(-1, rows[0].shape[-1]), *rows[1:]]
+    return product(flat, weight, dtype, bias, back=back).view(*shape, -1)
+
+
+@torch.library.register_fake("pipelite::fp8_product", lib=_LIBRARY)
+def _(rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool, dtype: torch.dtype) -> Tensor:
+    return rows[0].new_empty(*rows[0].shape[:-1], weight[0].shape[1 if back else 0], dtype=dtype)
+
+
+@triton.jit
+def _as_numbers(codes, out, number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < number
+    tl.store(out + places, tl.load(codes + places, mask=inside).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _transpose(source, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Four rows of words at a time become four words of each column: no single code is read or written."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = source + (4 * row.to(tl.int64))[:, None] * columns + column[None, :]
+    first = tl.load(at, mask=inside, other=0)
+    second = tl.load(at + columns, mask=inside, other=0)
+    third = tl.load(at + 2 * columns, mask=inside, other=0)
+    fourth = tl.load(at + 3 * columns, mask=inside, other=0)
+    to = out + (4 * column.to(tl.int64))[None, :] * rows + row[:, None]
+    for number in tl.static_range(4):
+        by = 8 * number
+        word = ((first >> by) & 255) | (((second >> by) & 255) << 8)
+        word |= (((third >> by) & 255) << 16) | (((fourth >> by) & 255) << 24)
+        tl.store(to + number * rows, word, mask=inside)

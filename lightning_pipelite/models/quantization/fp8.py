@@ -1,0 +1,158 @@
+"""Weights in FP8: the decoder's linear layers as codes in e4m3 with a scale for each output channel.
+
+One copy serves the forward and the backward product, see :mod:`lightning_pipelite.kernels.fp8`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Conv1D
+from typing_extensions import override
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.fp8 import DTYPE, MULTIPLE, dequantise_rows, fp8_linear, has_fp8, quantise_rows
+from lightning_pipelite.models.quantization.four_bit import fused_weights, kept_names, unknown_linear
+from lightning_pipelite.models.transformers_compat import mark_initialised
+from lightning_pipelite.shared.finite import not_finite
+
+if TYPE_CHECKING:
+    from lightning_pipelite.models.meta_model import MetaModel
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer in FP8. What is assigned to ``weight``, as when a model is loaded, is quantised at once.
+
+    Args:
+        linear: The layer on the meta device, linear or transformers' Conv1D, whose weight is transposed.
+        name: What it is called in the model.
+        dtype: Of the computation.
+        device: Where its weight will be.
+
+    Attributes:
+        codes: e4m3 [out, in], as bytes: nobody takes these for values that could be cast.
+        scales: float32 [out].
+        name: What it is called in the model.
+        dtype: Of the computation.
+        in_fp8: Whether its products are computed in FP8; else with a weight that is dequantised for each.
+    """
+
+    codes: nn.Parameter
+    scales: nn.Parameter
+
+    def __init__(self, linear: nn.Linear | Conv1D, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.dtype, self._transposed = name, dtype, isinstance(linear, Conv1D)
+        shape = linear.weight.shape[::-1] if self._transposed else linear.weight.shape
+        super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
+        self.in_fp8 = dtype == torch.bfloat16 and not any(size % MULTIPLE for size in shape) and has_fp8(device)
+        self._parameters["weight"] = linear.weight  # type: ignore[assignment]
+        self.bias = linear.bias
+        self.requires_grad_(False)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Codes and scales as kernels take them."""
+        return [self.codes.view(DTYPE), self.scales]
+
+    def _get_weight(self) -> Tensor:
+        """The weight itself: before it is loaded on the meta device, then dequantised, for all who ask for it."""
+        if (weight := self._parameters.get("weight")) is not None:
+            return weight
+        return dequantise_rows(self.codes.view(DTYPE), self.scales, self.dtype)
+
+    weight = property(_get_weight)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter) and not value.is_meta:
+            self.quantise(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def quantise(self, weight: Tensor) -> None:
+        """Hold ``weight`` in FP8; on the meta device, hold tensors of these sizes.
+
+        Raises:
+            ConfigurationError: It has values that are no numbers or infinite.
+        """
+        if not_finite({self.name: weight}):
+            raise ConfigurationError(
+                f"{self.name}.weight holds values that are nan or infinite, which no training can start from; repair "
+                "the model's files."
+            )
+        codes, scales = quantise_rows(weight.T.contiguous() if self._transposed else weight)
+        del self._parameters["weight"]
+        self.codes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        for parameter in (self.codes, self.scales):
+            mark_initialised(parameter)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return fp8_linear(x, self.parts, bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
+
+
+def check_fp8(meta_model: MetaModel) -> None:
+    """Refuse a model whose weights would silently be left as they are.
+
+    Raises:
+        ConfigurationError: It has fused experts, or linear layers of a class of its own.
+    """
+    path = meta_model.model_dir
+    if name := unknown_linear(meta_model.model, meta_model.layer_names):
+        kind = type(meta_model.model.get_submodule(name)).__name__
+        raise ConfigurationError(f"load_in_fp8 cannot quantise {name} of {path}, a {kind}; set load_in_fp8 to false.")
+    if any(True for _ in fused_weights(meta_model.layers)):
+        raise ConfigurationError(
+            f"load_in_fp8 does not know the fused experts of {path}; set it to false, and load_in_4bit to true where "
+            "memory is short."
+        )
+
+
+def hold_in_fp8(
+    model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put FP8 layers in the place of linear ones, which are on the meta device still.
+
+    Args:
+        model: Trimmed to the decoder layers ``numbers``.
+        meta_model: The whole model.
+        numbers: The decoder layers that it has.
+        dtype: Type of the computation.
+        device: Where the weights will be; on the meta device they are quantised now, to have their sizes.
+    """
+    names = [meta_model.layer_names[number] for number in numbers]
+    kept = {*kept_names(model, names)}
+    for layer_name in names:
+        for name, module in list(model.get_submodule(layer_name).named_modules()):
+            full = f"{layer_name}.{name}"
+            if type(module) in (nn.Linear, Conv1D) and full not in kept:
+                layer = Fp8Linear(module, full, dtype, device)
+                if device.type == "meta":
+                    layer.quantise(module.weight)
+                model.set_submodule(full, layer)
+
+
+def tell_how_computed(model: nn.Module, device: torch.device) -> None:
+    """Warn in one sentence where products are not computed in FP8."""
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    others = [layer for layer in layers if not layer.in_fp8]
+    if not others or device.type == "meta":
+        return
+    if not has_fp8(device):
+        reason = f"{device} has no products in FP8"
+    elif others[0].dtype != torch.bfloat16:
+        reason = "model.dtype is not bfloat16"
+    else:
+        reason = f"FP8 wants sides that are multiples of {MULTIPLE}, unlike those of {others[0].name}"
+    which = "weights" if len(others) == len(layers) else f"{len(others)} of {len(layers)} weights"
+    warnings.warn(
+        f"load_in_fp8: {which} are dequantised before each product, which saves memory but no time: {reason}.",
+        stacklevel=2,
+    )

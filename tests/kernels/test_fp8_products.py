@@ -1,0 +1,243 @@
+"""Products in FP8 against float64 of what the codes stand for. On a CPU the same steps are computed in float32."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels.fp8 import (
+    LARGEST,
+    as_numbers,
+    dequantise_rows,
+    fp8_linear,
+    fp8_linear_reference,
+    quantise_rows,
+    transposed,
+)
+from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and fp8.has_fp8(torch.device("cuda")) else [])]
+UNIT = 2.0**-4  # half of the last bit of a code, of its value
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+
+
+def draw(*shape: int, seed: int = 0, device: str = "cpu", spread: float = 0.0) -> Tensor:
+    """Normal numbers; the rows of a spread one differ by up to that many powers of ten."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    if spread:
+        values *= 10 ** (spread * (torch.rand(*shape[:-1], 1, generator=generator) - 0.5))
+    return values.to(device)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest of the relative errors of the rows."""
+    wanted = wanted.detach()
+    error = (found.detach().double() - wanted).flatten(0, -2).norm(dim=1)
+    return float((error / wanted.flatten(0, -2).norm(dim=1).clamp_min(1e-300)).max())
+
+
+def error_of_products(found: Tensor, wanted: Tensor, left: Tensor, right: Tensor) -> float:
+    """The largest error beside the sum of the products' sizes: each factor may be off by half of its last bit."""
+    sizes = left.double().abs() @ right.double().abs()
+    return float(((found.detach().double() - wanted.detach()).abs() / sizes).max())
+
+
+def stands_for(codes: Tensor, scales: Tensor) -> Tensor:
+    return dequantise_rows(codes.flatten(0, -2), scales, torch.float64).view(codes.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_of_rows_of_very_different_size(device: str, dtype: torch.dtype) -> None:
+    x = draw(3, 50, 64, device=device, spread=12).to(dtype)
+    x[0, 0], x[0, 1], x[0, 2] = 0, torch.finfo(dtype).max, 1e-37
+    codes, scales = quantise_rows(x)
+    assert codes.shape == x.shape
+    assert scales.shape == (150,)
+    assert scales.isfinite().all()
+    assert (scales > 0).all()
+    found, x = stands_for(codes, scales), x.double()
+    assert not found[0, 0].any()
+    largest = x.abs().amax(-1, keepdim=True)
+    # A code's own last bit, or that of the smallest codes.
+    allowed = torch.maximum(UNIT * x.abs(), largest.clamp_min(fp8.SMALLEST) / LARGEST * 2.0**-10) * (1 + 1e-5)
+    assert ((found - x).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_does_not_pass_for_a_number(value: float) -> None:
+    x = draw(4, 32)
+    x[1, 3] = value
+    weight = quantise_rows(draw(16, 32, seed=1))
+    result = fp8_linear(x, weight, None, in_fp8=True)
+    assert result[1].isnan().all()
+    assert result[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(16, 32), (128, 128), (48, 400), (272, 16)], ids=str)
+def test_transposed(device: str, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    assert torch.equal(transposed(codes.view(fp8.DTYPE)).view(torch.uint8), codes.T)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_codes_as_numbers(device: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE)
+    found = as_numbers(codes, torch.bfloat16)
+    torch.testing.assert_close(found.float(), codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_in_fp8(device: str, biased: bool) -> None:
+    """Both products equal those of what the codes stand for, in every row, however much rows of g and W differ."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x, g = (draw(2, 9, width, seed=width, device=device, spread=6).to(dtype) for width in (64, 48))
+    codes, scales = quantise_rows(draw(48, 64, seed=5, device=device, spread=6))
+    bias = draw(48, seed=6, device=device).to(dtype) if biased else None
+    x.requires_grad_()
+    result = fp8_linear(x, [codes, scales], bias, in_fp8=True)
+    (of_x,) = torch.autograd.grad(result, x, g)
+    whole = stands_for(codes, scales)
+    wanted = linear(stands_for(*quantise_rows(x.detach())), whole, None if bias is None else bias.double())
+    assert relative(result, wanted) < ROUNDING[dtype]
+    of_wanted = stands_for(*quantise_rows(g, scales)) @ codes.double()
+    assert relative(of_x, of_wanted) < ROUNDING[dtype]
+    # And the whole is right to the error of FP8, of each row by itself.
+    exact = linear(x.double(), whole, None if bias is None else bias.double())
+    assert error_of_products(result, exact, x.detach(), whole.T) < UNIT + ROUNDING[dtype]
+    assert error_of_products(of_x, g.double() @ whole, g, whole) < UNIT + ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_with_dequantised_weights(dtype: torch.dtype) -> None:
+    x, bias, g = draw(2, 9, 40).to(dtype), draw(24, seed=1).to(dtype), draw(2, 9, 24, seed=2).to(dtype)
+    weight = quantise_rows(draw(24, 40, seed=3))
+    outcomes = []
+    ours = partial(fp8_linear, in_fp8=False)
+    for convert, function in ((Tensor.clone, ours), (Tensor.double, fp8_linear_reference)):
+        leaf = convert(x).requires_grad_()
+        result = function(leaf, weight, convert(bias))
+        outcomes.append([result, *torch.autograd.grad(result, leaf, convert(g))])
+    for found, wanted in zip(*outcomes, strict=True):
+        assert found.dtype == dtype
+        assert relative(found, wanted) < ROUNDING[dtype]
+
+
+class Projections:
+    """Several of one input, with adapters, in FP8."""
+
+    outputs, ranks, scales = (32, 16, 48), (4, 4, 3), (1.0, 0.5, 2.0)
+
+    def __init__(self, device: str) -> None:
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        each = list(zip(self.outputs, self.ranks, strict=True))
+        self.x = draw(2, 7, 64, device=device, spread=2).to(self.dtype)
+        self.weights = [quantise_rows(draw(o, 64, seed=o, device=device, spread=3) / 8) for o in self.outputs]
+        self.a = [draw(r, 64, seed=9 + n, device=device) / 8 for n, (_, r) in enumerate(each)]
+        self.b = [draw(o, r, seed=19 + n, device=device) / 2 for n, (o, r) in enumerate(each)]
+        self.biases = [draw(32, seed=29, device=device).to(self.dtype), None, None]
+        self.back = [draw(2, 7, o, seed=o + 1, device=device, spread=6).to(self.dtype) for o in self.outputs]
+
+    def run(self, function: Any, weights: Any, convert: Any, **options: Any) -> list[Tensor]:
+        x, *ab = (convert(t).requires_grad_() for t in (self.x, *self.a, *self.b))
+        biases = [None if bias is None else convert(bias) for bias in self.biases]
+        outputs = function(x, weights, ab[:3], ab[3:], biases, self.scales, **options)
+        total = sum((output * convert(g)).sum() for output, g in zip(outputs, self.back, strict=True))
+        return [*outputs, *torch.autograd.grad(total, [x, *ab])]
+
+    def wanted(self) -> list[Tensor]:
+        """Of what codes stand for, in float64. The gradient of A is that of x's codes; B's has nothing in FP8."""
+        x, seen = self.x.double(), stands_for(*quantise_rows(self.x))
+        outputs, of_x, of_a, of_b = [], torch.zeros_like(x), [], []
+        given = zip(self.weights, self.a, self.b, self.biases, self.back, self.scales, strict=True)
+        for weight, a, b, bias, g, scale in given:
+            a, b = (each.to(self.dtype).double() for each in (a, b))
+            output = linear(seen, stands_for(*weight)) + scale * x @ a.T @ b.T
+            outputs.append(output if bias is None else output + bias.double())
+            back = scale * g.double() @ b
+            of_x += stands_for(*quantise_rows(g, weight[1])) @ weight[0].double() + back @ a
+            of_a.append(back.flatten(0, -2).T @ seen.flatten(0, -2))
+            of_b.append(scale * g.double().flatten(0, -2).T @ (x @ a.T).flatten(0, -2))
+        return [*outputs, of_x, *of_a, *of_b]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_projections_in_fp8(device: str) -> None:
+    case = Projections(device)
+    found = case.run(lora_linear, case.weights, Tensor.clone, in_fp8=True)
+    assert [t.dtype for t in found] == [case.dtype] * 4 + [torch.float32] * 6
+    for number, (ours, exact) in enumerate(zip(found, case.wanted(), strict=True)):
+        assert relative(ours, exact) < 2 * ROUNDING[case.dtype], number
+
+
+def test_projections_with_dequantised_weights() -> None:
+    case = Projections("cpu")
+    found = case.run(lora_linear, case.weights, Tensor.clone, in_fp8=False)
+    wanted = case.run(lora_linear_reference, [stands_for(*w) for w in case.weights], Tensor.double)
+    for number, (ours, exact) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(ours, exact) < 1e-6, number
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_an_unused_output_and_no_tokens(in_fp8: bool) -> None:
+    case = Projections("cpu")
+    x = case.x.clone().requires_grad_()
+    lora_linear(x, case.weights, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)[1].sum().backward()
+    wanted = torch.ones(2, 7, 16).double() @ (stands_for(*case.weights[1]) + 0.5 * (case.b[1] @ case.a[1]).double())
+    assert x.grad is not None
+    assert relative(x.grad, wanted) < (UNIT if in_fp8 else 1e-6)
+    nothing = torch.empty(2, 0, 64, requires_grad=True)
+    outputs = lora_linear(nothing, case.weights, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)
+    sum(output.sum() for output in outputs).backward()
+    assert [output.shape for output in outputs] == [(2, 0, out) for out in case.outputs]
+    assert nothing.grad is not None
+    assert nothing.grad.shape == nothing.shape
+
+
+def test_with_dropout_the_given_projections_have_their_gradients() -> None:
+    case = Projections("cpu")
+
+    def given(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any, **options: Any) -> list[Tensor]:
+        return lora_linear(x, weights, a, b, biases, scales, [x @ down.T for down in a], **options)
+
+    found = case.run(given, case.weights, Tensor.clone, in_fp8=True)
+    wanted = case.wanted()
+    exact_of_a = case.run(lora_linear_reference, [stands_for(*w) for w in case.weights], Tensor.double)[4:7]
+    for number, (ours, exact) in enumerate(zip(found, [*wanted[:4], *exact_of_a, *wanted[7:]], strict=True)):
+        assert relative(ours, exact) < 1e-6, number
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_compiled_layers_are_one_graph(in_fp8: bool) -> None:
+    case = Projections("cpu")
+
+    def run(function: Any) -> list[Tensor]:
+        def both(x: Any, *arguments: Any, **options: Any) -> list[Tensor]:
+            return function(fp8_linear(x, weight, None, in_fp8=in_fp8).tanh(), *arguments, **options)
+
+        return case.run(both, case.weights, Tensor.clone, in_fp8=in_fp8)
+
+    weight = quantise_rows(draw(64, 64, seed=77) / 8)
+    compiled = torch.compile(lora_linear, backend="aot_eager_decomp_partition", fullgraph=True)
+    for found, wanted in zip(run(compiled), run(lora_linear), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_torchs_own_checks_of_the_operation(in_fp8: bool) -> None:
+    weight, x, g = quantise_rows(draw(32, 16)), draw(2, 5, 16), draw(2, 5, 32)
+    operation = torch.ops.pipelite.fp8_product.default
+    forward, back = (quantise_rows(x), quantise_rows(g, weight[1])) if in_fp8 else ([x], [g])
+    # The check of the schema computes with values that are FP8, which CPUs cannot.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operation, (forward, weight, draw(32), False, torch.float32), test_utils=checks)
+    torch.library.opcheck(operation, (back, weight, None, True, torch.float32), test_utils=checks)

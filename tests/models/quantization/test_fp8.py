@@ -1,0 +1,252 @@
+"""Decoder layers in FP8 against the same model with the weights that their codes stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
+
+from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.quantization import fp8
+from lightning_pipelite.models.quantization.fp8 import Fp8Linear
+from tiny_models import (
+    CPU,
+    CUTS,
+    POSITIONS,
+    SIZES,
+    build,
+    micro_batches,
+    reference,
+    run_stages,
+    train_stages,
+    train_whole,
+)
+from tiny_models import write_model as write
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:load_in_fp8")
+
+
+def layers_of(directory: Path, adapter: Any, **options: Any) -> CausalLMLayers:
+    return CausalLMLayers(directory, **{"dtype": torch.float32, "load_in_fp8": True, "adapter": adapter, **options})
+
+
+def dequantised(directory: Path) -> PreTrainedModel:
+    """The whole model with what the codes of its weights stand for."""
+    model = reference(directory)
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = dequantise_rows(*quantise_rows(module.weight.data), torch.float32)
+    return model
+
+
+def give_b_values(stages: list[Any]) -> None:
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if "lora_B" in name or "control_S" in name:
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
+def test_stages_equal_the_model_that_the_codes_stand_for(tmp_path: Path, kind: str) -> None:
+    whole = dequantised(write(tmp_path, kind))
+    expected, _ = train_whole(whole)
+    gradients: list[dict[str, Tensor]] = []
+    for cuts in CUTS:
+        stages = build(layers_of(tmp_path, LoRA(4)), cuts)
+        held = [m for stage in stages for m in stage.modules() if isinstance(m, Fp8Linear)]
+        assert len(held) == 4 * 7
+        assert all(
+            layer.codes.nbytes == layer.codes.numel() == layer.in_features * layer.out_features for layer in held
+        )
+        (input_ids, _), _ = micro_batches()
+        torch.testing.assert_close(run_stages(stages, input_ids, POSITIONS), expected[0], rtol=0, atol=1e-5)
+        give_b_values(stages)
+        gradients.append(train_stages(stages)[1])
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[-1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    for name, module in whole.named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            found = stages[int(name.split(".")[2])].causal_lm.get_submodule(name).get_base_layer().weight
+            assert torch.equal(found, module.weight), name
+
+
+def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    whole = get_peft_model(
+        dequantised(write(tmp_path, "llama")),
+        LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "up_proj"]),
+    )
+    stages = build(layers_of(tmp_path, LoRA(4, target_modules=["q_proj", "k_proj", "up_proj"])), [0, 2, 4])
+    give_b_values(stages)
+    values = {n: p for stage in stages for n, p in stage.named_parameters() if "lora_" in n}
+    for name, parameter in whole.named_parameters():
+        if "lora_" in name:
+            parameter.data = values[name.replace("base_model.model", "causal_lm")].detach().clone()
+    _, expected = train_whole(whole)
+    _, found = train_stages(stages)
+    assert len(found) == 4 * 3 * 2
+    for name, gradient in found.items():
+        wanted = expected[name.replace("causal_lm", "causal_lm.base_model.model")]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRA(4), LoRA(4, dropout=0.1), LoRA(4, use_dora=True), ControlAdapter(4)],
+    ids=["LoRA", "dropout", "DoRA", "control"],
+)
+@pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])
+def test_policies_and_the_compiler_change_nothing(
+    tmp_path: Path, adapter: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With products in FP8, as on a GPU that has them."""
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    write(tmp_path, "llama")
+    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
+
+    def run(**options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        stages = build(
+            layers_of(tmp_path, adapter, dtype=torch.bfloat16, attn_implementation="eager", **options), [0, 2, 4]
+        )
+        give_b_values(stages)
+        assert all(m.in_fp8 for stage in stages for m in stage.modules() if isinstance(m, Fp8Linear))
+        torch.manual_seed(0)
+        return train_stages(stages, classes=classes)
+
+    logits, gradients = run(activation_memory="keep")
+    others, found = run(activation_memory=policy)
+    for one, other in zip(logits, others, strict=True):
+        assert torch.equal(one, other)
+    for name, gradient in gradients.items():
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("adapter", [LoRA(4), ControlAdapter(4)], ids=["LoRA", "ControlAdapter"])
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_compiled_layers_are_one_graph(
+    tmp_path: Path, adapter: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._dynamo.testing as testing
+
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    write(tmp_path, "llama")
+    torch._dynamo.reset()
+    counter = testing.CompileCounterWithBackend("aot_eager_decomp_partition")
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: setattr(
+        self, "_compiled_call_impl", torch.compile(self._call_impl, backend=counter, fullgraph=True, **kwargs)
+    ))  # fmt: skip
+    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
+    outcomes = []
+    for compiled in (True, False):
+        options = {"activation_memory": policy, "compile_layers": compiled, "attn_implementation": "eager"}
+        stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, **options), [0, 2, 4])
+        give_b_values(stages)
+        outcomes.append(train_stages(stages, classes=classes))
+    assert counter.frame_count == 3  # the very first layer's input needs no gradient; that of a stage is a leaf
+    (logits, gradients), (expected, expected_gradients) = outcomes
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+    for name, gradient in expected_gradients.items():
+        assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()), name
+
+
+def test_transposed_weights_biases_and_rows_of_zeros(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for block in model.transformer.h:
+        for module in (block.attn.c_attn, block.mlp.c_proj):
+            module.weight.data[:, 3] = 0
+            module.weight.data[:, 4] *= 1e6
+            nn.init.normal_(module.bias)
+    model.save_pretrained(tmp_path)
+    for block in model.transformer.h:
+        for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            module.weight.data = dequantise_rows(*quantise_rows(module.weight.data.T), torch.float32).T.contiguous()
+            module.weight.data.isfinite().all()
+    stages = build(layers_of(tmp_path, LoRA(4), packed=False, attn_implementation="eager"), [0, 1, 2])
+    (input_ids, _), _ = micro_batches()
+    positions = torch.arange(12).expand(2, -1)
+    with torch.no_grad():
+        found = run_stages([stage.eval() for stage in stages], input_ids, positions)
+        expected = model(input_ids=input_ids, use_cache=False).logits
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_and_ends_keep_their_precision_and_fused_experts_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    for name, kind in (("qwen", config), ("mixtral", MixtralConfig(**SIZES))):
+        AutoModelForCausalLM.from_config(kind, dtype=torch.float32).save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigurationError, match=f"load_in_fp8 does not know the fused experts of .*{name}"):
+            layers_of(tmp_path / name, LoRA(4))
+    stage = layers_of(write(tmp_path / "llama", "llama"), LoRA(4)).build_stage(0, 4, CPU)
+    others = {n for n, p in stage.named_parameters() if not p.requires_grad and not n.endswith(("codes", "scales"))}
+    assert {name.split(".")[-2] for name in others} == {
+        "embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "adapter", "sentence"),
+    [
+        ({"load_in_4bit": True}, LoRA(4), "load_in_4bit and load_in_fp8 exclude each other"),
+        ({}, Full(), "load_in_fp8 cannot be used with Full"),
+        ({}, LoRA(4, init_lora_weights="pissa"), "load_in_fp8 cannot be used with init_lora_weights pissa"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(tmp_path: Path, options: Any, adapter: Any, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        layers_of(write(tmp_path, "llama"), adapter, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    file = write(tmp_path, "llama") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    layers = layers_of(tmp_path, LoRA(4))
+    layers.build_stage(0, 2, CPU)
+    with pytest.raises(ConfigurationError, match=r"model\.layers\.2\.mlp\.up_proj\.weight holds values that are nan"):
+        layers.build_stage(2, 4, CPU)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "sentence"),
+    [
+        (torch.bfloat16, False, "weights are dequantised before each product.*cpu has no products in FP8"),
+        (torch.float32, True, "weights are dequantised.*model.dtype is not bfloat16"),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_one_sentence_says_that_products_are_not_in_fp8(
+    tmp_path: Path, monkeypatch: Any, dtype: Any, able: bool, sentence: str
+) -> None:
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: able)
+    layers = layers_of(write(tmp_path, "llama"), LoRA(4), dtype=dtype)
+    with pytest.warns(UserWarning, match=sentence) as said:
+        layers.build_stage(0, 4, CPU)
+    assert sum("load_in_fp8" in str(each.message) for each in said) == 1
+
+
+def test_loading_holds_no_more_than_one_weight_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a weight is quantised, the ones before are codes, and those after are not read."""
+    write(tmp_path, "llama")
+    from transformers import core_model_loading
+
+    layers = layers_of(tmp_path, LoRA(4))
+    read_ahead = lambda *_: pytest.fail("a thread reads ahead")  # noqa: E731
+    monkeypatch.setattr(core_model_loading.ThreadPoolExecutor, "submit", read_ahead)
+    layers.build_stage(0, 4, CPU)
