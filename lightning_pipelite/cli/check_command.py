@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
+from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.stage import Stage
@@ -81,7 +82,11 @@ def check_model(
             copy_to(directory, meta_model.model_dir, own_code(meta_model.model_dir))
         layers = exact_layers(directory, packed=meta_model.isolates_documents, trust_remote_code=trust_remote_code)
         whole = AutoModelForCausalLM.from_pretrained(
-            directory, config=layers.meta_model.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            directory,
+            config=layers.meta_model.config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            key_mapping=TEXT_MODEL_NAMES if layers.meta_model.is_text_part else None,
         )
         differences = compare_split(layers, whole, stages)
         if layers.packed:

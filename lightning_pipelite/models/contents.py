@@ -19,6 +19,7 @@ from lightning_pipelite.models.weight_files import weight_entries
 TEXT_MODEL_NAMES = {
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.(?!model\.)": "model.",
+    r"^model\.text_model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
 }
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them

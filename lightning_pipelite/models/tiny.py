@@ -129,6 +129,9 @@ def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     heads = {values.get("num_attention_heads"), values.get("num_key_value_heads")}
     if len(heads) == 1 and "num_key_value_heads" in small:  # some classes know no grouped queries
         small["num_key_value_heads"] = small["num_attention_heads"]
+    for name in ("word_embed_proj_dim", "embedding_size"):  # another width than the layers' is brought to theirs
+        if name in small and values[name] != values.get("hidden_size"):
+            small[name] = small["hidden_size"] // 2
     small.update({name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in values})
     for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
         if type(values.get(name)) is int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OPTConfig
 
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
@@ -32,6 +32,11 @@ def test_tiny_needs_the_configuration_alone(tmp_path: Path) -> None:
     report = check_model(tmp_path, stages=(3,), tiny=True)
     assert report.differences == []
     assert sum(report.stage_bytes[3]) > 2e9  # of the real model, not of the tiny one
+
+
+def test_an_embedding_of_another_width_than_the_layers(tmp_path: Path) -> None:
+    OPTConfig(word_embed_proj_dim=512, num_hidden_layers=2, do_layer_norm_before=False).save_pretrained(tmp_path)
+    assert check_model(tmp_path, stages=(2,), tiny=True).differences == []
 
 
 def test_recurrent_model_is_exact_unpacked(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ REAL: dict[str, dict[str, Any]] = {
     "glm4": {"hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2},
     "olmo3": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096},
     "mixtral": {"num_hidden_layers": 32, "num_local_experts": 8, "sliding_window": None},
+    "opt": {"hidden_size": 1024, "word_embed_proj_dim": 512, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "ffn_dim": 4096, "do_layer_norm_before": False},  # layers of another width than embedding and head
     "qwen2": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }  # fmt: skip
 
@@ -76,9 +78,8 @@ def test_real_configurations_can_be_cut_everywhere_and_packed(tmp_path: Path, mo
     assert meta_model.groups == list(range(REAL[model_type]["num_hidden_layers"] + 1))
     assert meta_model.isolates_documents
     assert meta_model.takes_positions
-    assert (
-        meta_model.model.config.hidden_size == meta_model.model.get_submodule(meta_model.embedding_name).embedding_dim
-    )
+    embedding = meta_model.model.get_submodule(meta_model.embedding_name)
+    assert embedding.embedding_dim == REAL[model_type].get("word_embed_proj_dim", meta_model.model.config.hidden_size)
 
 
 def meta_model_of(tmp_path: Path, config: Any) -> MetaModel:
