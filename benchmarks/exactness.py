@@ -2,11 +2,11 @@
 
     python benchmarks/exactness.py [--steps 20] [--write]
 
-For each way to train, number of stages, number of replicas and layout of the ranks: the largest difference in the loss
-of any step, and in the final weights (relative, in the 2-norm, the worst tensor), to a loop in plain torch without
-Lightning or DeepSpeed; for LoRA that loop is transformers + PEFT. Float32 on CPUs over gloo, gradients clipped,
-unequally masked tokens, packed documents, and a last batch that is short and does not divide by the replicas. Exits
-with 1 if a difference passes the limits: 1e-5 (losses), 1e-4 (weights).
+For each way to train, number of stages, of virtual stages and of replicas, and layout of the ranks: the largest
+difference in the loss of any step, and in the final weights (relative, in the 2-norm, the worst tensor), to a loop in
+plain torch without Lightning or DeepSpeed; for LoRA that loop is transformers + PEFT. Float32 on CPUs over gloo,
+gradients clipped, unequally masked tokens, packed documents, and a last batch that is short and does not divide by the
+replicas. Exits with 1 if a difference passes the limits: 1e-5 (losses), 1e-4 (weights).
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ SPLITS = tuple(
     for stages, replicas, column_major in itertools.product((1, 2, 4), (1, 2), (False, True))
     if not column_major or (stages > 1 and replicas > 1)
 )
+VIRTUAL_SPLITS = {  # by the number of layers, of which each piece has at least one
+    8: (
+        *(Split(2, replicas, False, pieces) for pieces, replicas in itertools.product((2, 4), (1, 2))),
+        Split(2, 2, True, 2),
+        *(Split(4, replicas, column_major, 2) for replicas, column_major in ((1, False), (2, False), (2, True))),
+    ),
+    16: (Split(4, 1, False, 4), Split(4, 2, True, 4)),
+}
 
 
 def main() -> None:
@@ -35,8 +43,8 @@ def main() -> None:
     workers = Workers(8)
     report = Report("exactness", "| training | stages x replicas | loss | weights |", "| --- | --- | --- | --- |")
     failed = False
-    for case in CASES:
-        for split, loss, weight in compare(workers, case, SPLITS, arguments.steps, Scale()):
+    for case, (layers, splits) in itertools.product(CASES, {Scale().layers: SPLITS, **VIRTUAL_SPLITS}.items()):
+        for split, loss, weight in compare(workers, case, splits, arguments.steps, Scale(layers=layers)):
             report.row(f"| {case.name} | {split} | {loss:.1e} | {weight:.1e} |")
             failed |= not (loss <= LOSS_LIMIT and weight <= WEIGHT_LIMIT)
     workers.close()

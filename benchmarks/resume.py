@@ -3,11 +3,11 @@
     python benchmarks/resume.py [--steps 24] [--write]
 
 Float32 on CPUs over gloo: LoRA with dropout, and the whole weights with embedding and head tied; the gradients are
-clipped. The training is interrupted twice, in the middle of an epoch and between two evaluations; it begins and ends
-with the first number of stages or replicas, and has the second in between. The number of micro-batches a step of each
-replica changes with the replicas. The table has the largest difference of the loss of any step, of any evaluation, and
-of any final weight (relative, in the 2-norm, the worst tensor). Exits with 1 if a loss differs by more than 1e-6, or at
-all where nothing has changed.
+clipped. The training is interrupted, in the middle of an epoch and between two evaluations, and goes on with the next
+number of stages, replicas or virtual stages, to the last and back to the first. The number of micro-batches a step of
+each replica changes with the replicas. The table has the largest difference of the loss of any step, of any evaluation,
+and of any final weight (relative, in the 2-norm, the worst tensor). Exits with 1 if a loss differs by more than 1e-6,
+or at all where nothing has changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ CHANGES = (
     (Split(1), Split(1)), (Split(2), Split(2)), (Split(2, 2), Split(2, 2)),
     (Split(1), Split(2)), (Split(2), Split(1)), (Split(2), Split(4)), (Split(4), Split(1)),
     (Split(1, 1), Split(1, 2)), (Split(1, 2), Split(1, 1)), (Split(1, 2), Split(2, 1)),
+    (Split(2, virtual_stages=2), Split(2, virtual_stages=2)), (Split(1), Split(2, virtual_stages=2)),
+    (Split(4), Split(2, 2, virtual_stages=2)),
+    (Split(2), Split(2, virtual_stages=2), Split(2, virtual_stages=4)),
 )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def train(
     training: Training, split: Split, model_dir: str, steps: int, ckpt_path: str | None, save_to: str | None
 ) -> Course | None:
     """Train up to a step, as one rank of several; rank 0 tells the course."""
-    strategy, note = PipeLiteStrategy(split.stages), Note()
+    strategy, note = PipeLiteStrategy(split.stages, virtual_stages=split.virtual_stages), Note()
     trainer = L.Trainer(
         strategy=strategy, accelerator="cpu", devices=split.stages * split.replicas, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=MICRO_BATCHES // split.replicas, gradient_clip_val=CLIP, callbacks=[note],
@@ -102,17 +106,18 @@ def train(
 
     trainer.callbacks.append(Save())  # type: ignore[attr-defined]
     trainer.fit(module, training_data, held_out, ckpt_path=ckpt_path)
-    state = module._layers.trained_state(module.pipeline_stage)
+    state = module.trained_state()
     note.course.weights = {name: t for stage in strategy.collect_stages(state) for name, t in stage.items()}
     return note.course if strategy.is_global_zero else None
 
 
-def resumed(workers: Workers, training: Training, change: tuple[Split, Split], folder: Path, steps: int) -> Course:
-    """Train in three parts, the one in the middle with the other split."""
-    before, after = change
+def resumed(workers: Workers, training: Training, change: Sequence[Split], folder: Path, steps: int) -> Course:
+    """Train in parts, each with the next split, to the last and back to the first."""
     whole = Course({}, {}, {})
     ckpt_path = None
-    for number, (split, until) in enumerate(((before, steps // 3), (after, 2 * steps // 3 + 1), (before, steps))):
+    parts = [*change, *change[-2::-1]]
+    ends = [number * steps // len(parts) + number - 1 for number in range(1, len(parts))]
+    for number, (split, until) in enumerate(zip(parts, [*ends, steps], strict=True)):
         save_to = str(folder / f"{number}.ckpt")
         ranks = split.stages * split.replicas
         part = workers.run(ranks, train, training, split, str(folder), until, ckpt_path, save_to)[0]
@@ -141,22 +146,26 @@ def main() -> None:
     head = ("| training | stages x replicas | loss | evaluation | weights |", "| --- | --- | --- | --- | --- |")
     report, failed = Report("resume", *head), False
     for training in TRAININGS:
-        undisturbed: dict[Split, Course] = {}
+        undisturbed: dict[tuple[Split, Scale], Course] = {}
         for change in CHANGES:
             with tempfile.TemporaryDirectory() as directory:
                 folder, first = Path(directory), change[0]
-                make_model(folder, Case("base", tied=training.tied), SCALE)
-                if first not in undisturbed:
+                scale = replace(SCALE, layers=max(SCALE.layers, *(s.stages * s.virtual_stages for s in change)))
+                make_model(folder, Case("base", tied=training.tied), scale)
+                if (first, scale) not in undisturbed:
                     ranks = first.stages * first.replicas
-                    course = workers.run(ranks, train, training, first, directory, arguments.steps, None, None)[0]
-                    undisturbed[first] = course
+                    undisturbed[first, scale] = workers.run(
+                        ranks, train, training, first, directory, arguments.steps, None, None
+                    )[0]
                 loss, evaluation, weight = differences(
-                    resumed(workers, training, change, folder, arguments.steps), undisturbed[first]
+                    resumed(workers, training, change, folder, arguments.steps), undisturbed[first, scale]
                 )
             failed |= max(loss, evaluation) > (0 if first == change[1] else LIMIT)
-            report.row(f"| {training.name} | {first} → {change[1]} | {loss:.1e} | {evaluation:.1e} | {weight:.1e} |")
+            report.row(
+                f"| {training.name} | {' → '.join(map(str, change))} | {loss:.1e} | {evaluation:.1e} | {weight:.1e} |"
+            )
     workers.close()
-    report.line(f"{arguments.steps} steps, interrupted twice; limit {LIMIT:.0e}, and 0 without a change: "
+    report.line(f"{arguments.steps} steps, interrupted two to four times; limit {LIMIT:.0e}, and 0 without a change: "
                 f"{'PASSED THE LIMIT' if failed else 'all within'}")  # fmt: skip
     if arguments.write:
         report.write()

@@ -9,6 +9,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ from lightning_pipelite.shared.finite import refuse_not_finite
 from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.shared.protocol import ChecksVocabulary
 from lightning_pipelite.strategy import PipeLiteStrategy
+from lightning_pipelite.strategy.pieces import Pieces
 
 
 class PipeLiteModule(pl.LightningModule):
@@ -96,7 +98,7 @@ class PipeLiteModule(pl.LightningModule):
         ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
     """
 
-    pipeline_stage: Stage  # put here by the strategy
+    pipeline_stage: Stage | Pieces  # put here by the strategy
 
     def __init__(
         self,
@@ -194,6 +196,12 @@ class PipeLiteModule(pl.LightningModule):
         ]
 
     @property
+    def _pieces(self) -> list[Stage]:
+        """Of the model, those that this process has: one, but with virtual stages."""
+        stage = self.pipeline_stage
+        return [stage] if isinstance(stage, Stage) else [*stage]
+
+    @property
     def optimizer_factory(self) -> OptimizerFactory:
         """Makes the optimizer of parameters and a learning rate."""
         return self._optimizer
@@ -204,7 +212,9 @@ class PipeLiteModule(pl.LightningModule):
         # micro-batch.
         completed = self._batch_form.complete(batch)
         if not completed["position_ids"].is_cuda:
-            self.pipeline_stage.expect_documents(count_documents(completed["position_ids"]))
+            documents = count_documents(completed["position_ids"])
+            for piece in self._pieces:
+                piece.expect_documents(documents)
         return completed
 
     @override
@@ -227,10 +237,14 @@ class PipeLiteModule(pl.LightningModule):
             if not any(found):
                 raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
         optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
-        optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self.pipeline_stage.causal_lm))
+        optimizer.register_step_post_hook(self._after_step)
         total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
         scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _after_step(self, *_: Any) -> None:
+        for piece in self._pieces:
+            self.adapter.after_step(piece.causal_lm)
 
     def _rehearse_optimizer(self) -> None:
         """Refuse now, before the model is loaded, options that the optimizer would refuse."""
@@ -252,7 +266,7 @@ class PipeLiteModule(pl.LightningModule):
         strategy = self.check_strategy(self.trainer.strategy)
         trained = {name: p for name, p in self.pipeline_stage.named_parameters() if p.requires_grad}
         refuse_not_finite(str(directory), trained, strategy.topology, gathered)
-        stages = strategy.collect_stages(self._layers.trained_state(self.pipeline_stage))
+        stages = strategy.collect_stages(self.trained_state())
         failure, cause = None, None
         if strategy.is_global_zero:
             try:
@@ -273,6 +287,10 @@ class PipeLiteModule(pl.LightningModule):
             f"{checkpoint_path} to Trainer.fit or validate as ckpt_path; or write what was trained by "
             f"`pipelite convert --checkpoint {checkpoint_path}`, and load that with transformers and PEFT."
         )
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what of the trained model this process has, on the CPU, by its names in the saved file."""
+        return dict(ChainMap(*map(self._layers.trained_state, self._pieces)))
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
@@ -361,7 +379,7 @@ class PipeLiteModule(pl.LightningModule):
     def _speedometer(self) -> Speed:
         """Collective: the trained parameters of all stages count."""
         strategy = self.check_strategy(self.trainer.strategy)
-        parameters = self.pipeline_stage.causal_lm.named_parameters()
+        parameters = chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
         trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
         flops = training_flops(self._layers.meta_model, dict(ChainMap(*gathered(trained))))
         device = strategy.root_device

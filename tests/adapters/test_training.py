@@ -51,9 +51,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 
 def test_control_adapters_equal_a_plain_loop(workers: Workers, model_dir: str, tmp_path: Path) -> None:
     adapter = ControlAdapter(4, gamma=GAMMA)
     results = {}
-    for stages, replicas in ((1, 1), (2, 1), (2, 2)):
+    for stages, replicas, pieces in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):
         output = str(tmp_path / f"{stages}-{replicas}")
-        ranks = workers.run(stages * replicas, train, model_dir, adapter, stages, replicas, output, DECAY)
+        ranks = workers.run(stages * replicas, train, model_dir, adapter, stages, replicas, output, DECAY, pieces)
         results[stages, replicas] = ranks[0]
     start, _, steps, _ = results[1, 1]
     expected, losses = train_control_plainly(model_dir, start)
@@ -79,7 +79,8 @@ def test_resumed_in_another_number_of_stages(workers: Workers, model_dir: str, t
     half, whole = (str(tmp_path / name) for name in ("half.ckpt", "whole.ckpt"))
     (expected,) = workers.run(1, resume, model_dir, adapter, 1, whole, 2, False)
     (middle,) = workers.run(1, resume, model_dir, adapter, 1, half, 1, False)
-    close(workers.run(2, resume, model_dir, adapter, 2, half, 2, True)[0], expected)
+    for pieces in (1, 2):
+        close(workers.run(2, resume, model_dir, adapter, 2, half, 2, True, pieces)[0], expected)
     assert max(float((expected[name] - middle[name]).abs().max()) for name in expected) > 0.1 * LR
 
 
@@ -105,9 +106,9 @@ LORAS: list[tuple[LoRA, dict[str, Any]]] = [
 
 def test_loras_are_the_same_in_1_2_and_4_stages_and_in_peft(workers: Workers, model_dir: str, tmp_path: Path) -> None:
     found = {}
-    for stages in (1, 2, 4):
+    for stages, pieces in ((1, 1), (2, 2), (4, 1)):
         jobs = [(adapter, str(tmp_path / f"{i}-{stages}"), 2.0, options) for i, (adapter, options) in enumerate(LORAS)]
-        found[stages] = workers.run(stages, train_jobs, model_dir, jobs, stages)[0]
+        found[stages] = workers.run(stages, train_jobs, model_dir, jobs, stages, pieces)[0]
     for index, (adapter, options) in enumerate(LORAS):
         start, final, _, loss = found[1][index]
         for stages in (1, 2, 4):
@@ -132,8 +133,8 @@ def test_experts_in_two_stages(workers: Workers, tmp_path: Path, in_4bit: bool) 
     adapter = LoRA(2, target_modules=["gate_up_proj", "down_proj"])
     options = {"load_in_4bit": in_4bit}
     results = [
-        workers.run(n, train_jobs, model_dir, [(adapter, str(tmp_path / f"{n}"), 2.0, options)], n)[0][0]
-        for n in (1, 2)
+        workers.run(n, train_jobs, model_dir, [(adapter, str(tmp_path / f"{n}"), 2.0, options)], n, n)[0][0]
+        for n in (1, 2)  # also pieces of the model on each
     ]
     assert len(results[0][0]) == 4 * 2 * 2
     assert all(torch.equal(results[1][0][name], tensor) for name, tensor in results[0][0].items())

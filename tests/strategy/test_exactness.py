@@ -9,13 +9,13 @@ from processes import Workers
 
 SPLITS = {
     "full, untied": [Split(2, 2, True)],
-    "full, tied": [Split(1), Split(4), Split(2, 2)],
-    "LoRA, all layers": [Split(1, 2), Split(2, 2)],
+    "full, tied": [Split(1), Split(4), Split(2, 2), Split(2, virtual_stages=2)],
+    "LoRA, all layers": [Split(1, 2), Split(2, 2, virtual_stages=2)],
     "LoRA, first layer only": [Split(2)],
     "LoRA, last layer only": [Split(4)],
-    "LoRA, 4-bit base": [Split(2)],
+    "LoRA, 4-bit base": [Split(2), Split(2, virtual_stages=2)],
     "LoRA, FP8 base, dequantised": [Split(2, 2)],
-    "full, experts and router loss": [Split(2, 2), Split(4)],
+    "full, experts and router loss": [Split(2, 2), Split(4), Split(2, virtual_stages=2)],
 }
 
 

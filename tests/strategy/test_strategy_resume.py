@@ -41,19 +41,30 @@ def test_to_the_bit_from_every_hook(undisturbed: Any, workers: Workers, hook: st
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((1, 1), (2, 1)), ((2, 1), (4, 1)), ((4, 1), (1, 1)), ((1, 1), (1, 2)), ((1, 2), (1, 1)),
-                          ((2, 2), (1, 1))],
-)  # fmt: skip
+    ("before", "after"),
+    [
+        ((1, 1, 1), (2, 1, 1)),
+        ((2, 1, 1), (2, 1, 2)),
+        ((2, 1, 2), (4, 1, 1)),
+        ((4, 1, 1), (1, 1, 1)),
+        ((1, 1, 1), (1, 2, 1)),
+        ((1, 2, 1), (1, 1, 1)),
+        ((2, 2, 2), (1, 1, 1)),
+    ],
+)
 def test_with_other_stages_and_replicas(
-    workers: Workers, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+    workers: Workers, tmp_path: Path, before: tuple[int, int, int], after: tuple[int, int, int]
 ) -> None:
-    (stages, replicas), (stages_now, replicas_now) = before, after
+    """Before and after are the numbers of stages, of replicas, and of pieces of the model on each stage."""
+    (stages, replicas, pieces), (stages_now, replicas_now, pieces_now) = before, after
     reference = workers.run(
-        stages * replicas, train_quietly, str(tmp_path), stages, replicas, 4 // replicas
+        stages * replicas, partial(train_quietly, virtual_stages=pieces), str(tmp_path), stages, replicas,
+        4 // replicas,
     )[0]  # fmt: skip
     checkpoint = str(tmp_path / f"batch-{8 // replicas - 1:02d}.ckpt")
     resumed = workers.run(
-        stages_now * replicas_now, train_quietly, None, stages_now, replicas_now, 4 // replicas_now, checkpoint
+        stages_now * replicas_now, partial(train_quietly, virtual_stages=pieces_now), None, stages_now, replicas_now,
+        4 // replicas_now, checkpoint,
     )[0]  # fmt: skip
     tail = reference["lines"][len(reference["lines"]) - len(resumed["lines"]) :]
     assert len(tail) > 20
@@ -63,9 +74,9 @@ def test_with_other_stages_and_replicas(
     torch.testing.assert_close(resumed["weights"], reference["weights"], atol=1e-6, rtol=0)
 
 
-def train_quietly(folder: str | None, *args: Any) -> dict[str, Any]:
+def train_quietly(folder: str | None, *args: Any, **options: Any) -> dict[str, Any]:
     """Without noise that depends on how often a process draws."""
-    return train_and_save(folder, *args, noisy=False) if folder else train(*args, noisy=False)
+    return train_and_save(folder, *args, noisy=False, **options) if folder else train(*args, noisy=False, **options)
 
 
 def test_another_global_batch_is_refused(workers: Workers, tmp_path: Path) -> None:

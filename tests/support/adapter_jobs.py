@@ -49,17 +49,17 @@ class Notes(L.Callback):
 
 
 def gathered(strategy: Any, module: PipeLiteModule) -> dict[str, Tensor]:
-    state = {name: tensor.clone() for name, tensor in module._layers.trained_state(module.pipeline_stage).items()}
+    state = {name: tensor.clone() for name, tensor in module.trained_state().items()}
     return {name: tensor for stage in strategy.collect_stages(state) for name, tensor in stage.items()}
 
 
-def trainer_for(stages: int, replicas: int = 1, **options: Any) -> L.Trainer:
+def trainer_for(stages: int, replicas: int = 1, virtual_stages: int = 1, **options: Any) -> L.Trainer:
     defaults = {
         "accelerator": "cpu", "devices": stages * replicas, "accumulate_grad_batches": MICRO_BATCHES // replicas,
         "max_steps": STEPS, "max_epochs": -1, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1,
         "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
-    return L.Trainer(strategy=PipeLiteStrategy(stages), **{**defaults, **options})
+    return L.Trainer(strategy=PipeLiteStrategy(stages, virtual_stages=virtual_stages), **{**defaults, **options})
 
 
 def loader(data: list[Any], strategy: Any) -> DataLoader[Any]:
@@ -69,12 +69,19 @@ def loader(data: list[Any], strategy: Any) -> DataLoader[Any]:
 
 
 def train(
-    model_dir: str, adapter: Adapter, stages: int, replicas: int, output: str, weight_decay: float, **options: Any
+    model_dir: str,
+    adapter: Adapter,
+    stages: int,
+    replicas: int,
+    output: str,
+    weight_decay: float,
+    virtual_stages: int = 1,
+    **options: Any,
 ) -> Any:
     """Train and save. On rank 0: initial and final tensors by their names in the file, metrics, the final loss."""
     notes = Notes()
     callbacks = [CompositeWeightDecay(weight_decay), AdapterNorms(), notes]
-    trainer = trainer_for(stages, replicas, callbacks=callbacks)
+    trainer = trainer_for(stages, replicas, virtual_stages, callbacks=callbacks)
     module = PipeLiteModule(model_dir, adapter, dtype="float32", lr=LR, **options)
     trainer.fit(module, loader(items(), trainer.strategy))
     module.save_trained(Path(output))
@@ -83,14 +90,28 @@ def train(
     return (notes.start, final, notes.steps, loss) if trainer.is_global_zero else None
 
 
-def train_jobs(model_dir: str, jobs: list[tuple[Adapter, str, float, dict[str, Any]]], stages: int) -> list[Any]:
+def train_jobs(
+    model_dir: str, jobs: list[tuple[Adapter, str, float, dict[str, Any]]], stages: int, virtual_stages: int = 1
+) -> list[Any]:
     """Several trainings in one process."""
-    return [train(model_dir, adapter, stages, 1, output, decay, **options) for adapter, output, decay, options in jobs]
+    return [
+        train(model_dir, adapter, stages, 1, output, decay, virtual_stages, **options)
+        for adapter, output, decay, options in jobs
+    ]
 
 
-def resume(model_dir: str, adapter: Adapter, stages: int, checkpoint: str, epochs: int, resumes: bool) -> Any:
+def resume(
+    model_dir: str,
+    adapter: Adapter,
+    stages: int,
+    checkpoint: str,
+    epochs: int,
+    resumes: bool,
+    virtual_stages: int = 1,
+) -> Any:
     """Train to the end of an epoch of three steps, from a checkpoint or from the start, and write one."""
-    trainer = trainer_for(stages, callbacks=[CompositeWeightDecay(DECAY)], max_steps=-1, max_epochs=epochs)
+    decay = CompositeWeightDecay(DECAY)
+    trainer = trainer_for(stages, 1, virtual_stages, callbacks=[decay], max_steps=-1, max_epochs=epochs)
     module = PipeLiteModule(model_dir, adapter, dtype="float32", lr=LR)
     data = loader(items()[: 3 * MICRO_BATCHES], trainer.strategy)
     trainer.fit(module, data, ckpt_path=checkpoint if resumes else None)

@@ -66,12 +66,14 @@ class Split:
     stages: int
     replicas: int = 1
     column_major: bool = False
+    virtual_stages: int = 1
 
     def __str__(self) -> str:
         layout = (
             "" if self.stages == 1 or self.replicas == 1 else ", column-major" if self.column_major else ", row-major"
         )
-        return f"{self.stages} x {self.replicas}{layout}"
+        pieces = f", {self.virtual_stages} virtual" if self.virtual_stages > 1 else ""
+        return f"{self.stages} x {self.replicas}{layout}{pieces}"
 
 
 CASES = (
@@ -79,7 +81,7 @@ CASES = (
     Case("full, tied", full=True, tied=True),
     Case("LoRA, all layers"),
     Case("LoRA, first layer only", layers="0"),
-    Case("LoRA, last layer only", layers="3"),
+    Case("LoRA, last layer only", layers="last"),
     Case("LoRA, 4-bit base", in_4bit=True),
     Case("LoRA, FP8 base, dequantised", in_fp8=True),
     Case("full, experts and router loss", full=True, experts=True),
@@ -124,10 +126,11 @@ def sequences(scale: Scale) -> list[dict[str, Tensor]]:
     return made
 
 
-def make_adapter(case: Case) -> Adapter:
+def make_adapter(case: Case, scale: Scale) -> Adapter:
     if case.full:
         return Full()
-    return LoRA(rank=4, layers_to_transform=case.layers, target_modules=list(case.targets) or "all-linear")
+    layers = str(scale.layers - 1) if case.layers == "last" else case.layers
+    return LoRA(rank=4, layers_to_transform=layers, target_modules=list(case.targets) or "all-linear")
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -161,7 +164,9 @@ def train_split(
                 losses.append(float(trainer.callback_metrics["train/loss"]))
 
     processes = split.stages * split.replicas
-    strategy = PipeLiteStrategy(split.stages, use_column_major_topology=split.column_major)
+    strategy = PipeLiteStrategy(
+        split.stages, use_column_major_topology=split.column_major, virtual_stages=split.virtual_stages
+    )
     trainer = L.Trainer(
         strategy=strategy, accelerator="gpu" if scale.gpu else "cpu", devices=1 if scale.gpu else processes,
         num_nodes=processes if scale.gpu else 1,  # ranks that share one GPU look like nodes of one each
@@ -170,13 +175,17 @@ def train_split(
         enable_model_summary=False,
     )  # fmt: skip
     module = PipeLiteModule(
-        model_dir, make_adapter(case), load_in_4bit=case.in_4bit, load_in_fp8=case.in_fp8, lr=LR, dtype=scale.dtype
+        model_dir,
+        make_adapter(case, scale),
+        load_in_4bit=case.in_4bit,
+        load_in_fp8=case.in_fp8,
+        lr=LR,
+        dtype=scale.dtype,
     )
     data = Sequences(sequences(scale))
     sampler = PackedSampler(data, **strategy.distributed_sampler_kwargs, shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=1, sampler=sampler))
-    state = module._layers.trained_state(module.pipeline_stage)
-    collected = {name: t for stage in strategy.collect_stages(state) for name, t in stage.items()}
+    collected = {name: t for stage in strategy.collect_stages(module.trained_state()) for name, t in stage.items()}
     return (losses, collected) if strategy.is_global_zero else None
 
 
@@ -201,7 +210,7 @@ def train_plain(
     if case.in_fp8:
         use_what_codes_stand_for(model)
     if not case.full:
-        adapter = make_adapter(case)
+        adapter = make_adapter(case, scale)
         with tempfile.TemporaryDirectory() as directory:
             layers = CausalLMLayers(model_dir, dtype=dtype, load_in_4bit=case.in_4bit, adapter=adapter)
             state = layers.trained_state(layers.build_stage(0, scale.layers, scale.device))

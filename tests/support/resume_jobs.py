@@ -121,10 +121,11 @@ def train(
     seed: int = 11,
     plain: bool = False,
     noisy: bool = True,
+    virtual_stages: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
-    strategy: Any = "auto" if plain else Catchable(stages)
+    strategy: Any = "auto" if plain else Catchable(stages, virtual_stages=virtual_stages)
     module = make()
     torch.manual_seed(seed)
     record = Record()
