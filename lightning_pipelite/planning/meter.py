@@ -91,10 +91,11 @@ class Meter(TorchDispatchMode):
         if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             return 0
         if func not in _simple:
-            with self:  # an operation that is only made of others
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+                with self:  # an operation that is only made of others
+                    output = func.decompose(*args, **kwargs)
+                if output is not NotImplemented:
+                    return output
             _simple.add(func)
         name = func._schema.name
         given = [t for t in tensors_in((args, kwargs)) if t.device.type == self._device]

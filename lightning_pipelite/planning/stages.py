@@ -129,6 +129,8 @@ def stage_memory(
     if not trials[-1].hidden:
         handover -= passed
     level = everything - kept_by_tail
+    if not first:  # autograd adds the embedding's to the head's before it adds both to the gradient that is there
+        level += tied.gradients
     for part, kept in zip(reversed(items), reversed(retained), strict=True):
         moments.append(held + made + level + handover + part.backward)
         level -= kept

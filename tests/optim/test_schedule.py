@@ -24,6 +24,24 @@ def rates(schedule: str, warmup: int, total: float, steps: int, optimizer: type 
     return found
 
 
+def as_an_average(step: int, beta: float) -> float:
+    """How far the mean of so many uncorrelated numbers, by Adam's weights, still is from being as steady as it gets."""
+
+    def deviation(count: int) -> float:
+        weights = [(1 - beta) * beta**age for age in range(count)]
+        return math.sqrt(sum(weight**2 for weight in weights)) / sum(weights)
+
+    return deviation(5000) / deviation(step)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.99, 0.999])
+def test_rms_ratio_is_that_of_deviations(beta: float) -> None:
+    assert [rms_ratio(t, beta) for t in (1, 2, 10, 1000)] == pytest.approx(
+        [as_an_average(t, beta) for t in (1, 2, 10, 1000)], rel=1e-2 if beta > 0.99 else 1e-9
+    )
+    assert rms_ratio(1, 0.99) == pytest.approx(0.0708881, abs=1e-6)
+
+
 def test_constant() -> None:
     found = rates("constant", 4, math.inf, 6)
     assert [a for a, _ in found] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
@@ -40,10 +58,9 @@ def test_cosine() -> None:
 
 
 def test_rms_ratio_takes_the_optimizers_beta() -> None:
-    beta = 0.99  # optimi's second
-    assert [a for a, _ in rates("rms_ratio", 0, math.inf, 3)] == pytest.approx(
-        [0.1 * rms_ratio(t, beta) for t in (1, 2, 3)]
-    )
+    found = rates("rms_ratio", 0, math.inf, 300)  # optimi's second is 0.99
+    assert [a for a, _ in found] == pytest.approx([0.1 * as_an_average(t, 0.99) for t in range(1, 301)])
+    assert [b for _, b in found] == pytest.approx([5 * a for a, _ in found])
     with pytest.raises(ConfigurationError, match=r"SGD.*constant or cosine"):
         rates("rms_ratio", 0, math.inf, 1, torch.optim.SGD)
 

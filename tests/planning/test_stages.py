@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,21 @@ import pytest
 import torch
 from optimi import Adam
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
-from lightning_pipelite.planning.meter import BLOCK, Meter
+from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import WORKSPACE, stage_memory
 from lightning_pipelite.planning.watched_stage import held_tensors
 
 CPU = torch.device("cpu")
 LENGTH = 256
+ROUNDING = 64 * BLOCK  # of a few dozen tensors, each to whole blocks of the CUDA allocator
 
 
 def make_adam(parameters: list[nn.Parameter]) -> Adam:
@@ -58,13 +62,11 @@ def make_layers(model_dir: Path, adapter: Adapter, **options: Any) -> CausalLMLa
 
 
 def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: int) -> tuple[int, int]:
-    """Train a real stage; return the bytes of its weights, and the most that were held."""
+    """Train a real stage; return the bytes of its weights, and the most that was held, by torch's own allocator."""
     stage = layers.build_stage(start, stop, CPU)
     size = layers.meta_model.config.hidden_size
-    meter = Meter("cpu")
-    with meter:
-        meter.hold(*held_tensors(stage))
-        weights = meter.live
+    weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in (*stage.parameters(), *stage.buffers())}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(micro_batches):
             positions = torch.arange(LENGTH)[None]
             extra = [torch.ones_like(positions) for _ in layers.adapter.batch_keys]
@@ -79,7 +81,20 @@ def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: i
             del outputs, first, positions, extra
             root.backward(gradient)
             del root, gradient
-    return weights, meter.peak
+    return weights, weights + most_allocated(profiler)
+
+
+def most_allocated(profiler: profile) -> int:
+    """The most bytes that were held at once of what was allocated while the profiler ran.
+
+    By its totals, as its times, which a virtual machine's cores tell, may be out of order.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_bytes())["traceEvents"]
+    allocated = [event["args"] for event in events if event.get("name") == "[memory]"]
+    first = min(allocated, key=lambda event: event["Ev Idx"])
+    return max(each["Total Allocated"] for each in allocated) - (first["Total Allocated"] - first["Bytes"])
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
@@ -93,7 +108,7 @@ def test_a_stage_takes_what_is_planned(model_dir: Path, adapter: Adapter, policy
     )  # fmt: skip
     layers.activation_memory = policy  # type: ignore[assignment]
     weights, peak = train_on_cpu(layers, *bounds, 2)
-    assert planned.weights == weights
+    assert planned.weights == pytest.approx(weights, abs=ROUNDING)
     assert planned.peak - planned.optimizer - planned.exchange - WORKSPACE == pytest.approx(peak, rel=0.03)
 
 

@@ -369,8 +369,17 @@ def train_plainly(name: str, replicas: int) -> dict[str, Any]:
         if done <= last_evaluated:
             with torch.no_grad():
                 evaluated = mean(model.batches).item()
-    weights = {id(p): p.detach() for p in whole.parameters()}
-    return {"losses": losses, "norms": norms, "weights": list(weights.values()), "eval": evaluated}
+    return {"losses": losses, "norms": norms, "weights": named(whole), "eval": evaluated}
+
+
+def named(layers: nn.ModuleList) -> dict[str, Tensor]:
+    """Parameters by the names that stages give them: that of the first layer, or a number if several layers have it."""
+    holders = {
+        p: sum(any(p is own for own in layer.parameters()) for layer in layers.children()) for p in layers.parameters()
+    }
+    shared = [p for p, count in holders.items() if count > 1]
+    names = {p: name for name, p in layers.named_parameters()} | {p: f"shared_{i}" for i, p in enumerate(shared)}
+    return {name: parameter.detach() for parameter, name in names.items()}
 
 
 def hand_on(kind: str) -> str:
