@@ -432,12 +432,8 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # All of it here, while a GPU still goes backward: when the step has been taken, it waits for the next one.
         self.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.fit_loop._should_accumulate():
-            return
         for name, value in self._speed.end().items():
             self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ class Checkpointing:
         self._resumed = ""  # from what, in words
         self.last_step = LastStep(trainer, layer_rng)
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
-        self._versions = {name: version(name) for name in ("torch", "lightning", "deepspeed")}  # slow to find
-        self._versions["lightning-pipelite"] = __version__
+        self._versions = _versions()  # before the first step: they are slow to find
         self._made: dict[str, Any] = {}  # with what options the optimizer and its schedules were
         self._made_before: dict[str, Any] | None = None  # those of the training that is resumed
         self._changes: list[str] = []  # of the callbacks' options since then
@@ -262,3 +262,9 @@ class Checkpointing:
                 f"options that are others than the checkpoint's hold from here on: {'; '.join(resumed.changes)}; give "
                 "the former values to go on with those"
             )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in ("torch", "lightning", "deepspeed")}
+    return {**found, "lightning-pipelite": __version__}

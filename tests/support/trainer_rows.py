@@ -44,11 +44,11 @@ class Stream(IterableDataset[Any]):
         return iter([rows(self.number)[index] for index in range(self.number)])
 
 
-def loader(batches: int = 10, **options: Any) -> DataLoader[Any]:
+def loader(batches: int = 6, **options: Any) -> DataLoader[Any]:
     return DataLoader(rows(BATCH * batches), batch_size=BATCH, **options)
 
 
-def stream(batches: int = 10) -> DataLoader[Any]:
+def stream(batches: int = 6) -> DataLoader[Any]:
     return DataLoader(Stream(BATCH * batches), batch_size=BATCH)
 
 
@@ -142,7 +142,7 @@ class Row:
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: Callbacks = lambda folder: []
     module: dict[str, Any] = field(default_factory=dict)
-    data: Callable[[], Any] = lambda: (loader(), loader(3))
+    data: Callable[[], Any] = lambda: (loader(), loader(2))
     calls: tuple[str, ...] = ("fit",)
     before: dict[str, Any] | None = None
     ckpt_path: str | None = None
@@ -175,10 +175,10 @@ ROWS: dict[str, Row] = {
     "max_epochs": Row({"max_epochs": 2}, replicas=2),
     "max_epochs 0": Row({"max_epochs": 0}),
     "max_steps": Row({"max_steps": 7, "max_epochs": -1}),
-    "max_steps at an epoch's end": Row({"max_steps": 10, "max_epochs": -1}),
+    "max_steps at an epoch's end": Row({"max_steps": 6, "max_epochs": -1}),
     "max_steps 0": Row({"max_steps": 0}),
-    "max_steps in mid-epoch, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 2}, replicas=2),
-    "max_steps and max_epochs": Row({"max_steps": 17, "max_epochs": 3}),
+    "max_steps in mid-epoch, accumulated": Row({"max_steps": 4, "max_epochs": -1, "accumulate_grad_batches": 2}, replicas=2),
+    "max_steps and max_epochs": Row({"max_steps": 10, "max_epochs": 3}),
     "max_epochs first": Row({"max_steps": 100, "max_epochs": 2}),
     "min_steps": Row({"max_epochs": 3, "min_steps": 8}, lambda _: [StopAfter(3)]),
     "min_epochs": Row({"max_epochs": 4, "min_epochs": 2}, lambda _: [StopAfter(3)]),
@@ -186,53 +186,54 @@ ROWS: dict[str, Row] = {
     "max_time, spent after a step": Row({"max_epochs": 2}, lambda _: [Timer(timedelta(microseconds=1))]),
     "max_time, spent after an epoch": Row({"max_epochs": 2}, lambda _: [Timer(timedelta(microseconds=1), interval="epoch")]),
     "max_time, enough": Row({"max_epochs": 1, "max_time": "00:01:00:00"}),
-    "stopped within an epoch": Row({"max_epochs": 3}, lambda _: [StopAfter(13)]),
-    "stopped within a step": Row({"max_epochs": 3, "accumulate_grad_batches": 4}, lambda _: [StopAfter(13)]),
-    "stopped as an epoch starts": Row({"max_epochs": 3}, lambda _: [StopAfter(11, "on_train_epoch_start")]),
-    "stopped as an epoch ends": Row({"max_epochs": 3}, lambda _: [StopAfter(10, "on_train_epoch_end")]),
+    "stopped within an epoch": Row({"max_epochs": 3}, lambda _: [StopAfter(8)]),
+    "stopped within a step": Row({"max_epochs": 3, "accumulate_grad_batches": 4}, lambda _: [StopAfter(8)]),
+    "stopped as an epoch starts": Row({"max_epochs": 3}, lambda _: [StopAfter(7, "on_train_epoch_start")]),
+    "stopped as an epoch ends": Row({"max_epochs": 3}, lambda _: [StopAfter(6, "on_train_epoch_end")]),
     "stopped in an evaluation": Row({"max_epochs": 3, "val_check_interval": 4}, lambda _: [StopAfter(4, "on_validation_end")]),
     "fast_dev_run": Row({"fast_dev_run": True}, saving()),
     "fast_dev_run 3": Row({"fast_dev_run": 3, "accumulate_grad_batches": 2}),
     "overfit_batches": Row({"max_epochs": 3, "overfit_batches": 2}),
     # How much
     "limit_train_batches": Row({"max_epochs": 2, "limit_train_batches": 4}),
-    "limit_train_batches, a share": Row({"max_epochs": 2, "limit_train_batches": 0.35}),
+    "limit_train_batches, a share": Row({"max_epochs": 2, "limit_train_batches": 0.55}),
     "limit_train_batches 0": Row({"max_epochs": 2, "limit_train_batches": 0}),
-    "limit_val_batches": Row({"max_epochs": 2, "limit_val_batches": 2}),
+    "limit_val_batches": Row({"max_epochs": 2, "limit_val_batches": 1}),
     "limit_val_batches, a share": Row({"max_epochs": 2, "limit_val_batches": 0.5}),
     "limit_val_batches 0": Row({"max_epochs": 2, "limit_val_batches": 0}),
     "no validation loader": Row({"max_epochs": 2}, data=lambda: (loader(), None)),
     "a loader that drops its last": Row({"max_epochs": 2}, data=lambda: (loader(drop_last=True), loader(3))),
     "a shuffled loader": Row({"max_epochs": 2}, data=lambda: (loader(shuffle=True), loader(3))),
     "a stream": Row({"max_epochs": 2}, data=lambda: (stream(), loader(3))),
-    "a stream by steps, accumulated": Row({"max_steps": 7, "max_epochs": -1, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(3))),
+    "a stream by steps, accumulated": Row({"max_steps": 3, "max_epochs": -1, "accumulate_grad_batches": 4}, data=lambda: (stream(), loader(3))),
     "a stream, limited": Row({"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": 3}, data=lambda: (stream(), loader(3))),
     "a stream, evaluated by batches": Row({"max_epochs": 2, "val_check_interval": 4}, data=lambda: (stream(), loader(3))),
     "a stream to evaluate on": Row({"max_epochs": 2}, data=lambda: (loader(), stream(3))),
     "a stream to evaluate on, limited": Row({"max_epochs": 2, "limit_val_batches": 2}, data=lambda: (loader(), stream(3))),
-    "several validation loaders": Row({"max_epochs": 2, "val_check_interval": 5}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
+    "several validation loaders": Row({"max_epochs": 2, "val_check_interval": 3}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
     "several validation loaders, limited": Row({"max_epochs": 1, "limit_val_batches": 2}, data=lambda: (loader(), [loader(2), loader(3), loader(1)])),
     "a data module": Row({"max_epochs": 2}, data=Data),
     "reload_dataloaders_every_n_epochs 1": Row({"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}, data=Data),
     "reload_dataloaders_every_n_epochs 2": Row({"max_epochs": 4, "reload_dataloaders_every_n_epochs": 2}, data=Data),
     "the distributed sampler": Row({"max_epochs": 2, "use_distributed_sampler": True}, data=lambda: (loader(12), loader(6)), replicas=2),
-    "the rest of an epoch skipped": Row({"max_epochs": 2}, module={"skips": 6}),
-    "the rest of an epoch skipped within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 4}, module={"skips": 6}),
+    "the rest of an epoch skipped": Row({"max_epochs": 2}, module={"skips": 4}),
+    "the rest of an epoch skipped within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 4}, module={"skips": 2}),
     # When it evaluates
-    "val_check_interval": Row({"max_epochs": 2, "val_check_interval": 3}),
+    "val_check_interval": Row({"max_epochs": 2, "val_check_interval": 4}),
     "val_check_interval within a step": Row({"max_epochs": 2, "val_check_interval": 3, "accumulate_grad_batches": 2}, replicas=2),
-    "val_check_interval, a share": Row({"max_epochs": 2, "val_check_interval": 0.25}),
-    "val_check_interval over epochs": Row({"max_epochs": 3, "val_check_interval": 7, "check_val_every_n_epoch": None}),
-    "val_check_interval longer than an epoch": Row({"max_epochs": 3, "val_check_interval": 15, "check_val_every_n_epoch": None}),
+    "val_check_interval, a share": Row({"max_epochs": 2, "val_check_interval": 0.4}),
+    "val_check_interval over epochs": Row({"max_epochs": 3, "val_check_interval": 5, "check_val_every_n_epoch": None}),
+    "val_check_interval longer than an epoch": Row({"max_epochs": 3, "val_check_interval": 8, "check_val_every_n_epoch": None}),
     "val_check_interval by time": Row({"max_epochs": 2, "val_check_interval": "00:00:00:00", "limit_train_batches": 3}, refused=ALONE),
-    "check_val_every_n_epoch": Row({"max_epochs": 4, "check_val_every_n_epoch": 2}),
+    "check_val_every_n_epoch": Row({"max_epochs": 4, "check_val_every_n_epoch": 2, "limit_train_batches": 3}),
+    "num_sanity_val_steps": Row({"max_epochs": 1, "num_sanity_val_steps": 2}),
     "num_sanity_val_steps 0": Row({"max_epochs": 1, "num_sanity_val_steps": 0}),
     "num_sanity_val_steps -1": Row({"max_epochs": 1, "num_sanity_val_steps": -1}),
     # The step
-    "accumulate_grad_batches": Row({"max_epochs": 2, "accumulate_grad_batches": 5}, replicas=2),
+    "accumulate_grad_batches": Row({"max_epochs": 2, "accumulate_grad_batches": 3}, replicas=2),
     "accumulate_grad_batches, the last step short": Row({"max_epochs": 2, "accumulate_grad_batches": 4}),
-    "accumulate_grad_batches of more than an epoch": Row({"max_epochs": 3, "accumulate_grad_batches": 16}),
-    "accumulation that changes": Row({"max_epochs": 4}, lambda _: [GradientAccumulationScheduler({0: 2, 2: 4})]),
+    "accumulate_grad_batches of more than an epoch": Row({"max_epochs": 2, "accumulate_grad_batches": 10}),
+    "accumulation that changes": Row({"max_epochs": 3}, lambda _: [GradientAccumulationScheduler({0: 2, 2: 4})]),
     "gradient_clip_val": Row({"max_epochs": 2, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}, replicas=2),
     "clip by value": Row({"max_epochs": 2, "gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}, replicas=2),
     "detect_anomaly": Row({"max_epochs": 1, "detect_anomaly": True}),
@@ -244,9 +245,9 @@ ROWS: dict[str, Row] = {
     # Rates
     "a rate by step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, module=scheduled(step_lr, interval="step")),
     "a rate by step, seldom": Row({"max_epochs": 2}, module=scheduled(step_lr, interval="step", frequency=3)),
-    "a rate by epoch": Row({"max_epochs": 3}, module=scheduled(step_lr, interval="epoch")),
-    "a rate by epoch, stopped within one": Row({"max_epochs": 3}, lambda _: [StopAfter(13)], module=scheduled(step_lr, interval="epoch")),
-    "a rate by epoch, seldom": Row({"max_epochs": 4}, module=scheduled(step_lr, interval="epoch", frequency=2)),
+    "a rate by epoch": Row({"max_epochs": 2}, module=scheduled(step_lr, interval="epoch")),
+    "a rate by epoch, stopped within one": Row({"max_epochs": 3}, lambda _: [StopAfter(8)], module=scheduled(step_lr, interval="epoch")),
+    "a rate by epoch, seldom": Row({"max_epochs": 4, "limit_train_batches": 2}, module=scheduled(step_lr, interval="epoch", frequency=2)),
     "a rate by the evaluation": Row({"max_epochs": 4, "limit_train_batches": 3}, module=scheduled(plateau, monitor="eval/loss")),
     "a rate by the loss of a step": Row({"max_epochs": 1}, module=scheduled(plateau, monitor="train/loss", interval="step")),
     "a rate for the number of steps": Row({"max_epochs": 2, "accumulate_grad_batches": 4}, module=scheduled(one_cycle, interval="step")),
@@ -257,7 +258,7 @@ ROWS: dict[str, Row] = {
     "the rates": Row({"max_epochs": 2}, lambda _: [LearningRateMonitor()], module=scheduled(step_lr, interval="step")),
     "the rates of epochs": Row({"max_epochs": 2}, lambda _: [LearningRateMonitor("epoch")], module=scheduled(step_lr, interval="epoch")),
     # Callbacks
-    "early stopping": Row({"max_epochs": 20}, lambda _: [EarlyStopping("eval/loss", min_delta=0.1, patience=1)]),
+    "early stopping": Row({"max_epochs": 20, "limit_train_batches": 3}, lambda _: [EarlyStopping("eval/loss", min_delta=0.1, patience=1)]),
     "early stopping at a threshold": Row({"max_epochs": 20, "val_check_interval": 3, "accumulate_grad_batches": 2},
         lambda _: [EarlyStopping("eval/loss", stopping_threshold=0.75)]),
     "early stopping on the training": Row({"max_epochs": 20},
@@ -265,13 +266,13 @@ ROWS: dict[str, Row] = {
     "checkpoints as Lightning makes them": Row({"max_epochs": 2, "enable_checkpointing": True}),
     "the best checkpoints": Row({"max_epochs": 4, "limit_train_batches": 3},
         saving(monitor="eval/loss", save_top_k=2, filename="{epoch}-{eval/loss:.3f}", auto_insert_metric_name=False)),
-    "the worst checkpoint": Row({"max_epochs": 3}, saving(monitor="eval/loss", mode="max", filename="{epoch}")),
-    "all checkpoints by steps": Row({"max_epochs": 2}, saving(save_top_k=-1, every_n_train_steps=3)),
-    "checkpoints by steps, accumulated": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, saving(every_n_train_steps=3, save_top_k=-1)),
+    "the worst checkpoint": Row({"max_epochs": 2}, saving(monitor="eval/loss", mode="max", filename="{epoch}")),
+    "all checkpoints by steps": Row({"max_epochs": 2}, saving(save_top_k=-1, every_n_train_steps=4)),
+    "checkpoints by steps, accumulated": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, saving(every_n_train_steps=2, save_top_k=-1)),
     "checkpoints by steps and the loss": Row({"max_epochs": 2}, saving(every_n_train_steps=2, monitor="train/loss", save_top_k=3)),
-    "checkpoints by epochs": Row({"max_epochs": 4}, saving(every_n_epochs=2, save_top_k=-1)),
-    "checkpoints before the evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_on_train_epoch_end=True, save_top_k=-1)),
-    "checkpoints after each evaluation": Row({"max_epochs": 2, "val_check_interval": 5}, saving(save_top_k=-1)),
+    "checkpoints by epochs": Row({"max_epochs": 4, "limit_train_batches": 3}, saving(every_n_epochs=2, save_top_k=-1)),
+    "checkpoints before the evaluation": Row({"max_epochs": 2, "val_check_interval": 3}, saving(save_on_train_epoch_end=True, save_top_k=-1)),
+    "checkpoints after each evaluation": Row({"max_epochs": 2, "val_check_interval": 4}, saving(save_top_k=-1)),
     "the last checkpoint": Row({"max_epochs": 2}, saving(save_last=True)),
     "the last checkpoint alone": Row({"max_epochs": 2}, saving(save_last=True, save_top_k=0)),
     "the last checkpoint, a link": Row({"max_epochs": 2}, saving(save_last="link")),
@@ -280,29 +281,29 @@ ROWS: dict[str, Row] = {
         ModelCheckpoint(folder / "best", monitor="eval/loss"), ModelCheckpoint(folder / "all", "{step}", every_n_train_steps=4, save_top_k=-1)]),
     "weights alone": Row({"max_epochs": 2}, saving(save_weights_only=True)),
     "no checkpoints": Row({"max_epochs": 2}, saving(save_top_k=0)),
-    "two kinds of checkpoints in one folder": Row({"max_epochs": 3}, lambda folder: [
+    "two kinds of checkpoints in one folder": Row({"max_epochs": 3, "limit_train_batches": 3}, lambda folder: [
         ModelCheckpoint("saved", "{epoch}", monitor="eval/loss", save_top_k=2), ModelCheckpoint("saved", "{epoch}", save_top_k=-1, every_n_epochs=1)]),
     "the best checkpoints of one name": Row({"max_epochs": 4, "limit_train_batches": 3}, saving("saved", "best", monitor="eval/loss", save_top_k=2)),
-    "a checkpoint of one name": Row({"max_epochs": 3}, saving("saved", "best")),
-    "a checkpoint on an error": Row({"max_epochs": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
-    "a checkpoint on an error within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [Raise(13), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
-    "a checkpoint on an error alone": Row({"max_epochs": 2}, lambda folder: [Raise(13), OnExceptionCheckpoint("saved"), ModelCheckpoint("other")], refused=ALONE),
-    "checkpoints of one's own": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [SaveAt(folder / "own", 3, 8, 13)]),
+    "a checkpoint of one name": Row({"max_epochs": 2}, saving("saved", "best")),
+    "a checkpoint on an error": Row({"max_epochs": 2}, lambda folder: [Raise(8), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
+    "a checkpoint on an error within a step": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [Raise(8), ModelCheckpoint("saved", save_on_exception=True)], refused=ALONE),
+    "a checkpoint on an error alone": Row({"max_epochs": 2}, lambda folder: [Raise(8), OnExceptionCheckpoint("saved"), ModelCheckpoint("other")], refused=ALONE),
+    "checkpoints of one's own": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda folder: [SaveAt(folder / "own", 3, 5, 8)]),
     # The project's own
     "EvalSchedule": Row({"max_epochs": 2, "accumulate_grad_batches": 2}, lambda _: [EvalSchedule(3)]),
     "TimedCheckpoint": Row({"max_epochs": 2}, lambda _: [TimedCheckpoint(1e-9, 4, "saved", monitor="eval/loss")]),
     # Again
     "fit, then fit on": Row({"max_epochs": 1}, calls=("fit", "fit")),
     "validate, fit, validate": Row({"max_epochs": 1}, calls=("validate", "fit", "validate")),
-    "resumed at an epoch's end": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last", differs=LOADS_LATER),
+    "resumed at an epoch's end": Row({"max_epochs": 2}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last", differs=LOADS_LATER),
     "resumed within an epoch": Row({"max_epochs": 2}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
         before={"max_epochs": 1}, ckpt_path="saved/step=4.ckpt", differs=LOADS_LATER),
-    "resumed by steps": Row({"max_steps": 15, "max_epochs": -1}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
+    "resumed by steps": Row({"max_steps": 10, "max_epochs": -1}, saving("saved", "{step}", every_n_train_steps=4, save_top_k=-1),
         before={"max_steps": 9, "max_epochs": -1}, ckpt_path="saved/step=8.ckpt", differs=LOADS_LATER),
     "resumed when complete": Row({"max_epochs": 2}, saving("saved", save_last=True), before={"max_epochs": 2}, ckpt_path="last", differs=LOADS_LATER),
-    "resumed with a rate": Row({"max_epochs": 3}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last",
+    "resumed with a rate": Row({"max_epochs": 2}, saving("saved", save_last=True), before={"max_epochs": 1}, ckpt_path="last",
         module=scheduled(step_lr, interval="step"), differs=LOADS_LATER),
-    "the best evaluated": Row({"max_epochs": 3}, saving("saved", monitor="eval/loss", mode="max"), calls=("fit", "validate best"), differs=LOADS_LATER),
+    "the best evaluated": Row({"max_epochs": 2}, saving("saved", monitor="eval/loss", mode="max"), calls=("fit", "validate best"), differs=LOADS_LATER),
     "the last evaluated": Row({"max_epochs": 2}, saving("saved", save_last=True), calls=("fit", "validate last"), differs=LOADS_LATER),
     "resumed early stopping": Row({"max_epochs": 9}, lambda _: [EarlyStopping("eval/loss", min_delta=0.1, patience=2), ModelCheckpoint("saved", save_last=True)],
         before={"max_epochs": 2}, ckpt_path="last", differs=LOADS_LATER),
