@@ -27,9 +27,11 @@ from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.resumed_options import (
     ResumedOptions,
     keep_callback_options,
+    named_options,
     options_of,
     schedules_of,
 )
+from lightning_pipelite.strategy.same_options import require_same, trainer_options
 
 _LIGHTNINGS_OWN = {
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
@@ -80,14 +82,23 @@ class Checkpointing:
     # As the training goes
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
-        """Note the options; a stage's optimizer that has nothing to train may have others. Collective."""
+        """Note the options; a stage's optimizer that has nothing to train may have others. Collective.
+
+        Raises:
+            ConfigurationError: on every rank, if the options that the ranks were given are not the same.
+        """
         empty = [not group["params"] for group in optimizer.param_groups]
-        everyones = self._store.share((options_of(optimizer), empty))
+        schedules = schedules_of(self._trainer.lr_scheduler_configs)
+        shared = self._store.share((options_of(optimizer), empty, schedules, trainer_options(self._trainer)))
+        require_same(
+            [{**named_options(options, unused, schedules), **others} for options, unused, schedules, others in shared]
+        )
+        everyones = [(options, unused) for options, unused, *_ in shared]
         groups = [
             next((options[index] for options, unused in everyones if not unused[index]), own)
             for index, own in enumerate(everyones[0][0])
         ]
-        self._made = {"groups": groups, "schedules": schedules_of(self._trainer.lr_scheduler_configs)}
+        self._made = {"groups": groups, "schedules": schedules}
 
     def training_starts(self) -> None:
         """Called when the data loaders have been made, which drew from the generators.

@@ -42,6 +42,33 @@ def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
     ]
 
 
+def named_options(
+    groups: Sequence[Mapping[str, Any]], unused: Sequence[bool], schedules: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the optimizer and its schedules were made with, by names for a message.
+
+    Args:
+        groups: see :func:`options_of`.
+        unused: whether a group has no parameters here: its options may have been completed in another way.
+        schedules: see :func:`schedules_of`.
+    """
+    found = {
+        f"the optimizer's {key}{f' of group {index}' if len(groups) > 1 else ''}": value
+        for index, options in enumerate(groups)
+        if not unused[index]
+        for key, value in options.items()
+        if key not in _HOW
+    }
+    for schedule in schedules:
+        found["the class of the schedule"] = schedule["class"]
+        found |= {
+            f"{schedule['class']}'s {key}": value
+            for key, value in schedule["state"].items()
+            if key not in _PROGRESS and isinstance(value, (bool, int, float, str))
+        }
+    return found
+
+
 class ResumedOptions:
     """Of each option the value that is given now, where it differs from what the checkpoint's training was given.
 

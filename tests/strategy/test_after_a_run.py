@@ -11,7 +11,15 @@ import textwrap
 import pytest
 import torch
 
-from after_jobs import after_fit, layers_of_its_own_making, run_the_example, runs, under_another_strategy, weights_after
+from after_jobs import (
+    after_fit,
+    device_memory_after_runs,
+    layers_of_its_own_making,
+    run_the_example,
+    runs,
+    under_another_strategy,
+    weights_after,
+)
 from lightning_pipelite import PipeLiteStrategy
 from processes import Workers
 from stage_jobs import trainer_for
@@ -62,6 +70,13 @@ def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, p
         assert threads_in_the_end < threads + len(result["opened"]) / 2
         assert files_in_the_end < files + len(result["opened"]) / 2
         assert result["alive"] == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU there is no memory of one")
+def test_runs_give_the_memory_of_the_gpu_back(workers: Workers) -> None:
+    held = workers.run(1, device_memory_after_runs, "gpu")[0]
+    assert held[-1] <= held[0]  # what a library keeps for ever is there after the first
+    assert held[0] < 64 * 2**20
 
 
 def test_other_strategies_and_groups_of_the_user_go_on(workers: Workers) -> None:

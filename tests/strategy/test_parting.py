@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lightning_pipelite.strategy.agreement import _factor
 from lightning_pipelite.strategy.micro_batches import all_shapes, described, fingerprint
-from parting_jobs import part
+from parting_jobs import fit_with, part
 from processes import Workers
 
 CPU = torch.device("cpu")
@@ -54,6 +56,22 @@ def test_data_that_is_the_same_is_trained_on(workers: Workers) -> None:
     for result in workers.run(2, part, "", False, 2, 1):
         assert result["error"] is None
         assert result["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "rates", "gammas", "said"),
+    [
+        ([{}, {}], [0.1, 0.2], [0.5, 0.5], "the optimizer's lr is not the same on all ranks: 0.1 on rank 0, 0.2 on"),
+        ([{}, {}], [0.1, 0.1], [0.5, 0.4], "ExponentialLR's gamma is not the same on all ranks: 0.5 on rank 0, 0.4 on"),
+        ([{"gradient_clip_val": 1.0}, {}], [0.1] * 2, [0.5] * 2, "trainer.gradient_clip_val is not the same on all "),
+        ([{}, {"max_steps": 2}], [0.1] * 2, [0.5] * 2, "trainer.max_steps is not the same on all ranks: 1 on rank "),
+        ([{}, {}], [0.1] * 2, [0.5] * 2, None),
+    ],
+)  # fmt: skip
+def test_options_that_differ_between_ranks(workers: Workers, options: Any, rates: Any, gammas: Any, said: Any) -> None:
+    first, second = workers.run(2, fit_with, options, rates, gammas)
+    assert first == second
+    assert first is None if said is None else first.startswith(said)
 
 
 def test_fingerprints_tell_values_and_places() -> None:

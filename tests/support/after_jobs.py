@@ -230,3 +230,21 @@ def run_the_example(code: str) -> int:
     )
     exec(code.replace("L.Trainer(", "L.Trainer(logger=False, enable_checkpointing=False, accelerator='cpu', "), names)
     return int(names["trainer"].global_step)
+
+
+def device_memory_after_runs(accelerator: str) -> list[int]:
+    """What torch has allocated on the GPU after each of four fits, with a validation each, of modules that are gone."""
+    held = []
+    for _ in range(4):
+        trainer = L.Trainer(
+            strategy=Catchable(1), accelerator=accelerator, devices=1, max_steps=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        module = Mlp()
+        trainer.fit(module, DataLoader(data(16), batch_size=ROWS))
+        trainer.validate(module, DataLoader(data(8), batch_size=ROWS), verbose=False)
+        assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+        del trainer, module
+        gc.collect()
+        held.append(torch.cuda.memory_allocated() if accelerator == "gpu" else 0)
+    return held

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from lightning_jobs import Mlp, data
 from lightning_pipelite.errors import ConfigurationError
 from stage_jobs import Catchable, Model, Module, trainer_for
 
@@ -105,3 +106,20 @@ def part(kind: str, evaluates: bool, stages: int, replicas: int) -> dict[str, An
     except ConfigurationError as error:
         return {"error": str(error), "steps": next(steps), "epoch": trainer.current_epoch}
     return {"error": None, "steps": next(steps), "epoch": trainer.current_epoch}
+
+
+def fit_with(options: list[dict[str, Any]], rates: list[float], gammas: list[float]) -> str | None:
+    """Fit with a Trainer's options, a learning rate and a schedule of each rank's own; returns what is said."""
+    rank = int(os.environ["RANK"])
+
+    class Own(Mlp):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), lr=rates[rank])
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gammas[rank])]
+
+    trainer = trainer_for(Catchable(len(rates)), len(rates), **{"max_steps": 1, **options[rank]})
+    try:
+        trainer.fit(Own(), DataLoader(data(16), batch_size=4))
+    except ConfigurationError as error:
+        return str(error)
+    return None

@@ -1,0 +1,47 @@
+"""Options that must be the same on every rank, or each would train in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_pipelite.errors import ConfigurationError
+
+_OF_THE_TRAINER = (
+    "max_steps", "max_epochs", "min_steps", "min_epochs", "accumulate_grad_batches", "gradient_clip_val",
+    "gradient_clip_algorithm", "check_val_every_n_epoch", "val_check_interval", "limit_train_batches",
+    "limit_val_batches",
+)  # fmt: skip
+
+
+def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
+    """Those of a Trainer that decide what is trained, and when it is evaluated, by name."""
+    return {f"trainer.{name}": getattr(trainer, name) for name in _OF_THE_TRAINER}
+
+
+def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that differ, such as one from a variable of the environment that only some nodes have.
+
+    Args:
+        everyones: by rank, options by name; what a rank does not have there is not compared.
+
+    Raises:
+        ConfigurationError: naming the first that differs, and each value with the ranks that have it.
+    """
+    for name in dict.fromkeys(name for options in everyones for name in options):
+        ranks: dict[str, list[int]] = {}
+        for rank, options in enumerate(everyones):
+            if name in options:
+                ranks.setdefault(repr(options[name]), []).append(rank)
+        if len(ranks) > 1:
+            told = ", ".join(f"{value} on {_numbered(which)}" for value, which in ranks.items())
+            raise ConfigurationError(
+                f"{name} is not the same on all ranks: {told}; give every process the same options and environment."
+            )
+
+
+def _numbered(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:4]))}{more}"
