@@ -47,10 +47,12 @@ SIZES: dict[str, Any] = {
     "num_kv_heads": 2,
     "swa_num_key_value_heads": 2,
     "num_query_groups": 2,
+    "num_global_key_value_heads": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "head_dim": 16,
     "dim_head": 16,
+    "d_head": 16,
     "swa_head_dim": 16,
     "global_head_dim": 16,
     "attention_head_dim": 32,
@@ -112,34 +114,108 @@ LIMITS = (
     "seq_length",
 )
 
-UNSET = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}  # None means a default
+ROPE = ("rope_parameters", "rope_scaling")  # the dictionaries of rotary embeddings' parameters
+
+# Hidden sizes: where one differs from the first that a configuration has, the class has a projection between them.
+WIDTHS = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "emb_dim",
+    "embedding_size",
+    "embedding_dim",
+    "word_embed_proj_dim",
+    "lru_width",
+    "attention_hidden_size",
+)
+# Pairs of which some classes know, or are something else, where both are equal.
+ALIKE = (
+    ("num_attention_heads", "num_key_value_heads"),
+    ("swa_num_attention_heads", "swa_num_key_value_heads"),
+    ("num_key_value_heads", "num_global_key_value_heads"),
+    ("linear_num_value_heads", "linear_num_key_heads"),
+    ("head_dim", "global_head_dim"),
+    ("intermediate_size", "moe_intermediate_size"),
+)
+# How wide the layers of a state-space model are is some times the hidden size, which some classes compute again.
+EXPANDED = ("intermediate_size", "mamba_d_ssm")
 
 
 def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     """Return the sizes among ``config``'s values, made small; the number of layers and their kinds stay."""
-    values = config.to_dict()
-    small = {}
+    return _small(config.to_dict())
+
+
+def _small(values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the values that change.
+
+    What says that there is none of a thing, or one, stays: 0, None, an empty list. So do equal sizes where a class can
+    tell them from different ones.
+    """
+    small: dict[str, Any] = {}
     for name, size in SIZES.items():
         value = values.get(name)
-        if name in values and (type(value) is int or (value is None and name in UNSET)):
-            # Some classes know one expert a token only.
-            small[name] = min(size, value) if "per_tok" in name and value is not None else size
-    if "qk_rope_head_dim" in small and "head_dim" in small:  # multi-head latent attention rotates this part only
-        small["head_dim"] = small["qk_rope_head_dim"]
-    heads = {values.get("num_attention_heads"), values.get("num_key_value_heads")}
-    if len(heads) == 1 and "num_key_value_heads" in small:  # some classes know no grouped queries
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    for name in ("word_embed_proj_dim", "embedding_size"):  # another width than the layers' is brought to theirs
-        if name in small and values[name] != values.get("hidden_size"):
-            small[name] = small["hidden_size"] // 2
-    small.update({name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in values})
+        if _is_size(value):
+            small[name] = min(size, value) if "per_tok" in name or "group" in name else size
+        elif isinstance(value, list) and value and all(type(each) is int for each in value):  # one for each layer
+            small[name] = [_smaller(size, each, max(value)) if each > 1 else each for each in value]
+    _keep_relations(values, small)
+    small.update({name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if _is_token(values.get(name))})
     for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
-        if type(values.get(name)) is int:
+        if _is_size(values.get(name)):
             small[name] = 4  # shorter than the texts of a trial, so that it matters
-    # A size that is one shape more than the hidden size says so by a ratio.
-    if values.get("expand") and "mamba_num_heads" not in small and values.get("num_heads"):
-        small["num_heads"], small["head_dim"] = 8, int(values["expand"] * 64) // 8
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in ROPE and (inner := _small(value)):
+            small[name] = {**value, **inner}
     return small
+
+
+def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
+    """Let sizes be equal, different, or one the sum of others, as the real ones are."""
+    widths = [name for name in WIDTHS if type(small.get(name)) is int]
+    for name in widths[1:]:
+        small[name] = _smaller(small[widths[0]], values[name], values[widths[0]])
+    for one, other in ALIKE:
+        if type(small.get(one)) is int and type(small.get(other)) is int:
+            if values[one] == values[other]:
+                small[other] = small[one]
+            elif small[one] == small[other]:
+                small[other] = _smaller(small[one], values[other], values[one])
+    if "qk_rope_head_dim" in small and "qk_nope_head_dim" in small:  # multi-head latent attention
+        _keep_latent_heads(values, small)
+    for expand in (values.get(name) for name in ("expand", "mamba_expand")):
+        for name in EXPANDED:
+            if expand and name in small and values[name] == expand * values.get("hidden_size", 0):
+                small[name] = int(expand * small["hidden_size"])
+        # A size that is one shape more than the hidden size says so by a ratio.
+        if expand and "mamba_num_heads" not in small and "num_heads" in small:
+            small["num_heads"], small["head_dim"] = 8, int(expand * small["hidden_size"]) // 8
+
+
+def _keep_latent_heads(values: dict[str, Any], small: dict[str, Any]) -> None:
+    """Queries and keys are a part that is rotated and one that is not; a class may ask whether values are as long."""
+    rope, nope, value = (values.get(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v"))
+    small["qk_nope_head_dim"] = 16 if nope == value else 8
+    whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    if "v_head_dim" in small and value not in (nope, nope + rope):
+        small["v_head_dim"] = 32
+    for name in ("qk_head_dim", "head_dim", "swa_head_dim"):
+        if name in small:
+            sizes = {rope: small["qk_rope_head_dim"], nope: small["qk_nope_head_dim"], nope + rope: whole}
+            small[name] = sizes.get(values[name], small[name])
+
+
+def _smaller(size: int, value: int, reference: int) -> int:
+    """Return what is to ``size`` as ``value`` is to ``reference``: as large, half, or twice as large."""
+    return size if value == reference else size // 2 if value < reference else 2 * size
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 1
+
+
+def _is_token(value: Any) -> bool:
+    return value is not None and value != [] and value != -1
 
 
 def tiny_config(config: PretrainedConfig, limit: int | None = None) -> PretrainedConfig:
@@ -155,7 +231,7 @@ def tiny_config(config: PretrainedConfig, limit: int | None = None) -> Pretraine
     values = config.to_dict()
     small = small_sizes(config)
     limits = {} if limit is None else {name: limit for name in LIMITS if type(values.get(name)) is int}
-    for name in ("rope_parameters", "rope_scaling"):
+    for name in ROPE:
         if isinstance(values.get(name), dict):
             values[name] = _tiny_rope(values[name], values, {**values, **small}, limit)
     return type(config).from_dict({**values, **small, **limits})

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from published_bases import PUBLISHED, shallow
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_pipelite.cli.check_command import compare_packed, compare_split, exact_layers
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.tiny import small_sizes
+from lightning_pipelite.models.tiny import small_sizes, tiny_config
 
 LAYERS = 4
 LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
@@ -43,6 +46,8 @@ SPECIAL: dict[str, Any] = {
     "axial_pos_shape": (8, 8),
     "num_attention_heads": 4,
 }
+# What defaults leave open although the class cannot do without.
+UNSET = {"head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
 class NotTiny(Exception):  # noqa: N818 (an outcome, not an error)
@@ -71,6 +76,8 @@ def tiny(model_type: str) -> PretrainedConfig:
         default = default.get_text_config(decoder=True)
         values = default.to_dict()
         changed: dict[str, Any] = {**small_sizes(default), **{name: LAYERS for name in DEPTHS if name in values}}
+        changed.update({name: value[:LAYERS] for name, value in changed.items() if isinstance(value, list)})
+        changed.update({name: size for name, size in UNSET.items() if values.get(name, 0) is None})
         changed.update(
             {name: 0.0 for name, v in values.items() if ("drop" in name or "jitter" in name) and isinstance(v, float)}
         )
@@ -115,11 +122,25 @@ def write(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
 
 
 def try_model(model_type: str) -> Outcome:
-    """Try one model type."""
+    """Try one model type, as its defaults are."""
     try:
         config = tiny(model_type)
     except NotTiny as reason:
         return Outcome(model_type, "not tried", note=str(reason))
+    return try_config(model_type, config)
+
+
+def try_published(name: str, layers: int) -> Outcome:
+    """Try the first layers of a published base, made narrow."""
+    facts = shallow(PUBLISHED[name], layers)
+    config = CONFIG_MAPPING[facts["model_type"]](**{key: value for key, value in facts.items() if key != "model_type"})
+    if kinds(tiny_config(config)) != kinds(config):
+        return Outcome(name, "WRONG", note="the tiny model has other parts")
+    return try_config(name, tiny_config(config))
+
+
+def try_config(model_type: str, config: PretrainedConfig) -> Outcome:
+    """Try one configuration of a size that can be tried."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         try:
@@ -143,6 +164,23 @@ def try_model(model_type: str) -> Outcome:
         except Exception as error:
             wrong = [f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"]
     return Outcome(model_type, "WRONG" if wrong else "exact", stages, packing, "; ".join(wrong))
+
+
+def kinds(config: PretrainedConfig) -> set[tuple[str, str]]:
+    """Return the names of all modules with their classes, and of all parameters with their dimensions.
+
+    Of experts and other lists within a layer, of which a tiny model has fewer, the first stands for all.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    modules = {(_in_layer(name), type(module).__name__) for name, module in model.named_modules()}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return modules | {(_in_layer(name), f"{parameter.ndim} dimensions") for name, parameter in parameters}
+
+
+def _in_layer(name: str) -> str:
+    first, *others = re.split(r"(?<=\.\d)(?=\.)|(?<=\.\d\d)(?=\.)", name, maxsplit=1)
+    return first + re.sub(r"\b\d+\b", "*", "".join(others))
 
 
 def reason_of(refusal: ConfigurationError) -> str:
