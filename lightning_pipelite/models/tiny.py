@@ -165,9 +165,20 @@ def _small(values: dict[str, Any]) -> dict[str, Any]:
         if _is_size(values.get(name)):
             small[name] = 4  # shorter than the texts of a trial, so that it matters
     for name, value in values.items():
-        if isinstance(value, dict) and name not in ROPE and (inner := _small(value)):
+        if name == "per_layer_config" and value:  # what is otherwise in single layers
+            small[name] = {layer: _small_layer(own, values, small) for layer, own in value.items()}
+        elif isinstance(value, dict) and name not in ROPE and (inner := _small(value)):
             small[name] = {**value, **inner}
     return small
+
+
+def _small_layer(own: dict[str, Any], values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Return what a layer has otherwise than the rest, made small as that is."""
+    made = {**own, **{k: _smaller(small[k], own[k], values[k]) for k in own.keys() & small.keys()}}
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
+    if parts[0] in made and values.get("head_dim") == sum({**values, **own}[part] for part in parts):
+        made["head_dim"] = sum({**small, **made}[part] for part in parts)
+    return made
 
 
 def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
@@ -194,7 +205,7 @@ def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
 
 def _keep_latent_heads(values: dict[str, Any], small: dict[str, Any]) -> None:
     """Queries and keys are a part that is rotated and one that is not; a class may ask whether values are as long."""
-    rope, nope, value = (values.get(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v"))
+    rope, nope, value = values["qk_rope_head_dim"], values["qk_nope_head_dim"], values.get("v_head_dim")
     small["qk_nope_head_dim"] = 16 if nope == value else 8
     whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     if "v_head_dim" in small and value not in (nope, nope + rope):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_bases import PUBLISHED, shallow
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_pipelite.cli.check_command import compare_packed, compare_split, exact_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.tiny import small_sizes, tiny_config
+from published_bases import PUBLISHED, shallow
 
 LAYERS = 4
 LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
@@ -83,6 +83,8 @@ def tiny(model_type: str) -> PretrainedConfig:
         )
         changed.update({k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in values})
         changed.update({name: value for name, value in SPECIAL.items() if name in values})
+        if "per_layer_config" in changed:
+            changed["per_layer_config"] = {n: v for n, v in changed["per_layer_config"].items() if int(n) < LAYERS}
         kinds = list(dict.fromkeys(values.get("layer_types") or []))
         changed.pop("layer_types", None)
         variants = [changed]
