@@ -39,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lightning_pipelite import PackedDataModule, PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full
 from lightning_pipelite.data import DatasetConfig
+from lightning_pipelite.models import Stage
 from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from processes import Workers
@@ -118,6 +119,7 @@ def train(folder: str, stages: int, method: str, steps: int, micro_batches: int)
     module = PipeLiteModule(f"{folder}/model", Full(), dtype="float32", activation_memory="keep")
     trainer.fit(module, data)
     stage = module.pipeline_stage
+    assert isinstance(stage, Stage)  # one piece a rank
     told = gathered((stage.start, stage.stop, statistics.median(times.busy[WARM_UP:])))
     step = max(gathered(statistics.median(times.whole[WARM_UP:])))
     costs = module.pipeline_layers()[0].layer_costs()

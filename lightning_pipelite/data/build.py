@@ -16,7 +16,7 @@ from lightning_pipelite.data.config import HELD_OUT, PackingOptions
 from lightning_pipelite.data.corpus import Corpus, tokenise
 from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
-from lightning_pipelite.data.sequences import largest_token, write_sequences
+from lightning_pipelite.data.sequence_file import largest_token, write_sequences
 from lightning_pipelite.data.sources import find_files, format_of, not_read
 from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer

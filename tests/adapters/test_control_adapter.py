@@ -28,7 +28,6 @@ from tiny_models import (
     write_model,
 )
 
-torch.set_num_threads(1)
 CLASSES = torch.randint(-1, 2, (2, 2, 12), generator=torch.Generator().manual_seed(5))
 
 

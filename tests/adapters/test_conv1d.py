@@ -22,7 +22,6 @@ from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.flops import training_flops
 from tiny_models import CPU, POSITIONS, build, cross_entropy, micro_batches, run_stages, train_stages
 
-torch.set_num_threads(1)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},

@@ -14,8 +14,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CONFIGS, CPU, POSITIONS, build, micro_batches, reference, run_stages, write_model
 
-torch.set_num_threads(1)
-
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -24,8 +24,6 @@ from tiny_models import (
     write_model,
 )
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
 from tiny_models import CUTS, SIZES, build, micro_batches, reference, run_stages, train_stages, write_model
 
-torch.set_num_threads(1)
 ROW = torch.arange(12).expand(2, -1)  # one document a row: some of these models do not isolate documents
 VARIANTS = {
     "rslora": {"use_rslora": True},

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 
-torch.set_num_threads(1)
 HIDDEN, RANK = 48, 5
 
 

@@ -26,8 +26,6 @@ from lightning_pipelite.shared.topology import Topology
 from own_code import FILES, change, write_own
 from tiny_models import POSITIONS, build, micro_batches, run_stages, write_model
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -32,8 +32,6 @@ from exact_training import Case, make_model
 from lightning_pipelite.adapters import ControlAdapter, LoRA, load_control_adapter
 from processes import Workers
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:

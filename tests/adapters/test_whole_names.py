@@ -30,7 +30,6 @@ from lightning_pipelite.export import analyze, control_to_lora, export_gguf, mer
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU, micro_batches, run_stages
 
-torch.set_num_threads(1)
 BASES: dict[str, Callable[[], PretrainedConfig]] = {
     **CONFIGS,  # gemma3 is known to AutoModelForCausalLM, mistral3 is not
     "qwen2_audio": lambda: Qwen2AudioConfig(  # sound; known to AutoModelForMultimodalLM alone

@@ -17,8 +17,6 @@ from lightning_pipelite.callbacks.support.heat_map import HEIGHT, MISSING, WIDTH
 from lightning_pipelite.shared.over_ranks import summarize
 from processes import Workers
 
-torch.set_num_threads(1)
-
 
 def test_norms_of_control_adapters() -> None:
     module = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])

@@ -17,7 +17,6 @@ from lightning_pipelite.callbacks.composite_weight_decay import decay_products
 from lightning_pipelite.callbacks.support.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
 
-torch.set_num_threads(1)
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False, "log_every_n_steps": 1,

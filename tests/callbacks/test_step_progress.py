@@ -25,7 +25,6 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
 }
-torch.set_num_threads(1)
 
 
 class Net(L.LightningModule):

@@ -11,8 +11,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import Stage
 from tiny_models import SIZES, write_model
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_sound_model(tmp_path: Path, kind: str) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 import lightning_pipelite.kernels.control as control_module
 from lightning_pipelite.kernels.control import control
 
-torch.set_num_threads(1)
 HIDDEN, RANK = 48, 5
 
 

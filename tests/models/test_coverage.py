@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import tiny_families
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ from lightning_pipelite.models.fingerprint import BASE_FILE, fingerprint, refuse
 from own_code import write_own
 from tiny_models import CPU, write_model
 
-torch.set_num_threads(1)
-
 
 def test_checkpoints_of_version_0_1_know_their_base(tmp_path: Path) -> None:
     """The value is what that version wrote into its checkpoints for these files."""

@@ -23,8 +23,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import MetaModel
 from lightning_pipelite.models.probe import Probe
 
-torch.set_num_threads(1)
-
 # Sizes, depths and rotary scaling as published; everything else is the class's default.
 REAL: dict[str, dict[str, Any]] = {
     "llama": {

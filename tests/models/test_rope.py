@@ -26,8 +26,6 @@ from lightning_pipelite.models import CausalLMLayers, MetaModel
 from lightning_pipelite.models.rope import document_lengths, is_static
 from tiny_models import CPU, build, run_stages
 
-torch.set_num_threads(1)
-
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,

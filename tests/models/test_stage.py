@@ -23,8 +23,6 @@ from tiny_models import (
     write_model,
 )
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

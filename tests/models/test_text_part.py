@@ -27,7 +27,6 @@ from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU, SIZES, micro_batches, run_stages
 
-torch.set_num_threads(1)
 PATCHES = {"image_size": 32, "patch_size": 8}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIGS = {

@@ -21,7 +21,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages, write_model
 
-torch.set_num_threads(1)
 CODES = torch.ones(8)
 
 

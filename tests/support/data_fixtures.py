@@ -1,21 +1,20 @@
-"""A small byte-level tokenizer and real text, built on the spot."""
+"""A small byte-level tokenizer and real text, built on the spot. Each imports what it needs: torch, or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from lightning_pipelite.data import PackedDataModule
 from packed_files import BOS, EOS
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_pipelite.data import PackedDataModule
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +25,9 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def make_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     def make(specials: dict[str, str]) -> Path:
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,6 +53,8 @@ def tokenizer_dir(make_tokenizer: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
 
 
@@ -63,6 +67,7 @@ def encode(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], tuple[int, ...
 @pytest.fixture
 def make_data(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., PackedDataModule]:
     """Make a data module with short sequences and a cache of its own."""
+    from lightning_pipelite.data import PackedDataModule
 
     def make(datasets: list[Any], **options: Any) -> PackedDataModule:
         options = {

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+documents = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=25), max_size=8)
+groups_of_documents = st.lists(documents, min_size=1, max_size=3)
 
 
 class Slot(NamedTuple):
@@ -63,3 +69,11 @@ def label_slowly(
         unclassed = hidden or following.owner == "prefix"
         controls.append(0 if unclassed else classes if isinstance(classes, int) else classes[following.owner])
     return Expected([slot.token for slot in sequence], labels, positions, controls)
+
+
+def flatten(groups: list[list[list[int]]]) -> tuple[list[list[int]], list[Any], np.ndarray]:
+    """All documents, the indices of each group, and the lengths."""
+    flat = [document for group in groups for document in group]
+    ends = np.cumsum([len(group) for group in groups])
+    indices = [np.arange(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
+    return flat, indices, np.array([len(document) for document in flat], np.int64)

@@ -19,7 +19,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU, SIZES, micro_batches, run_stages
 
-torch.set_num_threads(1)
 CONFIGS: dict[str, PretrainedConfig] = {
     "caps": Gemma2Config(**SIZES, sliding_window=4),
     "sinks": GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),

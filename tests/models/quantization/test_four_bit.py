@@ -23,8 +23,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
 
-torch.set_num_threads(1)
-
 
 def four_bit_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {

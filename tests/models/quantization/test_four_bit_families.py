@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import four_bit_families
 from expert_memory import measure_peak
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "cohere2", "qwen2_moe", "gpt_oss", "deepseek_v3"])

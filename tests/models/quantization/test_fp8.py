@@ -31,7 +31,6 @@ from tiny_models import (
 )
 from tiny_models import write_model as write
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:load_in_fp8")
 
 
