@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.cli.error_messages import explain
 from lightning_pipelite.errors import ConfigurationError
 
@@ -34,20 +35,52 @@ class Command:
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Call the function with what the command line says.
 
+        Where it has a parameter ``config``, all options that are not its own are those of ``pipelite fit``, and it
+        gets them as a :class:`~lightning_pipelite.cli.configuration.Configuration`.
+
         Raises:
             ConfigurationError: an option is wrong, or the function refuses what it was given.
         """
         function = getattr(importlib.import_module(self.module), self.function)
         parser = ArgumentParser(prog=f"pipelite {name}", description=self.summary, exit_on_error=False)
-        parser.add_function_arguments(function, as_positional=self.positional)
+        own: list[str] = [*arguments]
+        words: list[str] | None = None
+        parameters = inspect.signature(function).parameters
+        if "config" in parameters:
+            own, words = _split(arguments, parameters)
+            parser.add_argument("-c", "--config", help=_CONFIG_HELP)
+        parser.add_function_arguments(function, as_positional=self.positional, skip={"config"})
         try:
-            options = parser.parse_args(_with_values(function, arguments))
+            options = parser.parse_args(_with_values(function, own))
         except ArgumentError as error:
             sentence = explain(str(error), {name: parser})
             raise ConfigurationError(sentence.replace(", in the configuration file or on", " on")) from None
-        result = function(**parser.instantiate_classes(options).as_dict())
+        given = parser.instantiate_classes(options).as_dict()
+        if words is not None:
+            if not words and parameters["config"].default is inspect.Parameter.empty:
+                raise ConfigurationError("config must be given on the command line: --config FILE, as for fit.")
+            given["config"] = Configuration(tuple(words), {name: parser}) if words else None
+        result = function(**given)
         if result is not None:
             print(result, flush=True)
+
+
+_CONFIG_HELP = """A configuration of pipelite fit, a YAML or JSON file; of several the later ones replace options of the
+former. Further options are those of pipelite fit, such as --trainer.devices, and are read as it reads them, as is the
+environment (PIPELITE_FIT__TRAINER__DEVICES)."""
+
+
+def _split(arguments: Sequence[str], parameters: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Part the words of a command's own options, with their values, from all others."""
+    mine = {"-h", "--help", *(f"--{name}" for name in parameters if name != "config")}
+    own: list[str] = []
+    others: list[str] = []
+    part = others
+    for word in arguments:
+        if word.startswith("-") and not word[1:2].isdigit():  # else it is a value
+            part = own if word.partition("=")[0] in mine else others
+        part.append(word)
+    return own, others
 
 
 def _with_values(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
@@ -69,7 +102,7 @@ COMMANDS = {
     ),
     "merge": Command("lightning_pipelite.export.merging", "merge", "Add LoRAs to the weights of their base model."),
     "convert": Command(
-        "lightning_pipelite.export.conversion",
+        "lightning_pipelite.cli.convert_command",
         "convert",
         "Write what a training checkpoint holds as an adapter or a model.",
     ),

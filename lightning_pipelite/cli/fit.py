@@ -8,25 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from lightning_pipelite import __version__, adapters, callbacks
 from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
 from lightning_pipelite.checkpoint.find import require_last
 from lightning_pipelite.checkpoint.manifest import read_manifest
 from lightning_pipelite.checkpoint.reader import located
 from lightning_pipelite.cli.commands import COMMANDS
-from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
-from lightning_pipelite.cli.saved_config import SaveConfig
-from lightning_pipelite.data import PackedDataModule
+from lightning_pipelite.cli.error_messages import ENV_PREFIX, explain
+from lightning_pipelite.cli.fit_options import ConfiguredCLI
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.module.pipelite_module import PipeLiteModule
-from lightning_pipelite.shared.lazy_names import import_names
 from lightning_pipelite.shared.protocol import MayOverwrite
 from lightning_pipelite.shared.verbosity import OPTION
 from lightning_pipelite.strategy import PipeLiteStrategy
@@ -40,7 +35,7 @@ its order. {OPTION} prints all that the libraries say. Further commands: \
 {"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
 
 
-class TrainerCLI(LightningCLI):
+class TrainerCLI(ConfiguredCLI):
     """Parses ``sys.argv``, checks, and runs the Trainer.
 
     Raises:
@@ -49,74 +44,12 @@ class TrainerCLI(LightningCLI):
     """
 
     def __init__(self) -> None:
-        for package in (adapters, callbacks):  # whose classes jsonargparse then knows by their short names
-            import_names(package)
-        super().__init__(
-            PipeLiteModule,
-            PackedDataModule,
-            save_config_callback=SaveConfig,
-            trainer_defaults={
-                "strategy": {"class_path": "lightning_pipelite.PipeLiteStrategy"},
-                "enable_model_summary": False,
-            },
-            seed_everything_default=0,
-            parser_kwargs={
-                "description": DESCRIPTION,
-                "version": __version__,
-                "env_prefix": ENV_PREFIX,
-                "default_env": True,
-                "exit_on_error": False,
-            },
-            auto_configure_optimizers=False,  # the module has its own
-        )
-
-    # Parsing
-
-    @override
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = LightningArgumentParser(**kwargs)
-        parser.add_argument("-c", "--config", action=_ConfigFile, help="A YAML or JSON file of these options.")
-        return parser
-
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate")}
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Not when parsing: jsonargparse applies such links before it has seen the command line, if the environment
-        # is parsed too, and then refuses the model_dir that is not there yet.
-        parser.link_arguments("model.model_dir", "data.tokenizer_dir", apply_on="instantiate")
-
-    @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--overwrite",
-                action=ActionYesNo(no_prefix=None),  # type: ignore[arg-type]
-                default=False,
-                help="Begin anew where another training has left its results: what it trained, its checkpoints.",
-            )
-        return parser
+        super().__init__(DESCRIPTION)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_environment(self._subcommand_parsers)
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from None
-        given = self.config[self.config.subcommand]
-        for section in SECTIONS:
-            if not isinstance(given.get(section), Namespace):
-                raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
-        seed = given.seed_everything
-        if not 0 <= seed < 2**32:
-            raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
-        path = given.get("ckpt_path")
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
         if path == "best":
             raise ConfigurationError(
                 "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or "
@@ -124,8 +57,6 @@ class TrainerCLI(LightningCLI):
             )
         if path not in (None, "last", "hpc"):
             read_manifest(located(Path(path)))
-
-    # Checking
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -230,9 +161,3 @@ def _check_loggers(trainer: Trainer) -> None:
                     f"trainer.logger: {type(logger).__name__} cannot write to {logger.save_dir}; set its save_dir to a "
                     "directory that can be written."
                 )
-
-
-class _ConfigFile(ActionConfigFile):
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        check_config_file(values)
-        super().__call__(parser, cfg, values, option_string)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 
+from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.planning.before_training import device_memory
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import Report
-from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, read_settings
+from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, settings_of
 from lightning_pipelite.planning.simulation import Simulation
 
 
 def plan(
-    config: str,
+    config: str | Configuration,
     devices: int | None = None,
     memory: str | None = None,
     hosts: int | None = None,
@@ -32,7 +33,7 @@ def plan(
     Nothing but config.json and the headers of the weight files is read of the model, and no GPU is needed.
 
     Args:
-        config: the configuration of pipelite fit.
+        config: the configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
         devices: GPUs of a host; the configuration's if not given.
         memory: of each GPU, such as 24GiB; that of the GPU here if not given, and unknown without one.
         hosts: how many hosts there are; the configuration's if not given.
@@ -47,8 +48,13 @@ def plan(
     if picture is not None and Path(picture).suffix.lower() != ".png":
         raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
     size = parse_memory(memory) if memory is not None else _smallest_here()
-    settings = read_settings(config, model_dir)
-    settings.sequence_len = sequence_len or settings.sequence_len
+    given = Configuration.of(config)
+    content = given.read()
+    if model_dir is not None:
+        content["model"]["model_dir"] = model_dir
+    if sequence_len is not None:
+        content["data"]["sequence_len"] = sequence_len
+    settings = settings_of(content, str(given))
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
     total = on_each * (hosts or settings.hosts)
     planner = Planner(

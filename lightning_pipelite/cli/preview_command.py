@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lightning_pipelite.cli.error_messages import check_config_file, explain
+from lightning_pipelite.cli.configuration import Configuration
+from lightning_pipelite.cli.error_messages import explain
 from lightning_pipelite.data.datamodule import PackedDataModule
 from lightning_pipelite.data.sequences import IGNORED, PackedSequences
 from lightning_pipelite.data.tokens import DocumentTokenizer
@@ -23,7 +23,7 @@ _BOLD, _MASKED, _PADDING = "\x1b[1m", "\x1b[2;3m", "\x1b[2m"
 _CLASSES = {1: "\x1b[32m", -1: "\x1b[35m"}
 
 
-def preview(config: str, sequences: int = 3) -> str:
+def preview(config: str | Configuration, sequences: int = 3) -> str:
     """Pack the data of a configuration as fit would, and show the sequences that training begins with.
 
     Each document begins with a line that tells its control class. What is no label (masked tokens, and the first of a
@@ -31,7 +31,7 @@ def preview(config: str, sequences: int = 3) -> str:
     is, unless NO_COLOR is set, and elsewhere if FORCE_COLOR is. The model is not loaded.
 
     Args:
-        config: The YAML or JSON file of `pipelite fit`.
+        config: The configuration of `pipelite fit`: a file, as --config several of them, and options of fit besides.
         sequences: How many to show.
     """
     if sequences < 1:
@@ -46,34 +46,28 @@ def preview(config: str, sequences: int = 3) -> str:
     return "\n\n".join(["\n".join(data.summary()), *shown])
 
 
-def data_of(config: str) -> PackedDataModule:
+def data_of(config: str | Configuration) -> PackedDataModule:
     """Make the data module of a configuration for `pipelite fit`.
 
-    Args:
-        config: The YAML or JSON file.
-
     Raises:
-        ConfigurationError: If the file, or what it says about the data, is not usable.
+        ConfigurationError: If the configuration, or what it says about the data, is not usable.
     """
-    path = Path(config).expanduser()
-    if not path.is_file():
-        raise ConfigurationError(f"there is no configuration file {config}; give the one that fit is given.")
+    given = Configuration.of(config)
+    for file in given.files:
+        if not Path(file).expanduser().is_file():
+            raise ConfigurationError(f"there is no configuration file {file}; give the one that fit is given.")
+    options = given.read()["data"]
+    lacks_data = options.get("datasets") is None and options.get("sequence_len") is None
+    if lacks_data or options["tokenizer_dir"] is None:
+        missing = "data" if lacks_data else "model.model_dir"
+        raise ConfigurationError(f"{missing} must be given in {given}; put it there as for fit.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PackedDataModule, "data")
     try:
-        check_config_file(config)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        section, model = content.get("data"), content.get("model")
-        model_dir = model.get("model_dir") if isinstance(model, dict) else None
-        if not isinstance(section, dict) or not isinstance(model_dir, str):
-            missing = "model.model_dir" if isinstance(section, dict) else "data"
-            raise ConfigurationError(f"{missing} must be given in {config}; put it there as for fit.")
-        if "tokenizer_dir" in section:
-            raise ConfigurationError("data.tokenizer_dir is always model.model_dir; leave it out.")
-        options = parser.parse_object({"data": {**section, "tokenizer_dir": model_dir}})
+        checked = parser.parse_object({"data": {key: value for key, value in options.items() if value is not None}})
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), {"preview": parser})) from None
-    data: PackedDataModule = parser.instantiate_classes(options).data
+    data: PackedDataModule = parser.instantiate_classes(checked).data
     return data
 
 

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.from_checkpoint import convert_own
+from lightning_pipelite.export.from_checkpoint import convert_own, read_settings
 from lightning_pipelite.export.from_qlora_pipe_lite import FormerCheckpoint
 
 
-def convert(checkpoint: str, output: str, config: str | None = None, allow_another_base: bool = False) -> str:
+def convert(
+    checkpoint: str, output: str, config: str | Mapping[str, Any] | None = None, allow_another_base: bool = False
+) -> str:
     """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
 
     Args:
         checkpoint: directory of the checkpoint: one of this project's, or one of qlora-pipe-lite's with its
             layer_NN-model_states.pt files (or the directory of a run, for its latest one).
         output: directory to write; must not exist, or be empty.
-        config: configuration of the training: the YAML of pipelite fit, or the TOML of qlora-pipe-lite. The model is
-            found where it says. A checkpoint of this project says it all itself, unless the model has moved; also
-            whether the model's own code was trusted, which is then run again.
+        config: configuration of the training: a YAML file of pipelite fit, or what it holds, or the TOML of
+            qlora-pipe-lite. The model is found where it says. A checkpoint of this project says it all itself, unless
+            the model has moved; also whether the model's own code was trusted, which is then run again.
         allow_another_base: convert though the model is not the one of the training any more.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    directory, settings = Path(checkpoint), None if config is None else Path(config)
+    directory = Path(checkpoint)
     if not directory.is_dir():
         raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
-    if settings is not None and not settings.is_file():
+    settings = Path(config) if isinstance(config, str) else config
+    if isinstance(settings, Path) and not settings.is_file():
         raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
     if FormerCheckpoint.is_one(directory):
-        if settings is None:
+        if not isinstance(settings, Path):
             raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config.")
         return FormerCheckpoint(directory, settings).convert(Path(output))
+    if isinstance(settings, Path):
+        settings = read_settings(settings)
     return convert_own(directory, Path(output), settings, allow_another_base=allow_another_base)

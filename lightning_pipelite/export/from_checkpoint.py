@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 LOADING = ("load_in_4bit", "load_in_fp8", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
-def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_another_base: bool = False) -> str:
+def convert_own(
+    checkpoint: Path, output: Path, config: Mapping[str, Any] | None, *, allow_another_base: bool = False
+) -> str:
     """Write what ``checkpoint`` has trained as the training itself would have.
 
     Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
@@ -34,7 +36,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_an
     Args:
         checkpoint: Directory of the checkpoint.
         output: Directory to write.
-        config: YAML of the training; if not given, what the checkpoint says of it counts.
+        config: Options of the training, by sections; if not given, what the checkpoint says of them counts.
         allow_another_base: Take a model that is not the one of the training.
 
     Raises:
@@ -48,7 +50,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_an
         said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
         raise ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.") from None
     values = dict(parameters)
-    settings = _said_by(meta, checkpoint) if config is None else _settings(config)
+    settings = _said_by(meta, checkpoint) if config is None else _checked(config, "the configuration")
     model_dir = Path(settings["model"]["model_dir"])
     with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
         pass
@@ -59,7 +61,7 @@ def convert_own(checkpoint: Path, output: Path, config: Path | None, *, allow_an
             f"{checkpoint} was trained on another base than {model_dir}; give a configuration with that one as "
             "model.model_dir, or set allow_another_base to true."
         )
-    adapter = _adapter(settings["model"]["adapter"], config or checkpoint)
+    adapter = _adapter(settings["model"]["adapter"], checkpoint if config is None else "the configuration")
     loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
     layers = CausalLMLayers(
         model_dir,
@@ -110,25 +112,37 @@ def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return {"model": model}
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the options of a training from its YAML file.
+
+    Raises:
+        ConfigurationError: If the file does not say what was trained.
+    """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}); give the YAML of the training.") from None
+    return _checked(content, str(path))
+
+
+def _checked(settings: Any, source: str) -> dict[str, Any]:
+    try:
         if not isinstance(settings["model"]["model_dir"], str) or not isinstance(settings["model"]["adapter"], dict):
             raise TypeError("model_dir or adapter")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise ConfigurationError(
-            f"{path} has no model.model_dir and model.adapter ({error}); give the YAML of the training."
+            f"{source} has no model.model_dir and model.adapter ({error}); give the YAML of the training."
         ) from None
     return dict(settings)
 
 
-def _adapter(settings: dict[str, Any], path: Path) -> Adapter:
+def _adapter(settings: dict[str, Any], source: Path | str) -> Adapter:
     module, _, name = str(settings.get("class_path")).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
         adapter = kind(**settings.get("init_args") or {})
     except (ImportError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"{path}: model.adapter cannot be made ({error}).") from None
+        raise ConfigurationError(f"{source}: model.adapter cannot be made ({error}).") from None
     if not isinstance(adapter, Adapter):
-        raise ConfigurationError(f"{path}: model.adapter is a {name}, which is no adapter of this project.")
+        raise ConfigurationError(f"{source}: model.adapter is a {name}, which is no adapter of this project.")
     return adapter

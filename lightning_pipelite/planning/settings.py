@@ -1,4 +1,4 @@
-"""What a configuration file says about a training, as far as a plan needs it, without the Trainer's long imports."""
+"""What a configuration file says about a training, as far as a plan needs it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 
 from lightning_pipelite.errors import ConfigurationError
 
@@ -47,56 +45,35 @@ class Settings:
     optimizer: dict[str, Any] = field(default_factory=lambda: OPTIMIZER)
 
 
-def read_settings(path: str, model_dir: str | None = None) -> Settings:
-    """Read a configuration of ``pipelite fit``.
+def settings_of(content: Mapping[str, Any], source: str) -> Settings:
+    """Take what a plan needs of a configuration.
 
     Args:
-        path: of the YAML or JSON file.
-        model_dir: in place of the file's.
+        content: The options of ``pipelite fit``, by sections.
+        source: Where they were given, for messages.
 
     Raises:
-        ConfigurationError: if it cannot be read, or lacks what a plan needs.
+        ConfigurationError: If it lacks what a plan needs.
     """
-    content = _read(path)
-    sections = {name: _section(content, name, path) for name in ("trainer", "model", "data")}
-    trainer, model, data = sections["trainer"], dict(sections["model"]), sections["data"]
-    if model_dir is not None:
-        model["model_dir"] = model_dir
+    trainer, model, data = (content[name] for name in ("trainer", "model", "data"))
     for name, value in (("model.model_dir", model.get("model_dir")), ("model.adapter", model.get("adapter"))):
         if not value:
-            raise ConfigurationError(f"{path}: {name} must be given for a plan.")
-    strategy = trainer.get("strategy") or {}
+            raise ConfigurationError(f"{source}: {name} must be given for a plan.")
+    strategy = trainer.get("strategy")
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     devices = trainer.get("devices")
     if isinstance(devices, list):  # their numbers
         devices = len(devices)
     return Settings(
         model=model,
-        sequence_len=_count(data.get("sequence_len"), f"{path}: data.sequence_len"),
-        micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{path}: trainer.accumulate_grad_batches"),
-        stages=_count(options.get("pipeline_stages", 1), f"{path}: pipeline_stages"),
+        sequence_len=_count(data.get("sequence_len"), f"{source}: data.sequence_len"),
+        micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{source}: trainer.accumulate_grad_batches"),
+        stages=_count(options.get("pipeline_stages", 1), f"{source}: pipeline_stages"),
         partition_method=str(options.get("partition_method", "uniform")),
         devices=devices if type(devices) is int and devices > 0 else None,
-        hosts=_count(trainer.get("num_nodes") or 1, f"{path}: trainer.num_nodes"),
+        hosts=_count(trainer.get("num_nodes") or 1, f"{source}: trainer.num_nodes"),
         optimizer=model.get("optimizer") or OPTIMIZER,
     )
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--config: {path} cannot be read ({error}); give a YAML or JSON file.") from None
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"--config: {path} holds no options; write them as in model: ...")
-    return content
-
-
-def _section(content: dict[str, Any], name: str, path: str) -> Mapping[str, Any]:
-    section = content.get(name) or {}
-    if not isinstance(section, Mapping):
-        raise ConfigurationError(f"{path}: {name} is {section!r}; put the options of {name} there.")
-    return section
 
 
 def _count(value: Any, name: str) -> int:
@@ -127,8 +104,10 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{key}: class_path {path} cannot be imported ({error}); correct it.") from None
-    options = given.get("init_args") or {}
     known = inspect.signature(kind).parameters
+    optional = {name for name, each in known.items() if each.default is not each.empty}
+    given_options = given.get("init_args") or {}
+    options = {name: value for name, value in given_options.items() if value is not None or name in optional}
     if unknown := [option for option in options if option not in known]:
         raise ConfigurationError(f"{key}.{unknown[0]} is not an option; {name} has {', '.join(known)}.")
     missing = [n for n, each in known.items() if each.default is each.empty and n not in (*options, *given_here)]

@@ -24,7 +24,7 @@ def config(tmp_path: Path, tokenizer_dir: Path) -> dict[str, Any]:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "trainer": {"max_steps": 3},
-        "model": {"model_dir": str(tokenizer_dir), "adapter": {"class_path": "not.read"}},
+        "model": {"model_dir": str(tokenizer_dir), "adapter": {"class_path": "LoRA", "init_args": {"rank": 2}}},
         "data": {
             "datasets": [
                 {"dataset_path": str(tmp_path / "a.jsonl")},

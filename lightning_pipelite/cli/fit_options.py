@@ -1,0 +1,181 @@
+"""What a training is told by configuration files, the command line, the environment and links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_pipelite import __version__, adapters, callbacks
+from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+from lightning_pipelite.cli.saved_config import SaveConfig
+from lightning_pipelite.data import PackedDataModule
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.module.pipelite_module import PipeLiteModule
+from lightning_pipelite.shared.lazy_names import import_names
+
+LINKS = {"data.tokenizer_dir": "model.model_dir"}
+"""Options that are always another one's value."""
+
+
+class ConfiguredCLI(LightningCLI):
+    """The options of ``pipelite fit`` and ``pipelite validate``, as LightningCLI reads them.
+
+    Args:
+        description: for ``--help``.
+        arguments: the words of the command line; those of ``sys.argv`` if not given.
+
+    Raises:
+        ConfigurationError: if an option is wrong.
+    """
+
+    may_lack = False
+    """Whether options that fit needs may be missing."""
+
+    def __init__(self, description: str = "", arguments: Sequence[str] | None = None) -> None:
+        for package in (adapters, callbacks):  # whose classes jsonargparse then knows by their short names
+            import_names(package)
+        super().__init__(
+            PipeLiteModule,
+            PackedDataModule,
+            parser_class=_PartialParser if self.may_lack else LightningArgumentParser,
+            args=arguments,  # type: ignore[arg-type]
+            save_config_callback=SaveConfig,
+            trainer_defaults={
+                "strategy": {"class_path": "lightning_pipelite.PipeLiteStrategy"},
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs={
+                "description": description,
+                "version": __version__,
+                "env_prefix": ENV_PREFIX,
+                "default_env": True,
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,  # the module has its own
+        )
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=_ConfigFile, help="A YAML or JSON file of these options.")
+        return parser
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate")}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for target, source in LINKS.items():
+            # Not when parsing: jsonargparse applies such links before it has seen the command line, if the environment
+            # is parsed too, and then refuses the model_dir that is not there yet.
+            parser.link_arguments(source, target, apply_on="instantiate")
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--overwrite",
+                action=ActionYesNo(no_prefix=None),  # type: ignore[arg-type]
+                default=False,
+                help="Begin anew where another training has left its results: what it trained, its checkpoints.",
+            )
+        return parser
+
+    @property
+    def _known_to(self) -> Mapping[str, ArgumentParser]:
+        """The parsers of the commands, whose options are proposed for misspelt ones."""
+        return self._subcommand_parsers
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_environment(self._subcommand_parsers)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigurationError(explain(str(error), self._known_to)) from None
+        given = self.config[self.config.subcommand]
+        for section in SECTIONS:
+            if given.get(section) is None and self.may_lack:
+                given[section] = Namespace()
+            if not isinstance(given.get(section), Namespace):
+                raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
+        for target, source in LINKS.items():
+            if given.get(target) is not None:
+                raise ConfigurationError(f"{target} is always {source}; leave it out.")
+        seed = given.seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
+
+
+class _PartialParser(LightningArgumentParser):
+    """Takes options of which some are missing."""
+
+    @override
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        super().validate(*args, **{**kwargs, "skip_required": True})
+
+
+def read_options(words: Sequence[str], others: Mapping[str, ArgumentParser]) -> dict[str, Any]:
+    """Read all options of ``pipelite fit``: what is given, and the defaults of the rest, by sections.
+
+    Args:
+        words: of the command line behind ``pipelite fit``.
+        others: parsers whose options are proposed for misspelt ones, too.
+
+    Returns:
+        The sections, with links followed. What is missing and has no default is None.
+
+    Raises:
+        ConfigurationError: if fit would not take an option.
+    """
+    content: dict[str, Any] = _Reader(words, others).config.fit.as_dict()
+    for target, source in LINKS.items():
+        (section, name), (from_section, from_name) = target.split("."), source.split(".")
+        content[section][name] = content[from_section].get(from_name)
+    return content
+
+
+class _Reader(ConfiguredCLI):
+    """Reads, and runs nothing."""
+
+    may_lack = True
+
+    def __init__(self, words: Sequence[str], others: Mapping[str, ArgumentParser]) -> None:
+        self._others = others
+        super().__init__(arguments=["fit", *words])
+
+    @property
+    @override
+    def _known_to(self) -> Mapping[str, ArgumentParser]:
+        return {**self._others, **self._subcommand_parsers}
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: no checkpoint is resumed from."""
+
+    @override
+    def _set_seed(self) -> None:
+        """Nothing: nothing is drawn."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Nothing: the command makes what it needs."""
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: the command runs."""
+
+
+class _ConfigFile(ActionConfigFile):
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        check_config_file(values)
+        super().__call__(parser, cfg, values, option_string)
