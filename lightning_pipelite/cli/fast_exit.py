@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
-from unittest import mock
+
+_UNCOMPILED = "TORCHDYNAMO_DISABLE"
 
 
 @contextlib.contextmanager
@@ -18,12 +19,16 @@ def short_lived() -> Iterator[None]:
     Garbage is not looked for: imports make none, but are looked through again and again. And what libraries compile as
     they are imported (bitsandbytes some functions for CPUs) is not compiled: torch's compiler is itself a long import.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, before = gc.isenabled(), os.environ.get(_UNCOMPILED)
     gc.disable()
     try:
-        with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-            yield
+        os.environ[_UNCOMPILED] = "1"
+        yield
     finally:
+        if before is None:
+            del os.environ[_UNCOMPILED]
+        else:
+            os.environ[_UNCOMPILED] = before
         if was_enabled:
             gc.enable()
 

@@ -12,6 +12,7 @@ from lightning_pipelite import __version__
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.verbosity import be_quiet, take_option
+from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C, as shells have it."""
@@ -25,6 +26,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:  # at once, without ten seconds of imports
         print(f"pipelite {__version__}")
         return
+    guard_against_parent_death()
     take_option()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
     be_quiet()

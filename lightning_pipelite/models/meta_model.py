@@ -175,6 +175,7 @@ class MetaModel:
     @cache  # noqa: B019  (meta_models are few, and live as long as the job)
     def fits_varlen(self) -> bool:
         """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
+        varlen.register()  # nobody attends by it who has not asked here
         try:
             probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME), self._probe)
             return probe.attends_as(self._probe)

@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -194,13 +193,15 @@ def as_on_gpu() -> Iterator[None]:
     def on_gpu(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
         return autocast("cuda" if device_type == "meta" else device_type, *args, **kwargs)
 
-    with (
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
-        mock.patch.object(torch, "autocast", on_gpu),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")
-        yield
+    nn.functional.scaled_dot_product_attention = attention
+    torch.autocast = on_gpu  # type: ignore[assignment, misc]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")
+            yield
+    finally:
+        nn.functional.scaled_dot_product_attention = before
+        torch.autocast = autocast  # type: ignore[misc]
 
 
 def _attention(

@@ -92,7 +92,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
 
     @override
     def _call_children_scripts(self) -> None:
-        os.environ[LAUNCHER_PID] = str(os.getpid())  # read at the import of watchdog/parent_death.py
+        os.environ[LAUNCHER_PID] = str(os.getpid())  # read by guard_against_parent_death
         try:
             super()._call_children_scripts()
         finally:

@@ -37,6 +37,7 @@ from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from lightning_pipelite.strategy.watchdog import Watchdog
+from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
 _SECONDS_TO_WRITE = 60.0
 """How long the job's end waits for a checkpoint that is being written when a rank fails."""
@@ -104,6 +105,7 @@ class PipeLiteStrategy(DDPStrategy):
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
     ) -> None:
+        guard_against_parent_death()
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,

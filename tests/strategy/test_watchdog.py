@@ -279,7 +279,8 @@ if "LOCAL_RANK" in os.environ:
     for name in ("lightning_pipelite", "lightning_pipelite.strategy", "lightning_pipelite.strategy.watchdog"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(Path(os.environ["PYTHONPATH"]).joinpath(*name.split(".")))]
-    import lightning_pipelite.strategy.watchdog.parent_death
+    from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
+    guard_against_parent_death()
     assert "PIPELITE_LAUNCHER_PID" not in os.environ
     work()
 from lightning.fabric.plugins.environments import LightningEnvironment

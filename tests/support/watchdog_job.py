@@ -212,7 +212,7 @@ def main() -> None:
             break
     in_fork = len(children) == 0 and (how == "neutral" or local_rank > 0)
     if how == "launched" and in_fork:
-        parent_death.LAUNCHED = parent_death._guard_against_parent_death()
+        parent_death.guard_against_parent_death()
     if how == "neutral" and not in_fork:
         (folder / "codes.json").write_text(json.dumps([child.wait() for child in children]))
         os._exit(0)

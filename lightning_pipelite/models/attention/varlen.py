@@ -140,6 +140,10 @@ def _masked(
     return output.transpose(1, 2).contiguous()
 
 
-# transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would make
-# the host of a GPU wait in every micro-batch.
-AttentionInterface.register(NAME, varlen_attention)
+def register() -> None:
+    """Let transformers find it by its name; more than once is as good as once.
+
+    transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would
+    make the host of a GPU wait in every micro-batch.
+    """
+    AttentionInterface.register(NAME, varlen_attention)

@@ -7,6 +7,7 @@ import os
 import socket
 import weakref
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 _LONGEST_LINE = 1 << 16  # bytes; what is longer does not come from a rank
@@ -26,6 +27,7 @@ class Link:
         self._buffer = b""
         self._socket = sock
         _OPEN.add(self)
+        _close_in_forks()
         sock.settimeout(2.0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (
@@ -73,4 +75,6 @@ def _after_fork() -> None:
         link.close()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+@cache
+def _close_in_forks() -> None:
+    os.register_at_fork(after_in_child=_after_fork)

@@ -47,7 +47,7 @@ def join(rank: int, world_size: int, stage: int, host: str) -> Coordinator | Cli
     if rank == 0:
         return Coordinator(world_size, listener, token)
     link = _dial(host, port, rank)
-    link.send(token=token, rank=rank, stage=stage, launched=parent_death.LAUNCHED)
+    link.send(token=token, rank=rank, stage=stage, launched=parent_death.was_launched())
     return Client(link, hub_stage)
 
 

@@ -19,16 +19,25 @@ def die_with_launcher(yes: bool) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if yes else 0)
 
 
-def _guard_against_parent_death() -> bool:
-    """Called at import, in a launched process: until the watchdog holds, it must not outlive its launcher."""
+_launched = False
+
+
+def guard_against_parent_death() -> None:
+    """Tie a process that another rank has launched to that one, until its watchdog holds.
+
+    Called as early as it can be told that this is such a process: where the command begins, and where a script makes
+    the strategy. Once more does nothing.
+    """
+    global _launched
     launcher = os.environ.pop(LAUNCHER_PID, None)  # a process that this one starts is none of the launcher's
     if launcher is None:
-        return False
+        return
     die_with_launcher(True)
     if os.getppid() != int(launcher):  # it died before the line above
         os._exit(1)
-    return True
+    _launched = True
 
 
-LAUNCHED = _guard_against_parent_death()
-"""Whether this process was launched by another rank, which can tell its exit status."""
+def was_launched() -> bool:
+    """Whether this process was launched by another rank, which can tell its exit status."""
+    return _launched

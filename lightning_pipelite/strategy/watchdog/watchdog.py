@@ -111,10 +111,8 @@ class Watchdog:
             watchdog.fail(error)
             watchdog.close()
             raise error
-        if parent_death.LAUNCHED:
-            parent_death.die_with_launcher(
-                False
-            )  # from here on, a launched rank outlives its launcher for long enough to say so
+        if parent_death.was_launched():  # from here on, it outlives its launcher for long enough to say so
+            parent_death.die_with_launcher(False)
         return watchdog
 
     def progress(self, activity: str, *, waits: bool = False, piece: str = "") -> None:
