@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.loop_counts import recount
 
 _BATCHES = "epoch_loop.batch_progress"
 _EVALUATED = "epoch_loop.val_loop.batch_progress"
-_COUNTS = ("ready", "started", "processed", "completed")
 
 
 def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evaluated: bool) -> dict[str, Any]:
@@ -155,8 +155,5 @@ def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[in
         )
     progress = loops["fit_loop"][_BATCHES]
     for span in ("total", "current"):
-        counts = progress[span]
-        behind = {count: counts["ready"] - counts[count] for count in _COUNTS}  # 0 or 1 each: where the loop stands
-        ready = -(-counts["ready"] * replicas // replicas_now)  # a last round that is not full is filled up
-        for count in _COUNTS:
-            counts[count] = ready - behind[count]
+        # A last round that is not full is filled up.
+        recount(progress[span], -(-progress[span]["ready"] * replicas // replicas_now))

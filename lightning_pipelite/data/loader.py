@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.loop_counts import recount
 
 
 class PackedLoader(DataLoader[dict[str, Tensor]]):
@@ -89,9 +90,7 @@ class PackedLoader(DataLoader[dict[str, Tensor]]):
             # Lightning counts the micro-batches of a replica, of which there may now be more or fewer. They end with
             # the epoch, so what is left decides.
             self._begin = len(self) - self._packed.rounds_left(self._start)
-            shift = self._begin - self._progress.ready
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(self._progress, name, getattr(self._progress, name) + shift)
+            recount(vars(self._progress), self._begin)
 
     @property
     def _progress(self) -> Any:
