@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.fp8 import has_fp8
 from lightning_pipelite.models.attention import varlen
 from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.experts import follows_interface, group_experts
@@ -181,6 +182,23 @@ class CausalLMLayers:
         model = self.meta_model.model
         embedding, head = (model.get_submodule(n) for n in (self.meta_model.embedding_name, self.meta_model.head_name))
         return embedding.weight.shape[0], head.weight.shape[0]
+
+    @cached_property
+    def lighter_weights(self) -> list[str]:
+        """The options that would hold the weights in fewer bits than now, the fastest first, on the GPU that is here.
+
+        Without one, or for a plan, on one that has products in FP8.
+        """
+        if self.load_in_4bit or self.adapter.changes_weights:
+            return []
+        fits_fp8 = not self.load_in_fp8 and self.dtype == torch.bfloat16 and has_fp8(torch.device("meta"))
+        if fits_fp8:
+            try:
+                check_fp8(self.meta_model)
+            except ConfigurationError:
+                fits_fp8 = False
+        fits_4bit = unknown_linear(self.meta_model.model, self.meta_model.layer_names) is None
+        return [*(["load_in_fp8"] if fits_fp8 else []), *(["load_in_4bit"] if fits_4bit else [])]
 
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.

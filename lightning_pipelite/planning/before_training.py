@@ -120,7 +120,8 @@ def _advice(planner: Planner, job: Job) -> str:
             f"set the strategy's pipeline_stages to {stages} and partition_method to {method_of(bounds)}, and "
             f"model.activation_memory to {policy}"
         )
-    return "use more GPUs, a shorter data.sequence_len, or model.load_in_4bit"
+    ways = ["use more GPUs", "a shorter data.sequence_len", *(f"model.{n}" for n in planner.layers.lighter_weights)]
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def compared(planned: Sequence[int], measured: Sequence[int]) -> str:

@@ -148,9 +148,10 @@ class Report:
         lines = []
         if self.recommended is None:
             last = [*self.policies][-1]
+            ways = ", ".join(["use more devices", *planner.layers.lighter_weights])
             lines.append(
                 f"Nothing fits {self.devices} x {gib(planner.memory)}, not even {self.devices} stages with "
-                f"activation_memory {last}: use more devices, load_in_4bit, or a shorter sequence_len."
+                f"activation_memory {last}: {ways}, or a shorter sequence_len."
             )
             return lines
         stages, policy, bounds = self.recommended
@@ -164,6 +165,11 @@ class Report:
         if self.fewest is not None:
             count, how = self.fewest
             lines.append(f"The fewest devices that fit: {count}, with activation_memory {how}.")
+        if "load_in_fp8" in planner.layers.lighter_weights:
+            lines.append(
+                "Faster still, in half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
+                "load_in_fp8."
+            )
         return lines
 
 

@@ -13,7 +13,7 @@ import torch
 from optimi import Adam
 
 from header_model import LLAMA_70B, write_headers
-from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.planning.before_training import (
@@ -77,7 +77,20 @@ def test_what_does_not_fit_is_refused_with_advice(layers: CausalLMLayers, needs:
     assert re.search("with activation_memory recompute.* set model.activation_memory to off", plan.refusal)
     one = planned(layers, stages=1, method="auto", memory=needs["offload"])
     assert re.search("stage 0 of 1 .* pipeline_stages to 2 and partition_method to layers:", one.refusal)
-    assert "use more GPUs, a shorter data.sequence_len" in planned(layers, memory=2**28).refusal
+    wanted = "use more GPUs, a shorter data.sequence_len, model.load_in_fp8, or model.load_in_4bit, or set"
+    assert wanted in planned(layers, memory=2**28).refusal
+
+
+def test_advice_names_what_there_is_of_lighter_weights(layers: CausalLMLayers) -> None:
+    """Not what does not go with the adapter, is in use already, or would be slower than nf4, and larger."""
+    directory = layers.meta_model.model_dir
+
+    def lighter(adapter: Adapter, **options: Any) -> list[str]:
+        return CausalLMLayers(directory, adapter=adapter, **options).lighter_weights
+
+    assert lighter(LoRA(4)) == ["load_in_fp8", "load_in_4bit"]
+    assert lighter(LoRA(4), load_in_fp8=True) == lighter(LoRA(4), dtype=torch.float32) == ["load_in_4bit"]
+    assert lighter(LoRA(4), load_in_4bit=True) == lighter(Full()) == []
 
 
 def test_a_plan_that_fails_is_no_obstacle(layers: CausalLMLayers) -> None:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import WORKSPACE, stage_memory
@@ -131,6 +132,19 @@ def test_weights_in_4_bits_are_counted_with_their_scales(model_dir: Path, double
 
 def test_fused_experts_in_4_bits_are_counted_with_their_scales(mixtral_dir: Path) -> None:
     _compare_held(make_layers(mixtral_dir, LoRA(4), load_in_4bit=True), 0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_fp8_are_counted_with_their_scales_and_products_by_their_codes(model_dir: Path, dtype: Any) -> None:
+    layers = make_layers(model_dir, LoRA(4), dtype=dtype, load_in_fp8=True)
+    if dtype == torch.float32:
+        with pytest.warns(UserWarning, match="load_in_fp8"):
+            _compare_held(layers, 1, 3)
+    item = Simulation(layers, CausalLMLoss(), make_adam).trial(1, "keep", LENGTH).item
+    frozen = [m for m in layers.build_stage(1, 2, torch.device("meta")).modules() if isinstance(m, Fp8Linear)]
+    products = 4.0 * LENGTH * sum(m.codes.numel() for m in frozen)
+    assert item.flops.get(1, 0) == (products if dtype == torch.bfloat16 else 0)
+    assert (item.flops[dtype.itemsize] > products) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("in_4bit", [False, True])
