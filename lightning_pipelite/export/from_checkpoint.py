@@ -21,8 +21,8 @@ from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.shared.progress import track
 
 CPU = torch.device("cpu")
-# What the training was told of how the base is loaded, and saving must know.
-LOADING = ("load_in_4bit", "load_in_fp8", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
+# What the training was told of how the base is loaded, and saving must know. That it was in FP8 changes no adapter.
+LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
 def convert_own(

@@ -40,6 +40,8 @@ PEAK_BF16 = {
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Return a device's peak rate of dense matrix products in FLOP/s, or None if it is not known.
 
+    That in bf16 counts for trainings on weights in FP8 or 4 bits too, so that they can be compared.
+
     Args:
         device_name: as ``torch.cuda.get_device_name()`` gives it.
         dtype: of the products; only that of bfloat16 is known.

@@ -49,6 +49,15 @@ CASES = {
         "load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.",
         edit={"model.load_in_4bit": True, "model.adapter": "lightning_pipelite.adapters.Full"},
     ),
+    "whole weights in FP8": Case(
+        "load_in_fp8 cannot be used with Full, which changes weights: those in FP8 do not train; set load_in_fp8 to "
+        "false.",
+        edit={"model.load_in_fp8": True, "model.adapter": "lightning_pipelite.adapters.Full"},
+    ),
+    "weights in FP8 and in 4 bits": Case(
+        "load_in_4bit and load_in_fp8 exclude each other; set one of them to false.",
+        edit={"model.load_in_fp8": True, "model.load_in_4bit": True},
+    ),
     "beta2 of 1": Case("model.beta2 must be at least 0 and less than 1, not 1.0.", edit={"model.beta2": 1.0}),
     "rank 0": Case("rank is 0; set it to 1 or more.", edit={"model.adapter.init_args.rank": 0}),
     "layer that the model lacks": Case(
