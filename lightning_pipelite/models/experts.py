@@ -83,12 +83,22 @@ _shared: dict[Any, type[nn.Module]] = {}
 def share_class(module: nn.Module) -> None:
     """Let modules of one class whose weights are parametrised be of one class again, so that one graph does for all.
 
-    torch makes a class for each, all alike, with a property for each parametrised weight.
+    torch makes a class for each, all alike, with properties that hold the module: one that is kept for others, of
+    later models too, would keep the first one's weights. So the properties are made anew.
     """
-    if is_parametrized(module):
-        kind, names = type(module), sorted(dict(module.parametrizations.items()))  # type: ignore[operator, union-attr]
-        key = (tuple((base.__module__, base.__qualname__) for base in kind.__mro__), *names)
-        module.__class__ = _shared.setdefault(key, kind)
+    kind = type(module)
+    if is_parametrized(module) and kind.__base__ is not None:
+        names = sorted(dict(module.parametrizations.items()))  # type: ignore[operator, union-attr]
+        key = (kind.__base__, *names)
+        if key not in _shared:
+            members = vars(kind) | {name: _parametrised(name) for name in names}
+            members = {name: members[name] for name in members.keys() - {"__dict__", "__weakref__"}}
+            _shared[key] = type(kind.__name__, kind.__bases__, members)
+        module.__class__ = _shared[key]
+
+
+def _parametrised(name: str) -> property:
+    return property(lambda module: module.parametrizations[name]())
 
 
 def _dimensions(module: Any, name: str) -> int:

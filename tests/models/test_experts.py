@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,17 @@ def test_compiled_as_one_graph_for_all_layers(
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     for name, gradient in expected_gradients.items():
         assert float((gradients[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+
+
+@pytest.mark.parametrize("adapter", [LoRA(4), LoRA(4, target_modules=["q_proj"])], ids=["experts", "attention"])
+def test_a_model_that_is_dropped_leaves_no_weights(tmp_path: Path, adapter: LoRA) -> None:
+    write(tmp_path, "mixtral")
+    _, _, (layers, stage) = train(tmp_path, adapter, load_in_4bit=True)
+    weights = [weakref.ref(parameter) for parameter in stage.parameters()]
+    assert any(weight().dtype == torch.uint8 for weight in weights)
+    del layers, stage
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_trained_experts_are_left_to_transformers(tmp_path: Path) -> None:
