@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint docs dist versions coverage setup
+.PHONY: quickstart test test-fast lint docs dist versions coverage setup
 export NO_MKDOCS_2_WARNING = 1
 
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
+# Everything, or a part: make test T=tests/data
+T ?=
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(T)
+
+# What takes less than a second a test: no ranks, no commands, and not what took longer when it last ran here.
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --fast -m "not process and not slow and not gpu" $(T)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What all tests share: worker processes that stay, one thread each, and no network.
+"""What all tests share: worker processes that stay, one thread each, no network, and what markers are for.
 
 Every test waits for what is imported here, so that it is next to nothing: torch alone takes two seconds.
 """
@@ -10,12 +10,21 @@ from collections.abc import Iterator
 
 import pytest
 
+from durations import Durations
 from processes import Workers
 
 # Before anything imports torch, which takes its number of threads from there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out tests that took a second when they last ran here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Durations(config))
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +35,28 @@ def workers() -> Iterator[Workers]:
     pool.close()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes run the tests, and must give them the same names."""
+    """Mark what is known by its fixtures and parameters, and skip what needs a GPU where there is none."""
     for item in items:
+        # Several processes run the tests, and must give them the same names.
         assert " at 0x" not in item.nodeid, f"{item.nodeid}: name the case, not where it lies in memory"
+        if "workers" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.process)
+        if "cuda" in map(str, parameters_of(item)):
+            item.add_marker(pytest.mark.gpu)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def parameters_of(item: pytest.Item) -> list[object]:
+    """The values of a test's parameters."""
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

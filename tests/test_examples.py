@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_job import write_job
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
@@ -31,6 +33,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}:{EXAMPLES}", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
+@pytest.mark.slow
 def test_a_style_by_control_adapters_to_gguf(tmp_path: Path) -> None:
     base = write_job(tmp_path) / "model"
     command = [sys.executable, str(EXAMPLES / "control_style.py"), str(base), "--output", str(tmp_path / "style")]
@@ -45,6 +48,7 @@ def test_a_style_by_control_adapters_to_gguf(tmp_path: Path) -> None:
     assert (tmp_path / "style" / "analysis" / "analysis.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_draws_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(EXAMPLES / "what_was_learned.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # kept without outputs

@@ -16,6 +16,8 @@ import pytest
 import quickstart
 from processes import Workers
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -125,6 +127,7 @@ def test_every_configuration_is_run_by_a_test() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == examples | others
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_quickstart(tmp_path: Path) -> None:
     """The real thing, shortened to a few steps of each training; it may be run again."""

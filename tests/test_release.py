@@ -14,6 +14,8 @@ from packaging.version import Version
 
 from lightning_pipelite import __version__
 
+pytestmark = pytest.mark.process
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -67,7 +69,8 @@ def test_the_sdist_can_be_built_and_tested(built: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert tops == {
         "lightning_pipelite", "lightning_pipelite.egg-info", "kernels", "configs", "examples", "benchmarks", "tests",
-        "docs", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "Makefile", "PKG-INFO", "constraints.txt",
+        "docs", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "Makefile",
+        "PKG-INFO", "constraints.txt",
         "constraints-lowest.txt", "mkdocs.yml", "pyproject.toml", "setup.cfg",
     }  # fmt: skip
     assert not [name for name in names if name.endswith((".pyc", ".safetensors", ".ckpt", ".log"))]

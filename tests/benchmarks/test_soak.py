@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.slow
 def test_a_handful_of_kills() -> None:
     soak = Path(__file__).parents[2] / "benchmarks" / "soak.py"
     command = [sys.executable, str(soak), "--kills", "5", "--seed", "2"]

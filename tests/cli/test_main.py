@@ -158,6 +158,7 @@ def processes(here: Path, *arguments: str, **environment: str) -> tuple[subproce
     return result, starts.read_text().split()
 
 
+@pytest.mark.slow
 def test_refusal_for_two_devices_starts_no_process(tmp_path: Path, job: Path) -> None:
     config = edited(options(job, devices=2, logger=True, enable_checkpointing=True), strategy(pipeline_stages=2))
     config = edited(config, {"trainer.strategy.init_args.partition_method": "type:Mamba"})
@@ -172,6 +173,7 @@ def test_refusal_for_two_devices_starts_no_process(tmp_path: Path, job: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "site", "starts"}
 
 
+@pytest.mark.slow
 def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path) -> None:
     config = edited(
         options(job, devices=2, accumulate_grad_batches=2, enable_progress_bar=True),
@@ -202,6 +204,7 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
     assert adapter["r"] == 2
 
 
+@pytest.mark.slow
 def test_verbose_prints_what_the_libraries_say(tmp_path: Path, job: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options(job)))
     result, _ = processes(tmp_path, "fit", "--verbose", "--config", "config.yaml")

@@ -133,6 +133,7 @@ def left_behind(cache: Path) -> list[str]:
     return [path.name for path in cache.iterdir() if not re.fullmatch(r"[0-9a-f]{32}(\.lock)?", path.name)]
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(
     tmp_path: Path, make_data: MakeData, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

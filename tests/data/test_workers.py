@@ -15,6 +15,8 @@ import pytest
 from lightning_pipelite.data.workers import map_in_order
 from lightning_pipelite.errors import ConfigurationError
 
+pytestmark = pytest.mark.process
+
 
 def slow_square(number: int) -> tuple[int, int]:
     time.sleep(0.01 if number % 3 else 0.03)  # the later may be done the earlier

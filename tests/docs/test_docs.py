@@ -46,6 +46,7 @@ def test_links_lead_to_files(page: Path) -> None:
         assert generated or (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packing", "control_adapter", "schedule"])
 def test_pictures_are_drawn_by_their_code(name: str, tmp_path: Path) -> None:
     output = tmp_path / f"{name}.svg"
@@ -172,6 +173,7 @@ def make_docs(site: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """As `make docs`: no warning, every link and anchor leads somewhere, every option of a public class is there."""
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
@@ -219,3 +221,21 @@ def test_figures_of_the_readme_are_in_the_results() -> None:
         assert figure in results[f"benchmarks/results/{name}.md"], name
     off = [abs(float(share)) for share in re.findall(r"([+-][\d.]+)%", results["benchmarks/results/plan_memory.md"])]
     assert max(off) <= 1.3
+
+
+def test_stable_names_exist() -> None:
+    """And the other way round: what a package names is stable."""
+    page = (DOCS / "stable-names.md").read_text(encoding="utf-8")
+    listed = {
+        package: re.findall(r"`(\w+)`", names)
+        for package, names in re.findall(r"^\| `(lightning_pipelite[\w.]*)` \| (.*) \|$", page, re.MULTILINE)
+    }
+    for package, names in listed.items():
+        module = importlib.import_module(package)
+        assert all(hasattr(module, name) for name in names)
+        assert sorted(names) == sorted(getattr(module, "__all__", names)), package
+    rooms = {f"lightning_pipelite.{path.parent.name}" for path in (ROOT / "lightning_pipelite").glob("*/__init__.py")}
+    named = {room for room in rooms if hasattr(importlib.import_module(room), "__all__")}
+    assert named - {"lightning_pipelite.cli"} == listed.keys() - {"lightning_pipelite", "lightning_pipelite.errors"}
+    (commands,) = re.findall(r"^`pipelite` with (.*?), their$", page, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([\w-]+)`", commands)) == {"fit", "validate", *COMMANDS}

@@ -17,6 +17,8 @@ from fork_server import ForkServer
 from tiny_job import options, write_job
 from wrong_input import Case, adapter, edited
 
+pytestmark = pytest.mark.process
+
 TABLES = [table.CASES for table in (wrong_options, wrong_models, wrong_data, wrong_runs, wrong_commands)]
 CASES: dict[str, Case] = {name: case for table in TABLES for name, case in table.items()}
 

@@ -70,6 +70,7 @@ def test_a_base_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         BaseModel(directory)
 
 
+@pytest.mark.slow
 def test_neither_lightning_nor_deepspeed_is_imported() -> None:
     program = (
         "import sys, lightning_pipelite.export as e; "

@@ -21,6 +21,8 @@ import quickstart
 from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
 from tiny_job import options, write_job
 
+pytestmark = pytest.mark.process
+
 CALLBACKS = "lightning_pipelite.callbacks"
 
 
@@ -58,6 +60,7 @@ def _generate(directory: Path) -> str:
     return str(tokenizer.decode(tokens[0]))
 
 
+@pytest.mark.slow
 def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
     _train(job, tmp_path, "LoRA", {"rank": 2})
     base, trained = job / "model", tmp_path / "trained"
@@ -75,6 +78,7 @@ def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
     assert len(names) == len(load_file(trained / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> None:
     decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
     _train(job, tmp_path, "ControlAdapter", {"rank": 2}, decay)
@@ -90,6 +94,7 @@ def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> N
     assert gguf.GGUFReader(tmp_path / "control.gguf").tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["LoRA", "Full", "ControlAdapter"])
 def test_a_checkpoint_is_converted_to_what_the_training_saved(adapter: str, job: Path, tmp_path: Path) -> None:
     timed = {"class_path": f"{CALLBACKS}.TimedCheckpoint", "init_args": {"dirpath": str(tmp_path / "checkpoints")}}

@@ -116,6 +116,6 @@ def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(HIDDEN, 3 * RANK)] * 3 + [(21, 3 * RANK)] * 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_mixed_precision_on_a_gpu() -> None:
     check_mixed_precision("cuda")

@@ -27,6 +27,7 @@ NARROW = list(ROUNDING)[-1]
 TOKENS, EXPERTS, HIDDEN, INNER = 40, 5, 64, 96
 
 
+@pytest.mark.slow
 @native
 def test_under_the_interpreter() -> None:
     """Triton decides at import whether it interprets, so this takes a process of its own."""

@@ -21,8 +21,6 @@ from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
 from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -149,7 +147,7 @@ def test_a_wrong_policy_is_refused(model_dir: Path) -> None:
         CausalLMLayers(model_dir, adapter=LoRA(4), activation_memory="some")  # type: ignore[arg-type]
 
 
-@gpu
+@pytest.mark.gpu
 def test_host_copies_come_back() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     copies = HostCopies(device)
@@ -177,7 +175,7 @@ def test_host_copies_come_back() -> None:
     assert not copies._kept
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_waits_to_be_copied_is_bounded() -> None:
     """Though the host has queued all layers before the GPU has done one."""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -198,7 +196,7 @@ def test_what_waits_to_be_copied_is_bounded() -> None:
         x = torch.randn(1024, 1024, device=device, requires_grad=True)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])
 @pytest.mark.parametrize("compile_layers", [False, True])
 def test_policies_on_a_gpu(model_dir: Path, policy: Any, compile_layers: bool) -> None:

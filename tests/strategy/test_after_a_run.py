@@ -72,7 +72,7 @@ def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, p
         assert result["alive"] == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU there is no memory of one")
+@pytest.mark.gpu
 def test_runs_give_the_memory_of_the_gpu_back(workers: Workers) -> None:
     held = workers.run(1, device_memory_after_runs, "gpu")[0]
     assert held[-1] <= held[0]  # what a library keeps for ever is there after the first

@@ -6,6 +6,8 @@ import pytest
 
 from failing_job import Failure, failures, run
 
+pytestmark = pytest.mark.process
+
 CHOSEN = [
     ("lightning", failure)
     for failure in failures(3)
@@ -13,6 +15,7 @@ CHOSEN = [
 ] + [("nodes", failure) for failure in failures(2) if failure.how == "hang"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "failure"), CHOSEN, ids=lambda value: getattr(value, "how", value))
 def test_a_failing_rank_ends_the_job(launcher: str, failure: Failure) -> None:
     outcome = run(failure, launcher, ranks=2 if launcher == "nodes" else 3)

@@ -16,6 +16,8 @@ from lightning_pipelite.callbacks.support.signals import STOPS, Signals
 from lightning_pipelite.cli import main as cli
 from tiny_job import options, write_job
 
+pytestmark = pytest.mark.process
+
 SLOW = """
 import time
 import lightning as L

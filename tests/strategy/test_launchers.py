@@ -15,6 +15,8 @@ import pytest
 
 from processes import Workers
 
+pytestmark = pytest.mark.process
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "drop_in.py"
 STEPS = 3
 ARGUMENTS = ["--stages", "2", "--steps", str(STEPS), "--devices"]
@@ -72,6 +74,7 @@ def outputs(command: list[str], environments: list[dict[str, str]]) -> list[str]
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun", "deepspeed", "nodes"])
 def test_the_example_trains_the_same(launcher: str, expected: dict[str, float]) -> None:
     python, script, port = sys.executable, str(EXAMPLE), free_port()

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 JOB = str(Path(__file__).parents[1] / "support" / "watchdog_job.py")
 RAISED = "failed: ValueError: the message"
 SILENT = "died without a word (killed, or out of memory?)"

@@ -106,7 +106,7 @@ def test_what_it_does_not_do_is_an_error() -> None:
         varlen_attention(nn.Module(), x, x, x, torch.ones(4, 4))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("most", [None, 4, 40])
 @pytest.mark.parametrize("compiled", [False, True])

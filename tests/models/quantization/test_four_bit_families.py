@@ -21,5 +21,6 @@ def test_a_weight_that_is_not_the_reference_is_told(monkeypatch: pytest.MonkeyPa
     assert "mlp.gate.weight is not in 4 bits" in four_bit_families.try_family("mixtral").wrong[0]
 
 
+@pytest.mark.slow
 def test_one_layer_of_experts_at_a_time_is_held_in_full_precision() -> None:
     assert measure_peak(8) <= four_bit_families.PEAK_LIMIT

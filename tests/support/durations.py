@@ -1,0 +1,55 @@
+"""Which tests are fast: what each took when it last ran here, kept in pytest's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+CALL, SETUP = 1.0, 5.0  # seconds of a test itself, and of the fixtures that the tests of its file wait for
+KEY = "pipelite/seconds"
+
+
+class Durations:
+    """Records what tests take, and leaves the slow ones out under ``--fast``.
+
+    A test that never ran here counts as fast, and is known after that. What is shared by a file counts for each of its
+    tests: whichever comes first waits for it.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._seconds: dict[str, dict[str, float]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if not self._config.getoption("fast"):
+            return
+        slow = self.slow(item.nodeid for item in items)
+        left_out = [item for item in items if item.nodeid in slow]
+        self._config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in slow]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when in ("setup", "call"):
+            self._seconds.setdefault(report.nodeid, {})[report.when] = round(report.duration, 2)
+
+    def pytest_sessionfinish(self) -> None:
+        if not hasattr(self._config, "workerinput"):  # of several processes the first hears of all tests
+            self._config.cache.set(KEY, {**self._known(), **self._seconds})
+
+    def slow(self, names: Iterable[str]) -> set[str]:
+        """Tell which of the tests of these names are slow."""
+        known = self._known()
+        setups: dict[str, float] = {}
+        for name, seconds in known.items():
+            file = name.partition("::")[0]
+            setups[file] = max(setups.get(file, 0.0), seconds.get("setup", 0.0))
+        return {
+            name
+            for name in names
+            if known.get(name, {}).get("call", 0.0) >= CALL or setups.get(name.partition("::")[0], 0.0) >= SETUP
+        }
+
+    def _known(self) -> dict[str, dict[str, float]]:
+        return self._config.cache.get(KEY, {})
