@@ -12,6 +12,7 @@ Where there are no tensor cores for it, weights are dequantised before each prod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,13 +103,20 @@ def product(
     left, of_left = rows
     if not left.numel():
         return left.new_zeros(left.shape[0], codes.shape[1 if back else 0], dtype=dtype)
-    right, of_right = (transposed(codes), torch.ones_like(scales).new_ones(codes.shape[1])) if back else (codes, scales)
+    right, of_right = (transposed(codes), _ones(codes.shape[1], codes.device)) if back else (codes, scales)
     if left.device.type == "cpu":  # to be compared with
         result = (left.float() @ right.float().T) * of_right * of_left.unsqueeze(1)
         return (result if bias is None else result + bias).to(dtype)
+    # Its documented face is functional.scaled_mm: change to that when this one goes.
     return torch._scaled_mm(
         left, right.T, of_left.unsqueeze(1), of_right.unsqueeze(0), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
+
+
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    """The scales of the columns where these have none: made once, not in every product."""
+    return torch.ones(count, device=device)
 
 
 def fp8_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, in_fp8: bool) -> Tensor:

@@ -131,6 +131,20 @@ def test_policies_and_the_compiler_change_nothing(
         assert torch.equal(found[name], gradient), name
 
 
+def test_stages_change_nothing_in_products_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    layers = layers_of(write(tmp_path, "llama"), LoRA(4), dtype=torch.bfloat16)
+    outcomes = []
+    for cuts in ([0, 4], [0, 1, 4]):
+        stages = build(layers, cuts)
+        give_b_values(stages)
+        outcomes.append(train_stages(stages))
+    (logits, gradients), (others, found) = outcomes
+    assert all(torch.equal(one, other) for one, other in zip(logits, others, strict=True))
+    assert gradients.keys() == found.keys()
+    assert all(torch.equal(gradient, found[name]) for name, gradient in gradients.items())
+
+
 @pytest.mark.parametrize("adapter", [LoRA(4), ControlAdapter(4)], ids=["LoRA", "ControlAdapter"])
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 def test_compiled_layers_are_one_graph(
