@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from optimi import Adam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -46,6 +47,7 @@ from lightning_pipelite.shared.finite import refuse_not_finite
 from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.shared.protocol import ChecksVocabulary
 from lightning_pipelite.strategy import PipeLiteStrategy
+from lightning_pipelite.strategy.layers import is_built
 from lightning_pipelite.strategy.pieces import Pieces
 
 
@@ -357,6 +359,21 @@ class PipeLiteModule(pl.LightningModule):
         """
         if isinstance(data, ChecksVocabulary):
             data.check_vocabulary(min(self._layers.vocabulary))
+
+    @override
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Refused while a Trainer sets up, before the stage is built: who asks would go on without any.
+
+        Raises:
+            ConfigurationError: then; ``parameters()`` asks here, too.
+        """
+        trainer = self._trainer
+        if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and not is_built(self):
+            raise ConfigurationError(
+                f"{type(self).__name__} has no parameters yet, as its stage is built after all setup() hooks: let the "
+                "callback, logger or hook that asks for them do so in on_fit_start, on_train_start or later."
+            )
+        return super().named_parameters(*args, **kwargs)
 
     @override
     def setup(self, stage: str) -> None:

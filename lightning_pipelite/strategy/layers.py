@@ -139,7 +139,8 @@ def build_stage(
         layers.drop_all_but(spans)
     pieces = [layers.build_stage(start, stop, device) for start, stop in spans]
     stage = pieces[0] if len(pieces) == 1 else Pieces(pieces, spans)
-    known = {id(known) for known in (*module.modules(), *module.parameters(), *module.buffers())}
+    parameters = (parameter for part in module.modules() for parameter in part._parameters.values())
+    known = {id(known) for known in (*module.modules(), *parameters, *module.buffers())}
     if added := list(_not_among(stage, known)):
         module.add_module(_ADDED, stage if added == [stage] else nn.ModuleList(added))
     object.__setattr__(module, _RECORD, (stage, place))  # not one more submodule

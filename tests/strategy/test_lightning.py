@@ -14,6 +14,7 @@ from evaluation_jobs import (
     fit_and_validate,
     fit_and_validate_lora,
     fit_and_validate_plainly,
+    parameters_seen,
     validate_set,
 )
 from exact_training import Case, Scale, make_model
@@ -174,6 +175,18 @@ def test_a_trained_adapter_is_what_is_evaluated_after_the_fit(workers: Workers, 
         for before, in_fit, after in workers.run(stages, fit_and_validate_lora, str(tmp_path), stages):
             assert after == pytest.approx(in_fit, abs=1e-6)
             assert abs(after - before) > 0.01
+
+
+def test_a_callback_that_asks_for_parameters_before_there_are_any_is_told(workers: Workers, tmp_path: Path) -> None:
+    make_model(tmp_path, Case("plain"), Scale())
+    for named in (True, False):
+        told = workers.run(1, parameters_seen, str(tmp_path), "setup", named)[0]
+        assert told.startswith("PipeLiteModule has no parameters yet")
+        assert "on_fit_start" in told
+        later = [
+            workers.run(1, parameters_seen, str(tmp_path), hook, named)[0] for hook in ("on_fit_start", "teardown")
+        ]
+        assert later[0] == later[1] > 0
 
 
 @pytest.mark.parametrize("loaders", [1, 2])

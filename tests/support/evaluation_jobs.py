@@ -13,7 +13,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_jobs import ROWS, Mlp, data
 from lightning_pipelite import PipeLiteStrategy
-from stage_jobs import Model, Module, linears, token_loss, tokens, trainer_for
+from lightning_pipelite.errors import ConfigurationError
+from stage_jobs import Catchable, Model, Module, linears, token_loss, tokens, trainer_for
 
 
 def fit_and_validate(stages: int) -> list[float]:
@@ -145,3 +146,25 @@ def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
     assert tested.keys() == {"test/loss", "test/perplexity"}
     assert abs(tested["test/loss"] - after) < 1e-6
     return [before, in_fit, after]
+
+
+def parameters_seen(model_dir: str, hook: str, named: bool) -> int | str:
+    """How many tensors a callback is given that asks for all of a PipeLiteModule in a hook; or what it is told."""
+    from exact_training import Scale, Sequences, sequences
+    from lightning_pipelite import PipeLiteModule
+    from lightning_pipelite.adapters import LoRA
+
+    found: list[Any] = []
+
+    def ask(trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
+        found.extend(module.named_parameters() if named else module.parameters())
+
+    callback = L.Callback()
+    setattr(callback, hook, ask)
+    trainer = trainer_for(Catchable(1), 1, max_steps=1, callbacks=[callback])
+    module = PipeLiteModule(model_dir, LoRA(rank=4), dtype="float32")
+    try:
+        trainer.fit(module, DataLoader(Sequences(sequences(Scale(sequences=4))), batch_size=1))
+    except ConfigurationError as error:
+        return str(error)
+    return len(found)
