@@ -79,14 +79,14 @@ def test_stages_equal_the_model_that_the_codes_stand_for(tmp_path: Path, kind: s
             assert torch.equal(found, module.weight), name
 
 
-def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: Path, use_dora: bool) -> None:
     from peft import LoraConfig, get_peft_model
 
-    whole = get_peft_model(
-        dequantised(write(tmp_path, "llama")),
-        LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "up_proj"]),
-    )
-    stages = build(layers_of(tmp_path, LoRA(4, target_modules=["q_proj", "k_proj", "up_proj"])), [0, 2, 4])
+    targets = ["q_proj", "k_proj", "up_proj"]
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=use_dora)
+    whole = get_peft_model(dequantised(write(tmp_path, "llama")), config)
+    stages = build(layers_of(tmp_path, LoRA(4, target_modules=targets, use_dora=use_dora)), [0, 2, 4])
     give_b_values(stages)
     values = {n: p for stage in stages for n, p in stage.named_parameters() if "lora_" in n}
     for name, parameter in whole.named_parameters():
@@ -94,7 +94,7 @@ def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: P
             parameter.data = values[name.replace("base_model.model", "causal_lm")].detach().clone()
     _, expected = train_whole(whole)
     _, found = train_stages(stages)
-    assert len(found) == 4 * 3 * 2
+    assert len(found) == 4 * 3 * (3 if use_dora else 2)
     for name, gradient in found.items():
         wanted = expected[name.replace("causal_lm", "causal_lm.base_model.model")]
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=name)
