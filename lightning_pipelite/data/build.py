@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,50 @@ import transformers
 from lightning_pipelite.data.cache import build_once, content_key, file_stamp, tokenizer_stamp
 from lightning_pipelite.data.config import HELD_OUT, PackingOptions
 from lightning_pipelite.data.corpus import Corpus, tokenise
+from lightning_pipelite.data.finding import find_shape
 from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequence_file import largest_token, write_sequences
-from lightning_pipelite.data.sources import find_files, format_of, not_read
+from lightning_pipelite.data.sources import TEXT, find_files, format_of, not_read
 from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
 
 META = "meta.json"
+
+
+def find_all(options: PackingOptions) -> list[list[Path]]:
+    """Give the files of each of `options.sources`.
+
+    Raises:
+        ConfigurationError: If one has none, or it is not clear which are meant.
+    """
+    training = len(options.datasets)
+    return [
+        find_files(dataset.dataset_path, dataset.split, evaluation=number >= training)
+        for number, dataset in enumerate(options.sources)
+    ]
+
+
+def look_at(options: PackingOptions) -> PackingOptions:
+    """Give options that know what the records of their files are; the first of each file are read.
+
+    Raises:
+        ConfigurationError: If files cannot be found, or it is not clear how their records become documents.
+    """
+    if options.shapes is not None:
+        return options
+    shapes = []
+    for dataset, paths in zip(options.sources, find_all(options), strict=True):
+        if dataset.text_field is not None and all(format_of(path) in TEXT for path in paths):
+            raise ConfigurationError(
+                f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
+            )
+        shapes.append(tuple(find_shape(path, dataset) for path in paths))
+    return replace(options, shapes=tuple(shapes))
 
 
 def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -> Path:
@@ -33,7 +65,7 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
 
     Args:
         cache_dir: Where entries live.
-        options: What to build.
+        options: What to build, looked at.
         tokenizer_dir: The directory of the tokenizer.
 
     Returns:
@@ -44,12 +76,7 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
     """
     if not tokenizer_dir.is_dir():
         raise ConfigurationError(f"data.tokenizer_dir {tokenizer_dir} is no directory: name one with a tokenizer.")
-    files = [find_files(dataset.dataset_path) for dataset in options.sources]
-    for dataset, paths in zip(options.sources, files, strict=True):
-        if dataset.text_field != "text" and all(format_of(path) == ".txt" for path in paths):
-            raise ConfigurationError(
-                f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
-            )
+    files = find_all(options)
 
     def key() -> str:
         return content_key(
@@ -269,7 +296,8 @@ class PackBuilder:
             first_skipped=corpus.left_out[number].first,
             broken_files=corpus.left_out[number].files,
             ignored_keys=sorted(corpus.left_out[number].keys),
-            ignored_files=not_read(self._options.sources[number].dataset_path),
+            ignored_files=not_read(self._options.sources[number].dataset_path, self._files[number]),
+            long=str(corpus.left_out[number].long),
         )
 
     def _padding(self, sequences: int, tokens: int) -> float:

@@ -44,8 +44,8 @@ class ChatRenderer:
             )
         if not tokenizer.chat_template:
             raise ConfigurationError(
-                f"The tokenizer of {name} has no chat template, which messages_field needs: put a chat_template.jinja "
-                "there, or use an instruction-tuned model's tokenizer."
+                f"The tokenizer of {name} has no chat template, which conversations need: set data.chat_template to "
+                "alpaca, chatml or a .jinja file, or use an instruction-tuned model's tokenizer."
             )
         self._templates: dict[bool, ChatTemplate] = {}
         self._template({})

@@ -6,8 +6,9 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, get_args
 
+from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.errors import ConfigurationError
 
 TokenSpec = int | str | list[int] | None
@@ -23,16 +24,29 @@ HELD_OUT = "held_out"
 Packing = Literal["concatenate", "best_fit"]
 """How documents fill sequences."""
 
+Format = Literal[
+    "text", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "question_answer"
+]  # fmt: skip
+"""What records may be."""
+
+LongConversations = Literal["keep", "drop", "split"]
+"""What becomes of conversations that are longer than a sequence."""
+
 
 @dataclass
 class DatasetConfig:
     """One source of documents.
 
     Args:
-        dataset_path: A file, a directory (the files directly in it) or a glob (``**`` crosses directories) of ``.txt``
-            (a document a file), ``.json`` (a list, or a record a line), ``.jsonl`` (a record a line), ``.parquet`` or
-            ``.arrow``, the first three also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that
-            Hugging Face datasets saved.
+        dataset_path: A file, a directory (the files directly in it, or in its ``data``) or a glob (``**`` crosses
+            directories) of ``.txt`` and ``.md`` (a document a file), ``.json`` (a list, or a record a line), ``.jsonl``
+            (a record a line), ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, all but the last two also with ``.gz``,
+            ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that was downloaded from Hugging Face, or that its
+            datasets saved.
+        split: Of a directory whose files are of several splits by their names, the one to read; null is train, for an
+            evaluation the only other one.
+        format: What records are: "text", "messages", "sharegpt", "alpaca" (instruction, input, output),
+            "prompt_completion", "prompt_response" or "question_answer". Null finds it out from the first records.
         max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.
         control_class: The class of its documents for Control Adapters: 1, -1, or 0 for either, about half and half,
             decided by a document's content.
@@ -40,17 +54,29 @@ class DatasetConfig:
             sets the total; of the others, whole documents are left out. Null everywhere: all tokens of all datasets.
         text_field: The field or column of records that holds the text.
         messages_field: The field or column of records that holds a conversation, a list of messages with ``role`` and
-            ``content``, in place of a text. The tokenizer's chat template renders it, with the record's ``tools``,
-            ``documents`` and ``chat_template_kwargs``, and only the assistant's turns are labels, without those whose
-            ``weight`` is 0.
+            ``content`` or ``from`` and ``value``, in place of a text. The chat template renders it, with the record's
+            ``tools``, ``documents`` and ``chat_template_kwargs``, and only the assistant's turns are labels, without
+            those whose ``weight`` is 0.
+        question_field: The field or column that holds what is asked, beside `answer_field`. Both become a conversation;
+            where there is a field ``input`` or ``context``, it is shown behind the question.
+        answer_field: The field or column that holds the answer, which alone is learnt.
+        system_field: The field or column that holds the system prompt of a conversation; null is ``system``,
+            ``system_prompt`` or ``system_message`` where there is one.
+        last_turn_only: Learn only what the assistant says behind the last question.
     """
 
     dataset_path: str
+    split: str | None = None
+    format: Format | None = None
     max_tokens: int | None = None
     control_class: Literal[-1, 0, 1] = 1
     weight: float | None = None
-    text_field: str = "text"
+    text_field: str | None = None
     messages_field: str | None = None
+    question_field: str | None = None
+    answer_field: str | None = None
+    system_field: str | None = None
+    last_turn_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,10 @@ class PackingOptions:
     trust_remote_code: bool
     skip_bad_records: bool
     seed: int
+    chat_template: str | None = None
+    long_conversations: LongConversations = "split"
+    shapes: tuple[tuple[Shape, ...], ...] | None = None
+    """Of each file of each of `sources`, once they were looked at."""
 
     def __post_init__(self) -> None:
         if not self.datasets:
@@ -92,11 +122,10 @@ class PackingOptions:
                 raise ConfigurationError(
                     f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}: give a positive number."
                 )
-            if dataset.messages_field is not None and dataset.text_field != "text":
-                raise ConfigurationError(
-                    f"{dataset.dataset_path} has a text_field and a messages_field: give one of them."
-                )
-        if all(dataset.messages_field is not None for dataset in self.sources):
+            _check_fields(dataset)
+        if self.long_conversations not in ("keep", "drop", "split"):
+            raise ConfigurationError(f"data.long_conversations is {self.long_conversations}: give keep, drop or split.")
+        if self._all_conversations:
             for key in ("document_prefix", "document_suffix", "add_prefix_space"):
                 if getattr(self, key) not in (None, "", False, []):
                     raise ConfigurationError(
@@ -155,12 +184,49 @@ class PackingOptions:
 
     @property
     def has_conversations(self) -> bool:
-        return any(dataset.messages_field is not None for dataset in self.sources)
+        """Whether any document is one; of records that were not looked at yet, only those count that are named so."""
+        return any(self._conversations)
+
+    @property
+    def _all_conversations(self) -> bool:
+        return all(self._conversations)
+
+    @property
+    def _conversations(self) -> list[bool]:
+        if self.shapes is not None:
+            return [shape.conversation for shapes in self.shapes for shape in shapes]
+        return [
+            each.messages_field is not None or each.answer_field is not None or each.format not in (None, "text")
+            for each in self.sources
+        ]
 
     @property
     def best_fit(self) -> bool:
         """Whether documents are kept whole; null chooses that for conversations."""
         return self.has_conversations if self.packing is None else self.packing == "best_fit"
+
+
+def _check_fields(dataset: DatasetConfig) -> None:
+    """Refuse options that name the fields of two formats, or half of one."""
+    where = dataset.dataset_path
+    if dataset.format not in (None, *get_args(Format)):
+        raise ConfigurationError(f"format of {where} is {dataset.format}: give one of {', '.join(get_args(Format))}.")
+    if (dataset.question_field is None) != (dataset.answer_field is None):
+        one, other = ("question_field", "answer_field")[:: 1 if dataset.answer_field is None else -1]
+        raise ConfigurationError(f"{where} has a {one} without a {other}: give both.")
+    named = {
+        "text_field": dataset.text_field,
+        "messages_field": dataset.messages_field,
+        "question_field": dataset.question_field,
+    }
+    given = [key for key, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigurationError(f"{where} has a {given[0]} and a {given[1]}: give one of them.")
+    kinds = {"text": "text_field", "messages": "messages_field", "sharegpt": "messages_field"}
+    if given and dataset.format is not None and kinds.get(dataset.format, "question_field") != given[0]:
+        raise ConfigurationError(
+            f"{where} has the format {dataset.format} and a {given[0]}, which is of another: leave one of them out."
+        )
 
 
 def _name_of(dataset_path: str) -> str:

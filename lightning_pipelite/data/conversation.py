@@ -11,6 +11,9 @@ from lightning_pipelite.errors import ConfigurationError
 
 Message = dict[str, Any]
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
+
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
 """Keys of a record, beside the conversation, that are for the chat template."""
 

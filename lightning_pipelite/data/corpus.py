@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_pipelite.data.config import PackingOptions
+from lightning_pipelite.data.long_conversations import Cutter, Long
 from lightning_pipelite.data.records import Record, UnreadableFileError, read_records, refuse
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.data.workers import map_in_order
@@ -35,12 +36,14 @@ class LeftOut:
         first: What was wrong with the first.
         files: What was wrong with files that it left out, wholly or from some place on.
         keys: Of records, what is neither the text or the conversation nor shown by the chat template.
+        long: Of conversations that are longer than a sequence, what became.
     """
 
     count: int = 0
     first: str = ""
     files: list[str] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    long: Long = field(default_factory=Long)
 
     def add(self, error: ConfigurationError) -> None:
         """Count a record, or keep what is wrong with a file."""
@@ -90,6 +93,7 @@ class _Encoded:
     digests: list[int]
     errors: list[ConfigurationError] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    long: Long = field(default_factory=Long)
 
 
 def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: DocumentTokenizer, path: Path) -> Corpus:
@@ -110,7 +114,7 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
     lengths, digests = array("q"), array("Q")
     counts = [0] * len(files)
     left_out = [LeftOut() for _ in files]
-    encoder = _Encoder(tokenizer, options.seed, options.skip_bad_records)
+    encoder = _Encoder(tokenizer, options)
     size = sum(each.stat().st_size for paths in files for each in paths)
     with path.open("wb") as file, Progress("tokenising", size, "MB", 1e6) as progress:
         for encoded in map_in_order(encoder, _batches(options, files, left_out)):
@@ -120,12 +124,14 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
             digests.extend(encoded.digests)
             counts[encoded.dataset] += len(encoded.lengths)
             left_out[encoded.dataset].keys |= encoded.keys
+            left_out[encoded.dataset].long.add(encoded.long)
             for error in encoded.errors:
                 left_out[encoded.dataset].add(error)
     for dataset, count, bad in zip(options.sources, counts, left_out, strict=True):
         if not count:
             reason = f" ({bad.count} records were skipped, the first: {bad.first})" if bad.count else ""
             reason = f" ({bad.files[0]})" if bad.files else reason
+            reason = f" ({bad.long})" if bad.long.conversations and not reason else reason
             raise ConfigurationError(
                 f"{dataset.dataset_path} holds no document with a token{reason}: remove it or fill it."
             )
@@ -138,9 +144,11 @@ def _batches(options: PackingOptions, files: list[list[Path]], left_out: list[Le
     for number, (dataset, paths) in enumerate(zip(options.sources, files, strict=True)):
         records: list[Record] = []
         characters = 0
-        for path in paths:
+        shapes = options.shapes[number] if options.shapes else [None] * len(paths)
+        on_bad = left_out[number].add if options.skip_bad_records else refuse
+        for path, shape in zip(paths, shapes, strict=True):
             size, within = path.stat().st_size, 0
-            for record in read_records(path, dataset, left_out[number].add if options.skip_bad_records else refuse):
+            for record in read_records(path, dataset, on_bad, shape):
                 records.append(record)
                 characters += len(record)
                 within += len(record)
@@ -155,45 +163,48 @@ def _batches(options: PackingOptions, files: list[list[Path]], left_out: list[Le
 class _Encoder:
     """What a process does with a batch."""
 
-    def __init__(self, tokenizer: DocumentTokenizer, seed: int, skip_bad_records: bool) -> None:
+    def __init__(self, tokenizer: DocumentTokenizer, options: PackingOptions) -> None:
         self._tokenizer = tokenizer
-        self._key = str(seed).encode()
-        self._skip = skip_bad_records
+        self._key = str(options.seed).encode()
+        self._skip = options.skip_bad_records
+        self._cutter = Cutter(
+            tokenizer, options.sequence_len - len(tokenizer.sequence_prefix), options.long_conversations
+        )
 
     def __call__(self, batch: _Batch) -> _Encoded:
         data, lengths, digests, errors = [], [], [], []
-        keys: set[str] = set()
-        for result in self._documents(batch.records, keys):
+        keys, long = set[str](), Long()
+        for result in self._documents(batch.records, keys, long):
             if isinstance(result, ConfigurationError):
                 if not self._skip:
                     raise result
                 errors.append(result)
                 continue
-            ids, flags = result
-            if len(ids):
-                tokens = np.frombuffer(array("I", ids), np.uint32)  # three times as fast as by numpy alone
-                digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=self._key).digest()
-                data.append((tokens | flags).tobytes())
-                lengths.append(len(ids))
-                digests.append(int.from_bytes(digest, "little"))
-        return _Encoded(batch.dataset, batch.read, b"".join(data), lengths, digests, errors, keys)
+            digest = None
+            for ids, flags in result:
+                if len(ids):
+                    tokens = np.frombuffer(array("I", ids), np.uint32)  # three times as fast as by numpy alone
+                    if digest is None:  # one for all parts of a document: they stay on one side of an evaluation
+                        digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=self._key).digest()
+                    data.append((tokens | flags).tobytes())
+                    lengths.append(len(ids))
+                    digests.append(int.from_bytes(digest, "little"))
+        return _Encoded(batch.dataset, batch.read, b"".join(data), lengths, digests, errors, keys, long)
 
     def _documents(
-        self, records: list[Record], keys: set[str]
-    ) -> Iterator[tuple[list[int], np.uint32 | npt.NDArray[np.uint32]] | ConfigurationError]:
+        self, records: list[Record], keys: set[str], long: Long
+    ) -> Iterator[list[tuple[list[int], np.uint32 | npt.NDArray[np.uint32]]] | ConfigurationError]:
         texts = [(record.document, record.place) for record in records if isinstance(record.document, str)]
         encoded = iter(self._tokenizer.encode_each(*zip(*texts, strict=True)) if texts else ())
         for record in records:
             if isinstance(record.document, str):
                 keys.update(record.others)
                 ids = next(encoded)
-                yield ids if isinstance(ids, ConfigurationError) else (ids, np.uint32(0))
+                yield ids if isinstance(ids, ConfigurationError) else [(ids, np.uint32(0))]
                 continue
             try:
-                ids, said = self._tokenizer.encode_conversation(
-                    record.document, record.place, record.arguments, record.others, keys
-                )
+                parts = self._cutter.encode(record, keys, long)
             except ConfigurationError as error:
                 yield error
             else:
-                yield ids, np.where(said, np.uint32(0), UNLABELLED)
+                yield [(ids, np.where(said, np.uint32(0), UNLABELLED)) for ids, said in parts]

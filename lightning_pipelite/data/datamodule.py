@@ -12,13 +12,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_pipelite.data.build import META, build_entry
+from lightning_pipelite.data.build import META, build_entry, look_at
 from lightning_pipelite.data.cache import default_cache_dir
-from lightning_pipelite.data.config import HELD_OUT, DatasetConfig, MaskSpec, Packing, PackingOptions, TokenSpec
+from lightning_pipelite.data.config import (
+    HELD_OUT,
+    DatasetConfig,
+    LongConversations,
+    MaskSpec,
+    Packing,
+    PackingOptions,
+    TokenSpec,
+)
 from lightning_pipelite.data.loader import PackedLoader
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.data.sequences import PackedSequences
 from lightning_pipelite.data.statistics import DataStatistics
+from lightning_pipelite.data.templates import read_template
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import DealsData
@@ -57,6 +66,12 @@ class PackedDataModule(LightningDataModule):
         mix_datasets: Shuffle the documents of all datasets together. Otherwise no sequence mixes two datasets.
         packing: "concatenate" fills every sequence and splits documents at its end. "best_fit" splits no document that
             fits into a sequence, and pads. Null is best_fit where there are conversations, else concatenate.
+        chat_template: What renders conversations, in place of the tokenizer's own template: a file, such as a
+            chat_template.jinja; "alpaca" or "chatml", which are known by name; or a template itself.
+        long_conversations: What becomes of conversations that are longer than a sequence. "split" cuts them before
+            questions, so that each answer is learnt with its question, behind the system prompt; an answer that is too
+            long by itself is cut at the end of the sequence. "drop" leaves them out. "keep" goes on in the next
+            sequence, where the answer is learnt without its question.
         sequence_prefix: Tokens that begin each sequence: null is the tokenizer's BOS if it has one (nothing where there
             are conversations, whose template writes it), "" nothing; or a text, an id, a list of ids.
         document_prefix: Tokens before each document but conversations: null or "" is nothing; or a text (joined to the
@@ -101,6 +116,8 @@ class PackedDataModule(LightningDataModule):
         drop_tails: bool = False,
         mix_datasets: bool = False,
         packing: Packing | None = None,
+        chat_template: str | None = None,
+        long_conversations: LongConversations = "split",
         sequence_prefix: TokenSpec = None,
         document_prefix: TokenSpec = None,
         document_suffix: TokenSpec = None,
@@ -128,6 +145,8 @@ class PackedDataModule(LightningDataModule):
             drop_tails=drop_tails,
             mix_datasets=mix_datasets,
             packing=packing,
+            chat_template=None if chat_template is None else read_template(chat_template),
+            long_conversations=long_conversations,
             sequence_prefix=sequence_prefix,
             document_prefix=document_prefix,
             document_suffix=document_suffix,
@@ -219,7 +238,21 @@ class PackedDataModule(LightningDataModule):
             two = "it takes two different documents to hold one out"
             lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")
         lines += [f"dataset {dataset.describe()}" for dataset in cache.statistics.datasets]
+        lines = [*self.found(), *lines]
         return [*lines, f"packed data: {cache.entry}"]
+
+    def found(self) -> list[str]:
+        """Tell in a line for each dataset what its records are, and what of them is learnt.
+
+        Raises:
+            ConfigurationError: If files cannot be found, or it is not clear what their records are.
+        """
+        options = self._look()
+        assert options.shapes is not None
+        told = [list(dict.fromkeys(map(str, shapes))) for shapes in options.shapes]
+        return [
+            f"{dataset.dataset_path}: {' | '.join(each)}" for dataset, each in zip(options.sources, told, strict=True)
+        ]
 
     def tokenizer(self) -> DocumentTokenizer:
         """Load the tokenizer as it is used for packing.
@@ -227,7 +260,7 @@ class PackedDataModule(LightningDataModule):
         Raises:
             ConfigurationError: If it cannot be loaded, or an option does not fit it.
         """
-        return DocumentTokenizer(self._directory(), self._options)
+        return DocumentTokenizer(self._directory(), self._look())
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -272,9 +305,13 @@ class PackedDataModule(LightningDataModule):
 
     def _open(self) -> _Cache:
         if self._cache is None:
-            entry = build_entry(self._cache_dir, self._options, self._directory())
+            entry = build_entry(self._cache_dir, self._look(), self._directory())
             self._cache = _Cache(entry, self._isolate_documents)
         return self._cache
+
+    def _look(self) -> PackingOptions:
+        self._options = look_at(self._options)
+        return self._options
 
     def _directory(self) -> Path:
         if self._tokenizer_dir is None:

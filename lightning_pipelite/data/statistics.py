@@ -63,7 +63,8 @@ class DatasetStatistics:
         first_skipped: What was wrong with the first of them.
         broken_files: What was wrong with files that it left out, wholly or from some place on.
         ignored_keys: Keys of records that mean nothing here.
-        ignored_files: Files of its directory that have none of the formats.
+        ignored_files: Files of its directory that are not read: of another split, or with none of the formats.
+        long: What became of conversations that are longer than a sequence.
     """
 
     dataset_path: str
@@ -77,6 +78,7 @@ class DatasetStatistics:
     broken_files: list[str]
     ignored_keys: list[str]
     ignored_files: list[str]
+    long: str = ""
 
     def describe(self) -> str:
         """Say it in a line."""
@@ -93,7 +95,9 @@ class DatasetStatistics:
         if self.ignored_keys:
             line += f", ignored keys: {_some(self.ignored_keys, ', ')}"
         if self.ignored_files:
-            line += f", files of other formats: {_some(self.ignored_files, ', ')}"
+            line += f", files not read: {_some(self.ignored_files, ', ')}"
+        if self.long:
+            line += f", {self.long}"
         return line
 
 

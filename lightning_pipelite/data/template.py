@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_pipelite.data.conversation import Message
+from lightning_pipelite.data.conversation import REASONING, Message
 from lightning_pipelite.errors import ConfigurationError
 
 MARKER = "QZJXKVWQ"
@@ -20,8 +20,6 @@ Span = tuple[int, int]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLES_OF_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
 # Keys of a message that say something. Others (an id, a name) may be left out by a template. The first are commonly of
 # the record, which is where a template knows them from.
 _OF_RECORDS = ("tools", "functions", "documents")

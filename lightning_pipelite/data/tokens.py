@@ -61,7 +61,10 @@ class DocumentTokenizer:
         self._chat = None
         if options.has_conversations:
             # As the model was trained with: add_prefix_space, even false, changes what some tokenizers make of a text.
-            self._chat = ChatRenderer(self._load(None, options.trust_remote_code), tokenizer_dir)
+            tokenizer = self._load(None, options.trust_remote_code)
+            if options.chat_template is not None:
+                tokenizer.chat_template = options.chat_template
+            self._chat = ChatRenderer(tokenizer, tokenizer_dir)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise documents.

@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lightning_pipelite.data.conversation import Message
-from lightning_pipelite.data.template import MARKER, REASONING, ChatTemplate, with_calls
+from lightning_pipelite.data.conversation import REASONING, Message
+from lightning_pipelite.data.template import MARKER, ChatTemplate, with_calls
 from lightning_pipelite.errors import ConfigurationError
 
 

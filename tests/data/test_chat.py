@@ -107,5 +107,5 @@ def test_templates_that_do_not_tell(make: Any, template: str, message: str) -> N
 
 
 def test_no_template(make: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"has no chat template, which messages_field needs"):
+    with pytest.raises(ConfigurationError, match=r"has no chat template, which conversations need"):
         make(None)

@@ -287,11 +287,11 @@ def test_ignored_keys_can_be_shown(make_data: Callable[..., PackedDataModule], t
 
 
 def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
-    for name in ("a.txt", "b.csv", "README.md", ".hidden"):
+    for name in ("a.txt", "b.pdf", "README.md", ".hidden"):
         (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "d" / name).write_text("text")
     (line,) = (line for line in make_data([DatasetConfig(str(tmp_path / "d"))]).summary() if line.startswith("dataset"))
-    assert line.endswith(", files of other formats: README.md, b.csv")
+    assert line.endswith(", files not read: README.md, b.pdf")
     with pytest.raises(ConfigurationError, match=r"a\.txt is text and has no fields: remove text_field"):
         make_data([DatasetConfig(str(tmp_path / "d" / "a.txt"), text_field="body")]).prepare_data()
 

@@ -226,7 +226,8 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
     )
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         data.check(4, 3)
-    lines = data.summary()
+    found, *lines = data.summary()
+    assert found == f"{tmp_path / 'a.jsonl'}: text: text; loss on everything"
     assert lines[0] == (
         f"train: {train.documents} documents, {train.tokens:,} tokens in 10 sequences of 64 "
         f"({train.padding:.1%} padding), {train.dropped_tokens:,} tokens dropped"
@@ -240,11 +241,11 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
     )
 
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], drop_tails=True)
-    assert data.summary()[1] == "eval: none (it takes two different documents to hold one out)"
+    assert data.summary()[2] == "eval: none (it takes two different documents to hold one out)"
     with pytest.raises(ConfigurationError, match="The training set has 0 sequences"):
         data.check(1, 1)
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], eval_fraction=0)
-    assert data.summary()[1] == "eval: none (eval_fraction is 0)"
+    assert data.summary()[2] == "eval: none (eval_fraction is 0)"
 
 
 def test_conversations_from_disk_to_labels(tmp_path: Path, make_tokenizer: Any, make_data: MakeData) -> None:

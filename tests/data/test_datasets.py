@@ -82,7 +82,7 @@ def test_each_dataset_is_told(tmp_path: Path, make_data: MakeData, texts: list[s
     whole = data.statistics
     assert one.sequences + two.sequences == whole.train.sequences + whole.eval.sequences
     assert (one.skipped, two.skipped) == (0, 2)
-    assert data.summary()[3].endswith(
+    assert data.summary()[5].endswith(
         "2 bad records skipped (the first: "
         f"{tmp_path / 'b.jsonl'}, line 31: the field 'text' is int, not text; give it a string.)"
     )
@@ -104,7 +104,7 @@ def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[st
     assert Counter(train) == Counter(map(encode, texts[:45]))
     assert Counter(wiki) == Counter(again) == Counter(map(encode, texts[45:55]))
     assert more == [encode(texts[50])]
-    assert [line.split(":")[0] for line in data.summary()[1:4]] == ["eval wiki", "eval more", "eval wiki-2"]
+    assert [line.split(":")[0] for line in data.summary()[5:8]] == ["eval wiki", "eval more", "eval wiki-2"]
     assert data.statistics.datasets[0].unused_documents == 5
     assert data.statistics.eval.sequences == sum(len(loader.dataset) for loader in data.val_dataloader())
 

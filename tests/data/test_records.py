@@ -18,7 +18,7 @@ from lightning_pipelite.data.records import read_records
 from lightning_pipelite.errors import ConfigurationError
 
 
-def read_documents(path: Path, text_field: str) -> list[Any]:
+def read_documents(path: Path, text_field: str | None = None) -> list[Any]:
     return [record.document for record in read_records(path, DatasetConfig(str(path), text_field=text_field))]
 
 
@@ -30,7 +30,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def test_text_file_is_one_document(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbffirst\r\nse\xc3\xa9cond\rthird\n")
-    assert (read_documents(path, "text")) == ["first\nseécond\nthird\n"]
+    assert (read_documents(path)) == ["first\nseécond\nthird\n"]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
 def test_json_and_jsonl(tmp_path: Path, records: list[object]) -> None:
     whole = write(tmp_path / "a.json", json.dumps(records, indent=1, ensure_ascii=False))
     lines = write(tmp_path / "a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\r\n\n" for r in records))
-    assert (read_documents(whole, "text")) == ["é\u2028x", "", "b"]
-    assert (read_documents(lines, "text")) == ["é\u2028x", "", "b"]
+    assert (read_documents(whole)) == ["é\u2028x", "", "b"]
+    assert (read_documents(lines)) == ["é\u2028x", "", "b"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -79,7 +79,7 @@ BAD = {
 def test_bad_file(tmp_path: Path, case: str) -> None:
     name, content, message = BAD[case]
     with pytest.raises(ConfigurationError, match=message):
-        (read_documents(write(tmp_path / name, content), "text"))
+        (read_documents(write(tmp_path / name, content)))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
 def test_bad_parquet(tmp_path: Path, table: dict[str, object], message: str) -> None:
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(ConfigurationError, match=message):
-        (read_documents(tmp_path / "a.parquet", "text"))
+        (read_documents(tmp_path / "a.parquet"))
 
 
 def test_vanished_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"gone\.txt cannot be read \(No such file"):
-        (read_documents(tmp_path / "gone.txt", "text"))
+        (read_documents(tmp_path / "gone.txt"))
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -111,10 +111,10 @@ def test_arrow(tmp_path: Path, streamed: bool) -> None:
         writer.write_table(table, max_chunksize=2)
     assert read_documents(tmp_path / "a.arrow", "body") == list("abcde")
     with pytest.raises(ConfigurationError, match=r"a\.arrow: no column 'text' \(it has: id, body\)"):
-        read_documents(tmp_path / "a.arrow", "text")
+        read_documents(tmp_path / "a.arrow")
     write(tmp_path / "b.arrow", "nonsense")
     with pytest.raises(ConfigurationError, match=r"b\.arrow is no readable Arrow file"):
-        read_documents(tmp_path / "b.arrow", "text")
+        read_documents(tmp_path / "b.arrow")
 
 
 def compressed(content: bytes, suffix: str) -> bytes:
@@ -128,11 +128,11 @@ def test_compressed(tmp_path: Path, suffix: str) -> None:
     lines = "".join(json.dumps({"text": f"text {number} " * 99}) + "\n" for number in range(500)).encode()
     data = compressed(lines, suffix)
     path = write(tmp_path / f"a.jsonl{suffix}", data)
-    assert read_documents(path, "text") == [f"text {number} " * 99 for number in range(500)]
-    assert read_documents(write(tmp_path / f"a.txt{suffix}", compressed(b"one\r\ntwo", suffix)), "text") == ["one\ntwo"]
+    assert read_documents(path) == [f"text {number} " * 99 for number in range(500)]
+    assert read_documents(write(tmp_path / f"a.txt{suffix}", compressed(b"one\r\ntwo", suffix))) == ["one\ntwo"]
     for damaged in (data[: len(data) // 2], b"no such thing"):
         with pytest.raises(ConfigurationError, match=r"cannot be read \(.*\): check the file"):
-            read_documents(write(tmp_path / f"b.jsonl{suffix}", damaged), "text")
+            read_documents(write(tmp_path / f"b.jsonl{suffix}", damaged))
 
 
 def test_bad_records_can_be_skipped_and_told(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ CASES = {
         "data.datasets is empty: list at least one dataset with its dataset_path.", edit={"data.datasets": []}
     ),
     "no such file": Case(
-        "dataset_path none/*.txt matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet, "
-        ".arrow.",
+        "dataset_path none/*.txt matches no file: name a file, a directory or a glob of .txt, .md, .json, .jsonl, .csv, "
+        ".tsv, .parquet, .arrow.",
         edit={"data.datasets": [{"dataset_path": "none/*.txt"}]},
     ),
     "empty file": Case(
@@ -60,12 +60,12 @@ CASES = {
         prepare=file("a.txt", b"caf\xe9"),
     ),
     "unknown format": Case(
-        "a.pdf has no known format: convert it to one of .txt, .json, .jsonl, .parquet, .arrow (text formats may be compressed: .gz, .bz2, .xz, .zst).",
+        "a.pdf has no known format: convert it to one of .txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .arrow (all but the last two may be compressed: .gz, .bz2, .xz, .zst).",
         edit=dataset("a.pdf"),
         prepare=file("a.pdf", "%PDF"),
     ),
     "directory without data": Case(
-        "dataset_path d matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet, .arrow.",
+        "dataset_path d matches no file: name a file, a directory or a glob of .txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .arrow.",
         edit=dataset("d"),
         prepare=file("d/readme.md", "none"),
     ),
@@ -90,7 +90,7 @@ CASES = {
         prepare=file("a.txt.gz", "plain text"),
     ),
     "record without the field": Case(
-        "{here}/a.jsonl, line 1: no field 'text' (it has: body); set text_field to the field that holds it.",
+        "{here}/a.jsonl, line 1: no field 'text' (it has: body); set text_field to the field that holds it, or messages_field, or question_field and answer_field to those that do.",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"body": "a"}'),
     ),
@@ -110,7 +110,7 @@ CASES = {
         prepare=file("a.json", "[" * 100_000),
     ),
     "conversations without a template": Case(
-        "The tokenizer of {job}/model has no chat template, which messages_field needs: put a chat_template.jinja there, or use an instruction-tuned model's tokenizer.",
+        "The tokenizer of {job}/model has no chat template, which conversations need: set data.chat_template to alpaca, chatml or a .jinja file, or use an instruction-tuned model's tokenizer.",
         edit=dataset("a.jsonl", messages_field="m"),
         prepare=file("a.jsonl", '{"m": []}'),
     ),
@@ -138,7 +138,7 @@ CASES = {
         edit=dataset("{job}/texts/*.txt", control_class=2),
     ),
     "empty path": Case(
-        "dataset_path matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet, .arrow.",
+        "dataset_path matches no file: name a file, a directory or a glob of .txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .arrow.",
         edit=dataset(""),
     ),
     "no sequences": Case(
@@ -165,7 +165,7 @@ CASES = {
         edit={"data.drop_tails": True, "data.sequence_len": 64_000},
     ),
     "no evaluation data there": Case(
-        "dataset_path no.txt matches no file: name a file, a directory or a glob of .txt, .json, .jsonl, .parquet, .arrow.",
+        "dataset_path no.txt matches no file: name a file, a directory or a glob of .txt, .md, .json, .jsonl, .csv, .tsv, .parquet, .arrow.",
         edit={"data.eval_datasets": [{"dataset_path": "no.txt"}]},
     ),
     "evaluation on all that is trained on": Case(

@@ -1,0 +1,228 @@
+"""The records of a file of any format, one after the other, each with its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_pipelite.data.columns import plain
+from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
+from lightning_pipelite.data.sources import TEXT, format_of, open_bytes
+from lightning_pipelite.errors import ConfigurationError
+
+Choose = Callable[[list[str]], list[str]]
+"""Gives the columns to read of those that a file has."""
+
+_LONGEST_CELL = 1 << 30  # Python's own limit for CSV is 128 KiB, less than many a document
+
+
+class UnreadableFileError(ConfigurationError):
+    """A file, or all that follows in it, is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A record that is yet to be read.
+
+    Args:
+        read: Gives what it holds, or raises an error of this record alone.
+        place: File and line, record or row.
+        others: Columns that are not read.
+    """
+
+    read: Callable[[], Any]
+    place: str
+    others: tuple[str, ...] = ()
+
+
+def raw_records(path: Path, choose: Choose | None = None) -> Iterator[Raw]:
+    """Give the records of one file, in order.
+
+    A text file is one record, with universal newlines (``\\r\\n`` and ``\\r`` become ``\\n``). A byte order mark is
+    dropped, blank lines of .jsonl are passed over, and .json that has a record a line is read as .jsonl is. The first
+    row of .csv and .tsv names the fields; commas, semicolons or tabs stand between them, by what the first row has.
+
+    Args:
+        path: A file with one of the `FORMATS`.
+        choose: Which columns of .parquet and .arrow to read; all by default.
+
+    Raises:
+        UnreadableFileError: If the file, or the rest of it, is malformed.
+    """
+    kind = format_of(path)
+    if kind in TEXT:
+        return _text(path)
+    if kind in (".csv", ".tsv"):
+        return _csv(path)
+    if kind == ".json":
+        return _json(path)
+    return _jsonl(path) if kind == ".jsonl" else _columns(path, choose or (lambda names: names))
+
+
+def _text(path: Path) -> Iterator[Raw]:
+    with open_bytes(path) as file:
+        text = _decode(path, file.read())
+    if text:
+        yield Raw(lambda: text.replace("\r\n", "\n").replace("\r", "\n"), str(path))
+
+
+def _json(path: Path) -> Iterator[Raw]:
+    with open_bytes(path) as file:
+        data = file.read()
+    text = data.decode("utf-8-sig", "replace")
+    if is_lines(text):
+        yield from _lines(path, io.BytesIO(data))
+        return
+    if "\ufffd" in text:
+        try:
+            _decode(path, data)
+        except ConfigurationError as error:
+            raise UnreadableFileError(str(error)) from None
+    del data
+    if not text.strip():
+        return
+    try:
+        if text.lstrip()[0] == "[":
+            for number, element in enumerate(elements(text), start=1):
+                yield Raw(partial(_element, path, element.parse), f"{path}, record {number}")
+            return
+        records = parse(text)
+    except UnreadableError as error:
+        raise UnreadableFileError(f"{path}, line {error.line + 1}: {error}") from None
+    raise UnreadableFileError(
+        f"{path}, line 1: {type(records).__name__} where a list of objects or strings is needed; put the "
+        "records into a list, or name the file .jsonl if it has one record a line."
+    )
+
+
+def _element(path: Path, read: Callable[[], Any], line: int | None = None) -> Any:
+    try:
+        return read()
+    except UnreadableError as error:
+        raise ConfigurationError(f"{path}, line {(error.line + 1) if line is None else line}: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[Raw]:
+    with open_bytes(path) as file:
+        yield from _lines(path, file)
+
+
+def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[Raw]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+
+            def read(line: bytes = line, number: int = number) -> Any:
+                text = _decode(path, line, number).strip()
+                return _element(path, lambda: parse(text), number)
+
+            yield Raw(read, f"{path}, line {number}")
+
+
+def _csv(path: Path) -> Iterator[Raw]:
+    csv.field_size_limit(_LONGEST_CELL)
+    with open_bytes(path) as file:
+        # Whole lines are decoded, so that what is no UTF-8 is told by its line.
+        numbered = enumerate(file, start=1)
+        lines = (_decode(path, line, number) for number, line in numbered)
+        try:
+            first = next(lines, "")
+            rows = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
+            names = next(rows, [])
+            if len({*names}) < len(names) or not all(name.strip() for name in names):
+                raise UnreadableFileError(
+                    f"{path}, line 1: the first row must name each column, no two the same; put the names there."
+                )
+            while True:
+                line = rows.line_num + 1
+                row = next(rows, None)
+                if row is None:
+                    return
+                if row:
+                    yield Raw(partial(_cells_of, names, row, f"{path}, line {line}"), f"{path}, line {line}")
+        except csv.Error as error:
+            raise UnreadableFileError(
+                f"{path}, line {rows.line_num}: not valid CSV ({error}); write it anew, with quotes around cells."
+            ) from None
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t", key=header.count)
+
+
+def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
+    if len(row) != len(names):
+        raise ConfigurationError(
+            f"{place}: {len(row)} cells where the first row names {len(names)} columns; put quotes around cells that "
+            "hold the character between cells."
+        )
+    return {name: cell for name, cell in zip(names, row, strict=True) if cell}  # CSV cannot tell "" from nothing
+
+
+def _columns(path: Path, choose: Choose) -> Iterator[Raw]:
+    number = 0
+    kind = "parquet" if path.suffix == ".parquet" else "Arrow"
+    try:
+        for batch, others in _parquet(path, choose) if kind == "parquet" else _arrow(path, choose):
+            for row in zip(*batch.columns, strict=True):
+                number += 1
+                place = f"{path}, row {number}"
+                yield Raw(partial(_values, batch.schema.names, row, place), place, others)
+    except pa.ArrowException as error:
+        raise UnreadableFileError(f"{path} is no readable {kind} file ({error}): write it anew.") from error
+
+
+def _values(names: list[str], row: tuple[pa.Scalar, ...], place: str) -> dict[str, Any]:
+    try:
+        return {name: plain(value) for name, value in zip(names, row, strict=True)}
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{place}: not valid UTF-8; write the file anew.") from None
+
+
+def _parquet(path: Path, choose: Choose) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
+    with pq.ParquetFile(path) as file:
+        names, others = _chosen(file.schema_arrow.names, choose)
+        # In small batches: a row group of web pages may hold more than a gigabyte.
+        for batch in file.iter_batches(batch_size=256, columns=names, use_threads=False):
+            yield batch, others
+
+
+def _arrow(path: Path, choose: Choose) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
+    with pa.OSFile(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            opened = pa.ipc.open_file(file)
+            names, others = _chosen(opened.schema.names, choose)
+            for index in range(opened.num_record_batches):
+                yield opened.get_batch(index).select(names), others
+            return
+        file.seek(0)
+        stream = pa.ipc.open_stream(file)
+        names, others = _chosen(stream.schema.names, choose)
+        for batch in stream:
+            yield batch.select(names), others
+
+
+def _chosen(names: list[str], choose: Choose) -> tuple[list[str], tuple[str, ...]]:
+    chosen = choose(names)
+    return chosen, tuple(name for name in names if name not in chosen)
+
+
+def _decode(path: Path, data: bytes, first_line: int = 1) -> str:
+    try:
+        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise ConfigurationError(f"{path}, line {line}: not valid UTF-8; convert the file to UTF-8.") from None

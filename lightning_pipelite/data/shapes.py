@@ -1,0 +1,219 @@
+"""How a record becomes a document: as text, as messages, or as a question and its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_pipelite.data.conversation import REASONING, Message, check_messages, check_text
+from lightning_pipelite.errors import ConfigurationError
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+"""What ShareGPT and its relatives call the speakers, and what chat templates do."""
+
+Document = str | list[Message]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which fields of a record make its document. Exactly one of `text`, `messages` and `answer` is set.
+
+    Args:
+        name: What the format is commonly called.
+        text: The field that holds a text.
+        messages: The field that holds the messages of a conversation.
+        question: The fields that the question is put together from, with a blank line between.
+        answer: The field of the answer.
+        history: The field with what was said before, pairs of a question and an answer.
+        system: The field of the system prompt.
+        reasoning: The field of what was thought before the answer.
+        last_turn_only: Whether only what is said behind the last question is learnt.
+        speaker: In what the words are said to be of the assistant, for the line that tells what was found.
+        given: Whether the user has named it.
+        seen: Which fields the first records have, for that line.
+    """
+
+    name: str
+    text: str | None = None
+    messages: str | None = None
+    question: tuple[str, ...] = ()
+    answer: str | None = None
+    history: str | None = None
+    system: str | None = None
+    reasoning: str | None = None
+    last_turn_only: bool = False
+    speaker: str = "the assistant's turns"
+    given: bool = False
+    seen: tuple[str, ...] | None = None
+
+    @property
+    def conversation(self) -> bool:
+        return self.text is None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The fields without which there is no document."""
+        return tuple(name for name in (self.text, self.messages, *self.question[:1], self.answer) if name)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields that are read, in the order in which they are told."""
+        names = (self.text, self.messages, self.system, self.history, *self.question, self.reasoning, self.answer)
+        return tuple(name for name in names if name)
+
+    def __str__(self) -> str:
+        learnt = "everything" if not self.conversation else self.answer or self.speaker
+        last = " of the last turn" if self.last_turn_only else ""
+        shown = self.fields if self.seen is None else [name for name in self.fields if name in self.seen]
+        return f"{self.name}: {', '.join(shown)}; loss on {learnt}{last}"
+
+    def document(self, record: dict[str, Any], place: str) -> Document:
+        """Make a record's document.
+
+        Raises:
+            ConfigurationError: If a field is not there, or does not hold what it has to.
+        """
+        if self.text is not None:
+            value = record[self.text]
+            if not isinstance(value, str):
+                what = f"the field {self.text!r}"
+                raise ConfigurationError(f"{place}: {what} is {type(value).__name__}, not text; give it a string.")
+            check_text(value, place, f"the field {self.text!r}")
+            return value
+        if self.messages is not None:
+            what = f"the field {self.messages!r}"
+            messages = _conversation(record[self.messages], place, what)
+        else:
+            what = "the record"
+            messages = [*self._history(record, place), *self._question(record, place), *self._answer(record, place)]
+        if isinstance(messages, list):  # else it is refused
+            messages = [*self._system(record, messages, place), *messages]
+        checked = check_messages(messages, place, what)
+        return _last_turn(checked) if self.last_turn_only else checked
+
+    def _system(self, record: dict[str, Any], messages: list[Any], place: str) -> list[Message]:
+        value = record.get(self.system) if self.system else None
+        if value is None or value == "":
+            return []
+        value = _text_of(value, place, self.system)
+        first = messages[0] if messages else None
+        if isinstance(first, dict) and first.get("role") == "system":
+            if first.get("content") == value:
+                return []
+            raise ConfigurationError(
+                f"{place}: the field {self.system!r} and the first message are both system prompts; keep one of them."
+            )
+        return [{"role": "system", "content": value}]
+
+    def _history(self, record: dict[str, Any], place: str) -> Iterator[Message]:
+        pairs = record.get(self.history) if self.history else None
+        if isinstance(pairs, str) and pairs.strip():
+            pairs = _json(pairs, place, self.history)
+        if not pairs:
+            return
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair) for pair in pairs
+        ):
+            raise ConfigurationError(
+                f"{place}: the field {self.history!r} is no list of pairs, question and answer; correct it."
+            )
+        for question, answer in pairs:
+            yield {"role": "user", "content": question}
+            yield {"role": "assistant", "content": answer}
+
+    def _question(self, record: dict[str, Any], place: str) -> list[Message]:
+        first, *more = self.question
+        value = record[first]
+        if isinstance(value, list):  # as TRL has it: the messages before the answer, none of which is learnt
+            asked = _conversation(value, place, f"the field {first!r}")
+            replies = [isinstance(each, dict) and each.get("role") == "assistant" for each in asked]
+            return [{**each, "weight": 0} if reply else each for each, reply in zip(asked, replies, strict=True)]
+        parts = [_text_of(value, place, first)]
+        for name in more:
+            value = record.get(name)
+            if value is not None and value != "":
+                parts.append(_text_of(value, place, name))
+        if not any(part.strip() for part in parts):
+            raise ConfigurationError(
+                f"{place}: the question ({', '.join(self.question)}) is empty, so the answer would be learnt without "
+                "one; fill it, or leave the record out."
+            )
+        return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+
+    def _answer(self, record: dict[str, Any], place: str) -> list[Message]:
+        assert self.answer is not None
+        value = record[self.answer]
+        thought = record.get(self.reasoning) if self.reasoning else None
+        if isinstance(value, list):
+            said = _conversation(value, place, f"the field {self.answer!r}")
+        else:
+            said = [{"role": "assistant", "content": _text_of(value, place, self.answer)}]
+        if thought is not None and thought != "":
+            said[-1] = {**said[-1], REASONING[0]: _text_of(thought, place, self.reasoning)}
+        return said
+
+
+def _conversation(value: Any, place: str, what: str) -> Any:
+    """Messages with a role, of whatever form; what is no message is left as it is, to be refused."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":  # in columns, text is the way to keep what differs
+        value = _json(value, place, what)
+    if not isinstance(value, list):
+        return value
+    return [_message(each, place, number, what) for number, each in enumerate(value, start=1)]
+
+
+def _message(message: Any, place: str, number: int, what: str) -> Any:
+    if not isinstance(message, dict) or message.get("role") is not None or not isinstance(message.get("from"), str):
+        return message
+    speaker, value = message["from"], message.get("value")
+    rest = {key: each for key, each in message.items() if key not in ("from", "value", "role", "content")}
+    if message.get("content") is not None:
+        raise ConfigurationError(
+            f"{place}: message {number} of {what} has a value and a content; keep the one that is meant."
+        )
+    if speaker == "function_call" and isinstance(value, str):
+        return {"role": "assistant", "content": "", **rest, "tool_calls": _calls(value, place, number, what)}
+    return {"role": ROLES.get(speaker.lower(), speaker), "content": value, **rest}
+
+
+def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any]]:
+    calls = _json(value, place, f"message {number} of {what}")
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ConfigurationError(f"{place}: message {number} of {what} calls a function without a name; correct it.")
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
+
+
+def _last_turn(messages: list[Message]) -> list[Message]:
+    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    return [
+        {**message, "weight": 0} if number < last and message["role"] == "assistant" else message
+        for number, message in enumerate(messages)
+    ]
+
+
+def _text_of(value: Any, place: str, name: str | None) -> str:
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{place}: the field {name!r} is {type(value).__name__}, not text; give it a string.")
+    return value
+
+
+def _json(value: str, place: str, what: str | None) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{place}: {what} is text but no JSON ({error}); correct it.") from None

@@ -1,0 +1,44 @@
+"""Chat templates for models that have none, and the reading of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_pipelite.errors import ConfigurationError
+
+TEMPLATES = {
+    # The words of https://github.com/tatsu-lab/stanford_alpaca, in plain text: it needs no tokens of its own.
+    "alpaca": (
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content }}\n\n"
+        "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n"
+        "{% elif message.role == 'assistant' %}### Response:\n{{ message.content }}{{ eos_token }}"
+        "{% if not loop.last %}\n\n{% endif %}"
+        "{% else %}{{ raise_exception('there is no ' ~ message.role ~ ' in this template') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+
+
+def read_template(given: str) -> str:
+    """Give a chat template by its name, from a file, or as it is given.
+
+    Raises:
+        ConfigurationError: If it is none of these.
+    """
+    if given in TEMPLATES:
+        return TEMPLATES[given]
+    if "{%" in given or "{{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        names = " or ".join(TEMPLATES)
+        raise ConfigurationError(f"data.chat_template {given} is no file: name a .jinja file, or say {names}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"data.chat_template {given} cannot be read ({error}): correct it.") from error
