@@ -26,9 +26,10 @@ _CLASSES = {1: "\x1b[32m", -1: "\x1b[35m"}
 def preview(config: str | Configuration, sequences: int = 3) -> str:
     """Pack the data of a configuration as fit would, and show the sequences that training begins with.
 
-    Each document begins with a line that tells its control class. What is no label (masked tokens, and the first of a
-    document, which nothing comes before) is dim in colour, and stands in « » where there is none: on a terminal there
-    is, unless NO_COLOR is set, and elsewhere if FORCE_COLOR is. The model is not loaded.
+    Each document begins with a line, which tells its control class where there are others than +1. What is not learnt
+    (questions, masked tokens, and the first token of a document, which nothing comes before) is dim in colour, and
+    stands in « » where there is none: on a terminal there is, unless NO_COLOR is set, and elsewhere if FORCE_COLOR is.
+    The model is not loaded.
 
     Args:
         config: The configuration of `pipelite fit`: a file, as --config several of them, and options of fit besides.
@@ -40,10 +41,10 @@ def preview(config: str | Configuration, sequences: int = 3) -> str:
     loader = data.train_dataloader()
     dataset = loader.dataset
     assert isinstance(dataset, PackedSequences)
-    writer = _Writer(data.tokenizer(), _colour())
+    writer = _Writer(data.tokenizer(), _colour(), data.control_classes != {1})
     indices = [index for index in itertools.islice(iter(loader.sampler), sequences) if index is not None]
     shown = ["\n".join(writer.lines(dataset, index, number)) for number, index in enumerate(indices, start=1)]
-    return "\n\n".join(["\n".join(data.summary()), *shown])
+    return "\n\n".join(["\n".join([*data.summary(), writer.legend()]), *shown])
 
 
 def data_of(config: str | Configuration) -> PackedDataModule:
@@ -76,9 +77,21 @@ def _colour() -> bool:
 
 
 class _Writer:
-    def __init__(self, tokenizer: DocumentTokenizer, colour: bool) -> None:
+    def __init__(self, tokenizer: DocumentTokenizer, colour: bool, has_classes: bool) -> None:
         self._tokenizer = tokenizer
         self._colour = colour
+        self._has_classes = has_classes
+
+    def legend(self) -> str:
+        """Say what the marks mean."""
+        hidden = self._in(_MASKED, "dim") if self._colour else "« »"
+        line = f"marks: {hidden} is read and not learnt (questions, masked, the first token), the rest is learnt"
+        if self._has_classes and self._colour:
+            plus, minus = self._in(_CLASSES[1], "class +1"), self._in(_CLASSES[-1], "class -1")
+            line += f"; {plus} and {minus} of a Control Adapter"
+        elif self._has_classes:
+            line += "; class +1 and -1 of a Control Adapter are told of each document"
+        return line
 
     def lines(self, dataset: PackedSequences, index: int, number: int) -> Iterator[str]:
         """Show one sequence."""
@@ -90,9 +103,8 @@ class _Writer:
         yield self._in(_BOLD, f"sequence {number}: {len(borders) + 1} documents, {learnt} labels, {width} tokens")
         edges = [0, *borders.tolist(), length]
         for (begin, end), control_class in zip(itertools.pairwise(edges), dataset.classes(index).tolist(), strict=True):
-            yield self._in(
-                _CLASSES[control_class], f"── document at {begin}, {end - begin} tokens, class {control_class:+d}"
-            )
+            told = f", class {control_class:+d}" if self._has_classes else ""
+            yield self._in(_CLASSES[control_class], f"── document at {begin}, {end - begin} tokens{told}")
             masked = [t == 0 or labels[t - 1] == IGNORED for t in range(begin, end)]
             yield self._text(item["input_ids"][begin:end], masked, _CLASSES[control_class])
         if length < width:

@@ -63,7 +63,11 @@ def test_borders_masks_and_classes_are_seen(
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     summary, *shown = plain().split("\n\n")
-    assert summary.startswith("train: 3 documents")
+    first, *others = summary.split("\n")
+    assert first == f"{tmp_path / 'a.jsonl'}: text: text; loss on everything"
+    assert others[1].startswith("train: 3 documents")
+    assert others[-1].startswith("marks: « » is read and not learnt (questions, masked, the first token), the ")
+    assert others[-1].endswith("; class +1 and -1 of a Control Adapter are told of each document")
     (sequence,) = shown
     head, *lines = sequence.rstrip().split("\n")
     assert head.startswith("sequence 1: 3 documents, ")
@@ -95,6 +99,18 @@ def test_borders_masks_and_classes_are_seen(
     assert GREEN in coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in plain()
+
+
+def test_classes_are_told_where_there_are_any(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["data"]["datasets"] = config["data"]["datasets"][:1]
+    run(tmp_path, config, monkeypatch)
+    shown = capsys.readouterr().out
+    assert "── document at 0" in shown
+    assert ", class " not in shown
+    run(tmp_path, config, monkeypatch, "--data.sequence_len", "128")  # as to fit
+    assert "labels, 128 tokens" in capsys.readouterr().out
 
 
 def test_as_many_as_asked_for_in_the_order_of_training(
