@@ -100,7 +100,7 @@ def convert_own(
 def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
         identity, model_dir = meta["identity"], meta["hyper_parameters"]["model_dir"]
-        own = {f"{kind.__module__}.{name}" for name, kind in vars(adapters).items() if isinstance(kind, type)}
+        own = {f"{getattr(adapters, name).__module__}.{name}" for name in adapters.__all__}
         if identity["adapter"]["class_path"] not in own:  # else reading a checkpoint could run any code
             raise TypeError(f"adapter {identity['adapter']['class_path']}")
         model = {"model_dir": str(model_dir), "adapter": identity["adapter"], "dtype": identity["dtype"]}
