@@ -58,7 +58,7 @@ def as_before(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps by the former configuration, and a checkpoint after each; the second is brought into the former form."""
+    """Four steps by the former configuration; of their checkpoints the second is brought into the former form."""
     folder = write_job(tmp_path_factory.mktemp("former") / "job")
     (folder / "config.yaml").write_text(CONFIG.read_text().replace("FOLDER", str(folder)))
     workers.run(1, fit, str(folder), "--config", "config.yaml")
