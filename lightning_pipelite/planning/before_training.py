@@ -14,7 +14,6 @@ from lightning_pipelite.planning.report import gib
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT
 from lightning_pipelite.shared.protocol import LayerCosts
-from lightning_pipelite.strategy.partition import method_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Job:
 
     Attributes:
         stages: Of the pipeline.
+        virtual_stages: Pieces of each stage.
         method: The strategy's ``partition_method``.
         micro_batches: Of a step.
         sequence_len: Tokens of a micro-batch.
@@ -36,6 +36,7 @@ class Job:
     sequence_len: int
     devices: int
     memory: int | None
+    virtual_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def _plan(
         memory=job.memory,
     )
     if choose and job.memory is not None:
-        policy = planner.choose_policy(job.stages, job.method) or planner.policies[-1]
-    stages = planner.stages(planner.split(job.stages, job.method, policy), policy)
+        policy = planner.choose_policy(job.stages, job.method, job.virtual_stages) or planner.policies[-1]
+    bounds = planner.split(job.stages, job.method, policy, job.virtual_stages)
+    stages = planner.stages(bounds, policy, virtual_stages=job.virtual_stages)
     refusal = ""
     if not planner.fits(stages):
         assert job.memory is not None
@@ -112,14 +114,14 @@ def _plan(
 
 
 def _advice(planner: Planner, job: Job) -> str:
-    if better := planner.choose_policy(job.stages, job.method):
+    if better := planner.choose_policy(job.stages, job.method, job.virtual_stages):
         return f"set model.activation_memory to {better}"
     if (recommended := planner.recommend(job.devices)) is not None:
-        stages, policy, bounds = recommended
-        return (
-            f"set the strategy's pipeline_stages to {stages} and partition_method to {method_of(bounds)}, and "
-            f"model.activation_memory to {policy}"
-        )
+        options = recommended.options
+        if recommended.virtual_stages == 1 < job.virtual_stages:
+            options["virtual_stages"] = 1
+        *others, last = (f"{name} to {value}" for name, value in options.items())
+        return f"set the strategy's {', '.join(others)} and {last}, and model.activation_memory to {recommended.policy}"
     ways = ["use more GPUs", "a shorter data.sequence_len", *(f"model.{n}" for n in planner.layers.lighter_weights)]
     return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 

@@ -73,6 +73,7 @@ class MemoryPlan(pl.Callback):
             sequence_len=data.sequence_len,
             devices=strategy.world_size,
             memory=min(size for size in memory if size) if all(memory) else None,
+            virtual_stages=strategy.virtual_stages,
         )
         made: PlannedTraining | str | None = None
         if strategy.global_rank == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,14 +13,39 @@ from torch import nn
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.longest import find_longest
 from lightning_pipelite.planning.simulation import Simulation
-from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory
+from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory, step
 from lightning_pipelite.shared.protocol import LayerCosts
-from lightning_pipelite.strategy.partition import partition
+from lightning_pipelite.strategy.partition import method_of, partition, spans_of
 
 MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
 POLICIES = ("keep", "selective", "recompute", "offload")  # the fastest first
 LONGEST = 2**20  # tokens, for a model that sets no limit
 STEP = 256  # tokens: the largest sequence is a multiple of it
+VIRTUAL_STAGES = (1, 2, 4)
+WORTH = 0.02  # of a step's time, which more pieces a stage must gain
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """With what a step is fastest.
+
+    Attributes:
+        stages: Of the pipeline.
+        virtual_stages: Pieces of each.
+        policy: Of activation memory.
+        bounds: Of all pieces.
+    """
+
+    stages: int
+    virtual_stages: int
+    policy: str
+    bounds: list[int]
+
+    @property
+    def options(self) -> dict[str, int | str]:
+        """Of the strategy."""
+        virtual = {"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {}
+        return {"pipeline_stages": self.stages, **virtual, "partition_method": method_of(self.bounds)}
 
 
 class Planner:
@@ -38,26 +65,32 @@ class Planner:
         self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
         meta_model = simulation.layers.meta_model
         self._costs: dict[str, LayerCosts] = {}
-        self._splits: dict[tuple[int, str, str], list[int]] = {}
+        self._splits: dict[tuple[int, int, str, str], list[int]] = {}
         self.policies = [p for p in POLICIES if p == "keep" or meta_model.can_recompute]
 
     @property
     def layers(self) -> CausalLMLayers:
         return self._simulation.layers
 
-    def stages(self, bounds: Sequence[int], policy: str, sequence_len: int | None = None) -> list[StageMemory]:
-        """Return what each stage of a split takes."""
+    def stages(
+        self, bounds: Sequence[int], policy: str, sequence_len: int | None = None, virtual_stages: int = 1
+    ) -> list[StageMemory]:
+        """Return what each stage of a split takes; the bounds are those of all pieces."""
+        length = sequence_len or self.sequence_len
         return [
-            self._stage(bounds, number, policy, sequence_len or self.sequence_len) for number in range(len(bounds) - 1)
+            self._stage(bounds, number, policy, length, virtual_stages)
+            for number in range((len(bounds) - 1) // virtual_stages)
         ]
 
-    def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> StageMemory:
+    def _stage(
+        self, bounds: Sequence[int], number: int, policy: str, sequence_len: int, virtual_stages: int = 1
+    ) -> StageMemory:
+        stages = (len(bounds) - 1) // virtual_stages
         return stage_memory(
             self._simulation,
-            bounds[number],
-            bounds[number + 1],
+            spans_of(bounds, stages, number),
             stage=number,
-            stages=len(bounds) - 1,
+            stages=stages,
             micro_batches=self.micro_batches,
             policy=policy,
             sequence_len=sequence_len,
@@ -79,8 +112,7 @@ class Planner:
         for number in range(len(self.layers)):
             cost = stage_memory(
                 self._simulation,
-                number,
-                number + 1,
+                [(number, number + 1)],
                 stage=0,
                 stages=1,
                 micro_batches=max(2, self.micro_batches),
@@ -100,41 +132,45 @@ class Planner:
         single = self.stages([0, len(self.layers)], policy)[0]
         return single.transient + single.exchange + single.reserve
 
-    def split(self, stages: int, method: str, policy: str) -> list[int]:
-        """Return the bounds of the stages."""
-        asked = stages, method, policy
+    def split(self, stages: int, method: str, policy: str, virtual_stages: int = 1) -> list[int]:
+        """Return the bounds of all pieces of the stages."""
+        asked = stages, virtual_stages, method, policy
         if asked not in self._splits:
-            self._splits[asked] = partition(_Layers(self, policy), stages, method)
+            self._splits[asked] = partition(_Layers(self, policy), stages, method, virtual_stages)
         return self._splits[asked]
 
-    def choose_policy(self, stages: int, method: str) -> str | None:
+    def choose_policy(self, stages: int, method: str, virtual_stages: int = 1) -> str | None:
         """Return the first of keep, selective, recompute and offload that fits; None if none does."""
         for policy in self.policies:
-            if self.fits(self.stages(self.split(stages, method, policy), policy)):
+            bounds = self.split(stages, method, policy, virtual_stages)
+            if self.fits(self.stages(bounds, policy, virtual_stages=virtual_stages)):
                 return policy
         return None
 
-    def recommend(self, devices: int) -> tuple[int, str, list[int]] | None:
-        """Return the number of stages, the policy and the bounds with which a step is fastest; None if nothing fits.
+    def recommend(self, devices: int) -> Recommended | None:
+        """Return with what a step is fastest; None if nothing fits.
 
         Stages must divide the devices; more of them mean fewer replicas, which then take more micro-batches each for
-        the same sequences a step.
+        the same sequences a step. More pieces a stage are recommended only where they gain what can be measured.
         """
-        best: tuple[float, int, str, list[int]] | None = None
+        best: tuple[float, Recommended] | None = None
         for stages in (n for n in range(1, min(devices, len(self.layers)) + 1) if devices % n == 0):
-            for policy in self.policies:
-                bounds = self.split(stages, "auto", policy)
-                costs = self.stages(bounds, policy)
-                if not self.fits(costs):
+            for policy, virtual_stages in itertools.product(self.policies, VIRTUAL_STAGES if stages > 1 else (1,)):
+                if stages * virtual_stages > len(self.layers):
                     continue
-                # Per sequence and device, the bubble included.
-                rounds = (self.micro_batches + stages - 1) / self.micro_batches
-                time = max(cost.seconds for cost in costs) * rounds * stages
-                if best is None or time < best[0]:
-                    best = time, stages, policy, bounds
-        return None if best is None else best[1:]
+                # Per sequence and device. Without a bubble it would be the work.
+                if virtual_stages > 1 and best and sum(self.costs(policy).seconds) > (1 - WORTH) * best[0]:
+                    continue
+                bounds = self.split(stages, "auto", policy, virtual_stages)
+                each = self.stages(bounds, policy, virtual_stages=virtual_stages)
+                if not self.fits(each):
+                    continue
+                time = step(each, self.micro_batches).seconds * stages / self.micro_batches
+                if best is None or time < (1 - WORTH * (virtual_stages > 1)) * best[0]:
+                    best = time, Recommended(stages, virtual_stages, policy, bounds)
+        return None if best is None else best[1]
 
-    def largest_sequence(self, bounds: Sequence[int], policy: str) -> int:
+    def largest_sequence(self, bounds: Sequence[int], policy: str, virtual_stages: int = 1) -> int:
         """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
 
         Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
@@ -145,10 +181,10 @@ class Planner:
         limit = (1 - MARGIN) * self.memory
 
         def excess(number: int, length: int) -> float:
-            return self._stage(bounds, number, policy, length).total - limit
+            return self._stage(bounds, number, policy, length, virtual_stages).total - limit
 
         longest = getattr(self.layers.meta_model.config, "max_position_embeddings", None) or LONGEST
-        stages = self.stages(bounds, policy)
+        stages = self.stages(bounds, policy, virtual_stages=virtual_stages)
         for place, number in enumerate(sorted(range(len(stages)), key=lambda number: -stages[number].total)):
             stage = stages[number]
             empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.planner import Planner, Recommended
 from lightning_pipelite.planning.settings import Settings
-from lightning_pipelite.planning.stages import StageMemory, bubble
-from lightning_pipelite.strategy.partition import method_of
+from lightning_pipelite.planning.stages import StageMemory, step
 
 GIB = 2**30
 BAR = 44  # characters of a bar
@@ -30,9 +29,9 @@ class Report:
         planner: That made it.
         settings: What the configuration says.
         devices: How many there are.
-        split: The bounds of the configuration's stages.
+        split: The bounds of the configuration's stages, or of all pieces.
         policies: What the stages take with each policy of activation memory, on that split.
-        recommended: Number of stages, policy and bounds; None if nothing fits.
+        recommended: With what a step is fastest; None if nothing fits.
         largest: The most tokens of a sequence that fit the recommended split, or the configuration's.
         fewest: The fewest stages that fit, and with which policy.
     """
@@ -42,7 +41,7 @@ class Report:
     devices: int
     split: list[int]
     policies: dict[str, list[StageMemory]]
-    recommended: tuple[int, str, list[int]] | None
+    recommended: Recommended | None
     largest: int | None
     fewest: tuple[int, str] | None
 
@@ -53,14 +52,16 @@ class Report:
             raise ConfigurationError(
                 f"pipeline_stages={settings.stages} must divide the number of devices ({devices}); change one of them."
             )
-        split = planner.split(settings.stages, settings.partition_method, planner.policies[0])
-        policies = {policy: planner.stages(split, policy) for policy in planner.policies}
+        pieces = settings.virtual_stages
+        split = planner.split(settings.stages, settings.partition_method, planner.policies[0], pieces)
+        policies = {policy: planner.stages(split, policy, virtual_stages=pieces) for policy in planner.policies}
         recommended = planner.recommend(devices)
         largest = fewest = None
         if planner.memory is not None:
             fewest = planner.fewest_devices(devices)
             if recommended:
-                largest = planner.largest_sequence(recommended[2], planner.policies[-1])
+                found = recommended
+                largest = planner.largest_sequence(found.bounds, planner.policies[-1], found.virtual_stages)
         return cls(planner, settings, devices, split, policies, recommended, largest, fewest)
 
     @property
@@ -82,11 +83,12 @@ class Report:
         adapter = type(planner.layers.adapter).__name__
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
         bits = next((words for option, words in held.items() if model.get(option)), "")
+        pieces = f" of {self.settings.virtual_stages} pieces each" if self.settings.virtual_stages > 1 else ""
         return [
             f"{model['model_dir']}: {count / 1e9:.2f} billion parameters, {adapter}{bits}, {trained / 1e6:.1f} million "
             "trained",
             f"{self.devices} device{'s' * (self.devices > 1)}{size}, {self.settings.stages} stage"
-            f"{'s' * (self.settings.stages > 1)}, {planner.micro_batches} micro-batches a step of "
+            f"{'s' * (self.settings.stages > 1)}{pieces}, {planner.micro_batches} micro-batches a step of "
             f"{planner.sequence_len} tokens",
         ]
 
@@ -94,16 +96,15 @@ class Report:
         stages = self.policies[self.policy]
         widest = max(stage.total for stage in stages)
         scale = max(widest, self.planner.memory or 0)
+        wide = max(9, *(len(self._span(stage)) for stage in stages))
         lines = [f"activation_memory {self.policy}, partition_method {self.settings.partition_method}, in GiB"]
         lines.append(
-            f"{'stage':>5} {'layers':>9} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
+            f"{'stage':>5} {'layers':>{wide}} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
             f"{'passing':>7} {'loss':>6} {'reserve':>7} {'total':>7} {'time':>8}"
         )
         for number, stage in enumerate(stages):
-            layers = self.planner.layers.meta_model.groups
-            span = f"{layers[stage.start]}-{layers[stage.stop] - 1}"
             lines.append(
-                f"{number:>5} {span:>9} {stage.parameters / 1e9:>7.2f}B {stage.weights / GIB:>8.2f} "
+                f"{number:>5} {self._span(stage):>{wide}} {stage.parameters / 1e9:>7.2f}B {stage.weights / GIB:>8.2f} "
                 f"{stage.gradients / GIB:>7.2f} {stage.optimizer / GIB:>7.2f} {stage.activations / GIB:>7.2f} "
                 f"{stage.transient / GIB:>7.2f} {stage.loss / GIB:>6.2f} {stage.reserve / GIB:>7.2f} "
                 f"{stage.total / GIB:>7.2f} {1e3 * stage.seconds:>5.0f} ms"
@@ -114,12 +115,16 @@ class Report:
         lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
         sent = [stage.sent for stage in stages[:-1]]
         if sent:
-            waits = bubble(len(stages), self.planner.micro_batches)
+            waits = 1 - step(stages, self.planner.micro_batches).efficiency
             lines.append(
                 f"      bubble {waits:.0%} of the time; over each boundary "
                 f"{', '.join(sorted({gib(size) for size in sent}))} a step"
             )
         return lines
+
+    def _span(self, stage: StageMemory) -> str:
+        layers = self.planner.layers.meta_model.groups
+        return "+".join(f"{layers[start]}-{layers[stop] - 1}" for start, stop in stage.spans)
 
     def _bar(self, stage: StageMemory, scale: int) -> str:
         marks, so_far = "", 0
@@ -134,8 +139,7 @@ class Report:
         lines = [f"{'activation_memory':<18}{'fullest stage':>14}{'step':>10}   "]
         for name, stages in self.policies.items():
             fullest = max(stage.total for stage in stages)
-            slowest = max(stage.seconds for stage in stages)
-            time = (self.planner.micro_batches + len(stages) - 1) * slowest
+            time = step(stages, self.planner.micro_batches).seconds
             verdict = "" if self.planner.memory is None else "fits" if self.planner.fits(stages) else "does not fit"
             lines.append(f"{name:<18}{gib(fullest):>14}{time:>8.2f} s   {verdict}")
         lines.append("(times on H100 GPUs)")
@@ -154,11 +158,11 @@ class Report:
                 f"activation_memory {last}: {ways}, or a shorter sequence_len."
             )
             return lines
-        stages, policy, bounds = self.recommended
-        replicas = self.devices // stages
+        replicas = self.devices // self.recommended.stages
+        options = {**self.recommended.options, "activation_memory": self.recommended.policy}
         lines.append(
-            f"Recommended: pipeline_stages: {stages}, partition_method: {method_of(bounds)}, activation_memory: "
-            f"{policy}; {replicas} replica{'s' * (replicas > 1)}."
+            f"Recommended: {', '.join(f'{name}: {value}' for name, value in options.items())}; {replicas} "
+            f"replica{'s' * (replicas > 1)}."
         )
         if self.largest is not None:
             lines.append(f"The largest sequence_len on that split is {self.largest}, with {planner.policies[-1]}.")

@@ -30,6 +30,7 @@ class Settings:
         sequence_len: Tokens of a micro-batch.
         micro_batches: Of a step.
         stages: Of the pipeline.
+        virtual_stages: Pieces of each stage.
         partition_method: How the layers are dealt out.
         devices: Of a host; None if the file leaves it to the Trainer.
         hosts: How many there are.
@@ -39,6 +40,7 @@ class Settings:
     sequence_len: int
     micro_batches: int
     stages: int = 1
+    virtual_stages: int = 1
     partition_method: str = "uniform"
     devices: int | None = None
     hosts: int = 1
@@ -69,6 +71,7 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
         sequence_len=_count(data.get("sequence_len"), f"{source}: data.sequence_len"),
         micro_batches=_count(trainer.get("accumulate_grad_batches") or 1, f"{source}: trainer.accumulate_grad_batches"),
         stages=_count(options.get("pipeline_stages", 1), f"{source}: pipeline_stages"),
+        virtual_stages=_count(options.get("virtual_stages", 1), f"{source}: virtual_stages"),
         partition_method=str(options.get("partition_method", "uniform")),
         devices=devices if type(devices) is int and devices > 0 else None,
         hosts=_count(trainer.get("num_nodes") or 1, f"{source}: trainer.num_nodes"),

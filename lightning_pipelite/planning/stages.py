@@ -1,11 +1,13 @@
-"""What each stage of a pipeline takes: the sum of its layers, with what is held at once."""
+"""What each stage of a pipeline takes: the sum of its pieces, with what is held at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_pipelite.planning.pieces import piece_memory
 from lightning_pipelite.planning.simulation import Simulation
-from lightning_pipelite.planning.trial import Part, Trial
+from lightning_pipelite.strategy.schedule import Timeline, interleaved_1f1b, simulate
 
 CONTEXT = 600 * 2**20
 """Bytes of a CUDA context with the kernels that are loaded, and NCCL's buffers: outside of torch's allocator."""
@@ -13,10 +15,12 @@ WORKSPACE = 32 * 2**20
 """Bytes of cuBLAS' workspace, which torch allocates once on Hopper (8 MiB before)."""
 FRAGMENTATION = 0.04
 """Share of what comes and goes that torch's allocator keeps unused between its blocks."""
-FLOPS = {1: 1050e12, 2: 600e12, 4: 45e12}
-"""Operations a second by the bytes of an element, and"""
-BANDWIDTH = 2.4e12
-"""bytes a second that one H100 reaches in training; other GPUs have other numbers, but much the same ratios."""
+BACKWARD = 2 / 3
+"""Share of the backward pass in the time of both."""
+LINK = 25e9
+"""Bytes a second between two GPUs, over PCIe 4."""
+PASS = 2e-4
+"""Seconds that a pass takes beside its layers: to receive, to begin and to hand on."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,7 @@ class StageMemory:
     """The memory of one stage and what makes it up, in bytes.
 
     Attributes:
-        start: Its first item.
-        stop: The item after its last.
+        spans: The first item and the one after the last of its pieces: of one, but with virtual stages.
         parameters: The number of weights of the base model.
         trained: The number of trained parameters.
         weights: All parameters and buffers.
@@ -35,15 +38,15 @@ class StageMemory:
         transient: What comes and goes beside: a layer that is recomputed, its gradients, the logits of a chunk.
         loss: What head and loss retain and take for themselves; in the last stage. It is part of the two above.
         exchange: Buffers of what is received and sent.
-        in_flight: How many micro-batches are held at once.
+        in_flight: How many micro-batches are held at once; of all pieces together.
         peak: The most that torch allocates.
         reserve: CUDA's context and what the allocator cannot use.
-        seconds: The time of a micro-batch, forward and backward, on one H100.
-        sent: Bytes that a step sends over the boundary to the next stage, both ways.
+        piece_seconds: The time of a micro-batch in each piece, forward and backward, on one H100.
+        hidden: Bytes that are handed on for a micro-batch, to the next piece.
+        sent: Bytes that a step sends over the boundaries to the next stage, both ways.
     """
 
-    start: int
-    stop: int
+    spans: tuple[tuple[int, int], ...]
     parameters: int
     trained: int
     weights: int
@@ -56,8 +59,14 @@ class StageMemory:
     in_flight: int
     peak: int
     reserve: int
-    seconds: float
+    piece_seconds: tuple[float, ...]
+    hidden: int
     sent: int
+
+    @property
+    def seconds(self) -> float:
+        """The time of a micro-batch in all pieces."""
+        return sum(self.piece_seconds)
 
     @property
     def total(self) -> int:
@@ -67,8 +76,7 @@ class StageMemory:
 
 def stage_memory(
     simulation: Simulation,
-    start: int,
-    stop: int,
+    spans: Sequence[tuple[int, int]],
     *,
     stage: int,
     stages: int,
@@ -78,15 +86,13 @@ def stage_memory(
 ) -> StageMemory:
     """Return what a stage takes.
 
-    In the 1F1B schedule stage i of p holds up to p - i micro-batches (Narayanan et al. 2021,
-    https://arxiv.org/abs/2104.04473, section 2.2). The peak is the largest of these moments of the last of them: in the
-    forward pass inside an item, with what those before it retained; and in the backward pass inside an item, with what
-    those up to it retained. Gradients are there from the first micro-batch's backward pass on.
+    How many micro-batches each piece holds when another one runs is that of the schedule's order; of one piece a stage,
+    1F1B, stage i of p holds up to p - i (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2). The
+    peak is the largest of its passes. Gradients are there from the first micro-batch's backward pass on.
 
     Args:
         simulation: knows the items.
-        start: the stage's first item.
-        stop: the item after its last.
+        spans: the first item and the one after the last of each of the stage's pieces.
         stage: its number.
         stages: how many there are.
         micro_batches: of a step.
@@ -94,99 +100,58 @@ def stage_memory(
         sequence_len: tokens of a micro-batch.
     """
     first = micro_batches == 1  # then gradients come with the backward pass
-    trials = stage_trials(simulation, start, stop, policy, sequence_len, first=first)
-    entry, tail = trials[0].entry, trials[-1].tail
-    # What the entry holds only while the stage runs forward is seen where nothing follows the item.
-    middle = trials[0] if trials[0].hidden else _middle(simulation, policy, sequence_len, first=first)
-    passing = min(0, middle.tail.retained) if middle else 0
-    last = trials[-1] if trials[-1].hidden else _middle(simulation, policy, sequence_len, first=first)
-    passed = min(0, last.tail.retained) if last else 0
-    kept_by_tail = tail.retained - passed
-    items = [trial.item for trial in trials]
-    in_flight = min(micro_batches, stages - stage)
-    retained = [items[0].retained, *(trial.item.retained - trial.unsaved for trial in trials[1:])]
-    everything = entry.retained + passing + sum(retained) + kept_by_tail
-    parts = [entry, *items, tail]
-    tied = trials[-1].tied if start == 0 else Part()  # held once by a stage that has both ends
+    pieces = [piece_memory(simulation, *span, policy, sequence_len, first=first) for span in spans]
 
-    def held_by_all(name: str) -> int:
-        return int(sum(getattr(part, name) for part in parts) - getattr(tied, name))
+    def of_all(name: str) -> int:
+        return int(sum(getattr(piece, name) for piece in pieces))
 
-    weights, gradients, optimizer = (held_by_all(name) for name in ("weights", "gradients", "optimizer"))
-    hidden = max(trial.hidden for trial in trials)
-    exchange = trials[-1].hidden + (hidden if stage > 0 else 0)
+    weights, gradients, optimizer = (of_all(name) for name in ("weights", "gradients", "optimizer"))
+    received = max(piece.received for piece in pieces)
+    exchange = pieces[-1].hidden + (received if stage > 0 else 0)
+    if len(pieces) > 1:  # the input of the pass, that of the next, and what is on its way to others
+        exchange = 3 * received
     static = weights + optimizer + exchange + WORKSPACE
-    held = static + (in_flight - 1) * everything
-    moments = [held + entry.forward, held + everything - kept_by_tail - passing + tail.forward]
-    made = 0 if first else gradients
-    moments = [moment + made for moment in moments]
-    level = entry.retained
-    for part, kept in zip(items, retained, strict=True):
-        moments.append(held + made + level + part.forward)
-        level += kept
-    moments.append(held + made + everything + tail.backward)
-    handover = trials[-1].handover
-    if not trials[-1].hidden:
-        handover -= passed
-    level = everything - kept_by_tail
-    if not first:  # autograd adds the embedding's to the head's before it adds both to the gradient that is there
-        level += tied.gradients
-    for part, kept in zip(reversed(items), reversed(retained), strict=True):
-        moments.append(held + made + level + handover + part.backward)
-        level -= kept
-        made += part.gradients if first else 0
-    moments.append(held + made + level + handover + entry.backward)
-    moments.append(static + gradients)  # in the optimizer's step
+    made = 0 if first and len(pieces) == 1 else gradients
+    moments, activations, in_flight = [static + gradients], 0, 0  # the first in the optimizer's step
+    for action, counts in interleaved_1f1b(stages, len(pieces), micro_batches).held(stage):
+        piece = pieces[action.piece // stages]
+        held = sum(count * each.everything for count, each in zip(counts, pieces, strict=True))
+        activations, in_flight = max(activations, held + piece.everything), max(in_flight, sum(counts) + 1)
+        moments.append(static + made + held + (piece.backward if action.backward else piece.forward))
     peak = max(moments)
-    activations = in_flight * everything
     transient = max(0, peak - static - gradients - activations)
-    flops: dict[int, float] = {}
-    for part in parts:
-        for width, count in part.flops.items():
-            flops[width] = flops.get(width, 0.0) + count
     return StageMemory(
-        start=start,
-        stop=stop,
-        parameters=held_by_all("parameters"),
-        trained=held_by_all("trained"),
+        spans=tuple(spans),
+        parameters=of_all("parameters"),
+        trained=of_all("trained"),
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        loss=kept_by_tail + max(tail.forward, tail.backward) if trials[-1].hidden == 0 else 0,
+        loss=pieces[-1].loss,
         exchange=exchange,
         in_flight=in_flight,
         peak=peak,
         reserve=CONTEXT + int(FRAGMENTATION * (activations + transient)),
-        seconds=sum(seconds(part) for part in parts),
-        sent=2 * trials[-1].hidden * micro_batches if stage < stages - 1 else 0,
+        piece_seconds=tuple(piece.seconds for piece in pieces),
+        hidden=max(piece.hidden for piece in pieces),
+        sent=2 * of_all("hidden") * micro_batches if stage < stages - 1 or len(pieces) > 1 else 0,
     )
 
 
-def _middle(simulation: Simulation, policy: str, sequence_len: int, *, first: bool) -> Trial | None:
-    """An item that is neither the first nor the last, if there is one."""
-    return simulation.trial(1, policy, sequence_len, first=first) if len(simulation.layers) > 2 else None
+def step(stages: Sequence[StageMemory], micro_batches: int) -> Timeline:
+    """Return what becomes of a step: its schedule, played through with the times of the pieces.
 
-
-def stage_trials(
-    simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int, *, first: bool
-) -> list[Trial]:
-    """Return the trial of each item of a stage; the backward pass goes on to the lowest that is trained."""
-    trials: list[Trial] = []
-    goes_on = start > 0
-    for number in range(start, stop):
-        trial = simulation.trial(number, policy, sequence_len, input_grad=goes_on or number == 0, first=first)
-        trials.append(trial)
-        goes_on = goes_on or trial.entry.trained + trial.item.trained > 0
-    return trials
-
-
-def seconds(part: Part) -> float:
-    """Return how long a part takes forward and backward, by what it computes and what it moves."""
-    return sum(count / FLOPS.get(width, FLOPS[4]) for width, count in part.flops.items()) + part.moved / BANDWIDTH
-
-
-def bubble(stages: int, micro_batches: int) -> float:
-    """Return the share of time in which a stage waits, (p - 1) / (m + p - 1)."""
-    return (stages - 1) / (micro_batches + stages - 1)
+    Args:
+        stages: of a split, in order.
+        micro_batches: of a step.
+    """
+    virtual_stages = len(stages[0].piece_seconds)
+    times = [stages[k % len(stages)].piece_seconds[k // len(stages)] for k in range(len(stages) * virtual_stages)]
+    return simulate(
+        interleaved_1f1b(len(stages), virtual_stages, micro_batches),
+        [(1 - BACKWARD) * time + PASS for time in times],
+        [BACKWARD * time + PASS for time in times],
+        max(stage.hidden for stage in stages) / LINK,
+    )

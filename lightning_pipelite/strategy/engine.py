@@ -293,13 +293,12 @@ class PipeLiteEngine(PipelineEngine):
             outputs = with_gradients(self.pipe_buffers["outputs"][buffer_id])
             gradients = [*with_gradients(self.grad_layer)]
             self.pipe_buffers["outputs"][buffer_id] = None
-        inputs = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
-        self._back_propagate(outputs, gradients, inputs)
-
-    def _back_propagate(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], received: Any) -> None:
-        """Go backward from outputs; what was received, if anything was, then has gradients."""
         # A first stage without trainable parameters has nothing to propagate to.
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        self._back_propagate(pairs, None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id])
+
+    def _back_propagate(self, pairs: Sequence[tuple[Any, Tensor | None]], received: Any) -> None:
+        """Go backward from outputs with their gradients; what was received, if anything was, then has gradients."""
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         if received is None:

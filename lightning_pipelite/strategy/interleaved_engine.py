@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
 from lightning_pipelite.strategy.engine import PipeLiteEngine, with_gradients
@@ -105,7 +106,7 @@ class InterleavedEngine(PipeLiteEngine):
         self._piece = 0  # the one that runs
         self._arrivals: dict[Action, Arrival] = {}
         self._inputs: dict[tuple[int, int], Any] = {}
-        self._outputs: dict[tuple[int, int], Any] = {}
+        self._roots: dict[tuple[int, int], list[Any]] = {}  # from where the backward pass begins
         self._results: dict[Action, Any] = {}
 
     @override
@@ -130,7 +131,7 @@ class InterleavedEngine(PipeLiteEngine):
             self._transfers.finish()
             self._known.update(self._keys)
         finally:
-            for held in (self._arrivals, self._inputs, self._outputs, self._results):
+            for held in (self._arrivals, self._inputs, self._roots, self._results):
                 held.clear()
             self._step_data = ()
 
@@ -187,17 +188,21 @@ class InterleavedEngine(PipeLiteEngine):
         self._enter(number)
         outputs = self._stage[piece // self.num_stages](inputs)
         if piece == self._plan.pieces - 1:
-            outputs = self._add_loss(outputs, targets)
+            roots: list[Any] = [self._add_loss(outputs, targets)]
         else:
-            outputs = self._results[action] = self._handed_on(outputs)
+            handed_on = self._results[action] = self._handed_on(outputs)
+            # Not the tensors: once they are sent, nobody needs them here.
+            roots = [get_gradient_edge(t) if t.requires_grad else None for t in with_gradients(handed_on)]
         if training:
-            self._outputs[piece, number] = outputs
+            self._roots[piece, number] = roots
 
     def _go_backward(self, action: Action, received: list[Tensor] | None) -> None:
         place = action.piece, action.micro_batch
         inputs = self._inputs.pop(place, None)
         gradients: Sequence[Tensor | None] = [None] if received is None else received
-        self._back_propagate(with_gradients(self._outputs.pop(place)), gradients, inputs)
+        pairs = zip(self._roots.pop(place), gradients, strict=True)
+        # A first piece without trainable parameters has nothing to propagate to.
+        self._back_propagate([pair for pair in pairs if pair[0] is not None], inputs)
         if inputs is not None:
             gradients = [tensor.grad for tensor in with_gradients(inputs)]
             self._results[action] = [gradient.contiguous() for gradient in gradients if gradient is not None]

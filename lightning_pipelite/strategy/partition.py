@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, PipelineLayers
+from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 
 _Allowed = Callable[[int, int, int], bool]
 
@@ -32,6 +33,7 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
     Raises:
         ConfigurationError: if there are more pieces than layers, or the method is unknown or matches nothing.
     """
+    check_virtual_stages(stages, virtual_stages)
     names = list(layers.names)
     if stages > len(names):
         raise ConfigurationError(
@@ -44,7 +46,7 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
             f"{len(names)} layers of the model; set virtual_stages to at most {len(names) // stages}."
         )
     if method == "auto":
-        return _auto(layers, stages)
+        return _auto(layers, stages, virtual_stages)
     if method.startswith("layers:"):
         return _given(method, stages, virtual_stages, len(names))
     if method == "uniform":
@@ -98,14 +100,33 @@ def _given(method: str, stages: int, virtual_stages: int, items: int) -> list[in
     return [0, *itertools.accumulate(counts)]
 
 
-def _auto(layers: PipelineLayers, stages: int) -> list[int]:
+def check_virtual_stages(stages: int, virtual_stages: int) -> None:
+    """Refuse numbers of pieces a stage that cannot be.
+
+    Raises:
+        ConfigurationError: if it is none, or there is a single stage.
+    """
+    if virtual_stages < 1:
+        raise ConfigurationError(f"virtual_stages must be at least 1, not {virtual_stages}.")
+    if virtual_stages > 1 and stages == 1:
+        raise ConfigurationError(
+            f"virtual_stages={virtual_stages} needs pipeline_stages of 2 or more; a single stage never waits for "
+            "another: leave virtual_stages out."
+        )
+
+
+def _auto(layers: PipelineLayers, stages: int, virtual_stages: int) -> list[int]:
     costs = layers.layer_costs() if isinstance(layers, KnowsCosts) else None
     if costs is None:
         raise ConfigurationError(
             "partition_method is auto, but the layers do not say what they cost; set it to uniform, parameters or "
             "type:REGEX, or give them a method layer_costs()."
         )
-    return cheapest_bounds(costs, stages)
+    if virtual_stages == 1:
+        return cheapest_bounds(costs, stages)
+    return InterleavedCut(costs, stages, virtual_stages).improved(
+        balanced_bounds(costs.seconds, stages * virtual_stages)
+    )
 
 
 def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:

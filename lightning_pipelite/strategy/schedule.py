@@ -104,6 +104,15 @@ class Schedule:
         source = self.source(action)
         return source is not None and (source.piece - action.piece) % self.ranks != 0
 
+    def held(self, rank: int) -> Iterator[tuple[Action, tuple[int, ...]]]:
+        """Each pass of a rank, and how many micro-batches each of its pieces holds then, beside the pass's own."""
+        counts = [0] * self.virtual_stages
+        for action in self.orders[rank]:
+            place = action.piece // self.ranks
+            counts[place] -= action.backward
+            yield action, tuple(counts)
+            counts[place] += not action.backward
+
     def program(self, rank: int, ahead: int = 1) -> list[Instruction]:
         """What a rank does, transfers included.
 

@@ -33,6 +33,7 @@ from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
+from lightning_pipelite.strategy.partition import check_virtual_stages
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
@@ -117,13 +118,7 @@ class PipeLiteStrategy(DDPStrategy):
         if timeout <= 0:
             raise ConfigurationError(f"strategy: timeout must be a positive number of seconds, not {timeout}.")
         self.timeout = timedelta(seconds=timeout)
-        if virtual_stages < 1:
-            raise ConfigurationError(f"strategy: virtual_stages must be at least 1, not {virtual_stages}.")
-        if virtual_stages > 1 and pipeline_stages == 1:
-            raise ConfigurationError(
-                f"strategy: virtual_stages={virtual_stages} needs pipeline_stages of 2 or more; a single stage never "
-                "waits for another: leave virtual_stages out."
-            )
+        check_virtual_stages(pipeline_stages, virtual_stages)
         self.pipeline_stages = pipeline_stages
         self.virtual_stages = virtual_stages
         self.partition_method = partition_method

@@ -82,7 +82,9 @@ def test_all_stages_take_the_largest_sequence(other: tuple[float, float], room: 
     tried = set()
 
     class Curves(Planner):
-        def _stage(self, bounds: Sequence[int], number: int, policy: str, sequence_len: int) -> Any:
+        def _stage(
+            self, bounds: Sequence[int], number: int, policy: str, sequence_len: int, virtual_stages: int = 1
+        ) -> Any:
             tried.add((number, sequence_len))
             base, slope = curves[number]
             total = static + max(0.0, base + slope * sequence_len)

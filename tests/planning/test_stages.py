@@ -24,10 +24,14 @@ from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import WORKSPACE, stage_memory
 from lightning_pipelite.planning.watched_stage import held_tensors
+from lightning_pipelite.strategy.partition import spans_of
+from lightning_pipelite.strategy.pieces import Pieces
+from lightning_pipelite.strategy.schedule import interleaved_1f1b, simulate
 
 CPU = torch.device("cpu")
 LENGTH = 256
 ROUNDING = 64 * BLOCK  # of a few dozen tensors, each to whole blocks of the CUDA allocator
+MICRO_BATCHES = 4
 
 
 def make_adam(parameters: list[nn.Parameter]) -> Adam:
@@ -98,13 +102,57 @@ def most_allocated(profiler: profile) -> int:
     return max(each["Total Allocated"] for each in allocated) - (first["Total Allocated"] - first["Bytes"])
 
 
+def train_pieces_on_cpu(layers: CausalLMLayers, spans: list[tuple[int, int]], stage: int, stages: int) -> int:
+    """Train the pieces of a stage in the order of the schedule; return the most that was held."""
+    pieces = Pieces([layers.build_stage(*span, CPU) for span in spans], spans)
+    size = layers.meta_model.config.hidden_size
+    held: dict[tuple[int, int], Any] = {}
+    weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in held_tensors(pieces)}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for action in interleaved_1f1b(stages, len(spans), MICRO_BATCHES).orders[stage]:
+            place, (start, stop) = (action.piece, action.micro_batch), spans[action.piece // stages]
+            if action.backward:
+                gradient = torch.ones(1, LENGTH, size) if action.piece < stages * len(spans) - 1 else None
+                torch.autograd.backward([held.pop(place)], [gradient])
+                del gradient
+                continue
+            positions = torch.arange(LENGTH)[None]
+            first = torch.randn(1, LENGTH, size, requires_grad=True) if start else torch.zeros_like(positions)
+            outputs = pieces[action.piece // stages]((first, positions))
+            if stop == len(layers):
+                held[place] = CausalLMLoss()(outputs, torch.zeros_like(positions))[0]
+            else:
+                held[place] = torch.autograd.graph.get_gradient_edge(outputs[0])
+            del outputs, first, positions
+    return weights + most_allocated(profiler)
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_pieces_take_what_is_planned(model_dir: Path, policy: str, stage: int) -> None:
+    layers = make_layers(model_dir, LoRA(4))
+    spans = spans_of([0, 1, 2, 4, 5], 2, stage)
+    planned = stage_memory(
+        Simulation(layers, CausalLMLoss(), make_adam), spans,
+        stage=stage, stages=2, micro_batches=MICRO_BATCHES, policy=policy, sequence_len=LENGTH,
+    )  # fmt: skip
+    layers.activation_memory = policy  # type: ignore[assignment]
+    peak = train_pieces_on_cpu(layers, spans, stage, 2)
+    # Of what is received there is the gradient of the pass here. The plan has all gradients of the weights from the
+    # beginning on, when some pieces have not run backward yet.
+    taken = planned.peak - planned.optimizer - planned.exchange + planned.hidden - WORKSPACE
+    assert 0.99 * peak <= taken <= 1.05 * peak
+    step = simulate(interleaved_1f1b(2, 2, MICRO_BATCHES), [1.0] * 4, [2.0] * 4)
+    assert planned.in_flight == step.in_flight[stage]
+
+
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize("adapter", [LoRA(4), Full(), ControlAdapter(4)], ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("bounds", [(0, 5), (0, 2), (1, 4), (3, 5)])
 def test_a_stage_takes_what_is_planned(model_dir: Path, adapter: Adapter, policy: str, bounds: tuple[int, int]) -> None:
     layers = make_layers(model_dir, adapter)
     planned = stage_memory(
-        Simulation(layers, CausalLMLoss(), make_adam), *bounds,
+        Simulation(layers, CausalLMLoss(), make_adam), [bounds],
         stage=0, stages=1, micro_batches=2, policy=policy, sequence_len=LENGTH,
     )  # fmt: skip
     layers.activation_memory = policy  # type: ignore[assignment]
@@ -116,7 +164,7 @@ def test_a_stage_takes_what_is_planned(model_dir: Path, adapter: Adapter, policy
 def test_more_micro_batches_in_flight_take_as_much_more_as_is_retained(model_dir: Path) -> None:
     simulation = Simulation(make_layers(model_dir, LoRA(4)), CausalLMLoss(), make_adam)
     one, two = (
-        stage_memory(simulation, 0, 2, stage=0, stages=stages, micro_batches=8, policy="keep", sequence_len=LENGTH)
+        stage_memory(simulation, [(0, 2)], stage=0, stages=stages, micro_batches=8, policy="keep", sequence_len=LENGTH)
         for stages in (1, 2)
     )
     assert (one.in_flight, two.in_flight) == (1, 2)

@@ -1,0 +1,132 @@
+"""What consecutive layers take: the sum of them, with what is held at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_pipelite.planning.simulation import Simulation
+from lightning_pipelite.planning.trial import Part, Trial
+
+FLOPS = {1: 1050e12, 2: 600e12, 4: 45e12}
+"""Operations a second by the bytes of an element, and"""
+BANDWIDTH = 2.4e12
+"""bytes a second that one H100 reaches in training; other GPUs have other numbers, but much the same ratios."""
+
+
+@dataclass(frozen=True)
+class PieceMemory:
+    """What consecutive items take: a stage's piece, or all that it has.
+
+    Attributes:
+        parameters: The number of weights of the base model.
+        trained: The number of trained parameters.
+        weights: Bytes of all parameters and buffers.
+        gradients: Bytes of the gradients.
+        optimizer: Bytes of the optimizer's state.
+        everything: Bytes that a micro-batch retains between its passes.
+        forward: The most bytes at once in the forward pass, beside what other micro-batches retain.
+        backward: The same in the backward pass.
+        loss: Bytes that head and loss retain and take for themselves.
+        hidden: Bytes that are handed on for a micro-batch; nothing at the end of the model.
+        received: Bytes that are received.
+        seconds: The time of a micro-batch, forward and backward, on one H100.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    everything: int
+    forward: int
+    backward: int
+    loss: int
+    hidden: int
+    received: int
+    seconds: float
+
+
+def piece_memory(
+    simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int, *, first: bool
+) -> PieceMemory:
+    """Return what items ``start`` to ``stop`` (exclusive) take.
+
+    The largest of these moments counts: in the forward pass inside an item, with what those before it retained; and in
+    the backward pass inside an item, with what those up to it retained.
+
+    Args:
+        simulation: knows the items.
+        start: the first item.
+        stop: the item after the last.
+        policy: of activation memory.
+        sequence_len: tokens of a micro-batch.
+        first: whether the gradients are made in this backward pass.
+    """
+    trials = stage_trials(simulation, start, stop, policy, sequence_len, first=first)
+    entry, tail = trials[0].entry, trials[-1].tail
+    # What the entry holds only while the stage runs forward is seen where nothing follows the item.
+    middle = trials[0] if trials[0].hidden else _middle(simulation, policy, sequence_len, first=first)
+    passing = min(0, middle.tail.retained) if middle else 0
+    last = trials[-1] if trials[-1].hidden else _middle(simulation, policy, sequence_len, first=first)
+    passed = min(0, last.tail.retained) if last else 0
+    kept_by_tail = tail.retained - passed
+    items = [trial.item for trial in trials]
+    retained = [items[0].retained, *(trial.item.retained - trial.unsaved for trial in trials[1:])]
+    everything = entry.retained + passing + sum(retained) + kept_by_tail
+    parts = [entry, *items, tail]
+    tied = trials[-1].tied if start == 0 else Part()  # held once by a stage that has both ends
+
+    def held_by_all(name: str) -> int:
+        return int(sum(getattr(part, name) for part in parts) - getattr(tied, name))
+
+    forward = [entry.forward, everything - kept_by_tail - passing + tail.forward]
+    level = entry.retained
+    for part, kept in zip(items, retained, strict=True):
+        forward.append(level + part.forward)
+        level += kept
+    backward = [everything + tail.backward]
+    handover = trials[-1].handover
+    if not trials[-1].hidden:
+        handover -= passed
+    level = everything - kept_by_tail
+    if not first:  # autograd adds the embedding's to the head's before it adds both to the gradient that is there
+        level += tied.gradients
+    made = 0
+    for part, kept in zip(reversed(items), reversed(retained), strict=True):
+        backward.append(made + level + handover + part.backward)
+        level -= kept
+        made += part.gradients if first else 0
+    backward.append(made + level + handover + entry.backward)
+    return PieceMemory(
+        **{name: held_by_all(name) for name in ("parameters", "trained", "weights", "gradients", "optimizer")},
+        everything=everything,
+        forward=max(forward),
+        backward=max(backward),
+        loss=kept_by_tail + max(tail.forward, tail.backward) if trials[-1].hidden == 0 else 0,
+        hidden=trials[-1].hidden,
+        received=max(trial.hidden for trial in trials),
+        seconds=sum(seconds(part) for part in parts),
+    )
+
+
+def _middle(simulation: Simulation, policy: str, sequence_len: int, *, first: bool) -> Trial | None:
+    """An item that is neither the first nor the last, if there is one."""
+    return simulation.trial(1, policy, sequence_len, first=first) if len(simulation.layers) > 2 else None
+
+
+def stage_trials(
+    simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int, *, first: bool
+) -> list[Trial]:
+    """Return the trial of each item of a stage; the backward pass goes on to the lowest that is trained."""
+    trials: list[Trial] = []
+    goes_on = start > 0
+    for number in range(start, stop):
+        trial = simulation.trial(number, policy, sequence_len, input_grad=goes_on or number == 0, first=first)
+        trials.append(trial)
+        goes_on = goes_on or trial.entry.trained + trial.item.trained > 0
+    return trials
+
+
+def seconds(part: Part) -> float:
+    """Return how long a part takes forward and backward, by what it computes and what it moves."""
+    return sum(count / FLOPS.get(width, FLOPS[4]) for width, count in part.flops.items()) + part.moved / BANDWIDTH
