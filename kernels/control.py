@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def control(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
-    """y + Q diag(expm1(c · S)) Qᵀ d, for the tokens of all classes in one pass.
+    """Add Q diag(expm1(c · S)) Qᵀ d to y, for the tokens of all classes in one pass.
 
     Class +1 multiplies what d has along column i of Q by exp(Sᵢ) and adds the difference to y, class -1 by exp(-Sᵢ),
     class 0 adds nothing. It is computed in the precision of Q and S; only y's and d's gradients, and the result, are
     rounded to y's.
 
     Args:
-        output: y, [..., hidden].
-        delta: d, [..., hidden], of y's dtype.
+        output: Y, [..., hidden].
+        delta: D, [..., hidden], of y's dtype.
         directions: Q, [hidden, rank].
         log_scales: S, [rank].
-        classes: c, int64 [...].
+        classes: C, int64 [...].
 
     Returns:
         The sum, [..., hidden] in y's dtype.
@@ -29,7 +29,10 @@ def control(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tenso
 
 
 def control_reference(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
-    """The same in plain torch, in the precision of its arguments: each class by its own matrix, formed in full."""
+    """Compute the same in plain torch, in the precision of its arguments.
+
+    Each class by its own matrix, formed in full.
+    """
     added = torch.zeros_like(delta)
     for sign in (1, -1):
         transform = directions @ torch.diag(torch.expm1(sign * log_scales)) @ directions.T
@@ -101,7 +104,7 @@ torch.library.register_autograd("pipelite::control", _differentiate, setup_conte
 
 
 def _eigenvalues(log_scales: Tensor, classes: Tensor) -> Tensor:
-    """What each token's d is multiplied with along each column, [tokens, rank]."""
+    """Return what each token's d is multiplied with along each column, [tokens, rank]."""
     return torch.expm1(classes.flatten().unsqueeze(1) * _at_least_float32(log_scales))
 
 
@@ -130,7 +133,7 @@ def _in_parts(narrow: torch.dtype, wide: Tensor) -> bool:
 
 
 def _times(left: Tensor, right: Tensor, parts: list[Tensor]) -> Tensor:
-    """left @ right in at least float32, where ``right`` has few columns and these parts."""
+    """Compute left @ right in at least float32, where ``right`` has few columns and these parts."""
     if parts:  # exact products, with no float32 copy of ``left``
         product = torch.mm(left, torch.cat(parts, dim=1), out_dtype=torch.float32)
         return product.view(-1, len(parts), right.shape[1]).sum(1)
@@ -141,7 +144,7 @@ def _times(left: Tensor, right: Tensor, parts: list[Tensor]) -> Tensor:
 def _add_product(
     base: Tensor | None, left: Tensor, right: Tensor, parts: list[Tensor], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``, with few columns in ``left``."""
+    """Compute base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``; ``left`` has few columns."""
     if parts:
         first, second = _summands(left, 2)
         # The product of the two small parts is below what float32 keeps of the sum.

@@ -24,8 +24,8 @@ class Matrices(NamedTuple):
     Attributes:
         parts: [experts, out, in] as one tensor of the computation's dtype, or its parts in nf4 (see
             :data:`~lightning_pipelite.kernels.lora.FOUR_BIT`).
-        shape: experts, out, in; or experts, in, out where they lie the other way.
-        transposed: whether they do.
+        shape: Experts, out, in; or experts, in, out where they lie the other way.
+        transposed: Whether they do.
         bias: [experts, out].
     """
 
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
     Attributes:
         a: [experts, rank, in], of any floating dtype, with any strides.
         b: [experts, out, rank].
-        scale: s.
+        scale: S.
     """
 
     a: Tensor
@@ -54,7 +54,7 @@ def experts_in(x: Tensor, groups: Groups, matrices: Matrices, factors: Factors |
 
     Args:
         x: [tokens, in].
-        groups: which experts each token goes to.
+        groups: Which experts each token goes to.
         matrices: W and bias.
         factors: A, B and s.
     """
@@ -70,8 +70,8 @@ def experts_out(
     Args:
         x: [rows, in], sorted by expert.
         scores: [tokens, copies], of any floating dtype.
-        chosen: int [tokens, copies], the experts.
-        groups: what they come to.
+        chosen: Int [tokens, copies], the experts.
+        groups: What they come to.
         matrices: W and bias.
         factors: A, B and s.
     """
@@ -90,7 +90,10 @@ def experts_reference(
     first_factors: Factors | None = None,
     second_factors: Factors | None = None,
 ) -> Tensor:
-    """The whole in plain torch, in the precision of its arguments: every expert by its own matrices, formed in full."""
+    """Return the whole in plain torch, in the precision of its arguments.
+
+    Every expert by its own matrices, formed in full.
+    """
     total = torch.zeros_like(x)
     for expert in range(first.shape[0]):
         tokens, copies = torch.where(chosen == expert)
@@ -106,7 +109,7 @@ def experts_reference(
 
 
 def _given(x: Tensor, groups: Groups, factors: Factors | None, *, gather: bool) -> tuple[Tensor | None, ...]:
-    """What an operation is given of the adapters: themselves, for their gradients, and what it computes with."""
+    """Return what an operation is given of the adapters: themselves, for their gradients, and what it computes with."""
     if factors is None:
         return None, None, None, None, None
     a, b, scale = factors
@@ -191,8 +194,11 @@ class _Out(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """With g the token's gradient, and c the copy's score, that of x is c g (W + s B A), and that of c is the same
-        without c, times x."""
+        """Compute the gradients.
+
+        With g the token's gradient, and c the copy's score, that of x is c g (W + s B A), and that of c is the same
+        without c, times x.
+        """
         x, scores, chosen, *saved = ctx.saved_tensors
         bias = saved[0] if ctx.biased else None
         groups, rounded, parts = _unpacked(saved[1:] if ctx.biased else saved, ctx.adapted)
@@ -228,7 +234,7 @@ def _times(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The grouped product with weights [groups, out, in], or, ``flipped``, with [groups, in, out]."""
+    """Return the grouped product with weights [groups, out, in], or, ``flipped``, with [groups, in, out]."""
     if len(parts) == WHOLE:
         weight = parts[0].mT if flipped else parts[0]
         return grouped_product(x, weight, groups, gather=gather, left=left, right=right, bias=bias)
@@ -257,7 +263,7 @@ def product_4bit_operation(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The weights of one layer become whole at a time, in memory that is free again after the product."""
+    """Return the weights of one layer become whole at a time, in memory that is free again after the product."""
     whole = dequantise(parts, shape, x.dtype)
     weight = whole.mT if flipped else whole
     return grouped_product(x, weight, Groups(*groups), gather=gather, left=left, right=right, bias=bias)

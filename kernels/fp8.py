@@ -89,7 +89,7 @@ def product(
     """Return x·Wᵀ + bias, or g·W.
 
     Args:
-        rows: x [tokens, in], or g [tokens, out], of ``dtype``; or codes and scales of x, or of g·diag(s), as
+        rows: X [tokens, in], or g [tokens, out], of ``dtype``; or codes and scales of x, or of g·diag(s), as
             :func:`quantise_rows` gives them.
         weight: Codes C [out, in] and scales s [out].
         dtype: Of the result.
@@ -115,7 +115,7 @@ def product(
 
 @cache
 def _ones(count: int, device: torch.device) -> Tensor:
-    """The scales of the columns where these have none: made once, not in every product."""
+    """Return the scales of the columns where these have none: made once, not in every product."""
     return torch.ones(count, device=device)
 
 
@@ -133,7 +133,7 @@ def fp8_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, in_f
 
 
 def fp8_linear_reference(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """The same in plain torch, in the precision of x, which is not cast."""
+    """Compute the same in plain torch, in the precision of x, which is not cast."""
     return torch.nn.functional.linear(x, weight[0].to(x.dtype) * weight[1].to(x.dtype).unsqueeze(1), bias)
 
 

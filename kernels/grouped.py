@@ -22,10 +22,10 @@ class Groups(NamedTuple):
     """Where the rows of each group are.
 
     Attributes:
-        order: int32 [rows], which of all copies each is: token · copies + number.
-        places: int32 [tokens, copies], where the copies went: the other way round.
-        bounds: int32 [groups + 1], where each group begins, then the end.
-        tiles: int32 [2, most tiles], the group of each tile, -1 if there is none, and its first row.
+        order: Int32 [rows], which of all copies each is: token · copies + number.
+        places: Int32 [tokens, copies], where the copies went: the other way round.
+        bounds: Int32 [groups + 1], where each group begins, then the end.
+        tiles: Int32 [2, most tiles], the group of each tile, -1 if there is none, and its first row.
     """
 
     order: Tensor
@@ -35,10 +35,12 @@ class Groups(NamedTuple):
 
     @property
     def number(self) -> int:
+        """The number of groups."""
         return self.bounds.shape[0] - 1
 
     @property
     def copies(self) -> int:
+        """How many copies a token has: as many as experts that it goes to."""
         return self.places.shape[1]
 
 
@@ -75,8 +77,8 @@ def grouped_product(
     Args:
         x: [rows, in]; or, with ``gather``, [tokens, in], whose copies the rows are.
         weight: W [groups, out, in] of x's dtype, with any strides.
-        groups: where the rows are.
-        gather: whether rows are yet to be taken from ``x``.
+        groups: Where the rows are.
+        gather: Whether rows are yet to be taken from ``x``.
         left: [rows, few].
         right: R [groups, out, few], with any strides.
         bias: [groups, out].
@@ -97,10 +99,10 @@ def grouped_outer(
     Args:
         u: [rows, few].
         v: [rows, width]; or, with ``gather``, [tokens, width].
-        groups: where the rows are.
-        gather: whether v's rows are yet to be taken.
+        groups: Where the rows are.
+        gather: Whether v's rows are yet to be taken.
         scores: [tokens, copies], what each row of u is first multiplied with, and rounded; 1 if not given.
-        scale: what the sums are multiplied with.
+        scale: What the sums are multiplied with.
     """
     if _is_traced(u):
         return _outer_by_triton(u, v, groups, gather, scores, scale)
@@ -112,7 +114,7 @@ def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tenso
 
     Args:
         y: [rows, width].
-        groups: where the rows are.
+        groups: Where the rows are.
         scores: [tokens, copies], of any floating dtype, without gaps; all are 1 if not given.
 
     Returns:
@@ -129,7 +131,7 @@ def weigh(gradient: Tensor, y: Tensor, groups: Groups, scores: Tensor) -> tuple[
     Args:
         gradient: [rows, width].
         y: [rows, width].
-        groups: where the rows are.
+        groups: Where the rows are.
         scores: [tokens, copies], without gaps.
     """
     if _is_traced(y):
@@ -181,6 +183,7 @@ def product_operation(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
+    """Multiply each group's rows of x by its weights, as one operation that torch.compile leaves whole."""
     where = Groups(*groups)
     if _by_triton(x):
         return _product_by_triton(x, weight, where, gather, left, right, bias)
@@ -210,6 +213,7 @@ def _(u: Tensor, v: Tensor, groups: list[Tensor], gather: bool, scores: Tensor |
 def outer_operation(
     u: Tensor, v: Tensor, groups: list[Tensor], gather: bool, scores: Tensor | None, scale: float
 ) -> Tensor:
+    """Sum u's rows times v's over each group, [groups, columns of u, columns of v], as one operation."""
     where = Groups(*groups)
     if _by_triton(u):
         return _outer_by_triton(u, v, where, gather, scores, scale)
@@ -234,6 +238,7 @@ def _(y: Tensor, groups: list[Tensor], scores: Tensor | None) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "sum_copies", "CompositeExplicitAutograd")
 def sum_operation(y: Tensor, groups: list[Tensor], scores: Tensor | None) -> Tensor:
+    """Add the copies of each token, weighed by their scores, as one operation."""
     where = Groups(*groups)
     if _by_triton(y):
         return _sum_by_triton(y, where, scores)
@@ -257,6 +262,7 @@ def _(gradient: Tensor, y: Tensor, groups: list[Tensor], scores: Tensor) -> tupl
 
 @torch.library.impl(_LIBRARY, "weigh", "CompositeExplicitAutograd")
 def weigh_operation(gradient: Tensor, y: Tensor, groups: list[Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of :func:`sum_operation`: of y and of the scores, as one operation."""
     where = Groups(*groups)
     if _by_triton(y):
         return _weigh_by_triton(gradient, y, where, scores)

@@ -45,14 +45,14 @@ def lora_linear(
 
     Args:
         x: [..., in], the computation's dtype.
-        weights: frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, see :data:`FOUR_BIT`; or codes in
+        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, see :data:`FOUR_BIT`; or codes in
             FP8 and their scales, see :mod:`~lightning_pipelite.kernels.fp8`.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
-        scales: sᵢ.
-        projected: x Aᵢᵀ [..., rank] where something lies between, such as dropout; then ``a`` is not used.
-        in_fp8: whether products with weights, all of which are in FP8, are computed in FP8, and not with weights that
+        scales: Sᵢ.
+        projected: X Aᵢᵀ [..., rank] where something lies between, such as dropout; then ``a`` is not used.
+        in_fp8: Whether products with weights, all of which are in FP8, are computed in FP8, and not with weights that
             are dequantised.
 
     Returns:
@@ -96,7 +96,7 @@ def lora_linear_reference(
     biases: Sequence[Tensor | None],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    """The same in plain torch, in the precision of its arguments."""
+    """Compute the same in plain torch, in the precision of its arguments."""
     return [
         torch.nn.functional.linear(x, w, bias) + scale * (x @ down.T @ up.T)
         for w, down, up, bias, scale in zip(weights, a, b, biases, scales, strict=True)
@@ -115,7 +115,7 @@ class _Operands(NamedTuple):
         weights: Of each frozen weight its parts.
         biases: Of each weight nothing, or its bias.
         row_scales: Of x's codes, if products are computed in FP8 [tokens].
-        scales: sᵢ.
+        scales: Sᵢ.
     """
 
     down: list[Tensor]
@@ -239,7 +239,7 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
 
 
 def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, back: Tensor, it: _Operands) -> Tensor:
-    """The gradient of x [tokens, in], the sum over all outputs that were used."""
+    """Return the gradient of x [tokens, in], the sum over all outputs that were used."""
     used = [number for number, g in enumerate(gradients) if g is not None]
     if it.row_scales and used:
         products = [[*codes[2 * number : 2 * number + 2]] for number in used]
@@ -298,7 +298,7 @@ torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_c
 
 
 def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
-    """The weight [rows, in] in x's dtype."""
+    """Return the weight [rows, in] in x's dtype."""
     if len(weight) == WHOLE:
         return weight[0]
     if weight[0].dtype == fp8.DTYPE:
@@ -319,7 +319,7 @@ def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 
 
 def _precise_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, a sum over many tokens, in float32."""
+    """Compute left @ right, a sum over many tokens, in float32."""
     if left.dtype == torch.float32:
         return left @ right
     if left.is_cuda or left.is_meta:

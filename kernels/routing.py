@@ -19,9 +19,9 @@ def sort_by_expert(chosen: Tensor, experts: int) -> Groups:
     """Return where the copies of tokens go if they are sorted by expert, each expert's in the order of the tokens.
 
     Args:
-        chosen: int [tokens, copies], the experts of each token. One that there is not is an error on a CPU; on a GPU,
+        chosen: Int [tokens, copies], the experts of each token. One that there is not is an error on a CPU; on a GPU,
             where the host would have to wait to learn of it, its place is -1, and what comes of it is not a number.
-        experts: how many there are.
+        experts: How many there are.
     """
     if chosen.is_cuda and torch.compiler.is_compiling():
         return Groups(*_sort_by_counting(chosen.contiguous(), experts))

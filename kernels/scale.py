@@ -25,8 +25,8 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """Multiply ``values`` in place, computed in float32; where the factor is one, they are not even read.
 
     Args:
-        values: float32, bfloat16 or float16, without gaps in memory.
-        factor: a scalar on the same device.
+        values: Float32, bfloat16 or float16, without gaps in memory.
+        factor: A scalar on the same device.
 
     Returns:
         ``values``.

@@ -22,8 +22,8 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
 
     Args:
         layers: PEFT's layers by their names in the model.
-        adapter: the adapter's name in them.
-        shared_inputs: names of linear layers that are called one after the other with one and the same tensor.
+        adapter: The adapter's name in them.
+        shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
     """
     fused = {name: layer for name, layer in layers.items() if _covered(layer, adapter)}
     in_fp8 = {name: _in_fp8(layer) for name, layer in fused.items()}

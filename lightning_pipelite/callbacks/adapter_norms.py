@@ -36,7 +36,7 @@ class AdapterNorms(Callback):
     active or not. B·A is never formed. Where there is no adapter it warns once, as training starts.
 
     Raises:
-        ConfigurationError: by ``Trainer.fit``, if an adapter is more than a product B·A, or sharded.
+        ConfigurationError: By ``Trainer.fit``, if an adapter is more than a product B·A, or sharded.
     """
 
     _steps: LoggedSteps

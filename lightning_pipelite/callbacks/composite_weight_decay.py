@@ -42,10 +42,10 @@ class CompositeWeightDecay(Callback):
         Trainer(callbacks=[CompositeWeightDecay(10.0), AdapterNorms()])
 
     Args:
-        weight_decay: the factor wd, 0 or more. Against rates such as 2e-5, values of 1 to 20 are usual.
+        weight_decay: The factor wd, 0 or more. Against rates such as 2e-5, values of 1 to 20 are usual.
 
     Raises:
-        ConfigurationError: if ``weight_decay`` is negative; by ``Trainer.fit``, if there is no adapter on any rank,
+        ConfigurationError: If ``weight_decay`` is negative; by ``Trainer.fit``, if there is no adapter on any rank,
             one is more than a product, or not in float32, in which so small a change would be rounded away, or if an
             optimizer has no learning rate.
     """
@@ -127,7 +127,7 @@ class CompositeWeightDecay(Callback):
             self._lost = (self._lost or []) + lost
 
     def _plan_of(self, optimizer: Optimizer) -> _Plan:
-        """The optimizer's plan, made anew when it has got a group, or when other adapters are trained than before."""
+        """Return the optimizer's plan, made anew when it has a new group or other adapters are trained than before."""
         groups = [group["params"] for group in optimizer.param_groups]
         # Like PyTorch's optimizers, which leave alone what has no gradient; unless they have let go of all of them.
         released = all(p.grad is None for group in groups for p in group)
@@ -184,10 +184,10 @@ def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tens
     """Decay the products of a chunk of pairs in place, and add to ``lost`` by how much each norm falls.
 
     Args:
-        chunk: pairs of one shape and scale.
+        chunk: Pairs of one shape and scale.
         decay_a: lr·wd for A.
         decay_b: lr·wd for B.
-        lost: float64 scalars ‖W‖_F before minus after are added, one a pair; None if nobody wants to know.
+        lost: Float64 scalars ‖W‖_F before minus after are added, one a pair; None if nobody wants to know.
     """
     chunk.refresh()
     a, b = chunk.stack()

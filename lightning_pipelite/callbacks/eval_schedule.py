@@ -22,12 +22,12 @@ class EvalSchedule(Callback):
     ``MONITOR/NAME``.
 
     Args:
-        evals_per_epoch: how many evaluations an epoch has, at most one a step. Where the data has no length, nobody
+        evals_per_epoch: How many evaluations an epoch has, at most one a step. Where the data has no length, nobody
             knows what a part of an epoch is, and it must be 1.
-        monitor: the metric whose change is printed.
+        monitor: The metric whose change is printed.
 
     Raises:
-        ConfigurationError: if ``evals_per_epoch`` is not positive; by ``Trainer.fit``, if the Trainer has another
+        ConfigurationError: If ``evals_per_epoch`` is not positive; by ``Trainer.fit``, if the Trainer has another
             schedule, or if the data has no length and ``evals_per_epoch`` is not 1.
     """
 

@@ -25,8 +25,8 @@ class SaveTrained(Callback):
     new one is complete.
 
     Args:
-        output_dir: the directory to write.
-        overwrite: replace an earlier result also when training begins anew.
+        output_dir: The directory to write.
+        overwrite: Replace an earlier result also when training begins anew.
     """
 
     def __init__(self, output_dir: str, overwrite: bool = False) -> None:
@@ -51,7 +51,7 @@ class SaveTrained(Callback):
         """Ask the module whether it could save there.
 
         Raises:
-            ConfigurationError: if it cannot save at all, or (its own) not there.
+            ConfigurationError: If it cannot save at all, or (its own) not there.
         """
         if not isinstance(module, SavesTrained):
             raise ConfigurationError(

@@ -61,6 +61,7 @@ class StepProgress(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
+        """Whether something is shown."""
         return self._enabled
 
     @override
@@ -73,7 +74,7 @@ class StepProgress(ProgressBar):
 
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What to show beside steps and time: override it to show something else."""
+        """Return what to show beside steps and time: override it to show something else."""
         metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
         if self._lr is not None:
             metrics["lr"] = self._lr
@@ -202,13 +203,13 @@ class StepProgress(ProgressBar):
 
 
 def total_steps(trainer: pl.Trainer, batches_done: int) -> int | None:
-    """The number of steps when training will have ended, None if nobody knows; as far as no callback stops it.
+    """Return the number of steps when training will have ended, None if nobody knows; as far as no callback stops it.
 
     Lightning's own estimate takes all epochs to accumulate as much as the present one.
 
     Args:
-        trainer: within an epoch.
-        batches_done: how many batches of the epoch are done.
+        trainer: Within an epoch.
+        batches_done: How many batches of the epoch are done.
     """
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     at_most = math.inf if trainer.max_steps == -1 else trainer.max_steps

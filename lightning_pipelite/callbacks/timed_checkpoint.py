@@ -45,17 +45,17 @@ class TimedCheckpoint(ModelCheckpoint):
     ``ckpt_path="last"`` and, with a ``monitor``, ``"best"`` find its checkpoints.
 
     Args:
-        checkpoint_interval_hours: the time between two checkpoints.
-        max_checkpoints: how many to keep, the newest by step; 0 for all. An old one is deleted when the one that takes
+        checkpoint_interval_hours: The time between two checkpoints.
+        max_checkpoints: How many to keep, the newest by step; 0 for all. An old one is deleted when the one that takes
             its place is on the disk, so that there is always a whole one.
-        dirpath: where they are.
-        monitor: a metric; each evaluation that is the best so far is then saved, and the best kept beside the newest.
-        mode: whether the best is the ``min`` or the ``max``.
-        overwrite: write into a directory with the checkpoints of another training, which are then deleted as if they
+        dirpath: Where they are.
+        monitor: A metric; each evaluation that is the best so far is then saved, and the best kept beside the newest.
+        mode: Whether the best is the ``min`` or the ``max``.
+        overwrite: Write into a directory with the checkpoints of another training, which are then deleted as if they
             were its own; else only a training that is resumed may.
 
     Raises:
-        ConfigurationError: if a value is out of range.
+        ConfigurationError: If a value is out of range.
     """
 
     def __init__(
@@ -161,12 +161,12 @@ class TimedCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _of_any_rank(trainer: pl.Trainer, wish: int) -> int:
-        """The largest wish. Collective."""
+        """Return the largest wish. Collective."""
         wishes = torch.tensor(wish, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(wishes, reduce_op="max"))
 
     def _wish(self, trainer: pl.Trainer) -> int:
-        """What this rank wants to be done."""
+        """Return what this rank wants to be done."""
         wish = self._signals.take()
         if trainer.is_global_zero:
             due = time.monotonic() - self._saved_at >= 3600 * self.checkpoint_interval_hours

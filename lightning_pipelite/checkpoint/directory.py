@@ -22,10 +22,10 @@ class PartialDirectory:
     What killed processes left beside it is removed first. Partial directories of living ones are left alone.
 
     Args:
-        target: the name that it is to have in the end.
+        target: The name that it is to have in the end.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: If it cannot be made.
     """
 
     def __init__(self, target: Path) -> None:
@@ -77,7 +77,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def former_of(path: Path) -> Path | None:
-    """What had the name ``path`` before a process was killed between the two renames of a replacement."""
+    """Return what had the name ``path`` before a process was killed between the two renames of a replacement."""
     if not path.parent.is_dir() or os.path.lexists(path):
         return None
     return next((old for old, target, is_old in _temporaries(path.parent) if is_old and target == path), None)
@@ -89,7 +89,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def target_of(temporary: Path) -> Path:
-    """The name that a temporary directory was to have, or had."""
+    """Return the name that a temporary directory was to have, or had."""
     match = _TEMPORARY.fullmatch(temporary.name)
     assert match
     return temporary.with_name(match["name"])

@@ -26,12 +26,12 @@ def encode(value: Any, tensors: dict[str, Tensor], where: str = "") -> Any:
     else is a dict with one key, which begins with ``$``: see docs/checkpoints.md.
 
     Args:
-        value: anything made of the types of :func:`_tagged` and those above.
-        tensors: filled with the tensors found, by the names under which the result refers to them.
-        where: the path to ``value``, for the message.
+        value: Anything made of the types of :func:`_tagged` and those above.
+        tensors: Filled with the tensors found, by the names under which the result refers to them.
+        where: The path to ``value``, for the message.
 
     Raises:
-        ConfigurationError: if something is of another type; the sentence names where it stands.
+        ConfigurationError: If something is of another type; the sentence names where it stands.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -78,7 +78,10 @@ def _tagged(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 
 
 def _read(container: Any, keys: Iterable[Any], make: Callable[[list[tuple[Any, Any]]], Any]) -> Any:
-    """A plain container of another's items; one that cannot be read, such as a missing value, is kept as text."""
+    """Return a plain container of another's items.
+
+    One that cannot be read, such as a missing value, is kept as text.
+    """
     pairs = []
     for key in keys:
         try:
@@ -119,10 +122,10 @@ def _keep(tensor: Tensor, tensors: dict[str, Tensor], where: str) -> str:
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse of :func:`encode`.
+    """Decode what :func:`encode` has made.
 
     Raises:
-        ConfigurationError: if there is a tag that this version does not know.
+        ConfigurationError: If there is a tag that this version does not know.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]

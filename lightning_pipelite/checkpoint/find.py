@@ -21,15 +21,15 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: Any, checks: bool) -> Any:
     """Resolve ``ckpt_path="last"``, and hold what was found or named against its manifest.
 
     Args:
-        trainer: whose ModelCheckpoints tell where to look.
-        ckpt_path: of ``Trainer.fit``.
-        checks: whether to read all of the files, which one process of a job is enough for.
+        trainer: Whose ModelCheckpoints tell where to look.
+        ckpt_path: Of ``Trainer.fit``.
+        checks: Whether to read all of the files, which one process of a job is enough for.
 
     Returns:
         The newest whole checkpoint instead of "last"; else ``ckpt_path`` as it is.
 
     Raises:
-        ConfigurationError: if the checkpoint is not whole, or none of several.
+        ConfigurationError: If the checkpoint is not whole, or none of several.
     """
     if ckpt_path is None or str(ckpt_path) in ("best", "hpc"):
         return ckpt_path  # which Lightning resolves
@@ -52,7 +52,7 @@ def require_last(trainer: pl.Trainer) -> None:
     """Refuse ``last`` where there is no checkpoint; in Python it may mean one if there is one, as in Lightning.
 
     Raises:
-        ConfigurationError: naming where was looked.
+        ConfigurationError: Naming where was looked.
     """
     directories = _directories(trainer)
     if newest(directories)[0] is None:

@@ -13,16 +13,16 @@ _EVALUATED = "epoch_loop.val_loop.batch_progress"
 
 
 def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evaluated: bool) -> dict[str, Any]:
-    """The state of the fit loop when the last step ended.
+    """Return the state of the fit loop when the last step ended.
 
     Until the next step ends the weights are what they were then, so that a checkpoint that is asked for in between can
     still be that of the last step.
 
     Args:
-        fit_loop: its ``state_dict()``, now.
-        ahead: how many micro-batches have been taken since.
-        loaders: the states of the data loaders at that time.
-        evaluated: whether there was an evaluation right after that step.
+        fit_loop: Its ``state_dict()``, now.
+        ahead: How many micro-batches have been taken since.
+        loaders: The states of the data loaders at that time.
+        evaluated: Whether there was an evaluation right after that step.
     """
     fit_loop = copy.deepcopy(fit_loop)
     for span in ("total", "current"):
@@ -40,11 +40,13 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
 
 
 def before_training(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
-    """The state of the fit loop before the first micro-batch; Lightning (2.6) would count a step when it resumes.
+    """Return the state of the fit loop before the first micro-batch.
+
+    Lightning (2.6) would count a step when it resumes.
 
     Args:
-        fit_loop: its ``state_dict()``.
-        loaders: the states of the data loaders if they are others than in ``fit_loop``.
+        fit_loop: Its ``state_dict()``.
+        loaders: The states of the data loaders if they are others than in ``fit_loop``.
     """
     fit_loop = copy.deepcopy(fit_loop)
     if loaders:
@@ -57,13 +59,13 @@ def before_training(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, A
 
 
 def before_evaluation(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
-    """The state of the fit loop between a step and the evaluation right after it, or within that evaluation.
+    """Return the state of the fit loop between a step and the evaluation right after it, or within that evaluation.
 
     As one that was stopped within the evaluation, at its first batch: that Lightning (2.6) takes up from the beginning.
 
     Args:
-        fit_loop: its ``state_dict()``, in the last hook of a batch or later.
-        loaders: the states of the data loaders if they are others than in ``fit_loop``.
+        fit_loop: Its ``state_dict()``, in the last hook of a batch or later.
+        loaders: The states of the data loaders if they are others than in ``fit_loop``.
     """
     fit_loop = copy.deepcopy(fit_loop)
     for span in ("total", "current"):
@@ -77,13 +79,13 @@ def before_evaluation(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str,
 
 
 def between_batches(fit_loop: dict[str, Any], loaders: list[Any], evaluated: bool, training: bool) -> dict[str, Any]:
-    """The state of the fit loop that an error has stopped after a step, before a micro-batch of the next one was taken.
+    """Return the state of the fit loop that an error has stopped between a step and the first micro-batch of the next.
 
     Args:
-        fit_loop: its ``state_dict()``, now.
-        loaders: the states of the data loaders when the step ended.
-        evaluated: whether there was an evaluation right after that step.
-        training: whether the error was not in an evaluation.
+        fit_loop: Its ``state_dict()``, now.
+        loaders: The states of the data loaders when the step ended.
+        evaluated: Whether there was an evaluation right after that step.
+        training: Whether the error was not in an evaluation.
     """
     fit_loop = copy.deepcopy(fit_loop)
     if loaders:
@@ -108,8 +110,8 @@ def after_last_batch(fit_loop: dict[str, Any], by_steps: bool) -> None:
     within the epoch, Lightning has counted that all the same; then the state becomes that of the last batch.
 
     Args:
-        fit_loop: the state; a second call changes nothing.
-        by_steps: whether the training that resumes has ``max_steps``.
+        fit_loop: The state; a second call changes nothing.
+        by_steps: Whether the training that resumes has ``max_steps``.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop[_BATCHES]
     now, batch = epochs["current"], batches["current"]
@@ -131,12 +133,12 @@ def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[in
     """Adjust the counters of micro-batches, which Lightning counts on one replica.
 
     Args:
-        loops: all loops' states, changed in place.
-        before: the numbers of replicas and of micro-batches a step of each, when the checkpoint was written.
-        after: the same now.
+        loops: All loops' states, changed in place.
+        before: The numbers of replicas and of micro-batches a step of each, when the checkpoint was written.
+        after: The same now.
 
     Raises:
-        ConfigurationError: if the global batch is another one.
+        ConfigurationError: If the global batch is another one.
     """
     if before == after:
         return

@@ -28,10 +28,10 @@ def write_manifest(directory: Path, files: dict[str, Written]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Written]:
-    """The files of a checkpoint, from its manifest.
+    """Return the files of a checkpoint, from its manifest.
 
     Raises:
-        ConfigurationError: if this is no checkpoint, its manifest is damaged, or its version is another.
+        ConfigurationError: If this is no checkpoint, its manifest is damaged, or its version is another.
     """
     if directory.is_file() and _is_lightnings(directory):
         raise ConfigurationError(
@@ -63,12 +63,12 @@ def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]
     """Hold files against the manifest.
 
     Args:
-        directory: the checkpoint.
-        files: from :func:`read_manifest`.
-        names: those of them to check; the sizes of all are checked at any rate.
+        directory: The checkpoint.
+        files: From :func:`read_manifest`.
+        names: Those of them to check; the sizes of all are checked at any rate.
 
     Raises:
-        ConfigurationError: for the first that is missing, cut short or altered.
+        ConfigurationError: For the first that is missing, cut short or altered.
     """
     for name, expected in files.items():
         try:

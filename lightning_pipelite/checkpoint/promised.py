@@ -18,14 +18,15 @@ class PromisedFiles:
     for free, so that a second one in the same folder would take the first one's name, and each delete the other's.
 
     Args:
-        files: the callback's own.
-        promised: for a path, whether it will be there; None if nothing is under way with it.
+        files: The callback's own.
+        promised: For a path, whether it will be there; None if nothing is under way with it.
     """
 
     def __init__(self, files: Any, promised: Callable[[Path], bool | None]) -> None:
         self._files, self._promised = files, promised
 
     def exists(self, path: Any, **options: Any) -> bool:
+        """Tell whether a path exists, or is a checkpoint that is being written."""
         promised = self._promised(Path(os.path.realpath(path)))  # of a link: what it leads to
         return bool(self._files.exists(path, **options)) if promised is None else promised
 

@@ -27,17 +27,17 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def read_checkpoint(directory: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """What a checkpoint is of, and what it has trained.
+    """Return what a checkpoint is of, and what it has trained.
 
     Args:
-        directory: the checkpoint. Every file is held against its hash first.
+        directory: The checkpoint. Every file is held against its hash first.
 
     Returns:
         The content of ``meta.json`` (see docs/checkpoints.md), and an iterator over the trained parameters by name, on
         the CPU, each read from the disk when its turn comes. A parameter that several stages share comes once.
 
     Raises:
-        ConfigurationError: if this is not a whole checkpoint.
+        ConfigurationError: If this is not a whole checkpoint.
     """
     path = located(Path(directory))
     meta = check_whole(path)
@@ -45,7 +45,7 @@ def read_checkpoint(directory: str | Path) -> tuple[dict[str, Any], Iterator[tup
 
 
 def located(path: Path) -> Path:
-    """The checkpoint of that name, be it that a process was killed while it replaced it."""
+    """Return the checkpoint of that name, be it that a process was killed while it replaced it."""
     return former_of(path) or path
 
 
@@ -58,7 +58,7 @@ def check_whole(path: Path) -> dict[str, Any]:
     """Hold every file against its hash, and return the content of ``meta.json``.
 
     Raises:
-        ConfigurationError: if this is not a whole checkpoint.
+        ConfigurationError: If this is not a whole checkpoint.
     """
     files = read_manifest(path)
     check_files(path, files, files)
@@ -66,7 +66,7 @@ def check_whole(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint."""
+    """Return a JSON file of a checkpoint."""
     with _explained(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 def stage_tensors(
     path: Path, stages: int, wanted: Callable[[str], bool], skip: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of all stages whose names are ``wanted``, each once, without the first ``skip`` letters of a name."""
+    """Yield the tensors of all stages whose names are ``wanted``, each once, by names without ``skip`` letters."""
     seen: set[str] = set()
     for stage in range(stages):
         with _opened(path / STAGE_TENSORS.format(stage)) as opened:
@@ -85,25 +85,25 @@ def stage_tensors(
 
 
 def stage_settings(path: Path, stages: int) -> list[dict[str, Any]]:
-    """The optimizer's settings, as each stage has them."""
+    """Return the optimizer's settings, as each stage has them."""
     return [read_json(path / STAGE_SETTINGS.format(stage)) for stage in range(stages)]
 
 
 def trainer_state(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The Trainer's state as JSON, and the tensors that it refers to."""
+    """Return the Trainer's state as JSON, and the tensors that it refers to."""
     with _opened(path / TRAINER_TENSORS) as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
     return read_json(path / TRAINER), tensors
 
 
 def newest(directories: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in some directories.
+    """Return the newest whole checkpoint in some directories.
 
     Returns:
         Its path, or None if there is no checkpoint at all; and a sentence for each newer one that is unsound.
 
     Raises:
-        ConfigurationError: if there are checkpoints, but none is whole: nobody wants to begin anew without a word.
+        ConfigurationError: If there are checkpoints, but none is whole: nobody wants to begin anew without a word.
     """
     found = [path for directory in directories if directory.is_dir() for path in _whole_or_replaced(directory)]
     passed_over: list[str] = []
@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What has its hash, but is not what it should be: somebody has made it so."""
+    """Return what has its hash, but is not what it should be: somebody has made it so."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

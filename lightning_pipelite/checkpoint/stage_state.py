@@ -16,10 +16,10 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is written of a stage: the tensors of its file, not copied, and its settings, which are JSON.
+    """Return what is written of a stage: the tensors of its file, not copied, and its settings, which are JSON.
 
     Raises:
-        ConfigurationError: if the optimizer keeps something that JSON and tensors cannot hold.
+        ConfigurationError: If the optimizer keeps something that JSON and tensors cannot hold.
     """
     trained = _trained(stage)
     tensors: dict[str, Tensor] = {PARAMETER + name: p.detach() for name, p in trained.items()}
@@ -46,7 +46,7 @@ def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str
 
 
 def state_names(stage: nn.Module) -> set[str]:
-    """The names under which a stage's parameters and buffers stand in a file."""
+    """Return the names under which a stage's parameters and buffers stand in a file."""
     return {PARAMETER + name for name in _trained(stage)} | {BUFFER + name for name, _ in _persistent_buffers(stage)}
 
 
@@ -56,17 +56,17 @@ def load_parameters(
     """Load this stage's trained parameters and buffers, whatever the number of stages that wrote them.
 
     Args:
-        path: the checkpoint.
-        stages: how many stages wrote it.
-        stage: where to load them.
-        everyones: the :func:`state_names` of all stages.
-        strict: whether the checkpoint has to have all of them, and no others.
+        path: The checkpoint.
+        stages: How many stages wrote it.
+        stage: Where to load them.
+        everyones: The :func:`state_names` of all stages.
+        strict: Whether the checkpoint has to have all of them, and no others.
 
     Returns:
         The names that the checkpoint lacks, and those that it has beside; empty if ``strict``.
 
     Raises:
-        ConfigurationError: if the checkpoint lacks one or has one more, and ``strict``; or has one of another shape or
+        ConfigurationError: If the checkpoint lacks one or has one more, and ``strict``; or has one of another shape or
             dtype.
     """
     wanted: dict[str, Tensor] = {PARAMETER + name: p.data for name, p in _trained(stage).items()}
@@ -105,7 +105,7 @@ def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[
     """Return the settings of the optimizer's groups in a checkpoint, encoded, if it is of the same optimizer.
 
     Raises:
-        ConfigurationError: if the checkpoint is of another optimizer, or has none.
+        ConfigurationError: If the checkpoint is of another optimizer, or has none.
     """
     settings = stage_settings(path, stages)
     if (saved := settings[0]["optimizer"]) != _kind(optimizer):
@@ -124,7 +124,7 @@ def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimiz
     """Load the optimizer state of this stage's parameters, by name, and the settings of its groups.
 
     Raises:
-        ConfigurationError: if the checkpoint is of another optimizer, or has none.
+        ConfigurationError: If the checkpoint is of another optimizer, or has none.
     """
     trained = _trained(stage)
     groups = check_optimizer(path, stages, optimizer)

@@ -37,10 +37,10 @@ class CheckpointStore:
     """Saves and loads checkpoints. All methods but ``wait`` and ``remove`` are collective.
 
     Args:
-        topology: of the job.
-        rank: of this process.
-        device: where its stage is.
-        timeout: how long a rank may take to write its files.
+        topology: Of the job.
+        rank: Of this process.
+        device: Where its stage is.
+        timeout: How long a rank may take to write its files.
     """
 
     def __init__(self, topology: Topology, rank: int, device: torch.device, timeout: timedelta) -> None:
@@ -58,15 +58,15 @@ class CheckpointStore:
         """Copy everything to host memory and return; the files are written in the background.
 
         Args:
-            path: the directory to write; an older checkpoint of that name is replaced.
-            state: of the Trainer; only rank 0's is written.
-            meta: what ``meta.json`` says of the checkpoint.
-            stage: this rank's stage.
-            optimizer: its optimizer, if its state is to be saved.
+            path: The directory to write; an older checkpoint of that name is replaced.
+            state: Of the Trainer; only rank 0's is written.
+            meta: What ``meta.json`` says of the checkpoint.
+            stage: This rank's stage.
+            optimizer: Its optimizer, if its state is to be saved.
 
         Raises:
-            ConfigurationError: if there is something in ``state`` or of the optimizer that cannot be written.
-            RuntimeError: on every rank, if a trained parameter or the optimizer's state is not finite.
+            ConfigurationError: If there is something in ``state`` or of the optimizer that cannot be written.
+            RuntimeError: On every rank, if a trained parameter or the optimizer's state is not finite.
         """
         self._writer.wait()  # it writes from the memory that is copied to
         files: dict[str, Callable[[Path], Written]] = {}
@@ -118,7 +118,7 @@ class CheckpointStore:
         return self._writer.failure
 
     def share(self, mine: Any) -> list[Any]:
-        """What every rank has."""
+        """Return what every rank has."""
         self._writer.wait()
         return self._writer.share(mine)
 
@@ -137,15 +137,15 @@ class CheckpointStore:
         """Hold a checkpoint against its manifest, each rank some of its files, and read what it says of the Trainer.
 
         Args:
-            path: the checkpoint; rank 0's is taken.
-            identity: of the model and what is trained of it, as in ``meta``.
-            may_differ: keys of it that may be another's: whether that is allowed, and the option that allows it.
+            path: The checkpoint; rank 0's is taken.
+            identity: Of the model and what is trained of it, as in ``meta``.
+            may_differ: Keys of it that may be another's: whether that is allowed, and the option that allows it.
 
         Returns:
             The Trainer's state and ``meta``.
 
         Raises:
-            ConfigurationError: if it is not whole, or of another model or adapter; the same on every rank.
+            ConfigurationError: If it is not whole, or of another model or adapter; the same on every rank.
         """
         self._writer.wait()
         path = located(self._writer.share(path.absolute())[0])
@@ -166,11 +166,11 @@ class CheckpointStore:
         """Load this rank's trained parameters from the checkpoint that was opened last.
 
         Args:
-            stage: where to.
-            strict: whether it has to have all of them, and no others; what differs is told otherwise.
+            stage: Where to.
+            strict: Whether it has to have all of them, and no others; what differs is told otherwise.
 
         Raises:
-            ConfigurationError: if it is of another model or adapter; the same on every rank.
+            ConfigurationError: If it is of another model or adapter; the same on every rank.
         """
         assert self._loaded is not None
         path, meta = self._loaded
@@ -186,7 +186,7 @@ class CheckpointStore:
         """Refuse to load what the checkpoint that was opened last has of another optimizer.
 
         Raises:
-            ConfigurationError: if it is of another class, or has other groups; the same on every rank.
+            ConfigurationError: If it is of another class, or has other groups; the same on every rank.
         """
         assert self._loaded is not None
         path, meta = self._loaded
@@ -200,7 +200,7 @@ class CheckpointStore:
         """Load the state of this rank's optimizer from the checkpoint that was opened last.
 
         Raises:
-            ConfigurationError: if it is of another optimizer; the same on every rank.
+            ConfigurationError: If it is of another optimizer; the same on every rank.
         """
         assert self._loaded is not None
         path, meta = self._loaded
@@ -223,13 +223,13 @@ def refuse_another(
     """Refuse a checkpoint of something else.
 
     Args:
-        path: the checkpoint, for the message.
-        saved: its identity: whatever JSON the module gives.
-        ours: that of what is to be trained.
-        may_differ: keys that may differ: whether that is allowed, and the option that allows it.
+        path: The checkpoint, for the message.
+        saved: Its identity: whatever JSON the module gives.
+        ours: That of what is to be trained.
+        may_differ: Keys that may differ: whether that is allowed, and the option that allows it.
 
     Raises:
-        ConfigurationError: naming the first key that differs.
+        ConfigurationError: Naming the first key that differs.
     """
     for key in sorted(saved.keys() | ours.keys()):
         theirs, mine = saved.get(key), json.loads(json.dumps(ours.get(key)))

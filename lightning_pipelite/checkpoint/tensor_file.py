@@ -44,7 +44,7 @@ class HostCopy:
     The memory is kept for the next copy. For a GPU's tensors it is page-locked: such a copy runs several times as fast.
 
     Args:
-        device: where the tensors are.
+        device: Where the tensors are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,7 +77,7 @@ class HostCopy:
         """Begin to copy ``tensors``; they may be changed after :meth:`finish`.
 
         Raises:
-            ConfigurationError: if one is of a dtype that the format does not have.
+            ConfigurationError: If one is of a dtype that the format does not have.
         """
         places, self._size = _layout(tensors)
         self.reserve(self._size)
@@ -100,7 +100,7 @@ class HostCopy:
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """The bytes of host memory that a copy of ``tensors`` takes."""
+    """Return the bytes of host memory that a copy of ``tensors`` takes."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -108,7 +108,7 @@ def write_file(path: Path, *parts: bytes | memoryview) -> Written:
     """Write a new file down to the disk, hashed on the way.
 
     Raises:
-        OSError: if that fails; what was written is left behind.
+        OSError: If that fails; what was written is left behind.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:

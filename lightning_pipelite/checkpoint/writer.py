@@ -25,9 +25,9 @@ class CheckpointWriter:
     The ranks talk over a process group of their own, over which nothing else is sent. Building it is collective.
 
     Args:
-        rank: of this process.
-        world_size: the number of ranks.
-        timeout: how long a rank may take to write its files.
+        rank: Of this process.
+        world_size: The number of ranks.
+        timeout: How long a rank may take to write its files.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -81,7 +81,7 @@ class CheckpointWriter:
             return True if self._busy and path == self._path else None
 
     def share(self, mine: Any) -> list[Any]:
-        """What every rank has; not while something is being written. Collective."""
+        """Return what every rank has; not while something is being written. Collective."""
         shared: list[Any] = [mine]
         if self._group is not None:
             shared = [None] * dist.get_world_size(self._group)

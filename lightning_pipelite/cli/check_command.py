@@ -105,10 +105,10 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
     The exit status is 1 where they differ.
 
     Args:
-        model_dir: directory of a Hugging Face causal LM.
-        stages: numbers of stages to try.
-        tiny: try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
-        trust_remote_code: run the model's own Python code, if it has any.
+        model_dir: Directory of a Hugging Face causal LM.
+        stages: Numbers of stages to try.
+        tiny: Try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
+        trust_remote_code: Run the model's own Python code, if it has any.
     """
     try:
         counts = [int(count) for count in stages.strip("[]").split(",")]
@@ -139,6 +139,7 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 def build(layers: CausalLMLayers, stages: int) -> list[Stage]:
+    """Build the stages of an even cut, on the CPU."""
     cuts = itertools.pairwise(_cuts(len(layers), stages))
     return [layers.build_stage(start, stop, torch.device("cpu")) for start, stop in cuts]
 
@@ -148,6 +149,7 @@ def _cuts(items: int, stages: int) -> list[int]:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the mean loss of logits [batch, seq, vocabulary] and labels [batch, seq]."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 

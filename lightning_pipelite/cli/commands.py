@@ -21,10 +21,10 @@ class Command:
     """Where a command's function is; it is imported when the command is called.
 
     Args:
-        module: that holds the function.
-        function: whose docstring is the help; what it returns is printed, unless None.
-        summary: a line for ``pipelite --help``.
-        positional: the parameters without a default are arguments, not options.
+        module: That holds the function.
+        function: Whose docstring is the help; what it returns is printed, unless None.
+        summary: A line for ``pipelite --help``.
+        positional: The parameters without a default are arguments, not options.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Command:
         gets them as a :class:`~lightning_pipelite.cli.configuration.Configuration`.
 
         Raises:
-            ConfigurationError: an option is wrong, or the function refuses what it was given.
+            ConfigurationError: An option is wrong, or the function refuses what it was given.
         """
         function = getattr(importlib.import_module(self.module), self.function)
         parser = ArgumentParser(prog=f"pipelite {name}", description=self.summary, exit_on_error=False)

@@ -52,8 +52,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     """Turn jsonargparse's message, an indented tree of lines, into a sentence.
 
     Args:
-        message: what jsonargparse says.
-        parsers: the parsers of the subcommands, whose options are proposed for misspelt ones.
+        message: What jsonargparse says.
+        parsers: The parsers of the subcommands, whose options are proposed for misspelt ones.
     """
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     text = " ".join(lines)
@@ -129,7 +129,7 @@ def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:
 
 
 def _errors(lines: list[str]) -> list[str]:
-    """What a union of types says of each."""
+    """Return what a union of types says of each."""
     if not {"Errors:"} <= {*lines}:
         return []
     end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
@@ -137,7 +137,7 @@ def _errors(lines: list[str]) -> list[str]:
 
 
 def _innermost(message: str) -> str:
-    """The part of the tree that is about the innermost option."""
+    """Return the part of the tree that is about the innermost option."""
     lines = message.splitlines()
     last = max((number for number, line in enumerate(lines) if "Parser key" in line), default=0)
     depth = lines[last].index("Parser key") if "Parser key" in lines[last] else -1
@@ -146,7 +146,7 @@ def _innermost(message: str) -> str:
 
 
 def _after(lines: list[str], start: str) -> str | None:
-    """What follows the line's start, or its colon, on that line or on the next."""
+    """Return what follows the line's start, or its colon, on that line or on the next."""
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith(start):
             return (line.removeprefix(start).strip() if start.endswith(":") else line.partition(": ")[2]) or following
@@ -154,7 +154,7 @@ def _after(lines: list[str], start: str) -> str | None:
 
 
 def _type(shown: str) -> str | None:
-    """A type as jsonargparse shows it, in words."""
+    """Return a type as jsonargparse shows it, in words."""
     if shown.startswith(("path but", "dot import")):  # of two further ways to give a value
         return None
     if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", shown):
@@ -164,7 +164,7 @@ def _type(shown: str) -> str | None:
 
 
 def options_of(parser: ArgumentParser) -> Iterator[Action]:
-    """The options of a subcommand that take a value."""
+    """Yield the options of a subcommand that take a value."""
     return (a for a in parser._actions if a.option_strings and a.option_strings[-1].startswith("--") and a.nargs != 0)
 
 
@@ -172,10 +172,10 @@ def check_config_file(given: str) -> None:
     """Refuse a configuration file that is none, by its name.
 
     Args:
-        given: as on the command line; what is no file is left to jsonargparse, which takes YAML itself, too.
+        given: As on the command line; what is no file is left to jsonargparse, which takes YAML itself, too.
 
     Raises:
-        ArgumentError: if the file does not hold options in YAML or JSON.
+        ArgumentError: If the file does not hold options in YAML or JSON.
     """
     path = Path(given).expanduser()
     try:
@@ -195,7 +195,7 @@ def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
     """Refuse variables that look like options and are none, as nobody would ever look at them.
 
     Raises:
-        ConfigurationError: if a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` names no option.
+        ConfigurationError: If a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` names no option.
     """
     known = {
         f"{ENV_PREFIX}_{name}__{action.dest.replace('.', '__')}".upper()

@@ -39,7 +39,7 @@ class TrainerCLI(ConfiguredCLI):
     """Parses ``sys.argv``, checks, and runs the Trainer.
 
     Raises:
-        ConfigurationError: if anything is wrong that can be told before training.
+        ConfigurationError: If anything is wrong that can be told before training.
         MisconfigurationException: Lightning's own of that kind.
     """
 
@@ -88,7 +88,7 @@ class TrainerCLI(ConfiguredCLI):
 
     @staticmethod
     def _missing(given: list[Callback], *, shows_progress: bool) -> list[Callback]:
-        """The callbacks of every run, unless the user has given others of their kind."""
+        """Return the callbacks of every run, unless the user has given others of their kind."""
         missing: list[Callback] = []
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in given):
             missing.append(StepProgress())

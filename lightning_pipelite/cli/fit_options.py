@@ -25,11 +25,11 @@ class ConfiguredCLI(LightningCLI):
     """The options of ``pipelite fit`` and ``pipelite validate``, as LightningCLI reads them.
 
     Args:
-        description: for ``--help``.
-        arguments: the words of the command line; those of ``sys.argv`` if not given.
+        description: For ``--help``.
+        arguments: The words of the command line; those of ``sys.argv`` if not given.
 
     Raises:
-        ConfigurationError: if an option is wrong.
+        ConfigurationError: If an option is wrong.
     """
 
     may_lack = False
@@ -128,14 +128,14 @@ def read_options(words: Sequence[str], others: Mapping[str, ArgumentParser]) -> 
     """Read all options of ``pipelite fit``: what is given, and the defaults of the rest, by sections.
 
     Args:
-        words: of the command line behind ``pipelite fit``.
-        others: parsers whose options are proposed for misspelt ones, too.
+        words: Of the command line behind ``pipelite fit``.
+        others: Parsers whose options are proposed for misspelt ones, too.
 
     Returns:
         The sections, with links followed. What is missing and has no default is None.
 
     Raises:
-        ConfigurationError: if fit would not take an option.
+        ConfigurationError: If fit would not take an option.
     """
     content: dict[str, Any] = _Reader(words, others).config.fit.as_dict()
     for target, source in LINKS.items():

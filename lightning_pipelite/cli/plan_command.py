@@ -33,13 +33,13 @@ def plan(
     Nothing but config.json and the headers of the weight files is read of the model, and no GPU is needed.
 
     Args:
-        config: the configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
+        config: The configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
         devices: GPUs of a host; the configuration's if not given.
-        memory: of each GPU, such as 24GiB; that of the GPU here if not given, and unknown without one.
-        hosts: how many hosts there are; the configuration's if not given.
-        model_dir: the model, in place of the configuration's.
-        sequence_len: tokens of a sequence, in place of the configuration's.
-        picture: a PNG file to draw the stages into.
+        memory: Of each GPU, such as 24GiB; that of the GPU here if not given, and unknown without one.
+        hosts: How many hosts there are; the configuration's if not given.
+        model_dir: The model, in place of the configuration's.
+        sequence_len: Tokens of a sequence, in place of the configuration's.
+        picture: A PNG file to draw the stages into.
     """
     torch.set_num_threads(1)  # what is computed is tiny
     for name, value in (("devices", devices), ("hosts", hosts), ("sequence_len", sequence_len)):

@@ -66,8 +66,8 @@ def hyper_parameters(options: Any, name: str = "") -> Iterator[tuple[str, str | 
     """Yield the options that have a value by their dotted names; a class by the name of what it is given for.
 
     Args:
-        options: a configuration: nested dicts and lists.
-        name: the name of ``options`` themselves.
+        options: A configuration: nested dicts and lists.
+        name: The name of ``options`` themselves.
     """
     if isinstance(options, dict):
         for key, value in options.items():

@@ -172,7 +172,7 @@ class PackBuilder:
     # Which documents
 
     def _splits(self, corpus: Corpus) -> list[_Split]:
-        """The training set, what is held out from it, and the datasets for evaluation."""
+        """Return the training set, what is held out from it, and the datasets for evaluation."""
         options, lengths = self._options, corpus.lengths
         chosen = [self._within_max_tokens(number, corpus) for number in range(len(corpus.ends))]
         groups, eval_groups = chosen[: len(options.datasets)], chosen[len(options.datasets) :]
@@ -212,7 +212,7 @@ class PackBuilder:
         return splits
 
     def _within_max_tokens(self, number: int, corpus: Corpus) -> Ints:
-        """A dataset's documents in shuffled order, as many as its max_tokens allows."""
+        """Return a dataset's documents in shuffled order, as many as its max_tokens allows."""
         dataset, documents = self._options.sources[number], corpus.documents(number)
         order = documents[np.random.default_rng((self._options.seed, number)).permutation(len(documents))]
         count = within_tokens(corpus.lengths[order], dataset.max_tokens)

@@ -125,7 +125,7 @@ class ChatRenderer:
         return ids, said
 
     def _template(self, arguments: dict[str, Any]) -> ChatTemplate:
-        """Some tokenizers have one of its own for conversations with tools."""
+        """Return the template, of which some tokenizers have one of its own for conversations with tools."""
         tools = arguments.get("tools")
         if (tools is not None) not in self._templates:
             try:
@@ -157,7 +157,7 @@ class ChatRenderer:
         marked: list[Span],
         place: str,
     ) -> list[Span]:
-        """The marked parts that belong to some of the messages."""
+        """Return the marked parts that belong to some of the messages."""
         counts = [0]
         for end in range(1, len(messages) + 1):
             counts.append(len(template.render_marked(messages[:end], arguments)[1]))
@@ -172,7 +172,7 @@ class ChatRenderer:
 
 
 def _with_whole_offsets(tokenizer: Any) -> Tokenizer | None:
-    """A copy that tells of spaces where they are, if the tokenizer takes them off the places of its tokens.
+    """Return a copy that tells of spaces where they are, if the tokenizer takes them off the places of its tokens.
 
     ByteLevel and Roberta do that for their tasks of finding answers in texts. A token of spaces alone would then lie
     behind itself, on the wrong side of a turn's end.

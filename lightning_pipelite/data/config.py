@@ -230,6 +230,9 @@ def _check_fields(dataset: DatasetConfig) -> None:
 
 
 def _name_of(dataset_path: str) -> str:
-    """The last part of a path that is no glob, without endings: "wiki" of wiki.jsonl.gz, "texts" of texts/*.txt."""
+    """Return the last part of a path that is no glob, without endings.
+
+    "wiki" of wiki.jsonl.gz, "texts" of texts/*.txt.
+    """
     plain = [part for part in PurePath(dataset_path).parts if not re.search(r"[*?\[]", part)]
     return re.sub(r"[^\w-]+", "_", plain[-1].split(".")[0] if plain else "").strip("_") or "eval"

@@ -171,6 +171,7 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def statistics(self) -> DataStatistics | None:
+        """What was packed; None before ``setup``."""
         return None if self._cache is None else self._cache.statistics
 
     @property
@@ -297,7 +298,7 @@ class PackedDataModule(LightningDataModule):
         return PackedSampler(dataset, shuffle=shuffle, seed=self._options.seed, round_to=round_to, **replica)
 
     def _on_gpu(self) -> dict[str, Any]:
-        """The loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
+        """Return the loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         if device is None or device.type != "cuda":
             return {}

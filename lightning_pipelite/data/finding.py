@@ -122,7 +122,7 @@ def shape_of(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> S
 
 
 def _named(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Shape | None:
-    """The shape by what the user has named."""
+    """Return the shape by what the user has named."""
     if dataset.messages_field is not None:
         return Shape("messages", messages=dataset.messages_field, given=True)
     if dataset.question_field is not None and dataset.answer_field is not None:
@@ -144,7 +144,7 @@ def _named(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Sha
 
 
 def _found(record: Mapping[str, Any], place: str) -> Shape:
-    """The shape by the fields alone."""
+    """Return the shape by the fields alone."""
     if not record:  # texts without fields, or nothing at all
         return Shape("text", text="text")
     question = _one(record, _QUESTIONS, "the question", "question_field", place)
@@ -233,7 +233,7 @@ def _check_no_answer(record: Mapping[str, Any], text: str, place: str) -> None:
 
 
 def _one(record: Mapping[str, Any], names: tuple[str, ...], what: str, option: str, place: str) -> str | None:
-    """The field of these that is there."""
+    """Return the field of these that is there."""
     there = [name for name in names if name in record]
     if len(there) > 1:
         raise ConfigurationError(f"{place}: {' and '.join(there)} could both be {what}; set {option} to one of them.")
@@ -245,7 +245,7 @@ def _having(record: Mapping[str, Any]) -> str:
 
 
 def _said(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that hold something."""
+    """Return the fields that hold something."""
     return {key: value for key, value in record.items() if value is not None and value != "" and value != []}
 
 

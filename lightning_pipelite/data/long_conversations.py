@@ -132,7 +132,7 @@ class Cutter:
 
 
 def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """What stands before the first question, and what begins with each."""
+    """Return what stands before the first question, and what begins with each."""
     first = next((n for n, each in enumerate(messages) if each["role"] not in ("system", "developer")), 0)
     exchanges: list[list[Message]] = []
     for message in messages[first:]:

@@ -103,7 +103,7 @@ class _Reader:
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def choose(self, names: list[str]) -> list[str]:
-        """The columns to read: also those that would make something else of a record."""
+        """Return the columns to read: also those that would make something else of a record."""
         for name in self._shape.needed:
             if name not in names:
                 raise UnreadableFileError(
@@ -138,7 +138,7 @@ class _Reader:
         return f"set {option} to the {'column' if format_of(self._path) in COLUMNS else 'field'} that holds it{others}"
 
     def _checked(self, record: Mapping[str, Any], place: str) -> tuple[str, ...]:
-        """The keys that mean nothing, of a record whose fields do not make it something else."""
+        """Return the keys that mean nothing, of a record whose fields do not make it something else."""
         names = tuple(name for name, value in record.items() if value is not None and name not in self._known)
         if names not in self._names:
             if not self._shape.given and all(name in record for name in self._shape.needed):

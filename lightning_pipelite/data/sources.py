@@ -93,7 +93,7 @@ def _nothing(dataset_path: str, path: Path) -> str:
 
 
 def _of_directory(path: Path) -> list[Path]:
-    """The data in a directory, or in its `data`, or in its folders if they are splits.
+    """Return the data in a directory, or in its `data`, or in its folders if they are splits.
 
     What else lies there (a README, a cache) is not meant as data; what a glob names is.
     """
@@ -134,7 +134,7 @@ def not_read(dataset_path: str, files: list[Path]) -> list[str]:
 
 
 def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path]:
-    """The Arrow files of what `datasets` writes by save_to_disk."""
+    """Return the Arrow files of what `datasets` writes by save_to_disk."""
     try:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]

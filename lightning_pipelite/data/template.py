@@ -225,7 +225,7 @@ class ChatTemplate:
         return rendered is None or MARKER in rendered or rendered != text
 
     def _rendered(self, messages: list[Message], arguments: dict[str, Any]) -> str | None:
-        """The text, or None where the template refuses what is only tried."""
+        """Return the text, or None where the template refuses what is only tried."""
         try:
             return self.render(messages, arguments)
         except Exception:

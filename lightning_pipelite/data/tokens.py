@@ -125,7 +125,7 @@ class DocumentTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _fast_backend(self) -> Any:
-        """The Rust tokenizer behind a plain one, which alone does not compute where in the text each token lies."""
+        """Return the Rust tokenizer behind a plain one, which does not compute where in the text each token lies."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "encode_batch_fast"):
             return None

@@ -31,7 +31,7 @@ class Turns:
             self._messages = said
 
     def _said(self, number: int) -> Message:
-        """A message without what the template leaves out where others follow, as it does not while it is the last."""
+        """Return a message without what the template leaves out of it where others follow."""
         message = self._messages[number]
         without = {key: value for key, value in message.items() if key not in REASONING}
         if message.get("tool_calls") and message.get("content"):
@@ -84,7 +84,7 @@ class Turns:
         return None
 
     def _content(self, number: int, place: str) -> tuple[int, int, bool]:
-        """What does not stay the same with another content in the place of all that it says is it."""
+        """Return what does not stay the same with another content in the place of all that it says is it."""
         text, message = self._text, self._messages[number]
         bare = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call", *REASONING)}
         every = with_calls({**message, **{key: MARKER for key in REASONING if message.get(key)}})
@@ -107,7 +107,7 @@ class Turns:
         return len(prompt) if prompt is not None and self._text[:begin].startswith(prompt) else begin
 
     def _whole(self, number: int, message: Message) -> str | None:
-        """The conversation with another message in a place."""
+        """Return the conversation with another message in a place."""
         return self._render([*self._messages[:number], message, *self._messages[number + 1 :]])
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str | None:

@@ -64,11 +64,11 @@ def analyze(
     such as the magnitudes of a DoRA, is named.
 
     Args:
-        adapter: directory of the adapter.
-        base: directory of the model that it was trained on; gives norms relative to those of its weights.
-        output: directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
-        trust_remote_code: run the base's own Python code, if it has any.
-        allow_another_base: go on with a base that the adapter was not trained on.
+        adapter: Directory of the adapter.
+        base: Directory of the model that it was trained on; gives norms relative to those of its weights.
+        output: Directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
+        trust_remote_code: Run the base's own Python code, if it has any.
+        allow_another_base: Go on with a base that the adapter was not trained on.
     """
     source = Path(adapter)
     target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")

@@ -65,7 +65,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     """Return the architecture of a model.
 
     Raises:
-        ConfigurationError: llama.cpp does not know it, or its conversion does what is not done here.
+        ConfigurationError: Llama.cpp does not know it, or its conversion does what is not done here.
     """
     kind = config.model_type
     name = PLAIN.get(kind) or PERMUTED.get(kind)

@@ -43,12 +43,12 @@ def control_to_lora(
     A merge of such a LoRA is undone by the inverse LoRA, made on the merged model with the same ``writers``.
 
     Args:
-        base: directory of the Hugging Face model that the adapter was trained on.
-        adapter: directory of the Control Adapter.
-        output: directory to write, as PEFT saves a LoRA; must not exist, or be empty.
-        inverse: of class -1, the exact inverse, in place of class +1.
-        writers: the matrices to adapt: "last" or "all" that write into a layer's output, or the "nearer" of the two.
-        trust_remote_code: run the base's own Python code, if it has any.
+        base: Directory of the Hugging Face model that the adapter was trained on.
+        adapter: Directory of the Control Adapter.
+        output: Directory to write, as PEFT saves a LoRA; must not exist, or be empty.
+        inverse: Of class -1, the exact inverse, in place of class +1.
+        writers: The matrices to adapt: "last" or "all" that write into a layer's output, or the "nearer" of the two.
+        trust_remote_code: Run the base's own Python code, if it has any.
 
     Raises:
         ConfigurationError: The adapter does not fit the base, or no LoRA does what it does on such a model.

@@ -17,13 +17,13 @@ def convert(
     """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
 
     Args:
-        checkpoint: directory of the checkpoint: one of this project's, or one of qlora-pipe-lite's with its
+        checkpoint: Directory of the checkpoint: one of this project's, or one of qlora-pipe-lite's with its
             layer_NN-model_states.pt files (or the directory of a run, for its latest one).
-        output: directory to write; must not exist, or be empty.
-        config: configuration of the training: a YAML file of pipelite fit, or what it holds, or the TOML of
+        output: Directory to write; must not exist, or be empty.
+        config: Configuration of the training: a YAML file of pipelite fit, or what it holds, or the TOML of
             qlora-pipe-lite. The model is found where it says. A checkpoint of this project says it all itself, unless
             the model has moved; also whether the model's own code was trusted, which is then run again.
-        allow_another_base: convert though the model is not the one of the training any more.
+        allow_another_base: Convert though the model is not the one of the training any more.
 
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.

@@ -52,13 +52,13 @@ def export_gguf(
     the blocks of 32 that q8_0 needs are f16.
 
     Args:
-        adapter: directory of the LoRA or Control Adapter.
-        base: directory of the Hugging Face model that it was trained on.
-        output: file to write; must not exist.
-        outtype: type of the tensors.
-        inverse: of a Control Adapter, class -1 in place of class +1.
-        trust_remote_code: run the base's own Python code, if it has any.
-        allow_another_base: go on with an adapter that was trained on another base.
+        adapter: Directory of the LoRA or Control Adapter.
+        base: Directory of the Hugging Face model that it was trained on.
+        output: File to write; must not exist.
+        outtype: Type of the tensors.
+        inverse: Of a Control Adapter, class -1 in place of class +1.
+        trust_remote_code: Run the base's own Python code, if it has any.
+        allow_another_base: Go on with an adapter that was trained on another base.
 
     Raises:
         ConfigurationError: The adapter does not fit the base, does more than a LoRA in llama.cpp can, or the base's

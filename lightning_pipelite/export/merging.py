@@ -38,13 +38,13 @@ def merge(
     experts of one layer, where transformers fuses them).
 
     Args:
-        base: directory of the Hugging Face model that the adapters were trained on.
+        base: Directory of the Hugging Face model that the adapters were trained on.
         adapter: PEFT directory of the adapter, or a list of them.
-        output: directory to write; must not exist, or be empty.
-        scale: factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
-        device: where to compute: cpu, or cuda.
-        trust_remote_code: run the base's own Python code, if it has any.
-        allow_another_base: go on with an adapter that was trained on another base.
+        output: Directory to write; must not exist, or be empty.
+        scale: Factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
+        device: Where to compute: cpu, or cuda.
+        trust_remote_code: Run the base's own Python code, if it has any.
+        allow_another_base: Go on with an adapter that was trained on another base.
 
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.

@@ -37,8 +37,8 @@ def migrate(config: str, output: str | None = None) -> str | None:
     qlora-pipe-lite never had, are errors.
 
     Args:
-        config: the TOML file.
-        output: file to write; must not exist. By default, the YAML is printed.
+        config: The TOML file.
+        output: File to write; must not exist. By default, the YAML is printed.
 
     Raises:
         ConfigurationError: The file is no TOML, or a key is unknown, of a wrong kind, or cannot be carried over.

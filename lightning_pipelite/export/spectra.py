@@ -50,8 +50,8 @@ class Control:
         spectral: ‖W‖₂.
         nuclear: ‖W‖_*, the sum of the singular values.
         effective_rank: ‖W‖²_* / ‖W‖²_F, between 1 and the rank. 0 if W is 0.
-        condition: largest over smallest of the singular values on the rank; None if that is 0.
-        spectral_approximated: max |λ|, which is ‖W‖₂ if Q is orthogonal; None without Q.
+        condition: Largest over smallest of the singular values on the rank; None if that is 0.
+        spectral_approximated: Max |λ|, which is ‖W‖₂ if Q is orthogonal; None without Q.
         spectral_error: (approximated - true) / true.
         nuclear_approximated: Σ |λ|, which is ‖W‖_* if Q is orthogonal; None without Q.
         nuclear_error: (approximated - true) / true.

@@ -53,11 +53,11 @@ def compute(
     """Return what the experts make of each token, weighted and added up: [tokens, hidden].
 
     Args:
-        experts: covered ones.
+        experts: Covered ones.
         hidden_states: [tokens, hidden].
-        chosen: int [tokens, copies], the experts of each token.
+        chosen: Int [tokens, copies], the experts of each token.
         scores: [tokens, copies].
-        factors: the adapters, by the name of the weight that each adapts.
+        factors: The adapters, by the name of the weight that each adapts.
     """
     first, second = weight_names(experts)
     groups = sort_by_expert(chosen, experts.num_experts)
@@ -108,7 +108,10 @@ def _dimensions(module: Any, name: str) -> int:
 
 
 def _parts(experts: Any, name: str) -> list[Tensor] | None:
-    """The weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.lora`); None if neither."""
+    """Return the weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.lora`).
+
+    None if neither.
+    """
     if not is_parametrized(experts, name):
         weight = getattr(experts, name)
         return [weight] if weight.is_floating_point() else None

@@ -27,13 +27,13 @@ Described = tuple[list[object], Callable[[], bytes]]
 
 
 def fingerprint(model_dir: Path) -> str:
-    """A SHA-256 over config.json, the names, shapes, dtypes and sizes of all weights, and code of the model's own.
+    """Hash config.json, the names, shapes, dtypes and sizes of all weights, and code of the model's own, by SHA-256.
 
     Models that were fine-tuned from one another agree in all of these, so the first bytes of some weights are read too.
     Where the model lies, and how it is cut into files, makes no difference; nor do files that its index does not name.
 
     Raises:
-        ConfigurationError: if a file is missing or damaged.
+        ConfigurationError: If a file is missing or damaged.
     """
     config = {key: value for key, value in read_json(model_dir / "config.json").items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -81,7 +81,7 @@ def record_base(adapter: Path, base: str) -> None:
 
 
 def _fingerprint_if_whole(model_dir: Path) -> str | None:
-    """The fingerprint of a model, or of what was one, if all its files are there and can be read."""
+    """Return the fingerprint of a model, or of what was one, if all its files are there and can be read."""
     if not (model_dir / "config.json").is_file():
         return None
     try:
@@ -107,7 +107,7 @@ def _in_safetensors(path: Path) -> dict[str, Described]:
 
 
 def _pickled(path: Path) -> dict[str, Described]:
-    """The same of a pickled file, without reading more of it than needed, unless it is of the oldest format."""
+    """Compute the same of a pickled file, without reading more of it than needed, unless it is of the oldest format."""
     try:
         try:
             state = torch.load(path, "cpu", weights_only=True, mmap=True)

@@ -43,8 +43,8 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     That in bf16 counts for trainings on weights in FP8 or 4 bits too, so that they can be compared.
 
     Args:
-        device_name: as ``torch.cuda.get_device_name()`` gives it.
-        dtype: of the products; only that of bfloat16 is known.
+        device_name: As ``torch.cuda.get_device_name()`` gives it.
+        dtype: Of the products; only that of bfloat16 is known.
     """
     if dtype != torch.bfloat16:
         return None
@@ -59,8 +59,8 @@ class TrainingFlops:
     """The floating-point operations of a model that is trained, without any that are done twice.
 
     Args:
-        per_token: in products with weights.
-        per_pair: in attention, for each pair of tokens of a document (in either order).
+        per_token: In products with weights.
+        per_pair: In attention, for each pair of tokens of a document (in either order).
     """
 
     per_token: float

@@ -42,9 +42,9 @@ class FusedHead:
     """A linear head that a stage leaves to the loss.
 
     Args:
-        head: the head.
-        scale: what the model's code multiplies its logits with.
-        softcap: what it limits them to.
+        head: The head.
+        scale: What the model's code multiplies its logits with.
+        softcap: What it limits them to.
     """
 
     head: nn.Linear
@@ -69,8 +69,8 @@ def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
     The model runs once over two tokens, with known values in place of the head's output.
 
     Args:
-        model: the last stage's, in training mode, so that nothing is done to 4-bit weights.
-        head: its output head.
+        model: The last stage's, in training mode, so that nothing is done to 4-bit weights.
+        head: Its output head.
     """
     if type(head) is not nn.Linear or not head.weight.is_floating_point():  # an adapter's, or in 4 bits
         return None

@@ -15,10 +15,10 @@ class CausalLMLoss:
     """Cross-entropy of the next token, and the load-balancing loss of routers where it is trained.
 
     Args:
-        router_aux_loss_coef: what the routers' loss is multiplied with; 0 if the stages hand on none.
+        router_aux_loss_coef: What the routers' loss is multiplied with; 0 if the stages hand on none.
 
     Attributes:
-        logged: the names of what is returned beside the loss, for the strategy to log.
+        logged: The names of what is returned beside the loss, for the strategy to log.
     """
 
     def __init__(self, router_aux_loss_coef: float = 0.0) -> None:
@@ -32,7 +32,7 @@ class CausalLMLoss:
         micro-batch counts by its tokens. In evaluation there is the cross-entropy alone.
 
         Args:
-            outputs: logits (batch, sequence, vocabulary), any floating dtype, or a head's inputs; in a pair with the
+            outputs: Logits (batch, sequence, vocabulary), any floating dtype, or a head's inputs; in a pair with the
                 routers' loss, a scalar, if there is one.
             labels: (batch, sequence), int64; the token to predict at each position, or -100.
         """

@@ -46,12 +46,12 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
     layer's forward, which is compiled.
 
     Args:
-        layers: a stage's.
+        layers: A stage's.
         policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention, but for products
             of low rank; the rest is computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the
             host's memory).
-        device: where the stage is.
-        compiled: whether layers are compiled. The compiler chooses what to keep of a layer as ``selective`` does, and
+        device: Where the stage is.
+        compiled: Whether layers are compiled. The compiler chooses what to keep of a layer as ``selective`` does, and
             keeps nothing that it can make anew from that in passing; the two are then the same.
     """
     run: Callable[..., Any] | None

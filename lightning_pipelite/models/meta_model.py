@@ -301,6 +301,11 @@ def _first_line(error: Exception) -> str:
 
 
 def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """Read a model directory's config.json.
+
+    Raises:
+        ConfigurationError: It is not there, or transformers refuses it.
+    """
     path = model_dir / "config.json"
     if not read_json(path).get("model_type"):
         raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")

@@ -19,9 +19,9 @@ class _Copy:
 
     Attributes:
         host: page-locked.
-        written: when it is there.
-        device: what has been brought back.
-        back: when it is.
+        written: When it is there.
+        device: What has been brought back.
+        back: When it is.
     """
 
     host: Tensor
@@ -41,7 +41,7 @@ class HostCopies:
     not be ahead of the GPU by more than a few layers.
 
     Args:
-        device: the GPU.
+        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

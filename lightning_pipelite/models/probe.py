@@ -120,7 +120,7 @@ class Probe:
         return outputs
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """What the model gives, which several questions ask for: run once."""
+        """Return what the model gives, which several questions ask for: run once."""
         values = [None if tensor is None else tuple(tensor.flatten().tolist()) for tensor in (input_ids, position_ids)]
         asked = (*values, self.takes_positions and position_ids is not None)
         if asked not in self._seen:
@@ -182,4 +182,5 @@ def _count(input_ids: Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a is finite, and b but for rounding in float32."""
     return bool(torch.isfinite(a).all()) and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1))

@@ -42,7 +42,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
     """Return for each token the length of its document.
 
     Args:
-        position_ids: int64 [.., seq], starting again at 0 where a document starts.
+        position_ids: Int64 [.., seq], starting again at 0 where a document starts.
     """
     rows = position_ids.flatten(0, -2)
     numbers = starts(rows).cumsum(dim=1) - 1
@@ -51,7 +51,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 
 def _types(module: nn.Module) -> list[str]:
-    """The types of RoPE of a rotary embedding: one, or one for each type of layer; empty of other modules."""
+    """Return the types of RoPE of a rotary embedding: one, or one for each type of layer; empty of other modules."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return []
     kinds = getattr(module, "rope_type", None)

@@ -26,10 +26,10 @@ class RouterLoss:
     """Where a model's routers are, and what its loss makes of them.
 
     Args:
-        places: by module name, in which item of its output the router's logits are; None if they are the output.
-        experts: the number of experts E.
-        top_k: the number of experts that a token is sent to.
-        coefficient: what the loss is multiplied with before it is added to the cross-entropy.
+        places: By module name, in which item of its output the router's logits are; None if they are the output.
+        experts: The number of experts E.
+        top_k: The number of experts that a token is sent to.
+        coefficient: What the loss is multiplied with before it is added to the cross-entropy.
     """
 
     places: dict[str, int | None]
@@ -41,7 +41,7 @@ class RouterLoss:
         """Return the assignments and the probabilities of each expert, float32 [2, experts].
 
         Args:
-            logits: of one router, [..., experts].
+            logits: Of one router, [..., experts].
         """
         probabilities = logits.reshape(-1, self.experts).softmax(dim=-1)
         chosen = probabilities.topk(self.top_k, dim=-1).indices.flatten()
@@ -54,8 +54,8 @@ class RouterLoss:
         """Return the loss of a micro-batch, a float32 scalar, not yet multiplied with the coefficient.
 
         Args:
-            sums: over all routers, [2, experts].
-            tokens: how many the micro-batch has.
+            sums: Over all routers, [2, experts].
+            tokens: How many the micro-batch has.
         """
         assigned, probabilities = sums / (tokens * len(self.places))
         return self.experts * (assigned * probabilities).sum()
@@ -65,12 +65,12 @@ def find_router_loss(model: PreTrainedModel, tiny: PreTrainedModel, input_ids: T
     """Find out, by running a tiny model, how its class balances its routers.
 
     Args:
-        model: the real model; may be on the meta device.
-        tiny: a model of the same class and depth, in evaluation mode.
-        input_ids: int64 [batch, seq], to run it on.
+        model: The real model; may be on the meta device.
+        tiny: A model of the same class and depth, in evaluation mode.
+        input_ids: Int64 [batch, seq], to run it on.
 
     Raises:
-        ValueError: if the class has no such loss, or another one.
+        ValueError: If the class has no such loss, or another one.
     """
     outputs: dict[str, Any] = {}
     hooks = [
@@ -120,9 +120,9 @@ class RouterSums:
     """Adds up, during a stage's forward, what its routers choose.
 
     Args:
-        causal_lm: the stage's model.
-        loss: what to add up.
-        names: of the routers that this stage has.
+        causal_lm: The stage's model.
+        loss: What to add up.
+        names: Of the routers that this stage has.
     """
 
     def __init__(self, causal_lm: nn.Module, loss: RouterLoss, names: list[str]) -> None:

@@ -158,6 +158,7 @@ class RemoteLayer(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """Pass the hidden states on, or leave the model with them."""
         if self.leaves:
             raise LeaveStage(hidden_states)
         return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
@@ -196,6 +197,7 @@ class ZeroStub(EmptyStub):
         self._dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return zeros of the shape that the module's own result has."""
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         kept = first.shape if self._embeds else first.shape[:-1]
         return first.new_zeros(*kept, self._size or first.shape[-1], dtype=self._dtype)

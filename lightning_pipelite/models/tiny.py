@@ -204,7 +204,7 @@ def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
 
 
 def _keep_latent_heads(values: dict[str, Any], small: dict[str, Any]) -> None:
-    """Queries and keys are a part that is rotated and one that is not; a class may ask whether values are as long."""
+    """Keep whether values are as long as queries and keys, which are a part that is rotated and one that is not."""
     rope, nope, value = values["qk_rope_head_dim"], values["qk_nope_head_dim"], values.get("v_head_dim")
     small["qk_nope_head_dim"] = 16 if nope == value else 8
     whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]

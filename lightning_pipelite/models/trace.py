@@ -49,7 +49,7 @@ def trace_forward(
         layer_names: Names of its decoder layers.
         other_names: Names of further modules whose calls are of interest.
         run: Calls the model.
-        input_ids: int64 [batch, seq].
+        input_ids: Int64 [batch, seq].
 
     Raises:
         Exception: Whatever the model raises.

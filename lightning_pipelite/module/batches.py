@@ -27,10 +27,10 @@ class BatchForm:
     """Completes batches and refuses what would train on something else than they say.
 
     Args:
-        embeddings: rows of the embedding.
-        outputs: rows of the head.
-        keys: what the adapter needs besides.
-        counts_padding: whether padding would count in a loss, as in that of routers.
+        embeddings: Rows of the embedding.
+        outputs: Rows of the head.
+        keys: What the adapter needs besides.
+        counts_padding: Whether padding would count in a loss, as in that of routers.
     """
 
     embeddings: int
@@ -46,10 +46,10 @@ class BatchForm:
         neither, a batch with ``position_ids`` is of our form.
 
         Args:
-            batch: a mapping; it is not changed.
+            batch: A mapping; it is not changed.
 
         Raises:
-            ConfigurationError: if something is missing, has no use, or is no token of the model.
+            ConfigurationError: If something is missing, has no use, or is no token of the model.
         """
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= {*batch}:
             has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
@@ -94,7 +94,7 @@ class BatchForm:
             )
 
     def _check_padding(self, mask: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Padding behind a row's tokens changes nothing, as no token sees later ones."""
+        """Accept padding behind a row's tokens alone: it changes nothing, as no token sees later ones."""
         if ((mask != 0) & (mask != 1)).any():
             raise ConfigurationError("attention_mask of a batch is more than 0 and 1: tell documents by position_ids.")
         if bool(mask.all()):

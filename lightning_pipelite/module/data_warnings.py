@@ -15,9 +15,9 @@ def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
     """Warn of sequences that are longer than the model was made for, and of a class that an adapter has no other to.
 
     Args:
-        data: other than a PackedDataModule is passed over.
-        config: of the model.
-        adapter: what is trained.
+        data: Other than a PackedDataModule is passed over.
+        config: Of the model.
+        adapter: What is trained.
     """
     if not isinstance(data, PackedDataModule):
         return

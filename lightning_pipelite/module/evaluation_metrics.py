@@ -12,8 +12,8 @@ class Evaluation:
     """Collects the losses of evaluation sets, which come in order.
 
     Args:
-        names: of the sets.
-        kind: what the names of the metrics begin with.
+        names: Of the sets.
+        kind: What the names of the metrics begin with.
     """
 
     def __init__(self, names: Sequence[str], kind: str = "eval") -> None:

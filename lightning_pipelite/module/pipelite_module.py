@@ -60,44 +60,44 @@ class PipeLiteModule(pl.LightningModule):
     taken, too: their labels are shifted, and padding on the right, by their ``attention_mask``, changes nothing.
 
     Args:
-        model_dir: a local Hugging Face directory: config.json, safetensors, tokenizer.
-        adapter: what is trained: LoRA, ControlAdapter or Full.
-        load_in_4bit: keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
-        lr: the learning rate, approached by the RMS-ratio schedule unless another is chosen.
+        model_dir: A local Hugging Face directory: config.json, safetensors, tokenizer.
+        adapter: What is trained: LoRA, ControlAdapter or Full.
+        load_in_4bit: Keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
+        lr: The learning rate, approached by the RMS-ratio schedule unless another is chosen.
         beta1: Adam's decay rate of the first moment.
         beta2: Adam's decay rate of the second moment, also that of the schedule.
         eps: Adam's epsilon.
-        dtype: the dtype of the base model's weights and of the hidden states.
-        activation_memory: what is kept of a layer's activations until its backward pass. keep: everything; selective:
+        dtype: The dtype of the base model's weights and of the hidden states.
+        activation_memory: What is kept of a layer's activations until its backward pass. keep: everything; selective:
             the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
             offload: that in the host's memory; auto: on GPUs the first of these with which every stage fits, by the
             same plan as ``pipelite plan``, else recompute.
-        check_memory: refuse a training that does not fit its GPUs, by that plan, before weights are loaded.
-        compile_layers: compile each decoder layer (torch.compile), which takes up to a minute before the first step;
+        check_memory: Refuse a training that does not fit its GPUs, by that plan, before weights are loaded.
+        compile_layers: Compile each decoder layer (torch.compile), which takes up to a minute before the first step;
             by default on GPUs, but not layers with experts.
-        optimizer: any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
+        optimizer: Any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
             summation where weights are bf16. beta1, beta2 and eps are for the default.
         schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
             the end of training.
-        warmup_steps: steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
-        parameter_groups: other options for some parameters, by a regular expression that is searched in their names:
+        warmup_steps: Steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
+        parameter_groups: Other options for some parameters, by a regular expression that is searched in their names:
             ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
-        packed: sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
+        packed: Sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
             those with recurrent layers, are refused unless this is false and each sequence is one document.
-        attn_implementation: varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
+        attn_implementation: Varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
             varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
-        bnb_4bit_use_double_quant: quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
-        allow_pickled_weights: load .bin files where the model has no safetensors; trust who made them.
-        trust_remote_code: run the model's own Python code from model_dir.
-        router_aux_loss_coef: weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
+        bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
+        allow_pickled_weights: Load .bin files where the model has no safetensors; trust who made them.
+        trust_remote_code: Run the model's own Python code from model_dir.
+        router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
-        allow_another_base: go on from a checkpoint that was trained on another base model than model_dir.
-        load_in_fp8: keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
+        allow_another_base: Go on from a checkpoint that was trained on another base model than model_dir.
+        load_in_fp8: Keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
             in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
             they are dequantised before each product. Not for fused experts.
 
     Raises:
-        ConfigurationError: if a value is out of range, or the model or the adapter cannot be had.
+        ConfigurationError: If a value is out of range, or the model or the adapter cannot be had.
     """
 
     pipeline_stage: Stage | Pieces  # put here by the strategy
@@ -181,6 +181,7 @@ class PipeLiteModule(pl.LightningModule):
         self._evaluation = Evaluation([])
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
+        """Give the strategy the layers, and the loss on what the last one returns."""
         router_loss = self._layers.router_loss
         return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
@@ -259,11 +260,11 @@ class PipeLiteModule(pl.LightningModule):
         """Write the adapter (a PEFT directory) or the model (a Hugging Face directory). Collective.
 
         Args:
-            directory: replaced once the new one is complete.
+            directory: Replaced once the new one is complete.
 
         Raises:
-            OSError: on every rank, if it cannot be written.
-            RuntimeError: on every rank, if what was trained is not finite.
+            OSError: On every rank, if it cannot be written.
+            RuntimeError: On every rank, if what was trained is not finite.
         """
         strategy = self.check_strategy(self.trainer.strategy)
         trained = {name: p for name, p in self.pipeline_stage.named_parameters() if p.requires_grad}
@@ -295,7 +296,7 @@ class PipeLiteModule(pl.LightningModule):
         return dict(ChainMap(*map(self._layers.trained_state, self._pieces)))
 
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
+        """Return what a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
 
         ``pipelite convert`` makes the adapter anew from it: ``adapter`` has the class and its options.
         """
@@ -321,9 +322,8 @@ class PipeLiteModule(pl.LightningModule):
         """Refuse now what ``save_trained(directory)`` would refuse at the end of training.
 
         Raises:
-            ConfigurationError: if ``directory`` cannot be written, or holds what saving would delete.
+            ConfigurationError: If ``directory`` cannot be written, or holds what saving would delete.
         """
-
         try:
             self.adapter.rehearse_save(directory, self._layers.meta_model)
             for number in {0, len(self._layers) - 1}:  # without values; the ends have more than the layers between
@@ -338,7 +338,7 @@ class PipeLiteModule(pl.LightningModule):
         """Return the strategy if it is one that can train this module.
 
         Raises:
-            ConfigurationError: if it is another one.
+            ConfigurationError: If it is another one.
         """
         if not isinstance(strategy, PipeLiteStrategy):
             raise ConfigurationError(
@@ -351,11 +351,11 @@ class PipeLiteModule(pl.LightningModule):
         """Refuse now, before the weights are loaded, data with tokens that the model does not have.
 
         Args:
-            data: if it is a :class:`~lightning_pipelite.shared.protocol.ChecksVocabulary`, as PackedDataModule; else
+            data: If it is a :class:`~lightning_pipelite.shared.protocol.ChecksVocabulary`, as PackedDataModule; else
                 each batch is looked at.
 
         Raises:
-            ConfigurationError: if there is such a token.
+            ConfigurationError: If there is such a token.
         """
         if isinstance(data, ChecksVocabulary):
             data.check_vocabulary(min(self._layers.vocabulary))
@@ -365,7 +365,7 @@ class PipeLiteModule(pl.LightningModule):
         """Refused while a Trainer sets up, before the stage is built: who asks would go on without any.
 
         Raises:
-            ConfigurationError: then; ``parameters()`` asks here, too.
+            ConfigurationError: Then; ``parameters()`` asks here, too.
         """
         trainer = self._trainer
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and not is_built(self):
@@ -394,7 +394,7 @@ class PipeLiteModule(pl.LightningModule):
         self._speed = self._speedometer()
 
     def _speedometer(self) -> Speed:
-        """Collective: the trained parameters of all stages count."""
+        """Make what tells the speed. Collective: the trained parameters of all stages count."""
         strategy = self.check_strategy(self.trainer.strategy)
         parameters = chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
         trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
@@ -413,9 +413,9 @@ class PipeLiteModule(pl.LightningModule):
         """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
 
         Args:
-            total: the summed loss of an evaluation set.
-            count: the number of tokens in it.
-            dataloader_idx: which set it is; they come in order.
+            total: The summed loss of an evaluation set.
+            count: The number of tokens in it.
+            dataloader_idx: Which set it is; they come in order.
         """
         if dataloader_idx == 0:
             sets: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
@@ -463,7 +463,7 @@ class PipeLiteModule(pl.LightningModule):
         self._pause()
 
     def _pause(self) -> None:
-        """An evaluation or an epoch's end follows: of the time until the next micro-batch, nothing counts."""
+        """Count nothing of the time until the next micro-batch: an evaluation or an epoch's end follows."""
         device = self.trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the step's backward pass may still be under way

@@ -15,9 +15,9 @@ class Speed:
     A step's last backward pass may still be under way when its loss is known; so it is this that adds up.
 
     Args:
-        replicas: of the pipeline, each of which trains on as many tokens.
-        flops: what the model needs, if that is known.
-        peak: the FLOP/s of all devices together, if that is known.
+        replicas: Of the pipeline, each of which trains on as many tokens.
+        flops: What the model needs, if that is known.
+        peak: The FLOP/s of all devices together, if that is known.
     """
 
     def __init__(self, replicas: int = 1, flops: TrainingFlops | None = None, peak: float | None = None) -> None:
@@ -30,7 +30,7 @@ class Speed:
         """Take note of a micro-batch that begins, the first of a step or a further one.
 
         Args:
-            position_ids: int64 [batch, sequence], from 0 at the start of every document.
+            position_ids: Int64 [batch, sequence], from 0 at the start of every document.
         """
         self._clock = self._clock or StepClock()
         self._clock.go_on()
@@ -42,7 +42,7 @@ class Speed:
             self._pairs.append(AsyncScalar((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
 
     def pause(self) -> None:
-        """The device has done all that was asked of it; what comes before the next micro-batch is not the training."""
+        """Stop the clock: the device is done, and what comes before the next micro-batch is not the training."""
         if self._clock is not None:
             self._clock.pause()
 

@@ -19,7 +19,7 @@ def check_patterns(patterns: Mapping[str, Mapping[str, float]]) -> None:
     """Refuse a pattern that is no regular expression, and a group without options.
 
     Raises:
-        ConfigurationError: the sentence names it.
+        ConfigurationError: The sentence names it.
     """
     for pattern, options in patterns.items():
         try:
@@ -42,8 +42,8 @@ def group_parameters(
     Every stage then has the same groups, whatever it trains.
 
     Args:
-        named: parameters and their names.
-        patterns: by a regular expression that is searched in the names, what the optimizer is to do otherwise. A
+        named: Parameters and their names.
+        patterns: By a regular expression that is searched in the names, what the optimizer is to do otherwise. A
             parameter belongs to the first that matches.
     """
     groups: list[dict[str, Any]] = [{"params": []}, *({"params": [], **options} for options in patterns.values())]
@@ -60,7 +60,7 @@ def make_optimizer(
     """Make the optimizer, and see that it knows all that the groups ask for.
 
     Raises:
-        ConfigurationError: if it does not: torch would ignore an unknown option.
+        ConfigurationError: If it does not: torch would ignore an unknown option.
     """
     try:
         optimizer = factory(groups, lr)

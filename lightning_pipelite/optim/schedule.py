@@ -14,7 +14,7 @@ SCHEDULES = ("rms_ratio", "constant", "cosine")
 
 
 def rms_ratio(step: int, beta2: float) -> float:
-    """The factor sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) of step t, counted from 1.
+    """Return the factor sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) of step t, counted from 1.
 
     It is the ratio by which the root mean square of Adam's second-moment average of t uncorrelated gradients falls
     short of its value in the long run: steps start small while the average rests on few gradients, and grow to the
@@ -25,12 +25,14 @@ def rms_ratio(step: int, beta2: float) -> float:
 
 
 def constant(step: int, warmup_steps: int) -> float:
-    """The factor of step t, counted from 1: t / warmup_steps, then 1."""
+    """Return the factor of step t, counted from 1: t / warmup_steps, then 1."""
     return min(1.0, step / max(1, warmup_steps))
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """The factor of step t, counted from 1: t / warmup_steps, then half a cosine that would reach 0 a step too late.
+    """Return the factor of step t, counted from 1.
+
+    ``t / warmup_steps``, then half a cosine that would reach 0 a step too late.
 
     Loshchilov and Hutter 2017, "SGDR" (https://arxiv.org/abs/1608.03983), without restarts.
     """
@@ -41,10 +43,10 @@ def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
-    """lr · sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) in step t, see :func:`rms_ratio`; to be stepped once an optimizer step.
+    """Set lr · sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) in step t, see :func:`rms_ratio`; to be stepped once an optimizer step.
 
     Raises:
-        ValueError: if not 0 < beta2 < 1.
+        ValueError: If not 0 < beta2 < 1.
     """
     if not 0 < beta2 < 1:
         raise ValueError(f"beta2 must lie between 0 and 1, not {beta2}.")
@@ -55,7 +57,7 @@ def check_schedule(schedule: str, warmup_steps: int) -> None:
     """Refuse what can be told before training.
 
     Raises:
-        ConfigurationError: if there is no such schedule, or it takes no such warm-up.
+        ConfigurationError: If there is no such schedule, or it takes no such warm-up.
     """
     if schedule not in SCHEDULES:
         raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
@@ -70,13 +72,13 @@ def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_
     """Return the schedule of that name; to be stepped once an optimizer step.
 
     Args:
-        optimizer: its groups' learning rates are what the factors multiply; ``rms_ratio`` takes its second beta.
+        optimizer: Its groups' learning rates are what the factors multiply; ``rms_ratio`` takes its second beta.
         schedule: ``rms_ratio``, ``constant`` or ``cosine``.
-        warmup_steps: the steps of a linear rise from 0 to the full rate, for ``constant`` and ``cosine``.
-        total_steps: all steps of the training, for ``cosine``.
+        warmup_steps: The steps of a linear rise from 0 to the full rate, for ``constant`` and ``cosine``.
+        total_steps: All steps of the training, for ``cosine``.
 
     Raises:
-        ConfigurationError: if these do not go together.
+        ConfigurationError: If these do not go together.
     """
     if schedule == "rms_ratio":
         beta2 = optimizer.defaults.get("beta2", (optimizer.defaults.get("betas") or (None,))[-1])  # optimi's, torch's

@@ -13,11 +13,11 @@ def find_longest(excess: Callable[[int], float], known: Mapping[int, float], mos
     it meets the limit where the curve does, or beyond, as what grows faster and faster lies above it.
 
     Args:
-        excess: tries a length; returns by how much it is too much, nothing or less if it fits. It grows with the
+        excess: Tries a length; returns by how much it is too much, nothing or less if it fits. It grows with the
             length.
-        known: the same of some lengths, 0 among them and one more.
-        most: no longer one is tried.
-        step: what lengths are multiples of.
+        known: The same of some lengths, 0 among them and one more.
+        most: No longer one is tried.
+        step: What lengths are multiples of.
     """
     tried = dict(known)
     while True:

@@ -28,12 +28,12 @@ class MemoryPlan(pl.Callback):
     with ``partition_method`` auto.
 
     Args:
-        layers: that are to be trained; their ``costs`` are set, and if it is to be chosen ``activation_memory``. Of a
+        layers: That are to be trained; their ``costs`` are set, and if it is to be chosen ``activation_memory``. Of a
             module whose stage is there already, from an earlier run, nothing is planned anew: it stays as it is.
-        loss: on what the last stage returns.
-        make_optimizer: makes the optimizer of some parameters.
-        choose: whether to choose what is kept of activations.
-        refuse: whether to refuse a training that does not fit its GPUs.
+        loss: On what the last stage returns.
+        make_optimizer: Makes the optimizer of some parameters.
+        choose: Whether to choose what is kept of activations.
+        refuse: Whether to refuse a training that does not fit its GPUs.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MemoryPlan(pl.Callback):
         """Plan, and go by it. Collective.
 
         Raises:
-            ConfigurationError: if a stage does not fit its GPU; it says what would. Or if the layers are to be cut by
+            ConfigurationError: If a stage does not fit its GPU; it says what would. Or if the layers are to be cut by
                 a plan that cannot be made.
         """
         self._peaks = ()

@@ -150,8 +150,10 @@ def _size(storage: Any) -> int:
 
 
 def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """What FlashAttention 2's backward pass allocates: the query's gradient in float32; and for grouped heads a key and
-    a value gradient for each query head (flash_api.cpp, mha_varlen_bwd)."""
+    """Return what FlashAttention 2's backward pass allocates (flash_api.cpp, mha_varlen_bwd).
+
+    The query's gradient in float32; and for grouped heads a key and a value gradient for each query head.
+    """
     workspace = 4 * query.numel()
     if query.shape[-2] != key.shape[-2]:
         workspace += 2 * query.element_size() * query.shape[-2] * (key.numel() // key.shape[-2])

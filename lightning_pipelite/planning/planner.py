@@ -52,10 +52,10 @@ class Planner:
     """Plans how to train a model.
 
     Args:
-        simulation: knows what the layers take.
-        micro_batches: of a step.
-        sequence_len: tokens of a micro-batch.
-        memory: bytes of a device; None if not known.
+        simulation: Knows what the layers take.
+        micro_batches: Of a step.
+        sequence_len: Tokens of a micro-batch.
+        memory: Bytes of a device; None if not known.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Planner:
 
     @property
     def layers(self) -> CausalLMLayers:
+        """The model's layers."""
         return self._simulation.layers
 
     def stages(
@@ -128,7 +129,10 @@ class Planner:
         return LayerCosts(seconds, held, retained, self.micro_batches, usable)
 
     def _beside(self, policy: str) -> int:
-        """What a stage takes beside the sum over its layers: the largest of what comes and goes, and the reserve."""
+        """Return what a stage takes beside the sum over its layers.
+
+        The largest of what comes and goes, and the reserve.
+        """
         single = self.stages([0, len(self.layers)], policy)[0]
         return single.transient + single.exchange + single.reserve
 

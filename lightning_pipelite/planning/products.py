@@ -20,7 +20,10 @@ IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # of which to
 
 
 def _causal(query: Tensor, value: Tensor) -> float:
-    """The operations of two products over half the pairs of tokens, as if all were one document: the most there are."""
+    """Return the operations of two products over half the pairs of tokens, as if all were one document.
+
+    The most there are.
+    """
     tokens, heads, size = query.shape
     return float(tokens) ** 2 * heads * (size + value.shape[-1])
 

@@ -89,13 +89,13 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
     """Return the class and the options of a ``class_path`` with ``init_args``.
 
     Args:
-        given: a mapping of the two, or the name of a class.
-        key: what it is called in the configuration.
-        package: where a class without a package is looked for.
-        given_here: arguments of it that no configuration has.
+        given: A mapping of the two, or the name of a class.
+        key: What it is called in the configuration.
+        package: Where a class without a package is looked for.
+        given_here: Arguments of it that no configuration has.
 
     Raises:
-        ConfigurationError: if there is no such class, or it does not take these options.
+        ConfigurationError: If there is no such class, or it does not take these options.
     """
     if isinstance(given, str):
         given = {"class_path": given}
@@ -123,7 +123,7 @@ def parse_memory(text: str) -> int:
     """Return the bytes of ``24GiB``, ``80 GB`` or a plain number.
 
     Raises:
-        ConfigurationError: if it is none of these.
+        ConfigurationError: If it is none of these.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
@@ -136,7 +136,7 @@ def dtype_of(model: Mapping[str, Any]) -> torch.dtype:
     """Return the type of the computation.
 
     Raises:
-        ConfigurationError: if it is none that the module takes.
+        ConfigurationError: If it is none that the module takes.
     """
     name = model.get("dtype", "bfloat16")
     if name not in ("bfloat16", "float32"):

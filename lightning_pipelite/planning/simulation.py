@@ -55,11 +55,11 @@ class Simulation:
         """Return what item ``number`` takes.
 
         Args:
-            number: of the item.
-            policy: the activation memory.
-            sequence_len: tokens of a micro-batch.
-            input_grad: whether the backward pass goes on before the item; matters but for the first one.
-            first: whether the micro-batch is the first of a step, whose backward pass makes the gradients that the
+            number: Of the item.
+            policy: The activation memory.
+            sequence_len: Tokens of a micro-batch.
+            input_grad: Whether the backward pass goes on before the item; matters but for the first one.
+            first: Whether the micro-batch is the first of a step, whose backward pass makes the gradients that the
                 others find.
         """
         if policy == "selective" and self.compiled:
@@ -82,7 +82,7 @@ class Simulation:
         return self.layers.compiles_on(torch.device("cuda"))
 
     def _kind(self, number: int) -> Any:
-        """What tells apart items that take differently much."""
+        """Return what tells apart items that take differently much."""
         meta_model, adapter = self.layers.meta_model, self.layers.adapter
         first, after = meta_model.groups[number], meta_model.groups[number + 1]
         names = getattr(adapter, "target_modules", None)
@@ -191,7 +191,7 @@ class Simulation:
 
 
 def _offloaded(trial: Trial) -> Trial:
-    """What a recomputed item takes if its input waits in the host's memory, and the next one's comes back meanwhile."""
+    """Return what a recomputed item takes if its input waits in the host's memory, and the next one's comes back."""
     hidden = max(trial.hidden, trial.item.retained)
     return replace(trial, item=replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden))
 

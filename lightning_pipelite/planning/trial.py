@@ -60,4 +60,5 @@ class Trial:
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:
+        """Entry, item and tail."""
         return self.entry, self.item, self.tail

@@ -12,7 +12,7 @@ class AsyncScalar:
     """A copy to the host that need not wait for what the device is given after it.
 
     Args:
-        tensor: what is to be read.
+        tensor: What is to be read.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -15,10 +15,10 @@ NAMED = 3  # how many are named before "and N more"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity. Where they are on a GPU, the host waits once.
+    """Return the names of those that hold a NaN or an infinity. Where they are on a GPU, the host waits once.
 
     Args:
-        tensors: by name, of any type; what is not floating is finite.
+        tensors: By name, of any type; what is not floating is finite.
     """
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -51,13 +51,13 @@ def refuse_not_finite(
     A step does not make them of finite gradients, but an optimizer may, or a callback.
 
     Args:
-        what: will not be written, for the message.
-        tensors: this rank's, by name.
-        topology: of the job.
-        share: gives what every rank has, by rank.
+        what: Will not be written, for the message.
+        tensors: This rank's, by name.
+        topology: Of the job.
+        share: Gives what every rank has, by rank.
 
     Raises:
-        RuntimeError: on every rank, naming those that are not finite, of all stages.
+        RuntimeError: On every rank, naming those that are not finite, of all stages.
     """
     everyones = share(not_finite(tensors))
     stages = [everyones[topology.rank_of(stage, 0)] for stage in range(topology.stages)]

@@ -11,12 +11,12 @@ _NOTICE = "\nCtrl-C: training ends after this step, or this evaluation; Ctrl-C a
 
 
 def heed_first_interrupt() -> None:
-    """Called by a handler that has noted SIGINT: say so, on rank 0, and leave the next one to the system."""
+    """Say on rank 0 that SIGINT was noted, as its handler calls this, and leave the next one to the system."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         os.write(2, _NOTICE.encode())  # print() within a handler may meet itself
 
 
 def name_of(signum: int) -> str:
-    """What a user calls the signal."""
+    """Return what a user calls the signal."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name

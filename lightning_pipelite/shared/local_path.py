@@ -11,11 +11,11 @@ def refuse_remote(path: Any, what: str) -> None:
     """Refuse an address such as ``s3://bucket/checkpoints``, which would become the name of a local directory.
 
     Args:
-        path: a path; or None, which is none.
-        what: the option that gives it, for the message.
+        path: A path; or None, which is none.
+        what: The option that gives it, for the message.
 
     Raises:
-        ConfigurationError: if it is an address.
+        ConfigurationError: If it is an address.
     """
     if path is not None and "://" in str(path):
         raise ConfigurationError(

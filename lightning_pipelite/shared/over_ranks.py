@@ -22,7 +22,7 @@ class LoggedSteps:
     """Tells in ``on_train_batch_end`` whether a step has ended that Lightning logs; the same on every rank.
 
     Args:
-        trainer: as training starts.
+        trainer: As training starts.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -42,7 +42,7 @@ class LoggedSteps:
 
 
 def gathered(own: T) -> list[T]:
-    """What every rank has, by rank. Collective."""
+    """Return what every rank has, by rank. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     everyones = [own] * dist.get_world_size()
@@ -56,9 +56,9 @@ def summarize(values: Mapping[str, Sequence[Tensor]], device: torch.device) -> d
     Where several ranks hold the same layers, as in data parallelism, these are as if one did.
 
     Args:
-        values: per quantity the values of this rank's layers, scalars; every rank must name the same quantities in
+        values: Per quantity the values of this rank's layers, scalars; every rank must name the same quantities in
             the same order, and may have no value.
-        device: where a collective operation wants its tensors.
+        device: Where a collective operation wants its tensors.
 
     Returns:
         ``NAME_avg``, ``NAME_min`` and ``NAME_max`` of the quantities of which any rank has values.

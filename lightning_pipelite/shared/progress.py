@@ -47,9 +47,9 @@ def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
     """Choose how progress is shown: ``rich`` in a terminal, ``plain`` (tqdm) in a dumb one or a notebook, else lines.
 
     Args:
-        label: what is being done, such as "tokenising".
-        style: to choose oneself.
-        stays: leave the bar behind when it is closed.
+        label: What is being done, such as "tokenising".
+        style: To choose oneself.
+        stays: Leave the bar behind when it is closed.
     """
     if style == "auto":
         console = Console(stderr=True)
@@ -73,10 +73,10 @@ class Progress:
     Use it as a context manager.
 
     Args:
-        label: what is being done, such as "tokenising".
-        total: how many units there are, if that is known.
-        unit: what is shown, such as "tensors".
-        scale: how many of what is counted are one of that unit, such as 1e6 for bytes shown in MB.
+        label: What is being done, such as "tokenising".
+        total: How many units there are, if that is known.
+        unit: What is shown, such as "tensors".
+        scale: How many of what is counted are one of that unit, such as 1e6 for bytes shown in MB.
     """
 
     _under_way = False
@@ -122,10 +122,10 @@ def track(items: Iterable[T], label: str, unit: str, total: int | None = None) -
     """Go through items and tell how many are done.
 
     Args:
-        items: their number is the total, if they have one.
-        label: as in :class:`Progress`.
-        unit: as in :class:`Progress`.
-        total: how many items there are.
+        items: Their number is the total, if they have one.
+        label: As in :class:`Progress`.
+        unit: As in :class:`Progress`.
+        total: How many items there are.
     """
     if total is None:
         with suppress(TypeError):

@@ -12,14 +12,14 @@ class Topology:
     """The ranks of a job as a grid of pipeline stages and data-parallel replicas.
 
     Args:
-        world_size: the number of processes.
-        stages: the number of pipeline stages; it must divide ``world_size``.
-        column_major: neighbouring ranks are the stages of one pipeline (rank = replica x stages + stage), so that
+        world_size: The number of processes.
+        stages: The number of pipeline stages; it must divide ``world_size``.
+        column_major: Neighbouring ranks are the stages of one pipeline (rank = replica x stages + stage), so that
             hidden states stay within a node; otherwise they are the replicas of one stage (rank = stage x replicas +
             replica), so that gradients do.
 
     Raises:
-        ConfigurationError: if the stages do not divide the processes.
+        ConfigurationError: If the stages do not divide the processes.
     """
 
     world_size: int
@@ -39,10 +39,13 @@ class Topology:
         return self.world_size // self.stages
 
     def stage_of(self, rank: int) -> int:
+        """Return the stage of a global rank."""
         return rank % self.stages if self.column_major else rank // self.replicas
 
     def replica_of(self, rank: int) -> int:
+        """Return the replica of a global rank."""
         return rank // self.stages if self.column_major else rank % self.replicas
 
     def rank_of(self, stage: int, replica: int) -> int:
+        """Return the global rank of a stage of a replica."""
         return replica * self.stages + stage if self.column_major else stage * self.replicas + replica

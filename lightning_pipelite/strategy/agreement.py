@@ -22,8 +22,8 @@ class Agreement:
     says at one place meets what another says at another, and both see it. Building it is collective.
 
     Args:
-        topology: of the job.
-        rank: of this process.
+        topology: Of the job.
+        rank: Of this process.
     """
 
     def __init__(self, topology: Topology, rank: int) -> None:
@@ -41,15 +41,15 @@ class Agreement:
         """Say where this rank is. Collective.
 
         Args:
-            place: where, in words; it must be the same on all ranks.
-            micro_batches: what they are like; it must be the same on all stages of a pipeline.
-            noted: something that all ranks are to know of; 0 for nothing.
+            place: Where, in words; it must be the same on all ranks.
+            micro_batches: What they are like; it must be the same on all stages of a pipeline.
+            noted: Something that all ranks are to know of; 0 for nothing.
 
         Returns:
             The largest number that any rank has noted.
 
         Raises:
-            ConfigurationError: on every rank, if they are not at the same place.
+            ConfigurationError: On every rank, if they are not at the same place.
         """
         if self._group is None:
             return noted

@@ -32,20 +32,20 @@ def check_launch(
     """Refuse what cannot work; resolve ``ckpt_path="last"``.
 
     Args:
-        trainer: what is asked to run.
-        arguments: of the Trainer's method by name; ``ckpt_path`` is changed.
-        topology: of the job.
-        partition_method: how the layers are dealt out.
-        virtual_stages: the number of pieces of each stage.
-        layer_sync: what the Trainer wants for batch norms.
-        starts_the_job: whether this is the first rank, which looks after the job's files.
+        trainer: What is asked to run.
+        arguments: Of the Trainer's method by name; ``ckpt_path`` is changed.
+        topology: Of the job.
+        partition_method: How the layers are dealt out.
+        virtual_stages: The number of pieces of each stage.
+        layer_sync: What the Trainer wants for batch norms.
+        starts_the_job: Whether this is the first rank, which looks after the job's files.
 
     Returns:
         The layers and the loss, unless hooks of the module may make them; and on the first rank the log directories
         that the run is about to make.
 
     Raises:
-        ConfigurationError: for what cannot work.
+        ConfigurationError: For what cannot work.
     """
     module = arguments.get("model") or trainer.lightning_module
     check_trainer(trainer, module, layer_sync)

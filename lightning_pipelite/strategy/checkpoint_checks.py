@@ -13,7 +13,7 @@ def check_checkpoint_callbacks(trainer: pl.Trainer) -> None:
     """Refuse what would not be saved where, or when, a callback says so.
 
     Raises:
-        ConfigurationError: for the first of them.
+        ConfigurationError: For the first of them.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, Checkpoint):

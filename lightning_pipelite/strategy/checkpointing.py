@@ -50,12 +50,12 @@ class Checkpointing:
     the last step.
 
     Args:
-        trainer: runs the loops.
-        store: keeps the files.
-        stage: this rank's stage.
-        layer_rng: what its layers draw from.
-        topology: of the job.
-        on_gpu: whether copies to host memory are worth preparing.
+        trainer: Runs the loops.
+        store: Keeps the files.
+        stage: This rank's stage.
+        layer_rng: What its layers draw from.
+        topology: Of the job.
+        on_gpu: Whether copies to host memory are worth preparing.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Checkpointing:
         """Note the options; a stage's optimizer that has nothing to train may have others. Collective.
 
         Raises:
-            ConfigurationError: on every rank, if the options that the ranks were given are not the same.
+            ConfigurationError: On every rank, if the options that the ranks were given are not the same.
         """
         empty = [not group["params"] for group in optimizer.param_groups]
         schedules = schedules_of(self._trainer.lr_scheduler_configs)
@@ -101,10 +101,10 @@ class Checkpointing:
         self._made = {"groups": groups, "schedules": schedules}
 
     def training_starts(self) -> None:
-        """Called when the data loaders have been made, which drew from the generators.
+        """Begin, once the data loaders have been made, which drew from the generators.
 
         Raises:
-            ConfigurationError: if there will be checkpoints, and something that one cannot hold: not hours later.
+            ConfigurationError: If there will be checkpoints, and something that one cannot hold: not hours later.
         """
         if self._random_states is not None:
             self._layer_rng.load_state(self._random_states)
@@ -120,7 +120,7 @@ class Checkpointing:
             self._reserves = self._on_gpu
 
     def training_ends(self) -> None:
-        """Called at the end of everything; Lightning does not even begin what has reached its last epoch."""
+        """End, after everything else; Lightning does not even begin what has reached its last epoch."""
         if self._resumed and self._trainer.state.status != TrainerStatus.INTERRUPTED:
             self._tell_that_it_is_complete()
 
@@ -139,7 +139,10 @@ class Checkpointing:
             trainer.val_check_batch = (loop.batch_idx if by_epoch else loop.total_batch_idx) + 1
 
     def _rehearsed(self) -> dict[str, Any]:
-        """What Lightning will save, but for what ``on_save_checkpoint`` adds: users save files of their own there."""
+        """Return what Lightning will save, but for what ``on_save_checkpoint`` adds.
+
+        Users save files of their own there.
+        """
         trainer = self._trainer
         parts: list[Any] = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
         return {
@@ -151,7 +154,7 @@ class Checkpointing:
         }
 
     def step_starts(self, optimizer: Optimizer) -> None:
-        """Called before the gradients of a step take their memory."""
+        """Prepare a step, before its gradients take their memory."""
         if self._reserves and optimizer.state:
             self._reserves = False
             self._store.reserve(self._stage, optimizer)
@@ -162,13 +165,13 @@ class Checkpointing:
         """Copy everything to host memory; while training goes on, the files are written in the background.
 
         Args:
-            checkpoint: what Lightning saves.
-            path: the directory to write.
-            optimizer: this rank's, if there is one.
+            checkpoint: What Lightning saves.
+            path: The directory to write.
+            optimizer: This rank's, if there is one.
 
         Raises:
-            OSError: if training does not go on, and the files cannot be written.
-            RuntimeError: if a step was stopped while it changed the weights.
+            OSError: If training does not go on, and the files cannot be written.
+            RuntimeError: If a step was stopped while it changed the weights.
         """
         state, meta = self._describe(self._holdable(checkpoint, path))
         self._store.save(path, state, meta, self._stage, optimizer if "optimizer_states" in checkpoint else None)
@@ -194,7 +197,7 @@ class Checkpointing:
         self._store.remove(path)
 
     def _describe(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What Lightning saves, with the random states; and what ``meta.json`` says."""
+        """Return what Lightning saves, with the random states; and what ``meta.json`` says."""
         loops, generators, evaluation_follows = self.last_step.state(checkpoint["loops"])
         generators = generators if self._random_states is None else self._random_states  # which are not loaded yet
         state = {**checkpoint, "loops": loops, "random_states": generators, "evaluation_follows": evaluation_follows}
@@ -212,7 +215,7 @@ class Checkpointing:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What tells the module's model and what is trained of it from others, if the module can say."""
+        """Return what tells the module's model and what is trained of it from others, if the module can say."""
         module = self._trainer.lightning_module
         return module.checkpoint_identity() if isinstance(module, IdentifiesItself) else {}
 
@@ -222,7 +225,7 @@ class Checkpointing:
         """Check a checkpoint and return what Lightning had saved, put right for the present job.
 
         Raises:
-            ConfigurationError: if it is not whole, or of another model, adapter or global batch.
+            ConfigurationError: If it is not whole, or of another model, adapter or global batch.
         """
         trainer = self._trainer
         module = trainer.lightning_module
@@ -252,7 +255,7 @@ class Checkpointing:
         Options that are others now than in the training that is resumed hold, and are told.
 
         Raises:
-            ConfigurationError: if the checkpoint is of another optimizer; the same on every rank.
+            ConfigurationError: If the checkpoint is of another optimizer; the same on every rank.
         """
         if self._made_before is None:
             self._trainer.print("the checkpoint does not tell with what options it was made: its optimizer's hold")

@@ -73,9 +73,9 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
     """Refuse optimizers that would leave something untrained.
 
     Args:
-        optimizers: the module's.
-        module: names the parameters.
-        mine: the parameters of this rank's stage.
+        optimizers: The module's.
+        module: Names the parameters.
+        mine: The parameters of this rank's stage.
     """
     if len(optimizers) != 1:
         raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(optimizers)}.")
@@ -102,8 +102,8 @@ def check_trainable(mine: Iterable[Tensor], device: torch.device) -> None:
     """Refuse a job in which no stage has anything to train. Collective.
 
     Args:
-        mine: the parameters of this rank's stage.
-        device: where the process group wants its tensors.
+        mine: The parameters of this rank's stage.
+        device: Where the process group wants its tensors.
     """
     trainable = torch.tensor(float(sum(p.requires_grad for p in mine)), device=device)
     dist.all_reduce(trainable)
@@ -115,8 +115,8 @@ def check_loaders(loader: Any, module: pl.LightningModule) -> None:
     """Refuse several data loaders side by side: of two, the batches would pass for inputs and targets.
 
     Args:
-        loader: the loop's CombinedLoader.
-        module: may make pairs of what they yield.
+        loader: The loop's CombinedLoader.
+        module: May make pairs of what they yield.
     """
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     owners = (module, getattr(module.trainer, "datamodule", None))
@@ -130,7 +130,7 @@ def check_loaders(loader: Any, module: pl.LightningModule) -> None:
 
 
 def checked_pair(batch: Any) -> tuple[Any, Any]:
-    """A micro-batch, if it is one."""
+    """Return a micro-batch, if it is one."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigurationError(
             f"PipeLiteStrategy needs micro-batches that are pairs (inputs, targets), not {type(batch).__name__}; "

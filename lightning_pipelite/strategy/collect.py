@@ -18,10 +18,10 @@ def collect_stages(
     """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
 
     Args:
-        tensors: what this rank's stage has; only the first replica's are sent.
-        topology: of the job.
-        rank: of this process.
-        device: where the process group wants its tensors.
+        tensors: What this rank's stage has; only the first replica's are sent.
+        topology: Of the job.
+        rank: Of this process.
+        device: Where the process group wants its tensors.
 
     Returns:
         On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an empty

@@ -18,7 +18,7 @@ class EmptyLogs:
     would leave a ``version_N``.
 
     Args:
-        trainer: before it has made them.
+        trainer: Before it has made them.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:

@@ -32,14 +32,14 @@ class PipeLiteEngine(PipelineEngine):
     of the losses instead; the strategy divides the gradients, once, by the number of terms in the global batch.
 
     Args:
-        stage: this rank's layers, as one module on its device.
-        stage_id: which stage it is.
-        stages: the number of stages.
-        column_major: the layout of the ranks, see :class:`~lightning_pipelite.shared.topology.Topology`.
-        loss: the loss of one micro-batch, used on the last stage.
-        progress: told of every instruction before it runs: its name, whether it may wait for other ranks, and of which
+        stage: This rank's layers, as one module on its device.
+        stage_id: Which stage it is.
+        stages: The number of stages.
+        column_major: The layout of the ranks, see :class:`~lightning_pipelite.shared.topology.Topology`.
+        loss: The loss of one micro-batch, used on the last stage.
+        progress: Told of every instruction before it runs: its name, whether it may wait for other ranks, and of which
             piece of the stage it is, if there are several.
-        layer_rng: what the layers draw random numbers from.
+        layer_rng: What the layers draw random numbers from.
     """
 
     def __init__(
@@ -106,17 +106,17 @@ class PipeLiteEngine(PipelineEngine):
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
 
         Args:
-            micro_batches: the same on all stages of a pipeline; the same number on all replicas.
-            step: the number of steps taken before, on which the random numbers depend.
-            clock: told what runs, if it is to be measured.
+            micro_batches: The same on all stages of a pipeline; the same number on all replicas.
+            step: The number of steps taken before, on which the random numbers depend.
+            clock: Told what runs, if it is to be measured.
 
         Returns:
             The sum and the count of the losses of the global batch, and the sums of what the loss wants logged, the
             same on every rank.
 
         Raises:
-            ConfigurationError: on every rank, if the stages of a pipeline have different micro-batches.
-            RuntimeError: if a trainable parameter gets no gradient in the first step.
+            ConfigurationError: On every rank, if the stages of a pipeline have different micro-batches.
+            RuntimeError: If a trainable parameter gets no gradient in the first step.
         """
         self._step = step
         self.set_train_batch_size(len(micro_batches) * self.grid.data_parallel_size)
@@ -154,14 +154,14 @@ class PipeLiteEngine(PipelineEngine):
         stages add the fingerprint of their micro-batches to what is shared anyway, and last stages subtract theirs.
 
         Args:
-            shared: what :meth:`share` gave.
-            place: where, for the message.
+            shared: What :meth:`share` gave.
+            place: Where, for the message.
 
         Returns:
             The rest of it.
 
         Raises:
-            ConfigurationError: on every rank.
+            ConfigurationError: On every rank.
         """
         if not self.is_pipe_parallel:
             return shared
@@ -240,7 +240,7 @@ class PipeLiteEngine(PipelineEngine):
             self._shared = AsyncScalar(self.share(self._sums))
 
     def _enter(self, micro_batch: int) -> None:
-        """What is drawn next belongs to this micro-batch of the replica."""
+        """Let what is drawn next belong to this micro-batch of the replica."""
         # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
         replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
         self._layer_rng.enter(self._step, micro_batch * replicas + replica)
@@ -346,5 +346,5 @@ class PipeLiteEngine(PipelineEngine):
 
 
 def with_gradients(outputs: Any) -> list[Tensor]:
-    """The tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
+    """Return the tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]

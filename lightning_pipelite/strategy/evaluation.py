@@ -28,11 +28,11 @@ class PipelineEvaluation:
     """Collects the micro-batches of an evaluation set, runs them a pipeline-full at a time, and logs their mean loss.
 
     Args:
-        trainer: runs the loop, and has the module that logs.
-        engine: runs the micro-batches.
-        agreement: over all ranks.
-        topology: of the job.
-        loose_parts: of the stage.
+        trainer: Runs the loop, and has the module that logs.
+        engine: Runs the micro-batches.
+        agreement: Over all ranks.
+        topology: Of the job.
+        loose_parts: Of the stage.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class PipelineEvaluation:
 
         Args:
             micro_batch: ``(inputs, targets)``.
-            indices: what Lightning passes to the module's own validation_step: only what that asks for.
+            indices: What Lightning passes to the module's own validation_step: only what that asks for.
 
         Raises:
-            ConfigurationError: if the set before has ended without a sign.
+            ConfigurationError: If the set before has ended without a sign.
         """
         self._loose_parts.follow()
         trainer = self._trainer

@@ -21,11 +21,11 @@ def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
     ModelCheckpoint need not be: it numbers its files, unless it is told to replace them.
 
     Args:
-        trainer: its callbacks and loggers tell where is written.
-        ckpt_path: of ``Trainer.fit``; a training that is resumed goes on with its own results.
+        trainer: Its callbacks and loggers tell where is written.
+        ckpt_path: Of ``Trainer.fit``; a training that is resumed goes on with its own results.
 
     Raises:
-        ConfigurationError: naming the first result that would be lost.
+        ConfigurationError: Naming the first result that would be lost.
     """
     if trainer.fast_dev_run or _resumes(trainer, ckpt_path):  # type: ignore[attr-defined]
         return

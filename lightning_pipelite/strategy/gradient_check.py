@@ -22,8 +22,8 @@ class GradientCheck:
     pipeline sees the same and stops with the same sentence.
 
     Args:
-        stage: this rank's stage.
-        group: the process group of the pipeline, or None for a single stage.
+        stage: This rank's stage.
+        group: The process group of the pipeline, or None for a single stage.
     """
 
     def __init__(self, stage: nn.Module, group: Any) -> None:
@@ -33,12 +33,12 @@ class GradientCheck:
         """Stop if they are not. Collective over the pipeline then.
 
         Args:
-            step: which one it is, from 1 on.
-            norms: of the gradients, as the hooks before the optimizer's step have left them.
-            clipped: the total norm after clipping.
+            step: Which one it is, from 1 on.
+            norms: Of the gradients, as the hooks before the optimizer's step have left them.
+            clipped: The total norm after clipping.
 
         Raises:
-            RuntimeError: naming the step, and the parameters of all stages whose gradients are not finite.
+            RuntimeError: Naming the step, and the parameters of all stages whose gradients are not finite.
         """
         # On a GPU the host waits here, as late as it can be: for what has been launched before, and for no more.
         before, after = AsyncScalar(torch.stack([norms.total, clipped.to(norms.total)])).value()

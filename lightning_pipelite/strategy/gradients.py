@@ -23,9 +23,9 @@ class GradientNorms:
     """The 2-norms of gradients.
 
     Attributes:
-        parameters: those of this stage that have a gradient and are counted here.
-        each: the norm of each of them, float32.
-        total: that of all gradients of all stages as one vector, a float32 scalar.
+        parameters: Those of this stage that have a gradient and are counted here.
+        each: The norm of each of them, float32.
+        total: That of all gradients of all stages as one vector, a float32 scalar.
     """
 
     parameters: list[Tensor]
@@ -34,15 +34,15 @@ class GradientNorms:
 
 
 def gradient_norms(parameters: Iterable[Tensor], group: Any, device: torch.device) -> GradientNorms:
-    """The 2-norms of the gradients over all stages.
+    """Return the 2-norms of the gradients over all stages.
 
     DeepSpeed's own norm counts the first stage alone, and fails on a stage without trainable parameters. Collective
     over the group.
 
     Args:
-        parameters: this stage's, each tied one in one stage only.
-        group: the process group of the pipeline, or None for a single stage.
-        device: where the results lie.
+        parameters: This stage's, each tied one in one stage only.
+        group: The process group of the pipeline, or None for a single stage.
+        device: Where the results lie.
     """
     counted = [p for p in parameters if p.grad is not None]
     each = torch.zeros(0, device=device)
@@ -58,5 +58,5 @@ def gradient_norms(parameters: Iterable[Tensor], group: Any, device: torch.devic
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What to multiply gradients of this norm with, as in :func:`torch.nn.utils.clip_grad_norm_`."""
+    """Return what to multiply gradients of this norm with, as in :func:`torch.nn.utils.clip_grad_norm_`."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

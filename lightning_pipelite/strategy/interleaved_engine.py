@@ -58,10 +58,10 @@ class InterleavedSchedule(schedule.PipeSchedule):
     """A rank's part of a :class:`~lightning_pipelite.strategy.schedule.Schedule`, in DeepSpeed's form.
 
     Args:
-        plan: the passes of all ranks.
-        stage_id: which rank of the pipeline this is.
-        training: whether gradients are reduced at the end.
-        ahead: how many passes ahead inputs are received.
+        plan: The passes of all ranks.
+        stage_id: Which rank of the pipeline this is.
+        training: Whether gradients are reduced at the end.
+        ahead: How many passes ahead inputs are received.
     """
 
     _KINDS = {"receive": ReceivePass, "compute": RunPass, "send": SendPass}  # noqa: RUF012
@@ -90,8 +90,8 @@ class InterleavedEngine(PipeLiteEngine):
     are told once for micro-batches of equal shapes; the first time nothing is received ahead.
 
     Args:
-        stage: this rank's pieces.
-        arguments: as for :class:`~lightning_pipelite.strategy.engine.PipeLiteEngine`.
+        stage: This rank's pieces.
+        arguments: As for :class:`~lightning_pipelite.strategy.engine.PipeLiteEngine`.
     """
 
     _stage: Pieces
@@ -231,7 +231,10 @@ class InterleavedEngine(PipeLiteEngine):
 
 @lru_cache(maxsize=16)
 def _checked(ranks: int, virtual_stages: int, micro_batches: int, training: bool) -> Schedule:
-    """The schedule, played through before it first runs: on real ranks a fault in it would be a wait for ever."""
+    """Return the schedule, played through before it first runs.
+
+    On real ranks a fault in it would be a wait for ever.
+    """
     plan = interleaved_1f1b(ranks, virtual_stages, micro_batches, training)
     for ahead in (0, _AHEAD):
         plan.check(ahead)

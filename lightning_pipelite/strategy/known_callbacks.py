@@ -50,7 +50,7 @@ def check_callbacks(trainer: pl.Trainer) -> None:
     """Refuse those that would do nothing, or something else, without a word. Users' own kinds of Callback are theirs.
 
     Raises:
-        ConfigurationError: naming the callback, why, and what to do instead.
+        ConfigurationError: Naming the callback, why, and what to do instead.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -75,7 +75,7 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Any other callback of a user's own may log what it likes.
 
     Raises:
-        ConfigurationError: naming the callback and the metric.
+        ConfigurationError: Naming the callback and the metric.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     package = __name__.partition(".")[0] + "."
@@ -94,7 +94,7 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _lightnings(kind: type) -> type:
-    """The class of Lightning that a callback's class is or comes from."""
+    """Return the class of Lightning that a callback's class is or comes from."""
     return next((each for each in kind.__mro__ if each.__module__.startswith("lightning.pytorch.")), Callback)
 
 
@@ -107,7 +107,7 @@ def micro_batches_in(trainer: pl.Trainer, epoch: int) -> int:
 
 
 def _check_accumulation(trainer: pl.Trainer, callbacks: Iterable[Callback]) -> None:
-    """What GradientAccumulationScheduler itself would refuse when everything has been loaded."""
+    """Refuse what GradientAccumulationScheduler itself would, but once everything has been loaded."""
     scheduled = any(isinstance(each, lightnings.GradientAccumulationScheduler) for each in callbacks)
     if scheduled and trainer.accumulate_grad_batches != 1:
         raise ConfigurationError(

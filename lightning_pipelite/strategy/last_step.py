@@ -26,8 +26,8 @@ class LastStep:
     """Follows the steps of a training.
 
     Args:
-        trainer: runs the loops.
-        layer_rng: has the generators.
+        trainer: Runs the loops.
+        layer_rng: Has the generators.
     """
 
     def __init__(self, trainer: pl.Trainer, layer_rng: LayerRNG) -> None:
@@ -40,20 +40,20 @@ class LastStep:
     # As the training goes
 
     def training_starts(self) -> None:
-        """Called when the data loaders have been made."""
+        """Note that the data loaders have been made."""
         self._ended, self._under_way, self._evaluated = self._note(), None, False
 
     def batches_taken(self) -> None:
-        """Called when the gradients of a step have been computed."""
+        """Note that the gradients of a step have been computed."""
         self._settle()
         self._under_way, self._weights_change = self._note(), False
 
     def weights_change(self) -> None:
-        """Called right before they do."""
+        """Note that the weights are right about to change."""
         self._weights_change = True
 
     def evaluation_ended(self) -> None:
-        """Called after the callbacks of an evaluation within the training."""
+        """Note that the callbacks of an evaluation within the training have run."""
         if self._settle() == 0:
             self._ended, self._evaluated = self._note(), True
 
@@ -78,14 +78,14 @@ class LastStep:
         """Say where the training stood.
 
         Args:
-            loops: the states of all of Lightning's loops, now.
+            loops: The states of all of Lightning's loops, now.
 
         Returns:
             The states of the loops then, that of the generators, and whether an evaluation follows, from which a
             training that resumes goes on.
 
         Raises:
-            RuntimeError: if an error stopped the training while a step changed the weights.
+            RuntimeError: If an error stopped the training while a step changed the weights.
         """
         trainer, ahead = self._trainer, self._settle()
         if trainer.state.fn != TrainerFn.FITTING:

@@ -52,7 +52,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Checks the configuration, starts the other ranks of this node unless something else does, calls ``function``.
+        """Check the configuration, start the other ranks of this node unless something else does, call ``function``.
 
         Args:
             function: Called in every rank with ``args`` and ``kwargs``.

@@ -34,9 +34,9 @@ class LayerRNG:
     Building it gives rank 0's global generators (torch's, numpy's, Python's) to all ranks. Collective.
 
     Args:
-        strategy: shares rank 0's generators.
-        device: where the layers are.
-        stage: this rank's stage.
+        strategy: Shares rank 0's generators.
+        device: Where the layers are.
+        stage: This rank's stage.
     """
 
     def __init__(self, strategy: Strategy, device: torch.device, stage: nn.Module) -> None:
@@ -66,17 +66,17 @@ class LayerRNG:
                 generator.set_state(state)
 
     def enter(self, step: int, micro_batch: int) -> None:
-        """What is drawn next belongs to this micro-batch.
+        """Let what is drawn next belong to this micro-batch.
 
         Args:
-            step: the number of steps taken before.
-            micro_batch: its number in the global batch of the step.
+            step: The number of steps taken before.
+            micro_batch: Its number in the global batch of the step.
         """
         self._place = (step, micro_batch)
         self.draw_for("")
 
     def draw_for(self, layer: str) -> None:
-        """What is drawn next belongs to this layer."""
+        """Let what is drawn next belong to this layer."""
         key = f"{self._seed}/{self._place[0]}/{self._place[1]}/{layer}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
         for generator in self._generators:
@@ -92,7 +92,7 @@ class LayerRNG:
     # For checkpoints
 
     def state(self) -> dict[str, Any]:
-        """The seed of the layers, and where the global generators are."""
+        """Return the seed of the layers, and where the global generators are."""
         state = {"layers": self._seed, "global": _collect_rng_states(include_cuda=False)}
         if self._on_gpu:
             state["gpu"] = self._generators[1].get_state()
@@ -123,7 +123,7 @@ class _OwnRNG(Mixin):
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy, or what is pickled, is a layer as it was before: no part of this training."""
+        """Return a copy, or what is pickled, is a layer as it was before: no part of this training."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ class SequentialLayers:
     """A plain list of modules as pipeline layers: each maps the former's output to its own.
 
     Args:
-        layers: the modules, in order. One module may stand in several places, and several may share a parameter; both
+        layers: The modules, in order. One module may stand in several places, and several may share a parameter; both
             ties it.
     """
 
@@ -40,6 +40,7 @@ class SequentialLayers:
         self.names = [type(layer).__name__ for layer in layers]
 
     def parameter_counts(self) -> list[int]:
+        """Count the parameters of each layer, frozen ones too."""
         return [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
 
     def drop_all_but(self, spans: Sequence[tuple[int, int]]) -> None:
@@ -50,6 +51,7 @@ class SequentialLayers:
                 module._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        """Put the layers from ``start`` to ``stop``, exclusive, in a row on a device."""
         # The first position of a layer names it, in whichever stage it stands.
         first = {id(layer): index for index, layer in reversed(list(enumerate(self._layers)))}
         mine = self._layers[start:stop]
@@ -72,6 +74,7 @@ class Chain(nn.Module):
         self._order = [name for name, _ in layers]
 
     def forward(self, inputs: Any) -> Any:
+        """Call one layer after the other."""
         for name in self._order:
             inputs = self._modules[name](inputs)  # type: ignore[misc]
         return inputs
@@ -81,10 +84,10 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
     """Ask a LightningModule for its layers and its loss.
 
     Args:
-        module: a LightningModule that is a :class:`~lightning_pipelite.shared.protocol.HandsOutLayers`.
+        module: A LightningModule that is a :class:`~lightning_pipelite.shared.protocol.HandsOutLayers`.
 
     Raises:
-        ConfigurationError: if there is no such method, or it returns something else.
+        ConfigurationError: If there is no such method, or it returns something else.
     """
     if not isinstance(module, HandsOutLayers):
         raise ConfigurationError(
@@ -114,15 +117,15 @@ def build_stage(
     its parameters are the module's.
 
     Args:
-        module: the LightningModule.
-        layers: its layers.
-        spans: the first layer and the one after the last of each piece that the stage has; of one, unless there are
+        module: The LightningModule.
+        layers: Its layers.
+        spans: The first layer and the one after the last of each piece that the stage has; of one, unless there are
             virtual stages.
-        number: of all layers.
-        device: where it is built.
+        number: Of all layers.
+        device: Where it is built.
 
     Raises:
-        ConfigurationError: if the module was cut in another way before: most of its layers are not here any more.
+        ConfigurationError: If the module was cut in another way before: most of its layers are not here any more.
     """
     place = (tuple(spans), number)
     if is_built(module):
@@ -174,8 +177,8 @@ class LooseParts:
     Lightning does not see them when it sets the modes of training and evaluation.
 
     Args:
-        module: the LightningModule.
-        stage: its stage.
+        module: The LightningModule.
+        stage: Its stage.
     """
 
     def __init__(self, module: nn.Module, stage: nn.Module) -> None:
@@ -190,7 +193,7 @@ class LooseParts:
 
 
 def _not_among(part: nn.Module, known: set[int]) -> Iterator[nn.Module]:
-    """The largest parts of a module that have weights which are not known."""
+    """Yield the largest parts of a module that have weights which are not known."""
     if id(part) in known:
         return
     new = [id(tensor) not in known for tensor in (*part.parameters(), *part.buffers())]

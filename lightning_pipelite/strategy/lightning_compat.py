@@ -39,9 +39,9 @@ class StagesState(dict[str, Tensor]):
     """The ``state_dict`` of a checkpoint in stages, by the names that it has there.
 
     Args:
-        directory: the checkpoint, known to be whole.
-        meta: what its ``meta.json`` says.
-        outside: of the module, what no stage has.
+        directory: The checkpoint, known to be whole.
+        meta: What its ``meta.json`` says.
+        outside: Of the module, what no stage has.
     """
 
     def __init__(self, directory: Path, meta: dict[str, Any], outside: dict[str, Tensor]) -> None:
@@ -103,10 +103,10 @@ def _is_ours(path: Any) -> bool:
 
 
 def _as_lightnings(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as ``torch.load`` gives those of other strategies.
+    """Return a checkpoint as ``torch.load`` gives those of other strategies.
 
     Raises:
-        ConfigurationError: if it is not whole.
+        ConfigurationError: If it is not whole.
     """
     directory = located(Path(path))
     meta = check_whole(directory)

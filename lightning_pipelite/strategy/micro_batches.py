@@ -17,7 +17,7 @@ _ODD = 6364136223846793005  # products of it, modulo 2**64, spread over all bits
 
 
 def shapes_of(batch: Any) -> Any:
-    """What the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
+    """Return what the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape), batch.dtype
     if isinstance(batch, Mapping):
@@ -28,7 +28,7 @@ def shapes_of(batch: Any) -> Any:
 
 
 def described(batch: Any) -> str:
-    """What a rank can tell of a batch without looking at its tensors' values, such as ``[3, 8] float32``."""
+    """Return what a rank can tell of a batch without looking at its tensors' values, such as ``[3, 8] float32``."""
     if isinstance(batch, Tensor):
         return f"{list(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
     if isinstance(batch, Mapping):
@@ -39,13 +39,13 @@ def described(batch: Any) -> str:
 
 
 def fingerprint(batch: Any, device: torch.device) -> Tensor:
-    """A number below 2**32 that tells the values of a batch's tensors from others; a float64 scalar.
+    """Return a number below 2**32 that tells the values of a batch's tensors from others; a float64 scalar.
 
     It is made of integers alone, so it is the same on a CPU and on a GPU, where the host does not wait for it.
 
     Args:
-        batch: tensors, in tuples, lists and mappings.
-        device: where the result lies.
+        batch: Tensors, in tuples, lists and mappings.
+        device: Where the result lies.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in _tensors(batch):
@@ -76,7 +76,7 @@ def _number(tensor: Tensor) -> Tensor:
 
 
 def all_shapes(micro_batches: Sequence[MicroBatch]) -> str:
-    """What all micro-batches of a step are like; those in a row that are alike are told once."""
+    """Return what all micro-batches of a step are like; those in a row that are alike are told once."""
     rows: list[tuple[str, int]] = []
     for batch in micro_batches:
         words = described(batch)

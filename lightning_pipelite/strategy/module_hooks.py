@@ -24,7 +24,7 @@ def check_hooks(module: pl.LightningModule) -> None:
     ``training_step`` and ``validation_step`` are let pass: a module has them for other strategies.
 
     Raises:
-        ConfigurationError: naming the method and what to do.
+        ConfigurationError: Naming the method and what to do.
     """
     for name, remedy in NOT_CALLED.items():
         if is_overridden(name, module, parent=pl.LightningModule):
@@ -37,7 +37,7 @@ def check_plugins(trainer: pl.Trainer) -> None:
     """Refuse plugins that would be passed over.
 
     Raises:
-        ConfigurationError: naming the plugin and what to do.
+        ConfigurationError: Naming the plugin and what to do.
     """
     checkpoint_io = trainer._accelerator_connector.checkpoint_io
     if checkpoint_io is not None and type(checkpoint_io) is not TorchCheckpointIO:

@@ -11,11 +11,11 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def outside_layers(module: nn.Module, stage: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module's state that are in none of its layers, by name.
+    """Return the tensors of a module's state that are in none of its layers, by name.
 
     Args:
-        module: the LightningModule; the layers of other stages are on the meta device, or not there.
-        stage: this rank's stage.
+        module: The LightningModule; the layers of other stages are on the meta device, or not there.
+        stage: This rank's stage.
     """
     inside = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
     state = module.state_dict(keep_vars=True)
@@ -30,13 +30,13 @@ def load_outside_layers(module: nn.Module, stage: nn.Module, saved: Mapping[str,
     """Put back what :func:`outside_layers` gave.
 
     Args:
-        module: the LightningModule.
-        stage: this rank's stage.
-        saved: from the checkpoint.
-        strict: whether all must be there.
+        module: The LightningModule.
+        stage: This rank's stage.
+        saved: From the checkpoint.
+        strict: Whether all must be there.
 
     Raises:
-        ConfigurationError: if a tensor is missing or has another shape; the same on every rank.
+        ConfigurationError: If a tensor is missing or has another shape; the same on every rank.
     """
     for name, tensor in outside_layers(module, stage).items():
         if name in saved and saved[name].shape == tensor.shape:

@@ -19,19 +19,19 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
     """Cut the layers into contiguous stages, or into the pieces of virtual stages.
 
     Args:
-        layers: the layers of the whole model.
-        stages: the number of stages, at least 1.
+        layers: The layers of the whole model.
+        stages: The number of stages, at least 1.
         method: ``uniform`` (the same number of layers a stage), ``parameters`` (the same number of parameters, frozen
             ones too), ``type:REGEX`` (the same number of layers whose class name matches; case is ignored) or ``auto``
             (the slowest stage as fast as possible, where all fit their device; by the layers' costs).
-        virtual_stages: the number of pieces of each stage; piece ``i`` of all is on stage ``i % stages``.
+        virtual_stages: The number of pieces of each stage; piece ``i`` of all is on stage ``i % stages``.
 
     Returns:
         ``stages * virtual_stages + 1`` bounds: piece ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``,
         exclusive.
 
     Raises:
-        ConfigurationError: if there are more pieces than layers, or the method is unknown or matches nothing.
+        ConfigurationError: If there are more pieces than layers, or the method is unknown or matches nothing.
     """
     check_virtual_stages(stages, virtual_stages)
     names = list(layers.names)
@@ -71,7 +71,7 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
 
 
 def spans_of(bounds: Sequence[int], stages: int, stage: int) -> list[tuple[int, int]]:
-    """The first layer and the one after the last of each piece of a stage."""
+    """Return the first layer and the one after the last of each piece of a stage."""
     return [(bounds[piece], bounds[piece + 1]) for piece in range(stage, len(bounds) - 1, stages)]
 
 
@@ -136,8 +136,8 @@ def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
     i of p keeps the activations of up to p - i micro-batches (1F1B).
 
     Args:
-        costs: of the layers.
-        stages: at most the number of layers.
+        costs: Of the layers.
+        stages: At most the number of layers.
 
     Returns:
         ``stages + 1`` bounds, exact by dynamic programming; of equally good ones that with the least sum of squares of
@@ -161,9 +161,9 @@ def balanced_bounds(weights: Sequence[float], parts: int, allowed: _Allowed = la
     others; with equal weights the larger parts come first.
 
     Args:
-        weights: one non-negative weight an item.
-        parts: the number of parts, at most ``len(weights)``.
-        allowed: of a part's number, its first item and the item after its last: whether it may be cut like this.
+        weights: One non-negative weight an item.
+        parts: The number of parts, at most ``len(weights)``.
+        allowed: Of a part's number, its first item and the item after its last: whether it may be cut like this.
 
     Returns:
         ``parts + 1`` bounds; none if no cut has only parts that are allowed.
@@ -194,7 +194,7 @@ def _least_cut(
     join: Callable[[float, float], float],
     allowed: _Allowed = lambda *_: True,
 ) -> list[int]:
-    """The cut into allowed parts with the least joined cost, by dynamic programming; empty if there is none."""
+    """Return the cut into allowed parts with the least joined cost, by dynamic programming; empty if there is none."""
     best: list[dict[int, tuple[float, int]]] = [{0: (0, 0)}]  # by parts: {items cut: (cost, minus the last's start)}
     for part in range(parts):
         row = {}

@@ -15,8 +15,8 @@ class Pieces(nn.ModuleList):
     tied, as it is over stages: here all of them have the first piece's.
 
     Args:
-        pieces: each as ``PipelineLayers.build_stage`` gives it.
-        spans: the first layer of each and the one after its last.
+        pieces: Each as ``PipelineLayers.build_stage`` gives it.
+        spans: The first layer of each and the one after its last.
     """
 
     def __init__(self, pieces: Sequence[nn.Module], spans: Sequence[tuple[int, int]]) -> None:

@@ -35,7 +35,7 @@ class PipelinePrecision(Precision):
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """The last that Lightning does before the optimizer takes its step."""
+        """Log the norm, and clip: the last that Lightning does before the optimizer takes its step."""
         norms = self._training.gradient_norms()
         model.log("train/grad_norm", norms.total, batch_size=1)
         # A module's own clipping may do anything to the gradients, before it asks for ours and after.

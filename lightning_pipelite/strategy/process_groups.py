@@ -22,7 +22,7 @@ class JobGroups:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """What is made within it is the job's."""
+        """Return what is made within it is the job's."""
         before = set(_existing())
         try:
             yield
@@ -39,5 +39,5 @@ class JobGroups:
 
 
 def _existing() -> list[Any]:
-    """The groups of this process, in the order in which they were made. torch has no public list of them."""
+    """Return the groups of this process, in the order in which they were made. torch has no public list of them."""
     return list(dist.distributed_c10d._world.pg_map)

@@ -24,7 +24,7 @@ _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_ste
 
 
 def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What the groups of an optimizer were made with; the learning rate is that before any schedule."""
+    """Return what the groups of an optimizer were made with; the learning rate is that before any schedule."""
     made = []
     for group in optimizer.param_groups:
         options = {key: _number(value) for key, value in group.items() if key not in ("params", "initial_lr")}
@@ -35,7 +35,7 @@ def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
-    """What the schedules were made with."""
+    """Return what the schedules were made with."""
     return [
         {"class": _kind(config.scheduler), "state": copy.deepcopy(dict(config.scheduler.state_dict()))}
         for config in configs
@@ -45,12 +45,12 @@ def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
 def named_options(
     groups: Sequence[Mapping[str, Any]], unused: Sequence[bool], schedules: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the optimizer and its schedules were made with, by names for a message.
+    """Return what the optimizer and its schedules were made with, by names for a message.
 
     Args:
-        groups: see :func:`options_of`.
-        unused: whether a group has no parameters here: its options may have been completed in another way.
-        schedules: see :func:`schedules_of`.
+        groups: See :func:`options_of`.
+        unused: Whether a group has no parameters here: its options may have been completed in another way.
+        schedules: See :func:`schedules_of`.
     """
     found = {
         f"the optimizer's {key}{f' of group {index}' if len(groups) > 1 else ''}": value
@@ -77,10 +77,10 @@ class ResumedOptions:
     now goes on as if it had been this one from the beginning.
 
     Args:
-        made: the options of the optimizer's ``groups`` and its ``schedules`` now, as :func:`options_of` and
+        made: The options of the optimizer's ``groups`` and its ``schedules`` now, as :func:`options_of` and
             :func:`schedules_of` tell them when they have just been made.
-        saved: the same of the training that is resumed.
-        changes: to begin :attr:`changes` with.
+        saved: The same of the training that is resumed.
+        changes: To begin :attr:`changes` with.
     """
 
     def __init__(self, made: Mapping[str, Any], saved: Mapping[str, Any], changes: Sequence[str] = ()) -> None:
@@ -114,16 +114,16 @@ class ResumedOptions:
         """Find out how the schedules go on.
 
         Args:
-            optimizer: as it was made. What this does to its groups does not matter: the checkpoint's are loaded next.
-            configs: its schedules, the same.
-            states: of the schedules in the checkpoint.
-            counts: how often each schedule would have been stepped, to go by if the checkpoint has none.
+            optimizer: As it was made. What this does to its groups does not matter: the checkpoint's are loaded next.
+            configs: Its schedules, the same.
+            states: Of the schedules in the checkpoint.
+            counts: How often each schedule would have been stepped, to go by if the checkpoint has none.
 
         Returns:
             The states that the schedules are to load.
 
         Raises:
-            ConfigurationError: if a schedule that is another now cannot be taken up.
+            ConfigurationError: If a schedule that is another now cannot be taken up.
         """
         made: list[dict[str, Any]] = self._made["schedules"]
         saved: list[dict[str, Any]] = self._saved["schedules"]
@@ -178,7 +178,7 @@ class ResumedOptions:
         state: dict[str, Any],
         same: bool,
     ) -> dict[str, Any]:
-        """The state with which the one schedule goes on."""
+        """Return the state with which the one schedule goes on."""
         if isinstance(scheduler, ReduceLROnPlateau) and ours["class"] == theirs["class"]:
             # Its state is what it has seen. A learning rate that is another now holds until it is reduced.
             mine, past = ours["state"], theirs["state"]

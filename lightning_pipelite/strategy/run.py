@@ -46,25 +46,25 @@ class PipelineRun:
     made whole. The stage, the store and the checkpointing stay: what was trained can still be saved afterwards.
 
     Args:
-        trainer: runs the loops.
-        handed: the module's layers and loss, if they are there already.
-        topology: of the job.
-        rank: of this process.
-        device: of this process.
-        partition_method: how the layers are dealt out.
-        virtual_stages: the number of pieces of the stage.
-        timeout: how long a rank may make no progress.
-        progress: told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
+        trainer: Runs the loops.
+        handed: The module's layers and loss, if they are there already.
+        topology: Of the job.
+        rank: Of this process.
+        device: Of this process.
+        partition_method: How the layers are dealt out.
+        virtual_stages: The number of pieces of the stage.
+        timeout: How long a rank may make no progress.
+        progress: Told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
             of the stage it is about, if there are several.
-        end: what is to be undone at the end of the run.
+        end: What is to be undone at the end of the run.
 
     Attributes:
-        stage: this rank's stage.
-        store: keeps the checkpoints' files.
-        checkpointing: what is saved and resumed.
-        engine: of DeepSpeed; until the end of the run.
-        training: of one step after the other; until the end of the run.
-        evaluation: of one set after the other; until the end of the run.
+        stage: This rank's stage.
+        store: Keeps the checkpoints' files.
+        checkpointing: What is saved and resumed.
+        engine: Of DeepSpeed; until the end of the run.
+        training: Of one step after the other; until the end of the run.
+        evaluation: Of one set after the other; until the end of the run.
     """
 
     engine: PipeLiteEngine

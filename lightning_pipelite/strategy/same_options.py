@@ -25,10 +25,10 @@ def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that differ, such as one from a variable of the environment that only some nodes have.
 
     Args:
-        everyones: by rank, options by name; what a rank does not have there is not compared.
+        everyones: By rank, options by name; what a rank does not have there is not compared.
 
     Raises:
-        ConfigurationError: naming the first that differs, and each value with the ranks that have it.
+        ConfigurationError: Naming the first that differs, and each value with the ranks that have it.
     """
     for name in dict.fromkeys(name for options in everyones for name in options):
         ranks: dict[str, list[int]] = {}

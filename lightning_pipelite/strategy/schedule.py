@@ -22,9 +22,9 @@ class Action:
     """A pass of a micro-batch through a piece.
 
     Attributes:
-        piece: number of the piece in the model's order; it is on rank ``piece % ranks``.
-        micro_batch: number of the micro-batch in the step.
-        backward: whether it is the backward pass.
+        piece: Number of the piece in the model's order; it is on rank ``piece % ranks``.
+        micro_batch: Number of the micro-batch in the step.
+        backward: Whether it is the backward pass.
     """
 
     piece: int
@@ -39,7 +39,7 @@ class Instruction:
     Attributes:
         name: ``receive`` (start to receive what the pass needs from another rank), ``compute`` (run the pass, once
             that is here) or ``send`` (start to send its result). Only ``compute`` may wait.
-        action: the pass that is computed, whose input is received, or whose result is sent.
+        action: The pass that is computed, whose input is received, or whose result is sent.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Timeline:
     """What became of a step.
 
     Attributes:
-        seconds: from the first pass to the end of the last.
-        busy: seconds that each rank computed.
-        in_flight: how many pairs of piece and micro-batch each rank held at most between forward and backward.
-        ends: when each pass ended, in seconds.
+        seconds: From the first pass to the end of the last.
+        busy: Seconds that each rank computed.
+        in_flight: How many pairs of piece and micro-batch each rank held at most between forward and backward.
+        ends: When each pass ended, in seconds.
     """
 
     seconds: float
@@ -73,9 +73,9 @@ class Schedule:
     """The passes of every rank in order.
 
     Attributes:
-        virtual_stages: the number of pieces on each rank.
-        micro_batches: the number of micro-batches of the step.
-        orders: for each rank its passes.
+        virtual_stages: The number of pieces on each rank.
+        micro_batches: The number of micro-batches of the step.
+        orders: For each rank its passes.
     """
 
     virtual_stages: int
@@ -84,14 +84,16 @@ class Schedule:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks."""
         return len(self.orders)
 
     @property
     def pieces(self) -> int:
+        """The number of pieces over all ranks."""
         return self.ranks * self.virtual_stages
 
     def source(self, action: Action) -> Action | None:
-        """The pass whose result the pass needs, None if it begins with the data."""
+        """Return the pass whose result the pass needs, None if it begins with the data."""
         piece, last = action.piece, self.pieces - 1
         if not action.backward:
             return Action(piece - 1, action.micro_batch) if piece > 0 else None
@@ -114,7 +116,7 @@ class Schedule:
             counts[place] += not action.backward
 
     def program(self, rank: int, ahead: int = 1) -> list[Instruction]:
-        """What a rank does, transfers included.
+        """Return what a rank does, transfers included.
 
         A rank starts to receive what its next passes need before it computes the present one, and never waits for
         what it sends. What two ranks send each other in one direction arrives in the order in which it is sent, so it
@@ -142,7 +144,7 @@ class Schedule:
         """Play all programs through, where a transfer needs both ends and those of one direction keep their order.
 
         Raises:
-            RuntimeError: if a pass is missing or runs twice, on a wrong rank, or if the ranks wait for each other.
+            RuntimeError: If a pass is missing or runs twice, on a wrong rank, or if the ranks wait for each other.
         """
         wanted = {
             Action(piece, number, backward)
@@ -191,7 +193,7 @@ class Schedule:
             raise RuntimeError(f"the ranks wait for each other: {stuck}")
 
     def _target(self, action: Action) -> Action | None:
-        """The pass on another rank that needs the result of this one."""
+        """Return the pass on another rank that needs the result of this one."""
         following = Action(action.piece + (-1 if action.backward else 1), action.micro_batch, action.backward)
         inside = 0 <= following.piece < self.pieces
         return following if inside and self.comes_from_afar(following) else None
@@ -203,7 +205,7 @@ class Schedule:
         return source.piece % self.ranks, action.piece % self.ranks, action.backward
 
     def _arrivals(self, rank: int) -> dict[Way, list[Action]]:
-        """What arrives at a rank by each way, in the order in which it is sent."""
+        """Return what arrives at a rank by each way, in the order in which it is sent."""
         arrivals: dict[Way, list[Action]] = {}
         for order in self.orders:
             for action in order:
@@ -215,7 +217,7 @@ class Schedule:
 
 @lru_cache(maxsize=64)
 def interleaved_1f1b(ranks: int, virtual_stages: int, micro_batches: int, training: bool = True) -> Schedule:
-    """The schedule of a step.
+    """Return the schedule of a step.
 
     Micro-batches go through the pieces in groups: a rank runs a group through its first piece, then through its next,
     and so on. A group has at least as many micro-batches as there are ranks, if the step has, so that the first of them
@@ -225,10 +227,10 @@ def interleaved_1f1b(ranks: int, virtual_stages: int, micro_batches: int, traini
     to reach the last rank, and back.
 
     Args:
-        ranks: the number of ranks p.
-        virtual_stages: the number of pieces on each, V.
-        micro_batches: of the step; any number.
-        training: whether there are backward passes; without, the forward passes of an evaluation.
+        ranks: The number of ranks p.
+        virtual_stages: The number of pieces on each, V.
+        micro_batches: Of the step; any number.
+        training: Whether there are backward passes; without, the forward passes of an evaluation.
     """
     groups = _groups(ranks, micro_batches)
     forward = [list(_in_order(groups, range(rank, ranks * virtual_stages, ranks))) for rank in range(ranks)]
@@ -283,10 +285,10 @@ def simulate(
     """Play a schedule through with given times; transfers run beside the computation.
 
     Args:
-        schedule: the passes in order.
-        forward: seconds of a micro-batch's forward pass through each piece.
-        backward: seconds of its backward pass.
-        transfer: seconds from one rank to another.
+        schedule: The passes in order.
+        forward: Seconds of a micro-batch's forward pass through each piece.
+        backward: Seconds of its backward pass.
+        transfer: Seconds from one rank to another.
     """
     clocks, busy, held, peak = ([0.0] * schedule.ranks for _ in range(4))
     places = [0] * schedule.ranks

@@ -26,8 +26,8 @@ class SigtermNotice:
     it when Lightning leaves this to its strategies.
 
     Args:
-        trainer: its handlers are not registered yet.
-        agreement: over all ranks.
+        trainer: Its handlers are not registered yet.
+        agreement: Over all ranks.
     """
 
     def __init__(self, trainer: pl.Trainer, agreement: Agreement) -> None:
@@ -81,7 +81,7 @@ class SigtermNotice:
             self._trainer._signal_connector.received_sigterm = True
 
     def _agree(self) -> None:
-        """Called before each micro-batch is fetched, if there are several ranks."""
+        """Agree with the other ranks, if there are any, before each micro-batch is fetched."""
         loop = self._trainer.fit_loop.epoch_loop
         if loop.batch_progress.current.ready % self._trainer.accumulate_grad_batches:
             return  # in the middle of a step

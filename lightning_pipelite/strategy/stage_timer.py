@@ -20,7 +20,7 @@ class StageTimer:
     counts to the instruction that is late.
 
     Args:
-        device: where the stage is.
+        device: Where the stage is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class StageTimer:
         self._marks: list[tuple[str, Any]] = []
 
     def begin(self, instruction: str) -> None:
-        """The instruction before ends here, and this one begins; an empty name only ends the one before."""
+        """End the instruction before, and begin this one; an empty name only ends the one before."""
         now: Any = time.perf_counter()
         if self._stream is not None:
             now = torch.cuda.Event(enable_timing=True)
@@ -36,7 +36,7 @@ class StageTimer:
         self._marks.append((instruction, now))
 
     def seconds(self) -> dict[str, float]:
-        """The sum over all instructions of a name; waits until the device has finished them."""
+        """Return the sum over all instructions of a name; waits until the device has finished them."""
         if self._stream is not None and self._marks:
             self._marks[-1][1].synchronize()
         sums: dict[str, float] = {}
@@ -47,6 +47,6 @@ class StageTimer:
 
 
 def busy_and_waiting(seconds: dict[str, float]) -> tuple[float, float]:
-    """The seconds of instructions that compute, and of the others."""
+    """Return the seconds of instructions that compute, and of the others."""
     busy = sum(seconds.get(name, 0.0) for name in COMPUTING)
     return busy, sum(seconds.values()) - busy

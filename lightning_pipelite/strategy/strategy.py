@@ -75,21 +75,21 @@ class PipeLiteStrategy(DDPStrategy):
         trainer.fit(Model(), loader)  # of pairs (inputs, targets)
 
     Args:
-        pipeline_stages: the number of stages; it must divide the number of devices.
+        pipeline_stages: The number of stages; it must divide the number of devices.
         partition_method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, frozen
             ones too), ``type:REGEX`` (equal numbers of layers whose class name matches), ``layers:9,7`` (the numbers
             themselves, such as ``pipelite plan`` recommends) or ``auto`` (the slowest stage as fast as possible, where
             all fit their device; for PipeLiteModule by the plan, and for modules whose layers say what they cost).
-        use_column_major_topology: put the stages of one pipeline on neighbouring devices, and with that the hidden
+        use_column_major_topology: Put the stages of one pipeline on neighbouring devices, and with that the hidden
             states on a node's own links and the gradients on the network; otherwise the other way round.
-        timeout: how long a rank may make no progress before the job is ended, in seconds.
+        timeout: How long a rank may make no progress before the job is ended, in seconds.
         process_group_backend: ``nccl`` or ``gloo``; chosen by the device if not given.
         cluster_environment: Lightning's, for special clusters.
-        virtual_stages: the number of pieces of the model on each stage, which makes the pipeline's bubble as many times
+        virtual_stages: The number of pieces of the model on each stage, which makes the pipeline's bubble as many times
             smaller: of 2 stages with 2 pieces each the first has the first and the third quarter of the layers.
 
     Raises:
-        ConfigurationError: by ``Trainer.fit``, before any process is started, if the configuration does not fit.
+        ConfigurationError: By ``Trainer.fit``, before any process is started, if the configuration does not fit.
     """
 
     strategy_name = "pipelite"
@@ -137,10 +137,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     @property
     def topology(self) -> Topology:
+        """Which rank is which stage of which replica."""
         return Topology(self.num_nodes * self.num_processes, self.pipeline_stages, self.use_column_major_topology)
 
     @property
     def stage_id(self) -> int:
+        """The number of this rank's stage."""
         return self.topology.stage_of(self.global_rank)
 
     @property
@@ -264,7 +266,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """The stages in the middle only need to know the shapes."""
+        """Return the stages in the middle only need to know the shapes."""
         if 0 < self.stage_id < self.pipeline_stages - 1:
             device = torch.device("cpu")
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -281,6 +283,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
+        """Do nothing: gradients are reduced once a step anyway."""
         yield
 
     # Evaluation
@@ -297,7 +300,7 @@ class PipeLiteStrategy(DDPStrategy):
         self.validation_step(batch, *indices)
 
     def on_validation_end(self) -> None:
-        """Called after the callbacks."""
+        """Note that an evaluation has ended: the callbacks have been called by then."""
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._running.checkpointing.last_step.evaluation_ended()
@@ -308,7 +311,7 @@ class PipeLiteStrategy(DDPStrategy):
         """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
 
         Args:
-            tensors: what this rank's stage has; only the first replica's are sent.
+            tensors: What this rank's stage has; only the first replica's are sent.
 
         Returns:
             On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an
@@ -371,7 +374,7 @@ class PipeLiteStrategy(DDPStrategy):
             self._running.checkpointing.remove(Path(filepath))
 
     def on_train_start(self) -> None:
-        """Called when the data loaders have been made."""
+        """Begin, once the data loaders have been made."""
         assert self.lightning_module is not None
         check_loaders(self.lightning_module.trainer.fit_loop._combined_loader, self.lightning_module)
         self._running.checkpointing.training_starts()

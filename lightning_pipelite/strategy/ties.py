@@ -16,12 +16,12 @@ class TiedParameters:
     Parameters with equal names in several stages of a pipeline are tied. Building it is collective over all ranks.
 
     Args:
-        stage: this rank's stage.
-        group: the process group of this rank's pipeline.
-        pipelines: the global ranks of every pipeline, in the order of their stages.
+        stage: This rank's stage.
+        group: The process group of this rank's pipeline.
+        pipelines: The global ranks of every pipeline, in the order of their stages.
 
     Raises:
-        RuntimeError: if a tied parameter is trained in one stage and frozen in another.
+        RuntimeError: If a tied parameter is trained in one stage and frozen in another.
     """
 
     def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]]) -> None:

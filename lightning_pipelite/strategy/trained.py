@@ -25,15 +25,15 @@ def load_trained(module: Module, directory: str | Path, strict: bool = True) -> 
     Also what the module has beside its layers; the rest of it, such as the optimizer's state, is left.
 
     Args:
-        module: as it was made for the training, with a method ``pipeline_layers()`` that returns a list of layers.
-        directory: the checkpoint.
-        strict: whether the checkpoint has to have all of its trained parameters, and no others.
+        module: As it was made for the training, with a method ``pipeline_layers()`` that returns a list of layers.
+        directory: The checkpoint.
+        strict: Whether the checkpoint has to have all of its trained parameters, and no others.
 
     Returns:
         The module.
 
     Raises:
-        ConfigurationError: if this is no whole checkpoint, or one of another model.
+        ConfigurationError: If this is no whole checkpoint, or one of another model.
     """
     path = located(Path(directory))
     meta = check_whole(path)
@@ -47,14 +47,14 @@ def load_state(
     """Load what a checkpoint that is known to be whole has of a module.
 
     Args:
-        module: see :func:`load_trained`.
-        path: the checkpoint.
-        meta: what its ``meta.json`` says.
-        outside: what the module has beside its layers, from the checkpoint.
-        strict: see :func:`load_trained`.
+        module: See :func:`load_trained`.
+        path: The checkpoint.
+        meta: What its ``meta.json`` says.
+        outside: What the module has beside its layers, from the checkpoint.
+        strict: See :func:`load_trained`.
 
     Raises:
-        ConfigurationError: if it is one of another model.
+        ConfigurationError: If it is one of another model.
     """
     layers, _ = hand_out_layers(module)
     if not isinstance(layers, SequentialLayers):

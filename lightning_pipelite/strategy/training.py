@@ -27,14 +27,14 @@ class PipelineTraining:
     """Collects the micro-batches of a step, runs them forward and backward, and has the gradients until they are used.
 
     Args:
-        trainer: runs the loop, and has the module that logs.
-        engine: runs the micro-batches.
-        agreement: over all ranks.
-        topology: of the job.
-        stage: this rank's stage.
-        loose_parts: of the stage.
-        checkpointing: told where the step is.
-        logged: the names of what the loss returns besides.
+        trainer: Runs the loop, and has the module that logs.
+        engine: Runs the micro-batches.
+        agreement: Over all ranks.
+        topology: Of the job.
+        stage: This rank's stage.
+        loose_parts: Of the stage.
+        checkpointing: Told where the step is.
+        logged: The names of what the loss returns besides.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PipelineTraining:
 
         Args:
             micro_batch: ``(inputs, targets)``.
-            measure: whether to take the times of the step that it ends.
+            measure: Whether to take the times of the step that it ends.
 
         Returns:
             The loss of the last step that was run.
@@ -123,7 +123,7 @@ class PipelineTraining:
         self._gradients = []
 
     def gradient_norms(self) -> GradientNorms:
-        """The 2-norms of the gradients over all stages, each tied parameter counted once. Collective."""
+        """Return the 2-norms of the gradients over all stages, each tied parameter counted once. Collective."""
         counted = [p for p in self.parameters if self._engine.ties.counts_here(p)]
         return gradient_norms(counted, self._engine.pipeline_group, self._engine.device)
 
@@ -132,5 +132,5 @@ class PipelineTraining:
         self._gradient_check.require_finite(self._trainer.global_step + 1, norms, clipped)
 
     def weights_change(self) -> None:
-        """The optimizer has its gradients, and changes the weights next."""
+        """Note that the optimizer has its gradients, and changes the weights next."""
         self._checkpointing.last_step.weights_change()

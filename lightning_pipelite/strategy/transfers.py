@@ -23,11 +23,12 @@ class Shapes:
 
     @classmethod
     def of(cls, outputs: Tensor | tuple[Tensor, ...]) -> Shapes:
+        """Take down the shapes and types of what a stage returns."""
         tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
         return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), isinstance(outputs, Tensor))
 
     def of_gradients(self) -> Shapes:
-        """What comes back: a gradient of each tensor of floating type."""
+        """Return what comes back: a gradient of each tensor of floating type."""
         return Shapes(tuple(tensor for tensor in self.tensors if tensor[1].is_floating_point), single=False)
 
 
@@ -35,8 +36,8 @@ class Arrival:
     """Tensors on their way here.
 
     Args:
-        tensors: what they are received into.
-        works: the transfers.
+        tensors: What they are received into.
+        works: The transfers.
     """
 
     def __init__(self, tensors: list[Tensor], works: list[Any]) -> None:
@@ -57,9 +58,9 @@ class Transfers:
     collective over all ranks.
 
     Args:
-        pipelines: the global ranks of every pipeline, in the order of their stages.
-        rank: this process's global rank.
-        device: where tensors are received.
+        pipelines: The global ranks of every pipeline, in the order of their stages.
+        rank: This process's global rank.
+        device: Where tensors are received.
     """
 
     def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device) -> None:
@@ -91,8 +92,8 @@ class Transfers:
         """Start to send; the tensors are held until they are gone, and must not be changed until then.
 
         Args:
-            tensors: contiguous, on the device.
-            way: from which stage to which, and whether they are gradients.
+            tensors: Contiguous, on the device.
+            way: From which stage to which, and whether they are gradients.
         """
         self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         for tensor in tensors:
@@ -103,8 +104,8 @@ class Transfers:
         """Start to receive.
 
         Args:
-            shapes: of what is sent.
-            way: from which stage to which, and whether they are gradients.
+            shapes: Of what is sent.
+            way: From which stage to which, and whether they are gradients.
         """
         return self._receive(shapes.tensors, way)
 

@@ -15,7 +15,7 @@ class ControlPair:
     """The Control Adapter of one decoder layer, W = Q diag(expm1(S)) Qᵀ.
 
     Args:
-        name: the layer's name.
+        name: The layer's name.
         q: [hidden, rank].
         s: [rank].
     """

@@ -17,7 +17,7 @@ def heat_map(values: Mapping[str, float]) -> npt.NDArray[np.uint8]:
     """Draw numbers as colours, from black (0) over red and yellow to white (the largest).
 
     Args:
-        values: numbers by the full names of modules. The first number in a name is the layer's.
+        values: Numbers by the full names of modules. The first number in a name is the layer's.
 
     Returns:
         The picture, [height, width, 3]: layers as rows, the rest of the names as columns, of which the last parts are

@@ -21,11 +21,11 @@ class LowRank:
     """The adapter s·B·A of one module.
 
     Args:
-        name: the module's name.
+        name: The module's name.
         a: [rank, in], or [experts · rank, in] for the fused experts of one layer.
         b: [out, rank], or [out, rank · experts].
-        scale: s, PEFT's alpha / rank or what its variants make of it.
-        experts: how many products A and B hold, as PEFT lays them out.
+        scale: S, PEFT's alpha / rank or what its variants make of it.
+        experts: How many products A and B hold, as PEFT lays them out.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Chunk:
     Views are made once: for hundreds of modules, making them takes longer than the arithmetic.
 
     Args:
-        pairs: at least one.
+        pairs: At least one.
     """
 
     pairs: Sequence[LowRank]
@@ -67,11 +67,13 @@ class Chunk:
 
     @property
     def scale(self) -> float:
+        """What B·A is multiplied by, the same for all pairs."""
         return self.pairs[0].scale
 
     def stack(self) -> tuple[Tensor, Tensor]:
-        """Copy A and B, in float32: [pairs · experts, rank, in], a view of [rank, pairs · experts, in], and
-        [pairs · experts, out, rank].
+        """Copy A and B, in float32.
+
+        A is [pairs · experts, rank, in], a view of [rank, pairs · experts, in]; B is [pairs · experts, out, rank].
         """
         a, b = torch.cat(self._downs_to_stack, dim=1), torch.cat(self.ups)
         return a.float().transpose(0, 1), b.float().view(len(self.ups), -1, b.shape[1])
@@ -96,7 +98,7 @@ class Chunk:
 
 
 def _down(pair: LowRank) -> Tensor:
-    """A as a view [experts, rank, in]."""
+    """Return A as a view [experts, rank, in]."""
     return pair.a.detach().view(pair.experts, -1, pair.a.shape[1])
 
 
@@ -115,7 +117,7 @@ def find_low_rank(module: nn.Module) -> list[LowRank]:
     Where a layer has several adapters, each is one of its own; the name then tells which.
 
     Raises:
-        ConfigurationError: a LoRA layer of another kind, or one whose weights are spread over processes.
+        ConfigurationError: A LoRA layer of another kind, or one whose weights are spread over processes.
     """
     from peft.tuners.lora import LoraLayer
 

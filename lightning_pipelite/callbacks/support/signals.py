@@ -45,7 +45,7 @@ class Signals:
                 signal.signal(signum, handler)
 
     def take(self) -> int:
-        """What has been asked for since the last call: nothing (0), SAVE_AND_PASS_ON or one of STOPS."""
+        """Return what has been asked for since the last call: nothing (0), SAVE_AND_PASS_ON or one of STOPS."""
         noted, self._noted = self._noted, 0
         return noted
 

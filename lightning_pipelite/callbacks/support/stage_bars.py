@@ -16,7 +16,7 @@ def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8
     """Draw a bar for each stage: busy in blue, then waiting in grey, all on one scale.
 
     Args:
-        times: busy and waiting seconds of a step, by stage.
+        times: Busy and waiting seconds of a step, by stage.
 
     Returns:
         The picture, [height, width, 3].

@@ -17,8 +17,8 @@ class Documents:
     """Where the documents of a micro-batch are.
 
     Attributes:
-        numbers: which document of its row each token is in, int64 [batch, seq].
-        bounds: where documents begin in all rows on end, then the end, as often as there is room: int32.
+        numbers: Which document of its row each token is in, int64 [batch, seq].
+        bounds: Where documents begin in all rows on end, then the end, as often as there is room: int32.
     """
 
     numbers: Tensor
@@ -35,8 +35,8 @@ def find_documents(position_ids: Tensor, most: int | None = None) -> Documents |
     """Find where positions start again; None if each row is one document, as far as that is known.
 
     Args:
-        position_ids: int64 [batch, seq], starting again where a document starts.
-        most: an upper bound of the number of documents in all rows, which spares a GPU that waits for the host; None
+        position_ids: Int64 [batch, seq], starting again where a document starts.
+        most: An upper bound of the number of documents in all rows, which spares a GPU that waits for the host; None
             if it is not known.
     """
     begins = starts(position_ids)
@@ -65,8 +65,8 @@ def document_mask(position_ids: Tensor | None, most: int | None = None) -> Itera
     Whatever the model hands to transformers' mask builders.
 
     Args:
-        position_ids: int64 [batch, seq], starting again where a document starts; None changes nothing.
-        most: see :func:`find_documents`.
+        position_ids: Int64 [batch, seq], starting again where a document starts; None changes nothing.
+        most: See :func:`find_documents`.
     """
     mask_documents(_numbers)
     with _set(None if position_ids is None else find_documents(position_ids, most)):

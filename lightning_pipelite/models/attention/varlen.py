@@ -126,7 +126,7 @@ def _kernel(
 def _masked(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same by a mask: on a CPU, in float32, and for heads that are too large."""
+    """Compute the same by a mask: on a CPU, in float32, and for heads that are too large."""
     place = torch.arange(query.shape[2], device=query.device)
     distance = place[:, None] - place
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)

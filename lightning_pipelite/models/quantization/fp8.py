@@ -34,8 +34,8 @@ class Fp8Linear(nn.Linear):
         device: Where its weight will be.
 
     Attributes:
-        codes: e4m3 [out, in], as bytes: nobody takes these for values that could be cast.
-        scales: float32 [out].
+        codes: E4m3 [out, in], as bytes: nobody takes these for values that could be cast.
+        scales: Float32 [out].
         name: What it is called in the model.
         dtype: Of the computation.
         in_fp8: Whether its products are computed in FP8; else with a weight that is dequantised for each.
@@ -59,7 +59,10 @@ class Fp8Linear(nn.Linear):
         return [self.codes.view(DTYPE), self.scales]
 
     def _get_weight(self) -> Tensor:
-        """The weight itself: before it is loaded on the meta device, then dequantised, for all who ask for it."""
+        """Return the weight itself.
+
+        Before it is loaded on the meta device, then dequantised, for all who ask for it.
+        """
         if (weight := self._parameters.get("weight")) is not None:
             return weight
         return dequantise_rows(self.codes.view(DTYPE), self.scales, self.dtype)

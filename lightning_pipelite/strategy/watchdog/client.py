@@ -40,7 +40,7 @@ class Client:
         return self._link is None
 
     def turn(self, seconds: float) -> None:
-        """Waits up to ``seconds`` for something to happen, and deals with it."""
+        """Wait up to ``seconds`` for something to happen, and deal with it."""
         for link in connection.wait([self._link] if self._link else [], seconds):  # type: ignore[list-item]
             assert isinstance(link, Link)
             self._read(link)
@@ -59,12 +59,12 @@ class Client:
         self.say(exit=[rank, code])
 
     def say(self, **message: Any) -> None:
-        """Sends ``message`` to rank 0."""
+        """Send ``message`` to rank 0."""
         if self._link is not None:
             self._link.send(**message)
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Close the connection."""
         if self._link is not None:
             self._link.close()
             self._link = None

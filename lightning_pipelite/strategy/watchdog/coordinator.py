@@ -70,7 +70,7 @@ class Coordinator:
         return [rank for rank in range(1, self._world_size) if rank not in self._ranks]
 
     def turn(self, seconds: float) -> None:
-        """Waits up to ``seconds`` for something to happen, and deals with it."""
+        """Wait up to ``seconds`` for something to happen, and deal with it."""
         sources: list[Any] = [*self._peers, self._listener] if self._listener else [*self._peers]
         for source in connection.wait(sources, seconds):
             if isinstance(source, _Peer):
@@ -91,18 +91,18 @@ class Coordinator:
             self.say(failure=asdict(failure))
 
     def report_exit(self, rank: int, code: int) -> None:
-        """Notes the exit status of a rank; one that ended badly is dead, though a fork may hold its connection."""
+        """Note the exit status of a rank; one that ended badly is dead, though a fork may hold its connection."""
         self._exits[rank] = code
         if code != 0 and rank in self._ranks and not self._ranks[rank].left:
             self._deaths.setdefault(rank, time.monotonic())
 
     def say(self, **message: Any) -> None:
-        """Sends ``message`` to all."""
+        """Send ``message`` to all."""
         for peer in self._peers:
             peer.send(**message)
 
     def close(self) -> None:
-        """Closes all connections, on which the other ranks leave."""
+        """Close all connections, on which the other ranks leave."""
         for peer in self._peers:
             peer.close()
         self._peers = []

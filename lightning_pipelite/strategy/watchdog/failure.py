@@ -47,7 +47,7 @@ class Failure:
 
     @classmethod
     def of(cls, exception: BaseException, rank: int, stage: int, piece: str = "") -> Failure:
-        """The failure of a rank that raised ``exception``."""
+        """Return the failure of a rank that raised ``exception``."""
         if isinstance(exception, KeyboardInterrupt):
             return cls(rank, stage, _INTERRUPTED, "interrupted")
         if isinstance(exception, SystemExit):
@@ -65,7 +65,7 @@ def is_communication_error(exception: BaseException) -> bool:
 
 
 def chain(exception: BaseException) -> Iterator[BaseException]:
-    """Yields ``exception`` and those that led to it, from the last to the first."""
+    """Yield ``exception`` and those that led to it, from the last to the first."""
     seen: set[int] = set()
     error: BaseException | None = exception
     while error is not None and id(error) not in seen:

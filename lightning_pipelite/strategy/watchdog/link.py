@@ -40,14 +40,16 @@ class Link:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def fileno(self) -> int:
+        """Return the socket's number, for ``selectors``."""
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
+        """Send a message; on a broken connection nothing."""
         with suppress(OSError):  # a broken connection shows when it is read
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """Reads what has arrived.
+        """Read what has arrived.
 
         Raises:
             EOFError: If the connection has ended, or speaks another language.
@@ -63,6 +65,7 @@ class Link:
         return messages
 
     def close(self) -> None:
+        """Close the connection."""
         self._socket.close()
 
 
@@ -70,7 +73,7 @@ _OPEN: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A forked data loader worker must not hold the connection open when its rank is killed."""
+    """Close all connections in a forked data loader worker, which must not hold them when its rank is killed."""
     for link in list(_OPEN):
         link.close()
 

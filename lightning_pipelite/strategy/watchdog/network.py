@@ -22,7 +22,7 @@ ADVICE = (
 
 
 def join(rank: int, world_size: int, stage: int, host: str) -> Coordinator | Client:
-    """Connects every other rank to rank 0: a collective over the default process group, of any backend.
+    """Connect every other rank to rank 0: a collective over the default process group, of any backend.
 
     Args:
         rank: The global rank of this process.

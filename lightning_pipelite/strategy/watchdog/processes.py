@@ -18,12 +18,12 @@ from lightning_pipelite.strategy.watchdog.failure import chain
 
 
 def announce(message: str) -> None:
-    """Writes the last line of a job to stderr."""
+    """Write the last line of a job to stderr."""
     write_stderr(f"\npipelite: {message}\n")  # a progress bar leaves its line open
 
 
 def leave(message: str | None = None) -> NoReturn:
-    """Ends this process at once with status 1, whatever its other threads do, after ``message`` as its last line."""
+    """End this process at once with status 1, whatever its other threads do, after ``message`` as its last line."""
     try:
         if message is not None:
             announce(message)
@@ -32,7 +32,7 @@ def leave(message: str | None = None) -> NoReturn:
 
 
 def after_traceback_of(exception: BaseException, action: Callable[[], None]) -> None:
-    """Calls ``action`` when Python has printed the traceback of ``exception``, or of one that it led to, and ends."""
+    """Call ``action`` when Python has printed the traceback of ``exception``, or of one that it led to, and ends."""
     print_traceback = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
@@ -44,7 +44,7 @@ def after_traceback_of(exception: BaseException, action: Callable[[], None]) -> 
 
 
 def write_stderr(text: str) -> None:
-    """Writes to stderr, after what is buffered, even if a stuck main thread holds the locks of Python's buffers."""
+    """Write to stderr, after what is buffered, even if a stuck main thread holds the locks of Python's buffers."""
 
     def write() -> None:
         os.write(2, text.encode(errors="replace"))
@@ -70,7 +70,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def end_processes(processes: Iterable[subprocess.Popen[Any]], seconds: float) -> None:
-    """Waits ``seconds`` for the processes to end by themselves, then sends SIGTERM, and 2 s later SIGKILL."""
+    """Wait ``seconds`` for the processes to end by themselves, then send SIGTERM, and 2 s later SIGKILL."""
     processes = list(processes)
     for signum, limit in ((None, seconds), (signal.SIGTERM, timeouts.SIGNAL), (signal.SIGKILL, timeouts.SIGNAL)):
         deadline = time.monotonic() + limit

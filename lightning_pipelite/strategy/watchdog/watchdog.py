@@ -78,7 +78,7 @@ class Watchdog:
         timeout: timedelta,
         last_act: Callable[[], None] = lambda: None,
     ) -> Watchdog:
-        """Connects the ranks: a collective over the default process group, of any backend.
+        """Connect the ranks: a collective over the default process group, of any backend.
 
         Args:
             rank: The global rank of this process.
@@ -127,11 +127,11 @@ class Watchdog:
         self._piece = piece
 
     def suspend(self) -> None:
-        """Stops the watch on this rank until the next ``progress``, for work that may last: a callback, a save."""
+        """Stop the watch on this rank until the next ``progress``, for work that may last: a callback, a save."""
         self._last = None
 
     def failure_of(self, exception: BaseException) -> Failure:
-        """What is told of an exception that this rank has raised."""
+        """Return what is told of an exception that this rank has raised."""
         return Failure.of(exception, self._rank, self._stage, self._piece)
 
     def fail(self, exception: BaseException) -> None:
@@ -176,7 +176,7 @@ class Watchdog:
             self._network.close()
 
     def _watch(self) -> None:
-        """Returns when the job has failed, or when this rank has left and nobody needs its network."""
+        """Return when the job has failed, or when this rank has left and nobody needs its network."""
         network = self._network
         while network.failure is None:
             network.turn(timeouts.TICK)
@@ -216,7 +216,7 @@ class Watchdog:
         write_stderr(f"\nRank {self._rank} is here (most recent call last):\n{stack}")
 
     def _end(self, failure: Failure) -> None:
-        """Ends this process: lets its main thread print, waits until all ranks have printed, speaks the last line."""
+        """End this process: let its main thread print, wait until all ranks have printed, speak the last line."""
         deadline = time.monotonic() + timeouts.UNWIND
         while not self._finished.is_set() and (self._raised or failure.kind == "interrupted"):
             if time.monotonic() > deadline and not self._closing.is_set():
