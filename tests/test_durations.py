@@ -53,3 +53,11 @@ def test_left_out_only_when_asked(fast: bool) -> None:
     both = [*items]
     Durations(config).pytest_collection_modifyitems(items)
     assert (items, told) == ((both[1:], both[:1]) if fast else (both, []))
+
+
+def test_without_a_cache_nothing_is_known() -> None:
+    config: Any = SimpleNamespace()
+    run = Durations(config)
+    run.pytest_runtest_logreport(report("a.py::one", "call", 2.0))
+    run.pytest_sessionfinish()
+    assert run.slow(["a.py::one"]) == set()

@@ -35,8 +35,9 @@ class Durations:
             self._seconds.setdefault(report.nodeid, {})[report.when] = round(report.duration, 2)
 
     def pytest_sessionfinish(self) -> None:
-        if not hasattr(self._config, "workerinput"):  # of several processes the first hears of all tests
-            self._config.cache.set(KEY, {**self._known(), **self._seconds})
+        # Of several processes the first hears of all tests. With ``-p no:cacheprovider`` there is no cache.
+        if not hasattr(self._config, "workerinput") and self._cache is not None:
+            self._cache.set(KEY, {**self._known(), **self._seconds})
 
     def slow(self, names: Iterable[str]) -> set[str]:
         """Tell which of the tests of these names are slow."""
@@ -51,5 +52,9 @@ class Durations:
             if known.get(name, {}).get("call", 0.0) >= CALL or setups.get(name.partition("::")[0], 0.0) >= SETUP
         }
 
+    @property
+    def _cache(self) -> pytest.Cache | None:
+        return getattr(self._config, "cache", None)
+
     def _known(self) -> dict[str, dict[str, float]]:
-        return self._config.cache.get(KEY, {})
+        return {} if self._cache is None else self._cache.get(KEY, {})
