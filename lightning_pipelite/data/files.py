@@ -44,9 +44,9 @@ class Raw:
 
 
 def raw_records(path: Path, choose: Choose | None = None) -> Iterator[Raw]:
-    """Give the records of one file, in order.
+    r"""Give the records of one file, in order.
 
-    A text file is one record, with universal newlines (``\\r\\n`` and ``\\r`` become ``\\n``). A byte order mark is
+    A text file is one record, with universal newlines (``\r\n`` and ``\r`` become ``\n``). A byte order mark is
     dropped, blank lines of .jsonl are passed over, and .json that has a record a line is read as .jsonl is. The first
     row of .csv and .tsv names the fields; commas, semicolons or tabs stand between them, by what the first row has.
 

@@ -36,6 +36,7 @@ class Long:
     kept: int = 0
 
     def add(self, other: Long) -> None:
+        """Add the counts of another one."""
         for each in fields(self)[1:]:
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         self.limit = max(self.limit, other.limit)

@@ -59,6 +59,7 @@ class Shape:
 
     @property
     def conversation(self) -> bool:
+        """Whether it is a conversation, not a text."""
         return self.text is None
 
     @property

@@ -55,12 +55,12 @@ def piece_memory(
     the backward pass inside an item, with what those up to it retained.
 
     Args:
-        simulation: knows the items.
-        start: the first item.
-        stop: the item after the last.
-        policy: of activation memory.
-        sequence_len: tokens of a micro-batch.
-        first: whether the gradients are made in this backward pass.
+        simulation: Knows the items.
+        start: The first item.
+        stop: The item after the last.
+        policy: Of activation memory.
+        sequence_len: Tokens of a micro-batch.
+        first: Whether the gradients are made in this backward pass.
     """
     trials = stage_trials(simulation, start, stop, policy, sequence_len, first=first)
     entry, tail = trials[0].entry, trials[-1].tail
@@ -110,7 +110,7 @@ def piece_memory(
 
 
 def _middle(simulation: Simulation, policy: str, sequence_len: int, *, first: bool) -> Trial | None:
-    """An item that is neither the first nor the last, if there is one."""
+    """Return an item that is neither the first nor the last, if there is one."""
     return simulation.trial(1, policy, sequence_len, first=first) if len(simulation.layers) > 2 else None
 
 

@@ -91,13 +91,13 @@ def stage_memory(
     peak is the largest of its passes. Gradients are there from the first micro-batch's backward pass on.
 
     Args:
-        simulation: knows the items.
-        spans: the first item and the one after the last of each of the stage's pieces.
-        stage: its number.
-        stages: how many there are.
-        micro_batches: of a step.
-        policy: of activation memory.
-        sequence_len: tokens of a micro-batch.
+        simulation: Knows the items.
+        spans: The first item and the one after the last of each of the stage's pieces.
+        stage: Its number.
+        stages: How many there are.
+        micro_batches: Of a step.
+        policy: Of activation memory.
+        sequence_len: Tokens of a micro-batch.
     """
     first = micro_batches == 1  # then gradients come with the backward pass
     pieces = [piece_memory(simulation, *span, policy, sequence_len, first=first) for span in spans]
@@ -144,8 +144,8 @@ def step(stages: Sequence[StageMemory], micro_batches: int) -> Timeline:
     """Return what becomes of a step: its schedule, played through with the times of the pieces.
 
     Args:
-        stages: of a split, in order.
-        micro_batches: of a step.
+        stages: Of a split, in order.
+        micro_batches: Of a step.
     """
     virtual_stages = len(stages[0].piece_seconds)
     times = [stages[k % len(stages)].piece_seconds[k // len(stages)] for k in range(len(stages) * virtual_stages)]

@@ -20,9 +20,9 @@ class InterleavedCut:
     What a stage keeps of micro-batches in flight is what the order of its passes says.
 
     Args:
-        costs: of the layers.
-        stages: of the pipeline.
-        virtual_stages: pieces of each.
+        costs: Of the layers.
+        stages: Of the pipeline.
+        virtual_stages: Pieces of each.
     """
 
     def __init__(self, costs: LayerCosts, stages: int, virtual_stages: int) -> None:
@@ -45,7 +45,7 @@ class InterleavedCut:
         First between any two by an estimate, then between neighbours by the simulated step.
 
         Args:
-            bounds: of all pieces, to begin with.
+            bounds: Of all pieces, to begin with.
         """
         found = self._descended(list(bounds), self._estimated, distance=len(bounds))
         return self._descended(found, self._simulated, distance=1 if len(bounds) > 12 else len(bounds))
@@ -60,7 +60,7 @@ class InterleavedCut:
             cost, best = found
 
     def _moves(self, bounds: list[int], distance: int) -> Iterator[list[int]]:
-        """A layer from one piece to another: the pieces between them move along."""
+        """Yield a layer from one piece to another: the pieces between them move along."""
         for first, last in itertools.combinations_with_replacement(range(1, len(bounds) - 1), 2):
             for by in (-1, 1) if last - first < distance else ():
                 moved = [bound + by * (first <= place <= last) for place, bound in enumerate(bounds)]
@@ -68,7 +68,7 @@ class InterleavedCut:
                     yield moved
 
     def _cost(self, bounds: Sequence[int], time: Callable[[Sequence[float]], float]) -> _Cost:
-        """The bytes that are too many, the time of a step, and how uneven the pieces are."""
+        """Return the bytes that are too many, the time of a step, and how uneven the pieces are."""
         seconds, held, retained = (
             [row[stop] - row[start] for start, stop in itertools.pairwise(bounds)]
             for row in (self._seconds, self._held, self._retained)

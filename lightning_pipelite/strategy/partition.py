@@ -104,7 +104,7 @@ def check_virtual_stages(stages: int, virtual_stages: int) -> None:
     """Refuse numbers of pieces a stage that cannot be.
 
     Raises:
-        ConfigurationError: if it is none, or there is a single stage.
+        ConfigurationError: If it is none, or there is a single stage.
     """
     if virtual_stages < 1:
         raise ConfigurationError(f"virtual_stages must be at least 1, not {virtual_stages}.")
