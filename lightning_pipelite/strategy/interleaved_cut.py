@@ -84,7 +84,7 @@ class InterleavedCut:
         return excess, float(f"{time(seconds):.9g}"), float(f"{sum(each**2 for each in seconds):.9g}")
 
     def _estimated(self, seconds: Sequence[float]) -> float:
-        """What the busiest stage computes, and the slowest piece once for each stage before the last, at both ends."""
+        """Return what the busiest stage computes, and the slowest piece once for each stage but one, at both ends."""
         busiest = max(sum(seconds[stage :: self._stages]) for stage in range(self._stages))
         return self._micro_batches * busiest + (self._stages - 1) * max(seconds)
 
