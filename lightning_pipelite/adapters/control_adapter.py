@@ -84,6 +84,11 @@ class ControlAdapter(Adapter):
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         parse_layers(self.layers_to_transform, len(meta_model.layers))
+        if meta_model.one_stage_only:
+            raise ConfigurationError(
+                f"Control Adapters cannot be trained on a model of type {meta_model.config.model_type}, which trains "
+                f"in one stage only because {meta_model.one_stage_only}; choose LoRA."
+            )
         _ = meta_model.whole  # refused now if it cannot be had: its names are those of the file
         hidden = _hidden_size(meta_model)
         if self.rank > hidden:

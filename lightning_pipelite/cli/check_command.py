@@ -71,6 +71,11 @@ def check_model(
     """
     meta_model = MetaModel(model_dir, trust_remote_code=trust_remote_code)
     items = len(meta_model.groups) - 1
+    if meta_model.one_stage_only and set(stages) != {1}:
+        raise ConfigurationError(
+            f"{model_dir}: a model of type {meta_model.config.model_type} trains in one stage only because "
+            f"{meta_model.one_stage_only}; set stages to 1."
+        )
     for count in stages:
         if not 1 <= count <= items:
             raise ConfigurationError(f"stages: {count} is not between 1 and {items}, what {model_dir} can be cut into.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.fp8 import has_fp8
 from lightning_pipelite.models.attention import varlen
+from lightning_pipelite.models.attention.by_document import run_by_document
 from lightning_pipelite.models.contents import check_contents
 from lightning_pipelite.models.experts import follows_interface, group_experts
 from lightning_pipelite.models.head import fuse_head as find_fused_head
@@ -51,8 +52,9 @@ class CausalLMLayers:
         compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers that go
             through their experts one by one.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
-        packed: Whether sequences may hold several documents. Some models, those with recurrent layers for one, cannot
-            keep them apart; they train with one document a sequence, and ``packed`` must be false.
+        packed: Whether sequences may hold several documents. Layers that carry a state from token to token then run on
+            each by itself, uncompiled. Some models, those that count positions in their own way for one, cannot keep
+            documents apart; they train with one document a sequence, and ``packed`` must be false.
         attn_implementation: ``"varlen"`` is FlashAttention over packed documents (:mod:`~lightning_pipelite.models.
             attention`), ``"sdpa"`` and ``"eager"`` are transformers'. ``"auto"`` is varlen on GPUs that have it, for
             models that attend in no other way, else transformers' choice.
@@ -68,11 +70,12 @@ class CausalLMLayers:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
             that need each other (``meta_model.groups``).
         meta_model: The whole model on the meta device.
+        one_stage_only: Why all layers are one item; None where they can be dealt out.
         compile_layers: As given; like ``activation_memory``, it may be changed before a stage is built.
 
     Raises:
-        ConfigurationError: The model is missing, damaged, not a causal LM or cannot be split, or the adapter does not
-            fit it.
+        ConfigurationError: The model is missing, damaged, not a causal LM or does something that is not known here, or
+            the adapter does not fit it.
 
     Example::
 
@@ -165,6 +168,7 @@ class CausalLMLayers:
         self.seed = seed
         self.packed = packed
         self.costs: LayerCosts | None = None
+        self.one_stage_only = self.meta_model.one_stage_only
         self.names = [type(self.meta_model.layers[first]).__name__ for first in self.meta_model.groups[:-1]]
 
     @property
@@ -240,16 +244,24 @@ class CausalLMLayers:
         ).train()
         tell_how_computed(model, device)
         follow_documents(model)
+        mine = range(start, stop)
+        apart = [name for name in self.meta_model.by_document if self.packed and self.meta_model.layer_of(name) in mine]
+        run_by_document(model, apart)
         leaves_head = self._fuse_head and stop == len(self.meta_model.layers)
         # Before the adapter's layers, which may need more than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.meta_model.head_name)) if leaves_head else None
         layers = list(model.get_submodule(self.meta_model.layers_name))[start:stop]
-        compiled = self.compiles_on(device)
-        set_activation_memory(layers, self.activation_memory, device, compiled=compiled)
+        # Documents of other lengths are other shapes in each micro-batch.
+        by_document = {self.meta_model.layer_of(name) for name in apart}
+        compiled = [
+            layer for n, layer in zip(mine, layers, strict=True) if self.compiles_on(device) and n not in by_document
+        ]
+        others = [layer for layer in layers if not any(layer is each for each in compiled)]
+        set_activation_memory(compiled, self.activation_memory, device, compiled=True)
+        set_activation_memory(others, self.activation_memory, device, compiled=False)
         self.adapter.apply(model, self.meta_model, self.seed)
         group_experts(layers)
-        if compiled:
-            compile_layers(layers)
+        compile_layers(compiled)
         return Stage(
             model,
             self.meta_model.layers_name,
@@ -269,7 +281,8 @@ class CausalLMLayers:
         """
         if self.compile_layers is not None:
             return self.compile_layers
-        return device.type == "cuda" and not self._have_single_experts
+        whole = self.meta_model.one_stage_only is None  # else layers share more than the hidden states
+        return device.type == "cuda" and whole and not self._have_single_experts
 
     @cached_property
     def _have_single_experts(self) -> bool:

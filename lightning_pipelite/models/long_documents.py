@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lightning_pipelite.models.attention.by_document import run_by_document
 from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.probe import build_tiny, equal
 from lightning_pipelite.models.rope import follow_documents
@@ -34,7 +35,11 @@ class LongDocuments:
 
 @torch.no_grad()
 def try_long_documents(
-    config: PretrainedConfig, build: Callable[..., PreTrainedModel], *, takes_positions: bool
+    config: PretrainedConfig,
+    build: Callable[..., PreTrainedModel],
+    *,
+    takes_positions: bool,
+    by_document: Sequence[str] = (),
 ) -> LongDocuments:
     """Hold packed documents in a tiny model, as a stage runs it, against each alone in a model that has run nothing.
 
@@ -42,6 +47,7 @@ def try_long_documents(
         config: The real model's configuration.
         build: Builds a model from a configuration.
         takes_positions: Whether its forward is told of documents by ``position_ids``.
+        by_document: Names of the modules that run on each document by itself.
 
     Raises:
         Exception: Whatever the class raises on a document that is short enough.
@@ -49,6 +55,7 @@ def try_long_documents(
     fresh = build_tiny(config, build, limit=LIMIT).eval()
     stage = copy.deepcopy(fresh)
     follow_documents(stage)
+    run_by_document(stage, by_document)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, 120, (1, length), generator=generator) for length in (*DOCUMENTS, LONGER)]
     counts = [torch.arange(ids.shape[1])[None] for ids in documents]

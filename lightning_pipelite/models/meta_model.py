@@ -22,6 +22,8 @@ from lightning_pipelite.models.transformers_compat import attention_of, set_atte
 from lightning_pipelite.models.weight_files import read_json
 from lightning_pipelite.models.whole_model import WholeModel, whole_model
 
+NOT_IN_ORDER = "its decoder layers do not run once each in order"
+
 
 class MetaModel:
     """A causal LM on the meta device, with the names of the parts that a pipeline deals out.
@@ -51,6 +53,8 @@ class MetaModel:
         shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
         takes_positions: Whether the model's forward takes ``position_ids``.
         isolates_documents: Whether packed documents, told by their positions, do not see each other.
+        by_document: Names of the modules in the layers that must run on each packed document by itself for that.
+        one_stage_only: Why the model cannot be cut, so that all its layers are one group; None if it can.
         balances_routers: Whether config.json asks for the routers' auxiliary loss (``output_router_logits``).
 
     Raises:
@@ -107,9 +111,10 @@ class MetaModel:
         if sees_the_future:
             raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
         try:
-            self.isolates_documents = probe.isolates_documents()
+            self.isolates_documents = probe.isolates_documents() or probe.isolate_documents(self.layer_names)
         except Exception:  # the class cannot run packed documents at all: they are refused
             self.isolates_documents = False
+        self.by_document = probe.by_document
         if not is_static(self.model):
             self._check_long_documents()
         if self.tied and f"{self.embedding_name}.weight" not in dict(self.model.named_parameters()):
@@ -226,7 +231,9 @@ class MetaModel:
     def _check_long_documents(self) -> None:
         """Try documents that are longer than the model was made for, if its positions are not known to be static."""
         try:
-            tried = try_long_documents(self.config, self._build, takes_positions=self.takes_positions)
+            tried = try_long_documents(
+                self.config, self._build, takes_positions=self.takes_positions, by_document=self.by_document
+            )
         except Exception as error:
             raise self._refusal(f"no tiny model with few positions could be tried: {_first_line(error)}") from error
         if not tried.forgets:
@@ -239,7 +246,8 @@ class MetaModel:
         lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 0]
         weighted = [name for name, m in modules.items() if any(p is not None for p in m._parameters.values())]
         outermost = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
-        reasons = []
+        reasons: dict[str, str] = {}
+        self.one_stage_only: str | None = None
         for name in sorted(outermost, key=lambda name: -sum(p.numel() for p in modules[name].parameters())):
             try:
                 unfit = self._try_layers(probe, name, weighted)
@@ -247,8 +255,25 @@ class MetaModel:
                 raise self._refusal(f"a trial forward failed: {_first_line(error)}") from error
             if unfit is None:
                 return
-            reasons.append(unfit)
-        raise self._refusal([*reasons, "it has no list of decoder layers"][0])
+            reasons[name] = unfit
+        if not reasons:
+            raise self._refusal("it has no list of decoder layers")
+        chosen = next((name for name, reason in reasons.items() if reason != NOT_IN_ORDER), next(iter(reasons)))
+        self._keep_together(probe, chosen, weighted)
+        self.one_stage_only = reasons[chosen]
+
+    def _keep_together(self, probe: Probe, layers_name: str, weighted: list[str]) -> None:
+        """Take the list ``layers_name`` for the decoder layers of a model that is not cut, whatever else it does."""
+        self._try_layers(probe, layers_name, weighted)
+        outside = [name for name in weighted if self.layer_of(name) is None]
+        trace = probe.trace(self.layer_names, outside)
+        started = [name for name in trace.order if name in self.layer_names]
+        before = trace.order[: trace.order.index(started[0])] if started else []
+        self.start_names = [name for name in outside if name in before]
+        self.tail_names = [name for name in outside if name not in before]
+        self.tuple_lengths = trace.tuple_lengths
+        self.shared_inputs = [names for names in trace.shared_inputs if len(names) > 1]
+        self.groups = [0, len(self.layers)]
 
     def _try_layers(self, probe: Probe, layers_name: str, weighted: list[str]) -> str | None:
         """Take the list ``layers_name`` for the decoder layers; return why that does not fit, or None."""
@@ -259,14 +284,16 @@ class MetaModel:
         trace = probe.trace(layer_names, outside)
         order = trace.order
         if [name for name in order if name in layer_names] != layer_names:
-            return "its decoder layers do not run once each in order"
+            return NOT_IN_ORDER
         if trace.hidden_missing:
             return "its decoder layers are not called with hidden states first"
         first, last = order.index(layer_names[0]), order.index(layer_names[-1])
         self.start_names = [name for name in outside if name in order[:first] and name not in order[first:]]
         self.tail_names = [name for name in outside if name in order[last:] and name not in order[:last]]
         if misplaced := set(outside) - {*self.start_names, *self.tail_names}:
-            return f"it has weights in {', '.join(sorted(misplaced))} that are not only before or after its layers"
+            more = f" and {len(misplaced) - 2} more" if len(misplaced) > 2 else ""
+            names = ", ".join(sorted(misplaced)[:2])
+            return f"it has weights in {names}{more} that are not only before or after its layers"
         if self.embedding_name not in self.start_names or self.head_name not in self.tail_names:
             return "it does not run as embedding, decoder layers, and head"
         self.tuple_lengths = trace.tuple_lengths
@@ -282,7 +309,7 @@ class MetaModel:
 
     def _refusal(self, reason: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{self.model_dir}: a model of type {self.config.model_type} cannot be split into pipeline stages because "
+            f"{self.model_dir}: a model of type {self.config.model_type} cannot be trained because "
             f"{reason}; choose another model."
         )
 

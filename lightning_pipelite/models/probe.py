@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lightning_pipelite.models.attention.by_document import Call, leaking_modules, run_as_it_is, run_by_document
 from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.tiny import tiny_config
 from lightning_pipelite.models.trace import Trace, trace_forward
@@ -31,6 +32,7 @@ class Probe:
 
     Attributes:
         model: The tiny model, in evaluation mode.
+        by_document: Names of the modules that run on each packed document by itself.
 
     Raises:
         Exception: Whatever the class raises where a tiny model cannot be built.
@@ -47,6 +49,8 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         self.input_ids = torch.randint(3, 120, (1, sum(DOCUMENTS)), generator=generator)
         self.takes_positions: bool = known is not None and known.takes_positions
+        self.by_document: list[str] = [] if known is None else known.by_document
+        run_by_document(self.model, self.by_document)
         if known is None and takes_positions(self.model):
             counted_by_itself = self._logits(self.input_ids)
             self.takes_positions = True
@@ -72,6 +76,41 @@ class Probe:
         documents = self.input_ids.split(DOCUMENTS, dim=1)
         packed = self._logits(self.input_ids, _packed_positions()).split(DOCUMENTS, dim=1)
         return all(equal(self._logits(ids), logits) for ids, logits in zip(documents, packed, strict=True))
+
+    def isolate_documents(self, layer_names: Sequence[str]) -> bool:
+        """Let what leaks from one packed document into the next run on each by itself; tell whether that is enough."""
+        self.by_document = self._leaking_modules(layer_names)
+        run_by_document(self.model, self.by_document)
+        self._seen.clear()
+        try:
+            isolated = self.isolates_documents()
+        except NotImplementedError:  # the class hands its layers something by token that is not known
+            isolated = False
+        if not isolated:
+            run_as_it_is(self.model, self.by_document)
+            self.by_document = []
+            self._seen.clear()
+        return isolated
+
+    @torch.no_grad()
+    def _leaking_modules(self, layer_names: Sequence[str]) -> list[str]:
+        calls: dict[str, Call] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls[name] = args, kwargs
+
+            return hook
+
+        layers = [(name, module) for name, module in self.model.named_modules() if name.startswith(tuple(layer_names))]
+        handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in layers]
+        try:
+            self._run(self.input_ids, _packed_positions())
+        finally:
+            for handle in handles:
+                handle.remove()
+        with document_mask(_packed_positions()):
+            return [name for each in layer_names for name in leaking_modules(calls, self.model, each, DOCUMENTS[0])]
 
     def attends_as(self, other: Probe) -> bool:
         """Tell whether packed documents have the logits that they have in a model that attends by other code."""

@@ -83,7 +83,8 @@ class PipeLiteModule(pl.LightningModule):
         parameter_groups: Other options for some parameters, by a regular expression that is searched in their names:
             ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
         packed: Sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
-            those with recurrent layers, are refused unless this is false and each sequence is one document.
+            those that count positions in their own way, are refused unless this is false and each sequence is one
+            document.
         attn_implementation: Varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
             varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
         bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.

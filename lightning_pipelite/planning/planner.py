@@ -212,6 +212,7 @@ class _Layers:
     def __init__(self, planner: Planner, policy: str) -> None:
         self._planner, self._policy = planner, policy
         self.names: Sequence[str] = planner.layers.names
+        self.one_stage_only = planner.layers.one_stage_only
 
     def parameter_counts(self) -> list[int]:
         return self._planner.layers.parameter_counts()

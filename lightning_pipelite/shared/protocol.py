@@ -9,7 +9,8 @@ asks                 whom, for what                                      where
 ===================  ==================================================  =============================================
 the strategy         the module, for its layers and loss                 :class:`HandsOutLayers`,
                                                                          :class:`PipelineLayers`
-the strategy         layers and loss, for more (optional)                :class:`KnowsCosts`, :class:`NamesSums`
+the strategy         layers and loss, for more (optional)                :class:`KnowsCosts`, :class:`MayBeWhole`,
+                                                                         :class:`NamesSums`
 the strategy         the module (optional)                               :class:`LogsEvaluation`, :class:`KnowsMetrics`,
                                                                          :class:`EvaluatesTogether`,
                                                                          :class:`IdentifiesItself`,
@@ -78,6 +79,14 @@ class PipelineLayers(Protocol):
         stages is tied: its gradients are summed over them. With virtual stages it is called for each piece of a stage.
         """
         ...
+
+
+@runtime_checkable
+class MayBeWhole(Protocol):
+    """Layers that cannot always be dealt out; others always can."""
+
+    one_stage_only: str | None
+    """Why they cannot, as what follows "because"; None if they can."""
 
 
 @dataclass(frozen=True)

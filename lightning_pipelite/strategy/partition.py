@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, PipelineLayers
+from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, MayBeWhole, PipelineLayers
 from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 
 _Allowed = Callable[[int, int, int], bool]
@@ -35,6 +35,12 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
     """
     check_virtual_stages(stages, virtual_stages)
     names = list(layers.names)
+    if stages * virtual_stages > 1 and isinstance(layers, MayBeWhole) and layers.one_stage_only:
+        asked = f"pipeline_stages={stages}" if stages > 1 else f"virtual_stages={virtual_stages}"
+        raise ConfigurationError(
+            f"{asked}, but this model trains in one stage only because {layers.one_stage_only}; set pipeline_stages "
+            "and virtual_stages to 1, or choose another model."
+        )
     if stages > len(names):
         raise ConfigurationError(
             f"pipeline_stages={stages} is more than the {len(names)} layers of the model; use at most {len(names)}."

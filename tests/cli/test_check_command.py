@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OPTConfig, RobertaConfig
 
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
@@ -37,8 +37,15 @@ def test_an_embedding_of_another_width_than_the_layers(tmp_path: Path) -> None:
     assert check_model(tmp_path, stages=(2,), tiny=True).differences == []
 
 
-def test_recurrent_model_is_exact_unpacked(tmp_path: Path) -> None:
+def test_recurrent_model_is_exact_packed(tmp_path: Path) -> None:
     MambaConfig(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
+    report = check_model(tmp_path, stages=(2,), tiny=True)
+    assert report.differences == []
+    assert report.packing
+
+
+def test_model_that_counts_positions_itself_is_exact_unpacked(tmp_path: Path) -> None:
+    RobertaConfig(is_decoder=True, num_hidden_layers=2).save_pretrained(tmp_path)
     report = check_model(tmp_path, stages=(2,), tiny=True)
     assert report.differences == []
     assert "packed to false" in str(report)

@@ -83,7 +83,7 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"llama"', '"llamma"')),
     ),
     "encoder": Case(
-        "copy: a model of type bert cannot be split into pipeline stages because its tokens see later tokens (is_decoder in config.json may be false); choose another model.",
+        "copy: a model of type bert cannot be trained because its tokens see later tokens (is_decoder in config.json may be false); choose another model.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"llama"', '"bert"')),
     ),
@@ -98,7 +98,7 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 6')),
     ),
     "no layers": Case(
-        "copy: a model of type llama cannot be split into pipeline stages because it has no list of decoder layers; choose another model.",
+        "copy: a model of type llama cannot be trained because it has no list of decoder layers; choose another model.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 0')),
     ),

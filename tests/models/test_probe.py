@@ -19,9 +19,13 @@ from transformers import (
     RobertaConfig,
 )
 
+from lightning_pipelite.adapters import ControlAdapter, Full
+from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import MetaModel
+from lightning_pipelite.models import CausalLMLayers, MetaModel
 from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.tiny import tiny_config
+from lightning_pipelite.strategy.partition import partition
 
 # Sizes, depths and rotary scaling as published; everything else is the class's default.
 REAL: dict[str, dict[str, Any]] = {
@@ -88,11 +92,17 @@ def meta_model_of(tmp_path: Path, config: Any) -> MetaModel:
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
 
 
-def test_recurrent_layers_are_told_to_leak(tmp_path: Path) -> None:
-    assert not meta_model_of(tmp_path / "mamba", MambaConfig(hidden_size=64, num_hidden_layers=2)).isolates_documents
+def test_recurrent_layers_run_by_document(tmp_path: Path) -> None:
+    mamba = meta_model_of(tmp_path / "mamba", MambaConfig(hidden_size=64, num_hidden_layers=2))
+    assert mamba.isolates_documents
+    assert mamba.by_document == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
     config = Qwen3NextConfig(**SMALL, num_hidden_layers=4, num_attention_heads=4, num_experts=4)
-    assert not meta_model_of(tmp_path / "next", config).isolates_documents
-    assert meta_model_of(tmp_path / "oss", GptOssConfig(num_hidden_layers=2)).isolates_documents
+    hybrid = meta_model_of(tmp_path / "next", config)
+    assert hybrid.isolates_documents
+    assert hybrid.by_document == [f"model.layers.{number}.linear_attn" for number in range(3)]
+    attends = meta_model_of(tmp_path / "oss", GptOssConfig(num_hidden_layers=2))
+    assert attends.isolates_documents
+    assert attends.by_document == []
 
 
 def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Path) -> None:
@@ -103,8 +113,19 @@ def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Pat
 
 
 def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="what comes before"):
-        meta_model_of(tmp_path, Gemma3nTextConfig())
+    config = Gemma3nTextConfig(**SMALL, num_hidden_layers=4, num_kv_shared_layers=2, num_attention_heads=4)
+    meta_model = meta_model_of(tmp_path, config)
+    assert meta_model.groups == [0, 4]
+    assert "what comes before" in str(meta_model.one_stage_only)
+    AutoModelForCausalLM.from_config(tiny_config(config)).save_pretrained(tmp_path)
+    layers = CausalLMLayers(tmp_path, adapter=Full())
+    assert partition(layers, 1) == [0, 1]
+    with pytest.raises(ConfigurationError, match=r"pipeline_stages=2, .*one stage only because all its decoder layers"):
+        partition(layers, 2)
+    with pytest.raises(ConfigurationError, match=r"one stage only because .*set stages to 1"):
+        check_model(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"one stage only because .*; choose LoRA\."):
+        CausalLMLayers(tmp_path, adapter=ControlAdapter(rank=2))
 
 
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])

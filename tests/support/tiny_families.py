@@ -156,16 +156,16 @@ def try_config(model_type: str, config: PretrainedConfig) -> Outcome:
             if "packed to false" not in str(refusal):
                 return Outcome(model_type, "refused", note=reason_of(refusal))
             layers, packing = exact_layers(directory, packed=False), "refused"
-        stages = f"1 to {len(layers)}"
+        stages, note = f"1 to {len(layers)}" if len(layers) > 1 else "1", layers.one_stage_only or ""
         try:
-            wrong = compare_split(layers, whole, sorted({1, 2, len(layers)}), train=True)
+            wrong = compare_split(layers, whole, sorted({1, min(2, len(layers)), len(layers)}), train=True)
             if packing == "isolated":
                 wrong += compare_packed(layers, whole)
         except ConfigurationError as refusal:
             return Outcome(model_type, "refused", note=reason_of(refusal))
         except Exception as error:
             wrong = [f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"]
-    return Outcome(model_type, "WRONG" if wrong else "exact", stages, packing, "; ".join(wrong))
+    return Outcome(model_type, "WRONG" if wrong else "exact", stages, packing, "; ".join(wrong) or note)
 
 
 def kinds(config: PretrainedConfig) -> set[tuple[str, str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_pipelite.models.attention.document_batches import DocumentBatches
 from lightning_pipelite.models.transformers_compat import mask_documents
 
 
@@ -23,6 +25,11 @@ class Documents:
 
     numbers: Tensor
     bounds: Tensor
+
+    @cached_property
+    def batches(self) -> DocumentBatches:
+        """The documents as rows of their own."""
+        return DocumentBatches.of(self.bounds, (self.numbers.shape[0], self.numbers.shape[1]))
 
 
 class _Current:
@@ -89,6 +96,11 @@ def _set(documents: Documents | None) -> Iterator[None]:
         yield
     finally:
         _Current.documents = before
+
+
+def each_row_a_document() -> AbstractContextManager[None]:
+    """Let what runs in this context know of one document a row, inside of :func:`document_mask` too."""
+    return _set(None)
 
 
 def current_documents() -> Documents | None:
