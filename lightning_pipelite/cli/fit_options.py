@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_pipelite import __version__, adapters, callbacks
 from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
+from lightning_pipelite.cli.jsonargparse_compat import take_integers_first
 from lightning_pipelite.cli.saved_config import SaveConfig
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
@@ -81,6 +82,7 @@ class ConfiguredCLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        take_integers_first(parser)
         if subcommand == "fit":
             parser.add_argument(
                 "--overwrite",
