@@ -1,6 +1,6 @@
 """What happens when a rank fails: how long until every process is gone, and what is printed last.
 
-    python benchmarks/failures.py [--write] [--gpu]
+    python benchmarks/failures.py [--write] [--gpu] [--virtual-stages 2]
 
 Jobs of three stages (with --gpu: two stages over NCCL, on two GPUs if there are, and on one, which NCCL must allow)
 fail in the third step, in every way, under every launcher. The seconds count from the failure, for a hang from its
@@ -25,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/failures.md")
     parser.add_argument("--gpu", action="store_true", help="two ranks over NCCL")
+    parser.add_argument("--virtual-stages", type=int, default=1, help="pieces of each stage")
     arguments = parser.parse_args()
+    pieces = arguments.virtual_stages
     import torch
 
     from report import Report
@@ -38,11 +40,11 @@ def main() -> None:
         name, "| launcher | failure | seconds | exit | left | last line |", "| --- | --- | --- | --- | --- | --- |"
     )
     failed = False
-    jobs = [(launcher, failure) for launcher in launchers for failure in failures(ranks)]
+    jobs = [(launcher, failure) for launcher in launchers for failure in failures(ranks, pieces)]
     # Most of a job is its start. It takes a core for each process, and one for what watches it.
     at_once = max(1, (os.cpu_count() or 1) // (ranks + 1))
     with ThreadPoolExecutor(at_once) as pool:
-        outcomes = pool.map(lambda each: run(each[1], each[0], ranks, arguments.gpu), jobs)
+        outcomes = pool.map(lambda each: run(each[1], each[0], ranks, arguments.gpu, pieces), jobs)
         for (launcher, failure), o in zip(jobs, outcomes, strict=True):
             how = f"{failure.how}, rank {failure.rank}"
             report.row(f"| {launcher} | {how} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |")

@@ -1,7 +1,8 @@
 """Pipelines over any number of GPUs, or of CPU processes: speed, memory, idle time and losses against one GPU.
 
     python benchmarks/scaling.py [--ranks N] [--one-gpu] [--shape 8b|1b|tiny|70b] [--ways lora,qlora,full]
-        [--splits 2x1,1x2] [--micro-batches 4,8,16,32] [--memory-limit GIB] [--no-reference] [--write]
+        [--splits 2x1,1x2] [--virtual-stages 1,2,4] [--micro-batches 4,8,16,32] [--memory-limit GIB] [--no-reference]
+        [--write]
 
 Trains a Llama of random bf16 weights through the Trainer, sequences of 4096 tokens (the tiny shape: 128), rank 16 on
 all linear layers. LoRA is tried with every number of micro-batches and, in stages, with uniform and with balanced cuts
@@ -10,10 +11,13 @@ uniform cuts. Without --ranks it takes all GPUs, or 4 processes on a CPU; withou
 stages x replicas, and on a CPU or with --one-gpu also those of two ranks. --one-gpu puts all ranks on the first GPU
 (NCCL from 2.30): right for losses and memory, and says nothing of speed.
 
-*Efficiency* is tokens/s by ranks times those of one rank alone, and in brackets by the ideal m/(m+p-1) of p stages with
-m micro-batches. *Simulated* is what the schedule, played through with the measured times of layers and transfers, makes
-of the same brackets. *Idle* is the share of the schedule in which a stage waits, for each stage; a transfer counts as
-waiting. *Loss* is the largest difference in any step to one rank with as many micro-batches a step.
+With --virtual-stages each pipeline is tried with each of these numbers of pieces a stage (V), cut uniformly and by the
+measured times.
+
+*Efficiency* is tokens/s by ranks times those of one rank alone, and in brackets by the ideal m/(m+(p-1)/V) of p stages
+with m micro-batches. *Simulated* is what the schedule, played through with the measured times of layers and transfers,
+makes of the same brackets. *Idle* is the share of the schedule in which a stage waits, for each stage; a transfer
+counts as waiting. *Loss* is the largest difference in any step to one rank with as many micro-batches a step.
 
 Exits with 1 if a loss differs by more than 1e-2 (bf16 noise) or does not fall; and, on GPUs of their own with the 8B
 shape, if at m = 16 no cut reaches 0.95 of the ideal, or replicas 0.97 of linear.
@@ -22,6 +26,7 @@ shape, if at m = 16 no cut reaches 0.95 of the ideal, or replicas 0.97 of linear
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -34,7 +39,11 @@ import torch
 
 import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
+from lightning_pipelite.shared.protocol import LayerCosts
+from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 from lightning_pipelite.strategy.partition import balanced_bounds
+from lightning_pipelite.strategy.schedule import interleaved_1f1b
+from lightning_pipelite.strategy.schedule import simulate as play
 from processes import Workers
 from random_model import SHAPES, write_model
 from report import Report
@@ -109,6 +118,7 @@ def parse() -> Any:
     parser.add_argument("--shape", choices=ALL_SHAPES, default="8b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--ways", type=listed(str), default=["lora", "qlora", "full"])
     parser.add_argument("--splits", type=listed(lambda text: tuple(int(n) for n in text.split("x"))), help="SxR,...")
+    parser.add_argument("--virtual-stages", type=listed(int), default=[1], help="pieces a stage, one job for each")
     parser.add_argument("--cuts", type=listed(str), default=["uniform", "balanced"])
     parser.add_argument("--micro-batches", type=listed(int), default=[4, 8, 16, 32])
     parser.add_argument("--steps", type=int, default=2, help="how many are timed")
@@ -172,12 +182,31 @@ class Way:
             most = max(self._options.micro_batches)
             yield Job(self._way, 1, 1, tuple(sorted(m for m in wanted if m <= most))), "-"
         for stages, replicas in splits:
+            pieces = [v for v in self._options.virtual_stages if stages > 1 and 1 < v <= self._layers // stages]
+            for virtual_stages, cut in itertools.product(pieces, self._options.cuts):
+                bounds = self._pieces(times, stages, virtual_stages, cut)
+                counts = tuple(m for m in self._options.micro_batches if replicas == 1 or m <= self._at)
+                yield (
+                    Job(self._way, stages, replicas, counts, (), self._options.memory_limit, virtual_stages, bounds),
+                    f"{cut}, V = {virtual_stages}",
+                )
+            if 1 not in self._options.virtual_stages and stages > 1:
+                continue
             for cut in self._options.cuts if stages > 1 and self._way == "lora" else ["uniform"]:
                 weights = times.weights(self._layers) if cut == "balanced" else ()
                 counts = self._counts if replicas == 1 else tuple(m for m in self._counts if m <= self._at)
                 if cut == "balanced":
                     counts = (self._at,)
                 yield Job(self._way, stages, replicas, counts, weights, self._options.memory_limit), cut
+
+    def _pieces(self, times: LayerTimes, stages: int, virtual_stages: int, cut: str) -> tuple[int, ...]:
+        weights = times.weights(self._layers) if cut == "balanced" else [1] * self._layers
+        bounds = balanced_bounds(weights, stages * virtual_stages)
+        if cut == "balanced":
+            nothing = [0] * self._layers
+            costs = LayerCosts(weights, nothing, nothing, self._at)
+            bounds = InterleavedCut(costs, stages, virtual_stages).improved(bounds)
+        return tuple(bounds)
 
     def _splits(self) -> Iterator[tuple[int, int]]:
         worlds = {self._ranks}
@@ -196,7 +225,7 @@ class Way:
             of_ranks: list[Run] = [runs[index] for runs in everyones]
             first = of_ranks[0]
             tokens = micro_batches * job.replicas * self._setting.length / max(run.seconds for run in of_ranks)
-            ideal = micro_batches / (micro_batches + job.stages - 1)
+            ideal = micro_batches / (micro_batches + (job.stages - 1) / job.virtual_stages)
             efficiency = ideally = simulated = difference = math.nan
             if world == 1:
                 self._alone[micro_batches] = first
@@ -211,7 +240,12 @@ class Way:
                 if same := self._alone.get(micro_batches * job.replicas):
                     difference = max(abs(a - b) for a, b in zip(first.losses, same.losses, strict=True))
                     failed |= not difference <= LOSS_LIMIT
-            if job.stages > 1:
+            if job.virtual_stages > 1:
+                pieces = times.of_stages(list(job.bounds))
+                plan = interleaved_1f1b(job.stages, job.virtual_stages, micro_batches)
+                step = play(plan, [p.forward for p in pieces], [p.backward for p in pieces], transfer)
+                simulated = step.efficiency / ideal
+            elif job.stages > 1:
                 bounds = balanced_bounds(job.weights or [1] * self._layers, job.stages)
                 simulated = simulate(times.of_stages(bounds), micro_batches, transfer, blocking=True).efficiency / ideal
             failed |= not (math.isfinite(first.losses[-1]) and first.losses[-1] < first.losses[0])

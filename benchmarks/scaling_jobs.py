@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import tests_support  # noqa: F401
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Full, LoRA
+from lightning_pipelite.strategy.partition import method_of
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from random_model import random_sequences
 from shared_layers import read_shared
@@ -62,6 +63,8 @@ class Job:
         weights: of the layers, by which the stages are cut; without, all weigh the same.
         micro_batches: a step and replica, one training for each.
         memory_limit: GiB that torch may take of a card.
+        virtual_stages: pieces of each stage.
+        bounds: of the pieces, if there are several.
     """
 
     way: str
@@ -70,6 +73,8 @@ class Job:
     micro_batches: tuple[int, ...]
     weights: tuple[int, ...] = ()
     memory_limit: float | None = None
+    virtual_stages: int = 1
+    bounds: tuple[int, ...] = ()
 
 
 @dataclass
@@ -196,7 +201,8 @@ def train(job: Job, setting: Setting) -> list[Run]:
     data = random_sequences(SEQUENCES, setting.length, setting.vocabulary)
     runs, steps = [], WARM_UP + setting.steps + 1
     for micro_batches in job.micro_batches:
-        strategy = PipeLiteStrategy(job.stages, partition_method="parameters" if job.weights else "uniform")
+        method = "parameters" if job.weights else method_of(job.bounds) if job.bounds else "uniform"
+        strategy = PipeLiteStrategy(job.stages, partition_method=method, virtual_stages=job.virtual_stages)
         measure = Measure(start, steps)
         trainer = L.Trainer(
             strategy=strategy, accelerator="gpu" if setting.on_gpu else "cpu",

@@ -1,6 +1,6 @@
 """Kills a training again and again, resumes it each time, and holds every loss against the undisturbed training.
 
-    python benchmarks/soak.py [--kills 54] [--stages 2] [--seed 0] [--write]
+    python benchmarks/soak.py [--kills 54] [--stages 2] [--virtual-stages 1] [--seed 0] [--write]
 
 LoRA with dropout on a tiny Llama, an evaluation every third step, a checkpoint every second step. Each life of the
 training is ended at a random moment: while it starts, during a step, or while a checkpoint is being written; by SIGKILL
@@ -24,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ class Log(L.Callback):
         self._write(trainer, "eval", "eval/loss")
 
 
-def train(folder: Path, steps: int, stages: int, log: Path) -> None:
+def train(folder: Path, steps: int, stages: int, virtual_stages: int, log: Path) -> None:
     """One rank of one life."""
-    strategy = PipeLiteStrategy(stages)
+    strategy = PipeLiteStrategy(stages, virtual_stages=virtual_stages)
     trainer = L.Trainer(
         strategy=strategy, accelerator="cpu", devices=stages, max_steps=steps, max_epochs=-1, logger=False,
         accumulate_grad_batches=2, val_check_interval=6, limit_val_batches=2, num_sanity_val_steps=0,
@@ -107,10 +107,11 @@ class Life:
         folder: holds the model and the checkpoints; everything printed goes to a file there.
         steps: how many the training has in all.
         stages: the number of ranks.
+        virtual_stages: pieces of each stage.
         log: where rank 0 writes its losses.
     """
 
-    def __init__(self, folder: Path, steps: int, stages: int, log: Path) -> None:
+    def __init__(self, folder: Path, steps: int, stages: int, virtual_stages: int, log: Path) -> None:
         self._log = log
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -120,7 +121,7 @@ class Life:
         for rank in range(stages):
             pid = os.fork()
             if pid == 0:
-                _be_rank(rank, stages, port, folder, lambda: train(folder, steps, stages, log))
+                _be_rank(rank, stages, port, folder, lambda: train(folder, steps, stages, virtual_stages, log))
             self.alive[rank] = pid
 
     def poll(self) -> bool:
@@ -193,21 +194,22 @@ class Tally:
     broken: int = 0  # lives that lost more than they may, or ended in another way than they must
 
 
-def soak(folder: Path, kills: int, stages: int, seed: int, report: Report) -> Tally:
+def soak(folder: Path, kills: int, stages: int, virtual_stages: int, seed: int, report: Report) -> Tally:
     """Run the training undisturbed, then kill it ``kills`` times and let it end."""
     drawn, tally, steps = random.Random(seed), Tally(), STEPS_A_LIFE * (kills + 1)
-    make_model(folder / "model", Case("untied"), SCALE)
+    scale = replace(SCALE, layers=max(SCALE.layers, stages * virtual_stages))
+    make_model(folder / "model", Case("untied"), scale)
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir()
     (undisturbed / "model").symlink_to(folder / "model")
-    life = Life(undisturbed, steps, stages, undisturbed / "log")
+    life = Life(undisturbed, steps, stages, virtual_stages, undisturbed / "log")
     assert not life.wait_for(lambda: False, 600), "the undisturbed training does not end"
     expected = {(line.kind, line.step): line.loss for line in life.lines() if line.kind != "start"}
     assert sum(kind == "train" for kind, _ in expected) == steps, (undisturbed / "output.txt").read_text()[-3000:]
     done: Counter[tuple[str, str]] = Counter()
     reached, orderly, seen = 0, False, set()  # the last step logged; whether SIGTERM let it be saved; what was logged
     while True:
-        life, last = Life(folder, steps, stages, folder / f"log-{tally.kills}"), tally.kills == kills
+        life, last = Life(folder, steps, stages, virtual_stages, folder / f"log-{tally.kills}"), tally.kills == kills
         moment, way = drawn.choice(MOMENTS), drawn.choice(WAYS)
         begun = False
         if not last:
@@ -268,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=54)
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--virtual-stages", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/soak.md")
     arguments = parser.parse_args()
@@ -275,7 +278,7 @@ def main() -> None:
     report = Report("soak", "| killed by | during | times |", "| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        tally = soak(folder, arguments.kills, arguments.stages, arguments.seed, report)
+        tally = soak(folder, arguments.kills, arguments.stages, arguments.virtual_stages, arguments.seed, report)
         left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
         failed = bool(tally.differences or tally.orphans or tally.broken or left)
         if failed:

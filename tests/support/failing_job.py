@@ -38,13 +38,14 @@ class Failure:
     expected: str
 
 
-def failures(ranks: int) -> list[Failure]:
-    raised = [
-        Failure("raise", rank, f"rank {rank} (stage {rank}) failed: ValueError: broken on purpose")
-        for rank in range(ranks)
-    ]
+def failures(ranks: int, virtual_stages: int = 1) -> list[Failure]:
+    def place(rank: int) -> str:
+        """With several pieces a stage, of one layer each, the first one fails."""
+        return f"rank {rank} (stage {rank}{f', piece {rank}, layer {rank}' if virtual_stages > 1 else ''})"
+
+    raised = [Failure("raise", rank, f"{place(rank)} failed: ValueError: broken on purpose") for rank in range(ranks)]
     killed = [Failure("kill", rank, f"rank {rank} (stage {rank}) died") for rank in (0, ranks - 1)]
-    hung = Failure("hang", ranks - 1, f"rank {ranks - 1} (stage {ranks - 1}) has made no progress")
+    hung = Failure("hang", ranks - 1, f"{place(ranks - 1)} has made no progress")
     return [*raised, *killed, hung, Failure("nan", 0, "step 3: the loss is nan")]
 
 
@@ -84,7 +85,7 @@ def job(arguments: argparse.Namespace) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.layers = nn.ModuleList(Fails(index) for index in range(ranks))
+            self.layers = nn.ModuleList(Fails(index) for index in range(ranks * arguments.virtual_stages))
 
         def pipeline_layers(self) -> Any:
             return list(self.layers), nn.functional.mse_loss
@@ -99,7 +100,11 @@ def job(arguments: argparse.Namespace) -> None:
     module = Module()
     data = torch.utils.data.TensorDataset(torch.randn(64, 16), torch.randn(64, 16))
     trainer = L.Trainer(
-        strategy=PipeLiteStrategy(ranks, timeout=HANG_TIMEOUT if arguments.how == "hang" else 600.0),
+        strategy=PipeLiteStrategy(
+            ranks,
+            timeout=HANG_TIMEOUT if arguments.how == "hang" else 600.0,
+            virtual_stages=arguments.virtual_stages,
+        ),
         accelerator="gpu" if arguments.gpu else "cpu", devices=arguments.devices, num_nodes=arguments.nodes,
         accumulate_grad_batches=4, max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -118,7 +123,7 @@ class Outcome:
     left: int
 
 
-def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False) -> Outcome:
+def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False, virtual_stages: int = 1) -> Outcome:
     """Start a job that fails, and wait until every one of its processes is gone.
 
     Args:
@@ -126,6 +131,7 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False) -> Outco
         launcher: ``lightning``, ``torchrun``, ``deepspeed``, or ``nodes`` (Lightning's on as many nodes as ranks).
         ranks: the number of processes, each a stage.
         gpu: over NCCL; with ``nodes`` all ranks use the first GPU.
+        virtual_stages: pieces of each stage.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +142,7 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False) -> Outco
         devices, nodes = (1, ranks) if launcher == "nodes" else (ranks, 1)
         options = [
             script, "--how", failure.how, "--rank", str(failure.rank), "--devices", str(devices), "--nodes",
-            str(nodes), "--marker", str(marker), *(["--gpu"] if gpu else []),
+            str(nodes), "--marker", str(marker), "--virtual-stages", str(virtual_stages), *(["--gpu"] if gpu else []),
         ]  # fmt: skip
         environments: list[dict[str, str]] = [{}]
         command = [python, *options]
@@ -212,5 +218,6 @@ if __name__ == "__main__":
         parser.add_argument(text)
     for number in ("--rank", "--devices", "--nodes"):
         parser.add_argument(number, type=int)
+    parser.add_argument("--virtual-stages", type=int, default=1)
     parser.add_argument("--gpu", action="store_true")
     job(parser.parse_args())

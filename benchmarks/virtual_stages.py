@@ -1,0 +1,135 @@
+"""The step of a pipeline with one, two and four pieces on each stage: the schedule alone, over gloo.
+
+    python benchmarks/virtual_stages.py [--stages 4] [--layer-ms 30] [--steps 4] [--write]
+
+The layers compute next to nothing: they sleep their time, 30 ms forward and twice that backward, so that ranks on few
+cores are as fast as on their own. What is compared is the schedule with its transfers. *Efficiency* is the layers' time
+by the step's time and the number of stages, *ideal* is that of equal pieces, m/(m+(p-1)/V). Exits with 1 if two pieces
+a stage are not 1.15 times as fast as one where there are as many micro-batches as stages, or if a loss differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import tests_support  # noqa: F401
+from lightning_pipelite import PipeLiteStrategy
+from processes import Workers
+from report import Report
+
+WIDTH, PIECES, GAIN = 16, (1, 2, 4), 1.15
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return gradient, None
+
+
+class Sleeping(nn.Module):
+    """A layer that sleeps its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear, self.seconds = nn.Linear(WIDTH, WIDTH), seconds
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        slept: Tensor = _Sleep.apply(torch.tanh(self.linear(inputs)), self.seconds)
+        return slept
+
+
+class Model(L.LightningModule):
+    def __init__(self, layers: int, seconds: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Sleeping(seconds) for _ in range(layers))
+
+    def pipeline_layers(self) -> Any:
+        return list(self.layers), nn.functional.mse_loss
+
+    def training_step(self, *_: Any) -> None:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Clock(L.Callback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if len(self.ends) < trainer.global_step:
+            self.ends.append(time.perf_counter())
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def train(stages: int, virtual_stages: int, layers: int, micro_batches: int, seconds: float, steps: int) -> Any:
+    """As one of the ranks: the seconds of a step, the median; and the losses."""
+    clock = Clock()
+    trainer = L.Trainer(
+        strategy=PipeLiteStrategy(stages, virtual_stages=virtual_stages), accelerator="cpu", devices=stages,
+        accumulate_grad_batches=micro_batches, max_steps=steps + 1, max_epochs=-1, callbacks=[clock], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    rows = [tuple(torch.randn(2, WIDTH, generator=generator) for _ in range(2)) for _ in range(micro_batches)]
+    trainer.fit(Model(layers, seconds), DataLoader(rows, batch_size=None, shuffle=False))  # type: ignore[arg-type]
+    return statistics.median(b - a for a, b in itertools.pairwise(clock.ends)), clock.losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--layer-ms", type=float, default=30.0, help="forward; backward takes twice that")
+    parser.add_argument("--steps", type=int, default=4, help="that are timed")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/virtual_stages.md")
+    options = parser.parse_args()
+    stages, layers, seconds = options.stages, options.stages * max(PIECES), options.layer_ms / 1000
+    workers = Workers(stages)
+    head = "| micro-batches | pieces a stage | step, s | as fast as one piece | efficiency | ideal |"
+    report, failed = Report("virtual_stages", head, "| --- | --- | --- | --- | --- | --- |"), False
+    for micro_batches in (stages, 2 * stages):
+        alone, expected = 0.0, []
+        for pieces in PIECES:
+            found = workers.run(stages, train, stages, pieces, layers, micro_batches, seconds, options.steps)
+            step, losses = max(each for each, _ in found), found[0][1]
+            if pieces == 1:
+                alone, expected = step, losses
+            failed |= max(abs(a - b) for a, b in zip(losses, expected, strict=True)) > 1e-6
+            failed |= pieces == 2 and micro_batches == stages and alone / step < GAIN
+            efficiency = 3 * seconds * layers * micro_batches / (stages * step)
+            ideal = micro_batches / (micro_batches + (stages - 1) / pieces)
+            report.row(
+                f"| {micro_batches} | {pieces} | {step:.3f} | {alone / step:.2f} | {efficiency:.2f} | {ideal:.2f} |"
+            )
+    workers.close()
+    report.line(
+        f"{stages} ranks over gloo, {layers} layers that sleep {options.layer_ms:g} ms forward and twice that back; "
+        f"{'FAILED' if failed else f'two pieces are at least {GAIN} times as fast as one at m = {stages}'}"
+    )
+    if options.write:
+        report.write()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
