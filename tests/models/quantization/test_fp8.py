@@ -105,8 +105,8 @@ def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: P
     [LoRA(4), LoRA(4, dropout=0.1), LoRA(4, use_dora=True), ControlAdapter(4)],
     ids=["LoRA", "dropout", "DoRA", "control"],
 )
-@pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])
-def test_policies_and_the_compiler_change_nothing(
+@pytest.mark.parametrize("policy", ["selective", "offload"])
+def test_ways_to_keep_activations_change_nothing(
     tmp_path: Path, adapter: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With products in FP8, as on a GPU that has them."""
@@ -145,8 +145,9 @@ def test_stages_change_nothing_in_products_in_fp8(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(gradient, found[name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("adapter", [LoRA(4), ControlAdapter(4)], ids=["LoRA", "ControlAdapter"])
-@pytest.mark.parametrize("policy", ["keep", "recompute"])
+@pytest.mark.parametrize(
+    ("adapter", "policy"), [(LoRA(4), "keep"), (ControlAdapter(4), "recompute")], ids=["LoRA", "ControlAdapter"]
+)
 def test_compiled_layers_are_one_graph(
     tmp_path: Path, adapter: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,10 +164,10 @@ def test_compiled_layers_are_one_graph(
     outcomes = []
     for compiled in (True, False):
         options = {"activation_memory": policy, "compile_layers": compiled, "attn_implementation": "eager"}
-        stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, **options), [0, 2, 4])
+        stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, **options), [0, 4])
         give_b_values(stages)
         outcomes.append(train_stages(stages, classes=classes))
-    assert counter.frame_count == 3  # the very first layer's input needs no gradient; that of a stage is a leaf
+    assert counter.frame_count == 2  # the very first layer's input needs no gradient
     (logits, gradients), (expected, expected_gradients) = outcomes
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
     for name, gradient in expected_gradients.items():
