@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
-from optimi import Adam
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -32,15 +29,9 @@ from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.module.batches import BatchForm, count_documents
 from lightning_pipelite.module.data_warnings import warn_of_data
 from lightning_pipelite.module.evaluation_metrics import Evaluation
+from lightning_pipelite.module.optimization import Optimization
 from lightning_pipelite.module.throughput import Speed
-from lightning_pipelite.optim import (
-    OptimizerFactory,
-    check_patterns,
-    check_schedule,
-    group_parameters,
-    make_optimizer,
-    make_schedule,
-)
+from lightning_pipelite.optim import OptimizerFactory
 from lightning_pipelite.planning.memory_plan import MemoryPlan
 from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.shared.finite import refuse_not_finite
@@ -130,17 +121,6 @@ class PipeLiteModule(pl.LightningModule):
         load_in_fp8: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, low, high in (("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("lr", lr, 0, 1e3)):
-            if not low <= value < high or (name == "beta2" and value == 0):
-                raise ConfigurationError(f"model.{name} must be at least {low} and less than {high:g}, not {value}.")
-        if eps <= 0:
-            raise ConfigurationError(f"model.eps must be positive, not {eps}.")
-        if optimizer is not None and (beta1, beta2, eps) != (0.9, 0.99, 1e-6):
-            raise ConfigurationError(
-                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
-            )
-        check_schedule(schedule, warmup_steps)
-        check_patterns(parameter_groups or {})
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
             raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
@@ -149,13 +129,9 @@ class PipeLiteModule(pl.LightningModule):
         self.adapter = adapter
         self.model_dir = model_dir
         self.lr = lr
-        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi
-        # warns that this will go in favour of one launch for each.
-        together = torch.cuda.is_available() or None
-        warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
-        self._optimizer = optimizer or partial(Adam, betas=(beta1, beta2), eps=eps, foreach=together)
-        self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, parameter_groups or {}
-        self._rehearse_optimizer()
+        self._optimization = Optimization(
+            optimizer, lr, (beta1, beta2), eps, schedule, warmup_steps, parameter_groups or {}
+        )
         self._layers = CausalLMLayers(
             model_dir,
             dtype=getattr(torch, dtype),
@@ -193,7 +169,7 @@ class PipeLiteModule(pl.LightningModule):
             MemoryPlan(
                 layers,
                 loss,
-                lambda parameters: self._optimizer(parameters, self.lr),
+                lambda parameters: self._optimization.factory(parameters, self.lr),
                 choose=self.hparams["activation_memory"] == "auto",
                 refuse=self.hparams["check_memory"],
             )
@@ -208,7 +184,7 @@ class PipeLiteModule(pl.LightningModule):
     @property
     def optimizer_factory(self) -> OptimizerFactory:
         """Makes the optimizer of parameters and a learning rate."""
-        return self._optimizer
+        return self._optimization.factory
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> dict[str, Tensor]:
@@ -234,28 +210,15 @@ class PipeLiteModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        groups = group_parameters(self.named_parameters(), self._groups)
-        # A stage may have nothing of a group, but some stage must.
-        matched = gathered([bool(group["params"]) for group in groups[1:]])
-        for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
-            if not any(found):
-                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
-        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
+        optimizer, schedule = self._optimization.make(
+            self.named_parameters(), self.lr, lambda: self.trainer.estimated_stepping_batches
+        )
         optimizer.register_step_post_hook(self._after_step)
-        total = self.trainer.estimated_stepping_batches if self._schedule == "cosine" else math.inf
-        scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _after_step(self, *_: Any) -> None:
         for piece in self._pieces:
             self.adapter.after_step(piece.causal_lm)
-
-    def _rehearse_optimizer(self) -> None:
-        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
-        groups = group_parameters([("", torch.nn.Parameter(torch.zeros(1)))], self._groups)
-        optimizer = make_optimizer(self._optimizer, self.lr, groups, self._groups)
-        if self._schedule == "rms_ratio":
-            make_schedule(optimizer, self._schedule, self._warmup_steps, math.inf)
 
     def save_trained(self, directory: Path) -> None:
         """Write the adapter (a PEFT directory) or the model (a Hugging Face directory). Collective.

@@ -1,0 +1,104 @@
+"""How a causal LM is optimized: the optimizer, its learning rate, and other options for some parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from optimi import Adam
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.optim import (
+    OptimizerFactory,
+    check_patterns,
+    check_schedule,
+    group_parameters,
+    make_optimizer,
+    make_schedule,
+)
+from lightning_pipelite.shared.over_ranks import gathered
+
+_BETAS, _EPS = (0.9, 0.99), 1e-6
+
+
+class Optimization:
+    """What the options of a module say of it, tried out as they are given.
+
+    Args:
+        factory: Makes the optimizer; None for optimi's Adam.
+        lr: The learning rate.
+        betas: Of the default optimizer.
+        eps: Of the default optimizer.
+        schedule: Of the learning rate.
+        warmup_steps: Of the schedule.
+        groups: Options of the parameters whose names a pattern is found in.
+
+    Raises:
+        ConfigurationError: If an option is out of range, or the optimizer would refuse it.
+    """
+
+    def __init__(
+        self,
+        factory: OptimizerFactory | None,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        schedule: str,
+        warmup_steps: int,
+        groups: Mapping[str, dict[str, float]],
+    ) -> None:
+        for name, value, high in (("beta1", betas[0], 1), ("beta2", betas[1], 1), ("lr", lr, 1e3)):
+            if not 0 <= value < high or (name == "beta2" and value == 0):
+                raise ConfigurationError(f"model.{name} must be at least 0 and less than {high:g}, not {value}.")
+        if eps <= 0:
+            raise ConfigurationError(f"model.eps must be positive, not {eps}.")
+        if factory is not None and (betas, eps) != (_BETAS, _EPS):
+            raise ConfigurationError(
+                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
+            )
+        check_schedule(schedule, warmup_steps)
+        check_patterns(groups)
+        # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi
+        # warns that this will go in favour of one launch for each.
+        together = torch.cuda.is_available() or None
+        warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
+        self.factory: OptimizerFactory = factory or partial(Adam, betas=betas, eps=eps, foreach=together)
+        self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, groups
+        self._rehearse(lr)
+
+    def _rehearse(self, lr: float) -> None:
+        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
+        grouped = group_parameters([("", nn.Parameter(torch.zeros(1)))], self._groups)
+        optimizer = make_optimizer(self.factory, lr, grouped, self._groups)
+        if self._schedule == "rms_ratio":
+            make_schedule(optimizer, self._schedule, self._warmup_steps, math.inf)
+
+    def make(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, steps: Callable[[], float]
+    ) -> tuple[Optimizer, dict[str, Any]]:
+        """Make the optimizer, and its schedule as Lightning takes it. Collective.
+
+        Args:
+            named_parameters: Of this process's stage.
+            lr: The learning rate.
+            steps: Tells how many steps the training takes, which loads the data; it is asked if the schedule needs it.
+
+        Raises:
+            ConfigurationError: If a pattern is found in no name of any stage.
+        """
+        grouped = group_parameters(named_parameters, self._groups)
+        # A stage may have nothing of a group, but some stage must.
+        matched = gathered([bool(group["params"]) for group in grouped[1:]])
+        for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
+            if not any(found):
+                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
+        optimizer = make_optimizer(self.factory, lr, grouped, self._groups)
+        total = steps() if self._schedule == "cosine" else math.inf
+        scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
+        return optimizer, {"scheduler": scheduler, "interval": "step"}
