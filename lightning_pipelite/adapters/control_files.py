@@ -1,17 +1,20 @@
-"""Reads Control Adapters from disk, those of qlora-pipe-lite too."""
+"""Reads Control Adapters from disk: those of this project and those of qlora-pipe-lite."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_pipelite.adapters.weight_file import CONFIG_FILE, read_tensors
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.weight_files import read_json
 
-NAME = re.compile(r"(?:.*\.)?(\d+)\.control_([QS])")
+KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(\d+)\.control_(Q|S|A|B)(?:\.weight)?")
 
 
 def load_control_adapter(directory: str | Path) -> dict[int, tuple[Tensor, Tensor]]:
@@ -26,22 +29,121 @@ def load_control_adapter(directory: str | Path) -> dict[int, tuple[Tensor, Tenso
     Raises:
         ConfigurationError: There is no such file, or it holds something else.
     """
-    paths = [Path(directory) / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ConfigurationError(f"{directory} has no adapter_model.safetensors; name the directory of an adapter.")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on the damage
-        raise ConfigurationError(f"{path} cannot be read ({error}); save the adapter again.") from error
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        match = NAME.fullmatch(name)
-        if match is None:
-            raise ConfigurationError(f"{path} holds {name}, so it is no Control Adapter with Q and S; name another.")
-        layers.setdefault(int(match[1]), {})[match[2]] = tensor
+    layers = _read_layers(Path(directory))[1]
     for number, parts in layers.items():
-        q, s = parts.get("Q"), parts.get("S")
-        if q is None or s is None or q.ndim != 2 or s.shape != q.shape[1:]:
-            raise ConfigurationError(f"{path} lacks Q [hidden, rank] or S [rank] of layer {number}; save it again.")
+        if not _has_directions(parts):
+            raise ConfigurationError(
+                f"{directory}: layer {number} has {_shapes(parts)}; control_Q [hidden, rank] and control_S [rank] are "
+                "needed; save the adapter again, or name another."
+            )
     return {number: (parts["Q"], parts["S"]) for number, parts in sorted(layers.items())}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a Control Adapter does to what one decoder layer adds: d becomes (I + L R) d, or its inverse.
+
+    Attributes:
+        left: L [hidden, rank], float32. Of Q and S: Q.
+        right: R [rank, hidden], float32. Of Q and S: Q transposed.
+        log_scales: S [rank], float32; None in the older files of qlora-pipe-lite, which hold B = L and A = R.
+    """
+
+    left: Tensor
+    right: Tensor
+    log_scales: Tensor | None = None
+
+    def factors(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Return L [hidden, rank] and R [rank, hidden] with which d becomes d + L R d.
+
+        Of Q and S, L = Q diag(expm1(±S)) and R = Q transposed: class +1, or with ``inverse`` class -1. Of B and A, the
+        inverse is exact: (I + B A)⁻¹ = I - B (I + A B)⁻¹ A (Sherman, Morrison and Woodbury), of which training used
+        the first term, I - B A.
+        """
+        if self.log_scales is not None:
+            return self.left * torch.expm1(-self.log_scales if inverse else self.log_scales), self.right
+        if not inverse:
+            return self.left, self.right
+        middle = torch.eye(self.right.shape[0]) + self.right.double() @ self.left.double()
+        return (-self.left.double() @ torch.linalg.inv(middle.double())).float(), self.right
+
+
+class ControlAdapterFile:
+    """A saved Control Adapter.
+
+    Args:
+        directory: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Attributes:
+        layers_name: Name of the base's list of decoder layers, such as ``model.layers``.
+        transforms: For each transformed decoder layer its :class:`Transform`.
+        rank: Number of directions of each layer.
+        hidden: Width of the layers.
+
+    Raises:
+        ConfigurationError: The directory holds no Control Adapter, or one that is damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / CONFIG_FILE).exists():
+            raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give an adapter's directory.")
+        names, tensors = _read_layers(self.directory)
+        if len(names) != 1:
+            raise ConfigurationError(f"{directory} names its layers in {len(names)} ways; one is needed.")
+        (self.layers_name,) = names
+        self.transforms = {number: self._transform(number, tensors[number]) for number in sorted(tensors)}
+        shapes = {each.left.shape for each in self.transforms.values()}
+        if len(shapes) != 1:
+            raise ConfigurationError(f"{directory} has layers of {len(shapes)} different shapes; one is needed.")
+        self.hidden, self.rank = shapes.pop()
+
+    def _transform(self, number: int, parts: dict[str, Tensor]) -> Transform:
+        if any(not torch.isfinite(tensor).all() for tensor in parts.values()):
+            raise ConfigurationError(f"{self.directory}: layer {number} is not finite; the adapter is broken.")
+        parts = {name: tensor.float() for name, tensor in parts.items()}
+        if _has_directions(parts):
+            return Transform(parts["Q"], parts["Q"].mT, parts["S"])
+        if parts.keys() == {"A", "B"} and parts["A"].ndim == 2 and parts["B"].shape == parts["A"].mT.shape:
+            return Transform(parts["B"], parts["A"])
+        raise ConfigurationError(
+            f"{self.directory}: layer {number} has {_shapes(parts)}; control_Q [hidden, rank] and control_S [rank] are "
+            "needed."
+        )
+
+
+def is_control_adapter(directory: str | Path) -> bool:
+    """Tell whether a directory holds a Control Adapter; qlora-pipe-lite's says that it is a LoRA.
+
+    Raises:
+        ConfigurationError: The directory holds no adapter.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG_FILE).exists():
+        raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of an adapter.")
+    if read_json(directory / CONFIG_FILE).get("peft_type") == "CONTROL_ADAPTER":
+        return True
+    return any(KEY.fullmatch(key) for key in read_tensors(directory))
+
+
+def _read_layers(directory: Path) -> tuple[set[str], dict[int, dict[str, Tensor]]]:
+    """The names of the list of decoder layers, and the parts of each layer by its number."""
+    names: set[str] = set()
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(directory).items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise ConfigurationError(
+                f"{directory} holds {key}, which is no part of a Control Adapter; give the directory of one."
+            )
+        names.add(match[1])
+        layers.setdefault(int(match[2]), {})[match[3]] = tensor
+    return names, layers
+
+
+def _has_directions(parts: Mapping[str, Tensor]) -> bool:
+    return parts.keys() == {"Q", "S"} and parts["Q"].ndim == 2 and parts["S"].shape == parts["Q"].shape[1:]
+
+
+def _shapes(parts: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"control_{name} {list(tensor.shape)}" for name, tensor in sorted(parts.items()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +11,14 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_pipelite.adapters.control_files import ControlAdapterFile, Transform
+from lightning_pipelite.adapters.lora_targets import shortest
+from lightning_pipelite.adapters.weight_file import CONFIG_FILE, WEIGHTS_FILE
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.control_files import ControlAdapterFile, Transform
 from lightning_pipelite.export.kl_divergence import KLDivergence, measure
-from lightning_pipelite.export.lora_files import PREFIX, WEIGHTS_FILE, LoRAOfBase
-from lightning_pipelite.export.lora_kinds import CONFIG_FILE
+from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
 from lightning_pipelite.export.residual_writers import LayerWriters, Writer, find_writers
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import track
@@ -172,8 +173,8 @@ def _save(
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_shortest(modules, [name for name, _ in whole.named_modules()], 1) or None,
-        target_parameters=_shortest(parameters, [name for name, _ in whole.named_parameters()], 3) or None,
+        target_modules=shortest(modules, [name for name, _ in whole.named_modules()], 1) or None,
+        target_parameters=shortest(parameters, [name for name, _ in whole.named_parameters()], 3) or None,
         lora_bias=any(biased.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.directory.absolute()),
@@ -185,13 +186,3 @@ def _save(
     config.save_pretrained(str(directory))
     record_base(directory, fingerprint(base.directory))
     assert (directory / CONFIG_FILE).exists()
-
-
-def _shortest(targets: list[str], names: Iterable[str], length: int) -> list[str]:
-    """Return the last components of ``targets`` if they name the same of ``names``, as people and tools expect."""
-
-    def last(name: str) -> str:
-        return ".".join(name.split(".")[-length:])
-
-    short = {last(name) for name in targets}
-    return sorted(short) if {name for name in names if last(name) in short} == set(targets) else targets

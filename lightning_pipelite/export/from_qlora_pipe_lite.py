@@ -14,12 +14,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_pipelite.adapters.control_files import ControlAdapterFile
+from lightning_pipelite.adapters.weight_file import CONFIG_FILE, WEIGHTS_FILE
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.control_files import ControlAdapterFile
-from lightning_pipelite.export.lora_files import PREFIX, WEIGHTS_FILE, LoRAOfBase
-from lightning_pipelite.export.lora_kinds import CONFIG_FILE
+from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
 from lightning_pipelite.export.merging import copy_companions, write_shard
 from lightning_pipelite.export.migration import Migration
 from lightning_pipelite.models.fingerprint import fingerprint, record_base

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from lightning_pipelite.adapters.control_files import ControlAdapterFile, Transform
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.control_files import ControlAdapterFile, Transform
 from lightning_pipelite.export.residual_writers import LayerWriters, Writer
 from lightning_pipelite.models.loading import load_trimmed
 from lightning_pipelite.models.meta_model import MetaModel

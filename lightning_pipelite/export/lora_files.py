@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.adapters.peft_compat import adapter_stays, expert_factors, is_swapped
+from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.lora_kinds import CONFIG_FILE, check_tensors, read_lora_config
+from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -223,21 +221,6 @@ class LoRAOfBase:
                 if not torch.isfinite(each).all():
                     raise ConfigurationError(f"{self.directory}: {name} is not finite; the adapter is broken.")
         return placed
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's directory, by name.
-
-    Raises:
-        ConfigurationError: They are missing or damaged.
-    """
-    path, pickled = directory / WEIGHTS_FILE, directory / "adapter_model.bin"
-    if not (directory / CONFIG_FILE).exists() or not (path.exists() or pickled.exists()):
-        raise ConfigurationError(f"{directory} has no {CONFIG_FILE} or no {WEIGHTS_FILE}; give an adapter's directory.")
-    try:
-        return load_file(path) if path.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
-        raise ConfigurationError(f"{directory} cannot be read ({error}); fetch it again.") from None
 
 
 def _factors(layer: Any) -> Factors:

@@ -16,10 +16,10 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
+from lightning_pipelite.adapters.weight_file import CONFIG_FILE
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.weight_files import read_json
 
-CONFIG_FILE = "adapter_config.json"
 # Keys that say nothing of what is added to a weight. Those of initialisations count by ``init_lora_weights`` alone.
 SILENT = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),

@@ -16,7 +16,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.probe import Probe
 
 TOLERANCE = 1e-4
-RANK = 3  # of the trial's transform
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,9 @@ from lightning_pipelite.models.quantization.fp8 import check_fp8, tell_how_compu
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.models.trains import Trains
 from lightning_pipelite.models.weight_files import check_weights
 from lightning_pipelite.shared.protocol import LayerCosts
-
-if TYPE_CHECKING:
-    from lightning_pipelite.adapters import Adapter
 
 
 class CausalLMLayers:
@@ -90,7 +88,7 @@ class CausalLMLayers:
         *,
         dtype: torch.dtype = torch.bfloat16,
         load_in_4bit: bool = False,
-        adapter: Adapter,
+        adapter: Trains,
         activation_memory: ActivationMemory = "recompute",
         compile_layers: bool | None = None,
         seed: int = 0,

@@ -61,7 +61,7 @@ CASES = {
         prepare=copied("adapter", written("adapter_config.json", "{")),
     ),
     "adapter without weights": Case(
-        "copy has no adapter_config.json or no adapter_model.safetensors; give an adapter's directory.",
+        "copy has no adapter_model.safetensors; give the directory of an adapter.",
         command=["merge", "--base", "{job}/model", "--adapter", "copy", "--output", "out"],
         prepare=copied("adapter", removed("*.safetensors")),
     ),

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from export_cases import FUSED, write_adapter, write_base, write_control_adapter
+from lightning_pipelite.adapters.control_files import Transform
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze
-from lightning_pipelite.export.control_files import Transform
 from lightning_pipelite.export.lora_files import Factors
 from lightning_pipelite.export.spectra import control, product
 

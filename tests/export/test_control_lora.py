@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export_cases import BASES, load, logits, with_adapter, with_control, write_base, write_control_adapter
+from lightning_pipelite.adapters.control_files import ControlAdapterFile
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora, merge
-from lightning_pipelite.export.control_files import ControlAdapterFile
 from lightning_pipelite.export.residual_writers import find_writers
 
 LAYER = "model.layers.1"
