@@ -127,7 +127,7 @@ def is_control_adapter(directory: str | Path) -> bool:
 
 
 def _read_layers(directory: Path) -> tuple[set[str], dict[int, dict[str, Tensor]]]:
-    """The names of the list of decoder layers, and the parts of each layer by its number."""
+    """Return the names of the list of decoder layers, and the parts of each layer by its number."""
     names: set[str] = set()
     layers: dict[int, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(directory).items():
