@@ -22,9 +22,13 @@ from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.strategy.partition import check_virtual_stages
 
 LIMIT = 1e-5  # of the largest value where that is more than 1
 DOCUMENTS = (5, 7)  # tokens of the documents that are packed
+
+Split = int | tuple[int, int]
+"""A number of stages; or that and the number of pieces of each."""
 
 
 @dataclass
@@ -32,19 +36,19 @@ class CheckReport:
     """What :func:`check_model` found.
 
     Attributes:
-        stage_bytes: For each number of stages, the bytes of the weights of each stage in bfloat16.
+        stage_bytes: For each split, the bytes of the weights of each stage in bfloat16.
         differences: What differs between the split and the unsplit model, a sentence each; empty if all is exact.
         packing: Whether packed documents are kept apart; if not, train with ``packed: false``.
     """
 
-    stage_bytes: dict[int, list[int]]
+    stage_bytes: dict[Split, list[int]]
     differences: list[str]
     packing: bool
 
     def __str__(self) -> str:
         lines = [
-            f"{count} stages: {', '.join(f'{size / 1e9:.2f} GB' for size in sizes)}"
-            for count, sizes in self.stage_bytes.items()
+            f"{_in_words(split)}: {', '.join(f'{size / 1e9:.2f} GB' for size in sizes)}"
+            for split, sizes in self.stage_bytes.items()
         ]
         lines += self.differences or ["Split and unsplit agree: weights, logits and every gradient."]
         lines.append(
@@ -56,13 +60,13 @@ class CheckReport:
 
 
 def check_model(
-    model_dir: str | Path, stages: Sequence[int] = (1, 2, 4), *, tiny: bool = False, trust_remote_code: bool = False
+    model_dir: str | Path, stages: Sequence[Split] = (1, 2, 4), *, tiny: bool = False, trust_remote_code: bool = False
 ) -> CheckReport:
     """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM.
-        stages: Numbers of stages to try.
+        stages: Numbers of stages to try, or pairs of that and the number of pieces of each.
         tiny: Try a tiny random model of the same class and depth; the weights of ``model_dir`` are then not read.
         trust_remote_code: Run the model's own code, if it has any.
 
@@ -76,9 +80,11 @@ def check_model(
             f"{model_dir}: a model of type {meta_model.config.model_type} trains in one stage only because "
             f"{meta_model.one_stage_only}; set stages to 1."
         )
-    for count in stages:
-        if not 1 <= count <= items:
+    for split in stages:
+        if not 1 <= (count := _pieces(split)) <= items:
             raise ConfigurationError(f"stages: {count} is not between 1 and {items}, what {model_dir} can be cut into.")
+        if isinstance(split, tuple):
+            check_virtual_stages(*split)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(model_dir)
         if tiny:
@@ -97,10 +103,12 @@ def check_model(
         if layers.packed:
             differences += compare_packed(layers, whole)
     sizes = meta_model.parameter_counts()
-    stage_bytes = {
-        count: [2 * sum(sizes[start:stop]) for start, stop in itertools.pairwise(_cuts(items, count))]
-        for count in stages
-    }
+    stage_bytes: dict[Split, list[int]] = {}
+    for split in stages:
+        cuts = itertools.pairwise(_cuts(items, _pieces(split)))
+        pieces = [2 * sum(sizes[start:stop]) for start, stop in cuts]
+        number = split if isinstance(split, int) else split[0]
+        stage_bytes[split] = [sum(pieces[stage::number]) for stage in range(number)]
     return CheckReport(stage_bytes, differences, layers.packed)
 
 
@@ -111,14 +119,16 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
 
     Args:
         model_dir: Directory of a Hugging Face causal LM.
-        stages: Numbers of stages to try.
+        stages: Numbers of stages to try; 2x4 is two stages of four pieces each (virtual_stages).
         tiny: Try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
         trust_remote_code: Run the model's own Python code, if it has any.
     """
     try:
-        counts = [int(count) for count in stages.strip("[]").split(",")]
+        counts = [_read(text) for text in stages.strip("[]").split(",")]
     except ValueError:
-        raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
+        raise ConfigurationError(
+            f"stages must be integers with commas between them, or such as 2x4, not {stages!r}."
+        ) from None
     disable_progress_bar()  # one for each stage of each partition tells nothing
     report = check_model(model_dir, counts, tiny=tiny, trust_remote_code=trust_remote_code)
     if report.differences:
@@ -143,9 +153,22 @@ def tokens() -> tuple[Tensor, Tensor]:
     return torch.randint(3, 120, (2, 2, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1)).unbind()  # type: ignore[return-value]
 
 
-def build(layers: CausalLMLayers, stages: int) -> list[Stage]:
-    """Build the stages of an even cut, on the CPU."""
-    cuts = itertools.pairwise(_cuts(len(layers), stages))
+def _read(text: str) -> Split:
+    stages, by, pieces = text.partition("x")
+    return (int(stages), int(pieces)) if by else int(stages)
+
+
+def _pieces(split: Split) -> int:
+    return split if isinstance(split, int) else split[0] * split[1]
+
+
+def _in_words(split: Split) -> str:
+    return f"{split} stages" if isinstance(split, int) else f"{split[0]} stages of {split[1]} pieces"
+
+
+def build(layers: CausalLMLayers, stages: Split) -> list[Stage]:
+    """Build the stages of an even cut, or all of their pieces in the model's order, on the CPU."""
+    cuts = itertools.pairwise(_cuts(len(layers), _pieces(stages)))
     return [layers.build_stage(start, stop, torch.device("cpu")) for start, stop in cuts]
 
 
@@ -159,7 +182,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def compare_split(
-    layers: CausalLMLayers, whole: PreTrainedModel, counts: Sequence[int], *, train: bool = False
+    layers: CausalLMLayers, whole: PreTrainedModel, counts: Sequence[Split], *, train: bool = False
 ) -> list[str]:
     """Compare weights, logits and gradients of every partition with the unsplit model's; return what differs."""
     input_ids, labels = tokens()
@@ -178,13 +201,13 @@ def compare_split(
                 reference = named[name] if name in named else buffers[name]
                 held.add(id(reference))
                 if not torch.equal(tensor, reference):
-                    wrong.append(f"{count} stages: {name} is not what the files hold")
+                    wrong.append(f"{_in_words(count)}: {name} is not what the files hold")
         missing = [name for name, parameter in whole.named_parameters() if id(parameter) not in held]
         if missing:
-            wrong.append(f"{count} stages: nobody holds {missing[0]}")
+            wrong.append(f"{_in_words(count)}: nobody holds {missing[0]}")
         logits, gradients = run_backward(stages, input_ids, positions, labels)
         if (difference := relative(logits, expected)) > LIMIT:
-            wrong.append(f"{count} stages: logits differ by {difference:.1e}")
+            wrong.append(f"{_in_words(count)}: logits differ by {difference:.1e}")
         summed: dict[int, Tensor] = {}
         for name, gradient in gradients:
             summed[id(named[name])] = summed.get(id(named[name]), torch.zeros(())) + gradient
@@ -193,9 +216,9 @@ def compare_split(
             wanted = parameter.grad
             if wanted is None or found is None:
                 if (wanted if found is None else found) is not None and (wanted if found is None else found).any():
-                    wrong.append(f"{count} stages: {name} has a gradient on one side only")
+                    wrong.append(f"{_in_words(count)}: {name} has a gradient on one side only")
             elif (difference := relative(found, wanted)) > LIMIT:
-                wrong.append(f"{count} stages: the gradient of {name} differs by {difference:.1e}")
+                wrong.append(f"{_in_words(count)}: the gradient of {name} differs by {difference:.1e}")
     return wrong[:3]
 
 

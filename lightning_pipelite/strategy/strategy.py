@@ -37,6 +37,7 @@ from lightning_pipelite.strategy.partition import check_virtual_stages
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
+from lightning_pipelite.strategy.transfers import let_streams_run_beside
 from lightning_pipelite.strategy.watchdog import Watchdog
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
@@ -197,6 +198,8 @@ class PipeLiteStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         check_callbacks(self.lightning_module.trainer)  # now those of the module, too
+        if self.virtual_stages > 1:
+            let_streams_run_beside()
         super().setup_environment()
         load_deepspeed(self.root_device, self.local_rank)
         launcher = self._launcher

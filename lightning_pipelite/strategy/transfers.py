@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_pipelite.strategy.schedule import Way
+
+
+def let_streams_run_beside() -> None:
+    """Give a GPU as many queues as it can have, before it is used.
+
+    By default all of a process's streams share eight. With a stream for each way, those of the computation, of replicas
+    and of offloaded inputs are more: a transfer that waits for its other end would hold up another in the same queue.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 @dataclass(frozen=True)

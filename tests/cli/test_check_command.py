@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OPTConfig, RobertaConfig
 
-from lightning_pipelite.cli.check_command import check_model
+from lightning_pipelite.cli.check_command import check, check_model
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import Stage
 from tiny_models import SIZES, write_model
@@ -23,6 +23,16 @@ def test_a_sound_model(tmp_path: Path, kind: str) -> None:
         ties = 2 * 128 * 64 if kind == "gemma3" and count == 1 else 0  # counted at both ends
         assert sum(sizes) >= weights / 2 * 0.9 - ties  # float32 on disk, bfloat16 in the report
     assert "agree" in str(report)
+
+
+def test_pieces_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = check(str(write_model(tmp_path, "gemma3")), stages="2,2x2")
+    assert report.differences == []
+    assert sum(report.stage_bytes[2, 2]) == sum(report.stage_bytes[2])
+    assert "2 stages of 2 pieces: " in str(report)
+    for stages, message in (("1x2", "needs pipeline_stages of 2 or more"), ("2x3", "stages: 6"), ("2x", "such as 2x4")):
+        with pytest.raises(ConfigurationError, match=message):
+            check(str(tmp_path), stages=stages)
 
 
 def test_tiny_needs_the_configuration_alone(tmp_path: Path) -> None:
