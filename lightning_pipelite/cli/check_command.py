@@ -126,9 +126,7 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
     try:
         counts = [_read(text) for text in stages.strip("[]").split(",")]
     except ValueError:
-        raise ConfigurationError(
-            f"stages must be integers with commas between them, or such as 2x4, not {stages!r}."
-        ) from None
+        raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
     disable_progress_bar()  # one for each stage of each partition tells nothing
     report = check_model(model_dir, counts, tiny=tiny, trust_remote_code=trust_remote_code)
     if report.differences:

@@ -30,7 +30,11 @@ def test_pieces_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report.differences == []
     assert sum(report.stage_bytes[2, 2]) == sum(report.stage_bytes[2])
     assert "2 stages of 2 pieces: " in str(report)
-    for stages, message in (("1x2", "needs pipeline_stages of 2 or more"), ("2x3", "stages: 6"), ("2x", "such as 2x4")):
+    for stages, message in (
+        ("1x2", "needs pipeline_stages of 2 or more"),
+        ("2x3", "stages: 6"),
+        ("2x", "stages must be integers"),
+    ):
         with pytest.raises(ConfigurationError, match=message):
             check(str(tmp_path), stages=stages)
 

@@ -82,6 +82,30 @@ def test_70b_in_qlora_gets_advice(large: Report) -> None:
     assert large.fewest[0] <= 4
 
 
+def test_virtual_stages_are_planned(small: Path, tmp_path: Path) -> None:
+    model_dir = small.parent / "model"
+    report = plan(str(write_config(tmp_path / "two.yaml", model_dir, 2, virtual_stages=2)), devices=2, memory="24GiB")
+    one = plan(str(small), devices=2, memory="24GiB").policies["keep"]
+    two = report.policies["keep"]
+    assert [stage.spans for stage in two] == [((0, 2), (4, 5)), ((2, 4), (5, 6))]
+    assert sum(s.weights for s in two) == pytest.approx(sum(s.weights for s in one), rel=1e-3)
+    assert [stage.in_flight for stage in two] == [5, 3]  # pieces, which are half as large as stages
+    assert step(two, 8).efficiency > step(one, 8).efficiency
+    assert "2 stages of 2 pieces each" in str(report)
+    assert "0-1+4-4" in str(report)
+    with pytest.raises(ConfigurationError, match="virtual_stages=2 needs pipeline_stages of 2 or more"):
+        plan(str(write_config(tmp_path / "one.yaml", model_dir, 1, virtual_stages=2)), devices=2, memory="24GiB")
+
+
+def test_virtual_stages_are_recommended_where_they_gain(large: Report) -> None:
+    found, few = large.recommended, large.planner
+    assert found is not None
+    assert found.virtual_stages > 1
+    assert few.fits(few.stages(found.bounds, found.policy, virtual_stages=found.virtual_stages))
+    alone = few.stages(few.split(4, "auto", found.policy), found.policy)
+    assert step(few.stages(found.bounds, found.policy, None, found.virtual_stages), 8).seconds < step(alone, 8).seconds
+
+
 def test_the_policies_take_less_and_less(large: Report) -> None:
     fullest = [max(s.total for s in stages) for stages in large.policies.values()]
     assert list(large.policies) == ["keep", "selective", "recompute", "offload"]

@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 
-def write_config(path: Path, model_dir: Path, stages: int = 4, **model: Any) -> Path:
+def write_config(path: Path, model_dir: Path, stages: int = 4, virtual_stages: int = 1, **model: Any) -> Path:
     """Write a configuration of a LoRA."""
-    strategy = {"class_path": "lightning_pipelite.PipeLiteStrategy", "init_args": {"pipeline_stages": stages}}
+    options = {"pipeline_stages": stages, "virtual_stages": virtual_stages}
+    strategy = {"class_path": "lightning_pipelite.PipeLiteStrategy", "init_args": options}
     content = {
         "trainer": {"accumulate_grad_batches": 8, "strategy": strategy},
         "model": {
