@@ -14,7 +14,7 @@ def take_integers_first(parser: ArgumentParser) -> None:
 
     To Lightning, ``limit_train_batches`` is one batch if it is 1, and all of them if it is 1.0. jsonargparse tries the
     types in the order in which they are written, but for ``Union[int, float, None]`` typing gives whatever it was asked
-    for first of all that are equal to it, ``Union[float, int, None]`` too: by what was imported first, ``1`` became 1.0.
+    for first of all that are equal to it, ``Union[float, int, None]`` too: by what came first, ``1`` was 1.0.
     ``int | float`` is made anew each time. To be removed when jsonargparse takes an integer for one in any order.
     """
     for action in parser._actions:
