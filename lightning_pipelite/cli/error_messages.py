@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 
+from lightning_pipelite.cli.option_names import meant_by
+from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
 ENV_PREFIX = "PIPELITE"
-SECTIONS = ("trainer", "model", "data")
 
 _TYPES = {
     "int": "an integer",
@@ -70,7 +71,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
             return f"{name} stands alone; give a directory as --checkpoint {name}, and where to write as --output."
         return f"{name} is not an option; {_proposal(name, parsers)}"
     if name := found(r"Option '([^']+)' is not accepted"):
-        return f"{key}.{name} is not an option; correct its name or remove it."
+        remedy = meant_by(name, ()) or "correct its name or remove it"
+        return f"{key}.{name} is not an option; {remedy if remedy.endswith('?') else f'{remedy}.'}"
     if names := found(r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)"):
         missing = [name.split(".", 1)[1] if name.split(".")[0] in parsers else name for name in names.split(", ")]
         missing = [f"{key}.{name}" if key else name for name in missing]
@@ -123,9 +125,12 @@ def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:
         if name.split("=")[0] == elsewhere or name.startswith(f"{elsewhere}."):
             return f"{instead}."
     options = sorted({a.dest for parser in parsers.values() for a in options_of(parser)} - {*SECTIONS})
-    near = difflib.get_close_matches(name.split("=")[0].lstrip("-"), options, 1, cutoff=0.75)
     dashes = "--" if name.startswith("--") else ""
-    return f"did you mean {dashes}{near[0]}?" if near else f"pipelite {next(iter(parsers))} --help lists the options."
+    told = meant_by(name.split("=")[0].lstrip("-"), options)
+    if told:
+        told = told.replace("did you mean ", f"did you mean {dashes}")
+        return told if told.endswith("?") else f"{told}."
+    return f"pipelite {next(iter(parsers))} --help lists the options."
 
 
 def _errors(lines: list[str]) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import os
 import signal
 import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
+from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
+from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.verbosity import be_quiet, take_option
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
@@ -26,8 +30,12 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:  # at once, without ten seconds of imports
         print(f"pipelite {__version__}")
         return
-    guard_against_parent_death()
     take_option()
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(overview())
+        return
+    _before_imports(sys.argv[1], sys.argv[2:])
+    guard_against_parent_death()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
     be_quiet()
     try:
@@ -41,6 +49,36 @@ def main() -> None:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's end of it
             _interrupted()
         raise
+
+
+def _before_imports(command: str, words: list[str]) -> None:
+    """Answer at once what can be answered without long imports."""
+    from lightning_pipelite.cli.commands import COMMANDS
+    from lightning_pipelite.cli.error_messages import explain
+
+    try:
+        if command in _RUNS:
+            if "--help" in words or "-h" in words:
+                print(short_help(command))
+                sys.exit(0)
+            check_early(words)
+            sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
+        elif command in COMMANDS:
+            check_command(COMMANDS[command].module, COMMANDS[command].function, words)
+        elif not command.startswith("-"):
+            near = difflib.get_close_matches(command, [*_RUNS, *COMMANDS], 1, cutoff=0.6)
+            if near:
+                raise ConfigurationError(f"{command} is not a command; did you mean pipelite {near[0]}?")
+            none = argparse.ArgumentParser()
+            message = f"argument subcommand: invalid choice: '{command}'"
+            raise ConfigurationError(explain(message, dict.fromkeys(_RUNS, none)))
+    except ConfigurationError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would all say the same
+            print(f"pipelite: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+_RUNS: tuple[str, ...] = ("fit", "validate")
 
 
 def start() -> None:

@@ -71,7 +71,8 @@ def test_help_and_version(pipelite: Callable[..., SimpleNamespace]) -> None:
     assert top.err == ""
     assert "fit" in top.out
     assert "validate" in top.out
-    fit = pipelite("fit", "--help")
+    assert pipelite("fit", "--help").out.startswith("usage: pipelite fit --config FILE")
+    fit = pipelite("fit", "--help-all")
     assert fit.code == 0
     for option in ("--model.activation_memory", "--trainer.max_steps", "--data.eval_fraction", "--ckpt_path"):
         assert option in fit.out

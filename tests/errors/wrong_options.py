@@ -8,7 +8,6 @@ GIVEN = "must be given, in the configuration file or on the command line."
 
 CASES = {
     # The command and its files
-    "no subcommand": Case("say what to do: pipelite fit or pipelite validate.", command=[]),
     "unknown subcommand": Case(
         "train is not a command; say pipelite fit or pipelite validate; pipelite --help lists the others.",
         command=["train"],
@@ -63,7 +62,8 @@ CASES = {
         "data.datasets.path is not an option; correct its name or remove it.", edit={"data.datasets": [{"path": "."}]}
     ),
     "unknown key of the adapter": Case(
-        "model.adapter.alpha is not an option; correct its name or remove it.",
+        "model.adapter.alpha is not an option; a LoRA's scale is 1 here, as with an alpha that equals the rank: leave it "
+        "out, and set model.adapter.init_args.rank and model.lr.",
         edit={"model.adapter.init_args.alpha": 4},
     ),
     "unknown key of the strategy": Case(

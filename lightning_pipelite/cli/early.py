@@ -1,0 +1,145 @@
+"""What can be told of a command line before torch is imported: names that are none, and files that are not there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, option_names, parameters_of
+from lightning_pipelite.cli.sections import SECTIONS
+from lightning_pipelite.errors import ConfigurationError
+
+_OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
+
+
+def check_early(words: list[str]) -> None:
+    """Refuse what fit or validate would refuse after long imports.
+
+    All that is not known to be wrong is left to them.
+
+    Args:
+        words: of the command line behind the subcommand.
+
+    Raises:
+        ConfigurationError: if an option is none, a configuration is not there, or neither is the model.
+    """
+    model_dir = None
+    for name, value in _options(words):
+        if name in ("c", "config"):
+            content = _content(value)
+            for key in _keys(content):
+                _check_name(key, "")
+            model = content.get("model")
+            model_dir = model.get("model_dir", model_dir) if isinstance(model, dict) else model_dir
+        else:
+            _check_name(name, "--")
+            model_dir = value if name == "model.model_dir" else model_dir
+    given_elsewhere = any(variable.startswith("PIPELITE_") and "MODEL" in variable for variable in os.environ)
+    if isinstance(model_dir, str) and not given_elsewhere:
+        check_model_dir(model_dir)
+
+
+def check_command(module: str, function: str, words: list[str]) -> None:
+    """Refuse an option that a command beside fit does not have, before its module is imported.
+
+    Args:
+        module: that holds the function.
+        function: whose parameters are the options; with ``config`` among them, all of fit are, too.
+        words: of the command line behind the command.
+
+    Raises:
+        ConfigurationError: if an option is none.
+    """
+    own = parameters_of(module, function)
+    for name, _ in _options(words):
+        if name in (*own, "c", "h", "help"):
+            continue
+        if "config" in own:
+            _check_name(name, "--", own)
+            continue
+        told = (meant_by(name, own) or "its --help lists the options").replace("did you mean ", "did you mean --")
+        raise ConfigurationError(f"--{name} is not an option; {_ended(told)}")
+
+
+def check_model_dir(model_dir: str) -> None:
+    """Refuse a model that is not there.
+
+    Raises:
+        ConfigurationError: if there is no such directory; for a name of Hugging Face's hub with the command to
+            download it.
+    """
+    if Path(model_dir).is_dir():
+        return
+    owner, _, name = model_dir.rpartition("/")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model_dir) and not Path(owner).exists() and owner not in _OUR_FOLDERS:
+        raise ConfigurationError(
+            f"{model_dir} is not a directory; model_dir must name a local Hugging Face model. If it is one of the hub, "
+            f"download it: hf download {model_dir} --local-dir models/{name}, and name models/{name}."
+        )
+    raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
+
+
+def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """The options with their values."""
+    for word, then in zip(words, [*words[1:], ""], strict=True):
+        if re.match(r"--?[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            yield name.lstrip("-"), value if equals else then or None
+
+
+def _content(file: str | None) -> dict[str, Any]:
+    """What a configuration file holds; nothing where it is told later what is wrong with it."""
+    if file is None or "\n" in file or ":" in file:  # YAML itself may be given
+        return {}
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keys(content: dict[str, Any]) -> Iterator[str]:
+    """The dotted names of options in a file."""
+    for name, value in content.items():
+        if name not in SECTIONS or not isinstance(value, dict):
+            yield str(name) if not isinstance(value, dict) else f"{name}.{next(iter(value), '')}"
+            continue
+        for key, inner in value.items():
+            yield f"{name}.{key}"
+            if (name, key) == ("model", "adapter") and isinstance(inner, dict):
+                yield from (f"model.adapter.{each}" for each in inner.get("init_args") or {})
+
+
+def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
+    """Refuse an option that there is not; what stands below one is left to its class."""
+    name = given.replace("+", "")  # jsonargparse's mark to append to a list
+    parts = name.split(".")
+    last = parts[-1]
+    known = option_names()
+    if name in known or parts[0] in OWN or last == "help" or name == "h":
+        return
+    if parts[0] in ("optimizer", "lr_scheduler"):
+        return  # which a LightningCLI has elsewhere
+    if ".".join(parts[:2]) in known:
+        below_adapter = parts[:2] == ["model", "adapter"]
+        if not below_adapter or (last not in SENTENCES and not FOREIGN.get(last, "").startswith("model.adapter")):
+            return
+    elif parts[0] not in SECTIONS and not dashes and len(parts) > 1:
+        return  # a section that is none
+    told = meant_by(name, {*known, *others})
+    if told is not None and dashes:
+        told = told.replace("did you mean ", "did you mean --")
+    raise ConfigurationError(f"{dashes}{name} is not an option; {_ended(told)}")
+
+
+def _ended(told: str | None) -> str:
+    told = told or "pipelite fit --help-all lists the options"
+    return told if told.endswith("?") else f"{told}."

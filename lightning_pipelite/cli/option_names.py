@@ -1,0 +1,127 @@
+"""The names of the options of fit, read from the source files, and what is meant by names that are none."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_pipelite.cli.sections import SECTIONS
+
+OWN = ("config", "seed_everything", "ckpt_path", "weights_only", "overwrite", "print_config", "verbose", "help")
+"""Options of fit that are in no section."""
+
+_LORA = "model.adapter.init_args."
+FOREIGN = {
+    "r": f"{_LORA}rank",
+    "lora_r": f"{_LORA}rank",
+    "lora_rank": f"{_LORA}rank",
+    "lora_dropout": f"{_LORA}dropout",
+    "lora_target_modules": f"{_LORA}target_modules",
+    "learning_rate": "model.lr",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "epochs": "trainer.max_epochs",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_seq_length": "data.sequence_len",
+    "max_seq_len": "data.sequence_len",
+    "max_length": "data.sequence_len",
+    "seq_length": "data.sequence_len",
+    "sequence_length": "data.sequence_len",
+    "cutoff_len": "data.sequence_len",
+    "block_size": "data.sequence_len",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "gradient_clipping": "trainer.gradient_clip_val",
+    "logging_steps": "trainer.log_every_n_steps",
+    "lr_scheduler_type": "model.schedule",
+    "model_name_or_path": "model.model_dir",
+    "base_model": "model.model_dir",
+    "model_name": "model.model_dir",
+    "optim": "model.optimizer",
+    "seed": "seed_everything",
+    "val_set_size": "data.eval_fraction",
+    "resume_from_checkpoint": "ckpt_path",
+    "attn_impl": "model.attn_implementation",
+}
+"""What other trainers call an option, and what it is called here."""
+
+SENTENCES = {
+    "lora_alpha": f"a LoRA's scale is 1 here, as with an alpha that equals the rank: leave it out, and set {_LORA}rank "
+    "and model.lr",
+    "per_device_train_batch_size": "a micro-batch is one packed sequence: set trainer.accumulate_grad_batches to the "
+    "sequences a step",
+    "load_in_8bit": "set model.load_in_4bit, or model.load_in_fp8 for eight bits",
+    "gradient_checkpointing": "set model.activation_memory, which says what is kept and what is computed again",
+    "warmup_ratio": "set model.warmup_steps, which counts steps",
+    "output_dir": "set it as an option of the callback SaveTrained, in trainer.callbacks",
+    "save_steps": "list the callback TimedCheckpoint in trainer.callbacks, which saves by the hour",
+    "bf16": "set model.dtype",
+    "weight_decay": "list the callback CompositeWeightDecay in trainer.callbacks, or give it to model.optimizer",
+}
+SENTENCES |= {
+    "alpha": SENTENCES["lora_alpha"],
+    "batch_size": SENTENCES["per_device_train_batch_size"],
+    "train_batch_size": SENTENCES["per_device_train_batch_size"],
+    "micro_batch_size": SENTENCES["per_device_train_batch_size"],
+    "fp16": SENTENCES["bf16"],
+}
+"""What other trainers have, and what to do here."""
+
+
+@functools.cache
+def option_names() -> frozenset[str]:
+    """Give the dotted names of all options of fit but those of classes that are chosen; nothing long is imported."""
+    package = Path(__file__).parent.parent
+    lightning = importlib.util.find_spec("lightning")
+    assert lightning is not None
+    assert lightning.origin is not None
+    sources = {
+        "trainer": (Path(lightning.origin).parent / "pytorch" / "trainer" / "trainer.py", "Trainer"),
+        "model": (package / "module" / "pipelite_module.py", "PipeLiteModule"),
+        "data": (package / "data" / "datamodule.py", "PackedDataModule"),
+    }
+    names = {*OWN, *SECTIONS}
+    for section, (path, name) in sources.items():
+        names |= {f"{section}.{parameter}" for parameter in _parameters(path, name)}
+    return frozenset(names)
+
+
+def parameters_of(module: str, function: str) -> list[str]:
+    """Give the parameters of a function of this package, without importing its module."""
+    path = Path(__file__).parent.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return [argument.arg for each in found for argument in (*each.args.args, *each.args.kwonlyargs)]
+
+
+def _parameters(path: Path, name: str) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return [argument.arg for argument in (*init.args.args, *init.args.kwonlyargs)][1:]
+
+
+def meant_by(name: str, known: Iterable[str]) -> str | None:
+    """Give what to do in place of an option that there is not, a part of a sentence; None if nothing is near.
+
+    Args:
+        name: As given, dotted, without dashes before and a value behind.
+        known: The options that there are.
+    """
+    known = sorted({*known})
+    last = name.rpartition(".")[2]
+    if last in SENTENCES and last not in known:
+        return SENTENCES[last]
+    if last in FOREIGN and (not known or FOREIGN[last] in known or FOREIGN[last].startswith(_LORA)):
+        return f"did you mean {FOREIGN[last]}?"
+    same = [each for each in known if each.rpartition(".")[2] == last]
+    if len(same) == 1 and len(last) > 1:
+        return f"did you mean {same[0]}?"
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    if not near:
+        lasts = {each.rpartition(".")[2]: each for each in known}
+        near = [lasts[each] for each in difflib.get_close_matches(last, lasts, 1, cutoff=0.8)]
+    return f"did you mean {near[0]}?" if near else None

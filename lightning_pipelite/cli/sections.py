@@ -1,0 +1,3 @@
+"""The sections of a configuration."""
+
+SECTIONS = ("trainer", "model", "data")

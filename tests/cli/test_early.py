@@ -1,0 +1,113 @@
+"""What is answered before long imports: help, names that are none, files that are not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_pipelite import PackedDataModule, PipeLiteModule
+from lightning_pipelite.cli.commands import COMMANDS
+from lightning_pipelite.cli.early import check_command, check_early
+from lightning_pipelite.cli.help import OPTIONS, overview, short_help
+from lightning_pipelite.cli.option_names import FOREIGN, option_names
+from lightning_pipelite.errors import ConfigurationError
+
+CONFIG = "model:\n  model_dir: {}\n  lr: 1\ndata:\n  sequence_len: 64\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "a.yaml"
+    path.write_text(CONFIG.format(tmp_path))
+    return str(path)
+
+
+def test_names_are_those_of_the_classes() -> None:
+    import inspect
+
+    for section, kind in (("trainer", Trainer), ("model", PipeLiteModule), ("data", PackedDataModule)):
+        for name in list(inspect.signature(kind.__init__).parameters)[1:]:
+            assert f"{section}.{name}" in option_names()
+    for name in FOREIGN.values():
+        assert name in option_names() or name.startswith("model.adapter.init_args.")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--trainer.max_step", "3"], "--trainer.max_step is not an option; did you mean --trainer.max_steps?"),
+        (["--lr=3"], "--lr is not an option; did you mean --model.lr?"),
+        (["--data.lr", "3"], "--data.lr is not an option; did you mean --model.lr?"),
+        (["--lora_alpha", "3"], "--lora_alpha is not an option; a LoRA's scale is 1 here"),
+        (["--model.r", "3"], "--model.r is not an option; did you mean --model.adapter.init_args.rank?"),
+        (["--model.adapter.r", "3"], "did you mean --model.adapter.init_args.rank?"),
+        (["--learning_rate", "3"], "did you mean --model.lr?"),
+        (["--num_train_epochs", "3"], "did you mean --trainer.max_epochs?"),
+        (["--per_device_train_batch_size", "3"], "set trainer.accumulate_grad_batches to the sequences a step"),
+        (["--data.max_seq_length", "3"], "did you mean --data.sequence_len?"),
+        (["--trainer.gradient_accumulation_steps", "3"], "did you mean --trainer.accumulate_grad_batches?"),
+        (["--model.load_in_8bit", "true"], "set model.load_in_4bit, or model.load_in_fp8 for eight bits"),
+        (["--model.xyz", "3"], "--model.xyz is not an option; pipelite fit --help-all lists the options."),
+        (["--config", "none.yaml"], "--config: File does not exist: '.*none.yaml'"),
+        (["--model.model_dir", "some/where/else"], "some/where/else is not a directory; model_dir must name a local"),
+        (["--model.model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
+    ],
+)
+def test_what_is_wrong(config: str, words: list[str], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says.replace("?", r"\?")):
+        check_early(["--config", config, *words])
+
+
+def test_keys_of_files(tmp_path: Path) -> None:
+    for edit, says in (
+        ("  max_seq_length: 3\n", "data.max_seq_length is not an option; did you mean data.sequence_len?"),
+        ("learning_rate: 3\n", "learning_rate is not an option; did you mean model.lr?"),
+    ):
+        (tmp_path / "a.yaml").write_text(CONFIG.format(tmp_path) + edit)
+        with pytest.raises(ConfigurationError, match=says.replace("?", r"\?")):
+            check_early(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_what_is_right_passes(config: str) -> None:
+    check_early(
+        ["--config", config, "--trainer.callbacks+=EvalSchedule", "--trainer.callbacks.evals_per_epoch", "-3",
+         "--model.adapter", "LoRA", "--model.adapter.rank=3", "--model.adapter.help", "--ckpt_path", "last",
+         "--overwrite", "--print_config", "--trainer.strategy.init_args.pipeline_stages", "2", "--seed_everything=1"]
+    )  # fmt: skip
+    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
+        check_early(["--config", str(path), "--model.model_dir", "."])
+
+
+def test_commands() -> None:
+    merge = COMMANDS["merge"]
+    with pytest.raises(ConfigurationError, match=r"--bass is not an option; did you mean --base\?"):
+        check_command(merge.module, merge.function, ["--bass", "x"])
+    plan = COMMANDS["plan"]
+    check_command(plan.module, plan.function, ["--config", "x", "--memory", "24GiB", "--trainer.devices", "2"])
+    with pytest.raises(ConfigurationError, match=r"did you mean --memory\?"):
+        check_command(plan.module, plan.function, ["--config", "x", "--memmory", "24GiB"])
+
+
+def test_help_in_layers() -> None:
+    lines = overview().splitlines()
+    for name in ("fit", "validate", *COMMANDS):
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 1
+    assert len(OPTIONS) == 20
+    for option in OPTIONS:
+        assert option in short_help("fit")
+        name = option.split()[0].removeprefix("--")
+        assert name in option_names() or ".init_args." in name
+
+
+@pytest.mark.parametrize("words", [[], ["fit", "--help"], ["fit", "--lr", "3"], ["ft"], ["merge", "--bass", "x"]])
+def test_torch_is_not_imported_for_it(words: list[str]) -> None:
+    program = (
+        f"import sys; sys.argv = ['pipelite', *{words}]\nfrom lightning_pipelite.cli.main import main\n"
+        "try: main()\nfinally: print([name for name in ('torch', 'transformers', 'lightning') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("[]\n"), done.stderr
