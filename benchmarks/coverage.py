@@ -1,14 +1,16 @@
 """Which of transformers' causal LMs train exactly as a pipeline: docs/coverage.md.
 
-    python benchmarks/coverage.py [--write] [model_type ...]
+    python benchmarks/coverage.py [--write] [name ...]
 
-For every entry of transformers' causal-LM mapping, a model of four layers with random weights (norms, biases and scales
-moved away from their initial values) is saved and tried in float32 on the CPU, in one, two and as many stages as it has
-items to deal out, each stage loaded from the disk and its layers recomputed in the backward pass:
+For the published models of tests/support/published_bases.py by their own config.json, made narrow, and for every entry
+of transformers' causal-LM mapping, a model of a few layers with random weights (norms, biases and scales moved away
+from their initial values) is saved and tried in float32 on the CPU, in one, two and as many stages as it has items to
+deal out, each stage loaded from the disk and its layers recomputed in the backward pass:
 
 - logits and the gradient of every parameter against the unsplit model,
 - every parameter and buffer of every stage, bit for bit, against the unsplit model loaded from the same files,
-- packed documents against each document alone, with the control that unpacked the second one differs.
+- packed documents against each document alone, with the control that unpacked the second one differs,
+- of a published model, the kinds of modules and parameters of the tiny one against those of the real one.
 
 "exact": all of it within 1e-5 (of the largest value, where that is more than 1). "refused": the package says why before
 it loads anything. Where packing is refused, the rest is exact with one document a sequence. Exits with 1 if a model is
@@ -28,68 +30,102 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 import tests_support  # noqa: F401
-from tiny_families import Outcome, try_model
+from published_bases import PUBLISHED
+from tiny_families import Outcome, try_model, try_published
 
 DOCS = Path(__file__).parent.parent / "docs"
+PUBLISHED_LAYERS = 12  # a few of each kind that a hybrid has
+LONGEST_NOTE = 120  # in docs/coverage.md
 
 
 PREFACE = """# Which models train as a pipeline
 
 Written by `make coverage` with transformers {transformers}, torch {torch}. **{summary}.**
 
-Every causal LM in transformers' mapping, as a model of four layers with random weights in float32. Of a model with
-images or sound it is the text model.
-
 - *exact*: logits and the gradient of every parameter equal the unsplit model's within 1e-5, and the weights of each
-  stage equal the files' bit for bit, at every number of stages given.
+  stage equal the files' bit for bit, at every number of stages given, in float32.
+- *one stage*: exact, but the layers cannot be cut without a change of the result: `pipeline_stages: 1`, with replicas.
 - *packing*: *isolated*, where packed documents equal each document alone within 1e-5; *refused*, where the model would
   leak from one document into the next, and trains with `packed: false`, one document a sequence.
 - *refused*: with the reason, before anything is loaded.
-- *not tried*: no tiny model of the type could be built here. Your model is put to the same trial before it is loaded.
+- *not tried*: no tiny model could be built here. Your model is put to the same trial before it is loaded.
+
+Of a model with images or sound it is the text model.
+"""
+BASES = """
+## Published models
+
+By their own config.json, narrow, with their first {layers} layers.
+"""
+TYPES = """
+## All types
+
+Every causal LM in transformers' mapping by its defaults, narrow, with four layers.
 """
 
 
-def table(outcomes: list[Outcome], summary: str) -> str:
+def table(bases: list[Outcome], types: list[Outcome], summary: str) -> str:
     """Return docs/coverage.md."""
     import transformers
 
-    head = [
-        PREFACE.format(transformers=transformers.__version__, torch=torch.__version__, summary=summary),
-        "| model type | result | stages of 4 layers | packing | reason |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    rows = [
-        f"| {o.model_type} | {o.result} | {o.stages} | {o.packing} | {o.note.replace('|', '/')} |" for o in outcomes
-    ]
-    return "\n".join([*head, *rows, ""])
+    preface = PREFACE.format(transformers=transformers.__version__, torch=torch.__version__, summary=summary)
+    model_types = {name: PUBLISHED[name]["model_type"] for name in PUBLISHED}
+    parts = [preface]
+    if bases:
+        parts += [BASES.format(layers=PUBLISHED_LAYERS), "| model | type | result | stages | packing | reason |"]
+        parts += ["| --- | --- | --- | --- | --- | --- |"]
+        parts += [_row(o, f"{o.model_type} | {model_types[o.model_type]}") for o in bases]
+    parts += [TYPES, "| type | result | stages | packing | reason |", "| --- | --- | --- | --- | --- |"]
+    parts += [_row(o, o.model_type) for o in types]
+    return "\n".join([*parts, ""])
+
+
+def _row(outcome: Outcome, name: str) -> str:
+    note = outcome.note.replace("|", "/")
+    if len(note) > LONGEST_NOTE:
+        note = note[:LONGEST_NOTE].rpartition(" ")[0] + " ..."
+    result = "one stage" if outcome.result == "exact" and outcome.stages == "1" else outcome.result
+    return f"| {name} | {result} | {outcome.stages} | {outcome.packing} | {note} |"
 
 
 def main() -> int:
-    """Try the types, print a line for each, and return 1 if one is wrong."""
+    """Try the models and types, print a line for each, and return 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_types", nargs="*", help="all of the mapping by default")
+    parser.add_argument("names", nargs="*", help="types, or published models; by default, all of both")
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    outcomes = []
-    for model_type in options.model_types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    names = options.names or [*sorted(PUBLISHED, key=str.lower), *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+    bases: list[Outcome] = []
+    types: list[Outcome] = []
+    for name in names:
         began = time.perf_counter()
-        outcome = try_model(model_type)
-        outcomes.append(outcome)
+        outcome = try_published(name, PUBLISHED_LAYERS) if name in PUBLISHED else try_model(name)
+        (bases if name in PUBLISHED else types).append(outcome)
         seconds = time.perf_counter() - began
-        print(f"{outcome.result:9} {model_type:28} {outcome.packing:9} {seconds:4.1f} s  {outcome.note}", flush=True)
-    counts = {
-        result: sum(o.result == result for o in outcomes) for result in ("exact", "refused", "WRONG", "not tried")
-    }
-    summary = f"{counts['exact']} exact, {counts['refused']} refused, {counts['WRONG']} wrong"
-    print(f"{summary} ({counts['not tried']} not tried)")
+        stages = "1 stage" if outcome.stages == "1" else ""
+        print(
+            f"{outcome.result:9} {name:28} {stages:7} {outcome.packing:9} {seconds:4.1f} s  {outcome.note}", flush=True
+        )
+    summary = f"Published models: {count(bases)}; types: {count(types)}"
+    print(summary)
     if options.write:
         DOCS.mkdir(exist_ok=True)
-        (DOCS / "coverage.md").write_text(table(outcomes, f"{summary}, {counts['not tried']} not tried"))
-    return int(counts["WRONG"] > 0)
+        (DOCS / "coverage.md").write_text(table(bases, types, summary))
+    return int(any(outcome.result == "WRONG" for outcome in (*bases, *types)))
+
+
+def count(outcomes: list[Outcome]) -> str:
+    """Return how many have which result."""
+    whole = sum(outcome.result == "exact" and outcome.stages == "1" for outcome in outcomes)
+    results = {r: sum(o.result == r for o in outcomes) for r in ("exact", "refused", "WRONG", "not tried")}
+    return (
+        f"{results['exact'] - whole} exact in stages, {whole} in one stage, {results['refused']} refused, "
+        f"{results['WRONG']} wrong, {results['not tried']} not tried"
+    )
 
 
 if __name__ == "__main__":
