@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lightning_pipelite.kernels.control as control_module
-from lightning_pipelite.kernels.control import control
+from lightning_pipelite.kernels.control import control, control_reference
 
 HIDDEN, RANK = 48, 5
 
@@ -46,6 +46,11 @@ def test_value_and_gradients_in_float32(orthogonal: bool) -> None:
     (found * weights.float()).sum().backward()
     for ours, theirs in zip(single, exact, strict=True):
         assert relative(ours.grad, theirs.grad) < 1e-6
+
+
+def test_the_kernels_own_reference() -> None:
+    tensors = draw(orthogonal=False)
+    torch.testing.assert_close(control_reference(*tensors), reference(*tensors))
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -61,6 +61,10 @@ def test_rms_ratio_takes_the_optimizers_beta() -> None:
     found = rates("rms_ratio", 0, math.inf, 300)  # optimi's second is 0.99
     assert [a for a, _ in found] == pytest.approx([0.1 * as_an_average(t, 0.99) for t in range(1, 301)])
     assert [b for _, b in found] == pytest.approx([5 * a for a, _ in found])
+    assert [a for a, _ in rates("rms_ratio", 0, math.inf, 3, torch.optim.AdamW)] == pytest.approx(
+        [0.1 * as_an_average(t, 0.999) for t in (1, 2, 3)],
+        rel=1e-2,  # torch's second
+    )
     with pytest.raises(ConfigurationError, match=r"SGD.*constant or cosine"):
         rates("rms_ratio", 0, math.inf, 1, torch.optim.SGD)
 
@@ -75,3 +79,8 @@ def test_cosine_needs_an_end(warmup: int, total: float) -> None:
 def test_wrong_options(schedule: str, warmup: int) -> None:
     with pytest.raises(ConfigurationError, match="model"):
         check_schedule(schedule, warmup)
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("rms_ratio", 0), ("constant", 0), ("constant", 5), ("cosine", 1)])
+def test_right_options(schedule: str, warmup: int) -> None:
+    check_schedule(schedule, warmup)

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_pipelite.errors import ConfigurationError
@@ -22,6 +22,7 @@ class Layers:
         return self.counts
 
 
+@example([8, 1, 7, 3, 3], 4)  # the least sum of cubes is another cut
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 8))
 def test_no_cut_has_a_lighter_heaviest_part_or_then_a_smaller_sum_of_squares(weights: list[int], parts: int) -> None:
     parts = min(parts, len(weights))
@@ -40,6 +41,10 @@ def test_no_cut_has_a_lighter_heaviest_part_or_then_a_smaller_sum_of_squares(wei
 
 def test_uniform_gives_the_first_stages_the_odd_layers() -> None:
     assert partition(Layers(["L"] * 10), 4) == [0, 3, 6, 8, 10]
+
+
+def test_there_may_be_as_many_stages_as_layers() -> None:
+    assert partition(Layers(["L"] * 4), 4) == [0, 1, 2, 3, 4]
 
 
 def test_parameters_weighs_frozen_embeddings_too() -> None:
