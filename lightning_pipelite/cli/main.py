@@ -61,7 +61,8 @@ def _before_imports(command: str, words: list[str]) -> None:
             if "--help" in words or "-h" in words:
                 print(short_help(command))
                 sys.exit(0)
-            check_early(words)
+            if HELP_ALL not in words:
+                check_early(words)
             sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
         elif command in COMMANDS:
             check_command(COMMANDS[command].module, COMMANDS[command].function, words)
