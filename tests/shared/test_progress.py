@@ -117,7 +117,7 @@ def test_tokenising_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
     datasets = [DatasetConfig(str(path)) for path in paths]
 
     class Options:
-        sources, skip_bad_records = datasets, False
+        sources, shapes, skip_bad_records = datasets, None, False
 
     options: Any = Options()
     read = [batch.read for batch in _batches(options, [[path] for path in paths], [])]

@@ -29,6 +29,7 @@ ANSWERED_BY: dict[str, list[Any]] = {
     "HandsOutLayers": [PipeLiteModule],
     "PipelineLayers": [CausalLMLayers, SequentialLayers],
     "KnowsCosts": [CausalLMLayers],
+    "MayBeWhole": [CausalLMLayers],
     "NamesSums": [CausalLMLoss],
     "LogsEvaluation": [PipeLiteModule],
     "EvaluatesTogether": [PipeLiteModule],
