@@ -83,7 +83,7 @@ def check_model_dir(model_dir: str) -> None:
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """The options with their values."""
+    """Yield the options with their values."""
     for word, then in zip(words, [*words[1:], ""], strict=True):
         if re.match(r"--?[A-Za-z]", word):
             name, equals, value = word.partition("=")
@@ -91,7 +91,7 @@ def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _content(file: str | None) -> dict[str, Any]:
-    """What a configuration file holds; nothing where it is told later what is wrong with it."""
+    """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
     if file is None or "\n" in file or ":" in file:  # YAML itself may be given
         return {}
     path = Path(file).expanduser()
@@ -107,7 +107,7 @@ def _content(file: str | None) -> dict[str, Any]:
 
 
 def _keys(content: dict[str, Any]) -> Iterator[str]:
-    """The dotted names of options in a file."""
+    """Yield the dotted names of options in a file."""
     for name, value in content.items():
         if name not in SECTIONS or not isinstance(value, dict):
             yield str(name) if not isinstance(value, dict) else f"{name}.{next(iter(value), '')}"
