@@ -38,7 +38,8 @@ def check_early(words: list[str]) -> None:
             _check_name(name, "--")
             model_dir = value if name == "model.model_dir" else model_dir
     given_elsewhere = any(variable.startswith("PIPELITE_") and "MODEL" in variable for variable in os.environ)
-    if isinstance(model_dir, str) and not given_elsewhere:
+    prints_only = any(word.startswith("--print_config") for word in words)
+    if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
         check_model_dir(model_dir)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from optimi import Adam
 from torch import nn
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from lightning_pipelite.optim import (
     make_optimizer,
     make_schedule,
 )
+from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
 
 _BETAS, _EPS = (0.9, 0.99), 1e-6
@@ -70,6 +72,7 @@ class Optimization:
         warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
         self.factory: OptimizerFactory = factory or partial(Adam, betas=betas, eps=eps, foreach=together)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, groups
+        self._beta2 = betas[1] if factory is None else None
         self._rehearse(lr)
 
     def _rehearse(self, lr: float) -> None:
@@ -102,3 +105,19 @@ class Optimization:
         total = steps() if self._schedule == "cosine" else math.inf
         scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
         return optimizer, {"scheduler": scheduler, "interval": "step"}
+
+    def warn_of_length(self, steps: float) -> None:
+        """Warn of a training that ends before the learning rate has risen.
+
+        Args:
+            steps: Of the whole training.
+        """
+        if self._schedule == "rms_ratio" and self._beta2 is None:  # of another optimizer
+            return
+        half, most = rise_of(self._schedule, self._warmup_steps, self._beta2 or 0.0)
+        if steps < most:
+            rank_zero_warn(
+                f"the training has {steps:g} steps, but model.schedule {self._schedule} reaches half of the learning "
+                f"rate at step {half} and nearly all of it at step {most}; for a short training set model.schedule to "
+                "constant, with a few model.warmup_steps."
+            )

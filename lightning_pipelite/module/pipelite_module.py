@@ -357,6 +357,10 @@ class PipeLiteModule(pl.LightningModule):
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         self._speed = self._speedometer()
 
+    @override
+    def on_train_start(self) -> None:
+        self._optimization.warn_of_length(self.trainer.estimated_stepping_batches)
+
     def _speedometer(self) -> Speed:
         """Make what tells the speed. Collective: the trained parameters of all stages count."""
         strategy = self.check_strategy(self.trainer.strategy)

@@ -53,6 +53,21 @@ def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
     return LambdaLR(optimizer, lambda epoch: rms_ratio(epoch + 1, beta2))
 
 
+def rise_of(schedule: str, warmup_steps: int, beta2: float) -> tuple[int, int]:
+    """Give the steps at which the rate has reached a half, and, all but a tenth, the whole.
+
+    Args:
+        schedule: ``rms_ratio``, ``constant`` or ``cosine``.
+        warmup_steps: Of the latter two.
+        beta2: Of the first.
+    """
+    if schedule != "rms_ratio":
+        return math.ceil(warmup_steps / 2), warmup_steps
+    # factor² = (1 - β₂ᵗ) / (1 + β₂ᵗ), solved for t
+    half, most = (math.ceil(math.log((1 - f * f) / (1 + f * f)) / math.log(beta2)) for f in (0.5, 0.9))
+    return half, most
+
+
 def check_schedule(schedule: str, warmup_steps: int) -> None:
     """Refuse what can be told before training.
 

@@ -78,6 +78,7 @@ def test_what_is_right_passes(config: str) -> None:
          "--model.adapter", "LoRA", "--model.adapter.rank=3", "--model.adapter.help", "--ckpt_path", "last",
          "--overwrite", "--print_config", "--trainer.strategy.init_args.pipeline_stages", "2", "--seed_everything=1"]
     )  # fmt: skip
+    check_early(["--config", config, "--model.model_dir", "none", "--print_config=skip_null"])
     for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
         check_early(["--config", str(path), "--model.model_dir", "."])
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from optimi import Adam
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.module.optimization import Optimization
 from lightning_pipelite.optim import check_schedule, make_schedule, rms_ratio
+from lightning_pipelite.optim.schedule import rise_of
 
 
 def rates(schedule: str, warmup: int, total: float, steps: int, optimizer: type = Adam) -> list[list[float]]:
@@ -84,3 +87,20 @@ def test_wrong_options(schedule: str, warmup: int) -> None:
 @pytest.mark.parametrize(("schedule", "warmup"), [("rms_ratio", 0), ("constant", 0), ("constant", 5), ("cosine", 1)])
 def test_right_options(schedule: str, warmup: int) -> None:
     check_schedule(schedule, warmup)
+
+
+def test_rise() -> None:
+    half, most = rise_of("rms_ratio", 0, 0.99)
+    assert rms_ratio(half - 1, 0.99) < 0.5 <= rms_ratio(half, 0.99)
+    assert rms_ratio(most - 1, 0.99) < 0.9 <= rms_ratio(most, 0.99)
+    assert rise_of("constant", 10, 0.99) == (5, 10)
+
+
+def test_a_training_shorter_than_the_rise_is_told() -> None:
+    short = Optimization(None, 1e-3, (0.9, 0.99), 1e-6, "rms_ratio", 0, {})
+    with pytest.warns(UserWarning, match="has 30 steps, .* half of the learning rate at step 51 and .* at step 225"):
+        short.warn_of_length(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short.warn_of_length(1000)
+        Optimization(None, 1e-3, (0.9, 0.99), 1e-6, "constant", 10, {}).warn_of_length(30)
