@@ -88,7 +88,7 @@ SIZES: dict[str, Any] = {
     "mamba_d_ssm": 128,
     "mamba_n_heads": 8,
     "mamba_num_heads": 8,
-    "n_mamba_heads": 2,
+    "n_mamba_heads": 8,
     "mamba_d_head": 16,
     "mamba_head_dim": 16,
     "mamba_headdim": 16,

@@ -202,7 +202,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_n_heads": 128, "mamba_d_head": 64,
         "mamba_d_state": 128, "mamba_n_groups": 1, "attn_layer_indices": [9, 18, 27],
     },
-    "Zamba2 2.7B": {"model_type": "zamba2", "hidden_size": 2560, "num_hidden_layers": 54, "num_attention_heads": 32},
+    "Zamba2 2.7B": {
+        "model_type": "zamba2", "hidden_size": 2560, "num_hidden_layers": 54, "num_attention_heads": 32,
+        "layers_block_type": ["hybrid" if n in (6, 12, 18, 24, 30, 36, 42, 47, 51) else "mamba" for n in range(54)],
+    },
     "Command R7B": {
         "model_type": "cohere2", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096, "logit_scale": 0.25,

@@ -78,9 +78,7 @@ def tiny(model_type: str) -> PretrainedConfig:
         changed: dict[str, Any] = {**small_sizes(default), **{name: LAYERS for name in DEPTHS if name in values}}
         changed.update({name: value[:LAYERS] for name, value in changed.items() if isinstance(value, list)})
         changed.update({name: size for name, size in UNSET.items() if values.get(name, 0) is None})
-        changed.update(
-            {name: 0.0 for name, v in values.items() if ("drop" in name or "jitter" in name) and isinstance(v, float)}
-        )
+        changed.update(_without_chance(values))
         changed.update({k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in values})
         changed.update({name: value for name, value in SPECIAL.items() if name in values})
         if "per_layer_config" in changed:
@@ -113,6 +111,11 @@ def tiny(model_type: str) -> PretrainedConfig:
     return config
 
 
+def _without_chance(values: dict[str, Any]) -> dict[str, float]:
+    """Return the values that leave nothing to chance in training: stages draw other numbers than the whole model."""
+    return {name: 0.0 for name, v in values.items() if ("drop" in name or "jitter" in name) and isinstance(v, float)}
+
+
 def write(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
     """Save a random model of ``config`` and return it as it is loaded from there, in training mode."""
     torch.manual_seed(0)
@@ -138,7 +141,9 @@ def try_published(name: str, layers: int) -> Outcome:
     config = CONFIG_MAPPING[facts["model_type"]](**{key: value for key, value in facts.items() if key != "model_type"})
     if kinds(tiny_config(config)) != kinds(config):
         return Outcome(name, "WRONG", note="the tiny model has other parts")
-    return try_config(name, tiny_config(config))
+    small = tiny_config(config)
+    small.update(_without_chance(small.to_dict()))
+    return try_config(name, small)
 
 
 def try_config(model_type: str, config: PretrainedConfig) -> Outcome:
