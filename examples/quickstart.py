@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_pipelite.export.generation import generate
 from lightning_pipelite.shared.verbosity import be_quiet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,8 @@ def main() -> None:
     fit("quickstart_base.yaml", directory, arguments.steps)
     fit("quickstart.yaml", directory, arguments.steps)
     losses = eval_losses(directory / "logs" / "lora")
+    print("\nWhat both write (the model is small, and has read for minutes):", flush=True)
+    print(generate(str(directory / "base"), str(directory / "adapter"), "The statement", max_new_tokens=40), flush=True)
     shown = os.path.relpath(directory)
     print(f"""
 evaluation loss before training: {losses[0]:.4f}
@@ -121,8 +124,11 @@ evaluation loss after training:  {losses[-1]:.4f}
 the adapter, a PEFT directory:   {shown}/adapter
 {time.monotonic() - started:.0f} s in all
 
-Next: look at the curves with
-    tensorboard --logdir {shown}/logs""")
+Next:
+    pipelite generate --base {shown}/base --adapter {shown}/adapter --prompt "A class is"
+    pipelite merge --base {shown}/base --adapter {shown}/adapter --output {shown}/merged
+    pipelite export-gguf --help                      # for llama.cpp
+    tensorboard --logdir {shown}/logs                # the curves""")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ COMMANDS = {
     "check": Command(
         "lightning_pipelite.cli.check_command", "check", "Hold a model in stages against the same model unsplit.", True
     ),
+    "generate": Command(
+        "lightning_pipelite.export.generation", "generate", "Show what a base writes, and what it does with an adapter."
+    ),
     "merge": Command("lightning_pipelite.export.merging", "merge", "Add LoRAs to the weights of their base model."),
     "convert": Command(
         "lightning_pipelite.cli.convert_command",

@@ -1,0 +1,116 @@
+"""Text of a base and of an adapter on it, side by side: for looking, not for serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_pipelite.data.templates import read_template
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.fingerprint import refuse_another_base
+
+PROMPTS = ("Once upon a time",)
+
+
+def generate(
+    base: str,
+    adapter: str | None = None,
+    prompt: list[str] | str | None = None,
+    max_new_tokens: int = 60,
+    chat: bool = False,
+    chat_template: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_another_base: bool = False,
+) -> str:
+    """Write how a base goes on from prompts, and how it does with an adapter, through transformers on one device.
+
+    Args:
+        base: Directory of the Hugging Face model.
+        adapter: PEFT directory of a LoRA that was trained on it; without one the base writes alone.
+        prompt: The beginning, or a list of them.
+        max_new_tokens: Tokens to write at most.
+        chat: Take each prompt for a question, by the chat template.
+        chat_template: In place of the tokenizer's, as data.chat_template; implies chat.
+        temperature: 0 takes the most probable token each time; above, tokens are drawn.
+        seed: Of what is drawn.
+        device: Where to compute: cpu, or cuda.
+        dtype: Of the weights, such as bfloat16; auto is that of the files.
+        trust_remote_code: Run the base's own Python code, if it has any.
+        allow_another_base: Go on with an adapter that was trained on another base.
+
+    Raises:
+        ConfigurationError: If one of them cannot be loaded.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ConfigurationError("max_new_tokens must be at least 1, and temperature at least 0.")
+    if not Path(base).is_dir():
+        raise ConfigurationError(f"{base} is not a directory; give that of a local Hugging Face model.")
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ConfigurationError(f"{adapter} has no adapter_config.json; give the directory of a PEFT adapter.")
+        if not allow_another_base:
+            refuse_another_base(Path(adapter), Path(base))
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or PROMPTS)
+    tokenizer, model = _load(base, device, dtype, trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    if (chat or chat_template is not None) and not tokenizer.chat_template:
+        raise ConfigurationError(f"The tokenizer of {base} has no chat template; set chat_template, or leave chat out.")
+    texts = [_begin(tokenizer, each, chat or chat_template is not None) for each in prompts]
+
+    def write() -> list[str]:
+        torch.manual_seed(seed)
+        return [_write(tokenizer, model, text, max_new_tokens, temperature) for text in texts]
+
+    sides = {"base": write()}
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+        sides["with the adapter"] = write()
+    lines = []
+    for number, each in enumerate(prompts):
+        lines.append(f"prompt: {each}")
+        lines += [f"── {side}\n{written[number].strip() or '(nothing)'}" for side, written in sides.items()]
+    return "\n".join(lines)
+
+
+def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).to(device).eval()
+    except Exception as error:  # whatever damaged files or remote code raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(f"{base} cannot be loaded ({reason}); check the directory and the device.") from error
+    return tokenizer, model
+
+
+def _begin(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def _write(tokenizer: Any, model: Any, ids: list[int], max_new_tokens: int, temperature: float) -> str:
+    given = torch.tensor([ids], device=model.device)
+    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    written = model.generate(
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **drawn,
+    )
+    return str(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
