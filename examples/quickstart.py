@@ -116,7 +116,12 @@ def main() -> None:
     fit("quickstart.yaml", directory, arguments.steps)
     losses = eval_losses(directory / "logs" / "lora")
     print("\nWhat both write (the model is small, and has read for minutes):", flush=True)
-    print(generate(str(directory / "base"), str(directory / "adapter"), "The statement", max_new_tokens=40), flush=True)
+    print(
+        generate(
+            str(directory / "base"), str(directory / "adapter"), "The statement", max_new_tokens=40, temperature=0.8
+        ),
+        flush=True,
+    )
     shown = os.path.relpath(directory)
     print(f"""
 evaluation loss before training: {losses[0]:.4f}
