@@ -52,7 +52,7 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
     path = Path(dataset_path).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_dataset(path, split, evaluation)
-    named = False
+    named, root = False, path if path.is_dir() else path.parent
     if path.is_dir():
         files = _of_directory(path)
     elif path.is_file():
@@ -60,7 +60,7 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
         if split is not None:
             raise ConfigurationError(f"{dataset_path} is a file and has no splits: leave split out.")
     else:
-        named = True
+        named, root = True, _fixed_part(path)
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         files = [Path(match) for match in matches if Path(match).is_file()]
     if not files:
@@ -71,9 +71,13 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
                 f"{file} has no known format: convert it to one of {', '.join(FORMATS)} (all but the last two may be "
                 f"compressed: {', '.join(COMPRESSIONS)})."
             )
-    return of_one_split(
-        sorted({file.absolute() for file in files}), split, dataset_path, evaluation=evaluation, named=named
-    )
+    files = sorted({file.absolute() for file in files})
+    return of_one_split(files, split, dataset_path, root=root.absolute(), evaluation=evaluation, named=named)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """Give the folder that all matches of a glob are in."""
+    return next((each for each in reversed(pattern.parents) if glob.has_magic(each.name)), pattern).parent
 
 
 def _nothing(dataset_path: str, path: Path) -> str:
@@ -101,7 +105,7 @@ def _of_directory(path: Path) -> list[Path]:
         if folder.is_dir() and (files := _data_in(folder)):
             return files
     folders = [each for each in sorted(path.iterdir()) if each.is_dir() and _data_in(each)]
-    if folders and all(split_of(folder / "x") is not None for folder in folders):
+    if folders and all(split_of(Path(folder.name)) is not None for folder in folders):
         return [file for folder in folders for file in _data_in(folder)]
     return []
 

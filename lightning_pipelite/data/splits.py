@@ -12,66 +12,93 @@ _WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "holdout": "holdout", "heldout": "holdout",
 }  # fmt: skip
-# As the libraries of Hugging Face name the files of a split.
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}$")
+_WORD = re.compile(rf"({'|'.join(_WORDS)})(s|sets?|data|splits?|files?)?")
+# What stands between two words of a name; also the change of case in testSet.
+_BETWEEN = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+_HELD_OUT = re.compile(r"(hold|held)[\W_]+out(?![a-z])", re.IGNORECASE)
+# As the libraries of Hugging Face name the files of a split; older ones put a hash behind.
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?(\.[A-Za-z]\w*)*")
 
 
 def split_of(file: Path) -> str | None:
-    """Give the split that a file's name tells, as ``train`` of ``train-00000-of-00002.parquet``; None if it tells none.
+    """Give the split that names tell, as ``train`` of ``train-00000-of-00002.parquet``; None if they tell none.
 
-    The words for it count where they begin or end the name, or are the name of the folder.
+    Every word of a name counts. What a folder tells goes before what the file's name does.
+
+    Args:
+        file: Below what the user has named, so that the names of folders around that tell nothing.
+
+    Raises:
+        ConfigurationError: If a name, or its folders, tell of two.
     """
-    stem = file.name.split(".")[0]
-    if shard := _SHARD.match(stem):
-        stem = shard["split"]
-        parts = re.split(r"[^A-Za-z]+", stem.lower())
-        if any(part in _WORDS for part in parts):  # train_sft and train_gen are two
-            return _WORDS.get(stem.lower(), stem)
-    parts = [part for part in re.split(r"[^A-Za-z]+", stem.lower()) if part]
-    for part in parts[:1] + parts[-1:]:
-        if part in _WORDS:
-            return _WORDS[part]
-    return _WORDS.get(file.parent.name.lower())
+    folder = _one_of("/".join(file.parts[:-1]), file)
+    if folder is not None:
+        return folder
+    told = _one_of(file.name, file)
+    if told is not None and (shard := _SHARD.fullmatch(file.name)):
+        return _WORDS.get(shard["split"].lower(), shard["split"])  # train_sft and train_gen are two
+    return told
 
 
-def of_one_split(files: Sequence[Path], split: str | None, place: str, *, evaluation: bool, named: bool) -> list[Path]:
+def _one_of(name: str, file: Path) -> str | None:
+    told = sorted(_splits_in(name))
+    if len(told) > 1:
+        raise ConfigurationError(
+            f"the name of {file} tells of the splits {' and '.join(told)}, so it is not clear which it is of: rename "
+            "it, or name the files that are meant one by one by dataset_path."
+        )
+    return told[0] if told else None
+
+
+def _splits_in(name: str) -> set[str]:
+    words = _BETWEEN.split(_HELD_OUT.sub("holdout", name))
+    return {_WORDS[match[1]] for word in words if (match := _WORD.fullmatch(word.lower()))}
+
+
+def of_one_split(
+    files: Sequence[Path], split: str | None, place: str, *, root: Path, evaluation: bool, named: bool
+) -> list[Path]:
     """Choose the files of one split.
 
     Args:
         files: All of a dataset.
         split: The one to read; None for that for training, or for the only other one in an evaluation.
         place: What holds them, for errors.
+        root: The folder that the user has named; the names below it tell of splits.
         evaluation: Whether they are to evaluate on.
         named: Whether the user has named the files, by a glob, so that those left out would be missed.
 
     Raises:
         ConfigurationError: If it is not clear which are meant.
     """
+    if split is None and len(files) == 1:
+        return list(files)
     splits: dict[str | None, list[Path]] = {}
     for file in files:
-        splits.setdefault(split_of(file), []).append(file)
+        splits.setdefault(split_of(file.relative_to(root)), []).append(file)
     names = sorted(name for name in splits if name is not None)
     if split is not None:
         if split not in splits:
             there = f"it has {', '.join(names)}" if names else "its files' names tell of none"
             raise ConfigurationError(f"split of {place} is {split}, which is not there ({there}); correct it.")
         return splits[split]
-    others = [name for name in names if name != "train"]
-    if not others or (named and "train" not in names) or len(files) == 1:
+    if not any(name != "train" for name in names):
         return list(files)
-    if named:
-        raise ConfigurationError(
-            f"{place} matches files of the splits {', '.join(names)}: set split to one of them, or name its files "
-            "alone."
-        )
-    chosen = choose_split(names, place, evaluation=evaluation)
     if None in splits:
         raise ConfigurationError(
             f"{place} has files of the splits {', '.join(names)}, and {splits[None][0].name}, whose name tells of "
             "none; set split to one of them, or name the files that are meant by dataset_path."
         )
-    return splits[chosen]
+    if not named:
+        return splits[choose_split(names, place, evaluation=evaluation)]
+    if len(names) > 1 and any("train" in _splits_in(name) for name in names):
+        raise ConfigurationError(
+            f"{place} matches files of the splits {', '.join(names)}: set split to one of them, or name its files "
+            "alone."
+        )
+    return list(files)
 
 
 def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
@@ -80,7 +107,7 @@ def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
     Raises:
         ConfigurationError: If there is; the sentence names them.
     """
-    fitting = [name for name in names if ("train" in re.split(r"[^a-z]+", name.lower())) != evaluation]
+    fitting = [name for name in names if ("train" in _splits_in(name)) != evaluation]
     if len(fitting) == 1:
         return fitting[0]
     use = "to evaluate on" if evaluation else "to train on"

@@ -1,0 +1,79 @@
+"""Of which split files are, by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.errors import ConfigurationError
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def found(folder: Path, pattern: str = "", **more: bool) -> list[str]:
+    root = folder / pattern if pattern else folder
+    return [str(file.relative_to(folder)) for file in find_files(str(root), **more)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("oh.train.jsonl", "oh.test.jsonl"),
+        ("v1.0_train.jsonl", "v1.0_test.jsonl"),
+        ("alpaca_train_v2.jsonl", "alpaca_test_v2.jsonl"),
+        ("my_training_set.jsonl", "my_test_set.jsonl"),
+        ("my_training_set/x.jsonl", "my_test_set/x.jsonl"),
+        ("trainset.json.gz", "testset.json.gz"),
+        ("trainSet.csv", "valSet.csv"),
+        ("x train 1.txt", "x held-out 1.txt"),
+        ("train.jsonl", "holdout.jsonl"),
+        ("train.jsonl", "tests.jsonl"),
+        ("train2.jsonl", "evals2.jsonl"),
+        ("train_clean/y.jsonl", "test_clean/x.jsonl"),
+        ("train/x.jsonl", "test/train_like.jsonl"),
+        ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"),
+        ("my_training_set-00000-of-00001.parquet", "my_test_set-00000-of-00001-a3ecf92756993583.parquet"),
+    ],
+)
+def test_each_is_read_by_itself(tmp_path: Path, train: str, test: str) -> None:
+    write(tmp_path, train, test)
+    assert found(tmp_path) == [train]
+    assert found(tmp_path, evaluation=True) == [test]
+    assert found(tmp_path, train) == [train]
+    assert found(tmp_path, test) == [test]
+    with pytest.raises(ConfigurationError, match="matches files of the splits"):
+        found(tmp_path, "**/*.*")
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "says"),
+    [
+        (("corpus.jsonl", "test.jsonl"), "*.jsonl", "whose name tells of none"),
+        (("y.jsonl", "test/x.jsonl"), "**/*.jsonl", "whose name tells of none"),
+        (("train/en/y.jsonl", "test/en/x.jsonl"), "**/*.jsonl", "of the splits test, train: set split"),
+        (("train_clean/y.jsonl", "test_clean/x.jsonl"), "*/*.jsonl", "of the splits test, train: set split"),
+        (("train_on_test.jsonl", "train.jsonl"), "", "train_on_test.jsonl tells of the splits test and train"),
+        (("train/dev/y.jsonl", "train/x.jsonl"), "**/*.jsonl", "tells of the splits train and validation"),
+        (("train_sft-00000-of-00001-a3ecf92756993583.parquet", "train_gen-00000-of-00001-0123456789abcdef.parquet"),
+         "", "holds the splits train_gen, train_sft: set split"),
+        (("train_sft-00000-of-00001-a3ecf92756993583.parquet", "train_gen-00000-of-00001-0123456789abcdef.parquet"),
+         "*.parquet", "matches files of the splits train_gen, train_sft: set split"),
+    ],
+)  # fmt: skip
+def test_what_is_not_clear(tmp_path: Path, names: tuple[str, ...], pattern: str, says: str) -> None:
+    write(tmp_path, *names)
+    with pytest.raises(ConfigurationError, match=says):
+        found(tmp_path, pattern)
+
+
+def test_folders_around_tell_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "test" / "train"
+    write(folder, "a.jsonl", "latest.jsonl", "contest.jsonl")
+    for pattern in ("", "*.jsonl", "**/*.jsonl"):
+        assert found(folder, pattern) == ["a.jsonl", "contest.jsonl", "latest.jsonl"]
