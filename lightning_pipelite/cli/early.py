@@ -12,6 +12,7 @@ from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_b
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
+_OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
 _OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
 
 
@@ -26,17 +27,25 @@ def check_early(words: list[str]) -> None:
     Raises:
         ConfigurationError: if an option is none, a configuration is not there, or neither is the model.
     """
-    model_dir = None
+    model_dir = adapter = None
+    names: list[tuple[str, str]] = []
     for name, value in _options(words):
         if name in ("c", "config"):
             content = _content(value)
-            for key in _keys(content):
-                _check_name(key, "")
+            names += [(key, "") for key in _keys(content)]
             model = content.get("model")
-            model_dir = model.get("model_dir", model_dir) if isinstance(model, dict) else model_dir
+            if not isinstance(model, dict):
+                model = {} if content else {"model_dir": None}  # where it is not read here, it may name another
+            model_dir, adapter = model.get("model_dir", model_dir), model.get("adapter", adapter)
         else:
-            _check_name(name, "--")
-            model_dir = value if name == "model.model_dir" else model_dir
+            names.append((name, "--"))
+            if name in ("model", "model.model_dir"):  # the first gives a file
+                model_dir = value if name != "model" else None
+            if name in ("model", "model.adapter", "model.adapter.class_path"):
+                adapter = value
+    for name, dashes in names:
+        if _is_ours(adapter) or not name.startswith("model.adapter."):
+            _check_name(name, dashes)
     given_elsewhere = any(variable.startswith("PIPELITE_") and "MODEL" in variable for variable in os.environ)
     prints_only = any(word.startswith("--print_config") for word in words)
     if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
@@ -72,7 +81,7 @@ def check_model_dir(model_dir: str) -> None:
         ConfigurationError: if there is no such directory; for a name of Hugging Face's hub with the command to
             download it.
     """
-    if Path(model_dir).is_dir():
+    if Path(model_dir).expanduser().is_dir():
         return
     owner, _, name = model_dir.rpartition("/")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_dir) and not Path(owner).exists() and owner not in _OUR_FOLDERS:
@@ -84,9 +93,12 @@ def check_model_dir(model_dir: str) -> None:
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield the options with their values."""
+    """Yield the options with their values; of a short one that is joined with its value, none."""
     for word, then in zip(words, [*words[1:], ""], strict=True):
         if re.match(r"--?[A-Za-z]", word):
+            if re.match(r"-c(?!onfig\b)[^=]", word):
+                yield "c", None
+                continue
             name, equals, value = word.partition("=")
             yield name.lstrip("-"), value if equals else then or None
 
@@ -117,6 +129,14 @@ def _keys(content: dict[str, Any]) -> Iterator[str]:
             yield f"{name}.{key}"
             if (name, key) == ("model", "adapter") and isinstance(inner, dict):
                 yield from (f"model.adapter.{each}" for each in inner.get("init_args") or {})
+
+
+def _is_ours(adapter: Any) -> bool:
+    """Tell whether an adapter's class, as given, is of this package: others have options of their own."""
+    path = adapter.get("class_path") if isinstance(adapter, dict) else adapter
+    if path is None:
+        return True
+    return isinstance(path, str) and (path in _OUR_ADAPTERS or path.startswith("lightning_pipelite."))
 
 
 def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:

@@ -101,11 +101,22 @@ def _of_directory(path: Path) -> list[Path]:
 
     What else lies there (a README, a cache) is not meant as data; what a glob names is.
     """
+    folders = [each for each in sorted(path.iterdir()) if each.is_dir() and _data_in(each)]
+    splits = [folder for folder in folders if split_of(Path(folder.name)) is not None]
     for folder in (path, path / "data"):
         if folder.is_dir() and (files := _data_in(folder)):
+            inner = [each for each in sorted(folder.iterdir()) if each.is_dir() and _data_in(each)]
+            beside = [
+                *splits,
+                *(each for each in inner if each not in splits and split_of(Path(each.name)) is not None),
+            ]
+            if beside:
+                raise ConfigurationError(
+                    f"{path} has data in {min(files).relative_to(path)} and in the folder of a split, "
+                    f"{beside[0].relative_to(path)}: name the one that is meant by dataset_path."
+                )
             return files
-    folders = [each for each in sorted(path.iterdir()) if each.is_dir() and _data_in(each)]
-    if folders and all(split_of(Path(folder.name)) is not None for folder in folders):
+    if len(splits) == len(folders):
         return [file for folder in folders for file in _data_in(folder)]
     return []
 
@@ -131,7 +142,7 @@ def not_read(dataset_path: str, files: list[Path]) -> list[str]:
     path = Path(dataset_path).expanduser()
     if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return []
-    folders = {path, *(file.parent for file in files)}
+    folders = {path, *(file.parent for file in files), *([path / "data"] if (path / "data").is_dir() else [])}
     there = {file.absolute() for folder in folders for file in folder.iterdir() if file.is_file()}
     missing = (file for file in there - {*files} if not file.name.startswith("."))
     return sorted(str(file.relative_to(path.absolute())) for file in missing)

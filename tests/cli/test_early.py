@@ -83,6 +83,36 @@ def test_what_is_right_passes(config: str) -> None:
         check_early(["--config", str(path), "--model.model_dir", "."])
 
 
+@pytest.mark.parametrize("option", ["alpha", "r", "lora_dropout", "init_args.alpha"])
+def test_an_adapter_of_the_users_own_has_its_own_options(config: str, tmp_path: Path, option: str) -> None:
+    given = f"--model.adapter.{option}=3"
+    check_early(["--config", config, given, "--model.adapter", "my.Adapter"])
+    inner = option.rpartition(".")[2]
+    own = f"  adapter:\n    class_path: my.Adapter\n    init_args:\n      {inner}: 3\n"
+    (tmp_path / "b.yaml").write_text(CONFIG.format(tmp_path).replace("  lr: 1\n", f"  lr: 1\n{own}"))
+    check_early(["--config", str(tmp_path / "b.yaml"), given])
+    with pytest.raises(ConfigurationError, match=r"alpha|did you mean"):
+        check_early(["--config", str(tmp_path / "b.yaml"), given, "--model.adapter=lightning_pipelite.LoRA"])
+    (tmp_path / "b.yaml").write_text((tmp_path / "b.yaml").read_text().replace("my.Adapter", "LoRA"))
+    with pytest.raises(ConfigurationError, match=r"alpha|did you mean"):
+        check_early(["--config", str(tmp_path / "b.yaml")])
+
+
+def test_a_model_that_is_named_elsewhere_is_not_looked_for(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "none.yaml").write_text(CONFIG.format("none"))
+    none = f"--config={tmp_path / 'none.yaml'}"
+    for words in ([f"--model={config}"], [f"-c{config}"], ["--config", f"model: {{model_dir: {tmp_path}}}"]):
+        check_early([none, *words])
+        with pytest.raises(ConfigurationError, match="other is not a directory"):
+            check_early([none, *words, "--model.model_dir=other"])
+    with pytest.raises(ConfigurationError, match="none is not a directory"):
+        check_early([f"--model={config}", none])
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    check_early(["--config", config, f"--model.model_dir=~/{tmp_path.name}"])
+
+
 def test_commands() -> None:
     merge = COMMANDS["merge"]
     with pytest.raises(ConfigurationError, match=r"--bass is not an option; did you mean --base\?"):

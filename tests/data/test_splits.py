@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.sources import find_files, not_read
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -72,8 +72,28 @@ def test_what_is_not_clear(tmp_path: Path, names: tuple[str, ...], pattern: str,
         found(tmp_path, pattern)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("x.jsonl", "train/a.jsonl"), "has data in x.jsonl and in the folder of a split, train: name"),
+        (("data/x.jsonl", "my_test_set/a.jsonl", "train/a.jsonl"), "data in data/x.jsonl and .*, my_test_set: name"),
+        (("data/train.jsonl", "data/test/a.jsonl"), "data in data/train.jsonl and .*, data/test: name"),
+    ],
+)
+def test_files_beside_folders_of_splits(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    write(tmp_path, *names, "README.md", "images/about.txt")
+    with pytest.raises(ConfigurationError, match=says):
+        found(tmp_path)
+    assert found(tmp_path, names[0]) == [names[0]]
+
+
 def test_folders_around_tell_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "test" / "train"
     write(folder, "a.jsonl", "latest.jsonl", "contest.jsonl")
     for pattern in ("", "*.jsonl", "**/*.jsonl"):
         assert found(folder, pattern) == ["a.jsonl", "contest.jsonl", "latest.jsonl"]
+
+
+def test_the_folder_data_is_told_where_it_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "data/b.jsonl")
+    assert not_read(str(tmp_path), find_files(str(tmp_path))) == ["data/b.jsonl"]
