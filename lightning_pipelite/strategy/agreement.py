@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ class Agreement:
     Args:
         topology: Of the job.
         rank: Of this process.
+        timeout: How long a rank waits for the others.
     """
 
-    def __init__(self, topology: Topology, rank: int) -> None:
+    def __init__(self, topology: Topology, rank: int, timeout: timedelta) -> None:
         self._topology, self._rank = topology, rank
-        self._group: Any = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if topology.world_size > 1 else None
         # The sum of all ranks' factors is 0, so that of the products with equal numbers is.
         self._factor = _factor(rank, topology.world_size)
         self._factor_of_stage = _factor(topology.stage_of(rank), topology.stages)

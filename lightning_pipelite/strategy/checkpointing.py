@@ -31,7 +31,7 @@ from lightning_pipelite.strategy.resumed_options import (
     options_of,
     schedules_of,
 )
-from lightning_pipelite.strategy.same_options import require_same, trainer_options
+from lightning_pipelite.strategy.same_options import comparable, require_same, trainer_options
 
 _LIGHTNINGS_OWN = {
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
@@ -89,11 +89,11 @@ class Checkpointing:
         """
         empty = [not group["params"] for group in optimizer.param_groups]
         schedules = schedules_of(self._trainer.lr_scheduler_configs)
-        shared = self._store.share((options_of(optimizer), empty, schedules, trainer_options(self._trainer)))
-        require_same(
-            [{**named_options(options, unused, schedules), **others} for options, unused, schedules, others in shared]
-        )
-        everyones = [(options, unused) for options, unused, *_ in shared]
+        options = [comparable(group) for group in options_of(optimizer)]
+        named = comparable({**named_options(options, empty, schedules), **trainer_options(self._trainer)})
+        shared = self._store.share((options, empty, named))
+        require_same([named for *_, named in shared])
+        everyones = [(options, unused) for options, unused, _ in shared]
         groups = [
             next((options[index] for options, unused in everyones if not unused[index]), own)
             for index, own in enumerate(everyones[0][0])

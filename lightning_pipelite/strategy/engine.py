@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class PipeLiteEngine(PipelineEngine):
         progress: Told of every instruction before it runs: its name, whether it may wait for other ranks, and of which
             piece of the stage it is, if there are several.
         layer_rng: What the layers draw random numbers from.
+        timeout: How long a rank waits for the others in the process groups that are made here.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PipeLiteEngine(PipelineEngine):
         loss: Loss,
         progress: Callable[[str, bool, str], None],
         layer_rng: LayerRNG,
+        timeout: timedelta,
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
@@ -75,7 +78,7 @@ class PipeLiteEngine(PipelineEngine):
         terms = 2 + len(names_of_sums(loss))
         self._sums = torch.zeros(terms + self.is_pipe_parallel, dtype=torch.float64, device=self.device)
         self._equalize_replicas()
-        self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups)
+        self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups, timeout)
 
     @override
     def _broadcast_model(self) -> None:

@@ -98,7 +98,7 @@ class InterleavedEngine(PipeLiteEngine):
 
     def __init__(self, stage: nn.Module, *arguments: Any, **named: Any) -> None:
         super().__init__(stage, *arguments, **named)
-        self._transfers = Transfers(self.grid.pipe_groups, self.global_rank, self.device)
+        self._transfers = Transfers(self.grid.pipe_groups, self.global_rank, self.device, named["timeout"])
         self._told: dict[tuple[int, Any], Shapes] = {}  # of what a piece hands on, for a kind of micro-batch
         self._known: set[Any] = set()  # the kinds of micro-batches of which every rank has been told
         self._step_data: Sequence[MicroBatch] = ()

@@ -23,7 +23,7 @@ from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_pipelite.checkpoint.encoding import decode
@@ -90,9 +90,9 @@ def resume_start(
 
 
 def load_state_dict(module: pl.LightningModule, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of torch's, which knows a module's own names alone."""
+    """In place of torch's, or another base's, which knows a module's own names alone."""
     if not isinstance(state_dict, StagesState):
-        return nn.Module.load_state_dict(module, state_dict, *args, **kwargs)
+        return super(pl.LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
     strict = args[0] if args else kwargs.get("strict", True)
     load_state(module, state_dict.directory, state_dict.meta, state_dict.outside, strict)
     return _IncompatibleKeys([], [])

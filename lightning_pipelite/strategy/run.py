@@ -93,8 +93,10 @@ class PipelineRun:
         self._trainer, self._stages = trainer, topology.stages
         groups = JobGroups()
         end.callback(groups.destroy)
+        # As the default group's, so that the watchdog speaks first: torch gives other groups a limit of its own.
+        group_timeout = timeout + timedelta(seconds=60)
         with groups.noted():
-            agreement = Agreement(topology, rank)
+            agreement = Agreement(topology, rank, group_timeout)
         end.callback(agreement.close)
         self.sigterm = SigtermNotice(trainer, agreement)
         end.callback(self.sigterm.release)
@@ -119,6 +121,7 @@ class PipelineRun:
                 loss,
                 progress=progress,
                 layer_rng=layer_rng,
+                timeout=group_timeout,
             )
             self.store = CheckpointStore(topology, rank, device, timeout)
         end.callback(see_promises(trainer.callbacks, self.store.promised))  # type: ignore[attr-defined]

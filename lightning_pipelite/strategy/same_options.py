@@ -15,10 +15,36 @@ _OF_THE_TRAINER = (
     "limit_val_batches",
 )  # fmt: skip
 
+_BY_TYPE = {"trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.val_check_interval"}
+"""Of which 1 and 1.0 are not the same: batches, or a share of them."""
+
 
 def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
     """Those of a Trainer that decide what is trained, and when it is evaluated, by name."""
     return {f"trainer.{name}": getattr(trainer, name) for name in _OF_THE_TRAINER}
+
+
+def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those that mean the same on every rank if they are equal: no functions, tensors or objects."""
+    return {name: value for name, value in options.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _key(value: Any, *, exactly: bool = False) -> str:
+    """Return the same for values that are equal, nan too; a list and a tuple are."""
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_key, value))})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_key(name)}: {_key(each)}' for name, each in value.items()))}}}"
+    whole = isinstance(value, float) and value.is_integer() and not exactly
+    return repr(int(value) if whole else value)
 
 
 def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
@@ -34,7 +60,7 @@ def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
         ranks: dict[str, list[int]] = {}
         for rank, options in enumerate(everyones):
             if name in options:
-                ranks.setdefault(repr(options[name]), []).append(rank)
+                ranks.setdefault(_key(options[name], exactly=name in _BY_TYPE), []).append(rank)
         if len(ranks) > 1:
             told = ", ".join(f"{value} on {_numbered(which)}" for value, which in ranks.items())
             raise ConfigurationError(

@@ -129,12 +129,14 @@ class Schedule:
         order = self.orders[rank]
         arrivals = {edge: deque(inputs) for edge, inputs in self._arrivals(rank).items()}
         edges = {action: edge for edge, inputs in arrivals.items() for action in inputs}
+        to_come = set(edges)
         program: list[Instruction] = []
         for number, action in enumerate(order):
             for needed in order[number : number + 1 + ahead]:
-                edge = edges.get(needed)
-                while edge is not None and needed in arrivals[edge]:
-                    program.append(Instruction("receive", arrivals[edge].popleft()))
+                while needed in to_come:
+                    arrival = arrivals[edges[needed]].popleft()
+                    to_come.remove(arrival)
+                    program.append(Instruction("receive", arrival))
             program.append(Instruction("compute", action))
             if self._target(action) is not None:
                 program.append(Instruction("send", action))
@@ -160,6 +162,7 @@ class Schedule:
         sent: dict[Way, deque[Action]] = {}
         received: dict[Way, deque[Action]] = {}
         here: set[Action] = set()
+        done: set[Action] = set()
         moved = True
         while moved:
             moved = False
@@ -171,6 +174,8 @@ class Schedule:
                 ):
                     instruction = program.popleft()
                     moved = True
+                    if instruction.name == "compute":
+                        done.add(instruction.action)
                     if instruction.name == "receive":
                         received.setdefault(self.way(instruction.action), deque()).append(instruction.action)
                     elif instruction.name == "send":
@@ -179,7 +184,7 @@ class Schedule:
                         sent.setdefault(self.way(target), deque()).append(target)
                     elif not self.comes_from_afar(instruction.action):
                         source = self.source(instruction.action)
-                        if source is not None and Instruction("compute", source) in program:
+                        if source is not None and source not in done:
                             raise RuntimeError(f"rank {rank} would run {instruction.action} before {source}")
             for edge, posted in received.items():
                 while posted and sent.get(edge):

@@ -260,6 +260,7 @@ class PipeLiteStrategy(DDPStrategy):
         check_optimizers(self.optimizers, self.lightning_module, parameters)
         for group in self.optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
+            group.pop("param_names", None)  # of named parameters: each stage has others; checkpoints have names anyway
 
     def _progress(self, activity: str, waits: bool, piece: str = "") -> None:
         if self._watchdog is not None:

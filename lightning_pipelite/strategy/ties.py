@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ class TiedParameters:
         stage: This rank's stage.
         group: The process group of this rank's pipeline.
         pipelines: The global ranks of every pipeline, in the order of their stages.
+        timeout: How long a rank waits for the others.
 
     Raises:
         RuntimeError: If a tied parameter is trained in one stage and frozen in another.
     """
 
-    def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]]) -> None:
+    def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]], timeout: timedelta) -> None:
         mine = {name: p.requires_grad for name, p in stage.named_parameters()}
         everyones: list[dict[str, bool]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(everyones, mine, group=group)
@@ -41,7 +43,7 @@ class TiedParameters:
         for stages in sorted(set(tied.values())):
             for pipeline in pipelines:  # every rank takes part in making every group
                 ranks = tuple(pipeline[i] for i in stages)
-                made = dist.new_group(list(ranks))
+                made = dist.new_group(list(ranks), timeout=timeout)
                 if rank in ranks:
                     groups[stages] = (made, ranks[0])
         self._tied = [

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -71,9 +72,10 @@ class Transfers:
         pipelines: The global ranks of every pipeline, in the order of their stages.
         rank: This process's global rank.
         device: Where tensors are received.
+        timeout: How long a rank waits for the others.
     """
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device) -> None:
+    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device, timeout: timedelta) -> None:
         self._device = device
         self._groups: dict[Way, Any] = {}
         self._sent: list[tuple[Any, Tensor]] = []
@@ -82,7 +84,7 @@ class Transfers:
             for place in range(len(ranks)):
                 for backward in (False, True):
                     start, end = place, (place + (-1 if backward else 1)) % len(ranks)
-                    group = dist.new_group(sorted([ranks[start], ranks[end]]))  # by every rank
+                    group = dist.new_group(sorted([ranks[start], ranks[end]]), timeout=timeout)  # by every rank
                     if rank in (ranks[start], ranks[end]):
                         self._groups[start, end, backward] = group
 

@@ -131,3 +131,18 @@ def test_lightning_still_has_what_is_replaced() -> None:
     assert "self._ckpt_path" in source
     assert "load_model_state_dict" in vars(DeepSpeedStrategy)
     assert "load_model_state_dict" not in vars(DDPStrategy)
+
+
+def test_another_bases_way_to_load_is_not_passed_over() -> None:
+    loaded: list[Any] = []
+
+    class Base(torch.nn.Module):
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            loaded.append(state_dict)
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
+    class Both(L.LightningModule, Base):
+        pass
+
+    Both().load_state_dict({})
+    assert loaded == [{}]

@@ -89,11 +89,20 @@ class Fp8Linear(nn.Linear):
                 "the model's files."
             )
         codes, scales = quantise_rows(weight.T.contiguous() if self._transposed else weight)
-        del self._parameters["weight"]
+        self._parameters.pop("weight", None)  # it is there the first time
         self.codes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         for parameter in (self.codes, self.scales):
             mark_initialised(parameter)
+
+    @override
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move, but not cast: the products take scales in float32, and so few of them cost nothing."""
+        held = None if self._parameters.get("scales") is None else self.scales.data
+        super()._apply(fn, *args, **kwargs)
+        if held is not None and self.scales.dtype != held.dtype:
+            self.scales.data = held.to(self.scales.device)
+        return self
 
     @override
     def forward(self, x: Tensor) -> Tensor:

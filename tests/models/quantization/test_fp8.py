@@ -264,3 +264,15 @@ def test_loading_holds_no_more_than_one_weight_in_full(tmp_path: Path, monkeypat
     read_ahead = lambda *_: pytest.fail("a thread reads ahead")  # noqa: E731
     monkeypatch.setattr(core_model_loading.ThreadPoolExecutor, "submit", read_ahead)
     layers.build_stage(0, 4, CPU)
+
+
+def test_scales_stay_in_float32_and_a_weight_can_be_set_again(tmp_path: Path) -> None:
+    write(tmp_path, "llama")
+    (stage,) = build(layers_of(tmp_path, LoRA(4)), [0, 4])
+    layer = next(module for module in stage.modules() if isinstance(module, Fp8Linear))
+    before = layer.weight.clone()
+    stage.to(torch.bfloat16)
+    assert layer.scales.dtype == torch.float32
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=0)
+    layer.weight = nn.Parameter(2 * before)
+    torch.testing.assert_close(layer.weight, 2 * before, rtol=0, atol=0)
