@@ -60,7 +60,13 @@ class ChatTemplate:
         self._shown: dict[str, bool] = {}
 
     def render(self, messages: list[Message], arguments: dict[str, Any], prompt: bool = False) -> str:
-        """Give the text of messages, with the beginning of a reply behind them if `prompt`."""
+        """Give the text of messages, with the beginning of a reply behind them if `prompt`; of none, that alone."""
+        if not messages:  # which apply_chat_template refuses
+            given: dict[str, Any] = {**self._tokenizer.special_tokens_map, **arguments}
+            texts, _ = render_jinja_template(
+                conversations=[[]], chat_template=self._source, add_generation_prompt=prompt, **given
+            )
+            return str(texts[0])
         return self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, chat_template=self._source, **arguments
         )

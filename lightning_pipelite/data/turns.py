@@ -41,6 +41,8 @@ class Turns:
     def span(self, number: int, place: str) -> tuple[int, int, bool]:
         """Give where a turn begins and ends, and whether the mark that ends it is within.
 
+        It is empty for a reply that begins the conversation, if the template does not tell how such a one begins.
+
         Args:
             number: Of the message.
             place: Where the conversation stands, for errors.
@@ -48,11 +50,13 @@ class Turns:
         Raises:
             ConfigurationError: If the template does not let it be told.
         """
+        if number == 0 and self._prompt(0) is None:
+            return 0, 0, True
         return self._turn(number) or self._content(number, place)
 
     def _turn(self, number: int) -> tuple[int, int, bool] | None:
         """If it is rendered as the last one would be."""
-        before = self._render(self._messages[:number], prompt=True) if number else ""
+        before = self._prompt(number)
         until = self._render(self._messages[: number + 1])
         if before is None or until is None or not until.startswith(before):  # it may refuse to end there
             return None
@@ -103,8 +107,12 @@ class Turns:
 
     def _behind_prompt(self, number: int, begin: int) -> int:
         """Where the model begins to write, if that is before its words: some templates name a channel in between."""
-        prompt = self._render(self._messages[:number], prompt=True) if number else None
+        prompt = self._prompt(number)
         return len(prompt) if prompt is not None and self._text[:begin].startswith(prompt) else begin
+
+    def _prompt(self, number: int) -> str | None:
+        """Return what the model is given to write a message."""
+        return self._render(self._messages[:number], prompt=True)
 
     def _whole(self, number: int, message: Message) -> str | None:
         """Return the conversation with another message in a place."""

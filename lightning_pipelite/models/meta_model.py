@@ -65,7 +65,7 @@ class MetaModel:
     def __init__(
         self, model_dir: str | Path, *, trust_remote_code: bool = False, attn_implementation: str | None = None
     ) -> None:
-        self.model_dir = Path(model_dir)
+        self.model_dir = Path(model_dir).expanduser()
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.trust_remote_code = trust_remote_code

@@ -85,7 +85,7 @@ def test_a_template_that_renders_the_last_reply_otherwise(make: Any) -> None:
 
 def test_conversation_that_begins_with_a_reply(make: Any) -> None:
     _, pieces = said(CHATML, make, TALK[2:])
-    assert pieces == ["<|im_start|>assistant\na name and the rest<|im_end|>\n", "so it is<|im_end|>\n"]
+    assert pieces == ["a name and the rest<|im_end|>\n", "so it is<|im_end|>\n"]
 
 
 @pytest.mark.parametrize(

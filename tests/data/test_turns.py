@@ -97,6 +97,21 @@ def test_reasoning_of_the_last_turn_alone(learn: Callable[..., list[str]]) -> No
     assert learn(QWEN, talk) == ["b<|im_end|>", "<think>\nr2\n</think>\n\nd<|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        (QWEN, ["hi<|im_end|>\n", "<think>\n\n</think>\n\nb<|im_end|>\n"]),
+        (MISTRAL, [" hi</s>", " b</s>"]),
+        (CHANNELS, ["<final>hi", "<final>b<return>"]),
+        ("{{ messages[0].role and '' }}" + QWEN, ["<think>\n\n</think>\n\nb<|im_end|>\n"]),  # refuses no messages
+    ],
+)
+def test_the_mark_before_a_leading_reply_is_not_learnt(
+    template: str, learnt: list[str], learn: Callable[..., list[str]]
+) -> None:
+    assert learn(template, [reply("hi"), user("a"), reply("b")]) == learnt
+
+
 def test_a_call_behind_words_is_learnt(learn: Callable[..., list[str]]) -> None:
     talk = [user("a"), *call("X", "Let me look."), reply("b"), user("c"), *call("Y", reasoning_content="r"), reply("d")]
     assert learn(QWEN, talk, [TOOL]) == [
