@@ -36,11 +36,13 @@ class Raw:
         read: Gives what it holds, or raises an error of this record alone.
         place: File and line, record or row.
         others: Columns that are not read.
+        columns: Of CSV, all columns, as the record is without those that are empty in its row.
     """
 
     read: Callable[[], Any]
     place: str
     others: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 def raw_records(path: Path, choose: Choose | None = None) -> Iterator[Raw]:
@@ -146,7 +148,8 @@ def _csv(path: Path) -> Iterator[Raw]:
                 if row is None:
                     return
                 if row:
-                    yield Raw(partial(_cells_of, names, row, f"{path}, line {line}"), f"{path}, line {line}")
+                    place = f"{path}, line {line}"
+                    yield Raw(partial(_cells_of, names, row, place), place, columns=tuple(names))
         except csv.Error as error:
             raise UnreadableFileError(
                 f"{path}, line {rows.line_num}: not valid CSV ({error}); write it anew, with quotes around cells."

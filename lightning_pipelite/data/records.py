@@ -10,7 +10,16 @@ from typing import Any
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.conversation import check_text, check_weights, known_keys, template_arguments
 from lightning_pipelite.data.files import Raw, UnreadableFileError, raw_records
-from lightning_pipelite.data.finding import check_text_file, find_shape, readable, shape_of, vocabulary
+from lightning_pipelite.data.finding import (
+    check_marks,
+    check_prompt,
+    check_text_file,
+    find_shape,
+    readable,
+    said_fields,
+    shape_of,
+    vocabulary,
+)
 from lightning_pipelite.data.record_errors import reason
 from lightning_pipelite.data.shapes import Document, Shape
 from lightning_pipelite.data.sources import COLUMNS, TEXT, format_of
@@ -100,7 +109,7 @@ class _Reader:
         self._dataset = dataset
         self._shape = shape
         self._known = {*known_keys(shape.conversation), *shape.fields}
-        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._names: dict[tuple[tuple[str, ...], ...], tuple[str, ...]] = {}
 
     def choose(self, names: list[str]) -> list[str]:
         """Return the columns to read: also those that would make something else of a record."""
@@ -109,7 +118,8 @@ class _Reader:
                 raise UnreadableFileError(
                     f"{self._path}: no column {name!r} (it has: {', '.join(names)}); {self._remedy(name)}."
                 )
-        meant = self._known if self._shape.given else self._known.union(vocabulary())
+        text = self._shape.given and not self._shape.conversation
+        meant = self._known if text else self._known.union(vocabulary())
         return [name for name in names if name in meant]
 
     def record(self, raw: Raw) -> Record:
@@ -121,6 +131,8 @@ class _Reader:
                 raise ConfigurationError(f"{place}: the record is text and no conversation; put it into other files.")
             check_text(record, place, "the record")
             return Record(record, place)
+        if shape.question and shape.question[0] in raw.columns:
+            record.setdefault(shape.question[0], "")  # an input alone may be the question
         others = self._checked(record, place) + raw.others
         check_weights(record, place)
         for name in shape.needed:
@@ -139,14 +151,25 @@ class _Reader:
 
     def _checked(self, record: Mapping[str, Any], place: str) -> tuple[str, ...]:
         """Return the keys that mean nothing, of a record whose fields do not make it something else."""
+        shape, said = self._shape, said_fields(record)
+        check_marks(said, shape, self._dataset, place)
+        check_prompt(said, shape, self._dataset, place)
         names = tuple(name for name, value in record.items() if value is not None and name not in self._known)
-        if names not in self._names:
-            if not self._shape.given and all(name in record for name in self._shape.needed):
-                found = shape_of({name: record[name] for name in (*self._shape.needed, *names)}, self._dataset, place)
-                if found.needed != self._shape.needed:
+        there = (names, tuple(said))
+        if there not in self._names:
+            if all(name in record for name in shape.needed):
+                known = (*shape.needed, *(name for name in said if name in self._known or name in names))
+                found = shape_of({name: record[name] for name in known}, self._dataset, place)
+                if found.needed != shape.needed:
                     raise ConfigurationError(
-                        f"{place}: the record is of another kind than the first ones ({found}, not {self._shape}); put "
-                        "it into a file of its own."
+                        f"{place}: the record is of another kind than the first ones ({found}, not {shape}); put it "
+                        "into a file of its own."
                     )
-            self._names[names] = tuple(map(readable, names))
-        return self._names[names]  # one for all records: they are sent to other processes
+                late = next((name for name in found.fields if name in said and name not in shape.fields), None)
+                if late is not None:
+                    raise ConfigurationError(
+                        f"{place}: no record at the beginning of the file has the field {late!r}, so it is not read; "
+                        "give the first record one, if only an empty one."
+                    )
+            self._names[there] = tuple(map(readable, names))
+        return self._names[there]  # one for all records: they are sent to other processes

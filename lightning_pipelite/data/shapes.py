@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_pipelite.data.conversation import REASONING, Message, check_messages, check_text
+from lightning_pipelite.data.conversation import REASONING, Message, check_messages, check_text, learnt
 from lightning_pipelite.errors import ConfigurationError
 
 ROLES = {
@@ -101,7 +101,9 @@ class Shape:
         if isinstance(messages, list):  # else it is refused
             messages = [*self._system(record, messages, place), *messages]
         checked = check_messages(messages, place, what)
-        return _last_turn(checked) if self.last_turn_only else checked
+        checked = _last_turn(checked) if self.last_turn_only else checked
+        _check_replies(checked, place, what)
+        return checked
 
     def _system(self, record: dict[str, Any], messages: list[Any], place: str) -> list[Message]:
         value = record.get(self.system) if self.system else None
@@ -131,17 +133,22 @@ class Shape:
             )
         for question, answer in pairs:
             yield {"role": "user", "content": question}
-            yield {"role": "assistant", "content": answer}
+            yield {"role": "assistant", "content": answer, "weight": 0}  # as the loss is on the answer field
 
     def _question(self, record: dict[str, Any], place: str) -> list[Message]:
         first, *more = self.question
         value = record[first]
         if isinstance(value, list):  # as TRL has it: the messages before the answer, none of which is learnt
+            if about := next((name for name in more if record.get(name)), None):
+                raise ConfigurationError(
+                    f"{place}: the field {first!r} is a list of messages, and {about!r} stands beside it and would not "
+                    "be shown; write it into the messages."
+                )
             asked = _conversation(value, place, f"the field {first!r}")
             replies = [isinstance(each, dict) and each.get("role") == "assistant" for each in asked]
             return [{**each, "weight": 0} if reply else each for each, reply in zip(asked, replies, strict=True)]
-        parts = [_text_of(value, place, first)]
-        for name in more:
+        parts = []
+        for name in self.question:
             value = record.get(name)
             if value is not None and value != "":
                 parts.append(_text_of(value, place, name))
@@ -193,10 +200,32 @@ def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise ConfigurationError(f"{place}: message {number} of {what} calls a function without a name; correct it.")
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
+    made = []
+    for call in calls:
+        arguments = [key for key in ("arguments", "parameters") if key in call]
+        other = next((key for key in call if key not in ("name", "id", *arguments[:1])), None)
+        if other is not None:
+            raise ConfigurationError(
+                f"{place}: message {number} of {what} calls a function with {other!r}; a call has a name, arguments "
+                "and perhaps an id, so put what is meant there."
+            )
+        function = {"name": call["name"], "arguments": call[arguments[0]] if arguments else {}}
+        made.append({"type": "function", "function": function, **({"id": call["id"]} if call.get("id") else {})})
+    return made
+
+
+def _check_replies(messages: list[Message], place: str, what: str) -> None:
+    """Refuse replies that are learnt and say nothing: the model would learn to end at once."""
+    for number, message in enumerate(messages, start=1):
+        if not learnt(message) or any(message.get(key) for key in ("tool_calls", "function_call", *REASONING)):
+            continue
+        content = message["content"]
+        texts = [part["text"] for part in content] if isinstance(content, list) else [content]
+        if not any(text.strip() for text in texts):
+            raise ConfigurationError(
+                f"{place}: the reply in message {number} of {what} is empty; fill it, give it a weight of 0, or leave "
+                "the record out."
+            )
 
 
 def _last_turn(messages: list[Message]) -> list[Message]:

@@ -147,7 +147,14 @@ CASES = {
     "alpaca with history and system": Case(
         lines("a.jsonl", {"instruction": QUESTION, "output": ANSWER, "history": [["Hi", "Hello"]], "system": "Be."}),
         "alpaca: system, history, instruction, output; loss on output",
-        [*chat(("system", "Be.")), *TWO],
+        chat(
+            ("system", "Be."),
+            ("user", "Hi"),
+            ("assistant", "Hello"),
+            ("user", QUESTION),
+            ("assistant", ANSWER),
+            learnt=(4,),
+        ),
     ),
     "Dolly": Case(
         lines("a.jsonl", {"instruction": "Tell me.", "context": QUESTION, "response": ANSWER, "category": "x"}),
