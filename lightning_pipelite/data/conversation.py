@@ -17,8 +17,12 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
 """Keys of a record, beside the conversation, that are for the chat template."""
 
-# What other trainers take as "count this record otherwise": here each counts alike.
-_RECORD_WEIGHTS = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask", "completion_mask")
+# What other trainers take as "count this record otherwise, or not at all", and the value by which it counts as others.
+_RECORD_WEIGHTS = {
+    "weight": 1, "weights": 1, "loss_weight": 1, "sample_weight": 1, "loss_mask": 1, "completion_mask": 1,
+    "train_on": 1, "train_on_turn": 1, "trainable": 1, "is_trained": 1,
+    "mask": None, "masked": 0, "ignore": 0, "ignored": 0, "skip": 0,
+}  # fmt: skip
 # What other trainers take as "learn from this message, or do not". One form is enough: OpenAI's.
 _MESSAGE_FLAGS = (
     "train", "training", "train_on_turn", "train_detail", "training_detail", "loss", "loss_weight", "loss_mask",
@@ -41,10 +45,10 @@ def check_weights(record: Mapping[str, Any], place: str) -> None:
         place: Where it stands, for errors.
 
     Raises:
-        ConfigurationError: If a key for that is there and is not 1.
+        ConfigurationError: If a key for that is there and does not say that it counts as the others.
     """
-    for key in _RECORD_WEIGHTS:
-        if (value := record.get(key)) is not None and value != 1:
+    for key, as_others in _RECORD_WEIGHTS.items():
+        if (value := record.get(key)) is not None and value != as_others:
             raise ConfigurationError(
                 f"{place}: the record has a {key!r} of {_shown(value)}, but all records count alike; leave records or "
                 "the key out, or put them into datasets of their own, which have a weight."
@@ -53,7 +57,7 @@ def check_weights(record: Mapping[str, Any], place: str) -> None:
 
 def known_keys(conversations: bool) -> tuple[str, ...]:
     """Give the keys of a record that mean something beside the field of the text or the conversation."""
-    return (*_RECORD_WEIGHTS, *ARGUMENTS, "functions") if conversations else _RECORD_WEIGHTS
+    return (*_RECORD_WEIGHTS, *ARGUMENTS, "functions") if conversations else (*_RECORD_WEIGHTS,)
 
 
 def check_messages(value: Any, place: str, what: str) -> list[Message]:

@@ -35,6 +35,8 @@ _WORDS = (
     "video",
     *_OF_RECORDS,
 )
+# Numbers and booleans beside these say something of a message, as what is learnt of it.
+_NUMBERS_THAT_SAY_NOTHING = ("id", "index", "timestamp", "created_at")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
@@ -167,7 +169,16 @@ class ChatTemplate:
         passed_over = set()
         self._check_calls(messages, arguments, place)
         for number, message in enumerate(messages):
-            for key in message:
+            for key, value in message.items():
+                if (
+                    isinstance(value, (bool, int, float))
+                    and key not in _NUMBERS_THAT_SAY_NOTHING
+                    and not self._shows(key, messages[: number + 1], arguments)
+                ):
+                    raise ConfigurationError(
+                        f"{place}: message {number + 1} has a {key!r} of {value}, which the chat template does not "
+                        "read; say which replies are learnt by a weight of 0 or 1, and take it out."
+                    )
                 nothing = key in ("role", "content") or not message[key]
                 if nothing or self._shows(key, messages[: number + 1], arguments):
                     continue

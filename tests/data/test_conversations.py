@@ -286,6 +286,27 @@ def test_ignored_keys_can_be_shown(make_data: Callable[..., PackedDataModule], t
         make_data(data).prepare_data()
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [{"weights": 0}, {"train_on": False}, {"trainable": True}, {"is_trained": 0.5}, {"ignore": True}, {"skip": 1}],
+)
+def test_flags_of_messages_that_are_not_known(make: Callable[..., Any], tmp_path: Path, flag: dict[str, Any]) -> None:
+    (key,) = flag
+    with pytest.raises(ConfigurationError, match=f"message 2 has a '{key}' of .*, which the chat template does not"):
+        encode(make, CHATML, {"messages": [ASK, {**REPLY, **flag}]}, tmp_path)
+    read = CHATML + "{% if messages[1]." + key + " %}{% endif %}"
+    encode(make, read, {"messages": [ASK, {**REPLY, **flag, "id": 3}]}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "as_others"), [("mask", None), ("masked", 0), ("train_on_turn", True), ("skip", False), ("trainable", 1)]
+)
+def test_flags_of_records(make: Callable[..., Any], tmp_path: Path, flag: str, as_others: object) -> None:
+    encode(make, CHATML, {"messages": [ASK, REPLY], flag: as_others}, tmp_path)
+    with pytest.raises(ConfigurationError, match=f"the record has a '{flag}' of"):
+        encode(make, CHATML, {"messages": [ASK, REPLY], flag: not as_others}, tmp_path)
+
+
 def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
     for name in ("a.txt", "b.pdf", "README.md", ".hidden"):
         (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
