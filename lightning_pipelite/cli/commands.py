@@ -46,10 +46,11 @@ class Command:
         own: list[str] = [*arguments]
         words: list[str] | None = None
         parameters = inspect.signature(function).parameters
-        if "config" in parameters:
+        if "config" in parameters and not self.positional:
             own, words = _split(arguments, parameters)
             parser.add_argument("-c", "--config", help=_CONFIG_HELP)
-        parser.add_function_arguments(function, as_positional=self.positional, skip={"config"})
+        skipped = {"config"} if words is not None else None
+        parser.add_function_arguments(function, as_positional=self.positional, skip=skipped)
         try:
             options = parser.parse_args(_with_values(function, own))
         except ArgumentError as error:

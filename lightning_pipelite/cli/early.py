@@ -94,7 +94,7 @@ def check_model_dir(model_dir: str) -> None:
 
 def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """Yield the options with their values; of a short one that is joined with its value, none."""
-    for word, then in zip(words, [*words[1:], ""], strict=True):
+    for word, then in zip(words, [*words[1:], ""], strict=False):
         if re.match(r"--?[A-Za-z]", word):
             if re.match(r"-c(?!onfig\b)[^=]", word):
                 yield "c", None

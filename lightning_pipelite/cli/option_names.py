@@ -85,7 +85,7 @@ def option_names() -> frozenset[str]:
     }
     names = {*OWN, *SECTIONS}
     for section, (path, name) in sources.items():
-        names |= {f"{section}.{parameter}" for parameter in _parameters(path, name)}
+        names |= {f"{section}.{parameter}" for parameter in _parameters_of(path, name)}
     return frozenset(names)
 
 
@@ -97,7 +97,7 @@ def parameters_of(module: str, function: str) -> list[str]:
     return [argument.arg for each in found for argument in (*each.args.args, *each.args.kwonlyargs)]
 
 
-def _parameters(path: Path, name: str) -> list[str]:
+def _parameters_of(path: Path, name: str) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")

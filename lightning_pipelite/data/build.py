@@ -52,7 +52,8 @@ def look_at(options: PackingOptions) -> PackingOptions:
         return options
     shapes = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
-        if dataset.text_field is not None and all(format_of(path) in TEXT for path in paths):
+        # "text" was the default, and stands in every configuration that was saved with it.
+        if dataset.text_field not in (None, "text") and all(format_of(path) in TEXT for path in paths):
             raise ConfigurationError(
                 f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
             )

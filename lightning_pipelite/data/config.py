@@ -215,7 +215,8 @@ def _check_fields(dataset: DatasetConfig) -> None:
         one, other = ("question_field", "answer_field")[:: 1 if dataset.answer_field is None else -1]
         raise ConfigurationError(f"{where} has a {one} without a {other}: give both.")
     named = {
-        "text_field": dataset.text_field,
+        # "text" was the default, and stands beside messages_field in configurations that were saved with it.
+        "text_field": None if dataset.text_field == "text" and dataset.messages_field else dataset.text_field,
         "messages_field": dataset.messages_field,
         "question_field": dataset.question_field,
     }

@@ -20,7 +20,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel, modeling_utils
@@ -138,11 +137,18 @@ def one_at_a_time() -> Iterator[None]:
     on while those before are being quantised, all of the model if they are fast enough; quantisations of its own it
     spares both. Remove when a model, and not only a quantiser, can say so.
     """
-    with (
-        mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
-        mock.patch.object(modeling_utils, "caching_allocator_warmup"),
-    ):
+    variable, reserve = "HF_DEACTIVATE_ASYNC_LOAD", modeling_utils.caching_allocator_warmup
+    former = os.environ.get(variable)
+    os.environ[variable] = "1"
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    try:
         yield
+    finally:
+        modeling_utils.caching_allocator_warmup = reserve
+        if former is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = former
 
 
 def mark_initialised(parameter: nn.Parameter) -> None:

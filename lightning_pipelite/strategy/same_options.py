@@ -21,7 +21,8 @@ _BY_TYPE = {"trainer.limit_train_batches", "trainer.limit_val_batches", "trainer
 
 def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
     """Those of a Trainer that decide what is trained, and when it is evaluated, by name."""
-    return {f"trainer.{name}": getattr(trainer, name) for name in _OF_THE_TRAINER}
+    # Lightning has no val_check_interval where it is a time.
+    return {f"trainer.{name}": getattr(trainer, name, None) for name in _OF_THE_TRAINER}
 
 
 def comparable(options: Mapping[str, Any]) -> dict[str, Any]:

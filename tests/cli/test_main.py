@@ -193,11 +193,12 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
     assert starts == ["first", "1"]
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [
+        [f"{job}/texts/*.txt:", "text:"],
         ["train:", "19"], ["eval:", "1"], ["dataset", f"{job}/texts/*.txt:"], ["packed", "data:"], ["step", "0:"],
         ["step", "2:"], ["saved", "what"],
     ]  # fmt: skip
     assert lines[-1] == "saved what was trained to deep/down/lora"
-    progress = [line.split(",")[0] for line in result.stderr.splitlines() if "evaluating" not in line]
+    progress = [line.split(",")[0] for line in result.stderr.splitlines() if line.startswith("training")]
     assert progress[:1] == ["training (50 %): step 1/2"], result.stderr
     assert {*progress} == {"training (50 %): step 1/2", "training (100 %): step 2/2"}, result.stderr  # rank 0's alone
     assert (tmp_path / "config.yaml").read_text() == written  # there is no logger: nothing is saved over it

@@ -143,7 +143,9 @@ CASES = {
         ["--model.model_dir", "{job}/adapter"],
     ),
     "name on the hub": Case(
-        "meta-llama/Llama-3.1-8B is not a directory; model_dir must name a local Hugging Face model.",
+        "meta-llama/Llama-3.1-8B is not a directory; model_dir must name a local Hugging Face model. If it is one of the "
+        "hub, download it: hf download meta-llama/Llama-3.1-8B --local-dir models/Llama-3.1-8B, and name "
+        "models/Llama-3.1-8B.",
         ["--model.model_dir", "meta-llama/Llama-3.1-8B"],
     ),
     # The adapter

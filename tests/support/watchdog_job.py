@@ -183,7 +183,9 @@ def train_with_lightning(how: str, folder: Path, victim: int, rank: int, ranks: 
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     marker = str(folder / "failed")
-    failing_job.job(argparse.Namespace(how=how, rank=victim, devices=ranks, nodes=1, marker=marker, gpu=False))
+    failing_job.job(
+        argparse.Namespace(how=how, rank=victim, devices=ranks, nodes=1, marker=marker, gpu=False, virtual_stages=1)
+    )
 
 
 def main() -> None:
