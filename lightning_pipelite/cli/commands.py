@@ -49,7 +49,7 @@ class Command:
         if "config" in parameters and not self.positional:
             own, words = _split(arguments, parameters)
             parser.add_argument("-c", "--config", help=_CONFIG_HELP)
-        skipped = {"config"} if words is not None else None
+        skipped: set[str | int] | None = {"config"} if words is not None else None
         parser.add_function_arguments(function, as_positional=self.positional, skip=skipped)
         try:
             options = parser.parse_args(_with_values(function, own))
