@@ -42,3 +42,5 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # too little data to hold any out: summary()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # PEFT asks transformers' former name while it loads an adapter.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
