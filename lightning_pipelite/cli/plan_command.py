@@ -30,7 +30,7 @@ def plan(
 ) -> Report:
     """Say what a training will take of each GPU, whether it fits, and on which split.
 
-    Nothing but config.json and the headers of the weight files is read of the model, and no GPU is needed.
+    Of the model config.json is enough: the weight files need not be there. No GPU is needed either.
 
     Args:
         config: The configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
@@ -90,7 +90,9 @@ def simulate(settings: Settings) -> Simulation:
     taken = inspect.signature(CausalLMLayers.__init__).parameters
     options_of_layers = {name: value for name, value in model.items() if name in taken}
     options_of_layers |= {"adapter": adapter_class(**options), "dtype": dtype_of(model), "activation_memory": "keep"}
-    layers = CausalLMLayers(options_of_layers.pop("model_dir"), fuse_head=True, **options_of_layers)
+    layers = CausalLMLayers(
+        options_of_layers.pop("model_dir"), fuse_head=True, needs_weights=False, **options_of_layers
+    )
     optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
     router_loss = layers.router_loss
     return Simulation(

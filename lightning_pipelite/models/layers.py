@@ -27,7 +27,7 @@ from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.models.trains import Trains
-from lightning_pipelite.models.weight_files import check_weights
+from lightning_pipelite.models.weight_files import check_weights, missing_files
 from lightning_pipelite.shared.protocol import LayerCosts
 
 
@@ -63,6 +63,8 @@ class CausalLMLayers:
             :class:`~lightning_pipelite.models.head.HeadInputs`.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, config.json decides, by ``output_router_logits`` and its own coefficient.
+        needs_weights: Whether all weight files must be there. Without, layers are for a plan: no stage can be loaded,
+            and of the files those are checked that are there.
 
     Attributes:
         names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
@@ -100,6 +102,7 @@ class CausalLMLayers:
         fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
         load_in_fp8: bool = False,
+        needs_weights: bool = True,
     ) -> None:
         if activation_memory not in get_args(ActivationMemory):
             choices = ", ".join(get_args(ActivationMemory))
@@ -133,7 +136,10 @@ class CausalLMLayers:
                 f"{model_dir}: a model of type {self.meta_model.config.model_type} cannot recompute its layers; set "
                 "activation_memory to keep."
             )
-        self._pickled = not check_weights(self.meta_model.model_dir, allow_pickled=allow_pickled_weights)
+        has_weights = needs_weights or not missing_files(self.meta_model.model_dir)
+        self._pickled = has_weights and not check_weights(
+            self.meta_model.model_dir, allow_pickled=allow_pickled_weights
+        )
         if load_in_4bit and (name := unknown_linear(self.meta_model.model, self.meta_model.layer_names)):
             kind = type(self.meta_model.model.get_submodule(name)).__name__
             raise ConfigurationError(
@@ -154,7 +160,7 @@ class CausalLMLayers:
             self.router_loss = self.meta_model.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
-        if not self._pickled:  # those have no headers; what is wrong with them shows as they are loaded
+        if has_weights and not self._pickled:  # those have no headers; what is wrong with them shows in loading
             check_contents(self.meta_model)
         self.adapter = adapter
         self.dtype = dtype

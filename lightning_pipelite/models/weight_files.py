@@ -93,6 +93,23 @@ def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
     return True
 
 
+def missing_files(model_dir: Path) -> list[str]:
+    """Return the names of the weight files that belong to a model and are not there, as while it is downloaded.
+
+    Those that are there are checked. Without any file that would name them it is the single file that is missing.
+
+    Raises:
+        ConfigurationError: A file that is there is damaged.
+    """
+    files = weight_files(model_dir)
+    if not files:
+        return [] if any(model_dir.glob("*.bin")) else [SINGLE_FILE]
+    for path in files:
+        if path.exists():
+            read_header(path)
+    return [path.name for path in files if not path.exists()]
+
+
 def weight_entries(model_dir: Path) -> dict[str, dict[str, Any]]:
     """Return what the headers of the safetensors files of ``model_dir`` say of each weight: ``dtype`` and ``shape``.
 

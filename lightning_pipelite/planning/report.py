@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.disk_size import disk_size
 from lightning_pipelite.planning.planner import Planner, Recommended
 from lightning_pipelite.planning.settings import Settings
 from lightning_pipelite.planning.stages import StageMemory, step
@@ -85,8 +86,8 @@ class Report:
         bits = next((words for option, words in held.items() if model.get(option)), "")
         pieces = f" of {self.settings.virtual_stages} pieces each" if self.settings.virtual_stages > 1 else ""
         return [
-            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters, {adapter}{bits}, {trained / 1e6:.1f} million "
-            "trained",
+            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters ({disk_size(planner.layers.meta_model)}), "
+            f"{adapter}{bits}, {trained / 1e6:.1f} million trained",
             f"{self.devices} device{'s' * (self.devices > 1)}{size}, {self.settings.stages} stage"
             f"{'s' * (self.settings.stages > 1)}{pieces}, {planner.micro_batches} micro-batches a step of "
             f"{planner.sequence_len} tokens",
