@@ -40,10 +40,10 @@ import torch
 import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
 from lightning_pipelite.shared.protocol import LayerCosts
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 from lightning_pipelite.strategy.partition import balanced_bounds
-from lightning_pipelite.strategy.schedule import interleaved_1f1b
-from lightning_pipelite.strategy.schedule import simulate as play
+from lightning_pipelite.strategy.timeline import simulate as play
 from processes import Workers
 from random_model import SHAPES, write_model
 from report import Report

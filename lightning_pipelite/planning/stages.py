@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lightning_pipelite.planning.pieces import piece_memory
 from lightning_pipelite.planning.simulation import Simulation
-from lightning_pipelite.strategy.schedule import Timeline, interleaved_1f1b, simulate
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
+from lightning_pipelite.strategy.timeline import Timeline, simulate
 
 CONTEXT = 600 * 2**20
 """Bytes of a CUDA context with the kernels that are loaded, and NCCL's buffers: outside of torch's allocator."""

@@ -9,28 +9,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.call import _call_callbacks_state_dict
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pipelite import __version__
 from lightning_pipelite.checkpoint.encoding import encode
-from lightning_pipelite.checkpoint.loop_state import after_last_batch, for_replicas
 from lightning_pipelite.checkpoint.store import CheckpointStore
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import AllowsAnother, IdentifiesItself
 from lightning_pipelite.shared.topology import Topology
-from lightning_pipelite.strategy.known_callbacks import micro_batches_in
 from lightning_pipelite.strategy.last_step import LastStep
 from lightning_pipelite.strategy.layer_rng import LayerRNG
-from lightning_pipelite.strategy.resumed_options import (
-    ResumedOptions,
-    keep_callback_options,
-    named_options,
-    options_of,
-    schedules_of,
-)
+from lightning_pipelite.strategy.made_options import named_options, options_of, schedules_of
+from lightning_pipelite.strategy.resumption import Resumption
 from lightning_pipelite.strategy.same_options import comparable, require_same, trainer_options
 
 _LIGHTNINGS_OWN = {
@@ -69,15 +62,11 @@ class Checkpointing:
     ) -> None:
         self._trainer, self._store, self._stage = trainer, store, stage
         self._layer_rng, self._topology, self._on_gpu = layer_rng, topology, on_gpu
-        self._random_states: dict[str, Any] | None = None  # of the checkpoint, until training starts
-        self._evaluation_follows = False  # the checkpoint, too
-        self._resumed = ""  # from what, in words
+        self._resumption: Resumption | None = None  # until training starts
         self.last_step = LastStep(trainer, layer_rng)
         self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
         self._versions = _versions()  # before the first step: they are slow to find
         self._made: dict[str, Any] = {}  # with what options the optimizer and its schedules were
-        self._made_before: dict[str, Any] | None = None  # those of the training that is resumed
-        self._changes: list[str] = []  # of the callbacks' options since then
 
     # As the training goes
 
@@ -106,37 +95,18 @@ class Checkpointing:
         Raises:
             ConfigurationError: If there will be checkpoints, and something that one cannot hold: not hours later.
         """
-        if self._random_states is not None:
-            self._layer_rng.load_state(self._random_states)
-            self._random_states = None
+        resumption, self._resumption = self._resumption, None
+        if resumption is not None:
+            resumption.training_starts()
         self.last_step.training_starts()
-        if self._resumed and self._trainer.fit_loop.done:
-            self._tell_that_it_is_complete()
-        self._resumed = ""
-        if self._evaluation_follows:
-            self._expect_evaluation()
         if self._trainer.checkpoint_callbacks and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]
             encode(self._rehearsed(), {})
             self._reserves = self._on_gpu
 
     def training_ends(self) -> None:
         """End, after everything else; Lightning does not even begin what has reached its last epoch."""
-        if self._resumed and self._trainer.state.status != TrainerStatus.INTERRUPTED:
-            self._tell_that_it_is_complete()
-
-    def _tell_that_it_is_complete(self) -> None:
-        limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
-        given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
-        self._trainer.print(f"the training is complete: {self._resumed}, with {given}; give more to go on")
-        self._resumed = ""
-
-    def _expect_evaluation(self) -> None:
-        """Let Lightning's loop make up for the evaluation, also where a callback decides when there is one."""
-        trainer, self._evaluation_follows = self._trainer, False
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        if fetcher is not None and trainer.val_check_batch is not None and not loop._should_check_val_fx(fetcher):
-            by_epoch = trainer.check_val_every_n_epoch is not None
-            trainer.val_check_batch = (loop.batch_idx if by_epoch else loop.total_batch_idx) + 1
+        if self._resumption is not None:
+            self._resumption.training_ends()
 
     def _rehearsed(self) -> dict[str, Any]:
         """Return what Lightning will save, but for what ``on_save_checkpoint`` adds.
@@ -199,7 +169,8 @@ class Checkpointing:
     def _describe(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what Lightning saves, with the random states; and what ``meta.json`` says."""
         loops, generators, evaluation_follows = self.last_step.state(checkpoint["loops"])
-        generators = generators if self._random_states is None else self._random_states  # which are not loaded yet
+        if self._resumption is not None:
+            generators = self._resumption.random_states  # which are not loaded yet
         state = {**checkpoint, "loops": loops, "random_states": generators, "evaluation_follows": evaluation_follows}
         if "optimizer_states" in checkpoint:
             state["made_with"] = self._made
@@ -227,55 +198,24 @@ class Checkpointing:
         Raises:
             ConfigurationError: If it is not whole, or of another model, adapter or global batch.
         """
-        trainer = self._trainer
-        module = trainer.lightning_module
+        module = self._trainer.lightning_module
         may_differ = module.checkpoint_may_differ if isinstance(module, AllowsAnother) else {}
         state, meta = self._store.open(path, self._identity(), may_differ)
-        self._random_states = state.pop("random_states")
-        self._made_before = state.pop("made_with", None)
-        self._evaluation_follows = state.pop("evaluation_follows", False)
-        if trainer.state.fn == TrainerFn.FITTING:
-            if "optimizer_states" not in state:
-                raise ConfigurationError(
-                    f"ckpt_path: {path} was saved with save_weights_only, so a training cannot go on from it; name "
-                    "another checkpoint."
-                )
-            self._resumed = f"{path}, of step {meta['step']}"
-            trainer.print(f"going on from {self._resumed}")
-            self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
-            after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
-            before = meta["replicas"], meta["micro_batches"]
-            now = self._topology.replicas, micro_batches_in(trainer, meta["epoch"])
-            for_replicas(state["loops"], before, now)
+        self._resumption = Resumption(self._trainer, self._layer_rng, self._topology, path, state, meta)
         return state
 
     def load_optimizer(self, optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
         """Load the optimizer's state, and put the states of the schedules in ``checkpoint`` right.
 
-        Options that are others now than in the training that is resumed hold, and are told.
-
         Raises:
             ConfigurationError: If the checkpoint is of another optimizer; the same on every rank.
         """
-        if self._made_before is None:
-            self._trainer.print("the checkpoint does not tell with what options it was made: its optimizer's hold")
-            self._store.load_optimizer(self._stage, optimizer)
-            return
-        resumed = ResumedOptions(self._made, self._made_before, self._changes)
+        assert self._resumption is not None
         self._store.check_optimizer(optimizer)
-        resumed.compare_groups(optimizer)
-        configs = self._trainer.lr_scheduler_configs
-        done = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
-        counts = [done[config.interval] // config.frequency for config in configs]
-        checkpoint["lr_schedulers"] = resumed.take_up(optimizer, configs, checkpoint["lr_schedulers"], counts)
+        held = self._resumption.take_up_options(optimizer, checkpoint, self._made)
         self._store.load_optimizer(self._stage, optimizer)
-        for group, held in zip(optimizer.param_groups, resumed.overrides, strict=True):
-            group.update(held)
-        if resumed.changes:
-            self._trainer.print(
-                f"options that are others than the checkpoint's hold from here on: {'; '.join(resumed.changes)}; give "
-                "the former values to go on with those"
-            )
+        for group, options in zip(optimizer.param_groups, held, strict=True):
+            group.update(options)
 
 
 @cache

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from lightning_pipelite.shared.protocol import LayerCosts
-from lightning_pipelite.strategy.schedule import interleaved_1f1b, simulate
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
+from lightning_pipelite.strategy.timeline import simulate
 
 _Cost = tuple[float, float, float]
 

@@ -13,9 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
 from lightning_pipelite.strategy.engine import PipeLiteEngine, with_gradients
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.micro_batches import MicroBatch, shapes_of
 from lightning_pipelite.strategy.pieces import Pieces, in_words
-from lightning_pipelite.strategy.schedule import Action, Schedule, interleaved_1f1b
+from lightning_pipelite.strategy.schedule import Action, Schedule
 from lightning_pipelite.strategy.stage_timer import COMPUTING
 from lightning_pipelite.strategy.transfers import Arrival, Shapes, Transfers
 

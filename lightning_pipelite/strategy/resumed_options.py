@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,58 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from lightning_pipelite.errors import ConfigurationError
-
-_HOW = {"foreach", "fused", "capturable", "differentiable", "triton"}
-"""How an optimizer computes, not what: of this no word is said."""
-
-_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "lr_lambdas"}
-"""What a schedule's state has beside its options; of a function that is an option, a state has nothing."""
-
-
-def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return what the groups of an optimizer were made with; the learning rate is that before any schedule."""
-    made = []
-    for group in optimizer.param_groups:
-        options = {key: _number(value) for key, value in group.items() if key not in ("params", "initial_lr")}
-        if "initial_lr" in group:
-            options["lr"] = _number(group["initial_lr"])
-        made.append({key: value for key, value in options.items() if not isinstance(value, Tensor)})
-    return made
-
-
-def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
-    """Return what the schedules were made with."""
-    return [
-        {"class": _kind(config.scheduler), "state": copy.deepcopy(dict(config.scheduler.state_dict()))}
-        for config in configs
-    ]
-
-
-def named_options(
-    groups: Sequence[Mapping[str, Any]], unused: Sequence[bool], schedules: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return what the optimizer and its schedules were made with, by names for a message.
-
-    Args:
-        groups: See :func:`options_of`.
-        unused: Whether a group has no parameters here: its options may have been completed in another way.
-        schedules: See :func:`schedules_of`.
-    """
-    found = {
-        f"the optimizer's {key}{f' of group {index}' if len(groups) > 1 else ''}": value
-        for index, options in enumerate(groups)
-        if not unused[index]
-        for key, value in options.items()
-        if key not in _HOW
-    }
-    for schedule in schedules:
-        found["the class of the schedule"] = schedule["class"]
-        found |= {
-            f"{schedule['class']}'s {key}": value
-            for key, value in schedule["state"].items()
-            if key not in _PROGRESS and isinstance(value, (bool, int, float, str))
-        }
-    return found
+from lightning_pipelite.strategy.made_options import HOW, PROGRESS, kind, number
 
 
 class ResumedOptions:
@@ -77,8 +25,8 @@ class ResumedOptions:
     now goes on as if it had been this one from the beginning.
 
     Args:
-        made: The options of the optimizer's ``groups`` and its ``schedules`` now, as :func:`options_of` and
-            :func:`schedules_of` tell them when they have just been made.
+        made: The options of the optimizer's ``groups`` and its ``schedules`` now, as
+            :mod:`~lightning_pipelite.strategy.made_options` tells them when they have just been made.
         saved: The same of the training that is resumed.
         changes: To begin :attr:`changes` with.
     """
@@ -100,7 +48,7 @@ class ResumedOptions:
                     self.overrides[index][key] = group[key] if isinstance(group[key], Tensor) else ours[key]
                     if key == "lr" and "initial_lr" in group:
                         self.overrides[index]["initial_lr"] = group["initial_lr"]
-                    if key not in _HOW:
+                    if key not in HOW:
                         where = f" of parameter group {index}" if len(self.overrides) > 1 else ""
                         self._tell(f"{key}{where}", ours[key], theirs[key])
 
@@ -159,7 +107,7 @@ class ResumedOptions:
 
     def _compare_states(self, kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
         same = True
-        for key in sorted((ours.keys() & theirs.keys()) - _PROGRESS):
+        for key in sorted((ours.keys() & theirs.keys()) - PROGRESS):
             if key == "_schedulers" and len(ours[key]) == len(theirs[key]):
                 for mine, other in zip(ours[key], theirs[key], strict=True):
                     same &= self._compare_states(kind, mine, other)
@@ -189,7 +137,7 @@ class ResumedOptions:
             scheduler.base_lrs = list(state["base_lrs"])  # which somebody may have changed since
         made_of_groups = self._replay(optimizer, scheduler, _count(state), holds=not same)
         if same:  # what functions give is seen in what they gave when the checkpoint was written
-            now, then = (_number(rates[0]) if rates else None for rates in (scheduler.get_last_lr(), state["_last_lr"]))
+            now, then = (number(rates[0]) if rates else None for rates in (scheduler.get_last_lr(), state["_last_lr"]))
             if _same(scheduler.get_last_lr(), state["_last_lr"]):
                 functions = [each.get("lr_lambdas") for each in (ours["state"], theirs["state"])]
                 given_now = "lr_lambdas" in state and not _same(*functions)
@@ -210,7 +158,7 @@ class ResumedOptions:
                     scheduler.step()
         except Exception as error:
             raise ConfigurationError(
-                f"ckpt_path: the schedule {_kind(scheduler)} that is given now cannot be taken up at the checkpoint's "
+                f"ckpt_path: the schedule {kind(scheduler)} that is given now cannot be taken up at the checkpoint's "
                 f"step ({error}); give one that lasts longer, or the checkpoint's."
             ) from error
         made = [
@@ -261,20 +209,12 @@ def _count(state: Mapping[str, Any]) -> int:
     return int(state["last_epoch"]) if "last_epoch" in state else _count(state["_schedulers"][0])
 
 
-def _kind(scheduler: Any) -> str:
-    return type(scheduler).__name__
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _same(one: Any, other: Any) -> bool:
-    one, other = _number(one), _number(other)
+    one, other = number(one), number(other)
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):

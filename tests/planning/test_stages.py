@@ -24,9 +24,10 @@ from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import WORKSPACE, stage_memory
 from lightning_pipelite.planning.watched_stage import held_tensors
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.partition import spans_of
 from lightning_pipelite.strategy.pieces import Pieces
-from lightning_pipelite.strategy.schedule import interleaved_1f1b, simulate
+from lightning_pipelite.strategy.timeline import simulate
 
 CPU = torch.device("cpu")
 LENGTH = 256

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from lightning_pipelite.shared.protocol import LayerCosts
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.partition import partition
-from lightning_pipelite.strategy.schedule import interleaved_1f1b, simulate
+from lightning_pipelite.strategy.timeline import simulate
 
 
 class Layers:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_pipelite.strategy.schedule import Action, Schedule, interleaved_1f1b, simulate
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
+from lightning_pipelite.strategy.schedule import Action, Schedule
+from lightning_pipelite.strategy.timeline import simulate
 
 # Efficiency where every piece takes 1 forward and 2 backward and transfers take nothing: of Narayanan et al., 2021
 # (arXiv 2104.04473), section 2.3, m V / (m V + p - 1), for m a multiple of p.

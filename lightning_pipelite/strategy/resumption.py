@@ -1,0 +1,122 @@
+"""What goes on from a checkpoint, until it has begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch.optim import Optimizer
+
+from lightning_pipelite.checkpoint.loop_state import after_last_batch, for_replicas
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.topology import Topology
+from lightning_pipelite.strategy.known_callbacks import micro_batches_in
+from lightning_pipelite.strategy.layer_rng import LayerRNG
+from lightning_pipelite.strategy.resumed_options import ResumedOptions, keep_callback_options
+
+
+class Resumption:
+    """A run that goes on from a checkpoint; what is Lightning's in that is put right for the present job.
+
+    Args:
+        trainer: Runs the loops.
+        layer_rng: What the layers draw from.
+        topology: Of the job.
+        path: The checkpoint.
+        state: What Lightning had saved, and we beside it; ours is taken out.
+        meta: What the checkpoint says of itself.
+
+    Attributes:
+        random_states: Of the checkpoint; they hold once training starts.
+
+    Raises:
+        ConfigurationError: If a training cannot go on from it.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        layer_rng: LayerRNG,
+        topology: Topology,
+        path: Path,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+    ) -> None:
+        self._trainer, self._layer_rng = trainer, layer_rng
+        self.random_states: dict[str, Any] = state.pop("random_states")
+        self._made_before: dict[str, Any] | None = state.pop("made_with", None)
+        self._evaluation_follows: bool = state.pop("evaluation_follows", False)
+        self._from = f"{path}, of step {meta['step']}"
+        self._trains = trainer.state.fn == TrainerFn.FITTING
+        if not self._trains:
+            return
+        if "optimizer_states" not in state:
+            raise ConfigurationError(
+                f"ckpt_path: {path} was saved with save_weights_only, so a training cannot go on from it; name "
+                "another checkpoint."
+            )
+        trainer.print(f"going on from {self._from}")
+        self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
+        after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
+        before = meta["replicas"], meta["micro_batches"]
+        for_replicas(state["loops"], before, (topology.replicas, micro_batches_in(trainer, meta["epoch"])))
+
+    def take_up_options(
+        self, optimizer: Optimizer, checkpoint: dict[str, Any], made: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Put the states of the schedules in ``checkpoint`` right.
+
+        Options that are others now than in the training that is resumed hold, and are told.
+
+        Args:
+            optimizer: As it was made, with the checkpoint's number of groups.
+            checkpoint: What Lightning had saved.
+            made: With what options the optimizer and its schedules were made now.
+
+        Returns:
+            For each group of the optimizer what holds in place of the checkpoint's.
+        """
+        trainer = self._trainer
+        if self._made_before is None:
+            trainer.print("the checkpoint does not tell with what options it was made: its optimizer's hold")
+            return [{} for _ in optimizer.param_groups]
+        resumed = ResumedOptions(made, self._made_before, self._changes)
+        resumed.compare_groups(optimizer)
+        configs = trainer.lr_scheduler_configs
+        done = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+        counts = [done[config.interval] // config.frequency for config in configs]
+        checkpoint["lr_schedulers"] = resumed.take_up(optimizer, configs, checkpoint["lr_schedulers"], counts)
+        if resumed.changes:
+            trainer.print(
+                f"options that are others than the checkpoint's hold from here on: {'; '.join(resumed.changes)}; give "
+                "the former values to go on with those"
+            )
+        return resumed.overrides
+
+    def training_starts(self) -> None:
+        """Begin, once the data loaders have been made, which drew from the generators."""
+        self._layer_rng.load_state(self.random_states)
+        if self._trains and self._trainer.fit_loop.done:
+            self._tell_that_it_is_complete()
+        if self._evaluation_follows:
+            self._expect_evaluation()
+
+    def training_ends(self) -> None:
+        """End without having begun: Lightning does not even begin what has reached its last epoch."""
+        if self._trains and self._trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._tell_that_it_is_complete()
+
+    def _tell_that_it_is_complete(self) -> None:
+        limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
+        given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
+        self._trainer.print(f"the training is complete: {self._from}, with {given}; give more to go on")
+
+    def _expect_evaluation(self) -> None:
+        """Let Lightning's loop make up for the evaluation, also where a callback decides when there is one."""
+        trainer = self._trainer
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if fetcher is not None and trainer.val_check_batch is not None and not loop._should_check_val_fx(fetcher):
+            by_epoch = trainer.check_val_every_n_epoch is not None
+            trainer.val_check_batch = (loop.batch_idx if by_epoch else loop.total_batch_idx) + 1

@@ -1,0 +1,65 @@
+"""When each pass of a schedule runs, and how long the ranks idle, for given times of the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_pipelite.strategy.schedule import Action, Schedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What became of a step.
+
+    Attributes:
+        seconds: From the first pass to the end of the last.
+        busy: Seconds that each rank computed.
+        in_flight: How many pairs of piece and micro-batch each rank held at most between forward and backward.
+        ends: When each pass ended, in seconds.
+    """
+
+    seconds: float
+    busy: tuple[float, ...]
+    in_flight: tuple[int, ...]
+    ends: dict[Action, float]
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all ranks' time that was spent on computing."""
+        return sum(self.busy) / (len(self.busy) * self.seconds)
+
+
+def simulate(
+    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
+) -> Timeline:
+    """Play a schedule through with given times; transfers run beside the computation.
+
+    Args:
+        schedule: The passes in order.
+        forward: Seconds of a micro-batch's forward pass through each piece.
+        backward: Seconds of its backward pass.
+        transfer: Seconds from one rank to another.
+    """
+    clocks, busy, held, peak = ([0.0] * schedule.ranks for _ in range(4))
+    places = [0] * schedule.ranks
+    ends: dict[Action, float] = {}
+    while any(place < len(order) for place, order in zip(places, schedule.orders, strict=True)):
+        before = list(places)
+        for rank, order in enumerate(schedule.orders):
+            while places[rank] < len(order):
+                action = order[places[rank]]
+                source = schedule.source(action)
+                if source is not None and source not in ends:
+                    break
+                arrival = 0.0 if source is None else ends[source] + transfer * schedule.comes_from_afar(action)
+                seconds = (backward if action.backward else forward)[action.piece]
+                clocks[rank] = max(clocks[rank], arrival) + seconds
+                busy[rank] += seconds
+                held[rank] += -1 if action.backward else 1
+                peak[rank] = max(peak[rank], held[rank])
+                ends[action] = clocks[rank]
+                places[rank] += 1
+        if places == before:
+            raise RuntimeError("the schedule is in a deadlock")
+    return Timeline(max(clocks), tuple(busy), tuple(int(count) for count in peak), ends)
