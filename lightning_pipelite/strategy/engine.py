@@ -14,13 +14,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.async_scalar import AsyncScalar
-from lightning_pipelite.shared.protocol import Loss, names_of_sums
-from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
+from lightning_pipelite.shared.protocol import Loss
+from lightning_pipelite.strategy.between_stages import back_propagate, handed_on, other_shapes, with_gradients
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
+from lightning_pipelite.strategy.gradient_check import require_gradients
 from lightning_pipelite.strategy.layer_rng import LayerRNG
-from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint, shapes_of
+from lightning_pipelite.strategy.loss_sums import LossSums
+from lightning_pipelite.strategy.micro_batches import MicroBatch, shapes_of
 from lightning_pipelite.strategy.stage_timer import COMPUTING, StageTimer
 from lightning_pipelite.strategy.ties import TiedParameters
 
@@ -67,7 +68,6 @@ class PipeLiteEngine(PipelineEngine):
                 config_class=DeepSpeedConfig(config, module.mpu()),
             )
         self._stage = stage
-        self._loss_of = loss
         self._progress = progress
         self._layer_rng = layer_rng
         self._shapes: object = None
@@ -75,8 +75,7 @@ class PipeLiteEngine(PipelineEngine):
         self._step = self._forwarded = 0
         self._shared: AsyncScalar | None = None
         self._clock: StageTimer | None = None
-        terms = 2 + len(names_of_sums(loss))
-        self._sums = torch.zeros(terms + self.is_pipe_parallel, dtype=torch.float64, device=self.device)
+        self._sums = LossSums(loss, stage_id, stages, self.device)
         self._equalize_replicas()
         self.ties = TiedParameters(stage, self.grid.get_pipe_parallel_group(), self.grid.pipe_groups, timeout)
 
@@ -127,8 +126,8 @@ class PipeLiteEngine(PipelineEngine):
         try:
             self._run(micro_batches, self._train_schedule(), training=True)
             self.global_steps += 1
-            read = self._shared or AsyncScalar(self.share(self._sums))
-            return self.require_same_data(read.value(), f"step {step + 1}")
+            shared = self._shared or AsyncScalar(self._share(self._sums.tensor))
+            return self._sums.require_same_data(shared.value(), f"step {step + 1}")
         finally:
             self._begin("", waits=False)
             self._clock = None
@@ -141,48 +140,37 @@ class PipeLiteEngine(PipelineEngine):
         """
         with torch.no_grad():
             self._run(micro_batches, self._inference_schedule(len(micro_batches)), training=False)
-        return self._sums.clone()
+        return self._sums.tensor.clone()
 
-    def share(self, sums: Tensor) -> Tensor:
+    def share_evaluation(self, sums: Tensor, place: str) -> list[float]:
+        """Share what :meth:`evaluate_on` gave, added up. Collective.
+
+        Args:
+            sums: Of this rank.
+            place: Where, for the message.
+
+        Returns:
+            The sum and the count of the losses, and the sums of what the loss wants logged, the same on every rank.
+
+        Raises:
+            ConfigurationError: On every rank, if the stages of a pipeline have different micro-batches.
+        """
+        return self._sums.require_same_data(self._share(sums).tolist(), place)
+
+    # How the schedule runs
+
+    def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
+        self._sums.begin(micro_batches)
+        self._shared = None
+        with self._layer_rng.drawn_from():
+            self._execute(micro_batches, steps, training)
+
+    def _share(self, sums: Tensor) -> Tensor:
         """Add up what the last stages of all replicas have, and give it to every rank. Collective."""
         self._begin("outside of the pipeline", waits=True)
         if self.is_data_parallel or self.is_pipe_parallel:
             dist.all_reduce(sums)  # the other stages' are zeros
         return sums
-
-    def require_same_data(self, shared: list[float], place: str) -> list[float]:
-        """Stop if first and last stages had different data.
-
-        Inputs from one sequence and targets from another would train, on nonsense, without any other sign. So first
-        stages add the fingerprint of their micro-batches to what is shared anyway, and last stages subtract theirs.
-
-        Args:
-            shared: What :meth:`share` gave.
-            place: Where, for the message.
-
-        Returns:
-            The rest of it.
-
-        Raises:
-            ConfigurationError: On every rank.
-        """
-        if not self.is_pipe_parallel:
-            return shared
-        *sums, difference = shared
-        if difference:
-            raise ConfigurationError(f"{DIFFERENT} in {place}; {ADVICE}")
-        return sums
-
-    # How the schedule runs
-
-    def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
-        self._sums.zero_()
-        if self.is_pipe_parallel and (self.is_first_stage() or self.is_last_stage()):
-            difference = fingerprint(micro_batches, self.device)
-            self._sums[-1] = difference if self.is_first_stage() else -difference
-        self._shared = None
-        with self._layer_rng.drawn_from():
-            self._execute(micro_batches, steps, training)
 
     def _execute(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
@@ -237,10 +225,10 @@ class PipeLiteEngine(PipelineEngine):
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = self._sendable(outputs)
             return
-        self.loss = self._add_loss(outputs, self.pipe_buffers["labels"][buffer_id])
+        self.loss = self._sums.add(outputs, self.pipe_buffers["labels"][buffer_id])
         self.pipe_buffers["labels"][buffer_id] = None
         if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
-            self._shared = AsyncScalar(self.share(self._sums))
+            self._shared = AsyncScalar(self._share(self._sums.tensor))
 
     def _enter(self, micro_batch: int) -> None:
         """Let what is drawn next belong to this micro-batch of the replica."""
@@ -248,44 +236,18 @@ class PipeLiteEngine(PipelineEngine):
         replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
         self._layer_rng.enter(self._step, micro_batch * replicas + replica)
 
-    def _add_loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss of a micro-batch, and add it, and what is logged beside it, to the sums."""
-        terms = self._loss_of(outputs, targets)
-        loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
-        stacked = torch.stack([term.detach().to(self._sums) for term in (loss, *others)])
-        self._sums[: len(stacked)] += stacked
-        return loss
-
     def _sendable(self, outputs: Any) -> Tensor | tuple[Tensor, ...]:
-        outputs = self._handed_on(outputs)
+        outputs = handed_on(outputs, self._place)
         shapes = shapes_of(outputs)
         if not self.dynamic_shape and self._sent not in (None, shapes):
-            # The receiver's buffers are of the old shapes: it would read beyond or short of what is sent.
-            raise RuntimeError(self._other_shapes(shapes, self._sent))
+            raise other_shapes(shapes, self._sent, self._place)
         self._sent = shapes
         return outputs
-
-    def _handed_on(self, outputs: Any) -> Tensor | tuple[Tensor, ...]:
-        """Return what a stage or piece hands on, as it can be sent."""
-        if isinstance(outputs, Tensor):
-            return outputs.contiguous()
-        if isinstance(outputs, (tuple, list)) and all(isinstance(item, Tensor) for item in outputs):
-            return tuple(item.contiguous() for item in outputs)
-        raise ConfigurationError(
-            f"{self._place} ends with a layer that returns a {type(outputs).__name__}; between stages only a tensor or "
-            "a tuple of tensors can be handed on."
-        )
 
     @property
     def _place(self) -> str:
         """What is running, for messages."""
         return f"stage {self.stage_id}"
-
-    def _other_shapes(self, shapes: object, before: object) -> str:
-        return (
-            f"{self._place} hands on {shapes} after {before}, for micro-batches of equal shapes; the shapes between "
-            "stages may only depend on the shapes of the micro-batch"
-        )
 
     def _backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
@@ -298,36 +260,13 @@ class PipeLiteEngine(PipelineEngine):
             self.pipe_buffers["outputs"][buffer_id] = None
         # A first stage without trainable parameters has nothing to propagate to.
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
-        self._back_propagate(pairs, None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id])
-
-    def _back_propagate(self, pairs: Sequence[tuple[Any, Tensor | None]], received: Any) -> None:
-        """Go backward from outputs with their gradients; what was received, if anything was, then has gradients."""
-        if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        if received is None:
-            return
-        # The stage before waits for a gradient of everything that it sent, also of what is not used here.
-        inputs = with_gradients(received)
-        if inputs and all(tensor.grad is None for tensor in inputs):
-            raise RuntimeError(f"{self._place}: the loss does not depend on what the stage before hands on")
-        for tensor in inputs:
-            if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
+        received = None if self.is_first_stage() else self.pipe_buffers["inputs"][buffer_id]
+        back_propagate(pairs, received, self._place)
 
     def _reduce_tied_gradients(self) -> None:
         if self.global_steps == 0:
-            self._require_gradients()
+            require_gradients(self._stage, self.stage_id)
         self.ties.reduce()
-
-    def _require_gradients(self) -> None:
-        """Stop if something that should train does not: DeepSpeed would fill in zeros and go on."""
-        missing = [name for name, p in self._stage.named_parameters() if p.requires_grad and p.grad is None]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise RuntimeError(
-                f"stage {self.stage_id}: no gradient reached {', '.join(missing[:3])}{more} in the first step; "
-                "freeze what the loss does not depend on (requires_grad=False)"
-            )
 
     def _reduce_gradients(self) -> None:
         # With one replica DeepSpeed would still copy every gradient into a bucket and back.
@@ -346,8 +285,3 @@ class PipeLiteEngine(PipelineEngine):
         schedule.ReduceGrads: _reduce_gradients,
         schedule.OptimizerStep: _optimizer_step,
     }
-
-
-def with_gradients(outputs: Any) -> list[Tensor]:
-    """Return the tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
-    return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,37 +13,19 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import EvaluatesTogether, LogsEvaluation
-from lightning_pipelite.shared.topology import Topology
-from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checks import check_loaders
-from lightning_pipelite.strategy.layers import LooseParts
-from lightning_pipelite.strategy.micro_batches import all_shapes
-
-if TYPE_CHECKING:
-    from lightning_pipelite.strategy.engine import PipeLiteEngine
+from lightning_pipelite.strategy.pipeline import Pipeline
 
 
 class PipelineEvaluation:
     """Collects the micro-batches of an evaluation set, runs them a pipeline-full at a time, and logs their mean loss.
 
     Args:
-        trainer: Runs the loop, and has the module that logs.
-        engine: Runs the micro-batches.
-        agreement: Over all ranks.
-        topology: Of the job.
-        loose_parts: Of the stage.
+        pipeline: Runs them.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        engine: PipeLiteEngine,
-        agreement: Agreement,
-        topology: Topology,
-        loose_parts: LooseParts,
-    ) -> None:
-        self._trainer, self._engine, self._agreement, self._topology = trainer, engine, agreement, topology
-        self._loose_parts = loose_parts
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._trainer, self._engine = pipeline, pipeline.trainer, pipeline.engine
         self._batches: list[Any] = []
         self._sums: Tensor | None = None
         self._seen, self._loader = 0, 0
@@ -59,7 +40,7 @@ class PipelineEvaluation:
         Raises:
             ConfigurationError: If the set before has ended without a sign.
         """
-        self._loose_parts.follow()
+        self._pipeline.loose_parts.follow()
         trainer = self._trainer
         testing = trainer.state.fn == TrainerFn.TESTING
         loop = trainer.test_loop if testing else trainer.validate_loop
@@ -82,14 +63,12 @@ class PipelineEvaluation:
         if not last and len(self._batches) < self._at_once:
             return
         place = f"data loader {loader} of the evaluation"
-        if self._topology.stages > 1:
-            here = f"{place}, up to micro-batch {self._seen} of {limit}"
-            self._agreement.tell(here, all_shapes(self._batches))
+        self._pipeline.agree(f"{place}, up to micro-batch {self._seen} of {limit}", self._batches)
         sums = self._engine.evaluate_on(self._batches)
         self._batches = []
         self._sums = sums if self._sums is None else self._sums + sums
         if last:
-            total, count, *_ = self._engine.require_same_data(self._engine.share(self._sums).tolist(), place)
+            total, count, *_ = self._engine.share_evaluation(self._sums, place)
             self._sums = None
             self._warn_of_repeats(loop, loader)
             self._log(total, count, loader)
@@ -99,7 +78,7 @@ class PipelineEvaluation:
         """How many micro-batches run through the pipeline together."""
         module = self._trainer.lightning_module
         chosen = module.eval_micro_batches if isinstance(module, EvaluatesTogether) else None
-        return 4 * self._topology.stages if chosen is None else chosen
+        return 4 * self._pipeline.topology.stages if chosen is None else chosen
 
     @property
     def _kind(self) -> str:
@@ -122,5 +101,5 @@ class PipelineEvaluation:
         if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
             rank_zero_warn(
                 f"{self._kind}/loss counts {repeats} of {len(sampler.dataset)} samples twice, because they do not "
-                f"divide by {self._topology.replicas} replicas; PackedDataModule's sampler repeats none."
+                f"divide by {self._pipeline.topology.replicas} replicas; PackedDataModule's sampler repeats none."
             )

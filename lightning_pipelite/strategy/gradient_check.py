@@ -1,4 +1,4 @@
-"""Stops a step whose gradients are not finite before it changes the weights."""
+"""Stops a step whose gradients are missing or not finite before it changes the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from torch import Tensor, nn
 from lightning_pipelite.shared.async_scalar import AsyncScalar
 from lightning_pipelite.shared.finite import in_words, not_finite
 from lightning_pipelite.strategy.gradients import GradientNorms
+
+
+def require_gradients(stage: nn.Module, stage_id: int) -> None:
+    """Stop if something that should train does not: DeepSpeed would fill in zeros and go on.
+
+    Raises:
+        RuntimeError: Naming the stage and what has no gradient after its first step.
+    """
+    missing = [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RuntimeError(
+            f"stage {stage_id}: no gradient reached {', '.join(missing[:3])}{more} in the first step; "
+            "freeze what the loss does not depend on (requires_grad=False)"
+        )
 
 
 class GradientCheck:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
-from lightning_pipelite.strategy.engine import PipeLiteEngine, with_gradients
+from lightning_pipelite.strategy.between_stages import back_propagate, handed_on, other_shapes, with_gradients
+from lightning_pipelite.strategy.engine import PipeLiteEngine
 from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.micro_batches import MicroBatch, shapes_of
 from lightning_pipelite.strategy.pieces import Pieces, in_words
@@ -189,11 +190,11 @@ class InterleavedEngine(PipeLiteEngine):
         self._enter(number)
         outputs = self._stage[piece // self.num_stages](inputs)
         if piece == self._plan.pieces - 1:
-            roots: list[Any] = [self._add_loss(outputs, targets)]
+            roots: list[Any] = [self._sums.add(outputs, targets)]
         else:
-            handed_on = self._results[action] = self._handed_on(outputs)
+            result = self._results[action] = handed_on(outputs, self._place)
             # Not the tensors: once they are sent, nobody needs them here.
-            roots = [get_gradient_edge(t) if t.requires_grad else None for t in with_gradients(handed_on)]
+            roots = [get_gradient_edge(t) if t.requires_grad else None for t in with_gradients(result)]
         if training:
             self._roots[piece, number] = roots
 
@@ -203,7 +204,7 @@ class InterleavedEngine(PipeLiteEngine):
         gradients: Sequence[Tensor | None] = [None] if received is None else received
         pairs = zip(self._roots.pop(place), gradients, strict=True)
         # A first piece without trainable parameters has nothing to propagate to.
-        self._back_propagate([pair for pair in pairs if pair[0] is not None], inputs)
+        back_propagate([pair for pair in pairs if pair[0] is not None], inputs, self._place)
         if inputs is not None:
             gradients = [tensor.grad for tensor in with_gradients(inputs)]
             self._results[action] = [gradient.contiguous() for gradient in gradients if gradient is not None]
@@ -218,8 +219,7 @@ class InterleavedEngine(PipeLiteEngine):
                 self._told[place] = shapes
                 self._transfers.send_shapes(shapes, way)
             elif self._told[place] != shapes:
-                # What is received would read beyond or short of what is sent.
-                raise RuntimeError(self._other_shapes(shapes.tensors, self._told[place].tensors))
+                raise other_shapes(shapes.tensors, self._told[place].tensors, self._place)
         self._transfers.send([result] if isinstance(result, Tensor) else result, way)
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 - the name and the kind are DeepSpeed's

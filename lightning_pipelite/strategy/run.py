@@ -31,6 +31,7 @@ from lightning_pipelite.strategy.layers import (
     release_stage,
 )
 from lightning_pipelite.strategy.partition import partition, spans_of
+from lightning_pipelite.strategy.pipeline import Pipeline
 from lightning_pipelite.strategy.process_groups import JobGroups
 from lightning_pipelite.strategy.sigterm import SigtermNotice
 from lightning_pipelite.strategy.training import PipelineTraining
@@ -129,10 +130,9 @@ class PipelineRun:
         on_gpu = device.type == "cuda"
         self.checkpointing = Checkpointing(trainer, self.store, self.stage, layer_rng, topology, on_gpu)
         end.callback(self.checkpointing.training_ends)
-        self.training = PipelineTraining(
-            trainer, self.engine, agreement, topology, self.stage, loose_parts, self.checkpointing, names_of_sums(loss)
-        )
-        self.evaluation = PipelineEvaluation(trainer, self.engine, agreement, topology, loose_parts)
+        pipeline = Pipeline(trainer, self.engine, agreement, topology, loose_parts)
+        self.training = PipelineTraining(pipeline, self.stage, self.checkpointing, names_of_sums(loss))
+        self.evaluation = PipelineEvaluation(pipeline)
 
     def _forget_engine(self) -> None:
         engine = self.__dict__.pop("engine", None)

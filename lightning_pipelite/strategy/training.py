@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.shared.async_scalar import on_host
-from lightning_pipelite.shared.topology import Topology
-from lightning_pipelite.strategy.agreement import Agreement
 from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.gradient_check import GradientCheck
 from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
-from lightning_pipelite.strategy.layers import LooseParts
-from lightning_pipelite.strategy.micro_batches import MicroBatch, all_shapes
+from lightning_pipelite.strategy.micro_batches import MicroBatch
+from lightning_pipelite.strategy.pipeline import Pipeline
 from lightning_pipelite.strategy.stage_timer import StageTimer
-
-if TYPE_CHECKING:
-    from lightning_pipelite.strategy.engine import PipeLiteEngine
 
 
 class PipelineTraining:
     """Collects the micro-batches of a step, runs them forward and backward, and has the gradients until they are used.
 
     Args:
-        trainer: Runs the loop, and has the module that logs.
-        engine: Runs the micro-batches.
-        agreement: Over all ranks.
-        topology: Of the job.
+        pipeline: Runs them.
         stage: This rank's stage.
-        loose_parts: Of the stage.
         checkpointing: Told where the step is.
         logged: The names of what the loss returns besides.
     """
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        engine: PipeLiteEngine,
-        agreement: Agreement,
-        topology: Topology,
-        stage: nn.Module,
-        loose_parts: LooseParts,
-        checkpointing: Checkpointing,
-        logged: tuple[str, ...],
+        self, pipeline: Pipeline, stage: nn.Module, checkpointing: Checkpointing, logged: tuple[str, ...]
     ) -> None:
-        self._trainer, self._engine, self._agreement, self._topology = trainer, engine, agreement, topology
-        self._loose_parts, self._checkpointing, self._logged = loose_parts, checkpointing, logged
-        self._gradient_check = GradientCheck(stage, engine.pipeline_group)
+        self._pipeline, self._trainer, self._engine = pipeline, pipeline.trainer, pipeline.engine
+        self._checkpointing, self._logged = checkpointing, logged
+        self._gradient_check = GradientCheck(stage, self._engine.pipeline_group)
         self._micro_batches: list[MicroBatch] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
@@ -91,12 +72,11 @@ class PipelineTraining:
         for parameter in self.parameters:
             parameter.grad = None
         self._checkpointing.step_starts(trainer.optimizers[0])
-        self._loose_parts.follow()
+        self._pipeline.loose_parts.follow()
         clock = StageTimer(self._engine.device) if measure else None
-        if self._topology.stages > 1:  # a stage whose micro-batches were others, or fewer, would wait for ever
-            loop = trainer.fit_loop.epoch_loop
-            place = f"epoch {trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
-            self._agreement.tell(place, all_shapes(micro_batches))
+        loop = trainer.fit_loop.epoch_loop
+        place = f"epoch {trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
+        self._pipeline.agree(place, micro_batches)
         # But for measured times and offloaded inputs, the only time in a step that the host waits for the device.
         total, count, *logged = self._engine.train_on(micro_batches, trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
@@ -104,7 +84,7 @@ class PipelineTraining:
             why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
             step = trainer.global_step + 1
             raise RuntimeError(f"step {step}: {why}; training stops before the weights are changed")
-        scale_gradients(self.parameters, self._topology.replicas / count)
+        scale_gradients(self.parameters, self._pipeline.topology.replicas / count)
         self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         for parameter, _ in self._gradients:
             parameter.grad = None

@@ -1,0 +1,72 @@
+"""The sums of the losses of micro-batches, as they are shared between the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import Loss, names_of_sums
+from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
+from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint
+
+
+class LossSums:
+    """The sum and the count of the losses of some micro-batches, and the sums of what the loss wants logged.
+
+    Inputs from one sequence and targets from another would train, on nonsense, without any other sign. So where there
+    are several stages a last number is added: first stages' is the fingerprint of their micro-batches, last stages' the
+    negative of theirs, and over all ranks it must be 0.
+
+    Args:
+        loss: Of one micro-batch.
+        stage_id: This rank's stage.
+        stages: The number of stages.
+        device: Where the sums are.
+
+    Attributes:
+        tensor: What this rank adds to the sums over all ranks, float64.
+    """
+
+    def __init__(self, loss: Loss, stage_id: int, stages: int, device: torch.device) -> None:
+        self._loss, self._compares = loss, stages > 1
+        self._sign = 1 if stage_id == 0 else -1 if stage_id == stages - 1 else 0
+        terms = 2 + len(names_of_sums(loss)) + self._compares
+        self.tensor = torch.zeros(terms, dtype=torch.float64, device=device)
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Begin anew, with these micro-batches."""
+        self.tensor.zero_()
+        if self._compares and self._sign:
+            self.tensor[-1] = self._sign * fingerprint(micro_batches, self.tensor.device)
+
+    def add(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of a micro-batch, and add it, and what is logged beside it, to the sums."""
+        terms = self._loss(outputs, targets)
+        loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
+        stacked = torch.stack([term.detach().to(self.tensor) for term in (loss, *others)])
+        self.tensor[: len(stacked)] += stacked
+        return loss
+
+    def require_same_data(self, shared: list[float], place: str) -> list[float]:
+        """Stop if first and last stages had different data.
+
+        Args:
+            shared: The sums over all ranks.
+            place: Where, for the message.
+
+        Returns:
+            The losses' part of it.
+
+        Raises:
+            ConfigurationError: On every rank.
+        """
+        if not self._compares:
+            return shared
+        *sums, difference = shared
+        if difference:
+            raise ConfigurationError(f"{DIFFERENT} in {place}; {ADVICE}")
+        return sums
