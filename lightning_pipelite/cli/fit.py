@@ -118,7 +118,7 @@ class TrainerCLI(ConfiguredCLI):
         topology = strategy.topology
         # What layers cost is planned by the processes that train.
         method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
-        partition(model.pipeline_layers()[0], topology.stages, method, strategy.virtual_stages)
+        partition(model.pipeline_layers()[0], topology.stages, method, strategy.virtual_stages, strategy.stage_speeds)
         if self.config_init[self.subcommand].ckpt_path == "last":
             require_last(self.trainer)
         if self.subcommand == "fit" and self.trainer.is_global_zero:

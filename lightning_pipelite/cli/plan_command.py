@@ -13,9 +13,10 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.planning.before_training import device_memory
+from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import Report
-from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, settings_of
+from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, parse_speeds, settings_of
 from lightning_pipelite.planning.simulation import Simulation
 
 
@@ -23,6 +24,7 @@ def plan(
     config: str | Configuration,
     devices: int | None = None,
     memory: str | None = None,
+    speeds: str | None = None,
     hosts: int | None = None,
     model_dir: str | None = None,
     sequence_len: int | None = None,
@@ -35,7 +37,9 @@ def plan(
     Args:
         config: The configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
         devices: GPUs of a host; the configuration's if not given.
-        memory: Of each GPU, such as 24GiB; that of the GPU here if not given, and unknown without one.
+        memory: Of each GPU, such as 24GiB, or one for each where they differ, such as 24GiB,24GiB,16GiB, in the order
+            of their ranks; that of the GPU here if not given, and unknown without one.
+        speeds: How fast each GPU is beside the others, such as 1,1,0.6; the configuration's if not given.
         hosts: How many hosts there are; the configuration's if not given.
         model_dir: The model, in place of the configuration's.
         sequence_len: Tokens of a sequence, in place of the configuration's.
@@ -47,7 +51,8 @@ def plan(
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
     if picture is not None and Path(picture).suffix.lower() != ".png":
         raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
-    size = parse_memory(memory) if memory is not None else _smallest_here()
+    sizes = [parse_memory(each) for each in memory.split(",")] if memory is not None else _smallest_here()
+    relative = None if speeds is None else parse_speeds(speeds)
     given = Configuration.of(config)
     content = given.read()
     if model_dir is not None:
@@ -57,11 +62,21 @@ def plan(
     settings = settings_of(content, str(given))
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
     total = on_each * (hosts or settings.hosts)
+    given_speeds = settings.speeds if relative is None else relative
+    for name, row in (("memory", sizes if len(sizes) > 1 else []), ("speeds", given_speeds)):
+        if row and len(row) != total:
+            raise ConfigurationError(
+                f"{name} has {len(row)} values for {total} devices; give one for each, in the order of their ranks, or "
+                "change devices."
+            )
     planner = Planner(
-        simulate(settings), micro_batches=settings.micro_batches, sequence_len=settings.sequence_len, memory=size
+        simulate(settings),
+        micro_batches=settings.micro_batches,
+        sequence_len=settings.sequence_len,
+        devices=Devices(total, tuple(sizes * total if len(sizes) == 1 else sizes), given_speeds, settings.column_major),
     )
     try:
-        report = Report.of(planner, settings, total)
+        report = Report.of(planner, settings)
     except ConfigurationError:
         raise
     except Exception as error:  # of a model that cannot be run without weights
@@ -77,10 +92,10 @@ def plan(
     return report
 
 
-def _smallest_here() -> int | None:
-    """Return the bytes of this machine's smallest GPU, or None."""
+def _smallest_here() -> list[int]:
+    """Return the bytes of this machine's smallest GPU; nothing without one."""
     sizes = (device_memory(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
-    return min((size for size in sizes if size is not None), default=None)
+    return sorted(size for size in sizes if size is not None)[:1]
 
 
 def simulate(settings: Settings) -> Simulation:

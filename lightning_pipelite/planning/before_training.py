@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.planning.devices import Devices
+from lightning_pipelite.planning.leaving_out import faster_without
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import gib
 from lightning_pipelite.planning.simulation import Simulation
@@ -26,16 +28,14 @@ class Job:
         method: The strategy's ``partition_method``.
         micro_batches: Of a step.
         sequence_len: Tokens of a micro-batch.
-        devices: How many there are.
-        memory: Bytes of the smallest; None for no limit.
+        devices: Of all ranks.
     """
 
     stages: int
     method: str
     micro_batches: int
     sequence_len: int
-    devices: int
-    memory: int | None
+    devices: Devices
     virtual_stages: int = 1
 
 
@@ -48,12 +48,14 @@ class PlannedTraining:
         costs: Of the layers, with it.
         peaks: What torch will have allocated in each stage, bytes.
         refusal: Why it does not fit, and what to do; empty if it fits.
+        advice: What would be faster; empty if nothing is known.
     """
 
     activation_memory: str
     costs: LayerCosts
     peaks: Sequence[int]
     refusal: str
+    advice: str = ""
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -95,28 +97,29 @@ def _plan(
         Simulation(layers, loss, make_optimizer),
         micro_batches=job.micro_batches,
         sequence_len=job.sequence_len,
-        memory=job.memory,
+        devices=job.devices,
     )
-    if choose and job.memory is not None:
+    if choose and job.devices.memory:
         policy = planner.choose_policy(job.stages, job.method, job.virtual_stages) or planner.policies[-1]
     bounds = planner.split(job.stages, job.method, policy, job.virtual_stages)
     stages = planner.stages(bounds, policy, virtual_stages=job.virtual_stages)
     refusal = ""
     if not planner.fits(stages):
-        assert job.memory is not None
-        fullest = max(range(len(stages)), key=lambda number: stages[number].total)
+        sizes = job.devices.memory_of_stages(job.stages)
+        fullest = max(range(len(stages)), key=lambda number: stages[number].total - sizes[number])
         refusal = (
             f"stage {fullest} of {len(stages)} would take {gib(stages[fullest].total)} with activation_memory "
-            f"{policy}, and its GPU has {gib(job.memory)}: {_advice(planner, job)}, or set model.check_memory to false "
-            "to try."
+            f"{policy}, and its GPU has {gib(sizes[fullest])}: {_advice(planner, job)}, or set model.check_memory to "
+            "false to try."
         )
-    return PlannedTraining(policy, planner.costs(policy), [stage.peak for stage in stages], refusal)
+    advice = faster_without(planner, job.stages, policy, job.virtual_stages) if job.method == "auto" else ""
+    return PlannedTraining(policy, planner.costs(policy, job.stages), [stage.peak for stage in stages], refusal, advice)
 
 
 def _advice(planner: Planner, job: Job) -> str:
     if better := planner.choose_policy(job.stages, job.method, job.virtual_stages):
         return f"set model.activation_memory to {better}"
-    if (recommended := planner.recommend(job.devices)) is not None:
+    if (recommended := planner.recommend()) is not None:
         options = recommended.options
         if recommended.virtual_stages == 1 < job.virtual_stages:
             options["virtual_stages"] = 1

@@ -14,6 +14,8 @@ from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.before_training import Job, PlannedTraining, compared, device_memory, plan_training
+from lightning_pipelite.planning.device_speed import measured_speed, relative
+from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.layers import is_built
@@ -66,13 +68,20 @@ class MemoryPlan(pl.Callback):
         if not (cuts or fits):
             return
         memory = gathered(device_memory(strategy.root_device))  # to validate, too: what is cut then is fitted later
+        speeds = tuple(strategy.speeds or ())
+        if cuts and not speeds and strategy.pipeline_stages > 1 and strategy.root_device.type == "cuda":
+            speeds = relative(gathered(measured_speed(strategy.root_device)))
         job = Job(
             stages=strategy.pipeline_stages,
             method=strategy.partition_method,
             micro_batches=trainer.accumulate_grad_batches,
             sequence_len=data.sequence_len,
-            devices=strategy.world_size,
-            memory=min(size for size in memory if size) if all(memory) else None,
+            devices=Devices(
+                strategy.world_size,
+                tuple(size for size in memory if size) if all(memory) else (),
+                speeds,
+                strategy.use_column_major_topology,
+            ),
             virtual_stages=strategy.virtual_stages,
         )
         made: PlannedTraining | str | None = None
@@ -90,6 +99,8 @@ class MemoryPlan(pl.Callback):
         assert planned is not None
         if fits and self._refuse and planned.refusal:
             raise ConfigurationError(planned.refusal)
+        if planned.advice:
+            rank_zero_warn(planned.advice)
         if self._choose:
             self._layers.activation_memory = planned.activation_memory  # type: ignore[assignment]
         self._layers.costs = planned.costs

@@ -10,7 +10,7 @@ from lightning_pipelite.planning.report import GIB, KINDS, Report
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw what each stage holds, a bar a stage, and the memory of a device, into a PNG file."""
+    """Draw what each stage holds, a bar a stage, and the memory of its device, into a PNG file."""
     stages = report.policies[report.policy]
     figure = Figure(figsize=(6.75, 1.4 + 0.4 * len(stages)), layout="constrained")
     axes = figure.add_subplot()
@@ -20,8 +20,9 @@ def draw(report: Report, path: Path) -> None:
         widths = [getattr(stage, name) / GIB for stage in stages]
         axes.barh(rows, widths, left=left, label=label, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    if report.planner.memory is not None:
-        axes.axvline(report.planner.memory / GIB, color="black", linestyle="--", linewidth=1, label="device")
+    for number, size in enumerate(report.planner.devices.memory_of_stages(len(stages))):
+        (line,) = axes.plot([size / GIB] * 2, [number - 0.5, number + 0.5], color="black", linestyle="--", linewidth=1)
+        line.set_label("device" if number == 0 else "_")  # of one of them in the legend
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.set_title(f"activation_memory {report.policy}, sequences of {report.planner.sequence_len} tokens", fontsize=9)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.longest import find_longest
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory, step
@@ -55,18 +58,29 @@ class Planner:
         simulation: Knows what the layers take.
         micro_batches: Of a step.
         sequence_len: Tokens of a micro-batch.
-        memory: Bytes of a device; None if not known.
+        devices: That it is trained on.
     """
 
     def __init__(
-        self, simulation: Simulation, *, micro_batches: int, sequence_len: int, memory: int | None = None
+        self, simulation: Simulation, *, micro_batches: int, sequence_len: int, devices: Devices | None = None
     ) -> None:
         self._simulation = simulation
-        self.micro_batches, self.sequence_len, self.memory = micro_batches, sequence_len, memory
+        self.micro_batches, self.sequence_len, self.devices = micro_batches, sequence_len, devices or Devices(1)
         meta_model = simulation.layers.meta_model
         self._costs: dict[str, LayerCosts] = {}
-        self._splits: dict[tuple[int, int, str, str], list[int]] = {}
+        self._splits: dict[Any, list[int]] = {}
         self.policies = [p for p in POLICIES if p == "keep" or meta_model.can_recompute]
+
+    def on(self, devices: Devices) -> Planner:
+        """Return the planner of the same training on other devices; what the layers take is not tried again."""
+        other = copy(self)
+        other.devices = devices
+        return other
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the smallest device; None if not known."""
+        return min(self.devices.memory, default=None)
 
     @property
     def layers(self) -> CausalLMLayers:
@@ -76,11 +90,14 @@ class Planner:
     def stages(
         self, bounds: Sequence[int], policy: str, sequence_len: int | None = None, virtual_stages: int = 1
     ) -> list[StageMemory]:
-        """Return what each stage of a split takes; the bounds are those of all pieces."""
-        length = sequence_len or self.sequence_len
+        """Return what each stage of a split takes, on its device; the bounds are those of all pieces."""
+        length, stages = sequence_len or self.sequence_len, (len(bounds) - 1) // virtual_stages
+        each = [self._stage(bounds, number, policy, length, virtual_stages) for number in range(stages)]
+        if not (speeds := self.devices.speed_of_stages(stages)):
+            return each
         return [
-            self._stage(bounds, number, policy, length, virtual_stages)
-            for number in range((len(bounds) - 1) // virtual_stages)
+            replace(stage, piece_seconds=tuple(seconds / speed for seconds in stage.piece_seconds))
+            for stage, speed in zip(each, speeds, strict=True)
         ]
 
     def _stage(
@@ -97,15 +114,24 @@ class Planner:
             sequence_len=sequence_len,
         )
 
-    def fits(self, stages: Iterable[StageMemory]) -> bool:
-        """Tell whether every stage fits a device, with a margin; True if the memory is not known."""
-        return self.memory is None or all(stage.total <= (1 - MARGIN) * self.memory for stage in stages)
+    def fits(self, stages: Sequence[StageMemory]) -> bool:
+        """Tell whether every stage fits its device, with a margin; True if the memory is not known."""
+        sizes = self.devices.memory_of_stages(len(stages))
+        return all(stage.total <= (1 - MARGIN) * size for stage, size in zip(stages, sizes, strict=False))
 
-    def costs(self, policy: str) -> LayerCosts:
-        """Return the time and the bytes of each item, alone in the middle of a pipeline."""
+    def costs(self, policy: str, stages: int) -> LayerCosts:
+        """Return the time and the bytes of each item, alone in the middle of a pipeline.
+
+        Args:
+            policy: Of activation memory.
+            stages: Of the pipeline, of whose devices it tells too.
+        """
         if policy not in self._costs:
             self._costs[policy] = self._find_costs(policy)
-        return self._costs[policy]
+        costs, sizes = self._costs[policy], self.devices.memory_of_stages(stages)
+        beside = self._beside(policy) if sizes else 0
+        usable = [int((1 - MARGIN) * size) - beside for size in sizes]
+        return replace(costs, memory=usable or None, speeds=self.devices.speed_of_stages(stages))
 
     def _find_costs(self, policy: str) -> LayerCosts:
         length = self.sequence_len
@@ -125,22 +151,21 @@ class Planner:
             trial = self._simulation.trial(number, policy, length)
             received = trial.entry.retained if number == 0 else 0  # by the others once a stage, not once an item
             retained.append(received + trial.item.retained - trial.unsaved + max(0, trial.tail.retained))
-        usable = None if self.memory is None else int((1 - MARGIN) * self.memory) - self._beside(policy)
-        return LayerCosts(seconds, held, retained, self.micro_batches, usable)
+        return LayerCosts(seconds, held, retained, self.micro_batches)
 
     def _beside(self, policy: str) -> int:
         """Return what a stage takes beside the sum over its layers.
 
         The largest of what comes and goes, and the reserve.
         """
-        single = self.stages([0, len(self.layers)], policy)[0]
+        single = self._stage([0, len(self.layers)], 0, policy, self.sequence_len)
         return single.transient + single.exchange + single.reserve
 
     def split(self, stages: int, method: str, policy: str, virtual_stages: int = 1) -> list[int]:
         """Return the bounds of all pieces of the stages."""
-        asked = stages, virtual_stages, method, policy
+        asked = stages, virtual_stages, method, policy, self.devices
         if asked not in self._splits:
-            self._splits[asked] = partition(_Layers(self, policy), stages, method, virtual_stages)
+            self._splits[asked] = partition(_Layers(self, policy, stages), stages, method, virtual_stages)
         return self._splits[asked]
 
     def choose_policy(self, stages: int, method: str, virtual_stages: int = 1) -> str | None:
@@ -151,19 +176,22 @@ class Planner:
                 return policy
         return None
 
-    def recommend(self, devices: int) -> Recommended | None:
+    def recommend(self) -> Recommended | None:
         """Return with what a step is fastest; None if nothing fits.
 
         Stages must divide the devices; more of them mean fewer replicas, which then take more micro-batches each for
         the same sequences a step. More pieces a stage are recommended only where they gain what can be measured.
         """
         best: tuple[float, Recommended] | None = None
+        devices = self.devices.count
         for stages in (n for n in range(1, min(devices, len(self.layers)) + 1) if devices % n == 0):
             for policy, virtual_stages in itertools.product(self.policies, VIRTUAL_STAGES if stages > 1 else (1,)):
                 if stages * virtual_stages > len(self.layers):
                     continue
                 # Per sequence and device. Without a bubble it would be the work.
-                if virtual_stages > 1 and best and sum(self.costs(policy).seconds) > (1 - WORTH) * best[0]:
+                work, speeds = self.costs(policy, stages).seconds, self.devices.speed_of_stages(stages)
+                least = sum(work) * stages / sum(speeds or [1] * stages)
+                if virtual_stages > 1 and best and least > (1 - WORTH) * best[0]:
                     continue
                 bounds = self.split(stages, "auto", policy, virtual_stages)
                 each = self.stages(bounds, policy, virtual_stages=virtual_stages)
@@ -180,17 +208,19 @@ class Planner:
         Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
         can take is found first, and mostly the others take it too.
         """
-        if self.memory is None:
+        if not self.devices.memory:
             raise ValueError("the memory of a device is not known")
-        limit = (1 - MARGIN) * self.memory
+        count = (len(bounds) - 1) // virtual_stages
+        limits = [(1 - MARGIN) * size for size in self.devices.memory_of_stages(count)]
 
         def excess(number: int, length: int) -> float:
-            return self._stage(bounds, number, policy, length, virtual_stages).total - limit
+            return self._stage(bounds, number, policy, length, virtual_stages).total - limits[number]
 
         longest = getattr(self.layers.meta_model.config, "max_position_embeddings", None) or LONGEST
-        stages = self.stages(bounds, policy, virtual_stages=virtual_stages)
-        for place, number in enumerate(sorted(range(len(stages)), key=lambda number: -stages[number].total)):
-            stage = stages[number]
+        stages = [self._stage(bounds, number, policy, self.sequence_len, virtual_stages) for number in range(count)]
+        tightest = sorted(range(count), key=lambda number: limits[number] - stages[number].total)
+        for place, number in enumerate(tightest):
+            stage, limit = stages[number], limits[number]
             empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE
             known = {0: empty - limit, self.sequence_len: stage.total - limit}
             if place > 0 and longest > 0:
@@ -198,10 +228,10 @@ class Planner:
             longest = find_longest(partial(excess, number), known, longest, STEP)
         return longest
 
-    def fewest_devices(self, most: int) -> tuple[int, str] | None:
-        """Return the fewest stages that fit, and their policy; None if not even ``most`` do."""
-        for stages in range(1, min(most, len(self.layers)) + 1):
-            if policy := self.choose_policy(stages, "auto"):
+    def fewest_devices(self) -> tuple[int, str] | None:
+        """Return how many of the devices, from the first on, are enough, and their policy; None if all are not."""
+        for stages in range(1, min(self.devices.count, len(self.layers)) + 1):
+            if policy := self.on(self.devices.first(stages)).choose_policy(stages, "auto"):
                 return stages, policy
         return None
 
@@ -209,8 +239,8 @@ class Planner:
 class _Layers:
     """The layers as the strategy cuts them."""
 
-    def __init__(self, planner: Planner, policy: str) -> None:
-        self._planner, self._policy = planner, policy
+    def __init__(self, planner: Planner, policy: str, stages: int) -> None:
+        self._planner, self._policy, self._stages = planner, policy, stages
         self.names: Sequence[str] = planner.layers.names
         self.one_stage_only = planner.layers.one_stage_only
 
@@ -218,7 +248,7 @@ class _Layers:
         return self._planner.layers.parameter_counts()
 
     def layer_costs(self) -> LayerCosts:
-        return self._planner.costs(self._policy)
+        return self._planner.costs(self._policy, self._stages)
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
         raise NotImplementedError("a plan builds no stages")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.disk_size import disk_size
+from lightning_pipelite.planning.leaving_out import faster_without
 from lightning_pipelite.planning.planner import Planner, Recommended
 from lightning_pipelite.planning.settings import Settings
 from lightning_pipelite.planning.stages import StageMemory, step
@@ -29,26 +30,27 @@ class Report:
     Attributes:
         planner: That made it.
         settings: What the configuration says.
-        devices: How many there are.
         split: The bounds of the configuration's stages, or of all pieces.
         policies: What the stages take with each policy of activation memory, on that split.
         recommended: With what a step is fastest; None if nothing fits.
         largest: The most tokens of a sequence that fit the recommended split, or the configuration's.
         fewest: The fewest stages that fit, and with which policy.
+        slow_devices: That a step would be faster without some of the devices; empty if it would not.
     """
 
     planner: Planner
     settings: Settings
-    devices: int
     split: list[int]
     policies: dict[str, list[StageMemory]]
     recommended: Recommended | None
     largest: int | None
     fewest: tuple[int, str] | None
+    slow_devices: str = ""
 
     @classmethod
-    def of(cls, planner: Planner, settings: Settings, devices: int) -> Report:
+    def of(cls, planner: Planner, settings: Settings) -> Report:
         """Plan."""
+        devices = planner.devices.count
         if devices % settings.stages:
             raise ConfigurationError(
                 f"pipeline_stages={settings.stages} must divide the number of devices ({devices}); change one of them."
@@ -56,14 +58,24 @@ class Report:
         pieces = settings.virtual_stages
         split = planner.split(settings.stages, settings.partition_method, planner.policies[0], pieces)
         policies = {policy: planner.stages(split, policy, virtual_stages=pieces) for policy in planner.policies}
-        recommended = planner.recommend(devices)
+        recommended = planner.recommend()
         largest = fewest = None
         if planner.memory is not None:
-            fewest = planner.fewest_devices(devices)
+            fewest = planner.fewest_devices()
             if recommended:
                 found = recommended
                 largest = planner.largest_sequence(found.bounds, planner.policies[-1], found.virtual_stages)
-        return cls(planner, settings, devices, split, policies, recommended, largest, fewest)
+        slow = (
+            ""
+            if recommended is None
+            else faster_without(planner, recommended.stages, recommended.policy, recommended.virtual_stages)
+        )
+        return cls(planner, settings, split, policies, recommended, largest, fewest, slow)
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.planner.devices.count
 
     @property
     def policy(self) -> str:
@@ -80,7 +92,9 @@ class Report:
         model, planner = self.settings.model, self.planner
         count = sum(stage.parameters for stage in self.policies[self.policy])
         trained = sum(stage.trained for stage in self.policies[self.policy])
-        size = f" of {gib(planner.memory)}" if planner.memory else ""
+        size = f" of {self._sizes()}" if planner.memory else ""
+        if planner.devices.speeds:
+            size += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
         adapter = type(planner.layers.adapter).__name__
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
         bits = next((words for option, words in held.items() if model.get(option)), "")
@@ -96,7 +110,8 @@ class Report:
     def _stages(self) -> list[str]:
         stages = self.policies[self.policy]
         widest = max(stage.total for stage in stages)
-        scale = max(widest, self.planner.memory or 0)
+        sizes = self.planner.devices.memory_of_stages(len(stages))
+        scale = max(widest, *sizes, 0)
         wide = max(9, *(len(self._span(stage)) for stage in stages))
         lines = [f"activation_memory {self.policy}, partition_method {self.settings.partition_method}, in GiB"]
         lines.append(
@@ -112,7 +127,7 @@ class Report:
             )
         lines.append("")
         for number, stage in enumerate(stages):
-            lines.append(f"{number:>5} {self._bar(stage, scale)} {gib(stage.total)}")
+            lines.append(f"{number:>5} {self._bar(stage, scale, sizes[number] if sizes else None)} {gib(stage.total)}")
         lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
         sent = [stage.sent for stage in stages[:-1]]
         if sent:
@@ -127,14 +142,17 @@ class Report:
         layers = self.planner.layers.meta_model.groups
         return "+".join(f"{layers[start]}-{layers[stop] - 1}" for start, stop in stage.spans)
 
-    def _bar(self, stage: StageMemory, scale: int) -> str:
+    def _bar(self, stage: StageMemory, scale: int, size: int | None) -> str:
         marks, so_far = "", 0
         for name, (mark, _) in KINDS.items():
             so_far += getattr(stage, name)
             marks += mark * (round(BAR * so_far / scale) - len(marks))
         room = BAR - len(marks)
-        fits = self.planner.memory is None or stage.total <= self.planner.memory
+        fits = size is None or stage.total <= size
         return f"|{marks}{' ' * room}{'|' if fits else '> does not fit'}"
+
+    def _sizes(self) -> str:
+        return ", ".join(gib(size) for size in dict.fromkeys(self.planner.devices.memory))
 
     def _policies(self) -> list[str]:
         lines = [f"{'activation_memory':<18}{'fullest stage':>14}{'step':>10}   "]
@@ -151,11 +169,13 @@ class Report:
         if planner.memory is None:
             return ["Give --memory, such as --memory 24GiB, to learn what fits."]
         lines = []
+        if self.slow_devices:
+            lines.append(f"{self.slow_devices[0].upper()}{self.slow_devices[1:]}")
         if self.recommended is None:
             last = [*self.policies][-1]
             ways = ", ".join(["use more devices", *planner.layers.lighter_weights])
             lines.append(
-                f"Nothing fits {self.devices} x {gib(planner.memory)}, not even {self.devices} stages with "
+                f"Nothing fits {self.devices} x {self._sizes()}, not even {self.devices} stages with "
                 f"activation_memory {last}: {ways}, or a shorter sequence_len."
             )
             return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Settings:
         partition_method: How the layers are dealt out.
         devices: Of a host; None if the file leaves it to the Trainer.
         hosts: How many there are.
+        speeds: Of the devices, as the strategy is told; empty if it is not.
+        column_major: The strategy's ``use_column_major_topology``.
     """
 
     model: dict[str, Any]
@@ -44,6 +47,8 @@ class Settings:
     partition_method: str = "uniform"
     devices: int | None = None
     hosts: int = 1
+    speeds: tuple[float, ...] = ()
+    column_major: bool = False
     optimizer: dict[str, Any] = field(default_factory=lambda: OPTIMIZER)
 
 
@@ -75,6 +80,8 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
         partition_method=str(options.get("partition_method", "uniform")),
         devices=devices if type(devices) is int and devices > 0 else None,
         hosts=_count(trainer.get("num_nodes") or 1, f"{source}: trainer.num_nodes"),
+        speeds=tuple(options.get("speeds") or ()),
+        column_major=bool(options.get("use_column_major_topology")),
         optimizer=model.get("optimizer") or OPTIMIZER,
     )
 
@@ -117,6 +124,21 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
     if missing:
         raise ConfigurationError(f"{key}.{missing[0]} must be given.")
     return kind, dict(options)
+
+
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """Return the numbers of ``1,1,0.5``.
+
+    Raises:
+        ConfigurationError: If they are not positive numbers.
+    """
+    try:
+        speeds = tuple(float(each) for each in text.split(","))
+    except ValueError:
+        speeds = ()
+    if not speeds or not all(0 < speed < math.inf for speed in speeds):
+        raise ConfigurationError(f"speeds is {text!r}; give a positive number for each device, as in 1,1,0.5.")
+    return speeds
 
 
 def parse_memory(text: str) -> int:

@@ -26,6 +26,7 @@ the module           its data (optional)                                 :class:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +101,26 @@ class LayerCosts:
         held: Bytes that a layer takes at all times: weights, gradients, optimizer state.
         retained: Bytes that a layer keeps of each micro-batch in flight for its backward pass.
         micro_batches: Of a step.
-        memory: Bytes of a device for all of a stage's layers; None for no limit.
+        memory: Bytes of a device for all of a stage's layers, or of each stage's device; None for no limit.
+        speeds: Of each stage's device, in any unit; empty if they are alike.
     """
 
     seconds: Sequence[float]
     held: Sequence[int]
     retained: Sequence[int]
     micro_batches: int
-    memory: int | None = None
+    memory: int | Sequence[int] | None = None
+    speeds: Sequence[float] = ()
+
+    def memory_of(self, stage: int) -> float:
+        """Return the bytes of a stage's device, infinitely many if there is no limit."""
+        if self.memory is None:
+            return math.inf
+        return self.memory if isinstance(self.memory, int) else self.memory[stage]
+
+    def speed_of(self, stage: int) -> float:
+        """Return how fast a stage's device is, 1 if they are alike."""
+        return self.speeds[stage] if self.speeds else 1.0
 
 
 @runtime_checkable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_pipelite.errors import ConfigurationError
@@ -49,3 +51,10 @@ class Topology:
     def rank_of(self, stage: int, replica: int) -> int:
         """Return the global rank of a stage of a replica."""
         return replica * self.stages + stage if self.column_major else stage * self.replicas + replica
+
+    def least_of_stages(self, of_ranks: Sequence[float]) -> list[float]:
+        """Return the least number of each stage's ranks, as of their memory or their speed."""
+        least = [math.inf] * self.stages
+        for rank, number in enumerate(of_ranks):
+            least[self.stage_of(rank)] = min(least[self.stage_of(rank)], number)
+        return least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,7 @@ def check_launch(
     topology: Topology,
     partition_method: str,
     virtual_stages: int,
+    speeds: Sequence[float],
     layer_sync: Any,
     starts_the_job: bool,
 ) -> tuple[tuple[PipelineLayers, Loss] | None, EmptyLogs | None]:
@@ -37,6 +39,7 @@ def check_launch(
         topology: Of the job.
         partition_method: How the layers are dealt out.
         virtual_stages: The number of pieces of each stage.
+        speeds: Of each stage's device; empty if they are alike.
         layer_sync: What the Trainer wants for batch norms.
         starts_the_job: Whether this is the first rank, which looks after the job's files.
 
@@ -53,7 +56,7 @@ def check_launch(
     handed = None
     if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
         handed = hand_out_layers(module)
-        partition(handed[0], topology.stages, partition_method, virtual_stages)
+        partition(handed[0], topology.stages, partition_method, virtual_stages, speeds)
     arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=starts_the_job)
     if not starts_the_job:
         return handed, None

@@ -74,15 +74,15 @@ class InterleavedCut:
             [row[stop] - row[start] for start, stop in itertools.pairwise(bounds)]
             for row in (self._seconds, self._held, self._retained)
         )
-        excess = 0.0
-        if self._costs.memory is not None:
-            fullest = max(
-                sum(held[stage :: self._stages]) + self._most(stage, retained[stage :: self._stages])
-                for stage in range(self._stages)
-            )
-            excess = max(0.0, fullest - self._costs.memory)
+        excess = max(
+            sum(held[stage :: self._stages])
+            + self._most(stage, retained[stage :: self._stages])
+            - self._costs.memory_of(stage)
+            for stage in range(self._stages)
+        )
+        seconds = [each / self._costs.speed_of(piece % self._stages) for piece, each in enumerate(seconds)]
         # Sums of the same numbers differ by rounding.
-        return excess, float(f"{time(seconds):.9g}"), float(f"{sum(each**2 for each in seconds):.9g}")
+        return max(0.0, excess), float(f"{time(seconds):.9g}"), float(f"{sum(each**2 for each in seconds):.9g}")
 
     def _estimated(self, seconds: Sequence[float]) -> float:
         """Return what the busiest stage computes, and the slowest piece once for each stage but one, at both ends."""

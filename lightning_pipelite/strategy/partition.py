@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, MayBeWhole, PipelineLayers
@@ -15,7 +15,13 @@ from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 _Allowed = Callable[[int, int, int], bool]
 
 
-def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virtual_stages: int = 1) -> list[int]:
+def partition(
+    layers: PipelineLayers,
+    stages: int,
+    method: str = "uniform",
+    virtual_stages: int = 1,
+    speeds: Sequence[float] = (),
+) -> list[int]:
     """Cut the layers into contiguous stages, or into the pieces of virtual stages.
 
     Args:
@@ -25,6 +31,7 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
             ones too), ``type:REGEX`` (the same number of layers whose class name matches; case is ignored) or ``auto``
             (the slowest stage as fast as possible, where all fit their device; by the layers' costs).
         virtual_stages: The number of pieces of each stage; piece ``i`` of all is on stage ``i % stages``.
+        speeds: Of each stage's device, for ``auto``, in place of those of the costs.
 
     Returns:
         ``stages * virtual_stages + 1`` bounds: piece ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``,
@@ -52,7 +59,7 @@ def partition(layers: PipelineLayers, stages: int, method: str = "uniform", virt
             f"{len(names)} layers of the model; set virtual_stages to at most {len(names) // stages}."
         )
     if method == "auto":
-        return _auto(layers, stages, virtual_stages)
+        return _auto(layers, stages, virtual_stages, speeds)
     if method.startswith("layers:"):
         return _given(method, stages, virtual_stages, len(names))
     if method == "uniform":
@@ -121,25 +128,27 @@ def check_virtual_stages(stages: int, virtual_stages: int) -> None:
         )
 
 
-def _auto(layers: PipelineLayers, stages: int, virtual_stages: int) -> list[int]:
+def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequence[float]) -> list[int]:
     costs = layers.layer_costs() if isinstance(layers, KnowsCosts) else None
     if costs is None:
         raise ConfigurationError(
             "partition_method is auto, but the layers do not say what they cost; set it to uniform, parameters or "
             "type:REGEX, or give them a method layer_costs()."
         )
+    if speeds:
+        costs = replace(costs, speeds=speeds)
     if virtual_stages == 1:
         return cheapest_bounds(costs, stages)
-    return InterleavedCut(costs, stages, virtual_stages).improved(
-        balanced_bounds(costs.seconds, stages * virtual_stages)
-    )
+    pieces = range(stages * virtual_stages)
+    even = balanced_bounds(costs.seconds, len(pieces), speeds=[costs.speed_of(piece % stages) for piece in pieces])
+    return InterleavedCut(costs, stages, virtual_stages).improved(even)
 
 
 def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
     """Cut layers into contiguous, non-empty stages whose slowest is as fast as possible.
 
-    Only cuts whose stages all fit the memory count; if there is none, the one whose fullest stage is least full. Stage
-    i of p keeps the activations of up to p - i micro-batches (1F1B).
+    Only cuts whose stages all fit their memory count; if there is none, the one with the least bytes too many in a
+    stage. Stage i of p keeps the activations of up to p - i micro-batches (1F1B).
 
     Args:
         costs: Of the layers.
@@ -150,17 +159,20 @@ def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
         the stages' times.
     """
     held, retained = ([0, *itertools.accumulate(row)] for row in (costs.held, costs.retained))
-    memory = math.inf if costs.memory is None else costs.memory
 
-    def bytes_of(stage: int, start: int, stop: int) -> int:
+    def excess(stage: int, start: int, stop: int) -> float:
         in_flight = min(costs.micro_batches, stages - stage)
-        return held[stop] - held[start] + in_flight * (retained[stop] - retained[start])
+        bytes_of_all = held[stop] - held[start] + in_flight * (retained[stop] - retained[start])
+        return bytes_of_all - costs.memory_of(stage)
 
-    fitting = balanced_bounds(costs.seconds, stages, lambda *part: bytes_of(*part) <= memory)
-    return fitting or _least_cut(len(costs.seconds), stages, bytes_of, max)
+    speeds = [costs.speed_of(stage) for stage in range(stages)]
+    fitting = balanced_bounds(costs.seconds, stages, lambda *part: excess(*part) <= 0, speeds)
+    return fitting or _least_cut(len(costs.seconds), stages, excess, max)
 
 
-def balanced_bounds(weights: Sequence[float], parts: int, allowed: _Allowed = lambda *_: True) -> list[int]:
+def balanced_bounds(
+    weights: Sequence[float], parts: int, allowed: _Allowed = lambda *_: True, speeds: Sequence[float] = ()
+) -> list[int]:
     """Cut a row of weights into contiguous, non-empty parts whose heaviest is as light as possible.
 
     Among the cuts with the lightest heaviest part it takes the one with the least sum of squares, which evens out the
@@ -170,6 +182,7 @@ def balanced_bounds(weights: Sequence[float], parts: int, allowed: _Allowed = la
         weights: One non-negative weight an item.
         parts: The number of parts, at most ``len(weights)``.
         allowed: Of a part's number, its first item and the item after its last: whether it may be cut like this.
+        speeds: By which each part's weight is divided; positive.
 
     Returns:
         ``parts + 1`` bounds; none if no cut has only parts that are allowed.
@@ -177,13 +190,13 @@ def balanced_bounds(weights: Sequence[float], parts: int, allowed: _Allowed = la
     total = [0, *itertools.accumulate(weights)]
 
     def weight(part: int, start: int, stop: int) -> float:
-        return total[stop] - total[start]
+        return (total[stop] - total[start]) / (speeds[part] if speeds else 1)
 
     bounds = _least_cut(len(weights), parts, weight, max, allowed)
     if not bounds:
         return []
     # Sums of the same weights differ by the rounding of where they start.
-    heaviest = (1 + 1e-9) * max(weight(0, *part) for part in itertools.pairwise(bounds))
+    heaviest = (1 + 1e-9) * max(weight(part, *span) for part, span in enumerate(itertools.pairwise(bounds)))
     return _least_cut(
         len(weights),
         parts,

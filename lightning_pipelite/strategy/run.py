@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class PipelineRun:
         device: Of this process.
         partition_method: How the layers are dealt out.
         virtual_stages: The number of pieces of the stage.
+        speeds: Of each stage's device; empty if they are alike.
         timeout: How long a rank may make no progress.
         progress: Told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
             of the stage it is about, if there are several.
@@ -82,6 +83,7 @@ class PipelineRun:
         device: torch.device,
         partition_method: str,
         virtual_stages: int,
+        speeds: Sequence[float],
         timeout: timedelta,
         progress: Callable[[str, bool, str], None],
         end: contextlib.ExitStack,
@@ -102,7 +104,7 @@ class PipelineRun:
         self.sigterm = SigtermNotice(trainer, agreement)
         end.callback(self.sigterm.release)
         layers, loss = handed or hand_out_layers(module)
-        bounds = partition(layers, topology.stages, partition_method, virtual_stages)
+        bounds = partition(layers, topology.stages, partition_method, virtual_stages, speeds)
         stage_id = topology.stage_of(rank)
         spans = spans_of(bounds, topology.stages, stage_id)
         self.stage: nn.Module = build_stage(module, layers, spans, bounds[-1], device)

@@ -29,6 +29,7 @@ from lightning_pipelite.strategy.before_launch import check_launch
 from lightning_pipelite.strategy.checks import check_loaders, check_optimizers, check_trainable, checked_pair
 from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
+from lightning_pipelite.strategy.device_speeds import check_speeds, speeds_of_stages
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
@@ -88,6 +89,8 @@ class PipeLiteStrategy(DDPStrategy):
         cluster_environment: Lightning's, for special clusters.
         virtual_stages: The number of pieces of the model on each stage, which makes the pipeline's bubble as many times
             smaller: of 2 stages with 2 pieces each the first has the first and the third quarter of the layers.
+        speeds: How fast each device is, in the order of their ranks and in any unit, for ``partition_method`` auto; a
+            PipeLiteModule's plan measures GPUs if none are given, other layers count as told by their costs.
 
     Raises:
         ConfigurationError: By ``Trainer.fit``, before any process is started, if the configuration does not fit.
@@ -104,6 +107,7 @@ class PipeLiteStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         virtual_stages: int = 1,
+        speeds: list[float] | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
     ) -> None:
@@ -124,6 +128,8 @@ class PipeLiteStrategy(DDPStrategy):
         self.virtual_stages = virtual_stages
         self.partition_method = partition_method
         self.use_column_major_topology = use_column_major_topology
+        check_speeds(speeds, partition_method)
+        self.speeds = speeds
         self.measure_stage_times = False
         """Whether the next step is to be measured."""
         self.instruction_times: dict[str, float] | None = None
@@ -140,6 +146,15 @@ class PipeLiteStrategy(DDPStrategy):
     def topology(self) -> Topology:
         """Which rank is which stage of which replica."""
         return Topology(self.num_nodes * self.num_processes, self.pipeline_stages, self.use_column_major_topology)
+
+    @property
+    def stage_speeds(self) -> list[float]:
+        """How fast each stage's slowest device is, as it was given; empty if it was not.
+
+        Raises:
+            ConfigurationError: If there is not one for each device.
+        """
+        return speeds_of_stages(self.speeds, self.topology)
 
     @property
     def stage_id(self) -> int:
@@ -185,6 +200,7 @@ class PipeLiteStrategy(DDPStrategy):
             topology=self.topology,
             partition_method=self.partition_method,
             virtual_stages=self.virtual_stages,
+            speeds=self.stage_speeds,
             layer_sync=self._layer_sync,
             starts_the_job=self.cluster_environment.global_rank() == 0,
         )
@@ -231,6 +247,7 @@ class PipeLiteStrategy(DDPStrategy):
             device=self.root_device,
             partition_method=self.partition_method,
             virtual_stages=self.virtual_stages,
+            speeds=self.stage_speeds,
             timeout=self.timeout,
             progress=self._progress,
             end=self._end,

@@ -22,6 +22,7 @@ from lightning_pipelite.planning.before_training import (
     compared,
     plan_training,
 )
+from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.planner import MARGIN, Planner
 from lightning_pipelite.planning.simulation import Simulation
 from plan_jobs import run_again, told_by_auto
@@ -29,7 +30,7 @@ from processes import Workers
 from tiny_job import write_job
 
 SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
-JOB = Job(stages=2, method="uniform", micro_batches=4, sequence_len=2048, devices=2, memory=24 * 2**30)
+JOB = Job(stages=2, method="uniform", micro_batches=4, sequence_len=2048, devices=Devices.alike(2, 24 * 2**30))
 ADAM = partial(Adam, lr=1e-3)
 Needs = dict[str, int]
 
@@ -58,14 +59,14 @@ def test_the_first_policy_that_fits_is_chosen(layers: CausalLMLayers, needs: Nee
     assert layers.activation_memory == "recompute"  # until somebody chooses
     assert needs["keep"] > needs["recompute"] > needs["offload"]
     for policy in ("keep", "recompute", "offload"):
-        plan = planned(layers, memory=needs[policy])
+        plan = planned(layers, devices=Devices.alike(2, needs[policy]))
         assert (plan.activation_memory, plan.refusal) == (policy, "")
-    assert planned(layers, memory=needs["offload"] - 2**20).activation_memory == "offload"
+    assert planned(layers, devices=Devices.alike(2, needs["offload"] - 2**20)).activation_memory == "offload"
     assert layers.activation_memory == "recompute"  # it is for the caller to choose
 
 
 def test_without_a_limit_the_given_policy_stays(layers: CausalLMLayers) -> None:
-    plan = planned(layers, memory=None)
+    plan = planned(layers, devices=Devices.alike(2, None))
     assert plan.activation_memory == "recompute"
     assert plan.refusal == ""
     assert len(plan.peaks) == 2
@@ -73,12 +74,12 @@ def test_without_a_limit_the_given_policy_stays(layers: CausalLMLayers) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_advice(layers: CausalLMLayers, needs: Needs) -> None:
-    plan = planned(layers, choose=False, memory=needs["offload"])
+    plan = planned(layers, choose=False, devices=Devices.alike(2, needs["offload"]))
     assert re.search("with activation_memory recompute.* set model.activation_memory to off", plan.refusal)
-    one = planned(layers, stages=1, method="auto", memory=needs["offload"])
+    one = planned(layers, stages=1, method="auto", devices=Devices.alike(2, needs["offload"]))
     assert re.search("stage 0 of 1 .* pipeline_stages to 2 and partition_method to layers:", one.refusal)
     wanted = "use more GPUs, a shorter data.sequence_len, model.load_in_fp8, or model.load_in_4bit, or set"
-    assert wanted in planned(layers, memory=2**28).refusal
+    assert wanted in planned(layers, devices=Devices.alike(2, 2**28)).refusal
 
 
 def test_advice_names_what_there_is_of_lighter_weights(layers: CausalLMLayers) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.longest import find_longest
 from lightning_pipelite.planning.planner import MARGIN, STEP, Planner
 from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE
@@ -92,7 +93,9 @@ def test_all_stages_take_the_largest_sequence(other: tuple[float, float], room: 
 
     meta_model = SimpleNamespace(can_recompute=True, config=SimpleNamespace(max_position_embeddings=16_384))
     simulation: Any = SimpleNamespace(layers=SimpleNamespace(meta_model=meta_model))
-    planner = Curves(simulation, micro_batches=8, sequence_len=4096, memory=int((static + room) / (1 - MARGIN)))
+    planner = Curves(
+        simulation, micro_batches=8, sequence_len=4096, devices=Devices.alike(3, int((static + room) / (1 - MARGIN)))
+    )
 
     def fit(length: int) -> bool:
         return planner.fits(planner.stages([0, 1, 2, 3], "keep", length))

@@ -35,6 +35,20 @@ def run_again(job: str) -> list[tuple[int, int]]:
     return stages
 
 
+def cut_by_speeds(job: str, speeds: list[float]) -> tuple[int, int]:
+    """The layers of this rank's stage, where the devices are said to be so fast."""
+    model = str(Path(job) / "model")
+    data = PackedDataModule([DatasetConfig(f"{job}/texts/*.txt")], sequence_len=64, tokenizer_dir=model)
+    module = PipeLiteModule(model, LoRA(2), dtype="float32", schedule="constant")
+    strategy = PipeLiteStrategy(len(speeds), partition_method="auto", speeds=speeds)
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", devices=len(speeds), max_steps=1, accumulate_grad_batches=4, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return module.pipeline_stage.start, module.pipeline_stage.stop
+
+
 def told_by_auto(job: str) -> str:
     """What a training says that is to be cut by its plan."""
     model = str(Path(job) / "model")

@@ -1,0 +1,42 @@
+"""Whether a pipeline would be faster without one of its devices."""
+
+from __future__ import annotations
+
+from lightning_pipelite.planning.planner import WORTH, Planner
+from lightning_pipelite.planning.stages import step
+
+
+def faster_without(planner: Planner, stages: int, policy: str, virtual_stages: int) -> str:
+    """Return a sentence if a step would be faster without one stage's devices; an empty text if not.
+
+    What is compared are cuts of ``partition_method`` auto, for the same micro-batches a step in as many replicas.
+
+    Args:
+        planner: Of the training, on all devices.
+        stages: Of the pipeline.
+        policy: Of activation memory with all devices; without one the first that fits.
+        virtual_stages: Pieces of each stage.
+    """
+    speeds = planner.devices.speed_of_stages(stages)
+    if stages < 2 or not speeds:
+        return ""
+
+    def time(on: Planner, count: int, how: str) -> float:
+        pieces = virtual_stages if count > 1 else 1
+        return step(
+            on.stages(on.split(count, "auto", how, pieces), how, virtual_stages=pieces), on.micro_batches
+        ).seconds
+
+    slowest = min(range(stages), key=lambda stage: speeds[stage])
+    others = planner.on(planner.devices.without_stage(slowest, stages))
+    how = others.choose_policy(stages - 1, "auto", virtual_stages if stages > 2 else 1)
+    if how is None:
+        return ""
+    with_it, without = time(planner, stages, policy), time(others, stages - 1, how)
+    if without > (1 - WORTH) * with_it:
+        return ""
+    return (
+        f"the devices of stage {slowest} are so slow ({speeds[slowest]:.2f} of the fastest) that a step would take "
+        f"{without:.2f} s without them and takes {with_it:.2f} s with them: leave them out, with pipeline_stages="
+        f"{stages - 1}."
+    )
