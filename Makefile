@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast lint docs dist versions coverage setup
+.PHONY: quickstart test test-fast lint graph docs dist versions coverage setup
 export NO_MKDOCS_2_WARNING = 1
 
 quickstart: setup
@@ -23,6 +23,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# Which room imports which, for graphviz: make graph | dot -Tsvg > rooms.svg; of one room: make graph OF=.strategy
+OF ?=
+graph: setup
+	@$(BIN)/import-linter drawgraph lightning_pipelite$(OF) --show-cycle-breakers
 
 # Strict: a warning, or a link or anchor that leads nowhere, is an error. Not quiet: warnings that are not shown do not count.
 docs: setup

@@ -30,6 +30,7 @@ from lightning_pipelite.checkpoint.encoding import decode
 from lightning_pipelite.checkpoint.layout import BUFFER, PARAMETER
 from lightning_pipelite.checkpoint.reader import check_whole, is_checkpoint, located, stage_tensors, trainer_state
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import TimesStages
 from lightning_pipelite.strategy.trained import load_state
 
 _load, _resume_start = saving.pl_load, _CheckpointConnector.resume_start
@@ -72,10 +73,8 @@ def resume_start(
     connector: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None
 ) -> None:
     """In place of Lightning's, which asks the strategy to read its own kind of checkpoint."""
-    from lightning_pipelite.strategy.strategy import PipeLiteStrategy
-
     trainer, strategy = connector.trainer, connector.trainer.strategy
-    if isinstance(strategy, PipeLiteStrategy) or not _is_ours(checkpoint_path):
+    if isinstance(strategy, TimesStages) or not _is_ours(checkpoint_path):
         _resume_start(connector, checkpoint_path, weights_only=weights_only)
         return
     evaluates = trainer.state.fn != TrainerFn.FITTING
