@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 
@@ -19,6 +21,20 @@ class Evaluation:
     def __init__(self, names: Sequence[str], kind: str = "eval") -> None:
         self._names, self._kind = names, kind
         self._sums: list[tuple[float, float]] = []
+
+    @classmethod
+    def of_run(cls, trainer: pl.Trainer, names: Sequence[str]) -> Evaluation:
+        """Begin the evaluation that a Trainer runs, or its test.
+
+        Args:
+            trainer: Its loaders may have names.
+            names: Of the sets otherwise, if they are as many; numbers if they are not.
+        """
+        sets: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        number = len(sets) if isinstance(sets, (Mapping, list)) else 1
+        names = [*sets] if isinstance(sets, Mapping) else names
+        names = names if len(names) == number else [str(i) for i in range(number)]
+        return cls(names, "test" if trainer.testing else "eval")
 
     def add(self, total: float, count: float) -> dict[str, float]:
         """Add the next set's summed loss and number of tokens; return what there is to log.

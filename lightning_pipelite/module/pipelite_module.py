@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,19 +22,17 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
-from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.module.batches import BatchForm, count_documents
 from lightning_pipelite.module.data_warnings import warn_of_data
 from lightning_pipelite.module.evaluation_metrics import Evaluation
 from lightning_pipelite.module.optimization import Optimization
-from lightning_pipelite.module.throughput import Speed
+from lightning_pipelite.module.saving import Saving
+from lightning_pipelite.module.throughput import Speed, speed_of
 from lightning_pipelite.optim import OptimizerFactory
 from lightning_pipelite.planning.memory_plan import MemoryPlan
 from lightning_pipelite.shared.async_scalar import on_host
-from lightning_pipelite.shared.finite import refuse_not_finite
-from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.shared.protocol import ChecksVocabulary
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.layers import is_built
@@ -149,6 +146,7 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
+        self._saving = Saving(self._layers, adapter)
         self._batch_form = BatchForm(
             *self._layers.vocabulary,
             keys=tuple(adapter.batch_keys),
@@ -231,19 +229,7 @@ class PipeLiteModule(pl.LightningModule):
             RuntimeError: On every rank, if what was trained is not finite.
         """
         strategy = self.check_strategy(self.trainer.strategy)
-        trained = {name: p for name, p in self.pipeline_stage.named_parameters() if p.requires_grad}
-        refuse_not_finite(str(directory), trained, strategy.topology, gathered)
-        stages = strategy.collect_stages(self.trained_state())
-        failure, cause = None, None
-        if strategy.is_global_zero:
-            try:
-                self.adapter.save(directory, stages, self._layers.meta_model)
-            except Exception as error:  # whatever it is, as safetensors' own of a full disk: the job can still go on
-                cause, failure = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
-                for _ in stages:  # the other stages wait to hand over theirs
-                    pass
-        if failure := strategy.broadcast(failure):
-            raise OSError(f"{directory} cannot be written: {failure}") from cause
+        self._saving.save(directory, self.pipeline_stage, self.trained_state(), strategy)
 
     @classmethod
     @override
@@ -264,18 +250,7 @@ class PipeLiteModule(pl.LightningModule):
 
         ``pipelite convert`` makes the adapter anew from it: ``adapter`` has the class and its options.
         """
-        kind = type(self.adapter)
-        options = {name: getattr(self.adapter, name) for name in inspect.signature(kind).parameters}
-        doubly = self.hparams["load_in_4bit"] and self.hparams["bnb_4bit_use_double_quant"]
-        return {
-            "base_model": self._layers.meta_model.fingerprint,
-            "adapter": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options},
-            "dtype": self.hparams["dtype"],
-            "load_in_4bit": self.hparams["load_in_4bit"],
-            # The frozen weights are others with it; said only where it is used, as older checkpoints do not say it.
-            **({"bnb_4bit_use_double_quant": True} if doubly else {}),
-            **({"load_in_fp8": True} if self.hparams["load_in_fp8"] else {}),
-        }
+        return self._saving.identity(self.hparams)
 
     @property
     def checkpoint_may_differ(self) -> dict[str, tuple[bool, str]]:
@@ -288,14 +263,7 @@ class PipeLiteModule(pl.LightningModule):
         Raises:
             ConfigurationError: If ``directory`` cannot be written, or holds what saving would delete.
         """
-        try:
-            self.adapter.rehearse_save(directory, self._layers.meta_model)
-            for number in {0, len(self._layers) - 1}:  # without values; the ends have more than the layers between
-                self._layers.trained_state(self._layers.build_stage(number, number + 1, torch.device("meta")))
-        except OSError as error:
-            raise ConfigurationError(
-                f"{directory} cannot be written ({error.strerror or error}); choose another place to save to."
-            ) from error
+        self._saving.rehearse(directory)
 
     @staticmethod
     def check_strategy(strategy: Strategy) -> PipeLiteStrategy:
@@ -355,21 +323,12 @@ class PipeLiteModule(pl.LightningModule):
                 # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
                 # product has no backward: from then on most gradients would be wrong, with no more than a warning.
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        self._speed = self._speedometer()
+        parameters = chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
+        self._speed = speed_of(self._layers, parameters, self.check_strategy(self.trainer.strategy))
 
     @override
     def on_train_start(self) -> None:
         self._optimization.warn_of_length(self.trainer.estimated_stepping_batches)
-
-    def _speedometer(self) -> Speed:
-        """Make what tells the speed. Collective: the trained parameters of all stages count."""
-        strategy = self.check_strategy(self.trainer.strategy)
-        parameters = chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
-        trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
-        flops = training_flops(self._layers.meta_model, dict(ChainMap(*gathered(trained))))
-        device = strategy.root_device
-        peak = peak_flops(torch.cuda.get_device_name(device), self._layers.dtype) if device.type == "cuda" else None
-        return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)
 
     @property
     def eval_micro_batches(self) -> int | None:
@@ -386,17 +345,11 @@ class PipeLiteModule(pl.LightningModule):
             dataloader_idx: Which set it is; they come in order.
         """
         if dataloader_idx == 0:
-            sets: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-            names = list(sets) if isinstance(sets, Mapping) else self._names_of_sets()
-            number = len(sets) if isinstance(sets, (Mapping, list)) else 1
-            names = names if len(names) == number else [str(i) for i in range(number)]
-            self._evaluation = Evaluation(names, "test" if self.trainer.testing else "eval")
+            packed = self._packed_data
+            self._evaluation = Evaluation.of_run(self.trainer, packed.eval_names if packed else [])
         for name, value in self._evaluation.add(total, count).items():
             shown = name in ("eval/loss", "test/loss")
             self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
-
-    def _names_of_sets(self) -> list[str]:
-        return self._packed_data.eval_names if self._packed_data else []
 
     def logs(self, name: str) -> bool:
         """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""

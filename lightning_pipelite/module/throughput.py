@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections import ChainMap
+from collections.abc import Iterable
 
-from lightning_pipelite.models.flops import TrainingFlops
+import torch
+from torch import Tensor, nn
+
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.flops import TrainingFlops, peak_flops, training_flops
 from lightning_pipelite.shared.async_scalar import AsyncScalar
+from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.shared.step_clock import StepClock
+from lightning_pipelite.strategy import PipeLiteStrategy
 
 
 class Speed:
@@ -62,3 +69,20 @@ class Speed:
             pairs = sum(read.value() for read in self._pairs) * self._replicas
             speeds["train/mfu"] = self._flops.of(tokens, pairs) / seconds / self._peak
         return speeds
+
+
+def speed_of(
+    layers: CausalLMLayers, parameters: Iterable[tuple[str, nn.Parameter]], strategy: PipeLiteStrategy
+) -> Speed:
+    """Make what tells the speed of a training. Collective: the trained parameters of all stages count.
+
+    Args:
+        layers: Of the model.
+        parameters: This rank's, by name.
+        strategy: Knows the devices.
+    """
+    trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}
+    flops = training_flops(layers.meta_model, dict(ChainMap(*gathered(trained))))
+    device = strategy.root_device
+    peak = peak_flops(torch.cuda.get_device_name(device), layers.dtype) if device.type == "cuda" else None
+    return Speed(strategy.topology.replicas, flops, peak and peak * strategy.world_size)
