@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from typing_extensions import override
 
 from lightning_pipelite.callbacks.support.former_result import refuse_former_result
 from lightning_pipelite.callbacks.support.signals import SAVE, SAVE_AND_PASS_ON, STOPS, Signals
+from lightning_pipelite.callbacks.support.step_checkpoints import StepCheckpoints, step_of
 from lightning_pipelite.checkpoint.loop_state import after_last_batch
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.interrupt import name_of
@@ -27,7 +26,6 @@ from lightning_pipelite.shared.local_path import refuse_remote
 from lightning_pipelite.shared.protocol import SavesTrained
 
 TRIGGER = "save_now"
-_NAME = re.compile(r"step=(\d{8,})\.ckpt")
 
 
 class TimedCheckpoint(ModelCheckpoint):
@@ -80,7 +78,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self.checkpoint_interval_hours = checkpoint_interval_hours
         self.max_checkpoints = max_checkpoints
         self.overwrite = overwrite
-        self._directory = Path(str(self.dirpath))
+        self._files = StepCheckpoints(Path(str(self.dirpath)))
         self._signals = Signals()
         self._saved_at = 0.0
         self._request = 0  # what is to be done after the evaluation that follows
@@ -95,11 +93,12 @@ class TimedCheckpoint(ModelCheckpoint):
 
     def former_result(self) -> str | None:
         """Say what a training that begins anew would replace and delete, if anything."""
-        found = sorted([*self._existing(), *self._directory.glob("epoch=*.trained")])
+        directory = self._files.directory
+        found = sorted([*self._files, *directory.glob("epoch=*.trained")])
         if self.overwrite or not found:
             return None
         return (
-            f"TimedCheckpoint: {self._directory} has {found[-1].name} of another training; go on from there with "
+            f"TimedCheckpoint: {directory} has {found[-1].name} of another training; go on from there with "
             "ckpt_path=last, choose a new dirpath, or say overwrite (--overwrite), which replaces what is there."
         )
 
@@ -108,20 +107,21 @@ class TimedCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
-        self._directory = Path(str(self.dirpath))
+        self._files = StepCheckpoints(Path(str(self.dirpath)))
         for callback in trainer.checkpoint_callbacks:
             if callback is not self and isinstance(callback, ModelCheckpoint):
                 self._require_other_names(callback)
 
     def _require_other_names(self, other: ModelCheckpoint) -> None:
         """Refuse another callback whose files this one would take for its own, and delete."""
-        if other.dirpath is None or Path(str(other.dirpath)).absolute() != self._directory.absolute():
+        directory = self._files.directory
+        if other.dirpath is None or Path(str(other.dirpath)).absolute() != directory.absolute():
             return
         numbers = {"epoch": torch.tensor(0), "step": torch.tensor(1)}
-        if isinstance(other, TimedCheckpoint) or _NAME.fullmatch(Path(other.format_checkpoint_name(numbers)).name):
+        if isinstance(other, TimedCheckpoint) or step_of(other.format_checkpoint_name(numbers)) is not None:
             raise ConfigurationError(
                 f"TimedCheckpoint and another {type(other).__name__} would write over each other's files in "
-                f"{self._directory}; give one of them another dirpath."
+                f"{directory}; give one of them another dirpath."
             )
 
     @override
@@ -170,7 +170,7 @@ class TimedCheckpoint(ModelCheckpoint):
         wish = self._signals.take()
         if trainer.is_global_zero:
             due = time.monotonic() - self._saved_at >= 3600 * self.checkpoint_interval_hours
-            if due or (self._directory / TRIGGER).exists():
+            if due or (self._files.directory / TRIGGER).exists():
                 wish = max(wish, SAVE)
         return wish
 
@@ -188,7 +188,7 @@ class TimedCheckpoint(ModelCheckpoint):
         if _only_tries(trainer):
             return
         if isinstance(pl_module, SavesTrained):
-            directory = self._directory / f"epoch={trainer.current_epoch}.trained"
+            directory = self._files.directory / f"epoch={trainer.current_epoch}.trained"
             try:  # before the checkpoint: what resumes from that does not come here again
                 pl_module.save_trained(directory)
                 self._failure = None
@@ -219,7 +219,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self._save(trainer)
         if trainer.is_global_zero:
             with contextlib.suppress(OSError):  # a disk that is broken need not end the training
-                (self._directory / TRIGGER).unlink()
+                (self._files.directory / TRIGGER).unlink()
         if request == SAVE_AND_PASS_ON:
             self._signals.pass_on()
         if signum := STOPS.get(request):
@@ -231,7 +231,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
         if self._last_global_step_saved == trainer.global_step:
             return
-        self._save_checkpoint(trainer, str(self._directory / f"step={trainer.global_step:08d}.ckpt"))
+        self._save_checkpoint(trainer, str(self._files.of_step(trainer.global_step)))
         self._unpruned = True
         self._prune(trainer)
 
@@ -250,7 +250,7 @@ class TimedCheckpoint(ModelCheckpoint):
         if score is None:
             return False
         self.best_model_score = score
-        self.best_model_path = str(self._directory / f"step={trainer.global_step:08d}.ckpt")
+        self.best_model_path = str(self._files.of_step(trainer.global_step))
         return True
 
     def _warn_once(self, why: str) -> None:
@@ -268,20 +268,13 @@ class TimedCheckpoint(ModelCheckpoint):
         self._unpruned = False
         if self.max_checkpoints == 0:
             return
-        last = _step_of(newest)
-        # Those of later steps are left from a training that was taken up again before them.
-        ranked = sorted(self._existing(), key=lambda path: (_step_of(path) <= last, _step_of(path)), reverse=True)
-        for path in ranked[self.max_checkpoints :]:
+        for path in self._files.from_newest(newest)[self.max_checkpoints :]:
             if str(path) != self.best_model_path:
                 trainer.strategy.remove_checkpoint(str(path))
 
-    def _existing(self) -> Iterator[Path]:
-        if self._directory.is_dir():
-            yield from (path for path in self._directory.iterdir() if _NAME.fullmatch(path.name))
-
     @override
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        newest = max(self._existing(), key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        newest = max(self._files, key=lambda path: (path.stat().st_mtime, path.name), default=None)
         return {str(newest)} if newest else set()
 
     @override
@@ -293,11 +286,6 @@ class TimedCheckpoint(ModelCheckpoint):
         if Path(state_dict["best_model_path"]).exists():
             self.best_model_path = state_dict["best_model_path"]
             self.best_model_score = state_dict["best_model_score"]
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
 
 
 def _only_tries(trainer: pl.Trainer) -> bool:
