@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.atomic_output import check_new_file, new_file
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from lightning_pipelite.export.commented_yaml import CommentedYaml
+from lightning_pipelite.export.former_config import FormerConfig
 
 CALLBACKS = "lightning_pipelite.callbacks"
 ADAPTERS = "lightning_pipelite.adapters"
@@ -64,18 +58,14 @@ class Migration:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._left: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigurationError(f"{path} cannot be read as TOML ({error}); give a configuration.") from None
-        self.comments: dict[tuple[str, ...], list[str]] = {}
+        self.path, self._former, self._comments = path, FormerConfig(path), CommentedYaml()
+        self._take, self._say = self._former.take, self._comments.say
         self.full = self._take("full_fine_tune", bool, False)
         self.control = self._take("use_control_adapters", bool, False)
         if self.full and self.control:
             raise ConfigurationError(f"{path} sets full_fine_tune and use_control_adapters; choose one.")
         for key, (value, why) in ONLY.items():
-            if key in self._left and self._left.pop(key) != value:
+            if key in self._former and self._former.pop(key) != value:
                 raise ConfigurationError(f"{path}: {key} has no counterpart ({why}); set it to {value!r} or remove it.")
         self.content: dict[str, Any] = {
             "seed_everything": 0,
@@ -83,19 +73,12 @@ class Migration:
             "model": self._model(),
             "data": self._data(),
         }
-        if self._left:
-            raise ConfigurationError(
-                f"{path} has the key{'s' if len(self._left) > 1 else ''} {', '.join(sorted(self._left))}, which "
-                "qlora-pipe-lite does not know; correct or remove it."
-            )
+        self._former.require_empty()
 
     def yaml(self) -> str:
         """Return the YAML, with its comments."""
-        lines = [
-            f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.",
-            *self._lines(self.content, ()),
-        ]
-        return "\n".join(lines) + "\n"
+        head = f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.\n"
+        return head + self._comments.text(self.content)
 
     def _trainer(self) -> dict[str, Any]:
         self.output_dir = self._take("output_dir", str)
@@ -187,13 +170,13 @@ class Migration:
         layers = self._take("layers_to_transform", (str, int), None)
         layers = None if layers is None else str(layers)
         gamma = self._take("control_adapter_gamma", (int, float), None)
-        if "control_adapter_sigma" in self._left:
-            self._left.pop("control_adapter_sigma")
+        if "control_adapter_sigma" in self._former:
+            self._former.pop("control_adapter_sigma")
             self._say("control_adapter_sigma is gone: λ = expm1(±S) has no bound.", "model", "adapter")
         if self.full:
             for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_weight_dtype"):
-                if key in self._left:
-                    self._left.pop(key)
+                if key in self._former:
+                    self._former.pop(key)
                     self._say(f"{key}, which full_fine_tune ignored, is left out.", "model", "adapter")
             place = ("model", "adapter", "init_args")
             if targets:
@@ -230,10 +213,10 @@ class Migration:
         length = self._take("sequence_len", int)
         data: dict[str, Any] = {"datasets": self._datasets(length), "sequence_len": length}
         for key in SAME:
-            if key in self._left:
-                data[key] = self._left.pop(key)
-        if "document_suffix" in self._left:
-            data["document_suffix"] = self._left.pop("document_suffix")
+            if key in self._former:
+                data[key] = self._former.pop(key)
+        if "document_suffix" in self._former:
+            data["document_suffix"] = self._former.pop("document_suffix")
         data |= self._common
         data["eval_fraction"] = self._take("eval_fraction", (int, float), 0.01)
         self._say("Whole documents are held out now, so that none is in both sets.", "data", "eval_fraction")
@@ -271,34 +254,6 @@ class Migration:
                 self._common[key] = values[0]
         return carried
 
-    def _take(self, key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        if key not in self._left:
-            if not default:
-                raise ConfigurationError(f"{self.path} has no {key}; add it.")
-            return default[0]
-        value = self._left.pop(key)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(each.__name__ for each in kinds)
-            raise ConfigurationError(f"{self.path}: {key} is {value!r}; set it to a value of type {names}.")
-        return value
-
-    def _say(self, comment: str, *place: str) -> None:
-        self.comments.setdefault(place, []).append(comment)
-
     @staticmethod
     def _class(path: str, options: dict[str, Any]) -> dict[str, Any]:
         return {"class_path": path, "init_args": options} if options else {"class_path": path}
-
-    def _lines(self, content: dict[str, Any], place: tuple[str, ...]) -> list[str]:
-        lines: list[str] = []
-        indent = "  " * len(place)
-        for key, value in content.items():
-            here = (*place, key)
-            lines += [f"{indent}# {comment}" for comment in self.comments.get(here, ())]
-            if isinstance(value, dict):
-                lines += [f"{indent}{key}:", *self._lines(value, here)]
-            else:
-                text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=1000)
-                lines += [f"{indent}{line}" for line in text.splitlines()]
-        return lines
