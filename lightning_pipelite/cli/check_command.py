@@ -1,4 +1,4 @@
-"""Whether a model trains as a pipeline exactly as it does whole: ``pipelite check`` and benchmarks/coverage.py."""
+"""Whether a model trains as a pipeline exactly as it does whole: ``pipelite check``."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_pipelite.adapters import Full
+from lightning_pipelite.cli.split_comparison import (
+    Split,
+    compare_packed,
+    compare_split,
+    even_cuts,
+    exact_layers,
+    in_words,
+    pieces_of,
+)
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
-from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.strategy.partition import check_virtual_stages
-
-LIMIT = 1e-5  # of the largest value where that is more than 1
-DOCUMENTS = (5, 7)  # tokens of the documents that are packed
-
-Split = int | tuple[int, int]
-"""A number of stages; or that and the number of pieces of each."""
 
 
 @dataclass
@@ -47,7 +45,7 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{_in_words(split)}: {', '.join(f'{size / 1e9:.2f} GB' for size in sizes)}"
+            f"{in_words(split)}: {', '.join(f'{size / 1e9:.2f} GB' for size in sizes)}"
             for split, sizes in self.stage_bytes.items()
         ]
         lines += self.differences or ["Split and unsplit agree: weights, logits and every gradient."]
@@ -81,7 +79,7 @@ def check_model(
             f"{meta_model.one_stage_only}; set stages to 1."
         )
     for split in stages:
-        if not 1 <= (count := _pieces(split)) <= items:
+        if not 1 <= (count := pieces_of(split)) <= items:
             raise ConfigurationError(f"stages: {count} is not between 1 and {items}, what {model_dir} can be cut into.")
         if isinstance(split, tuple):
             check_virtual_stages(*split)
@@ -105,7 +103,7 @@ def check_model(
     sizes = meta_model.parameter_counts()
     stage_bytes: dict[Split, list[int]] = {}
     for split in stages:
-        cuts = itertools.pairwise(_cuts(items, _pieces(split)))
+        cuts = itertools.pairwise(even_cuts(items, pieces_of(split)))
         pieces = [2 * sum(sizes[start:stop]) for start, stop in cuts]
         number = split if isinstance(split, int) else split[0]
         stage_bytes[split] = [sum(pieces[stage::number]) for stage in range(number)]
@@ -135,134 +133,6 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
     return report
 
 
-def exact_layers(model_dir: Path, *, packed: bool, trust_remote_code: bool = False) -> CausalLMLayers:
-    """Return the layers of a model in float32, all trained, that recompute if their class can."""
-    options: dict[str, Any] = {"packed": packed, "trust_remote_code": trust_remote_code}
-    try:
-        return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), **options)
-    except ConfigurationError as refusal:
-        if "activation_memory to keep" not in str(refusal):
-            raise
-    return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), activation_memory="keep", **options)
-
-
-def tokens() -> tuple[Tensor, Tensor]:
-    """Return input ids and labels, [2, 12]."""
-    return torch.randint(3, 120, (2, 2, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1)).unbind()  # type: ignore[return-value]
-
-
 def _read(text: str) -> Split:
     stages, by, pieces = text.partition("x")
     return (int(stages), int(pieces)) if by else int(stages)
-
-
-def _pieces(split: Split) -> int:
-    return split if isinstance(split, int) else split[0] * split[1]
-
-
-def _in_words(split: Split) -> str:
-    return f"{split} stages" if isinstance(split, int) else f"{split[0]} stages of {split[1]} pieces"
-
-
-def build(layers: CausalLMLayers, stages: Split) -> list[Stage]:
-    """Build the stages of an even cut, or all of their pieces in the model's order, on the CPU."""
-    cuts = itertools.pairwise(_cuts(len(layers), _pieces(stages)))
-    return [layers.build_stage(start, stop, torch.device("cpu")) for start, stop in cuts]
-
-
-def _cuts(items: int, stages: int) -> list[int]:
-    return [-(-items * i // stages) for i in range(stages + 1)]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the mean loss of logits [batch, seq, vocabulary] and labels [batch, seq]."""
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def compare_split(
-    layers: CausalLMLayers, whole: PreTrainedModel, counts: Sequence[Split], *, train: bool = False
-) -> list[str]:
-    """Compare weights, logits and gradients of every partition with the unsplit model's; return what differs."""
-    input_ids, labels = tokens()
-    positions = torch.arange(sum(DOCUMENTS)).expand(2, -1)
-    whole.train(train)  # in training mode stages recompute, and dropout draws differ between stages
-    named = dict(whole.named_parameters(remove_duplicate=False))
-    buffers = dict(whole.named_buffers())
-    expected = whole(input_ids=input_ids, use_cache=False).logits
-    cross_entropy(expected, labels).backward()
-    wrong = []
-    for count in counts:
-        stages = [stage.train(train) for stage in build(layers, count)]
-        held = set()
-        for stage in stages:
-            for name, tensor in (*stage.causal_lm.named_parameters(), *stage.causal_lm.named_buffers()):
-                reference = named[name] if name in named else buffers[name]
-                held.add(id(reference))
-                if not torch.equal(tensor, reference):
-                    wrong.append(f"{_in_words(count)}: {name} is not what the files hold")
-        missing = [name for name, parameter in whole.named_parameters() if id(parameter) not in held]
-        if missing:
-            wrong.append(f"{_in_words(count)}: nobody holds {missing[0]}")
-        logits, gradients = run_backward(stages, input_ids, positions, labels)
-        if (difference := relative(logits, expected)) > LIMIT:
-            wrong.append(f"{_in_words(count)}: logits differ by {difference:.1e}")
-        summed: dict[int, Tensor] = {}
-        for name, gradient in gradients:
-            summed[id(named[name])] = summed.get(id(named[name]), torch.zeros(())) + gradient
-        for name, parameter in whole.named_parameters():
-            found = summed.get(id(parameter))
-            wanted = parameter.grad
-            if wanted is None or found is None:
-                if (wanted if found is None else found) is not None and (wanted if found is None else found).any():
-                    wrong.append(f"{_in_words(count)}: {name} has a gradient on one side only")
-            elif (difference := relative(found, wanted)) > LIMIT:
-                wrong.append(f"{_in_words(count)}: the gradient of {name} differs by {difference:.1e}")
-    return wrong[:3]
-
-
-def run_backward(
-    stages: list[Stage], input_ids: Tensor, positions: Tensor, labels: Tensor
-) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """Run forward and backward as a pipeline does; return the logits, and the gradients with the parameters' names."""
-    tape: list[tuple[Tensor, Tensor]] = []
-    received = input_ids
-    for stage in stages:
-        received = received.detach().requires_grad_(received.is_floating_point())
-        output = stage((received, positions))
-        output = output if isinstance(output, Tensor) else output[0]
-        tape.append((received, output))
-        received = output
-    logits = received.detach()
-    tape[-1] = (tape[-1][0], cross_entropy(received, labels))
-    gradient = None
-    for received, output in reversed(tape):
-        output.backward(gradient)
-        gradient = received.grad
-    named = [(n, p.grad) for stage in stages for n, p in stage.causal_lm.named_parameters() if p.grad is not None]
-    return logits, named
-
-
-@torch.no_grad()
-def compare_packed(layers: CausalLMLayers, whole: PreTrainedModel) -> list[str]:
-    """Compare packed documents in two stages with each document alone in the unsplit model."""
-    whole.eval()
-    input_ids = tokens()[0][:1]
-    positions = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
-    passed: Any = (input_ids, positions)
-    for stage in build(layers, min(2, len(layers))):
-        passed = stage.eval()(passed)
-    alone = [whole(input_ids=ids, use_cache=False).logits for ids in input_ids.split(DOCUMENTS, dim=1)]
-    difference = relative(passed, torch.cat(alone, dim=1))
-    unpacked = whole(input_ids=input_ids, use_cache=False).logits[:, DOCUMENTS[0] :]
-    wrong = [f"packed documents differ by {difference:.1e}"] if difference > LIMIT else []
-    if relative(unpacked, alone[1]) < 100 * LIMIT:
-        wrong.append("the control failed: a document before changes nothing")
-    return wrong
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of ``b`` where that is more than 1."""
-    if a.shape != b.shape or not bool(torch.isfinite(b).all()):
-        return float("inf")
-    a, b = a.detach(), b.detach()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0)) if a.numel() else 0.0

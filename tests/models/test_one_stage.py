@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny_families
 from lightning_pipelite.adapters import LoRA
-from lightning_pipelite.cli.check_command import DOCUMENTS, relative, tokens
+from lightning_pipelite.cli.split_comparison import DOCUMENTS, relative, tokens
 from lightning_pipelite.models import CausalLMLayers
 from tiny_models import CPU
 

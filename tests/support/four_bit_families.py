@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from expert_memory import Untrained
-from lightning_pipelite.cli.check_command import LIMIT, build, relative, tokens
+from lightning_pipelite.cli.split_comparison import LIMIT, build, relative, tokens
 from lightning_pipelite.models import CausalLMLayers, Stage
 from tiny_families import tiny, write
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lightning_pipelite.cli.check_command import compare_packed, compare_split, exact_layers
+from lightning_pipelite.cli.split_comparison import compare_packed, compare_split, exact_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.tiny import small_sizes, tiny_config
 from published_bases import PUBLISHED, shallow

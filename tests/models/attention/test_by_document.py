@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_families
-from lightning_pipelite.cli.check_command import cross_entropy, exact_layers, relative
+from lightning_pipelite.cli.split_comparison import cross_entropy, exact_layers, relative
 from lightning_pipelite.models.attention.by_document import run_by_document
 from lightning_pipelite.models.attention.document_batches import DocumentBatches
 from lightning_pipelite.models.attention.document_mask import document_mask
