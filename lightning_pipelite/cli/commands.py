@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.cli.error_messages import explain
+from lightning_pipelite.cli.option_names import parameters_of
 from lightning_pipelite.errors import ConfigurationError
 
 
@@ -32,11 +33,22 @@ class Command:
     summary: str
     positional: bool = False
 
+    @property
+    def reads_configuration(self) -> bool:
+        """Whether all options that are not its own are those of ``pipelite fit``: it has an option ``config``."""
+        return "config" in self.options
+
+    @property
+    def options(self) -> list[str]:
+        """The names of its own options; for these its module is not imported."""
+        parameters = parameters_of(self.module, self.function)
+        return [name for name, is_required in parameters.items() if not (self.positional and is_required)]
+
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Call the function with what the command line says.
 
-        Where it has a parameter ``config``, all options that are not its own are those of ``pipelite fit``, and it
-        gets them as a :class:`~lightning_pipelite.cli.configuration.Configuration`.
+        One that reads a configuration gets that, and all options that are not its own, as a
+        :class:`~lightning_pipelite.cli.configuration.Configuration`.
 
         Raises:
             ConfigurationError: An option is wrong, or the function refuses what it was given.
@@ -46,8 +58,8 @@ class Command:
         own: list[str] = [*arguments]
         words: list[str] | None = None
         parameters = inspect.signature(function).parameters
-        if "config" in parameters and not self.positional:
-            own, words = _split(arguments, parameters)
+        if self.reads_configuration:
+            own, words = _split(arguments, self.options)
             parser.add_argument("-c", "--config", help=_CONFIG_HELP)
         skipped: set[str | int] | None = {"config"} if words is not None else None
         parser.add_function_arguments(function, as_positional=self.positional, skip=skipped)
@@ -71,9 +83,9 @@ former. Further options are those of pipelite fit, such as --trainer.devices, an
 environment (PIPELITE_FIT__TRAINER__DEVICES)."""
 
 
-def _split(arguments: Sequence[str], parameters: Iterable[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
     """Part the words of a command's own options, with their values, from all others."""
-    mine = {"-h", "--help", *(f"--{name}" for name in parameters if name != "config")}
+    mine = {"-h", "--help", *(f"--{name}" for name in options if name != "config")}
     own: list[str] = []
     others: list[str] = []
     part = others

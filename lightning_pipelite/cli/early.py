@@ -6,11 +6,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, option_names, parameters_of
+from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, option_names
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_pipelite.cli.commands import Command
 
 _OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
 _OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
@@ -52,26 +55,28 @@ def check_early(words: list[str]) -> None:
         check_model_dir(model_dir)
 
 
-def check_command(module: str, function: str, words: list[str]) -> None:
+def check_command(name: str, command: Command, words: list[str]) -> None:
     """Refuse an option that a command beside fit does not have, before its module is imported.
 
     Args:
-        module: that holds the function.
-        function: whose parameters are the options; with ``config`` among them, all of fit are, too.
+        name: of the command.
+        command: whose options are known by its function's source.
         words: of the command line behind the command.
 
     Raises:
         ConfigurationError: if an option is none.
     """
-    own = parameters_of(module, function)
-    for name, _ in _options(words):
-        if name in (*own, "c", "h", "help"):
+    own = command.options
+    for given, _ in _options(words):
+        if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
             continue
-        if "config" in own:
-            _check_name(name, "--", own)
+        if command.reads_configuration:
+            _check_name(given, "--", own)
             continue
-        told = (meant_by(name, own) or "its --help lists the options").replace("did you mean ", "did you mean --")
-        raise ConfigurationError(f"--{name} is not an option; {_ended(told)}")
+        told = (meant_by(given, own) or f"pipelite {name} --help lists the options").replace(
+            "did you mean ", "did you mean --"
+        )
+        raise ConfigurationError(f"{'-' if len(given) == 1 else '--'}{given} is not an option; {_ended(told)}")
 
 
 def check_model_dir(model_dir: str) -> None:

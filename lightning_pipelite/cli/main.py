@@ -65,7 +65,7 @@ def _before_imports(command: str, words: list[str]) -> None:
                 check_early(words)
             sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
         elif command in COMMANDS:
-            check_command(COMMANDS[command].module, COMMANDS[command].function, words)
+            check_command(command, COMMANDS[command], words)
         elif not command.startswith("-"):
             near = difflib.get_close_matches(command, [*_RUNS, *COMMANDS], 1, cutoff=0.6)
             if near:

@@ -89,12 +89,14 @@ def option_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def parameters_of(module: str, function: str) -> list[str]:
-    """Give the parameters of a function of this package, without importing its module."""
+def parameters_of(module: str, function: str) -> dict[str, bool]:
+    """Give a function's parameters, and whether they must be given, without importing its module."""
     path = Path(__file__).parent.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return [argument.arg for each in found for argument in (*each.args.args, *each.args.kwonlyargs)]
+    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    defaults = [None] * (len(found.args.args) - len(found.args.defaults)) + found.args.defaults + found.args.kw_defaults
+    names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+    return {name: default is None for name, default in zip(names, defaults, strict=True)}
 
 
 def _parameters_of(path: Path, name: str) -> list[str]:

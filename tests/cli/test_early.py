@@ -114,13 +114,34 @@ def test_a_model_that_is_named_elsewhere_is_not_looked_for(
 
 
 def test_commands() -> None:
-    merge = COMMANDS["merge"]
     with pytest.raises(ConfigurationError, match=r"--bass is not an option; did you mean --base\?"):
-        check_command(merge.module, merge.function, ["--bass", "x"])
-    plan = COMMANDS["plan"]
-    check_command(plan.module, plan.function, ["--config", "x", "--memory", "24GiB", "--trainer.devices", "2"])
+        check_command("merge", COMMANDS["merge"], ["--bass", "x"])
+    words = ["--config", "x", "--memory", "24GiB", "--trainer.devices", "2"]
+    check_command("plan", COMMANDS["plan"], words)
+    check_command("plan", COMMANDS["plan"], ["-c", *words[1:]])
     with pytest.raises(ConfigurationError, match=r"did you mean --memory\?"):
-        check_command(plan.module, plan.function, ["--config", "x", "--memmory", "24GiB"])
+        check_command("plan", COMMANDS["plan"], ["--config", "x", "--memmory", "24GiB"])
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--trainer.max_epochs", "--seed_everything"])
+@pytest.mark.parametrize("name", ["migrate", "check", "merge"])
+def test_what_reads_no_configuration_has_no_options_of_fit(name: str, option: str) -> None:
+    assert not COMMANDS[name].reads_configuration
+    expected = f"{option} is not an option; pipelite {name} --help lists the options."
+    with pytest.raises(ConfigurationError) as refusal:
+        check_command(name, COMMANDS[name], ["a.toml", option, "2"])
+    assert str(refusal.value) == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_commands_are_those_of_their_parsers(name: str) -> None:
+    import importlib
+    import inspect
+
+    command = COMMANDS[name]
+    parameters = inspect.signature(getattr(importlib.import_module(command.module), command.function)).parameters
+    required = {name for name, each in parameters.items() if each.default is inspect.Parameter.empty}
+    assert {*command.options} == {*parameters} - (required if command.positional else set())
 
 
 def test_help_in_layers() -> None:
