@@ -20,8 +20,9 @@ from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
+from lightning_pipelite.models.config import read_config
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
-from lightning_pipelite.models.meta_model import MetaModel, read_config
+from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.transformers_compat import revert_weight_conversion
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_json
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 
 
 def reason(error: BaseException) -> str:
     """Give the first line of what an exception says, or what it is."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lightning_pipelite.data.chat import ChatRenderer, Flags
 from lightning_pipelite.data.config import PackingOptions, TokenSpec
 from lightning_pipelite.data.record_errors import naming
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 
 _SAMPLE = ["The quick\n\n  brown fox's 3.14", " é漢字🙂\t<s> </s> [CLS] <|endoftext|>", "", "\r\nDEF foo(x): return x"]
 
@@ -148,8 +148,9 @@ class DocumentTokenizer:
         except (
             Exception
         ) as error:  # whatever a damaged file or remote code raises, the user has to look at the directory
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigurationError(f"No tokenizer can be loaded from {self._name} ({reason}): check it.") from error
+            raise ConfigurationError(
+                f"No tokenizer can be loaded from {self._name} ({first_line(error)}): check it."
+            ) from error
 
     def _check_prefix_space(self, trust_remote_code: bool) -> None:
         """Refuse an option that the tokenizer class passes over in silence, as several do."""

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
+from lightning_pipelite.models.config import read_config
 from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
-from lightning_pipelite.models.meta_model import read_config
 from lightning_pipelite.models.transformers_compat import (
     WeightConverter,
     WeightRenaming,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_pipelite.adapters.control_files import ControlAdapterFile
 from lightning_pipelite.adapters.weight_file import CONFIG_FILE, WEIGHTS_FILE
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
@@ -193,8 +193,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"{path} cannot be read as weights alone ({reason}); copy it again.") from None
+        raise ConfigurationError(
+            f"{path} cannot be read as weights alone ({first_line(error)}); copy it again."
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigurationError(f"{path} holds something else than weights; give a checkpoint of qlora-pipe-lite.")
     return state

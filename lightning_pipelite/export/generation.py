@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_pipelite.data.templates import read_template
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.models.fingerprint import refuse_another_base
 
 PROMPTS = ("Once upon a time",)
@@ -89,8 +89,9 @@ def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except Exception as error:  # whatever damaged files or remote code raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigurationError(f"{base} cannot be loaded ({reason}); check the directory and the device.") from error
+        raise ConfigurationError(
+            f"{base} cannot be loaded ({first_line(error)}); check the directory and the device."
+        ) from error
     return tokenizer, model
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora_files import LoRAOfBase
@@ -89,7 +89,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"device {device} cannot be used ({str(error).splitlines()[0]}); try cpu.") from None
+        raise ConfigurationError(f"device {device} cannot be used ({first_line(error)}); try cpu.") from None
 
 
 class _Changed:

@@ -15,7 +15,6 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
 from lightning_pipelite.models.quantization.four_bit import (
-    count_as_quantised,
     kept_names,
     nf4,
     quantise_on_load,
@@ -64,9 +63,8 @@ def load_trimmed(
         if load_in_fp8:
             hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
 
-    before_loading = count_as_quantised if load_in_4bit else None
-    trimming_class = _trimming_class(meta_model, start, stop, device, quantise, before_loading)
-    with one_at_a_time() if load_in_fp8 else contextlib.nullcontext():
+    trimming_class = _trimming_class(meta_model, start, stop, device, quantise)
+    with one_at_a_time() if load_in_4bit or load_in_fp8 else contextlib.nullcontext():
         model, report = trimming_class.from_pretrained(
             str(meta_model.model_dir),
             config=meta_model.config,
@@ -125,11 +123,10 @@ def _trimming_class(
     stop: int,
     device: torch.device,
     quantise: Callable[[PreTrainedModel], None],
-    before_loading: Callable[[Any], None] | None,
 ) -> type[PreTrainedModel]:
     """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for.
 
-    ``quantise`` then lets it quantise what will be loaded; ``before_loading`` is that of ``loading_class``.
+    ``quantise`` then lets it quantise what will be loaded.
     """
     whole_class = type(meta_model.model)
 
@@ -143,7 +140,7 @@ def _trimming_class(
         # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
         report.unexpected_keys = set()
 
-    return loading_class(whole_class, build, adjust_keys, before_loading)
+    return loading_class(whole_class, build, adjust_keys)
 
 
 def _trim(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, device: torch.device) -> None:

@@ -8,21 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.models.attention import varlen
+from lightning_pipelite.models.config import read_config
+from lightning_pipelite.models.decoder_layers import find_decoder_layers
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
-from lightning_pipelite.models.trace import START
 from lightning_pipelite.models.transformers_compat import attention_of, set_attention
 from lightning_pipelite.models.weight_files import read_json
 from lightning_pipelite.models.whole_model import WholeModel, whole_model
-
-NOT_IN_ORDER = "its decoder layers do not run once each in order"
 
 
 class MetaModel:
@@ -89,7 +88,7 @@ class MetaModel:
                 self.model: PreTrainedModel = self._build(self.config, dtype=torch.bfloat16)
         except Exception as error:
             raise ConfigurationError(
-                f"{self.model_dir / 'config.json'} describes no model that can be built: {_first_line(error)}"
+                f"{self.model_dir / 'config.json'} describes no model that can be built: {first_line(error)}"
             ) from error
         self.config = self.model.config
         embedding_first(self.model)
@@ -100,14 +99,21 @@ class MetaModel:
         try:
             probe = Probe(self.config, self._build)
         except Exception as error:
-            raise self._refusal(f"no tiny model of its class could be tried: {_first_line(error)}") from error
-        self._explore(probe)
+            raise self._refusal(f"no tiny model of its class could be tried: {first_line(error)}") from error
+        try:
+            found = find_decoder_layers(self.model, probe, self.embedding_name, self.head_name)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
+        self.layers_name, self.layers, self.groups = found.layers_name, found.layers, found.groups
+        self.start_names, self.tail_names = found.start_names, found.tail_names
+        self.tuple_lengths, self.shared_inputs = found.tuple_lengths, found.shared_inputs
+        self.one_stage_only = found.one_stage_only
         self._probe = probe = self._attend_exactly(probe, asked=attn_implementation)
         self.takes_positions = probe.takes_positions
         try:
             sees_the_future = probe.sees_the_future()
         except Exception as error:
-            raise self._refusal(f"a trial forward failed: {_first_line(error)}") from error
+            raise self._refusal(f"a trial forward failed: {first_line(error)}") from error
         if sees_the_future:
             raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
         try:
@@ -199,7 +205,7 @@ class MetaModel:
         except Exception as error:
             raise ConfigurationError(
                 f"{self.model_dir}: the routers of a model of type {self.config.model_type} cannot be balanced because "
-                f"{_first_line(error)}; set router_aux_loss_coef to 0."
+                f"{first_line(error)}; set router_aux_loss_coef to 0."
             ) from error
 
     @cached_property
@@ -235,77 +241,10 @@ class MetaModel:
                 self.config, self._build, takes_positions=self.takes_positions, by_document=self.by_document
             )
         except Exception as error:
-            raise self._refusal(f"no tiny model with few positions could be tried: {_first_line(error)}") from error
+            raise self._refusal(f"no tiny model with few positions could be tried: {first_line(error)}") from error
         if not tried.forgets:
             raise self._refusal("after a long document, it runs the next ones otherwise than before")
         self.isolates_documents &= tried.apart
-
-    def _explore(self, probe: Probe) -> None:
-        """Find the decoder layers by a trial, and check that the model is embedding, layers in order, then the rest."""
-        modules = {name: module for name, module in self.model.named_modules() if name}
-        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 0]
-        weighted = [name for name, m in modules.items() if any(p is not None for p in m._parameters.values())]
-        outermost = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
-        reasons: dict[str, str] = {}
-        self.one_stage_only: str | None = None
-        for name in sorted(outermost, key=lambda name: -sum(p.numel() for p in modules[name].parameters())):
-            try:
-                unfit = self._try_layers(probe, name, weighted)
-            except Exception as error:
-                raise self._refusal(f"a trial forward failed: {_first_line(error)}") from error
-            if unfit is None:
-                return
-            reasons[name] = unfit
-        if not reasons:
-            raise self._refusal("it has no list of decoder layers")
-        chosen = next((name for name, reason in reasons.items() if reason != NOT_IN_ORDER), next(iter(reasons)))
-        self._keep_together(probe, chosen, weighted)
-        self.one_stage_only = reasons[chosen]
-
-    def _keep_together(self, probe: Probe, layers_name: str, weighted: list[str]) -> None:
-        """Take the list ``layers_name`` for the decoder layers of a model that is not cut, whatever else it does."""
-        self._try_layers(probe, layers_name, weighted)
-        outside = [name for name in weighted if self.layer_of(name) is None]
-        trace = probe.trace(self.layer_names, outside)
-        started = [name for name in trace.order if name in self.layer_names]
-        before = trace.order[: trace.order.index(started[0])] if started else []
-        self.start_names = [name for name in outside if name in before]
-        self.tail_names = [name for name in outside if name not in before]
-        self.tuple_lengths = trace.tuple_lengths
-        self.shared_inputs = [names for names in trace.shared_inputs if len(names) > 1]
-        self.groups = [0, len(self.layers)]
-
-    def _try_layers(self, probe: Probe, layers_name: str, weighted: list[str]) -> str | None:
-        """Take the list ``layers_name`` for the decoder layers; return why that does not fit, or None."""
-        self.layers_name = layers_name
-        self.layers = list(self.model.get_submodule(layers_name))
-        layer_names = [f"{layers_name}.{number}" for number in range(len(self.layers))]
-        outside = [name for name in weighted if self.layer_of(name) is None]
-        trace = probe.trace(layer_names, outside)
-        order = trace.order
-        if [name for name in order if name in layer_names] != layer_names:
-            return NOT_IN_ORDER
-        if trace.hidden_missing:
-            return "its decoder layers are not called with hidden states first"
-        first, last = order.index(layer_names[0]), order.index(layer_names[-1])
-        self.start_names = [name for name in outside if name in order[:first] and name not in order[first:]]
-        self.tail_names = [name for name in outside if name in order[last:] and name not in order[:last]]
-        if misplaced := set(outside) - {*self.start_names, *self.tail_names}:
-            more = f" and {len(misplaced) - 2} more" if len(misplaced) > 2 else ""
-            names = ", ".join(sorted(misplaced)[:2])
-            return f"it has weights in {names}{more} that are not only before or after its layers"
-        if self.embedding_name not in self.start_names or self.head_name not in self.tail_names:
-            return "it does not run as embedding, decoder layers, and head"
-        self.tuple_lengths = trace.tuple_lengths
-        self.shared_inputs = [names for names in trace.shared_inputs if len(names) > 1]
-        bound = {0, len(self.layers)}
-        self.groups = sorted(
-            bound | {cut for cut in range(1, len(self.layers)) if not any(i < cut <= j for i, j in trace.carried)}
-        )
-        if len(self.groups) == 2 < len(self.layers):
-            source = "what comes before them" if any(i == START for i, _ in trace.carried) else "each other's state"
-            return f"all its decoder layers need {source}, beside the hidden states"
-        return None
 
     def _refusal(self, reason: str) -> ConfigurationError:
         return ConfigurationError(
@@ -320,45 +259,3 @@ def embedding_first(model: PreTrainedModel) -> None:
     for name, child in list(model.named_children()):
         if not any(module is embedding for module in child.modules()):
             model._modules[name] = model._modules.pop(name)
-
-
-def _first_line(error: Exception) -> str:
-    first, *others = (str(error) or type(error).__name__).splitlines()
-    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
-
-
-def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """Read a model directory's config.json.
-
-    Raises:
-        ConfigurationError: It is not there, or transformers refuses it.
-    """
-    path = model_dir / "config.json"
-    if not read_json(path).get("model_type"):
-        raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")
-    try:
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises nearly anything here: ValueError, KeyError, validation errors
-        if not trust_remote_code and "auto_map" in read_json(path):
-            raise ConfigurationError(
-                f"{path} asks for code of the model's own; set trust_remote_code to true if you trust who wrote it."
-            ) from error
-        raise ConfigurationError(
-            f"{path} is no configuration that this version of transformers knows: {_first_line(error)}"
-        ) from error
-    text_config = config.get_text_config(decoder=True)
-    if text_config is not config and text_config.model_type != config.model_type:
-        # Beside images or sound: the text model alone, with the outer word on whether its ends are tied.
-        if "tie_word_embeddings" in read_json(path):
-            text_config.tie_word_embeddings = config.tie_word_embeddings
-        config = text_config
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    brought = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not (known or brought) or getattr(config, "is_encoder_decoder", False):
-        raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigurationError(
-            f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
-        )
-    config.use_cache = False
-    return config

@@ -92,10 +92,7 @@ def loads_by(auto: Any, config: PretrainedConfig) -> bool:
 
 
 def loading_class(
-    whole_class: type[PreTrainedModel],
-    build: Callable[..., None],
-    adjust_keys: Callable[[Any, Any], None],
-    before_loading: Callable[[Any], None] | None = None,
+    whole_class: type[PreTrainedModel], build: Callable[..., None], adjust_keys: Callable[[Any, Any], None]
 ) -> type[PreTrainedModel]:
     """Return ``whole_class`` with another ``__init__``, whose ``from_pretrained`` hands over what it found.
 
@@ -107,16 +104,8 @@ def loading_class(
         build: In place of ``__init__``.
         adjust_keys: In place of ``_adjust_missing_and_unexpected_keys(self, report)``: may change what of the load
             (``missing_keys``, ``unexpected_keys``, ``mismatched_keys``, ``conversion_errors``) is an error.
-        before_loading: Called, when the model is built, with what quantises it on loading, or None.
     """
-
-    def load(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if before_loading is not None:
-            before_loading(load_config.hf_quantizer)
-        return whole_class._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
-
     members = {
-        "_load_pretrained_model": staticmethod(load),
         "__init__": build,
         "_adjust_missing_and_unexpected_keys": adjust_keys,
         "__module__": whole_class.__module__,
@@ -133,9 +122,10 @@ def forgive_keys(whole_class: type[PreTrainedModel], model: PreTrainedModel, rep
 def one_at_a_time() -> Iterator[None]:
     """Within it, let models be loaded in the memory of what is made of each weight as it is assigned.
 
-    Left alone, transformers reserves on a GPU what the model takes in full precision, and threads of its read weights
-    on while those before are being quantised, all of the model if they are fast enough; quantisations of its own it
-    spares both. Remove when a model, and not only a quantiser, can say so.
+    Left alone, transformers reserves on a GPU what a model takes before it loads it, in full precision where it does
+    not quantise itself (FP8, fused experts in 4 bits): several times what a stage then holds, on a card that may just
+    fit the stage. And threads of its read weights on while those before are being quantised, all of the model if they
+    are fast enough. Remove when a model, and not only a quantiser, can say what it will take.
     """
     variable, reserve = "HF_DEACTIVATE_ASYNC_LOAD", modeling_utils.caching_allocator_warmup
     former = os.environ.get(variable)

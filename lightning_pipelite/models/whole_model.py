@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.models.transformers_compat import loads_by
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # in order
@@ -81,8 +81,8 @@ def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code:
                     given = copy.deepcopy(config)
                     model = auto.from_config(given, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
             except Exception as error:  # whatever the class asks for that is not there
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise _refusal(config, f"the class that its directory loads as cannot be built ({reason})") from error
+                reason = f"the class that its directory loads as cannot be built ({first_line(error)})"
+                raise _refusal(config, reason) from error
             yield WholeModel(model, causal_lm)
 
 

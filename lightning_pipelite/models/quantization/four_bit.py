@@ -88,22 +88,6 @@ def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None
         module.fused_names.add(name)  # type: ignore[operator, arg-type]
 
 
-def count_as_quantised(quantizer: Any) -> None:
-    """Let transformers' quantiser know that the weights of :func:`quantise_on_load` will take four bits.
-
-    Before it loads anything, transformers reserves what a model will take on the GPU in one allocation, and would
-    reserve fused experts in full precision: four times what a stage then holds, on a card that may just fit the stage.
-    """
-    size_of = quantizer.param_element_size
-
-    def element_size(model: nn.Module, name: str, parameter: torch.Tensor) -> float:
-        owner, _, own_name = name.rpartition(".")
-        fused_names: Any = getattr(model.get_submodule(owner), "fused_names", ())
-        return 0.5 if own_name in fused_names else size_of(model, name, parameter)
-
-    quantizer.param_element_size = element_size
-
-
 def quantise_without_weights(
     model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, *, double_quant: bool
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -13,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     FalconConfig,
     GptOssConfig,
+    LlamaConfig,
     MixtralConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -143,21 +145,21 @@ def test_routers_keep_their_precision(tmp_path: Path) -> None:
     assert {p.dtype for n, p in stage.named_parameters() if "gate." in n} == {torch.float32}
 
 
-def test_no_more_is_reserved_before_loading_than_four_bits_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantised", ["load_in_4bit", "load_in_fp8", None])
+def test_nothing_is_reserved_before_weights_are_quantised(
+    quantised: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers allocates a model's size at once on a GPU before it loads: fused experts counted in full there."""
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128}
-    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(tmp_path)
-    counted: list[float] = []
-
-    def count(model: nn.Module, device_map: dict[str, torch.device], quantizer: object) -> None:
-        counted.append(sum(modeling_utils.get_total_byte_count(model, device_map, quantizer).values()))
-
-    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", count)
-    layers = CausalLMLayers(tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4))
-    stage = layers.build_stage(0, len(layers), CPU)
-    frozen = [p for p in stage.parameters() if not p.requires_grad]
-    quantised = [p for p in frozen if p.dtype == torch.uint8]
-    assert len(quantised) == 4 * (4 + 2)
-    assert counted[-1] == sum(p.numel() * p.element_size() for p in frozen)  # the first is the meta model's
+    """transformers allocates a model's size at once on a GPU before it loads: what it does not quantise, in full."""
+    experts = MixtralConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128}, num_local_experts=4)
+    config = LlamaConfig(**SIZES) if quantised == "load_in_fp8" else experts
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    layers = CausalLMLayers(tmp_path, adapter=LoRA(4), **({quantised: True} if quantised else {}))
+    asked: list[str | None] = []
+    monkeypatch.setattr(
+        modeling_utils,
+        "caching_allocator_warmup",
+        lambda *_: asked.append(os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")),
+    )
+    layers.build_stage(0, len(layers), CPU)
+    assert asked == ([] if quantised else [None])
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ

@@ -1,0 +1,47 @@
+"""The configuration of a causal LM on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.weight_files import read_json
+
+
+def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """Read a model directory's config.json.
+
+    Raises:
+        ConfigurationError: It is not there, or transformers refuses it.
+    """
+    path = model_dir / "config.json"
+    if not read_json(path).get("model_type"):
+        raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")
+    try:
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly anything here: ValueError, KeyError, validation errors
+        if not trust_remote_code and "auto_map" in read_json(path):
+            raise ConfigurationError(
+                f"{path} asks for code of the model's own; set trust_remote_code to true if you trust who wrote it."
+            ) from error
+        raise ConfigurationError(
+            f"{path} is no configuration that this version of transformers knows: {first_line(error)}"
+        ) from error
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config and text_config.model_type != config.model_type:
+        # Beside images or sound: the text model alone, with the outer word on whether its ends are tied.
+        if "tie_word_embeddings" in read_json(path):
+            text_config.tie_word_embeddings = config.tie_word_embeddings
+        config = text_config
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    brought = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (known or brought) or getattr(config, "is_encoder_decoder", False):
+        raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigurationError(
+            f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
+        )
+    config.use_cache = False
+    return config
