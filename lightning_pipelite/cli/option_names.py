@@ -90,9 +90,11 @@ def option_names() -> frozenset[str]:
 
 
 def parameters_of(module: str, function: str) -> dict[str, bool]:
-    """Give a function's parameters, and whether they must be given, without importing its module."""
-    path = Path(__file__).parent.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    """Give a function's parameters, and whether they must be given, without importing its module, only its packages."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     defaults = [None] * (len(found.args.args) - len(found.args.defaults)) + found.args.defaults + found.args.kw_defaults
     names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
