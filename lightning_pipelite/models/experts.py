@@ -41,6 +41,14 @@ def group_experts(layers: Iterable[nn.Module]) -> None:
             mix_in(module, _GroupedExperts)
 
 
+def have_single_experts(layers: Iterable[nn.Module]) -> bool:
+    """Tell whether one of ``layers`` goes through its experts one by one: in a list, or fused in a way of its own."""
+    modules = [module for layer in layers for module in layer.modules()]
+    others = [module for module in modules if not follows_interface(module)]
+    fused = any(p.ndim > 2 for module in others for p in module.parameters(recurse=False))
+    return fused or any(isinstance(module, nn.ModuleList) for module in modules)
+
+
 def is_covered(experts: nn.Module) -> bool:
     """Tell whether experts that follow the interface are frozen, in full precision or in nf4."""
     frozen = not any(parameter.requires_grad for parameter in experts.parameters())

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.fp8 import has_fp8
 from lightning_pipelite.models.attention import varlen
 from lightning_pipelite.models.attention.by_document import run_by_document
+from lightning_pipelite.models.attention_choice import Attention, attention_on, check_attention
 from lightning_pipelite.models.contents import check_contents
-from lightning_pipelite.models.experts import follows_interface, group_experts
+from lightning_pipelite.models.experts import group_experts, have_single_experts
 from lightning_pipelite.models.head import fuse_head as find_fused_head
 from lightning_pipelite.models.loading import load_trimmed
-from lightning_pipelite.models.memory import ActivationMemory, compile_layers, set_activation_memory
+from lightning_pipelite.models.memory import (
+    ActivationMemory,
+    choose_activation_memory,
+    compile_layers,
+    set_activation_memory,
+)
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.quantization.four_bit import unknown_linear
-from lightning_pipelite.models.quantization.fp8 import check_fp8, tell_how_computed
+from lightning_pipelite.models.quantization.checks import Option, can_quantise, check_quantisation
+from lightning_pipelite.models.quantization.fp8 import tell_how_computed
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
@@ -95,7 +99,7 @@ class CausalLMLayers:
         compile_layers: bool | None = None,
         seed: int = 0,
         packed: bool = True,
-        attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto",
+        attn_implementation: Attention = "auto",
         bnb_4bit_use_double_quant: bool = False,
         allow_pickled_weights: bool = False,
         trust_remote_code: bool = False,
@@ -104,64 +108,35 @@ class CausalLMLayers:
         load_in_fp8: bool = False,
         needs_weights: bool = True,
     ) -> None:
-        if activation_memory not in get_args(ActivationMemory):
-            choices = ", ".join(get_args(ActivationMemory))
-            raise ConfigurationError(f"activation_memory is {activation_memory!r}; set it to one of {choices}.")
-        self._attn_implementation = None if attn_implementation == "auto" else attn_implementation
-        self.meta_model = MetaModel(
+        self.meta_model = meta_model = MetaModel(
             model_dir,
             trust_remote_code=trust_remote_code,
             attn_implementation=None if attn_implementation in ("auto", varlen.NAME) else attn_implementation,
         )
-        if attn_implementation == varlen.NAME and not self.meta_model.fits_varlen():
-            raise ConfigurationError(
-                f"{model_dir}: a model of type {self.meta_model.config.model_type} attends in a way that varlen does "
-                "not know; set attn_implementation to auto."
-            )
-        if (
-            self.meta_model.model_dir / "adapter_config.json"
-        ).exists():  # from_pretrained would quietly load it as well
+        check_attention(meta_model, attn_implementation)
+        self._attn_implementation = attn_implementation
+        # from_pretrained would quietly load it as well.
+        if (meta_model.model_dir / "adapter_config.json").exists():
             raise ConfigurationError(
                 f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
             )
-        if packed and not self.meta_model.isolates_documents:
+        if packed and not meta_model.isolates_documents:
             raise ConfigurationError(
-                f"{model_dir}: a model of type {self.meta_model.config.model_type} would let packed documents see each "
+                f"{model_dir}: a model of type {meta_model.config.model_type} would let packed documents see each "
                 "other; set packed to false and give one document a sequence, or choose another model."
             )
-        if activation_memory == "auto":
-            activation_memory = "recompute" if self.meta_model.can_recompute else "keep"
-        if activation_memory != "keep" and not self.meta_model.can_recompute:
-            raise ConfigurationError(
-                f"{model_dir}: a model of type {self.meta_model.config.model_type} cannot recompute its layers; set "
-                "activation_memory to keep."
-            )
-        has_weights = needs_weights or not missing_files(self.meta_model.model_dir)
-        self._pickled = has_weights and not check_weights(
-            self.meta_model.model_dir, allow_pickled=allow_pickled_weights
-        )
-        if load_in_4bit and (name := unknown_linear(self.meta_model.model, self.meta_model.layer_names)):
-            kind = type(self.meta_model.model.get_submodule(name)).__name__
-            raise ConfigurationError(
-                f"load_in_4bit cannot quantise {name} of {model_dir}, a {kind}; set load_in_4bit to false."
-            )
-        if load_in_fp8:
-            if load_in_4bit:
-                raise ConfigurationError("load_in_4bit and load_in_fp8 exclude each other; set one of them to false.")
-            if adapter.changes_weights:
-                raise ConfigurationError(
-                    f"load_in_fp8 cannot be used with {adapter.changes_weights}, which changes weights: those in FP8 "
-                    "do not train; set load_in_fp8 to false."
-                )
-            check_fp8(self.meta_model)
-        adapter.check(self.meta_model, load_in_4bit=load_in_4bit)
+        activation_memory = choose_activation_memory(activation_memory, meta_model)
+        has_weights = needs_weights or not missing_files(meta_model.model_dir)
+        self._pickled = has_weights and not check_weights(meta_model.model_dir, allow_pickled=allow_pickled_weights)
+        check_quantisation(meta_model, adapter, load_in_4bit=load_in_4bit, load_in_fp8=load_in_fp8)
+        adapter.check(meta_model, load_in_4bit=load_in_4bit)
         self.router_loss: RouterLoss | None = None
-        if router_aux_loss_coef or (router_aux_loss_coef is None and self.meta_model.balances_routers):
-            self.router_loss = self.meta_model.router_loss()
+        if router_aux_loss_coef or (router_aux_loss_coef is None and meta_model.balances_routers):
+            self.router_loss = meta_model.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
         if has_weights and not self._pickled:  # those have no headers; what is wrong with them shows in loading
-            check_contents(self.meta_model)
+            check_contents(meta_model)
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
@@ -172,8 +147,8 @@ class CausalLMLayers:
         self.seed = seed
         self.packed = packed
         self.costs: LayerCosts | None = None
-        self.one_stage_only = self.meta_model.one_stage_only
-        self.names = [type(self.meta_model.layers[first]).__name__ for first in self.meta_model.groups[:-1]]
+        self.one_stage_only = meta_model.one_stage_only
+        self.names = [type(meta_model.layers[first]).__name__ for first in meta_model.groups[:-1]]
 
     @property
     def skeleton(self) -> MetaModel:
@@ -199,14 +174,9 @@ class CausalLMLayers:
         """
         if self.load_in_4bit or self.adapter.changes_weights:
             return []
-        fits_fp8 = not self.load_in_fp8 and self.dtype == torch.bfloat16 and has_fp8(torch.device("meta"))
-        if fits_fp8:
-            try:
-                check_fp8(self.meta_model)
-            except ConfigurationError:
-                fits_fp8 = False
-        fits_4bit = unknown_linear(self.meta_model.model, self.meta_model.layer_names) is None
-        return [*(["load_in_fp8"] if fits_fp8 else []), *(["load_in_4bit"] if fits_4bit else [])]
+        faster = not self.load_in_fp8 and self.dtype == torch.bfloat16 and has_fp8(torch.device("meta"))
+        options: list[Option] = ["load_in_fp8", "load_in_4bit"] if faster else ["load_in_4bit"]
+        return [option for option in options if can_quantise(self.meta_model, self.adapter, option)]
 
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.
@@ -234,6 +204,7 @@ class CausalLMLayers:
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
         start, stop = self.meta_model.groups[start], self.meta_model.groups[stop]
+        attention = attention_on(device, self._attn_implementation, self.meta_model, self.dtype, packed=self.packed)
         model = load_trimmed(
             self.meta_model,
             start,
@@ -244,7 +215,7 @@ class CausalLMLayers:
             load_in_fp8=self.load_in_fp8,
             double_quant=self._double_quant,
             pickled=self._pickled,
-            attn_implementation=self._attention_on(device),
+            attn_implementation=attention,
         ).train()
         tell_how_computed(model, device)
         follow_documents(model)
@@ -286,27 +257,7 @@ class CausalLMLayers:
         if self.compile_layers is not None:
             return self.compile_layers
         whole = self.meta_model.one_stage_only is None  # else layers share more than the hidden states
-        return device.type == "cuda" and whole and not self._have_single_experts
-
-    @cached_property
-    def _have_single_experts(self) -> bool:
-        """Whether a layer has some in a list, or fused in a way of its own."""
-        modules = [module for layer in self.meta_model.layers for module in layer.modules()]
-        others = [module for module in modules if not follows_interface(module)]
-        fused = any(p.ndim > 2 for module in others for p in module.parameters(recurse=False))
-        return fused or any(isinstance(module, nn.ModuleList) for module in modules)
-
-    def _attention_on(self, device: torch.device) -> str | None:
-        if self._attn_implementation is not None or not self.packed or not varlen.has_kernel(device, self.dtype):
-            return self._attn_implementation
-        if self.meta_model.fits_varlen():
-            return varlen.NAME
-        warnings.warn(
-            f"{self.meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as "
-            f"a model of type {self.meta_model.config.model_type} attends in a way that FlashAttention does not know.",
-            stacklevel=2,
-        )
-        return None
+        return device.type == "cuda" and whole and not have_single_experts(self.meta_model.layers)
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:
         """Return what ``adapter.save`` wants of ``stage``: tensors on the CPU by their names in the saved file."""

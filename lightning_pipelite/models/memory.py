@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.document_mask import documents_when_recomputed
+from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.offload import HostCopies
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -36,6 +38,25 @@ KEPT_NAMES = (
 # that it is made of are smaller. B·A of all experts, where PEFT adds it to their weights, is as large as these.
 SHORT_SUM = 256
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of torch's products is the left matrix
+
+
+def choose_activation_memory(asked: ActivationMemory, meta_model: MetaModel) -> ActivationMemory:
+    """Return the policy ``asked`` for; for "auto", recompute where the model's code can do so, else keep.
+
+    Raises:
+        ConfigurationError: There is no such policy, or the model's code cannot follow it.
+    """
+    if asked not in get_args(ActivationMemory):
+        choices = ", ".join(get_args(ActivationMemory))
+        raise ConfigurationError(f"activation_memory is {asked!r}; set it to one of {choices}.")
+    if asked == "auto":
+        return "recompute" if meta_model.can_recompute else "keep"
+    if asked != "keep" and not meta_model.can_recompute:
+        raise ConfigurationError(
+            f"{meta_model.model_dir}: a model of type {meta_model.config.model_type} cannot recompute its layers; set "
+            "activation_memory to keep."
+        )
+    return asked
 
 
 def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:

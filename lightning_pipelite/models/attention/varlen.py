@@ -23,7 +23,10 @@ from lightning_pipelite.models.attention.document_mask import Documents, current
 
 NAME = "varlen"
 LARGEST_HEAD = 256  # of FlashAttention
-OF_TRANSFORMERS = ("sdpa", "eager")  # what a model attends by otherwise, whose masks ``packing.py`` builds
+OF_TRANSFORMERS = (
+    "sdpa",
+    "eager",
+)  # what a model attends by otherwise, whose masks keep documents apart, see ``document_mask.py``
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
 
 

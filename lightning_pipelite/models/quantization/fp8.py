@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.fp8 import DTYPE, MULTIPLE, dequantise_rows, fp8_linear, has_fp8, quantise_rows
-from lightning_pipelite.models.quantization.four_bit import fused_weights, kept_names, unknown_linear
+from lightning_pipelite.models.quantization.four_bit import kept_names
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.finite import not_finite
 
@@ -108,23 +108,6 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return fp8_linear(x, self.parts, bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
-
-
-def check_fp8(meta_model: MetaModel) -> None:
-    """Refuse a model whose weights would silently be left as they are.
-
-    Raises:
-        ConfigurationError: It has fused experts, or linear layers of a class of its own.
-    """
-    path = meta_model.model_dir
-    if name := unknown_linear(meta_model.model, meta_model.layer_names):
-        kind = type(meta_model.model.get_submodule(name)).__name__
-        raise ConfigurationError(f"load_in_fp8 cannot quantise {name} of {path}, a {kind}; set load_in_fp8 to false.")
-    if any(True for _ in fused_weights(meta_model.layers)):
-        raise ConfigurationError(
-            f"load_in_fp8 does not know the fused experts of {path}; set it to false, and load_in_4bit to true where "
-            "memory is short."
-        )
 
 
 def hold_in_fp8(

@@ -1,0 +1,49 @@
+"""Which implementation of attention a stage runs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.attention import varlen
+from lightning_pipelite.models.meta_model import MetaModel
+
+Attention = Literal["auto", "varlen", "sdpa", "eager"]
+
+
+def check_attention(meta_model: MetaModel, asked: Attention) -> None:
+    """Refuse varlen for a model that attends otherwise.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    if asked == varlen.NAME and not meta_model.fits_varlen():
+        raise ConfigurationError(
+            f"{meta_model.model_dir}: a model of type {meta_model.config.model_type} attends in a way that varlen does "
+            "not know; set attn_implementation to auto."
+        )
+
+
+def attention_on(
+    device: torch.device, asked: Attention, meta_model: MetaModel, dtype: torch.dtype, *, packed: bool
+) -> str | None:
+    """Return what transformers is to be told on ``device``; None for its own choice.
+
+    "auto" is varlen for packed documents, where torch has the kernel and the model attends in no other way: where it
+    does, this warns that masks are slow.
+    """
+    if asked != "auto":
+        return asked
+    if not packed or not varlen.has_kernel(device, dtype):
+        return None
+    if meta_model.fits_varlen():
+        return varlen.NAME
+    warnings.warn(
+        f"{meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a model "
+        f"of type {meta_model.config.model_type} attends in a way that FlashAttention does not know.",
+        stacklevel=2,
+    )
+    return None

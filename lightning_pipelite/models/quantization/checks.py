@@ -1,0 +1,55 @@
+"""Whether the base weights of a model can be held in fewer bits, told before any is read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.quantization.four_bit import fused_weights, unknown_linear
+from lightning_pipelite.models.trains import Trains
+
+Option = Literal["load_in_4bit", "load_in_fp8"]
+
+
+def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: bool, load_in_fp8: bool) -> None:
+    """Refuse a quantisation that would silently leave weights as they are, or that the adapter would undo.
+
+    Raises:
+        ConfigurationError: Both at once, linear layers of a class of its own, or what FP8 does not know: fused experts,
+            and an adapter that changes weights.
+    """
+    if load_in_4bit and load_in_fp8:
+        raise ConfigurationError("load_in_4bit and load_in_fp8 exclude each other; set one of them to false.")
+    if load_in_4bit:
+        _check(meta_model, adapter, "load_in_4bit")
+    if load_in_fp8:
+        _check(meta_model, adapter, "load_in_fp8")
+
+
+def can_quantise(meta_model: MetaModel, adapter: Trains, option: Option) -> bool:
+    """Tell whether :func:`check_quantisation` would let ``option`` pass."""
+    try:
+        _check(meta_model, adapter, option)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _check(meta_model: MetaModel, adapter: Trains, option: Option) -> None:
+    path = meta_model.model_dir
+    if name := unknown_linear(meta_model.model, meta_model.layer_names):
+        kind = type(meta_model.model.get_submodule(name)).__name__
+        raise ConfigurationError(f"{option} cannot quantise {name} of {path}, a {kind}; set {option} to false.")
+    if option == "load_in_4bit":
+        return
+    if adapter.changes_weights:
+        raise ConfigurationError(
+            f"load_in_fp8 cannot be used with {adapter.changes_weights}, which changes weights: those in FP8 "
+            "do not train; set load_in_fp8 to false."
+        )
+    if any(True for _ in fused_weights(meta_model.layers)):
+        raise ConfigurationError(
+            f"load_in_fp8 does not know the fused experts of {path}; set it to false, and load_in_4bit to true where "
+            "memory is short."
+        )
