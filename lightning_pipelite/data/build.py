@@ -23,7 +23,7 @@ from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
 
 META = "meta.json"

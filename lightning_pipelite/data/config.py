@@ -56,7 +56,7 @@ class DatasetConfig:
         messages_field: The field or column of records that holds a conversation, a list of messages with ``role`` and
             ``content`` or ``from`` and ``value``, in place of a text. The chat template renders it, with the record's
             ``tools``, ``documents`` and ``chat_template_kwargs``, and only the assistant's turns are labels, without
-            those whose ``weight`` is 0.
+            those whose ``weight`` is 0 and those before the first question.
         question_field: The field or column that holds what is asked, beside `answer_field`. Both become a conversation;
             where there is a field ``input`` or ``context``, it is shown behind the question.
         answer_field: The field or column that holds the answer, which alone is learnt.

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_pipelite.data.conversation import REASONING, Message, check_messages, check_text, learnt
+from lightning_pipelite.data.conversation import REASONING, Message, check_messages, check_text
+from lightning_pipelite.data.replies import check_replies, last_turn, without_greeting
 from lightning_pipelite.errors import ConfigurationError
 
 ROLES = {
@@ -101,8 +102,9 @@ class Shape:
         if isinstance(messages, list):  # else it is refused
             messages = [*self._system(record, messages, place), *messages]
         checked = check_messages(messages, place, what)
-        checked = _last_turn(checked) if self.last_turn_only else checked
-        _check_replies(checked, place, what)
+        checked = last_turn(checked) if self.last_turn_only else checked
+        checked = without_greeting(checked, place, what)
+        check_replies(checked, place, what)
         return checked
 
     def _system(self, record: dict[str, Any], messages: list[Any], place: str) -> list[Message]:
@@ -212,28 +214,6 @@ def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any
         function = {"name": call["name"], "arguments": call[arguments[0]] if arguments else {}}
         made.append({"type": "function", "function": function, **({"id": call["id"]} if call.get("id") else {})})
     return made
-
-
-def _check_replies(messages: list[Message], place: str, what: str) -> None:
-    """Refuse replies that are learnt and say nothing: the model would learn to end at once."""
-    for number, message in enumerate(messages, start=1):
-        if not learnt(message) or any(message.get(key) for key in ("tool_calls", "function_call", *REASONING)):
-            continue
-        content = message["content"]
-        texts = [part["text"] for part in content] if isinstance(content, list) else [content]
-        if not any(text.strip() for text in texts):
-            raise ConfigurationError(
-                f"{place}: the reply in message {number} of {what} is empty; fill it, give it a weight of 0, or leave "
-                "the record out."
-            )
-
-
-def _last_turn(messages: list[Message]) -> list[Message]:
-    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    return [
-        {**message, "weight": 0} if number < last and message["role"] == "assistant" else message
-        for number, message in enumerate(messages)
-    ]
 
 
 def _text_of(value: Any, place: str, name: str | None) -> str:

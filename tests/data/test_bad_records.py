@@ -194,13 +194,13 @@ def test_rows_of_columns(tmp_path: Path, make_data: MakeData) -> None:
     talk = [{"role": "user", "content": "a", "at": 10**15}, {"role": "assistant", "content": "b", "at": None}]
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     assert skipped(make_data([DatasetConfig(str(tmp_path / "a.parquet"))], skip_bad_records=True))[0] == 1
-    table = pa.table({"m": pa.array([talk, talk[1:]], kind)})
+    table = pa.table({"m": pa.array([talk, [{**talk[0], "at": None}, *talk[1:]]], kind)})
     with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     errors: list[str] = []
     dataset = DatasetConfig("b", messages_field="m")
     read = list(read_records(tmp_path / "b.arrow", dataset, lambda error: errors.append(str(error))))
-    assert [len(record.document) for record in read] == [1]
+    assert [len(record.document) for record in read] == [2]
     assert errors[0].startswith(f"{tmp_path / 'b.arrow'}, row 1: ")
 
 

@@ -146,10 +146,10 @@ def test_a_map_is_an_object(tmp_path: Path) -> None:
     kind = pa.struct({"name": pa.string(), "arguments": pa.map_(pa.string(), pa.string())})
     message = pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(kind)})
     calls = [{"name": "f", "arguments": [("a", "1"), ("b", None)]}]
-    rows = [[{"role": "assistant", "content": None, "tool_calls": calls}]]
+    rows = [[{"role": "user", "content": "ask"}, {"role": "assistant", "content": None, "tool_calls": calls}]]
     pq.write_table(pa.table({"m": pa.array(rows, pa.list_(message))}), tmp_path / "a.parquet")
     (read,) = read_records(tmp_path / "a.parquet", DatasetConfig("x", messages_field="m"))
-    assert read.document[0]["tool_calls"] == [{"name": "f", "arguments": {"a": "1", "b": None}}]  # type: ignore[call-overload]
+    assert read.document[1]["tool_calls"] == [{"name": "f", "arguments": {"a": "1", "b": None}}]  # type: ignore[call-overload]
 
 
 PARTS = [{"type": "text", "text": "ask"}]

@@ -139,3 +139,53 @@ def test_the_calls_of_sharegpt(tmp_path: Path) -> None:
     for wrong in ({"args": {}}, {"arguments": {}, "parameters": {"a": 1}}):
         _, (refused,) = read(tmp_path, [calling({"name": "f", **wrong})])
         assert f"calls a function with {list(wrong)[-1]!r}" in refused
+
+
+SYSTEM, EMPTY = {"role": "system", "content": "Be."}, {"role": "user", "content": " \n"}
+NOTHING = "asks nothing before the assistant's reply"
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([REPLY], NOTHING),
+        ([SYSTEM, REPLY, REPLY], NOTHING),
+        ([REPLY, ASK], NOTHING),
+        ([{"role": "tool", "content": "4"}, REPLY], NOTHING),
+        ([EMPTY, REPLY], "the reply in message 2 of the field 'messages' answers a question that is empty"),
+        ([SYSTEM, EMPTY, REPLY, ASK, REPLY], "the reply in message 3 of the field 'messages' answers"),
+        ([ASK, REPLY, {"role": "user", "content": [{"type": "text", "text": ""}]}, REPLY], "message 4 of the field"),
+        ([{**REPLY, "weight": 1}, ASK, REPLY], "message 1 of the field 'messages' stands before the first question"),
+    ],
+)
+def test_a_reply_to_nothing(tmp_path: Path, messages: list[Fields], says: str) -> None:
+    documents, (refused,) = read(tmp_path, [{"messages": messages}, TALK])
+    assert len(documents) == 1
+    assert says in refused
+    if all(isinstance(each["content"], str) for each in messages):
+        roles = {"user": "human", "assistant": "gpt"}
+        turns = [{**each, "from": roles.get(each["role"], each["role"]), "value": each["content"]} for each in messages]
+        shared = [{key: each[key] for key in each if key not in ("role", "content")} for each in turns]
+        documents, (refused,) = read(tmp_path, [{"conversations": shared}, SHARED])
+        assert len(documents) == 1
+        assert says.replace("messages", "conversations") in refused
+
+
+@pytest.mark.parametrize(
+    ("messages", "weights"),
+    [
+        ([REPLY, ASK, REPLY], [0, None]),
+        ([SYSTEM, REPLY, REPLY, ASK, REPLY], [0, 0, None]),
+        ([ASK, EMPTY, REPLY], [None]),
+        ([EMPTY, {**REPLY, "weight": 0}, ASK, REPLY, {"role": "tool", "content": ""}, REPLY], [0, None, None]),
+    ],
+)
+def test_a_greeting_is_not_learnt(tmp_path: Path, messages: list[Fields], weights: list[int | None]) -> None:
+    (record,), refused = read(tmp_path, [{"messages": messages}])
+    assert [each.get("weight") for each in record.document if each["role"] == "assistant"] == weights  # type: ignore[index, union-attr]
+    assert refused == []
+
+
+def test_a_prompt_without_a_question(tmp_path: Path) -> None:
+    _, (refused,) = read(tmp_path, [{"prompt": [SYSTEM], "completion": [REPLY]}])
+    assert NOTHING in refused
