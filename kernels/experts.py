@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_pipelite.kernels.grouped import Groups, grouped_outer, grouped_product, sum_copies, weigh
-from lightning_pipelite.kernels.lora import WHOLE, dequantise
+from lightning_pipelite.kernels.combine import sum_copies, weigh
+from lightning_pipelite.kernels.frozen_weight import WHOLE, dequantise
+from lightning_pipelite.kernels.grouped_outer import grouped_outer
+from lightning_pipelite.kernels.grouped_product import grouped_product
+from lightning_pipelite.kernels.groups import Groups
 
 
 class Matrices(NamedTuple):
@@ -23,7 +26,7 @@ class Matrices(NamedTuple):
 
     Attributes:
         parts: [experts, out, in] as one tensor of the computation's dtype, or its parts in nf4 (see
-            :data:`~lightning_pipelite.kernels.lora.FOUR_BIT`).
+            :data:`~lightning_pipelite.kernels.frozen_weight.FOUR_BIT`).
         shape: Experts, out, in; or experts, in, out where they lie the other way.
         transposed: Whether they do.
         bias: [experts, out].
@@ -58,8 +61,7 @@ def experts_in(x: Tensor, groups: Groups, matrices: Matrices, factors: Factors |
         matrices: W and bias.
         factors: A, B and s.
     """
-    a, b, *rounded = _given(x, groups, factors, gather=True)
-    return _In.apply(x, a, b, *rounded, *_flat(matrices, x), 1.0 if factors is None else factors.scale, groups)
+    return _apply(x, None, None, groups, matrices, factors)
 
 
 def experts_out(
@@ -75,9 +77,7 @@ def experts_out(
         matrices: W and bias.
         factors: A, B and s.
     """
-    a, b, *rounded = _given(x, groups, factors, gather=False)
-    scale = 1.0 if factors is None else factors.scale
-    return _Out.apply(x, scores.contiguous(), chosen, a, b, *rounded, *_flat(matrices, x), scale, groups)
+    return _apply(x, scores.contiguous(), chosen, groups, matrices, factors)
 
 
 def experts_reference(
@@ -108,27 +108,37 @@ def experts_reference(
     return total
 
 
-def _given(x: Tensor, groups: Groups, factors: Factors | None, *, gather: bool) -> tuple[Tensor | None, ...]:
-    """Return what an operation is given of the adapters: themselves, for their gradients, and what it computes with."""
-    if factors is None:
-        return None, None, None, None, None
-    a, b, scale = factors
-    down = (scale * a.detach()).to(x.dtype).contiguous()
-    up = b.detach().to(x.dtype).contiguous()
-    # Apart from the rest, so that a recomputation need not run all of it for this.
-    return a, b, grouped_product(x.detach(), down, groups, gather=gather), down, up
-
-
-def _flat(matrices: Matrices, x: Tensor) -> tuple[Any, ...]:
+def _apply(
+    x: Tensor,
+    scores: Tensor | None,
+    chosen: Tensor | None,
+    groups: Groups,
+    matrices: Matrices,
+    factors: Factors | None,
+) -> Tensor:
+    """Hand over the adapters twice: themselves, for their gradients, and rounded, to compute with."""
+    given: tuple[Tensor | None, ...] = (None,) * 5
+    if factors is not None:
+        a, b, scale = factors
+        down = (scale * a.detach()).to(x.dtype).contiguous()
+        up = b.detach().to(x.dtype).contiguous()
+        # Apart from the rest, so that a recomputation need not run all of it for this.
+        given = a, b, grouped_product(x.detach(), down, groups, gather=scores is None), down, up
+    parts = tuple(part.detach() for part in matrices.parts)
     bias = None if matrices.bias is None else matrices.bias.detach().to(x.dtype)
-    return tuple(part.detach() for part in matrices.parts), matrices.shape, matrices.transposed, bias
+    frozen = parts, matrices.shape, matrices.transposed, bias
+    return _Experts.apply(x, scores, chosen, *given, *frozen, 1.0 if factors is None else factors.scale, groups)
 
 
-class _In(torch.autograd.Function):
+class _Experts(torch.autograd.Function):
+    """Both directions of a product: of each token's copies; or, with ``scores``, of copies that are then added up."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        scores: Tensor | None,
+        chosen: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
         along: Tensor | None,
@@ -142,85 +152,47 @@ class _In(torch.autograd.Function):
         groups: Groups,
     ) -> Tensor:
         ctx.shape, ctx.transposed, ctx.scale = shape, transposed, scale
-        ctx.adapted, ctx.dtypes = a is not None, (None if a is None else a.dtype, None if b is None else b.dtype)
+        ctx.dtypes = None if a is None or b is None else (a.dtype, b.dtype)
         rounded = () if along is None else (along, down, up)
-        ctx.save_for_backward(x, *groups, *rounded, *parts)
-        return _times(x, parts, shape, transposed, groups, True, along, up, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        groups, rounded, parts = _unpacked(saved, ctx.adapted)
-        gradient = gradient.contiguous()
-        of_x = of_a = of_b = left = right = None
-        if ctx.adapted:
-            along, down, up = rounded
-            left, right = grouped_product(gradient, up.mT, groups), down.mT
-            of_a = grouped_outer(left, x, groups, gather=True, scale=ctx.scale).mT.to(ctx.dtypes[0])
-            of_b = grouped_outer(along, gradient, groups).to(ctx.dtypes[1])
-        if ctx.needs_input_grad[0]:
-            rows = _times(gradient, parts, ctx.shape, not ctx.transposed, groups, False, left, right, None)
-            of_x = sum_copies(rows, groups)
-        return of_x, of_a, of_b, None, None, None, None, None, None, None, None, None
-
-
-class _Out(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scores: Tensor,
-        chosen: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        along: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        parts: tuple[Tensor, ...],
-        shape: tuple[int, int, int],
-        transposed: bool,
-        bias: Tensor | None,
-        scale: float,
-        groups: Groups,
-    ) -> Tensor:
-        ctx.shape, ctx.transposed, ctx.scale = shape, transposed, scale
-        ctx.adapted, ctx.dtypes = a is not None, (None if a is None else a.dtype, None if b is None else b.dtype)
-        ctx.biased = bias is not None
-        rounded = () if along is None else (along, down, up)
-        biases = () if bias is None else (bias,)
-        ctx.save_for_backward(x, scores, chosen, *biases, *groups, *rounded, *parts)
-        rows = _times(x, parts, shape, transposed, groups, False, along, up, bias)
-        return sum_copies(rows, groups, scores)
+        # The scores' gradient takes the bias, and which experts it is of.
+        combined = () if scores is None else (scores,) if bias is None else (scores, chosen, bias)
+        ctx.counts = (len(combined), len(rounded))
+        ctx.save_for_backward(x, *groups, *combined, *rounded, *parts)
+        rows = _times(x, parts, shape, transposed, groups, scores is None, along, up, bias)
+        return rows if scores is None else sum_copies(rows, groups, scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Compute the gradients.
 
-        With g the token's gradient, and c the copy's score, that of x is c g (W + s B A), and that of c is the same
-        without c, times x.
+        With g the row's gradient, that of x is g (W + s B A). Where rows are added up, g is the token's and c the
+        copy's score: that of x is c g (W + s B A), and that of c is the same without c, times x.
         """
-        x, scores, chosen, *saved = ctx.saved_tensors
-        bias = saved[0] if ctx.biased else None
-        groups, rounded, parts = _unpacked(saved[1:] if ctx.biased else saved, ctx.adapted)
+        x, *saved = ctx.saved_tensors
+        groups, saved = Groups(*saved[:4]), saved[4:]
+        combined, saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        rounded, parts = saved[: ctx.counts[1]], tuple(saved[ctx.counts[1] :])
+        scores = combined[0] if combined else None
+        of_tokens = scores is not None  # else of rows
         gradient = gradient.contiguous()
         of_x = of_scores = of_a = of_b = left = right = None
-        if ctx.adapted:
+        if ctx.dtypes is not None:
             along, down, up = rounded
-            left, right = grouped_product(gradient, up.mT, groups, gather=True), down.mT
-            of_a = grouped_outer(left, x, groups, scores=scores, scale=ctx.scale).mT.to(ctx.dtypes[0])
-            of_b = grouped_outer(along, gradient, groups, gather=True, scores=scores).to(ctx.dtypes[1])
+            left, right = grouped_product(gradient, up.mT, groups, gather=of_tokens), down.mT
+            of_a = grouped_outer(left, x, groups, gather=not of_tokens, scores=scores, scale=ctx.scale).mT
+            of_b = grouped_outer(along, gradient, groups, gather=of_tokens, scores=scores).to(ctx.dtypes[1])
+            of_a = of_a.to(ctx.dtypes[0])
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            rows = _times(gradient, parts, ctx.shape, not ctx.transposed, groups, True, left, right, None)
-            of_x, of_scores = weigh(rows, x, groups, scores)
-            if bias is not None:
-                of_scores = of_scores + (gradient @ bias.T).gather(1, chosen.to(torch.int64)).to(of_scores.dtype)
-            of_scores = of_scores.to(scores.dtype)
+            rows = _times(gradient, parts, ctx.shape, not ctx.transposed, groups, of_tokens, left, right, None)
+            if scores is None:
+                of_x = sum_copies(rows, groups)
+            else:
+                of_x, of_scores = weigh(rows, x, groups, scores)
+                if len(combined) > 1:
+                    _, chosen, bias = combined
+                    of_scores = of_scores + (gradient @ bias.T).gather(1, chosen.to(torch.int64)).to(of_scores.dtype)
+                of_scores = of_scores.to(scores.dtype)
         return of_x, of_scores, None, of_a, of_b, None, None, None, None, None, None, None, None, None
-
-
-def _unpacked(saved: Sequence[Tensor], adapted: bool) -> tuple[Groups, Sequence[Tensor], tuple[Tensor, ...]]:
-    end = 7 if adapted else 4
-    return Groups(*saved[:4]), saved[4:end], tuple(saved[end:])
 
 
 def _times(

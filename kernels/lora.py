@@ -11,20 +11,15 @@ all projections, and what is kept of it is its codes: the gradient of A is taken
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels import fp8
-
-WHOLE, FOUR_BIT, DOUBLE = 1, 2, 5
-"""Of how many tensors a frozen weight is made: itself; nf4 codes and their scales; or scales that are
-quantised themselves, which takes their own scales, values and offset as well."""
-
-BLOCK, SCALES_BLOCK = 64, 256  # of bitsandbytes: how many weights have one scale, and how many scales have one
+from lightning_pipelite.kernels.frozen_weight import whole
+from lightning_pipelite.kernels.lora_operands import Operands
 
 
 def lora_linear(
@@ -45,8 +40,8 @@ def lora_linear(
 
     Args:
         x: [..., in], the computation's dtype.
-        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, see :data:`FOUR_BIT`; or codes in
-            FP8 and their scales, see :mod:`~lightning_pipelite.kernels.fp8`.
+        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or codes in FP8 and
+            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
@@ -63,7 +58,7 @@ def lora_linear(
     # Apart from the rest, so that a recomputation need not run all of it for this.
     along = [x.detach().flatten(0, -2) @ down.T] if down is not None else [each.detach() for each in given]
     codes, row_scales = [[each] for each in fp8.quantise_rows(x.detach())] if in_fp8 else ([], [])
-    operands = _Operands(
+    operands = Operands(
         down=[] if down is None else [down],
         along=along,
         ups=ups,
@@ -103,51 +98,6 @@ def lora_linear_reference(
     ]
 
 
-class _Operands(NamedTuple):
-    """What the operation computes with beside x, and its backward pass as well.
-
-    A schema knows tensors, numbers and lists of them, but no structures: operations take :meth:`flat` of it.
-
-    Attributes:
-        down: All Aᵢ on end [ranks, in], in x's dtype; nothing where the projections are given.
-        along: x·Aᵀ [tokens, ranks]; or the given projections, one by one.
-        ups: Bᵢ in x's dtype.
-        weights: Of each frozen weight its parts.
-        biases: Of each weight nothing, or its bias.
-        row_scales: Of x's codes, if products are computed in FP8 [tokens].
-        scales: Sᵢ.
-    """
-
-    down: list[Tensor]
-    along: list[Tensor]
-    ups: list[Tensor]
-    weights: list[list[Tensor]]
-    biases: list[list[Tensor]]
-    row_scales: list[Tensor]
-    scales: list[float]
-
-    def flat(self) -> tuple[list[Tensor], list[int], list[float]]:
-        """Return all tensors, of how many each list is made, and the scales."""
-        lists = [self.down, self.along, self.ups, self.row_scales, *self.weights, *self.biases]
-        return [tensor for each in lists for tensor in each], [len(each) for each in lists], self.scales
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], counts: Sequence[int], scales: list[float]) -> _Operands:
-        """Return what is laid out flat."""
-        places = iter(tensors)
-        down, along, ups, row_scales, *others = ([*itertools.islice(places, count)] for count in counts)
-        return cls(down, along, ups, others[: len(ups)], others[len(ups) :], row_scales, scales)
-
-    @property
-    def ranks(self) -> list[int]:
-        return [up.shape[1] for up in self.ups]
-
-    @property
-    def alongs(self) -> list[Tensor]:
-        """What each Bᵢ is multiplied with [tokens, rank]."""
-        return [*self.along[0].split(self.ranks, dim=1)] if self.down else self.along
-
-
 # Operations, as the compiler would keep weights that it sees made whole for the backward pass, and make copies for
 # what is added in place. Not torch.library.custom_op, whose checks of each call take the host longer than the products
 # take a GPU.
@@ -168,9 +118,9 @@ def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *fl
         codes: Those of x, if products are computed in FP8.
         trained: All A, or the given projections [tokens, rank], and all B: there for their gradients. What is computed
             with is in ``flat``.
-        flat: :class:`_Operands`.
+        flat: :class:`Operands`.
     """
-    it = _Operands.of(*flat)
+    it = Operands.of(*flat)
     rows = (codes[0] if codes else x).reshape(-1, x.shape[-1])
     outputs = []
     for weight, bias, along, up, scale in zip(it.weights, it.biases, it.alongs, it.ups, it.scales, strict=True):
@@ -185,14 +135,14 @@ def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *fl
             output = torch.addmm(bias[0], along, up.T, alpha=scale)
         else:
             output = x.new_empty(rows.shape[0], width).addmm_(along, up.T, beta=0, alpha=scale)
-        output.addmm_(rows, _whole(weight, width, x).T)
+        output.addmm_(rows, whole(weight, width, x).T)
         outputs.append(output.view(*x.shape[:-1], width))
     return outputs
 
 
 @torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
 def _(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in _Operands.of(*flat).ups]
+    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in Operands.of(*flat).ups]
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
@@ -205,10 +155,10 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
         gradients: Of each output.
         codes: Of each, if products are computed in FP8, codes and scales for that with its weight.
         x: The input; or its codes, if products are computed in FP8.
-        flat_to_x: :class:`_Operands`, and whether x needs a gradient.
+        flat_to_x: :class:`Operands`, and whether x needs a gradient.
     """
     *flat, to_x = flat_to_x
-    it = _Operands.of(*flat)
+    it = Operands.of(*flat)
     rows = x.reshape(-1, x.shape[-1])
     back = rows.new_empty(rows.shape[0], sum(it.ranks), dtype=it.ups[0].dtype)
     given = [g.reshape(rows.shape[0], -1) if g.numel() else None for g in gradients]
@@ -238,7 +188,7 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
     return [_of_x(given, codes, rows, back, it).view(x.shape), of_first, *of_b]
 
 
-def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, back: Tensor, it: _Operands) -> Tensor:
+def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, back: Tensor, it: Operands) -> Tensor:
     """Return the gradient of x [tokens, in], the sum over all outputs that were used."""
     used = [number for number, g in enumerate(gradients) if g is not None]
     if it.row_scales and used:
@@ -251,14 +201,14 @@ def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, bac
     for number in used:
         g, up = gradients[number], it.ups[number]
         assert g is not None
-        of_x.addmm_(g, _whole(it.weights[number], up.shape[0], of_x))
+        of_x.addmm_(g, whole(it.weights[number], up.shape[0], of_x))
     return of_x
 
 
 @torch.library.register_fake("pipelite::lora_linear_backward", lib=_LIBRARY)
 def _(gradients: list[Tensor], codes: list[Tensor], x: Tensor, *flat_to_x: Any) -> list[Tensor]:
     *flat, to_x = flat_to_x
-    it = _Operands.of(*flat)
+    it = Operands.of(*flat)
     of_x = x.new_empty(x.shape if to_x else 0, dtype=it.ups[0].dtype)
     if it.down:
         of_first = torch.empty_like(it.down[0], dtype=torch.float32)
@@ -269,7 +219,7 @@ def _(gradients: list[Tensor], codes: list[Tensor], x: Tensor, *flat_to_x: Any) 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, codes, trained, *flat = inputs
-    it = _Operands.of(*flat)
+    it = Operands.of(*flat)
     tensors, ctx.counts, ctx.scales = it._replace(biases=[[] for _ in it.biases]).flat()
     ctx.dtypes, ctx.given = [tensor.dtype for tensor in trained], (len(codes), len(flat[0]))
     ctx.save_for_backward(codes[0] if codes else x, *tensors)
@@ -277,7 +227,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
-    it = _Operands.of(tensors, ctx.counts, ctx.scales)
+    it = Operands.of(tensors, ctx.counts, ctx.scales)
     nothing = it.ups[0].new_empty(0)
     given = [nothing if gradient is None else gradient for gradient in gradients]
     to_x = bool(ctx.needs_input_grad[0])
@@ -295,27 +245,6 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
-
-
-def _whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
-    """Return the weight [rows, in] in x's dtype."""
-    if len(weight) == WHOLE:
-        return weight[0]
-    if weight[0].dtype == fp8.DTYPE:
-        return fp8.dequantise_rows(weight[0], weight[1], x.dtype)
-    return dequantise(weight, (rows, x.shape[-1]), x.dtype)
-
-
-def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a weight in ``dtype`` from its parts in nf4, see :data:`FOUR_BIT`."""
-    import bitsandbytes  # noqa: F401 (for its operations, as its functions take the host several times as long)
-
-    codes, scales = parts[:FOUR_BIT]
-    if len(parts) == DOUBLE:
-        outer, outer_values, offset = parts[FOUR_BIT:]
-        scales = torch.ops.bitsandbytes.dequantize_blockwise(scales, outer, outer_values, SCALES_BLOCK, torch.float32)
-        scales += offset
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
 
 
 def _precise_product(left: Tensor, right: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_pipelite.kernels.device import runs_triton
-from lightning_pipelite.kernels.grouped import Groups, at_least_16, rows_of_tile
+from lightning_pipelite.kernels.device import at_least_16, runs_triton
+from lightning_pipelite.kernels.groups import Groups, rows_of_tile
 
 BLOCK = 128  # choices that one program sorts
 WRONG = "a router chose an expert that there is not"

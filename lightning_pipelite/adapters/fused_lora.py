@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lightning_pipelite.kernels.lora import BLOCK, lora_linear
+from lightning_pipelite.kernels.frozen_weight import BLOCK
+from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 

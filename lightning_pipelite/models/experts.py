@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
-from lightning_pipelite.kernels.lora import BLOCK
+from lightning_pipelite.kernels.frozen_weight import BLOCK
 from lightning_pipelite.kernels.routing import sort_by_expert
 from lightning_pipelite.models.transformers_compat import gate_of_experts, has_experts_interface
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
@@ -116,7 +116,7 @@ def _dimensions(module: Any, name: str) -> int:
 
 
 def _parts(experts: Any, name: str) -> list[Tensor] | None:
-    """Return the weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.lora`).
+    """Return the weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.frozen_weight`).
 
     None if neither.
     """

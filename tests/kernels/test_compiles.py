@@ -12,7 +12,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_pipelite.kernels import cross_entropy, fp8, grouped, routing, scale
+from lightning_pipelite.kernels import (
+    combine,
+    cross_entropy,
+    fp8,
+    grouped_outer,
+    grouped_product,
+    groups,
+    routing,
+    scale,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 
@@ -67,7 +76,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 )
 def test_grouped_product(dtype: str, width: int, capability: int) -> None:
     rows = torch.empty(4, 8, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    shape = grouped.product_shape(rows, width, capability // 10)
+    shape = grouped_product.product_shape(rows, width, capability // 10)
     tensors = dict.fromkeys(("x", "weight", "left", "right", "bias", "out"), f"*{dtype}")
     numbers = (
         "x_stride",
@@ -81,8 +90,8 @@ def test_grouped_product(dtype: str, width: int, capability: int) -> None:
     arguments = tensors | dict.fromkeys(("order", "bounds", "tiles"), "*i32")
     arguments |= dict.fromkeys((*numbers, "depth", "few", "columns_count"), "i32")
     constants = {"in_stride": 1, "right_few_stride": 1, "COPIES": 8, "BIASED": True, "ADDED": 16, "WHOLE": True}
-    constants |= {"ROWS": grouped.MOST_ROWS, "COLUMNS": shape.columns, "DEPTH": shape.depth, "PRECISION": "ieee"}
-    made = compiled(grouped._product, arguments, constants, shape.warps, capability, shape.stages)
+    constants |= {"ROWS": groups.MOST_ROWS, "COLUMNS": shape.columns, "DEPTH": shape.depth, "PRECISION": "ieee"}
+    made = compiled(grouped_product._product, arguments, constants, shape.warps, capability, shape.stages)
     assert made.metadata.shared <= SHARED[capability] * 1024
 
 
@@ -90,11 +99,11 @@ def test_the_kernels_around_grouped_products() -> None:
     arguments = {"u": "*bf16", "v": "*bf16", "order": "*i32", "bounds": "*i32", "scores": "*bf16", "out": "*fp32"}
     arguments |= {"u_stride": "i32", "v_stride": "i32", "scale": "fp32", "width": "i32", "few": "i32"}
     constants = {"COPIES": 8, "SCORED": True, "FEW": 16, "COLUMNS": 128, "DEPTH": 64, "PRECISION": "tf32"}
-    assert "dot" in compiled(grouped._outer, arguments, constants, 4, 80).asm["ttir"]
+    assert "dot" in compiled(grouped_outer._outer, arguments, constants, 4, 80).asm["ttir"]
     arguments = {"y": "*bf16", "places": "*i32", "scores": "*fp32", "out": "*bf16", "width": "i32"}
-    assert compiled(grouped._sum_copies, arguments, {"COPIES": 8, "SCORED": True, "BLOCK": 1024}, 4, 80).asm["ptx"]
+    assert compiled(combine._sum_copies, arguments, {"COPIES": 8, "SCORED": True, "BLOCK": 1024}, 4, 80).asm["ptx"]
     arguments = {"gradient": "*bf16", "y": "*bf16", "order": "*i32", "scores": "*fp32", "of_y": "*bf16", "width": "i32"}
-    assert compiled(grouped._weigh, arguments | {"of_scores": "*fp32"}, {"BLOCK": 1024}, 4, 80).asm["ptx"]
+    assert compiled(combine._weigh, arguments | {"of_scores": "*fp32"}, {"BLOCK": 1024}, 4, 80).asm["ptx"]
     numbers = dict.fromkeys(("count", "experts", "blocks", "room"), "i32")
     places = dict.fromkeys(("counts", "bounds", "order", "places", "tiles"), "*i32") | {"chosen": "*i64"}
     for kernel in (routing._count, routing._add_up, routing._place):

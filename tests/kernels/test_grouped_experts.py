@@ -13,8 +13,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
+from lightning_pipelite.kernels.combine import sum_copies
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out, experts_reference
-from lightning_pipelite.kernels.grouped import Groups, sum_copies
+from lightning_pipelite.kernels.groups import Groups
 from lightning_pipelite.kernels.routing import sort_by_expert
 
 native = pytest.mark.skipif(torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="native")

@@ -7,7 +7,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from lightning_pipelite.kernels.lora import _Operands, lora_linear, lora_linear_reference
+from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
+from lightning_pipelite.kernels.lora_operands import Operands
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 OUTPUTS, RANKS, SCALES = (24, 8, 40), (4, 4, 3), (1.0, 0.5, 2.0)
@@ -142,6 +143,6 @@ def test_torchs_own_checks_of_the_operation(given: bool) -> None:
 
 def test_the_gradient_of_a_transposed_input_has_the_strides_that_the_compiler_is_told() -> None:
     x, weight, up = torch.randn(64, 14).T, torch.randn(24, 64), torch.randn(24, 4)
-    operands = _Operands([], [torch.randn(14, 4)], [up], [[weight]], [[]], [], [1.0])
+    operands = Operands([], [torch.randn(14, 4)], [up], [[weight]], [[]], [], [1.0])
     of_x, *_ = torch.ops.pipelite.lora_linear_backward([torch.randn(14, 24)], [], x, *operands.flat(), True)
     assert of_x.is_contiguous()
