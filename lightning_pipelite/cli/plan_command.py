@@ -14,6 +14,7 @@ from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.planning.before_training import device_memory
 from lightning_pipelite.planning.devices import Devices
+from lightning_pipelite.planning.gpus import REFERENCE, Gpu, gpu_named
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import Report
 from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, parse_speeds, settings_of
@@ -28,6 +29,7 @@ def plan(
     hosts: int | None = None,
     model_dir: str | None = None,
     sequence_len: int | None = None,
+    device: str | None = None,
     picture: str | None = None,
 ) -> Report:
     """Say what a training will take of each GPU, whether it fits, and on which split.
@@ -37,12 +39,15 @@ def plan(
     Args:
         config: The configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
         devices: GPUs of a host; the configuration's if not given.
-        memory: Of each GPU, such as 24GiB, or one for each where they differ, such as 24GiB,24GiB,16GiB, in the order
-            of their ranks; that of the GPU here if not given, and unknown without one.
+        memory: Of each GPU, such as 24GiB (or 24 for the same), or one for each where they differ, such as
+            24GiB,24GiB,16GiB, in the order of their ranks; if not given that of --device, or of the GPU here, and
+            unknown without one.
         speeds: How fast each GPU is beside the others, such as 1,1,0.6; the configuration's if not given.
         hosts: How many hosts there are; the configuration's if not given.
         model_dir: The model, in place of the configuration's.
         sequence_len: Tokens of a sequence, in place of the configuration's.
+        device: Which GPU, for its speed and its memory: 3090, 4090, 5090, a6000, l40s, a100, h100 or h200. Times are
+            estimates, from its maker's figures but for an H100's, which were measured.
         picture: A PNG file to draw the stages into.
     """
     torch.set_num_threads(1)  # what is computed is tiny
@@ -51,9 +56,18 @@ def plan(
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
     if picture is not None and Path(picture).suffix.lower() != ".png":
         raise ConfigurationError(f"picture is {picture}; give the name of a .png file.")
-    sizes = [parse_memory(each) for each in memory.split(",")] if memory is not None else _smallest_here()
+    gpu = gpu_named(device) if device is not None else None
+    sizes = [gpu.memory] if gpu is not None else _smallest_here()
+    if memory is not None:
+        sizes = [parse_memory(each) for each in memory.split(",")]
     relative = None if speeds is None else parse_speeds(speeds)
     given = Configuration.of(config)
+    asked = {
+        "model.model_dir": model_dir,
+        "data.sequence_len": sequence_len,
+        "trainer.devices": devices,
+        "trainer.num_nodes": hosts,
+    }
     content = given.read()
     if model_dir is not None:
         content["model"]["model_dir"] = model_dir
@@ -61,7 +75,10 @@ def plan(
         content["data"]["sequence_len"] = sequence_len
     settings = settings_of(content, str(given))
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
-    total = on_each * (hosts or settings.hosts)
+    settings.hosts = hosts or settings.hosts
+    total = on_each * settings.hosts
+    if settings.devices != on_each:  # which fit would otherwise take from the machine that it runs on
+        asked["trainer.devices"] = on_each
     given_speeds = settings.speeds if relative is None else relative
     for name, row in (("memory", sizes if len(sizes) > 1 else []), ("speeds", given_speeds)):
         if row and len(row) != total:
@@ -70,13 +87,15 @@ def plan(
                 "change devices."
             )
     planner = Planner(
-        simulate(settings),
+        simulate(settings, gpu or REFERENCE),
         micro_batches=settings.micro_batches,
         sequence_len=settings.sequence_len,
         devices=Devices(total, tuple(sizes * total if len(sizes) == 1 else sizes), given_speeds, settings.column_major),
     )
     try:
-        report = Report.of(planner, settings)
+        report = Report.of(
+            planner, settings, given.words, {name: value for name, value in asked.items() if value is not None}
+        )
     except ConfigurationError:
         raise
     except Exception as error:  # of a model that cannot be run without weights
@@ -98,7 +117,7 @@ def _smallest_here() -> list[int]:
     return sorted(size for size in sizes if size is not None)[:1]
 
 
-def simulate(settings: Settings) -> Simulation:
+def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
     """Make the layers, the loss and the optimizer that the configuration asks for."""
     model = settings.model
     adapter_class, options = class_of(model["adapter"], "model.adapter", "lightning_pipelite.adapters")
@@ -114,4 +133,5 @@ def simulate(settings: Settings) -> Simulation:
         layers,
         CausalLMLoss(router_loss.coefficient if router_loss else 0.0),
         partial(optimizer_class, lr=1e-3, **options),
+        gpu,
     )

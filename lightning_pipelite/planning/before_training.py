@@ -11,10 +11,11 @@ import torch
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.leaving_out import faster_without
-from lightning_pipelite.planning.planner import Planner
-from lightning_pipelite.planning.report import gib
+from lightning_pipelite.planning.planner import MARGIN, Planner
+from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT
+from lightning_pipelite.planning.ways import ways_to_fit
 from lightning_pipelite.shared.protocol import LayerCosts
 
 
@@ -109,8 +110,9 @@ def _plan(
         fullest = max(range(len(stages)), key=lambda number: stages[number].total - sizes[number])
         refusal = (
             f"stage {fullest} of {len(stages)} would take {gib(stages[fullest].total)} with activation_memory "
-            f"{policy}, and its GPU has {gib(sizes[fullest])}: {_advice(planner, job)}, or set model.check_memory to "
-            "false to try."
+            f"{policy}, and may take {gib(planner.limits(job.stages)[fullest])} of its GPU's {gib(sizes[fullest])} "
+            f"({MARGIN:.0%} are kept free, as a plan may be that much too low): {_advice(planner, job)}, or set "
+            "model.check_memory to false to try."
         )
     advice = faster_without(planner, job.stages, policy, job.virtual_stages) if job.method == "auto" else ""
     return PlannedTraining(policy, planner.costs(policy, job.stages), [stage.peak for stage in stages], refusal, advice)
@@ -119,14 +121,19 @@ def _plan(
 def _advice(planner: Planner, job: Job) -> str:
     if better := planner.choose_policy(job.stages, job.method, job.virtual_stages):
         return f"set model.activation_memory to {better}"
-    if (recommended := planner.recommend()) is not None:
+    sequences = job.micro_batches * (job.devices.count // job.stages)
+    if (recommended := planner.recommend(sequences)) is not None:
         options = recommended.options
         if recommended.virtual_stages == 1 < job.virtual_stages:
             options["virtual_stages"] = 1
         *others, last = (f"{name} to {value}" for name, value in options.items())
-        return f"set the strategy's {', '.join(others)} and {last}, and model.activation_memory to {recommended.policy}"
-    ways = ["use more GPUs", "a shorter data.sequence_len", *(f"model.{n}" for n in planner.layers.lighter_weights)]
-    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+        further = {"model.activation_memory": recommended.policy}
+        if recommended.micro_batches != job.micro_batches:  # for the same sequences a step
+            further = {"trainer.accumulate_grad_batches": str(recommended.micro_batches), **further}
+        rest = " and ".join(f"{name} to {value}" for name, value in further.items())
+        return f"set the strategy's {', '.join(others)} and {last}, and {rest}"
+    ways = ways_to_fit(planner, sequences)
+    return f"what would fit: {'; '.join(ways)}" if ways else "use more GPUs, or a smaller model"
 
 
 def compared(planned: Sequence[int], measured: Sequence[int]) -> str:

@@ -103,6 +103,8 @@ class Meter(TorchDispatchMode):
         product = counted or ours
         if product and self.fused:
             self._read(given)
+        if name in READ:
+            self.moved += READ[name](*args)
         if name in WORKSPACES:
             self.peak = max(self.peak, self.live + WORKSPACES[name](*args))
         if ours:  # count what an operation of ours does within, where its shapes alone would do
@@ -171,6 +173,15 @@ OURS: dict[str, Callable[..., Any]] = {
     "pipelite::weigh": combine.weigh_operation,
 }
 """Operations of this package that are looked into, in place of a formula in ``products.py``."""
+
+
+READ: dict[str, Callable[..., int]] = {
+    "pipelite::grouped_product": lambda x, weight, *_: weight.numel() * weight.element_size(),
+}
+"""Bytes of weights that products of few rows each wait for, by the name of the operation.
+
+Each expert's weight is read for the tokens that come to it; a single weight's product takes longer than its reading.
+"""
 
 
 WORKSPACES: dict[str, Callable[..., int]] = {

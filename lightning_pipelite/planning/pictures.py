@@ -6,12 +6,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_pipelite.planning.report import GIB, KINDS, Report
+from lightning_pipelite.planning.report import Report
+from lightning_pipelite.planning.stage_table import GIB, KINDS
 
 
 def draw(report: Report, path: Path) -> None:
     """Draw what each stage holds, a bar a stage, and the memory of its device, into a PNG file."""
-    stages = report.policies[report.policy]
+    stages = report.shown
     figure = Figure(figsize=(6.75, 1.4 + 0.4 * len(stages)), layout="constrained")
     axes = figure.add_subplot()
     rows = [f"stage {number}" for number in range(len(stages))]
@@ -25,6 +26,8 @@ def draw(report: Report, path: Path) -> None:
         line.set_label("device" if number == 0 else "_")  # of one of them in the legend
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
-    axes.set_title(f"activation_memory {report.policy}, sequences of {report.planner.sequence_len} tokens", fontsize=9)
+    axes.set_title(
+        f"activation_memory {report.shown_policy}, sequences of {report.planner.sequence_len} tokens", fontsize=9
+    )
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(stages) > 2 else -0.6))
     figure.savefig(path, dpi=150)

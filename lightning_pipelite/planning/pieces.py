@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_pipelite.planning.gpus import Gpu
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.trial import Part, Trial
-
-FLOPS = {1: 1050e12, 2: 600e12, 4: 45e12}
-"""Operations a second by the bytes of an element, and"""
-BANDWIDTH = 2.4e12
-"""bytes a second that one H100 reaches in training; other GPUs have other numbers, but much the same ratios."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,8 @@ class PieceMemory:
         loss: Bytes that head and loss retain and take for themselves.
         hidden: Bytes that are handed on for a micro-batch; nothing at the end of the model.
         received: Bytes that are received.
-        seconds: The time of a micro-batch, forward and backward, on one H100.
+        offloaded: Bytes that a micro-batch keeps in the host's memory between its passes.
+        seconds: The time of a micro-batch, forward and backward, on the simulation's GPU.
     """
 
     parameters: int
@@ -43,6 +40,7 @@ class PieceMemory:
     loss: int
     hidden: int
     received: int
+    offloaded: int
     seconds: float
 
 
@@ -105,7 +103,8 @@ def piece_memory(
         loss=kept_by_tail + max(tail.forward, tail.backward) if trials[-1].hidden == 0 else 0,
         hidden=trials[-1].hidden,
         received=max(trial.hidden for trial in trials),
-        seconds=sum(seconds(part) for part in parts),
+        offloaded=sum(trial.offloaded for trial in trials),
+        seconds=sum(seconds(part, simulation.gpu) for part in parts),
     )
 
 
@@ -127,6 +126,7 @@ def stage_trials(
     return trials
 
 
-def seconds(part: Part) -> float:
+def seconds(part: Part, gpu: Gpu) -> float:
     """Return how long a part takes forward and backward, by what it computes and what it moves."""
-    return sum(count / FLOPS.get(width, FLOPS[4]) for width, count in part.flops.items()) + part.moved / BANDWIDTH
+    computed = sum(count / gpu.flops(width) for width, count in part.flops.items())
+    return computed + part.moved / gpu.bytes_a_second

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.devices import Devices
+from lightning_pipelite.planning.gpus import Gpu
 from lightning_pipelite.planning.longest import find_longest
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, stage_memory, step
@@ -37,12 +38,16 @@ class Recommended:
         virtual_stages: Pieces of each.
         policy: Of activation memory.
         bounds: Of all pieces.
+        micro_batches: Of a step, for the sequences that were asked for.
+        seconds: Of a step.
     """
 
     stages: int
     virtual_stages: int
     policy: str
     bounds: list[int]
+    micro_batches: int
+    seconds: float
 
     @property
     def options(self) -> dict[str, int | str]:
@@ -69,6 +74,7 @@ class Planner:
         meta_model = simulation.layers.meta_model
         self._costs: dict[str, LayerCosts] = {}
         self._splits: dict[Any, list[int]] = {}
+        self._others: dict[Any, Planner] = {}
         self.policies = [p for p in POLICIES if p == "keep" or meta_model.can_recompute]
 
     def on(self, devices: Devices) -> Planner:
@@ -76,6 +82,28 @@ class Planner:
         other = copy(self)
         other.devices = devices
         return other
+
+    def of(self, micro_batches: int) -> Planner:
+        """Return the planner of the same training with another number of micro-batches a step."""
+        if micro_batches == self.micro_batches:
+            return self
+        other = copy(self)
+        other.micro_batches, other._costs, other._splits = micro_batches, {}, {}
+        return self._others.setdefault((micro_batches, self.devices), other)
+
+    def with_layers(self, layers: CausalLMLayers) -> Planner:
+        """Return a planner that plans other layers for the same."""
+        return Planner(
+            self._simulation.on(layers),
+            micro_batches=self.micro_batches,
+            sequence_len=self.sequence_len,
+            devices=self.devices,
+        )
+
+    @property
+    def gpu(self) -> Gpu:
+        """Whose speed is gone by."""
+        return self._simulation.gpu
 
     @property
     def memory(self) -> int | None:
@@ -116,8 +144,12 @@ class Planner:
 
     def fits(self, stages: Sequence[StageMemory]) -> bool:
         """Tell whether every stage fits its device, with a margin; True if the memory is not known."""
-        sizes = self.devices.memory_of_stages(len(stages))
-        return all(stage.total <= (1 - MARGIN) * size for stage, size in zip(stages, sizes, strict=False))
+        limits = self.limits(len(stages))
+        return all(stage.total <= limit for stage, limit in zip(stages, limits, strict=False))
+
+    def limits(self, stages: int) -> list[int]:
+        """Return the bytes that each stage may take of its device: all but the margin; none if not known."""
+        return [int((1 - MARGIN) * size) for size in self.devices.memory_of_stages(stages)]
 
     def costs(self, policy: str, stages: int) -> LayerCosts:
         """Return the time and the bytes of each item, alone in the middle of a pipeline.
@@ -128,9 +160,9 @@ class Planner:
         """
         if policy not in self._costs:
             self._costs[policy] = self._find_costs(policy)
-        costs, sizes = self._costs[policy], self.devices.memory_of_stages(stages)
-        beside = self._beside(policy) if sizes else 0
-        usable = [int((1 - MARGIN) * size) - beside for size in sizes]
+        costs, limits = self._costs[policy], self.limits(stages)
+        beside = self._beside(policy) if limits else 0
+        usable = [limit - beside for limit in limits]
         return replace(costs, memory=usable or None, speeds=self.devices.speed_of_stages(stages))
 
     def _find_costs(self, policy: str) -> LayerCosts:
@@ -176,31 +208,40 @@ class Planner:
                 return policy
         return None
 
-    def recommend(self) -> Recommended | None:
-        """Return with what a step is fastest; None if nothing fits.
+    def recommend(self, sequences: int) -> Recommended | None:
+        """Return with what a step of so many sequences is fastest; None if nothing fits.
 
-        Stages must divide the devices; more of them mean fewer replicas, which then take more micro-batches each for
-        the same sequences a step. More pieces a stage are recommended only where they gain what can be measured.
+        Stages must divide the devices, and replicas the sequences: more stages mean fewer replicas, which take more
+        micro-batches each. More pieces a stage are recommended only where they gain what can be measured.
+
+        Args:
+            sequences: That all replicas take in a step.
         """
-        best: tuple[float, Recommended] | None = None
-        devices = self.devices.count
-        for stages in (n for n in range(1, min(devices, len(self.layers)) + 1) if devices % n == 0):
-            for policy, virtual_stages in itertools.product(self.policies, VIRTUAL_STAGES if stages > 1 else (1,)):
+        best: Recommended | None = None
+        for stages, policy in itertools.product(self.stage_counts(sequences), self.policies):
+            planner = self.of(sequences * stages // self.devices.count)
+            for virtual_stages in VIRTUAL_STAGES if stages > 1 else (1,):
                 if stages * virtual_stages > len(self.layers):
                     continue
-                # Per sequence and device. Without a bubble it would be the work.
-                work, speeds = self.costs(policy, stages).seconds, self.devices.speed_of_stages(stages)
-                least = sum(work) * stages / sum(speeds or [1] * stages)
-                if virtual_stages > 1 and best and least > (1 - WORTH) * best[0]:
+                # Without a bubble it would be the work.
+                work, speeds = planner.costs(policy, stages).seconds, self.devices.speed_of_stages(stages)
+                least = sum(work) * planner.micro_batches / sum(speeds or [1] * stages)
+                if virtual_stages > 1 and best and least > (1 - WORTH) * best.seconds:
                     continue
-                bounds = self.split(stages, "auto", policy, virtual_stages)
-                each = self.stages(bounds, policy, virtual_stages=virtual_stages)
-                if not self.fits(each):
+                bounds = planner.split(stages, "auto", policy, virtual_stages)
+                each = planner.stages(bounds, policy, virtual_stages=virtual_stages)
+                if not planner.fits(each):
                     continue
-                time = step(each, self.micro_batches).seconds * stages / self.micro_batches
-                if best is None or time < (1 - WORTH * (virtual_stages > 1)) * best[0]:
-                    best = time, Recommended(stages, virtual_stages, policy, bounds)
-        return None if best is None else best[1]
+                time = step(each, planner.micro_batches).seconds
+                if best is None or time < (1 - WORTH * (virtual_stages > 1)) * best.seconds:
+                    best = Recommended(stages, virtual_stages, policy, bounds, planner.micro_batches, time)
+        return best
+
+    def stage_counts(self, sequences: int) -> list[int]:
+        """Return the numbers of stages that divide the devices into replicas, which divide the sequences of a step."""
+        devices = self.devices.count
+        most = min(devices, len(self.layers))
+        return [n for n in range(1, most + 1) if devices % n == 0 and sequences % (devices // n) == 0]
 
     def largest_sequence(self, bounds: Sequence[int], policy: str, virtual_stages: int = 1) -> int:
         """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
@@ -211,7 +252,7 @@ class Planner:
         if not self.devices.memory:
             raise ValueError("the memory of a device is not known")
         count = (len(bounds) - 1) // virtual_stages
-        limits = [(1 - MARGIN) * size for size in self.devices.memory_of_stages(count)]
+        limits = self.limits(count)
 
         def excess(number: int, length: int) -> float:
             return self._stage(bounds, number, policy, length, virtual_stages).total - limits[number]
@@ -222,7 +263,7 @@ class Planner:
         for place, number in enumerate(tightest):
             stage, limit = stages[number], limits[number]
             empty = stage.weights + stage.gradients + stage.optimizer + CONTEXT + WORKSPACE
-            known = {0: empty - limit, self.sequence_len: stage.total - limit}
+            known: dict[int, float] = {0: empty - limit, self.sequence_len: stage.total - limit}
             if place > 0 and longest > 0:
                 known[longest] = excess(number, longest)
             longest = find_longest(partial(excess, number), known, longest, STEP)

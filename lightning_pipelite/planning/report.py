@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.disk_size import disk_size
+from lightning_pipelite.planning.fit_command import STRATEGY, fit_command
 from lightning_pipelite.planning.leaving_out import faster_without
-from lightning_pipelite.planning.planner import Planner, Recommended
-from lightning_pipelite.planning.settings import Settings
+from lightning_pipelite.planning.planner import MARGIN, Planner, Recommended
+from lightning_pipelite.planning.settings import Settings, gib
+from lightning_pipelite.planning.stage_table import stage_lines
 from lightning_pipelite.planning.stages import StageMemory, step
-
-GIB = 2**30
-BAR = 44  # characters of a bar
-KINDS = {  # of what a stage holds: the character and the name
-    "weights": ("█", "weights"),
-    "gradients": ("▓", "gradients"),
-    "optimizer": ("▒", "optimizer"),
-    "activations": ("░", "activations"),
-    "transient": ("▚", "comes and goes"),
-    "reserve": ("·", "reserve"),
-}
+from lightning_pipelite.planning.ways import ways_to_fit
+from lightning_pipelite.strategy.partition import method_of
 
 
 @dataclass
@@ -28,13 +23,16 @@ class Report:
     """A plan and its recommendation; printed as text.
 
     Attributes:
-        planner: That made it.
+        planner: That made it, with the configuration's micro-batches a step.
         settings: What the configuration says.
         split: The bounds of the configuration's stages, or of all pieces.
         policies: What the stages take with each policy of activation memory, on that split.
         recommended: With what a step is fastest; None if nothing fits.
-        largest: The most tokens of a sequence that fit the recommended split, or the configuration's.
+        largest: The most tokens of a sequence that fit the recommended split.
         fewest: The fewest stages that fit, and with which policy.
+        words: Options of ``pipelite fit`` that were given, as on the command line.
+        replaced: Options that stand in place of the configuration's.
+        ways: What would fit, if nothing does.
         slow_devices: That a step would be faster without some of the devices; empty if it would not.
     """
 
@@ -45,10 +43,19 @@ class Report:
     recommended: Recommended | None
     largest: int | None
     fewest: tuple[int, str] | None
+    words: Sequence[str] = ()
+    replaced: Mapping[str, object] = field(default_factory=dict)
+    ways: list[str] = field(default_factory=list)
     slow_devices: str = ""
 
     @classmethod
-    def of(cls, planner: Planner, settings: Settings) -> Report:
+    def of(
+        cls,
+        planner: Planner,
+        settings: Settings,
+        words: Sequence[str] = (),
+        replaced: Mapping[str, object] | None = None,
+    ) -> Report:
         """Plan."""
         devices = planner.devices.count
         if devices % settings.stages:
@@ -58,19 +65,19 @@ class Report:
         pieces = settings.virtual_stages
         split = planner.split(settings.stages, settings.partition_method, planner.policies[0], pieces)
         policies = {policy: planner.stages(split, policy, virtual_stages=pieces) for policy in planner.policies}
-        recommended = planner.recommend()
-        largest = fewest = None
-        if planner.memory is not None:
-            fewest = planner.fewest_devices()
-            if recommended:
-                found = recommended
-                largest = planner.largest_sequence(found.bounds, planner.policies[-1], found.virtual_stages)
-        slow = (
-            ""
-            if recommended is None
-            else faster_without(planner, recommended.stages, recommended.policy, recommended.virtual_stages)
-        )
-        return cls(planner, settings, split, policies, recommended, largest, fewest, slow)
+        report = cls(planner, settings, split, policies, None, None, None, words, replaced or {})
+        found = report.recommended = planner.recommend(report.sequences)
+        if found is not None:
+            chosen = planner.of(found.micro_batches)
+            report.slow_devices = faster_without(chosen, found.stages, found.policy, found.virtual_stages)
+        if planner.memory is None:
+            return report
+        if found is not None:
+            report.fewest = planner.fewest_devices()
+            report.largest = chosen.largest_sequence(found.bounds, planner.policies[-1], found.virtual_stages)
+        else:
+            report.ways = ways_to_fit(planner, report.sequences)
+        return report
 
     @property
     def devices(self) -> int:
@@ -78,126 +85,189 @@ class Report:
         return self.planner.devices.count
 
     @property
+    def sequences(self) -> int:
+        """Of a step, over all replicas, as the configuration has it."""
+        return self.settings.micro_batches * (self.devices // self.settings.stages)
+
+    @property
     def policy(self) -> str:
-        """The policy that is shown: the configuration's, if the model can do so."""
+        """The configuration's policy, if the model can do so; else the first that fits, as ``auto`` chooses."""
         asked = self.settings.model.get("activation_memory", "auto")
         if asked in self.policies:
             return str(asked)
         return next((name for name, stages in self.policies.items() if self.planner.fits(stages)), [*self.policies][-1])
 
+    @property
+    def shown(self) -> list[StageMemory]:
+        """The stages that are told of: the recommended ones, or the configuration's."""
+        if (found := self.recommended) is None or self.planner.memory is None:
+            return self.policies[self.policy]
+        return self.planner.of(found.micro_batches).stages(found.bounds, found.policy, None, found.virtual_stages)
+
+    @property
+    def shown_policy(self) -> str:
+        """Their policy."""
+        found = self.recommended
+        return self.policy if found is None or self.planner.memory is None else found.policy
+
+    @property
+    def command(self) -> str | None:
+        """What trains as recommended."""
+        if (found := self.recommended) is None or self.planner.memory is None:
+            return None
+        options: dict[str, object] = dict(self.replaced)
+        if found.micro_batches != self.settings.micro_batches:
+            options["trainer.accumulate_grad_batches"] = found.micro_batches
+        options[f"{STRATEGY}.pipeline_stages"] = found.stages
+        if found.virtual_stages != self.settings.virtual_stages:
+            options[f"{STRATEGY}.virtual_stages"] = found.virtual_stages
+        if found.stages > 1:
+            options[f"{STRATEGY}.partition_method"] = method_of(found.bounds)
+        elif self.settings.partition_method != "uniform":
+            options[f"{STRATEGY}.partition_method"] = "uniform"
+        options["model.activation_memory"] = found.policy
+        return fit_command(self.words, options)
+
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", *self._stages(), "", *self._policies(), "", *self._advice()])
+        return "\n".join([*self._head(), "", *self._recommendation(), "", *self._all(), *self._notes()])
 
     def _head(self) -> list[str]:
-        model, planner = self.settings.model, self.planner
-        count = sum(stage.parameters for stage in self.policies[self.policy])
-        trained = sum(stage.trained for stage in self.policies[self.policy])
-        size = f" of {self._sizes()}" if planner.memory else ""
-        if planner.devices.speeds:
-            size += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
-        adapter = type(planner.layers.adapter).__name__
+        model, planner, stages = self.settings.model, self.planner, self.policies[self.policy]
+        count, trained = (sum(getattr(stage, name) for stage in stages) for name in ("parameters", "trained"))
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
         bits = next((words for option, words in held.items() if model.get(option)), "")
-        pieces = f" of {self.settings.virtual_stages} pieces each" if self.settings.virtual_stages > 1 else ""
-        return [
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        if planner.memory is not None:
+            limits = sorted({int((1 - MARGIN) * size) for size in planner.devices.memory}, reverse=True)
+            devices += f" of {self._sizes()}, of which a stage may take {', '.join(map(gib, limits))}"
+        if planner.devices.speeds:
+            devices += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
+        lines = [
             f"{model['model_dir']}: {count / 1e9:.2f} billion parameters ({disk_size(planner.layers.meta_model)}), "
-            f"{adapter}{bits}, {trained / 1e6:.1f} million trained",
-            f"{self.devices} device{'s' * (self.devices > 1)}{size}, {self.settings.stages} stage"
-            f"{'s' * (self.settings.stages > 1)}{pieces}, {planner.micro_batches} micro-batches a step of "
-            f"{planner.sequence_len} tokens",
+            f"{type(planner.layers.adapter).__name__}{bits}, {trained / 1e6:.1f} million trained",
+            f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens a step",
         ]
-
-    def _stages(self) -> list[str]:
-        stages = self.policies[self.policy]
-        widest = max(stage.total for stage in stages)
-        sizes = self.planner.devices.memory_of_stages(len(stages))
-        scale = max(widest, *sizes, 0)
-        wide = max(9, *(len(self._span(stage)) for stage in stages))
-        lines = [f"activation_memory {self.policy}, partition_method {self.settings.partition_method}, in GiB"]
-        lines.append(
-            f"{'stage':>5} {'layers':>{wide}} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
-            f"{'passing':>7} {'loss':>6} {'reserve':>7} {'total':>7} {'time':>8}"
-        )
-        for number, stage in enumerate(stages):
-            lines.append(
-                f"{number:>5} {self._span(stage):>{wide}} {stage.parameters / 1e9:>7.2f}B {stage.weights / GIB:>8.2f} "
-                f"{stage.gradients / GIB:>7.2f} {stage.optimizer / GIB:>7.2f} {stage.activations / GIB:>7.2f} "
-                f"{stage.transient / GIB:>7.2f} {stage.loss / GIB:>6.2f} {stage.reserve / GIB:>7.2f} "
-                f"{stage.total / GIB:>7.2f} {1e3 * stage.seconds:>5.0f} ms"
-            )
-        lines.append("")
-        for number, stage in enumerate(stages):
-            lines.append(f"{number:>5} {self._bar(stage, scale, sizes[number] if sizes else None)} {gib(stage.total)}")
-        lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
-        sent = [stage.sent for stage in stages[:-1]]
-        if sent:
-            waits = 1 - step(stages, self.planner.micro_batches).efficiency
-            lines.append(
-                f"      bubble {waits:.0%} of the time; over each boundary "
-                f"{', '.join(sorted({gib(size) for size in sent}))} a step"
-            )
+        if planner.memory is not None:
+            lines.append(f"({MARGIN:.0%} of the memory is kept free, as a plan may be that much too low)")
         return lines
 
-    def _span(self, stage: StageMemory) -> str:
-        layers = self.planner.layers.meta_model.groups
-        return "+".join(f"{layers[start]}-{layers[stop] - 1}" for start, stop in stage.spans)
-
-    def _bar(self, stage: StageMemory, scale: int, size: int | None) -> str:
-        marks, so_far = "", 0
-        for name, (mark, _) in KINDS.items():
-            so_far += getattr(stage, name)
-            marks += mark * (round(BAR * so_far / scale) - len(marks))
-        room = BAR - len(marks)
-        fits = size is None or stage.total <= size
-        return f"|{marks}{' ' * room}{'|' if fits else '> does not fit'}"
+    def _recommendation(self) -> list[str]:
+        planner, found = self.planner, self.recommended
+        if planner.memory is None:
+            told = f"As configured, {self._in_words(self.settings.stages, self.settings.virtual_stages, self.policy)}"
+            return [f"{told}:", "", *stage_lines(planner, self.shown)]
+        if found is None:
+            best = [*planner.policies][-1]
+            most = planner.stage_counts(self.sequences)[-1]
+            full = planner.of(self.sequences * most // self.devices)
+            least = max(stage.total for stage in full.stages(full.split(most, "auto", best), best))
+            stages = f"{most} stage{'s' * (most > 1)}"
+            lines = [
+                f"Nothing fits {self.devices} x {self._sizes()}: {stages} with activation_memory {best} would "
+                f"take {gib(least)}" + (" of one." if self.devices > 1 else ".")
+            ]
+            if not self.ways:
+                return [*lines, "Choose a smaller model, or more devices with more memory."]
+            return [*lines, "What would fit, each by itself:", *(f"  - {way}" for way in self.ways)]
+        words = self._in_words(found.stages, found.virtual_stages, found.policy)
+        speed = self.sequences * planner.sequence_len / found.seconds
+        return [
+            f"Recommended: {words}, {found.seconds:.2f} s a step, {_rounded(speed)} tokens/s ({self._whose_times})",
+            "",
+            *stage_lines(planner.of(found.micro_batches), self.shown),
+            "",
+            *(self.command or "").split("\n"),
+        ]
 
     def _sizes(self) -> str:
         return ", ".join(gib(size) for size in dict.fromkeys(self.planner.devices.memory))
 
-    def _policies(self) -> list[str]:
-        lines = [f"{'activation_memory':<18}{'fullest stage':>14}{'step':>10}   "]
-        for name, stages in self.policies.items():
-            fullest = max(stage.total for stage in stages)
-            time = step(stages, self.planner.micro_batches).seconds
-            verdict = "" if self.planner.memory is None else "fits" if self.planner.fits(stages) else "does not fit"
-            lines.append(f"{name:<18}{gib(fullest):>14}{time:>8.2f} s   {verdict}")
-        lines.append("(times on H100 GPUs)")
+    def _in_words(self, stages: int, virtual_stages: int, policy: str) -> str:
+        replicas = self.devices // stages
+        pieces = f" of {virtual_stages} pieces each" if virtual_stages > 1 else ""
+        each = self.sequences // replicas
+        return (
+            f"{stages} stage{'s' * (stages > 1)}{pieces}, {replicas} replica{'s' * (replicas > 1)} with {each} "
+            f"micro-batch{'es' * (each > 1)} a step, activation_memory {policy}"
+        )
+
+    @property
+    def _whose_times(self) -> str:
+        gpu = self.planner.gpu
+        return f"estimated for {gpu.name}s by {'measured' if gpu.measured else 'public'} rates"
+
+    def _all(self) -> list[str]:
+        """All that were tried of the same number of sequences, the configuration's first."""
+        lines = [
+            f"At {self.sequences} sequence{'s' * (self.sequences > 1)} a step ({self._whose_times}):",
+            f"  {'stages':>6} {'replicas':>8}  {'activation_memory':<18}{'fullest stage':>14}{'step':>11}",
+        ]
+        given = self.settings
+        for policy, stages in self.policies.items():
+            note = f"as configured, {given.partition_method}"
+            pieces = f"x{given.virtual_stages}" if given.virtual_stages > 1 else ""
+            lines.append(self._row(f"{given.stages}{pieces}", given.stages, policy, stages, self.planner, note))
+        for count in self.planner.stage_counts(self.sequences):
+            planner = self.planner.of(self.sequences * count // self.devices)
+            if count == given.stages and given.virtual_stages == 1 and count == 1:
+                continue
+            for policy in planner.policies:
+                stages = planner.stages(planner.split(count, "auto", policy), policy)
+                lines.append(self._row(str(count), count, policy, stages, planner, "auto"))
         return lines
 
-    def _advice(self) -> list[str]:
-        planner = self.planner
-        if planner.memory is None:
-            return ["Give --memory, such as --memory 24GiB, to learn what fits."]
-        lines = []
+    def _row(
+        self, name: str, count: int, policy: str, stages: Sequence[StageMemory], planner: Planner, note: str
+    ) -> str:
+        fullest = max(stage.total for stage in stages)
+        time = step(stages, planner.micro_batches).seconds
+        verdict = "" if planner.memory is None else "fits" if planner.fits(stages) else "does not fit"
+        row = f"  {name:>6} {self.devices // count:>8}  {policy:<18}{gib(fullest):>14}{time:>9.2f} s   {verdict:<12}"
+        return f"{row}  {note}".rstrip()
+
+    def _notes(self) -> list[str]:
+        planner, lines = self.planner, [""]
         if self.slow_devices:
             lines.append(f"{self.slow_devices[0].upper()}{self.slow_devices[1:]}")
-        if self.recommended is None:
-            last = [*self.policies][-1]
-            ways = ", ".join(["use more devices", *planner.layers.lighter_weights])
+        if planner.memory is None:
+            return [
+                "",
+                "Give --memory, such as --memory 24GiB, or --device, such as --device 4090, to learn what fits.",
+            ]
+        if self.largest is not None and self.recommended is not None:
             lines.append(
-                f"Nothing fits {self.devices} x {self._sizes()}, not even {self.devices} stages with "
-                f"activation_memory {last}: {ways}, or a shorter sequence_len."
+                f"The largest sequence_len on the recommended split is {self.largest}, with {planner.policies[-1]}."
             )
-            return lines
-        replicas = self.devices // self.recommended.stages
-        options = {**self.recommended.options, "activation_memory": self.recommended.policy}
-        lines.append(
-            f"Recommended: {', '.join(f'{name}: {value}' for name, value in options.items())}; {replicas} "
-            f"replica{'s' * (replicas > 1)}."
-        )
-        if self.largest is not None:
-            lines.append(f"The largest sequence_len on that split is {self.largest}, with {planner.policies[-1]}.")
         if self.fewest is not None:
             count, how = self.fewest
             lines.append(f"The fewest devices that fit: {count}, with activation_memory {how}.")
-        if "load_in_fp8" in planner.layers.lighter_weights:
+        if (on_host := self.on_host) and "offload" in planner.policies:
+            lines.append(
+                f"offload takes up to {gib(on_host)} of the memory of each host, page-locked, beside the programs."
+            )
+        fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
+        if fp8 and self.recommended is not None:
             lines.append(
                 "Faster still, in half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
-                "load_in_fp8."
+                "--model.load_in_fp8 true."
             )
-        return lines
+        return lines if len(lines) > 1 else []
+
+    @property
+    def on_host(self) -> int:
+        """Bytes that offload takes of a host's memory, on the recommended split or the configuration's."""
+        if "offload" not in self.policies:
+            return 0
+        planner, bounds, pieces = self.planner, self.split, self.settings.virtual_stages
+        if (found := self.recommended) is not None:
+            planner, bounds, pieces = planner.of(found.micro_batches), found.bounds, found.virtual_stages
+        stages = planner.stages(bounds, "offload", virtual_stages=pieces)
+        replicas = self.devices // len(stages)
+        return math.ceil(replicas * sum(stage.on_host for stage in stages) / self.settings.hosts)
 
 
-def gib(size: float) -> str:
-    """Return bytes in words."""
-    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+def _rounded(speed: float) -> str:
+    """No more than three digits, as it is an estimate."""
+    if speed < 1000:
+        return f"{speed:.0f}"
+    return f"{round(speed, 2 - math.floor(math.log10(speed))):,.0f}"

@@ -14,11 +14,12 @@ import torch
 
 from lightning_pipelite.errors import ConfigurationError
 
-UNITS = {"": 1, "B": 1} | {
+UNITS = {"": 2**30, "B": 1} | {
     unit: base**power
     for power, letter in enumerate("KMGT", start=1)
-    for unit, base in ((f"{letter}iB", 1024), (f"{letter}B", 1000))
+    for unit, base in ((f"{letter}iB", 1024), (f"{letter}B", 1000), (letter, 1024))
 }
+LEAST, MOST = 100 * 2**20, 4 * 2**40  # bytes of a GPU
 OPTIMIZER = {"class_path": "optimi.Adam", "init_args": {}}
 
 
@@ -67,8 +68,10 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
         if not value:
             raise ConfigurationError(f"{source}: {name} must be given for a plan.")
     strategy = trainer.get("strategy")
-    options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
+    options = _strategy_options(strategy, source)
     devices = trainer.get("devices")
+    if isinstance(devices, str):  # as Lightning reads it: a number, or numbers of devices
+        devices = [each for each in devices.split(",") if each.strip()] if "," in devices else _number(devices)
     if isinstance(devices, list):  # their numbers
         devices = len(devices)
     return Settings(
@@ -84,6 +87,20 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
         column_major=bool(options.get("use_column_major_topology")),
         optimizer=model.get("optimizer") or OPTIMIZER,
     )
+
+
+def _strategy_options(strategy: Any, source: str) -> Mapping[str, Any]:
+    """Return the options of the strategy, which must be the one that trains in stages."""
+    given = strategy.get("class_path") if isinstance(strategy, Mapping) else strategy
+    if given is not None and str(given).rpartition(".")[2] not in ("PipeLiteStrategy", "pipelite"):
+        raise ConfigurationError(
+            f"{source}: trainer.strategy is {given}, which does not train in stages; set it to pipelite."
+        )
+    return strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\s*\d+\s*", text) else None  # "auto", "-1": all that there are
 
 
 def _count(value: Any, name: str) -> int:
@@ -142,16 +159,28 @@ def parse_speeds(text: str) -> tuple[float, ...]:
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of ``24GiB``, ``80 GB`` or a plain number.
+    """Return the bytes of ``24GiB``, ``80 GB``, or of ``24``, which is taken for GiB, as graphics cards are sold.
 
     Raises:
-        ConfigurationError: If it is none of these.
+        ConfigurationError: If it is none of these, or cannot be a GPU's.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
-    if match is None or match[2].lower() not in units or not float(match[1]):
+    if match is None or match[2].lower() not in units:
         raise ConfigurationError(f"memory is {text!r}; write it as in 24GiB or 80GB.")
-    return int(float(match[1]) * units[match[2].lower()])
+    size = int(float(match[1]) * units[match[2].lower()])
+    if not LEAST <= size <= MOST:
+        told = f"{match[1]} GiB" if not match[2] else gib(size)
+        raise ConfigurationError(f"memory is {text!r}, which is {told}; write that of one GPU, as in 24GiB or 80GB.")
+    return size
+
+
+def gib(size: float) -> str:
+    """Return bytes in words."""
+    for unit, base in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= 0.1 * base:
+            return f"{size / base:.2f} {unit}" if unit == "GiB" else f"{size / base:.1f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def dtype_of(model: Mapping[str, Any]) -> torch.dtype:

@@ -15,6 +15,7 @@ from lightning_pipelite.models.layer_signature import layer_signature
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.planning.gpus import REFERENCE, Gpu
 from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.trial import Part, Trial
 from lightning_pipelite.planning.watched_stage import WatchedStage, quantisation_states
@@ -33,6 +34,7 @@ class Simulation:
         layers: The layers of the model.
         loss: The loss on what the last stage returns.
         make_optimizer: Makes the optimizer of some parameters.
+        gpu: Whose speed is gone by.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Simulation:
         layers: CausalLMLayers,
         loss: Callable[[Any, Any], Any],
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        gpu: Gpu = REFERENCE,
     ) -> None:
-        self.layers = layers
+        self.layers, self.gpu = layers, gpu
         self._loss = loss
         self._make_optimizer = make_optimizer
         self._built: dict[Any, WatchedStage] = {}
@@ -75,6 +78,10 @@ class Simulation:
             set_activation_memory(it.layers, policy, META, compiled=False)
             self._trials[key] = it.train(lambda: self._inputs(it.stage, sequence_len, input_grad), first=first)
         return self._trials[key]
+
+    def on(self, layers: CausalLMLayers) -> Simulation:
+        """Return a simulation of other layers with the same loss and optimizer."""
+        return Simulation(layers, self._loss, self._make_optimizer, self.gpu)
 
     @property
     def compiled(self) -> bool:
@@ -193,7 +200,8 @@ class Simulation:
 def _offloaded(trial: Trial) -> Trial:
     """Return what a recomputed item takes if its input waits in the host's memory, and the next one's comes back."""
     hidden = max(trial.hidden, trial.item.retained)
-    return replace(trial, item=replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden))
+    item = replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden)
+    return replace(trial, item=item, offloaded=hidden)
 
 
 def _rounded(tensor: Tensor) -> int:

@@ -18,8 +18,6 @@ FRAGMENTATION = 0.04
 """Share of what comes and goes that torch's allocator keeps unused between its blocks."""
 BACKWARD = 2 / 3
 """Share of the backward pass in the time of both."""
-LINK = 25e9
-"""Bytes a second between two GPUs, over PCIe 4."""
 PASS = 2e-4
 """Seconds that a pass takes beside its layers: to receive, to begin and to hand on."""
 
@@ -42,9 +40,11 @@ class StageMemory:
         in_flight: How many micro-batches are held at once; of all pieces together.
         peak: The most that torch allocates.
         reserve: CUDA's context and what the allocator cannot use.
-        piece_seconds: The time of a micro-batch in each piece, forward and backward, on one H100.
+        piece_seconds: The time of a micro-batch in each piece, forward and backward.
         hidden: Bytes that are handed on for a micro-batch, to the next piece.
         sent: Bytes that a step sends over the boundaries to the next stage, both ways.
+        on_host: Bytes of inputs that wait in the host's memory, with ``offload``.
+        link: Bytes a second between two stages.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -63,6 +63,8 @@ class StageMemory:
     piece_seconds: tuple[float, ...]
     hidden: int
     sent: int
+    on_host: int
+    link: float
 
     @property
     def seconds(self) -> float:
@@ -137,6 +139,8 @@ def stage_memory(
         reserve=CONTEXT + int(FRAGMENTATION * (activations + transient)),
         piece_seconds=tuple(piece.seconds for piece in pieces),
         hidden=max(piece.hidden for piece in pieces),
+        on_host=in_flight * max(piece.offloaded for piece in pieces),
+        link=simulation.gpu.link_a_second,
         sent=2 * of_all("hidden") * micro_batches if stage < stages - 1 or len(pieces) > 1 else 0,
     )
 
@@ -154,5 +158,5 @@ def step(stages: Sequence[StageMemory], micro_batches: int) -> Timeline:
         interleaved_1f1b(len(stages), virtual_stages, micro_batches),
         [(1 - BACKWARD) * time + PASS for time in times],
         [BACKWARD * time + PASS for time in times],
-        max(stage.hidden for stage in stages) / LINK,
+        max(stage.hidden for stage in stages) / stages[0].link,
     )

@@ -48,6 +48,7 @@ class Trial:
         handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input,
             and those of its parameters if they are made then.
         tied: What of the tail is the embedding's weight; a stage that has both holds it once.
+        offloaded: Bytes of the item's input that wait in the host's memory.
     """
 
     entry: Part
@@ -57,6 +58,7 @@ class Trial:
     unsaved: int = 0
     handover: int = 0
     tied: Part = field(default_factory=Part)
+    offloaded: int = 0
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:

@@ -43,7 +43,7 @@ def read(
         seen.update(cli.config.fit.as_dict())
         raise Stop
 
-    def simulate(settings: Any) -> None:
+    def simulate(settings: Any, device: Any) -> None:
         seen.update(
             model=settings.model,
             data={"sequence_len": settings.sequence_len},

@@ -1,0 +1,40 @@
+"""The command that trains as it was planned."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+STRATEGY = "trainer.strategy.init_args"
+
+
+def fit_command(words: Sequence[str], options: Mapping[str, object]) -> str:
+    """Return ``pipelite fit`` with options besides those that were given, in place of which they stand.
+
+    Args:
+        words: That were given, as on the command line.
+        options: By their names.
+    """
+    kept: list[str] = []
+    names = {f"--{name}" for name in options}
+    dropping = False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in names
+            if dropping and "=" in word:
+                continue
+        if not dropping:
+            kept.append(word)
+    added = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    lines = _lines([*kept, *added])
+    return " \\\n    ".join(["pipelite fit", *lines])
+
+
+def _lines(words: Sequence[str]) -> list[str]:
+    """Return lines, each an option with its values."""
+    lines: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not lines:
+            lines.append([])
+        lines[-1].append(word)
+    return [shlex.join(line) for line in lines]

@@ -1,0 +1,98 @@
+"""GPUs whose speed is known well enough to estimate a step: by their makers' figures, and what is reached of these."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+
+from lightning_pipelite.errors import ConfigurationError
+
+GIB = 2**30
+REACHED = {1: 0.53, 2: 0.607, 4: 0.67}
+"""Share of the peak rate that training reaches, by the bytes of an element, and"""
+REACHED_BANDWIDTH = 0.716
+"""of the memory's bandwidth; measured on one H100, and taken for all."""
+REACHED_LINK = 0.78
+"""Of the link between two GPUs."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        name: As people call it.
+        memory: Bytes that torch reports of it, which are less than are sold.
+        tflops: Peak rate of dense matrix products in bfloat16 with sums in float32, in 1e12 operations a second.
+        fp8: The same in FP8; None where tensor cores do not know it.
+        fp32: The same in float32.
+        bandwidth: Of its memory, GB/s.
+        link: To another GPU, GB/s one way: PCIe with 16 lanes, or NVLink.
+    """
+
+    name: str
+    memory: int
+    tflops: float
+    fp8: float | None
+    fp32: float
+    bandwidth: float
+    link: float
+
+    def flops(self, width: int) -> float:
+        """Return the operations a second that are reached, by the bytes of an element."""
+        if width == 1 and self.fp8 is not None:
+            return self.fp8 * 1e12 * REACHED[1]
+        if width <= 2:  # without tensor cores for it, FP8 becomes bfloat16 first
+            return self.tflops * 1e12 * REACHED[2]
+        return self.fp32 * 1e12 * REACHED[4]
+
+    @property
+    def measured(self) -> bool:
+        """Whether what is reached was measured on it."""
+        return self.name == "H100"
+
+    @property
+    def bytes_a_second(self) -> float:
+        """What is reached of its memory's bandwidth."""
+        return self.bandwidth * 1e9 * REACHED_BANDWIDTH
+
+    @property
+    def link_a_second(self) -> float:
+        """Bytes a second that reach another GPU."""
+        return self.link * 1e9 * REACHED_LINK
+
+
+def _gib(size: float) -> int:
+    return int(size * GIB)
+
+
+# NVIDIA's figures: "Ampere GA102 GPU Architecture" (3090, A6000), "Ada GPU Architecture" (4090), "RTX Blackwell GPU
+# Architecture" (5090), and the data sheets of L40S, A100 80GB, H100 SXM and H200 SXM; without sparsity.
+DEVICES = {
+    "3090": Gpu("RTX 3090", _gib(23.69), 71.0, None, 35.6, 936, 32),
+    "4090": Gpu("RTX 4090", _gib(23.65), 165.2, 330.3, 82.6, 1008, 32),
+    "5090": Gpu("RTX 5090", _gib(31.36), 209.5, 419.0, 104.8, 1792, 64),
+    "a6000": Gpu("RTX A6000", _gib(47.53), 154.8, None, 38.7, 768, 32),
+    "l40s": Gpu("L40S", _gib(44.40), 362.0, 733.0, 91.6, 864, 32),
+    "a100": Gpu("A100", _gib(79.14), 312.0, None, 19.5, 2039, 300),
+    "h100": Gpu("H100", _gib(79.10), 989.0, 1979.0, 67.0, 3350, 450),
+    "h200": Gpu("H200", _gib(139.72), 989.0, 1979.0, 67.0, 4800, 450),
+}
+"""By short name."""
+REFERENCE = replace(DEVICES["h100"], link=32)
+"""What a plan goes by where no device is named: an H100, of which rates were measured, but linked by PCIe."""
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a device by its name, such as ``4090``, ``RTX 4090`` or ``rtx-a6000``.
+
+    Raises:
+        ConfigurationError: If it is none of the table.
+    """
+    short = re.sub(r"nvidia|geforce|rtx|80gb|sxm\d?|[\s_-]", "", name.lower())
+    if short in DEVICES:
+        return DEVICES[short]
+    near = difflib.get_close_matches(short, DEVICES, 1)
+    meant = f"did you mean {near[0]}? The table has" if near else "choose one of"
+    raise ConfigurationError(f"device is {name!r}; {meant} {', '.join(DEVICES)}, or leave it out and give --memory.")

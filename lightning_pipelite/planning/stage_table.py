@@ -1,0 +1,75 @@
+"""The stages of a plan as a table and as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.settings import gib
+from lightning_pipelite.planning.stages import StageMemory, step
+
+GIB = 2**30
+BAR = 44  # characters of a bar
+KINDS = {  # of what a stage holds: the character and the name
+    "weights": ("█", "weights"),
+    "gradients": ("▓", "gradients"),
+    "optimizer": ("▒", "optimizer"),
+    "activations": ("░", "activations"),
+    "transient": ("▚", "comes and goes"),
+    "reserve": ("·", "reserve"),
+}
+
+
+def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
+    """Return the lines of the table, the bars, and what passes between stages."""
+    widest = max(stage.total for stage in stages)
+    sizes, limits = planner.devices.memory_of_stages(len(stages)), planner.limits(len(stages))
+    scale = max(widest, *sizes, 0)
+    unit, base = ("GiB", GIB) if widest >= GIB else ("MiB", 2**20)
+    spans = [span_of(planner, stage) for stage in stages]
+    wide = max(9, *(len(span) for span in spans))
+    lines = [
+        f"{'stage':>5} {'layers':>{wide}} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
+        f"{'passing':>7} {'loss':>6} {'reserve':>7} {'total':>7} {'time':>8}  ({unit})"
+    ]
+    for number, (stage, span) in enumerate(zip(stages, spans, strict=True)):
+        held = (stage.gradients, stage.optimizer, stage.activations, stage.transient)
+        columns = " ".join(f"{size / base:>7.2f}" for size in held)
+        lines.append(
+            f"{number:>5} {span:>{wide}} {_count(stage.parameters):>8} {stage.weights / base:>8.2f} {columns} "
+            f"{stage.loss / base:>6.2f} {stage.reserve / base:>7.2f} {stage.total / base:>7.2f} "
+            f"{_time(stage.seconds):>8}"
+        )
+    lines.append("")
+    for number, stage in enumerate(stages):
+        fits = not limits or stage.total <= limits[number]
+        lines.append(f"{number:>5} {_bar(stage, scale, fits)} {gib(stage.total)}")
+    lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
+    if sent := [stage.sent for stage in stages[:-1]]:
+        waits = 1 - step(stages, planner.micro_batches).efficiency
+        each = ", ".join(sorted({gib(size) for size in sent}))
+        lines.append(f"      bubble {waits:.0%} of the time; over each boundary {each} a step")
+    return lines
+
+
+def span_of(planner: Planner, stage: StageMemory) -> str:
+    """Return the decoder layers of a stage, such as ``0-15``; of several pieces with a plus between them."""
+    layers = planner.layers.meta_model.groups
+    return "+".join(f"{layers[start]}-{layers[stop] - 1}" for start, stop in stage.spans)
+
+
+def _bar(stage: StageMemory, scale: int, fits: bool) -> str:
+    marks, so_far = "", 0
+    for name, (mark, _) in KINDS.items():
+        so_far += getattr(stage, name)
+        marks += mark * (round(BAR * so_far / scale) - len(marks))
+    room = BAR - len(marks)
+    return f"|{marks}{' ' * room}{'|' if fits else '> does not fit'}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"

@@ -1,0 +1,119 @@
+"""What would let a training fit that does not, in figures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.adapters.lora_targets import lora_targets
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.planning.devices import Devices
+from lightning_pipelite.planning.planner import STEP, Planner
+from lightning_pipelite.planning.settings import gib
+
+MOST = 64  # devices that are tried
+ATTENTION = ("attn", "attention")  # in the names of modules
+
+
+def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
+    """Return what each would do alone: lighter weights, a LoRA on attention, shorter sequences, more devices and so on.
+
+    Only what goes with the model and the adapter, and is not done already; and only what was planned, and fits.
+
+    Args:
+        planner: With which nothing fits.
+        sequences: That a step takes.
+    """
+    ways = []
+    for name, layers in _variants(planner.layers):
+        other = planner.with_layers(layers).of(sequences * planner.stage_counts(sequences)[-1] // planner.devices.count)
+        if found := other.recommend(sequences):
+            each = other.of(found.micro_batches).stages(found.bounds, found.policy, None, found.virtual_stages)
+            ways.append(
+                f"{name}: {gib(max(stage.total for stage in each))} of a device, in {found.stages} "
+                f"stage{'s' * (found.stages > 1)} with activation_memory {found.policy}"
+            )
+        elif count := _fewest(other, sequences):
+            ways.append(f"{name}, and {count} devices")
+    ways += [*_fewer_in_flight(planner, sequences), *_shorter(planner, sequences)]
+    if count := _fewest(planner, sequences):
+        ways.append(f"{count} devices, in {count} stages")
+    return ways
+
+
+def _variants(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]]:
+    for name in layers.lighter_weights:
+        lighter = _changed(layers)
+        lighter.load_in_4bit, lighter.load_in_fp8 = name == "load_in_4bit", name == "load_in_fp8"
+        if _goes(lighter):
+            yield f"model.{name}: true", lighter
+    if names := attention_targets(layers):
+        narrower = _changed(layers)
+        narrower.adapter = copy.copy(layers.adapter)
+        narrower.adapter.target_modules = names  # type: ignore[attr-defined]
+        if _goes(narrower):
+            yield f"the adapter's target_modules: [{', '.join(names)}] (attention alone)", narrower
+
+
+def attention_targets(layers: CausalLMLayers) -> list[str]:
+    """Return the names of a LoRA's targets in attention; none if these are all, or cannot be told from others."""
+    adapter, meta_model = layers.adapter, layers.meta_model
+    if not isinstance(adapter, LoRA):
+        return []
+    linear, fused = lora_targets(meta_model, adapter.target_modules, adapter.layers_to_transform)
+    inside = [name for name in linear if any(word in part for part in name.split(".") for word in ATTENTION)]
+    names = sorted({name.rpartition(".")[2] for name in inside})
+    others = {name.rpartition(".")[2] for name in {*linear, *fused} - {*inside}}
+    return names if others and not others & set(names) else []
+
+
+def _changed(layers: CausalLMLayers) -> CausalLMLayers:
+    other = copy.copy(layers)
+    vars(other).pop("lighter_weights", None)  # which was found out for the other
+    return other
+
+
+def _goes(layers: CausalLMLayers) -> bool:
+    try:
+        layers.adapter.check(layers.meta_model, load_in_4bit=layers.load_in_4bit)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _most_stages(planner: Planner, sequences: int) -> tuple[Planner, int]:
+    stages = planner.stage_counts(sequences)[-1]
+    return planner.of(sequences * stages // planner.devices.count), stages
+
+
+def _fewer_in_flight(planner: Planner, sequences: int) -> Iterator[str]:
+    """Yield the most micro-batches a step, fewer than there are stages, with which less is held at once."""
+    full, stages = _most_stages(planner, sequences)
+    for count in range(min(stages, full.micro_batches) - 1, 0, -1):
+        if policy := full.of(count).choose_policy(stages, "auto"):
+            yield (
+                f"trainer.accumulate_grad_batches: {count} in {stages} stages, so that fewer micro-batches are in "
+                f"flight (activation_memory {policy}; the stages wait more)"
+            )
+            return
+
+
+def _shorter(planner: Planner, sequences: int) -> Iterator[str]:
+    """Yield the longest sequence."""
+    full, stages = _most_stages(planner, sequences)
+    policy = full.policies[-1]
+    length = full.largest_sequence(full.split(stages, "auto", policy), policy)
+    if STEP <= length < full.sequence_len:
+        yield (f"data.sequence_len: {length}, in {stages} stage{'s' * (stages > 1)} with activation_memory {policy}")
+
+
+def _fewest(planner: Planner, sequences: int) -> int | None:
+    """Return how many devices, more than there are, would do, each as small as the smallest; as many stages."""
+    most, more = min(MOST, len(planner.layers)), planner.devices.count + 1
+    for count in (*range(more, min(most, 12) + 1), *range(max(16, more), most + 1, 8)):
+        devices = Devices.alike(count, planner.memory)
+        if planner.of(sequences).on(devices).choose_policy(count, "auto"):
+            return count
+    return None
