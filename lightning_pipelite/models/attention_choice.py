@@ -41,6 +41,8 @@ def attention_on(
         return None
     if meta_model.fits_varlen():
         return varlen.NAME
+    if device.type == "meta":  # a plan, of which every trial would say so
+        return None
     warnings.warn(
         f"{meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a model "
         f"of type {meta_model.config.model_type} attends in a way that FlashAttention does not know.",

@@ -69,7 +69,7 @@ def _gib(size: float) -> int:
 
 # NVIDIA's figures: "Ampere GA102 GPU Architecture" (3090, A6000), "Ada GPU Architecture" (4090), "RTX Blackwell GPU
 # Architecture" (5090), and the data sheets of L40S, A100 80GB, H100 SXM and H200 SXM; without sparsity.
-DEVICES = {
+GPUS = {
     "3090": Gpu("RTX 3090", _gib(23.69), 71.0, None, 35.6, 936, 32),
     "4090": Gpu("RTX 4090", _gib(23.65), 165.2, 330.3, 82.6, 1008, 32),
     "5090": Gpu("RTX 5090", _gib(31.36), 209.5, 419.0, 104.8, 1792, 64),
@@ -80,7 +80,7 @@ DEVICES = {
     "h200": Gpu("H200", _gib(139.72), 989.0, 1979.0, 67.0, 4800, 450),
 }
 """By short name."""
-REFERENCE = replace(DEVICES["h100"], link=32)
+REFERENCE = replace(GPUS["h100"], link=32)
 """What a plan goes by where no device is named: an H100, of which rates were measured, but linked by PCIe."""
 
 
@@ -91,8 +91,8 @@ def gpu_named(name: str) -> Gpu:
         ConfigurationError: If it is none of the table.
     """
     short = re.sub(r"nvidia|geforce|rtx|80gb|sxm\d?|[\s_-]", "", name.lower())
-    if short in DEVICES:
-        return DEVICES[short]
-    near = difflib.get_close_matches(short, DEVICES, 1)
+    if short in GPUS:
+        return GPUS[short]
+    near = difflib.get_close_matches(short, GPUS, 1)
     meant = f"did you mean {near[0]}? The table has" if near else "choose one of"
-    raise ConfigurationError(f"device is {name!r}; {meant} {', '.join(DEVICES)}, or leave it out and give --memory.")
+    raise ConfigurationError(f"device is {name!r}; {meant} {', '.join(GPUS)}, or leave it out and give --memory.")

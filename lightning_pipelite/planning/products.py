@@ -62,6 +62,8 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "torch_attn::_varlen_attn": lambda query, key, value, *_: _causal(query, value),
     # Five products, and those of the forward pass are two.
     "torch_attn::_varlen_attn_backward": lambda gradient, query, key, value, *_: 2.5 * _causal(query, value),
+    # Of few tokens: of more, bitsandbytes dequantises first.
+    "bitsandbytes::gemm_4bit": lambda rows, codes, shape, *_: 2.0 * rows.numel() * shape[0],
     "pipelite::control": lambda output, delta, directions, *_: _control(delta, directions, 2),
     "pipelite::control_backward": lambda gradient, delta, directions, scales, classes, to_delta: _control(
         delta, directions, 5 if to_delta else 4

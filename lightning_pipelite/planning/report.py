@@ -138,8 +138,7 @@ class Report:
         bits = next((words for option, words in held.items() if model.get(option)), "")
         devices = f"{self.devices} device{'s' * (self.devices > 1)}"
         if planner.memory is not None:
-            limits = sorted({int((1 - MARGIN) * size) for size in planner.devices.memory}, reverse=True)
-            devices += f" of {self._sizes()}, of which a stage may take {', '.join(map(gib, limits))}"
+            devices += f" of {self._sizes()}"
         if planner.devices.speeds:
             devices += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
         lines = [
@@ -148,13 +147,16 @@ class Report:
             f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens a step",
         ]
         if planner.memory is not None:
-            lines.append(f"({MARGIN:.0%} of the memory is kept free, as a plan may be that much too low)")
+            limits = ", ".join(gib(int((1 - MARGIN) * size)) for size in dict.fromkeys(planner.devices.memory))
+            lines.append(f"A stage may take {limits}: {MARGIN:.0%} is kept free, as a plan may be that much too low.")
         return lines
 
     def _recommendation(self) -> list[str]:
         planner, found = self.planner, self.recommended
         if planner.memory is None:
-            told = f"As configured, {self._in_words(self.settings.stages, self.settings.virtual_stages, self.policy)}"
+            given = self.settings
+            words = _stages_in_words(given.stages, given.virtual_stages)
+            told = f"As configured: {words}, {self._replicas(given.stages)}, activation_memory {self.policy}"
             return [f"{told}:", "", *stage_lines(planner, self.shown)]
         if found is None:
             best = [*planner.policies][-1]
@@ -167,12 +169,14 @@ class Report:
                 f"take {gib(least)}" + (" of one." if self.devices > 1 else ".")
             ]
             if not self.ways:
-                return [*lines, "Choose a smaller model, or more devices with more memory."]
+                return [*lines, "Use devices with more memory, or a smaller model."]
             return [*lines, "What would fit, each by itself:", *(f"  - {way}" for way in self.ways)]
-        words = self._in_words(found.stages, found.virtual_stages, found.policy)
+        options = {**found.options, "activation_memory": found.policy}
+        words = ", ".join(f"{name}: {value}" for name, value in options.items())
         speed = self.sequences * planner.sequence_len / found.seconds
         return [
-            f"Recommended: {words}, {found.seconds:.2f} s a step, {_rounded(speed)} tokens/s ({self._whose_times})",
+            f"Recommended: {words}; {self._replicas(found.stages)}.",
+            f"{found.seconds:.2f} s a step, {_rounded(speed)} tokens/s ({self._whose_times}).",
             "",
             *stage_lines(planner.of(found.micro_batches), self.shown),
             "",
@@ -182,14 +186,10 @@ class Report:
     def _sizes(self) -> str:
         return ", ".join(gib(size) for size in dict.fromkeys(self.planner.devices.memory))
 
-    def _in_words(self, stages: int, virtual_stages: int, policy: str) -> str:
+    def _replicas(self, stages: int) -> str:
         replicas = self.devices // stages
-        pieces = f" of {virtual_stages} pieces each" if virtual_stages > 1 else ""
         each = self.sequences // replicas
-        return (
-            f"{stages} stage{'s' * (stages > 1)}{pieces}, {replicas} replica{'s' * (replicas > 1)} with {each} "
-            f"micro-batch{'es' * (each > 1)} a step, activation_memory {policy}"
-        )
+        return f"{replicas} replica{'s' * (replicas > 1)} with {each} micro-batch{'es' * (each > 1)} a step"
 
     @property
     def _whose_times(self) -> str:
@@ -197,33 +197,31 @@ class Report:
         return f"estimated for {gpu.name}s by {'measured' if gpu.measured else 'public'} rates"
 
     def _all(self) -> list[str]:
-        """All that were tried of the same number of sequences, the configuration's first."""
+        """All that were tried for the same number of sequences, the configuration first."""
+        given, planner = self.settings, self.planner
+        configured = _stages_in_words(given.stages, given.virtual_stages)
         lines = [
             f"At {self.sequences} sequence{'s' * (self.sequences > 1)} a step ({self._whose_times}):",
             f"  {'stages':>6} {'replicas':>8}  {'activation_memory':<18}{'fullest stage':>14}{'step':>11}",
+            f"as configured, {configured}, partition_method {given.partition_method}:",
+            *(self._row(given.stages, policy, stages, planner) for policy, stages in self.policies.items()),
         ]
-        given = self.settings
-        for policy, stages in self.policies.items():
-            note = f"as configured, {given.partition_method}"
-            pieces = f"x{given.virtual_stages}" if given.virtual_stages > 1 else ""
-            lines.append(self._row(f"{given.stages}{pieces}", given.stages, policy, stages, self.planner, note))
-        for count in self.planner.stage_counts(self.sequences):
-            planner = self.planner.of(self.sequences * count // self.devices)
-            if count == given.stages and given.virtual_stages == 1 and count == 1:
+        rows = []
+        for count in planner.stage_counts(self.sequences):
+            if count == given.stages and (count == 1 or given.partition_method == "auto") and given.virtual_stages == 1:
                 continue
-            for policy in planner.policies:
-                stages = planner.stages(planner.split(count, "auto", policy), policy)
-                lines.append(self._row(str(count), count, policy, stages, planner, "auto"))
-        return lines
+            other = planner.of(self.sequences * count // self.devices)
+            for policy in other.policies:
+                stages = other.stages(other.split(count, "auto", policy), policy)
+                rows.append(self._row(count, policy, stages, other))
+        return [*lines, "with partition_method auto:", *rows] if rows else lines
 
-    def _row(
-        self, name: str, count: int, policy: str, stages: Sequence[StageMemory], planner: Planner, note: str
-    ) -> str:
+    def _row(self, count: int, policy: str, stages: Sequence[StageMemory], planner: Planner) -> str:
         fullest = max(stage.total for stage in stages)
         time = step(stages, planner.micro_batches).seconds
         verdict = "" if planner.memory is None else "fits" if planner.fits(stages) else "does not fit"
-        row = f"  {name:>6} {self.devices // count:>8}  {policy:<18}{gib(fullest):>14}{time:>9.2f} s   {verdict:<12}"
-        return f"{row}  {note}".rstrip()
+        row = f"  {count:>6} {self.devices // count:>8}  {policy:<18}{gib(fullest):>14}{time:>9.2f} s   {verdict}"
+        return row.rstrip()
 
     def _notes(self) -> list[str]:
         planner, lines = self.planner, [""]
@@ -245,6 +243,9 @@ class Report:
             lines.append(
                 f"offload takes up to {gib(on_host)} of the memory of each host, page-locked, beside the programs."
             )
+        layers = planner.layers
+        if layers.packed and not layers.meta_model.fits_varlen():
+            lines.append("Documents are kept apart by masks, slowly if sequences are long: FlashAttention does not fit.")
         fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
         if fp8 and self.recommended is not None:
             lines.append(
@@ -264,6 +265,10 @@ class Report:
         stages = planner.stages(bounds, "offload", virtual_stages=pieces)
         replicas = self.devices // len(stages)
         return math.ceil(replicas * sum(stage.on_host for stage in stages) / self.settings.hosts)
+
+
+def _stages_in_words(stages: int, virtual_stages: int) -> str:
+    return f"{stages} stage{'s' * (stages > 1)}" + f" of {virtual_stages} pieces each" * (virtual_stages > 1)
 
 
 def _rounded(speed: float) -> str:

@@ -26,7 +26,7 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
         planner: With which nothing fits.
         sequences: That a step takes.
     """
-    ways = []
+    ways, most = [], _fewest(planner, sequences)
     for name, layers in _variants(planner.layers):
         other = planner.with_layers(layers).of(sequences * planner.stage_counts(sequences)[-1] // planner.devices.count)
         if found := other.recommend(sequences):
@@ -35,11 +35,11 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
                 f"{name}: {gib(max(stage.total for stage in each))} of a device, in {found.stages} "
                 f"stage{'s' * (found.stages > 1)} with activation_memory {found.policy}"
             )
-        elif count := _fewest(other, sequences):
+        elif (count := _fewest(other, sequences)) and (most is None or count < most):
             ways.append(f"{name}, and {count} devices")
     ways += [*_fewer_in_flight(planner, sequences), *_shorter(planner, sequences)]
-    if count := _fewest(planner, sequences):
-        ways.append(f"{count} devices, in {count} stages")
+    if most is not None:
+        ways.append(f"{most} devices, in {most} stages")
     return ways
 
 

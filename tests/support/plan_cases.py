@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,10 @@ def write_config(path: Path, model_dir: Path, stages: int = 4, virtual_stages: i
     }
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def write_model_config(directory: Path, config: dict[str, Any]) -> Path:
+    """Write config.json, of which a plan can be made."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
