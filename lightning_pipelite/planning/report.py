@@ -245,7 +245,9 @@ class Report:
             )
         layers = planner.layers
         if layers.packed and not layers.meta_model.fits_varlen():
-            lines.append("Documents are kept apart by masks, slowly if sequences are long: FlashAttention does not fit.")
+            lines.append(
+                "Documents are kept apart by masks, slowly if sequences are long: FlashAttention does not fit."
+            )
         fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
         if fp8 and self.recommended is not None:
             lines.append(
