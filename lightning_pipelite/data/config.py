@@ -43,8 +43,8 @@ class DatasetConfig:
             (a record a line), ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, all but the last two also with ``.gz``,
             ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that was downloaded from Hugging Face, or that its
             datasets saved.
-        split: Of a directory whose files are of several splits by their names, the one to read; null is train, for an
-            evaluation the only other one.
+        split: Of a directory whose files are of several splits by their names, the one to read, as in "train" or
+            "train_sft"; null is that for training, for an evaluation the only other one.
         format: What records are: "text", "messages", "sharegpt", "alpaca" (instruction, input, output),
             "prompt_completion", "prompt_response" or "question_answer". Null finds it out from the first records.
         max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
+from lightning_pipelite.data.subsets import same_set, set_of
 from lightning_pipelite.errors import ConfigurationError
 
 _WORDS = {
@@ -17,9 +19,8 @@ _WORDS = {
 _WORD = re.compile(rf"({'|'.join(_WORDS)})(s|sets?|data|splits?|files?)?")
 # What stands between two words of a name; also the change of case in testSet.
 _BETWEEN = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+_TITLED = re.compile(r"\.(txt|md)(\.\w+)?$")
 _HELD_OUT = re.compile(r"(hold|held)[\W_]+out(?![a-z])", re.IGNORECASE)
-# As the libraries of Hugging Face name the files of a split; older ones put a hash behind.
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?(\.[A-Za-z]\w*)*")
 
 
 def split_of(file: Path) -> str | None:
@@ -36,10 +37,7 @@ def split_of(file: Path) -> str | None:
     folder = _one_of("/".join(file.parts[:-1]), file)
     if folder is not None:
         return folder
-    told = _one_of(file.name, file)
-    if told is not None and (shard := _SHARD.fullmatch(file.name)):
-        return _WORDS.get(shard["split"].lower(), shard["split"])  # train_sft and train_gen are two
-    return told
+    return _one_of(file.name, file)
 
 
 def _one_of(name: str, file: Path) -> str | None:
@@ -75,15 +73,20 @@ def of_one_split(
     """
     if split is None and len(files) == 1:
         return list(files)
-    splits: dict[str | None, list[Path]] = {}
-    for file in files:
-        splits.setdefault(split_of(file.relative_to(root)), []).append(file)
+    sets = _sets(files, root)
+    if all(len(parts) == 1 for parts in sets.values()):
+        splits = {told: [*chain(*parts.values())] for told, parts in sets.items()}
+    else:
+        splits = {name: part for parts in sets.values() for name, part in parts.items()}
     names = sorted(name for name in splits if name is not None)
     if split is not None:
-        if split not in splits:
+        if split in splits:
+            return splits[split]
+        meant = [part for parts in sets.values() for name, part in parts.items() if name and same_set(name, split)]
+        if len(meant) != 1:
             there = f"it has {', '.join(names)}" if names else "its files' names tell of none"
             raise ConfigurationError(f"split of {place} is {split}, which is not there ({there}); correct it.")
-        return splits[split]
+        return meant[0]
     if not any(name != "train" for name in names):
         return list(files)
     if None in splits:
@@ -96,9 +99,24 @@ def of_one_split(
     if len(names) > 1 and any("train" in _splits_in(name) for name in names):
         raise ConfigurationError(
             f"{place} matches files of the splits {', '.join(names)}: set split to one of them, or name its files "
-            "alone."
+            "alone; those to be used together are datasets of their own."
         )
     return list(files)
+
+
+def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None, list[Path]]]:
+    """Give the files by what their names tell: the split, and which set of it."""
+    sets: dict[str | None, dict[str | None, list[Path]]] = {}
+    for file in files:
+        below = file.relative_to(root)
+        told = split_of(below)
+        telling = next((part for part in below.parts if _splits_in(part)), None)
+        title = telling == below.name and _TITLED.search(telling)  # of a document, not of a set
+        name = told if telling is None or title else set_of(telling)
+        parts = sets.setdefault(told, {})
+        known = next((each for each in parts if each and name and same_set(each, name)), name)
+        parts.setdefault(known, []).append(file)
+    return sets
 
 
 def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
@@ -112,4 +130,6 @@ def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
         return fitting[0]
     use = "to evaluate on" if evaluation else "to train on"
     listed = ", ".join(names)
-    raise ConfigurationError(f"{place} holds the splits {listed}: set split to the one {use}, such as {names[0]}.")
+    raise ConfigurationError(
+        f"{place} holds the splits {listed}: set split to the one {use}, such as {(fitting or names)[0]}."
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ def write(folder: Path, *names: str) -> None:
         (folder / name).write_text("x")
 
 
-def found(folder: Path, pattern: str = "", **more: bool) -> list[str]:
+def found(folder: Path, pattern: str = "", **more: Any) -> list[str]:
     root = folder / pattern if pattern else folder
     return [str(file.relative_to(folder)) for file in find_files(str(root), **more)]
 
@@ -97,3 +99,63 @@ def test_folders_around_tell_nothing(tmp_path: Path) -> None:
 def test_the_folder_data_is_told_where_it_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", "data/b.jsonl")
     assert not_read(str(tmp_path), find_files(str(tmp_path))) == ["data/b.jsonl"]
+
+
+TWO = [
+    ("train_sft.jsonl", "train_gen.jsonl"),
+    ("train_sft/x.jsonl", "train_gen/x.jsonl"),
+    ("data/train_sft.csv", "data/train_gen.csv.gz"),
+    ("train_sft.jsonl", "train_gen-00000-of-00001.parquet"),
+    ("sft.train.0001.jsonl", "gen.train.0001.jsonl"),
+    ("train_v1.jsonl", "train_v2.jsonl"),
+    ("train.jsonl", "train_extra.jsonl"),
+]
+
+
+@pytest.mark.parametrize("names", TWO)
+def test_two_sets_for_training_are_not_mixed(tmp_path: Path, names: tuple[str, str]) -> None:
+    write(tmp_path, *names)
+    with pytest.raises(
+        ConfigurationError, match=r"holds the splits (.+), (.+): set split to the one to train on"
+    ) as refused:
+        found(tmp_path)
+    told = re.findall(r"splits (.+), (.+): set", str(refused.value))[0]
+    assert sorted(found(tmp_path, split=each)[0] for each in told) == sorted(names)
+    for each in names:
+        assert found(tmp_path, each) == [each]
+    with pytest.raises(ConfigurationError, match="matches files of the splits"):
+        found(tmp_path, "**/*.*")
+    with pytest.raises(ConfigurationError, match=f"is other, which is not there .it has {told[0]}, {told[1]}"):
+        found(tmp_path, split="other")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+        ("train_sft-00000-of-00002-a3ecf92756993583.parquet", "train_sft-00001-of-00002-0123456789abcdef.parquet"),
+        ("train_0001.jsonl", "train_0002.jsonl.gz"),
+        ("train.jsonl", "train2.jsonl"),
+        ("train-part1.jsonl", "train-part-2.jsonl"),
+        ("train (1).csv", "train (2).csv"),
+        ("oh_train_1.jsonl", "oh-train-2.jsonl"),
+        ("train/a.jsonl", "train/b.jsonl"),
+        ("train_sft/a.jsonl", "train_sft/b.jsonl"),
+        ("a train to busan.txt", "training day.txt"),
+    ],
+)
+def test_parts_of_a_set_stay_together(tmp_path: Path, names: tuple[str, str]) -> None:
+    write(tmp_path, *names)
+    assert found(tmp_path) == sorted(names)
+    assert found(tmp_path, split="train") == sorted(names)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", "-00000-of-00001.parquet"])
+def test_a_set_is_named_in_full(tmp_path: Path, ending: str) -> None:
+    write(tmp_path, *(f"{each}{ending}" for each in ("train_sft", "train_gen", "test_sft", "test_gen")))
+    assert found(tmp_path, split="train_gen") == [f"train_gen{ending}"]
+    assert found(tmp_path, split="test_sft", evaluation=True) == [f"test_sft{ending}"]
+    with pytest.raises(ConfigurationError, match="set split to the one to evaluate on, such as test_gen"):
+        found(tmp_path, evaluation=True)
+    with pytest.raises(ConfigurationError, match=r"split of .* is train, which is not there"):
+        found(tmp_path, split="train")
