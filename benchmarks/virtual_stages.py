@@ -11,89 +11,14 @@ a stage are not 1.15 times as fast as one where there are as many micro-batches 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import sys
-import time
-from typing import Any
-
-import lightning as L
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import tests_support  # noqa: F401
-from lightning_pipelite import PipeLiteStrategy
 from processes import Workers
 from report import Report
+from sleeping import train
 
-WIDTH, PIECES, GAIN = 16, (1, 2, 4), 1.15
-
-
-class _Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return inputs.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        time.sleep(2 * ctx.seconds)
-        return gradient, None
-
-
-class Sleeping(nn.Module):
-    """A layer that sleeps its time."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.linear, self.seconds = nn.Linear(WIDTH, WIDTH), seconds
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        slept: Tensor = _Sleep.apply(torch.tanh(self.linear(inputs)), self.seconds)
-        return slept
-
-
-class Model(L.LightningModule):
-    def __init__(self, layers: int, seconds: float) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Sleeping(seconds) for _ in range(layers))
-
-    def pipeline_layers(self) -> Any:
-        return list(self.layers), nn.functional.mse_loss
-
-    def training_step(self, *_: Any) -> None:
-        raise NotImplementedError
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Clock(L.Callback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if len(self.ends) < trainer.global_step:
-            self.ends.append(time.perf_counter())
-            self.losses.append(float(trainer.callback_metrics["train/loss"]))
-
-
-def train(stages: int, virtual_stages: int, layers: int, micro_batches: int, seconds: float, steps: int) -> Any:
-    """As one of the ranks: the seconds of a step, the median; and the losses."""
-    clock = Clock()
-    trainer = L.Trainer(
-        strategy=PipeLiteStrategy(stages, virtual_stages=virtual_stages), accelerator="cpu", devices=stages,
-        accumulate_grad_batches=micro_batches, max_steps=steps + 1, max_epochs=-1, callbacks=[clock], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    rows = [tuple(torch.randn(2, WIDTH, generator=generator) for _ in range(2)) for _ in range(micro_batches)]
-    trainer.fit(Model(layers, seconds), DataLoader(rows, batch_size=None, shuffle=False))  # type: ignore[arg-type]
-    return statistics.median(b - a for a, b in itertools.pairwise(clock.ends)), clock.losses
+PIECES, GAIN = (1, 2, 4), 1.15
 
 
 def main() -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+
+from lightning_pipelite.errors import ConfigurationError
 
 
 class TiedParameters:
@@ -23,19 +26,24 @@ class TiedParameters:
         timeout: How long a rank waits for the others.
 
     Raises:
-        RuntimeError: If a tied parameter is trained in one stage and frozen in another.
+        ConfigurationError: If a tied parameter is trained in one stage and frozen in another, or has other shapes there.
     """
 
     def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]], timeout: timedelta) -> None:
-        mine = {name: p.requires_grad for name, p in stage.named_parameters()}
-        everyones: list[dict[str, bool]] = [{} for _ in range(dist.get_world_size(group))]
+        mine = {name: (p.requires_grad, tuple(p.shape), p.dtype) for name, p in stage.named_parameters()}
+        everyones: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(everyones, mine, group=group)
         names = {name for own in everyones for name in own}
         owners = {name: [i for i, theirs in enumerate(everyones) if name in theirs] for name in names}
         tied = {name: tuple(stages) for name, stages in owners.items() if len(stages) > 1}
         for name, stages in tied.items():
-            if len({everyones[i][name] for i in stages}) > 1:
-                raise RuntimeError(f"{name} is tied between stages {list(stages)}, but not trained in all of them")
+            trained, shapes, dtypes = (set(each) for each in zip(*(everyones[i][name] for i in stages), strict=True))
+            if len(trained) > 1 or len(shapes) > 1 or len(dtypes) > 1:
+                how = "not trained in all of them" if len(trained) > 1 else "of different shapes or types"
+                raise ConfigurationError(
+                    f"{name} is in stages {' and '.join(map(str, stages))}, but {how}; parameters of one name are one, "
+                    "tied: give other ones names that do not depend on the partition."
+                )
 
         parameters = dict(stage.named_parameters())
         rank = dist.get_rank()
@@ -51,10 +59,27 @@ class TiedParameters:
             for name, stages in sorted(tied.items())
             if stages in groups and name in parameters
         ]
+        unequal = 0
         for parameter, made, source in self._tied:
+            before = _digest(parameter)
             dist.broadcast(parameter.data, src=source, group=made)
+            unequal += before != _digest(parameter)
+        if tied:
+            self._tell(sorted(tied), unequal, group)
         self._counted_elsewhere = {id(p) for p, _, source in self._tied if source != rank}
         self.names = sorted(tied)
+
+    @staticmethod
+    def _tell(names: list[str], unequal: int, group: Any) -> None:
+        """Warn, in the first stage, of parameters that have a name in common and perhaps nothing else. Collective."""
+        counts = [0] * dist.get_world_size(group)
+        dist.all_gather_object(counts, unequal, group=group)
+        if any(counts):
+            rank_zero_warn(
+                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} stand in several stages and began with different "
+                "values; parameters of one name are one, tied, and now have the first stage's. If they are not meant to "
+                "be, give them names that do not depend on the partition."
+            )
 
     def reduce(self) -> None:
         """Sum the gradients of tied parameters over their stages. Collective."""
@@ -67,3 +92,8 @@ class TiedParameters:
     def counts_here(self, parameter: Tensor) -> bool:
         """Whether this stage counts the parameter in norms over all stages: each is counted in one."""
         return id(parameter) not in self._counted_elsewhere
+
+
+def _digest(parameter: Tensor) -> tuple[float, float]:
+    values = parameter.detach().flatten()
+    return float(values.sum(dtype=torch.float64)), float(values[:: max(1, len(values) // 1024)].double().norm())

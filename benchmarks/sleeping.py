@@ -1,0 +1,141 @@
+"""A model whose layers sleep their time, so that ranks on few cores are as fast as on their own."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import tests_support  # noqa: F401
+from lightning_pipelite import PipeLiteStrategy
+from lightning_pipelite.shared.protocol import LayerCosts
+
+WIDTH = 16
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return gradient, None
+
+
+class Sleeping(nn.Module):
+    """A layer that sleeps its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear, self.seconds = nn.Linear(WIDTH, WIDTH), seconds
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        slept: Tensor = _Sleep.apply(torch.tanh(self.linear(inputs)), self.seconds)
+        return slept
+
+
+class Layers:
+    """Sleeping layers that say what they cost.
+
+    Args:
+        seconds: Of a layer's forward pass on a device of speed 1.
+        layers: How many there are.
+        micro_batches: Of a step.
+        speed: Of this rank.
+    """
+
+    def __init__(self, seconds: float, layers: int, micro_batches: int, speed: float) -> None:
+        self.names = ["Sleeping"] * layers
+        self._seconds, self._micro_batches, self._speed = seconds, micro_batches, speed
+
+    def parameter_counts(self) -> list[int]:
+        return [WIDTH * WIDTH + WIDTH] * len(self.names)
+
+    def layer_costs(self) -> LayerCosts:
+        zeros = [0] * len(self.names)
+        return LayerCosts([3 * self._seconds] * len(self.names), zeros, zeros, self._micro_batches)
+
+    def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
+        def layer(number: int) -> nn.Module:
+            torch.manual_seed(number)
+            return Sleeping(self._seconds / self._speed)
+
+        named = OrderedDict(
+            (str(number), layer(number)) for number in range(start, stop)
+        )  # names are the whole model's
+        return nn.Sequential(named).to(device)
+
+
+class Model(L.LightningModule):
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def pipeline_layers(self) -> Any:
+        return self._layers, nn.functional.mse_loss
+
+    def training_step(self, *_: Any) -> None:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Clock(L.Callback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if len(self.ends) < trainer.global_step:
+            self.ends.append(time.perf_counter())
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def train(
+    stages: int,
+    virtual_stages: int,
+    layers: int,
+    micro_batches: int,
+    seconds: float,
+    steps: int,
+    method: str = "uniform",
+    speeds: Sequence[float] = (),
+) -> tuple[float, list[float]]:
+    """As one of the ranks: the seconds of a step, the median; and the losses.
+
+    Args:
+        stages: One a rank.
+        virtual_stages: Pieces of each.
+        layers: Of the model.
+        micro_batches: Of a step.
+        seconds: Of a layer's forward pass; backward takes twice that.
+        steps: That are timed.
+        method: The strategy's ``partition_method``.
+        speeds: Of the ranks, which the strategy is told only for ``auto``.
+    """
+    clock = Clock()
+    told = list(speeds) if speeds and method == "auto" else None
+    strategy = PipeLiteStrategy(stages, method, virtual_stages=virtual_stages, speeds=told)
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", devices=stages, accumulate_grad_batches=micro_batches,
+        max_steps=steps + 1, max_epochs=-1, callbacks=[clock], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    rows = [tuple(torch.randn(2, WIDTH, generator=generator) for _ in range(2)) for _ in range(micro_batches)]
+    model = Model(Layers(seconds, layers, micro_batches, speeds[strategy.global_rank] if speeds else 1.0))
+    trainer.fit(model, DataLoader(rows, batch_size=None, shuffle=False))  # type: ignore[arg-type]
+    return statistics.median(b - a for a, b in itertools.pairwise(clock.ends)), clock.losses
