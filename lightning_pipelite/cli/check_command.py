@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -26,7 +27,11 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
 from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.strategy.partition import check_virtual_stages
+
+TAKEN = 4 * 4
+"""Bytes for each weight: float32, of the model and of its stages, and the gradients of both."""
 
 
 @dataclass
@@ -83,6 +88,8 @@ def check_model(
             raise ConfigurationError(f"stages: {count} is not between 1 and {items}, what {model_dir} can be cut into.")
         if isinstance(split, tuple):
             check_virtual_stages(*split)
+    if not tiny:
+        _check_memory(meta_model)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(model_dir)
         if tiny:
@@ -107,6 +114,8 @@ def check_model(
         pieces = [2 * sum(sizes[start:stop]) for start, stop in cuts]
         number = split if isinstance(split, int) else split[0]
         stage_bytes[split] = [sum(pieces[stage::number]) for stage in range(number)]
+        if meta_model.tied and number == 1:  # one stage has both ends, and their weight once
+            stage_bytes[split][0] -= 2 * meta_model.model.get_submodule(meta_model.head_name).weight.numel()
     return CheckReport(stage_bytes, differences, layers.packed)
 
 
@@ -131,6 +140,18 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
         print(report, flush=True)
         sys.exit(1)
     return report
+
+
+def _check_memory(meta_model: MetaModel) -> None:
+    """Refuse at once what would run out of memory after minutes of loading."""
+    weights = sum(parameter.numel() for parameter in meta_model.model.parameters())
+    needed, free = TAKEN * weights, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigurationError(
+            f"{meta_model.model_dir}: the check of the whole model would take about {gib(needed)} of this "
+            f"machine's memory (float32 weights and gradients, of the model and of its stages), and {gib(free)} is "
+            "free; give --tiny, which tries a small model of the same class and depth."
+        )
 
 
 def _read(text: str) -> Split:

@@ -57,7 +57,7 @@ def pieces_of(split: Split) -> int:
 
 def in_words(split: Split) -> str:
     """Return a split as messages tell it."""
-    return f"{split} stages" if isinstance(split, int) else f"{split[0]} stages of {split[1]} pieces"
+    return f"{split} stage{'s' * (split > 1)}" if isinstance(split, int) else f"{split[0]} stages of {split[1]} pieces"
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
