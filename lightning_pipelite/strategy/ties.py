@@ -26,7 +26,8 @@ class TiedParameters:
         timeout: How long a rank waits for the others.
 
     Raises:
-        ConfigurationError: If a tied parameter is trained in one stage and frozen in another, or has other shapes there.
+        ConfigurationError: If a tied parameter is trained in one stage and frozen in another, or has another shape
+            there.
     """
 
     def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]], timeout: timedelta) -> None:
@@ -77,8 +78,8 @@ class TiedParameters:
         if any(counts):
             rank_zero_warn(
                 f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} stand in several stages and began with different "
-                "values; parameters of one name are one, tied, and now have the first stage's. If they are not meant to "
-                "be, give them names that do not depend on the partition."
+                "values; parameters of one name are one, tied, and now have the first stage's. If they are not meant "
+                "to be, give them names that do not depend on the partition."
             )
 
     def reduce(self) -> None:
