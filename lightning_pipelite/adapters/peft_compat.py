@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached
 from typing_extensions import override
 
+from lightning_pipelite.errors import ConfigurationError
+
 
 def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
     """Return rank and alpha of the module ``name``, by PEFT's own reading of a configuration's patterns.
@@ -99,6 +101,14 @@ class QuantisedExperts(ParamWrapper):
                 yield
         finally:  # also where a recomputation stops early, by an exception
             del chain[-1]
+
+    @override
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: PEFT would add the product to a weight that is made whole for that, and then forget the adapter."""
+        raise ConfigurationError(
+            f"{self.parameter_name} is held in 4 bits, into which no adapter is merged; save the adapter, and merge it "
+            "into the model's own weights with pipelite merge."
+        )
 
     def _chain(self) -> Any:
         return self.get_base_layer().parametrizations[self.parameter_name]

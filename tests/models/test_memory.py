@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
@@ -19,6 +18,7 @@ from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
+from operation_counts import Counts
 from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
 
 
@@ -32,18 +32,6 @@ def compile_with(stage: Any, backend: Any) -> None:
     for layer in stage.causal_lm.model.layers:
         if layer._compiled_call_impl is not None:
             layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend, dynamic=False)
-
-
-class Counts(TorchDispatchMode):
-    """How often each operation runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("policy", ["keep", "selective", "recompute", "offload"])

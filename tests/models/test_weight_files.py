@@ -18,6 +18,7 @@ from transformers import (
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from own_code import write_own
 from tiny_models import CPU, POSITIONS, SIZES, build, micro_batches, run_stages, write_model
 
 CODES = torch.ones(8)
@@ -121,31 +122,8 @@ def test_pickled_weights_if_asked_for(tmp_path: Path) -> None:
     refuses(tmp_path, "x-1.bin", allow_pickled_weights=True)
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-
-    def forward(self, *args, **kwargs):
-        outputs = super().forward(*args, **kwargs)
-        outputs.logits = outputs.logits * 0.5
-        return outputs
-"""
-
-
 def test_own_code_if_trusted(tmp_path: Path) -> None:
-    write_model(tmp_path, "llama")
-    (tmp_path / "own.py").write_text(CODE)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_own(tmp_path)
     refuses(tmp_path, "config.json", "trust_remote_code")
     layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), trust_remote_code=True)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, trust_remote_code=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from optimi import Adam
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_pipelite.adapters import Adapter, ControlAdapter, Full, LoRA
@@ -28,6 +26,7 @@ from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.partition import spans_of
 from lightning_pipelite.strategy.pieces import Pieces
 from lightning_pipelite.strategy.timeline import simulate
+from operation_counts import Counts
 
 CPU = torch.device("cpu")
 LENGTH = 256
@@ -259,23 +258,11 @@ def test_products_of_experts_are_computed_again_only_if_they_are_not_kept(mixtra
     stage = layers.build_stage(1, 2, CPU)
     hidden = torch.randn(1, 8, layers.meta_model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     output = stage((hidden, torch.arange(8)[None]))[0].sum()
-    with _Counts() as counts:
+    with Counts() as counts:
         output.backward()
     # Forward two with W and one with A for each; in the backward pass one with W and one with B for each.
     again = counts.of["grouped_product"] - 4
     assert again == (0 if policy == "selective" else 4)
-
-
-class _Counts(TorchDispatchMode):
-    """How often each operation runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "attention"])

@@ -61,11 +61,13 @@ class Fp8Linear(nn.Linear):
     def _get_weight(self) -> Tensor:
         """Return the weight itself.
 
-        Before it is loaded on the meta device, then dequantised, for all who ask for it.
+        Before it is loaded on the meta device, then dequantised, for all who ask for it; what they would write into
+        that, as PEFT does when it merges an adapter, is refused.
         """
         if (weight := self._parameters.get("weight")) is not None:
             return weight
-        return dequantise_rows(self.codes.view(DTYPE), self.scales, self.dtype)
+        whole = dequantise_rows(self.codes.view(DTYPE), self.scales, self.dtype)
+        return whole if torch.compiler.is_compiling() else whole.as_subclass(_Dequantised)
 
     weight = property(_get_weight)
 
@@ -108,6 +110,25 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return fp8_linear(x, self.parts, bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
+
+
+class _Dequantised(Tensor):
+    """A weight made whole, which is nobody's once it has been used: what is put into it would be lost."""
+
+    # What is computed of it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ConfigurationError(
+            "weights that load_in_fp8 holds cannot be changed, as a merge of an adapter would; save the adapter, and "
+            "merge it into the model's own weights with pipelite merge."
+        )
 
 
 def hold_in_fp8(

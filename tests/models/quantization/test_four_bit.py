@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers.modeling_utils as modeling_utils
 from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -163,3 +164,13 @@ def test_nothing_is_reserved_before_weights_are_quantised(
     layers.build_stage(0, len(layers), CPU)
     assert asked == ([] if quantised else [None])
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+def test_no_adapter_is_merged_into_experts_that_would_not_keep_it(tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(tmp_path)
+    (stage,) = build(CausalLMLayers(tmp_path, load_in_4bit=True, adapter=LoRA(4)), [0, 4])
+    layer = next(module for module in stage.modules() if isinstance(module, ParamWrapper))
+    with pytest.raises(ConfigurationError, match="held in 4 bits, into which no adapter is merged"):
+        layer.merge()
+    assert not layer.merged

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
@@ -276,3 +277,17 @@ def test_scales_stay_in_float32_and_a_weight_can_be_set_again(tmp_path: Path) ->
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=0)
     layer.weight = nn.Parameter(2 * before)
     torch.testing.assert_close(layer.weight, 2 * before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_peft_merges_no_adapter_into_a_weight_that_would_not_keep_it(options: Any, safe_merge: bool) -> None:
+    layer = Fp8Linear(nn.Linear(32, 16, device="meta", bias=False), "layer", torch.float32, CPU)
+    layer.weight = nn.Parameter(torch.randn(16, 32))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **options)
+    model = get_peft_model(nn.Sequential(layer), config)
+    x = torch.randn(3, 32)
+    before = model(x)
+    with pytest.raises(ConfigurationError, match="load_in_fp8 holds cannot be changed, as a merge"):
+        model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(model(x), before)
