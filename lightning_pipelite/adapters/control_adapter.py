@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
-from lightning_pipelite.adapters.lora import (
+from lightning_pipelite.adapters.low_rank import (
     DTYPES,
     FILE_PREFIX,
     KNOWN_FILES,

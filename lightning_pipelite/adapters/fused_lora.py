@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lightning_pipelite.kernels.frozen_weight import BLOCK
 from lightning_pipelite.kernels.lora import lora_linear
+from lightning_pipelite.models.quantization.four_bit import kernel_parts
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -39,13 +39,9 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
 
 def _covered(layer: Any, adapter: str) -> bool:
     base = layer.get_base_layer()
-    known = isinstance(base, Fp8Linear)
-    if not known:
-        state = getattr(base.weight, "quant_state", None)
-        plain = type(base) is nn.Linear and base.weight.is_floating_point()
-        known = plain or (state is not None and state.quant_type == "nf4" and state.blocksize == BLOCK)
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    return known and frozen and adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
+    plain = adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
+    return frozen and plain and _parts(base) is not None
 
 
 def _in_fp8(layer: Any) -> bool:
@@ -82,7 +78,9 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
     weights, a, b, biases, scales, projected = [], [], [], [], [], []
     for layer in members:
         base = layer.get_base_layer()
-        weights.append(_parts(base))
+        parts = _parts(base)
+        assert parts is not None
+        weights.append(parts)
         biases.append(None if base.bias is None else base.bias.to(x.dtype))
         a.append(layer.lora_A[adapter].weight)
         b.append(layer.lora_B[adapter].weight)
@@ -94,12 +92,10 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 
-def _parts(base: Any) -> list[Tensor]:
+def _parts(base: Any) -> list[Tensor] | None:
+    """Return the weight as the kernel takes it; None if it knows no such layer."""
     if isinstance(base, Fp8Linear):
         return base.parts
-    weight = base.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return [weight]
-    parts = [weight, state.absmax]
-    return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
+    if type(base) is nn.Linear and base.weight.is_floating_point():
+        return [base.weight]
+    return kernel_parts(base.weight, getattr(base.weight, "quant_state", None))

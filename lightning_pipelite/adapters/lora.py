@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -22,13 +21,17 @@ from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.experts import fuse_experts, wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
+from lightning_pipelite.adapters.low_rank import (
+    DTYPES,
+    FILE_PREFIX,
+    KNOWN_FILES,
+    check_options,
+    generator_of,
+    named_as_whole,
+)
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.fingerprint import BASE_FILE, record_base
+from lightning_pipelite.models.fingerprint import record_base
 from lightning_pipelite.models.meta_model import MetaModel
-
-FILE_PREFIX = "base_model.model."
-KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_FILE, "README.md")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoRA(Adapter):
@@ -218,35 +221,6 @@ class LoRA(Adapter):
             )
             magnitude.weight = nn.Parameter(magnitude.weight.detach().to(dtype))
         down.weight, up.weight = (nn.Parameter(each.weight.detach().to(dtype)) for each in (down, up))
-
-
-def check_options(rank: int, dropout: float, dtype: str) -> None:
-    """Refuse what no adapter takes.
-
-    Raises:
-        ConfigurationError: A value out of its range.
-    """
-    if rank < 1:
-        raise ConfigurationError(f"rank is {rank}; set it to 1 or more.")
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigurationError(f"dropout is {dropout}; set it to at least 0 and less than 1.")
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
-
-
-def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> dict[str, Tensor]:
-    """Return the tensors of all stages by the names that PEFT looks for, in the model that the directory loads as."""
-    return {
-        FILE_PREFIX + meta_model.whole.name(name.removeprefix(FILE_PREFIX)): tensor
-        for state in states
-        for name, tensor in state.items()
-    }
-
-
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """Return random numbers, on the CPU, that depend on ``seed`` and ``name`` alone."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _name_in_file(name: str) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
-from lightning_pipelite.kernels.frozen_weight import BLOCK
 from lightning_pipelite.kernels.routing import sort_by_expert
+from lightning_pipelite.models.quantization.four_bit import kernel_parts
 from lightning_pipelite.models.transformers_compat import gate_of_experts, has_experts_interface
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -124,11 +124,7 @@ def _parts(experts: Any, name: str) -> list[Tensor] | None:
         weight = getattr(experts, name)
         return [weight] if weight.is_floating_point() else None
     (*others, last) = experts.parametrizations[name]
-    state = getattr(last, "quant_state", None)
-    if others or state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
-        return None
-    parts = [experts.parametrizations[name].original, state.absmax]
-    return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
+    return None if others else kernel_parts(experts.parametrizations[name].original, getattr(last, "quant_state", None))
 
 
 def _matrices(experts: Any, name: str) -> Matrices:

@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.models.attention.by_document import run_by_document
 from lightning_pipelite.models.attention.document_mask import document_mask
-from lightning_pipelite.models.probe import build_tiny, equal
+from lightning_pipelite.models.probe import equal
 from lightning_pipelite.models.rope import follow_documents
+from lightning_pipelite.models.tiny import build_tiny
 
 LIMIT = 6  # tokens that the tiny model is made for: of two documents, one is longer
 DOCUMENTS = (5, 7)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.models.attention.by_document import Call, leaking_modules, run_as_it_is, run_by_document
 from lightning_pipelite.models.attention.document_mask import document_mask
-from lightning_pipelite.models.tiny import tiny_config
+from lightning_pipelite.models.tiny import build_tiny
 from lightning_pipelite.models.trace import Trace, trace_forward
-from lightning_pipelite.models.transformers_compat import no_init_weights
 
 DOCUMENTS = (5, 7)  # tokens of the packed documents of the trial
 STRONG = 8.0  # what weights are multiplied with so that attention scores reach the caps and sinks of real models
-NOISE = 0.1  # added to every weight: as they are initialised, norms, biases and gates would hide much
 
 
 class Probe:
@@ -172,36 +169,6 @@ class Probe:
         arguments: dict[str, Any] = {"position_ids": position_ids} if given else {}
         with document_mask(position_ids):
             return self.model(input_ids=input_ids, use_cache=False, **arguments).logits
-
-
-def build_tiny(
-    config: PretrainedConfig,
-    build: Callable[..., PreTrainedModel],
-    known: PreTrainedModel | None = None,
-    limit: int | None = None,
-) -> PreTrainedModel:
-    """Build a tiny model, with the weights of ``known`` if they are called and shaped alike, which takes half as long.
-
-    If not, both have those of one seed. With a ``limit`` it is made for documents of so many tokens.
-    """
-    # As a context, even torch's own default device makes each operation slower.
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), on_cpu:
-        if known is not None:
-            torch.manual_seed(0)
-            with no_init_weights():
-                model = build(tiny_config(config, limit), dtype=torch.float32)
-            model.tie_weights(recompute_mapping=False)  # as its initialisation does
-            own, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, known))
-            if {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in theirs.items()}:
-                for name, tensor in own.items():
-                    tensor.data.copy_(theirs[name])
-                return model
-        torch.manual_seed(0)
-        model = build(tiny_config(config, limit), dtype=torch.float32)
-        for parameter in model.parameters():
-            parameter.data += NOISE * torch.randn_like(parameter)
-        return model
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_pipelite.models.tiny import small_sizes, tiny_config
+from lightning_pipelite.models.small_sizes import small_sizes
+from lightning_pipelite.models.tiny import tiny_config
 from published_bases import PUBLISHED
 from tiny_families import kinds
 

@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_pipelite.cli.split_comparison import compare_packed, compare_split, exact_layers
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.tiny import small_sizes, tiny_config
+from lightning_pipelite.models.small_sizes import small_sizes
+from lightning_pipelite.models.tiny import tiny_config
 from published_bases import PUBLISHED, shallow
 
 LAYERS = 4

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
+from lightning_pipelite.kernels.frozen_weight import BLOCK
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -69,6 +70,22 @@ def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBy
         bnb_4bit_use_double_quant=double_quant,
         llm_int8_skip_modules=[rf"{re.escape(name)}$" for name in kept],
     )
+
+
+def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
+    """Return a weight as kernels take it, see :mod:`~lightning_pipelite.kernels.frozen_weight`.
+
+    Args:
+        codes: Bitsandbytes' codes.
+        state: Its ``QuantState`` of them.
+
+    Returns:
+        None where it is another format than nf4 in blocks of the usual size.
+    """
+    if state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
+        return None
+    parts = [codes, state.absmax]
+    return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
 
 
 def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
