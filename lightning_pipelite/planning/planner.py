@@ -38,6 +38,7 @@ class Recommended:
         virtual_stages: Pieces of each.
         policy: Of activation memory.
         bounds: Of all pieces.
+        method: The ``partition_method`` that cuts so: auto where devices differ in speed, which alone goes by that.
         micro_batches: Of a step, for the sequences that were asked for.
         seconds: Of a step.
     """
@@ -46,6 +47,7 @@ class Recommended:
     virtual_stages: int
     policy: str
     bounds: list[int]
+    method: str
     micro_batches: int
     seconds: float
 
@@ -53,7 +55,7 @@ class Recommended:
     def options(self) -> dict[str, int | str]:
         """Of the strategy."""
         virtual = {"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {}
-        return {"pipeline_stages": self.stages, **virtual, "partition_method": method_of(self.bounds)}
+        return {"pipeline_stages": self.stages, **virtual, "partition_method": self.method}
 
 
 class Planner:
@@ -234,7 +236,8 @@ class Planner:
                     continue
                 time = step(each, planner.micro_batches).seconds
                 if best is None or time < (1 - WORTH * (virtual_stages > 1)) * best.seconds:
-                    best = Recommended(stages, virtual_stages, policy, bounds, planner.micro_batches, time)
+                    method = "auto" if speeds else method_of(bounds)
+                    best = Recommended(stages, virtual_stages, policy, bounds, method, planner.micro_batches, time)
         return best
 
     def stage_counts(self, sequences: int) -> list[int]:

@@ -15,7 +15,6 @@ from lightning_pipelite.planning.settings import Settings, gib
 from lightning_pipelite.planning.stage_table import stage_lines
 from lightning_pipelite.planning.stages import StageMemory, step
 from lightning_pipelite.planning.ways import ways_to_fit
-from lightning_pipelite.strategy.partition import method_of
 
 
 @dataclass
@@ -122,7 +121,7 @@ class Report:
         if found.virtual_stages != self.settings.virtual_stages:
             options[f"{STRATEGY}.virtual_stages"] = found.virtual_stages
         if found.stages > 1:
-            options[f"{STRATEGY}.partition_method"] = method_of(found.bounds)
+            options[f"{STRATEGY}.partition_method"] = found.method
         elif self.settings.partition_method != "uniform":
             options[f"{STRATEGY}.partition_method"] = "uniform"
         options["model.activation_memory"] = found.policy
