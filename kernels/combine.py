@@ -12,7 +12,7 @@ from lightning_pipelite.kernels.groups import Groups
 
 
 def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tensor:
-    """Return, for each token, the sum of its rows of ``y``, each times its score, added in at least float32.
+    """Return the sum of each token's rows of ``y``, weighted by their scores, added in at least float32.
 
     Args:
         y: [rows, width].
@@ -28,13 +28,16 @@ def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tenso
 
 
 def weigh(gradient: Tensor, y: Tensor, groups: Groups, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``y`` and of scores [tokens, copies], where ``gradient`` is that of y times its score.
+    """Return the gradients of ``y`` and ``scores``, given that of each row of y times its score.
 
     Args:
         gradient: [rows, width].
         y: [rows, width].
         groups: Where the rows are.
         scores: [tokens, copies], without gaps.
+
+    Returns:
+        [rows, width] in y's dtype, and [tokens, copies] in at least float32.
     """
     if is_traced(y):
         return _weigh_by_triton(gradient, y, groups, scores)

@@ -166,7 +166,7 @@ def cross_entropy_reference_(
     weights: Tensor | None = None,
     gradient: bool = True,
 ) -> Tensor:
-    """:func:`cross_entropy_` in plain torch, for any device; computed in float32 like it.
+    """Compute :func:`cross_entropy_` in plain torch, in float32 as there, on any device.
 
     A label that is no index raises an error of torch's.
     """

@@ -44,7 +44,7 @@ class Factors(NamedTuple):
     Attributes:
         a: [experts, rank, in], of any floating dtype, with any strides.
         b: [experts, out, rank].
-        scale: S.
+        scale: The scale s.
     """
 
     a: Tensor
@@ -235,7 +235,7 @@ def product_4bit_operation(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return the weights of one layer become whole at a time, in memory that is free again after the product."""
+    """Dequantise the weights and return the grouped product; their memory is free again afterwards."""
     whole = dequantise(parts, shape, x.dtype)
     weight = whole.mT if flipped else whole
     return grouped_product(x, weight, Groups(*groups), gather=gather, left=left, right=right, bias=bias)

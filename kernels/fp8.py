@@ -33,7 +33,7 @@ BLOCK = 4096  # of codes that become numbers
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Tell whether products in FP8 can be had; of the meta device, whether on the GPU here, if there is one."""
+    """Tell whether ``device`` has products in FP8; meta stands for the GPU here, or, without one, for one that does."""
     if device.type == "meta":
         return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST
     nvidia = device.type == "cuda" and torch.version.cuda is not None
@@ -41,7 +41,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
-    """Return codes of x's shape and for each row a float32 scale [rows], so that x is about codes times scales.
+    """Quantise x row by row: return e4m3 codes of its shape and a float32 scale for each row [rows].
 
     Plain torch: the compiler makes one pass of it, or part of what computes x. A row that holds a NaN or an infinity
     becomes NaN.
@@ -57,12 +57,12 @@ def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
 
 
 def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what codes [rows, width] and scales [rows] stand for, but for the rounding to ``dtype`` exactly."""
+    """Return codes [rows, width] times scales [rows], exact but for the rounding to ``dtype``."""
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def as_numbers(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes as numbers of another type, exactly. torch's own takes several times as long as a copy."""
+    """Cast codes to another dtype, exactly; torch's own cast takes several times as long as a copy."""
     if not codes.is_cuda or not codes.is_contiguous():
         return codes.to(dtype)
     out = torch.empty_like(codes, dtype=dtype)
@@ -89,8 +89,8 @@ def product(
     """Return x·Wᵀ + bias, or g·W.
 
     Args:
-        rows: X [tokens, in], or g [tokens, out], of ``dtype``; or codes and scales of x, or of g·diag(s), as
-            :func:`quantise_rows` gives them.
+        rows: The input x [tokens, in], or the gradient g [tokens, out], of ``dtype``; or codes and scales of x, or of
+            g·diag(s), as :func:`quantise_rows` gives them.
         weight: Codes C [out, in] and scales s [out].
         dtype: Of the result.
         bias: [out].
@@ -162,7 +162,7 @@ _LIBRARY.define("fp8_product(Tensor[] rows, Tensor[] weight, Tensor? bias, bool 
 def product_operation(
     rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool, dtype: torch.dtype
 ) -> Tensor:
-    """See :func:`product`; here x and g are [..., in] and [..., out]."""
+    """Compute :func:`product` for x [..., in] or g [..., out], as one operation that torch.compile leaves whole."""
     shape = rows[0].shape[:-1]
     flat = [rows[0].reshape(-1, rows[0].shape[-1]), *rows[1:]]
     return product(flat, weight, dtype, bias, back=back).view(*shape, -1)

@@ -14,7 +14,7 @@ from lightning_pipelite.kernels.groups import Groups, slices_of
 def grouped_outer(
     u: Tensor, v: Tensor, groups: Groups, *, gather: bool = False, scores: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Return ``scale · Σ v uᵀ`` over the rows of each group, in at least float32: [groups, width of v, width of u].
+    """Return ``scale · Σ v uᵀ`` over the rows of each group.
 
     Args:
         u: [rows, few].
@@ -23,6 +23,9 @@ def grouped_outer(
         gather: Whether v's rows are yet to be taken.
         scores: [tokens, copies], what each row of u is first multiplied with, and rounded; 1 if not given.
         scale: What the sums are multiplied with.
+
+    Returns:
+        [groups, width, few], in at least float32.
     """
     if is_traced(u):
         return _outer_by_triton(u, v, groups, gather, scores, scale)

@@ -137,7 +137,7 @@ class Shape(NamedTuple):
 
 
 def product_shape(x: Tensor, width: int, generation: int) -> Shape:
-    """Return how to cut up products of ``width`` columns on GPUs of a compute capability's first number."""
+    """Return the tile for products of ``width`` columns on a GPU of compute capability ``generation``.x."""
     if x.element_size() == 4:
         return Shape(min(64, at_least_16(width)), 32, 4, 2)
     if width <= 64:  # what limits it is how soon x is read

@@ -44,7 +44,7 @@ class Groups(NamedTuple):
 
 
 def rows_of_tile(rows: int, groups: int) -> int:
-    """Return how many rows a tile has: about as many as a group, of which the last tile is part empty."""
+    """Return how many rows a tile has: about as many as a group, so that few are left empty."""
     return min(MOST_ROWS, at_least_16(max(1, rows // groups)))
 
 

@@ -45,8 +45,8 @@ def lora_linear(
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
-        scales: Sᵢ.
-        projected: X Aᵢᵀ [..., rank] where something lies between, such as dropout; then ``a`` is not used.
+        scales: The scale sᵢ of each.
+        projected: The products x Aᵢᵀ [..., rank] where something lies between, such as dropout; then ``a`` is not used.
         in_fp8: Whether products with weights, all of which are in FP8, are computed in FP8, and not with weights that
             are dequantised.
 
@@ -71,7 +71,7 @@ def lora_linear(
 
 
 def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """All A on end [ranks, in], if there are any, and each B, in another dtype: copied together, as each is small."""
+    """Return all A on end [ranks, in], if there are any, and each B, in ``dtype``: cast together, as each is small."""
     tensors = [tensor.detach() for tensor in (*a, *b)]
     if any(tensor.dtype != dtype for tensor in tensors):
         flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
@@ -111,7 +111,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
-    """Return the outputs.
+    """Return the output of each projection [..., out].
 
     Args:
         x: [..., in].

@@ -21,7 +21,7 @@ class Operands(NamedTuple):
         weights: Of each frozen weight its parts.
         biases: Of each weight nothing, or its bias.
         row_scales: Of x's codes, if products are computed in FP8 [tokens].
-        scales: Sᵢ.
+        scales: The scale sᵢ of each.
     """
 
     down: list[Tensor]
@@ -33,13 +33,13 @@ class Operands(NamedTuple):
     scales: list[float]
 
     def flat(self) -> tuple[list[Tensor], list[int], list[float]]:
-        """Return all tensors, of how many each list is made, and the scales."""
+        """Return all tensors in one list, the length of each list that they come from, and the scales."""
         lists = [self.down, self.along, self.ups, self.row_scales, *self.weights, *self.biases]
         return [tensor for each in lists for tensor in each], [len(each) for each in lists], self.scales
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], counts: Sequence[int], scales: list[float]) -> Operands:
-        """Return what is laid out flat."""
+        """Return the operands that :meth:`flat` laid out."""
         places = iter(tensors)
         down, along, ups, row_scales, *others = ([*itertools.islice(places, count)] for count in counts)
         return cls(down, along, ups, others[: len(ups)], others[len(ups) :], row_scales, scales)

@@ -16,7 +16,7 @@ BLOCKS = 32  # of which so many are added up at once
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> Groups:
-    """Return where the copies of tokens go if they are sorted by expert, each expert's in the order of the tokens.
+    """Sort the copies of tokens by expert, stably, and return where each goes.
 
     Args:
         chosen: Int [tokens, copies], the experts of each token. One that there is not is an error on a CPU; on a GPU,

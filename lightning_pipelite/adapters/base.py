@@ -47,7 +47,7 @@ class Adapter(ABC):
         """
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027  (most have nothing to do)
-        """Do what each optimizer step is to be followed by, on one stage, in place."""
+        """Change the parameters of one stage in place after each optimizer step, where the method asks for it."""
 
     @abstractmethod
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class Adapter(ABC):
             self.write(partial, states, meta_model)
 
     def rehearse_save(self, directory: Path, meta_model: MetaModel) -> None:
-        """Do all that :meth:`save` does, of no stage, and put everything back.
+        """Do all that :meth:`save` does, with no stage's tensors, and put everything back.
 
         Raises:
             ConfigurationError: As :meth:`save`, with what there is to write of the model.
@@ -84,7 +84,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
-        """Give an empty directory that takes the place of ``directory`` once it is complete.
+        """Yield an empty directory that replaces ``directory`` once it is complete.
 
         Raises:
             ConfigurationError: ``directory`` exists and is not such a directory.

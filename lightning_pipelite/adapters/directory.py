@@ -19,7 +19,7 @@ from lightning_pipelite.shared.locks import is_abandoned, make_locked
 
 @contextmanager
 def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
-    """Give an empty directory to write in, which takes the place of ``directory`` once it is complete and on disk.
+    """Yield an empty directory to write in, which replaces ``directory`` once it is complete and on disk.
 
     What is in it can be read by whom the umask lets, whoever wrote it.
 

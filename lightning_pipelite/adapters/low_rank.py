@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_options(rank: int, dropout: float, dtype: str) -> None:
-    """Refuse what no adapter takes.
+    """Check the options that both have.
 
     Raises:
         ConfigurationError: A value out of its range.
@@ -41,6 +41,6 @@ def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Return random numbers, on the CPU, that depend on ``seed`` and ``name`` alone."""
+    """Return a generator on the CPU whose state depends on ``seed`` and ``name`` alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

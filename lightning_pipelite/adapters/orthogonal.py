@@ -11,7 +11,7 @@ from lightning_pipelite.shared.tf32 import full_precision
 
 
 def keep_orthogonal(directions: Sequence[Tensor], gamma: float) -> None:
-    """Q ← Q - gamma · Q(QᵀQ - I) for every Q [hidden, rank], in float32 and in place.
+    """Set Q to Q - gamma · Q(QᵀQ - I) for every Q [hidden, rank], in float32 and in place.
 
     With gamma = 0.5 this is a Newton-Schulz step to the nearest matrix with orthonormal columns (Björck and Bowie
     1971, SIAM J. Numer. Anal. 8(2)), which squares the residual of QᵀQ; a smaller gamma goes a part of the way.

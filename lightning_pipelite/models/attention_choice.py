@@ -30,7 +30,7 @@ def check_attention(meta_model: MetaModel, asked: Attention) -> None:
 def attention_on(
     device: torch.device, asked: Attention, meta_model: MetaModel, dtype: torch.dtype, *, packed: bool
 ) -> str | None:
-    """Return what transformers is to be told on ``device``; None for its own choice.
+    """Return the ``attn_implementation`` of a stage on ``device``; None for transformers' choice.
 
     "auto" is varlen for packed documents, where torch has the kernel and the model attends in no other way: where it
     does, this warns that masks are slow.

@@ -89,7 +89,7 @@ _shared: dict[Any, type[nn.Module]] = {}
 
 
 def share_class(module: nn.Module) -> None:
-    """Let modules of one class whose weights are parametrised be of one class again, so that one graph does for all.
+    """Give parametrised modules of one class one class again, so that one compiled graph serves them all.
 
     torch makes a class for each, all alike, with properties that hold the module: one that is kept for others, of
     later models too, would keep the first one's weights. So the properties are made anew.

@@ -67,12 +67,12 @@ class TrainingFlops:
     per_pair: float
 
     def of(self, tokens: float, pairs: float) -> float:
-        """Return those of so many tokens, and pairs of tokens in a document, over all documents."""
+        """Return the operations for so many tokens and so many pairs of tokens within a document."""
         return self.per_token * tokens + self.per_pair * pairs
 
 
 def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> TrainingFlops | None:
-    """Count as the PaLM paper does, appendix B, but only what this training needs.
+    """Count the operations of training as the PaLM paper does (appendix B), but only those that this one needs.
 
     A token costs 2 for each weight in the forward pass, 2 in the backward pass for the gradient of what the weight is
     multiplied with, and 2 for its own gradient if it is trained: 6N where all N weights are trained, 4N + 6A where N

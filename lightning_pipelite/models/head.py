@@ -64,7 +64,7 @@ class FusedHead:
 
 
 def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
-    """Find out what a model's code makes of its head's output; None if it is not linear, or more is made of it.
+    """Find what a model does to its head's output; None if the head is not linear, or more is done to it.
 
     The model runs once over two tokens, with known values in place of the head's output.
 

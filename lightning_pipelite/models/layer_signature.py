@@ -8,7 +8,7 @@ from torch import nn
 
 
 def layer_signature(layer: nn.Module) -> Hashable:
-    """Return what tells decoder layers apart: their modules, shapes and options, but for their number."""
+    """Return a key that is equal for decoder layers with the same modules, shapes and options."""
     plain = (int, float, str, bool, type(None))
     return tuple(
         (

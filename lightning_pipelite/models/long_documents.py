@@ -42,7 +42,7 @@ def try_long_documents(
     takes_positions: bool,
     by_document: Sequence[str] = (),
 ) -> LongDocuments:
-    """Hold packed documents in a tiny model, as a stage runs it, against each alone in a model that has run nothing.
+    """Compare packed documents in a tiny model, run as a stage is, with each alone in a fresh one.
 
     Args:
         config: The real model's configuration.

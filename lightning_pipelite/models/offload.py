@@ -53,7 +53,7 @@ class HostCopies:
         self._used: deque[torch.cuda.Event] = deque()  # when those before the last few will have been used
 
     def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
-        """Within it, ``chosen`` is kept in host memory where autograd saves it."""
+        """Keep ``chosen`` in host memory, within this context, where autograd saves it."""
         place, shape, dtype = chosen.data_ptr(), chosen.shape, chosen.dtype  # and not itself: autograd keeps the hook
 
         def pack(tensor: Tensor) -> Any:

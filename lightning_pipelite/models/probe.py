@@ -188,5 +188,5 @@ def _count(input_ids: Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Tell whether a is finite, and b but for rounding in float32."""
+    """Tell whether ``a`` is finite and equals ``b`` up to rounding in float32."""
     return bool(torch.isfinite(a).all()) and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1))

@@ -25,14 +25,14 @@ STATIC = {"default", "linear", "yarn", "llama3", "proportional", "ntk_alpha"}
 
 
 def is_static(model: PreTrainedModel) -> bool:
-    """Tell whether a model is known to turn each position by the same angles whatever is beside it."""
+    """Tell whether a position's rotary angles are known not to depend on the other positions."""
     if not type(model).__module__.startswith("transformers."):
         return False
     return all(kind in STATIC for module in model.modules() for kind in _types(module))
 
 
 def follow_documents(model: nn.Module) -> None:
-    """Let each document be turned by the frequencies that it has alone, and no micro-batch change the next one's."""
+    """Rotate each document by the frequencies that it has alone, and let no micro-batch change the next one's."""
     for module in model.modules():
         if any(_follows(kind) for kind in _types(module)):
             mix_in(module, _RopeByDocument)

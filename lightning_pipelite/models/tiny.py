@@ -30,7 +30,7 @@ def build_tiny(
     known: PreTrainedModel | None = None,
     limit: int | None = None,
 ) -> PreTrainedModel:
-    """Build a tiny model, with the weights of ``known`` if they are called and shaped alike, which takes half as long.
+    """Build a tiny model; with the weights of ``known`` if names and shapes agree, which takes half as long.
 
     If not, both have those of one seed. With a ``limit`` it is made for documents of so many tokens.
     """

@@ -120,7 +120,7 @@ def forgive_keys(whole_class: type[PreTrainedModel], model: PreTrainedModel, rep
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Within it, let models be loaded in the memory of what is made of each weight as it is assigned.
+    """Load models, within this context, one weight at a time and without reserving memory beforehand.
 
     Left alone, transformers reserves on a GPU what a model takes before it loads it, in full precision where it does
     not quantise itself (FP8, fused experts in 4 bits): several times what a stage then holds, on a card that may just
@@ -150,7 +150,7 @@ def mark_initialised(parameter: nn.Parameter) -> None:
 
 
 def has_experts_interface(module: nn.Module) -> bool:
-    """Tell whether ``module`` holds experts of a class that transformers computes in other ways than its own.
+    """Tell whether ``module`` holds experts that follow transformers' experts interface.
 
     By what its decorator ``use_experts_implementation`` leaves on an instance. A norm after each expert, which one
     class has, is not covered, nor are experts spread over processes. Remove when the decorator marks its classes.
@@ -168,7 +168,7 @@ def gate_of_experts(experts: Any, inner: Tensor) -> Tensor:
 
 @cache
 def mask_documents(numbers: Callable[[], Tensor | None]) -> None:
-    """Let the masks that transformers builds, from now on, keep apart the documents that ``numbers`` tells then.
+    """Make the masks that transformers builds from now on keep apart the documents that ``numbers`` returns.
 
     Models hand their positions to transformers' mask builders, or forget to (gpt-oss and others then attend across
     documents without a word). Remove when the positions reach the builders from every model.

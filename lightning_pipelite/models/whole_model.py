@@ -87,7 +87,7 @@ def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code:
 
 
 def whole_model(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: bool) -> WholeModel:
-    """Return the first of them.
+    """Return the first of :func:`whole_models`: what ``from_pretrained`` gives for the directory.
 
     Raises:
         ConfigurationError: As :func:`whole_models`, or no auto class knows the model.

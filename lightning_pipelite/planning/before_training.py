@@ -72,7 +72,7 @@ def device_memory(device: torch.device) -> int | None:
 def plan_training(
     layers: CausalLMLayers, loss: Callable[[Any, Any], Any], make_optimizer: Callable[..., Any], job: Job, choose: bool
 ) -> PlannedTraining | str:
-    """Plan, on the meta device.
+    """Plan a training, on the meta device.
 
     Args:
         layers: That are to be trained.

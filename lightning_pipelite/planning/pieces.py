@@ -127,6 +127,6 @@ def stage_trials(
 
 
 def seconds(part: Part, gpu: Gpu) -> float:
-    """Return how long a part takes forward and backward, by what it computes and what it moves."""
+    """Return the seconds that a part takes, forward and backward, by what it computes and what it moves."""
     computed = sum(count / gpu.flops(width) for width, count in part.flops.items())
     return computed + part.moved / gpu.bytes_a_second

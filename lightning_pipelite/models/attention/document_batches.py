@@ -29,7 +29,7 @@ class DocumentBatches:
 
     @classmethod
     def of(cls, bounds: Tensor, shape: tuple[int, int]) -> DocumentBatches:
-        """Deal out the documents that begin at ``bounds``, of which the last, and what fills up, is the end.
+        """Group the documents that begin at ``bounds``; its last value, repeated as padding, is the end.
 
         The host waits for the bounds, once a micro-batch.
         """

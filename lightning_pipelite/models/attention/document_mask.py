@@ -99,7 +99,7 @@ def _set(documents: Documents | None) -> Iterator[None]:
 
 
 def each_row_a_document() -> AbstractContextManager[None]:
-    """Let what runs in this context know of one document a row, inside of :func:`document_mask` too."""
+    """Take each row for one document within this context, even inside :func:`document_mask`."""
     return _set(None)
 
 

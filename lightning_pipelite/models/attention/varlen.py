@@ -31,7 +31,7 @@ UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch has a kernel for it: bf16 and fp16 on NVIDIA GPUs since Ampere, which meta stands for."""
+    """Tell whether torch has a kernel: in bf16 and fp16, on NVIDIA GPUs since Ampere; meta stands for one."""
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "meta":
         return half
@@ -144,7 +144,7 @@ def _masked(
 
 
 def register() -> None:
-    """Let transformers find it by its name; more than once is as good as once.
+    """Register :func:`varlen_attention` with transformers; to call it again changes nothing.
 
     transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would
     make the host of a GPU wait in every micro-batch.

@@ -134,7 +134,7 @@ class _Dequantised(Tensor):
 def hold_in_fp8(
     model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put FP8 layers in the place of linear ones, which are on the meta device still.
+    """Replace linear layers, still on the meta device, by FP8 ones.
 
     Args:
         model: Trimmed to the decoder layers ``numbers``.
