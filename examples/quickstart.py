@@ -130,8 +130,8 @@ the adapter, a PEFT directory:   {shown}/adapter
 {time.monotonic() - started:.0f} s in all
 
 Next:
-    pipelite generate --base {shown}/base --adapter {shown}/adapter --prompt "A class is"
-    pipelite merge --base {shown}/base --adapter {shown}/adapter --output {shown}/merged
+    pipelite generate --model_dir {shown}/base --adapter {shown}/adapter --prompt "A class is"
+    pipelite merge --model_dir {shown}/base --adapter {shown}/adapter --output {shown}/merged
     pipelite export-gguf --help                      # for llama.cpp
     tensorboard --logdir {shown}/logs                # the curves""")
 

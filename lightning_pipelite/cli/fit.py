@@ -21,6 +21,7 @@ from lightning_pipelite.checkpoint.reader import located
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.error_messages import ENV_PREFIX, explain
 from lightning_pipelite.cli.fit_options import ConfiguredCLI
+from lightning_pipelite.cli.next_steps import next_steps
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import MayOverwrite
 from lightning_pipelite.shared.verbosity import OPTION
@@ -136,6 +137,17 @@ class TrainerCLI(ConfiguredCLI):
             )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
+
+    def after_fit(self) -> None:
+        """Tell what to do next; LightningCLI calls it when a training has ended well."""
+        if not self.trainer.is_global_zero:
+            return
+        options, data = self.config.fit, self.datamodule
+        base = ["--model_dir", options.model.model_dir]
+        base += ["--trust_remote_code"] * options.model.trust_remote_code
+        template = options.data.chat_template
+        asks = ["--chat_template", template] if template else ["--chat"]
+        print("\n".join(next_steps(self.trainer, base, asks if data.has_conversations else [])), flush=True)
 
 
 def _check_environment_of(strategy: PipeLiteStrategy) -> None:

@@ -14,6 +14,7 @@ from lightning_pipelite import __version__
 from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
 from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
+from lightning_pipelite.cli.option_names import with_own_names
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.verbosity import be_quiet, take_option
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
@@ -57,6 +58,9 @@ def _before_imports(command: str, words: list[str]) -> None:
     from lightning_pipelite.cli.error_messages import explain
 
     try:
+        if command in _RUNS or command in COMMANDS:
+            words = with_own_names(command, words)
+            sys.argv[2:] = words
         if command in _RUNS:
             if "--help" in words or "-h" in words:
                 print(short_help(command))

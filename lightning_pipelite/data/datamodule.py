@@ -255,6 +255,11 @@ class PackedDataModule(LightningDataModule):
             f"{dataset.dataset_path}: {' | '.join(each)}" for dataset, each in zip(options.sources, told, strict=True)
         ]
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether any dataset is of conversations, so that replies are learnt."""
+        return any(shape.conversation for shapes in self._look().shapes or () for shape in shapes)
+
     def tokenizer(self) -> DocumentTokenizer:
         """Load the tokenizer as it is used for packing.
 

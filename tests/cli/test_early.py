@@ -13,7 +13,7 @@ from lightning_pipelite import PackedDataModule, PipeLiteModule
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.help import OPTIONS, overview, short_help
-from lightning_pipelite.cli.option_names import FOREIGN, option_names
+from lightning_pipelite.cli.option_names import FOREIGN, option_names, with_own_names
 from lightning_pipelite.errors import ConfigurationError
 
 CONFIG = "model:\n  model_dir: {}\n  lr: 1\ndata:\n  sequence_len: 64\n"
@@ -163,3 +163,22 @@ def test_torch_is_not_imported_for_it(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.endswith("[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("given", [["--model_dir", "d"], ["--model_dir=d"], ["--base", "d"], ["--base=d"]])
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [("fit", "--model.model_dir"), ("validate", "--model.model_dir"), ("preview", "--model.model_dir"),
+     ("plan", "--model_dir"), ("convert", "--model.model_dir"), ("check", None)]
+    + [(name, "--base") for name in ("merge", "generate", "export-gguf", "control-to-lora", "analyze")],
+)  # fmt: skip
+def test_the_base_has_one_name_in_all_commands(command: str, own: str | None, given: list[str]) -> None:
+    words = with_own_names(command, ["--x", "1", *given, "--y"])
+    base = ["d"] if own is None else [f"{own}=d"] if len(given) == 1 else [own, "d"]
+    assert words == ["--x", "1", *base, "--y"]
+    with pytest.raises(ConfigurationError, match="--base is --model_dir; give one of them"):
+        with_own_names(command, ["--base", "a", "--model_dir", "b"])
+
+
+def test_a_command_without_a_base_has_no_name_for_it() -> None:
+    assert with_own_names("migrate", ["a.toml", "--model_dir", "b"]) == ["a.toml", "--model_dir", "b"]

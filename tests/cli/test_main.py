@@ -195,9 +195,11 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
     assert [line.split()[:2] for line in lines] == [
         [f"{job}/texts/*.txt:", "text:"],
         ["train:", "19"], ["eval:", "1"], ["dataset", f"{job}/texts/*.txt:"], ["packed", "data:"], ["step", "0:"],
-        ["step", "2:"], ["saved", "what"],
+        ["step", "2:"], ["saved", "what"], ["next:"], ["pipelite", "generate"], ["pipelite", "merge"],
+        ["pipelite", "export-gguf"],
     ]  # fmt: skip
-    assert lines[-1] == "saved what was trained to deep/down/lora"
+    assert lines[-5] == "saved what was trained to deep/down/lora"
+    assert f"--model_dir {job}/model --adapter deep/down/lora --output deep/down/lora-merged" in lines[-2]
     progress = [line.split(",")[0] for line in result.stderr.splitlines() if line.startswith("training")]
     assert progress[:1] == ["training (50 %): step 1/2"], result.stderr
     assert {*progress} == {"training (50 %): step 1/2", "training (100 %): step 2/2"}, result.stderr  # rank 0's alone

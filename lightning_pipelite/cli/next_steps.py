@@ -1,0 +1,91 @@
+"""What to type after a training: commands with the paths of what it has written."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
+from lightning_pipelite.models.weight_files import read_json
+
+
+def next_steps(trainer: Trainer, base: list[str], asks: list[str]) -> list[str]:
+    """Tell what can be done with what a training has left on the disk.
+
+    Args:
+        trainer: That has ended.
+        base: Options that name the base, for all commands.
+        asks: Options of generate by which a prompt is a question, if conversations were learnt.
+
+    Returns:
+        A heading and commands; nothing where nothing was written.
+    """
+    if trainer.fast_dev_run or not trainer.state.finished:  # type: ignore[attr-defined]
+        return []
+    steps = dict(_with_trained(trainer.callbacks, base, asks))  # type: ignore[attr-defined]
+    steps |= _curves(trainer.loggers)
+    width = max(map(len, steps.values()), default=0)
+    lines = [f"  {command:{width}}  # {purpose}" for purpose, command in steps.items()]
+    return ["next:", *lines] if lines else []
+
+
+def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield what for, and the command."""
+    saved = [Path(each.output_dir) for each in callbacks if isinstance(each, SaveTrained)]
+    if not saved:
+        checkpoints = [each.last_model_path for each in callbacks if isinstance(each, TimedCheckpoint)]
+        for newest in filter(None, checkpoints):
+            output = str(_free(Path(newest).with_name("trained")))
+            yield "write what was trained", _command("convert", "--checkpoint", newest, "--output", output)
+        return
+    for directory in saved:
+        adapter, kind = ["--adapter", str(directory)], _kind(directory)
+        if kind == "model":
+            yield "see what it writes", _command("generate", "--model_dir", str(directory), *base[2:], *asks)
+        elif kind == "LORA":
+            merged, gguf = _free(directory.with_name(f"{directory.name}-merged")), _free(directory.with_suffix(".gguf"))
+            yield "see what it writes, beside the base", _command("generate", *base, *adapter, *asks)
+            yield "a model of its own", _command("merge", *base, *adapter, "--output", str(merged))
+            if _is_known_to_llama_cpp(Path(base[1])):
+                yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
+        elif kind is not None:
+            lora, gguf = _free(directory.with_name(f"{directory.name}-lora")), _free(directory.with_suffix(".gguf"))
+            yield "a LoRA that does the same", _command("control-to-lora", *base, *adapter, "--output", str(lora))
+            if _is_known_to_llama_cpp(Path(base[1])):
+                yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
+
+
+def _kind(directory: Path) -> str | None:
+    """Tell what lies there: the type of an adapter, "model", or nothing that these commands take."""
+    if (directory / "adapter_config.json").is_file():
+        return str(read_json(directory / "adapter_config.json").get("peft_type"))
+    return "model" if (directory / "config.json").is_file() else None
+
+
+def _is_known_to_llama_cpp(model_dir: Path) -> bool:
+    from lightning_pipelite.export.architectures import PERMUTED, PLAIN  # whose library others need not have read
+
+    return read_json(model_dir / "config.json").get("model_type") in {*PLAIN, *PERMUTED}
+
+
+def _curves(loggers: Iterable[Logger]) -> dict[str, str]:
+    """Give the command for TensorBoard, once for all runs below a directory."""
+    logs = [each.root_dir for each in loggers if isinstance(each, TensorBoardLogger) and Path(each.log_dir).is_dir()]
+    return {"the curves": shlex.join(["tensorboard", "--logdir", logs[0]])} if logs else {}
+
+
+def _free(path: Path) -> Path:
+    """Give a path that the command will write, as it writes over nothing."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["pipelite", *words])
