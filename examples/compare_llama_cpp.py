@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pipelite.adapters.control_files import is_control_adapter
+from lightning_pipelite.adapters.lora_kinds import check_tensors, read_lora_config
 from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora
-from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config
 
 LAST_WORDS = 5  # lines of llama.cpp's
 TEXT = "Python is an easy to learn, powerful programming language. It has efficient high-level data structures."

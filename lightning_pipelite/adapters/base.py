@@ -22,9 +22,11 @@ class Adapter(ABC):
     Attributes:
         batch_keys: What a batch must hold beside tokens, positions and labels: int64 tensors of the tokens' shape. They
             pass through all stages as their extra inputs.
+        init_from: Directory of a saved adapter whose values this one starts from; None for values of its own.
     """
 
     batch_keys: tuple[str, ...] = ()
+    init_from: str | None = None
 
     @property
     def changes_weights(self) -> str:

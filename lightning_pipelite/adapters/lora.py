@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.experts import fuse_experts, wrap_experts
 from lightning_pipelite.adapters.fused_lora import fuse
+from lightning_pipelite.adapters.lora_start import LoRAStart
 from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, is_transposed, lora_targets, shortest
 from lightning_pipelite.adapters.low_rank import (
     DTYPES,
@@ -55,6 +57,8 @@ class LoRA(Adapter):
             singular values of W, which is left with the rest (https://arxiv.org/abs/2404.02948), or "pissa_niter_N",
             that by N iterations of a randomised decomposition. PiSSA is saved as a LoRA of twice the rank on the
             unchanged W.
+        init_from: A PEFT directory of a LoRA to start from instead, with this rank, these targets and these layers; its
+            alpha is multiplied into B. A resumed training goes on from its checkpoint.
 
     Raises:
         ConfigurationError: An option out of its range, or two that do not go together.
@@ -70,6 +74,7 @@ class LoRA(Adapter):
         use_rslora: bool = False,
         use_dora: bool = False,
         init_lora_weights: str = "default",
+        init_from: str | None = None,
     ) -> None:
         check_options(rank, dropout, dtype)
         if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init_lora_weights):
@@ -84,6 +89,11 @@ class LoRA(Adapter):
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init_lora_weights = init_lora_weights
+        self.init_from = init_from
+        if init_from is not None and init_lora_weights != "default":
+            raise ConfigurationError(
+                f"init_from and init_lora_weights {init_lora_weights} both say where A and B start; leave out one."
+            )
         if self._pissa and (use_rslora or use_dora):
             raise ConfigurationError("init_lora_weights pissa goes with plain LoRA; set use_rslora and use_dora false.")
 
@@ -113,10 +123,24 @@ class LoRA(Adapter):
                     "target_modules."
                 )
         check_peft_loads(self._saved_config(meta_model), meta_model, {*linear, *fused})
+        if self.init_from is not None:
+            self._start(meta_model)
 
     @override
     def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
         model.requires_grad_(False)
+        linear, experts = self._wrap(model, meta_model)
+        for name, layer in [*linear.items(), *experts]:
+            self._initialise(layer, name, seed)
+        if self.init_from is not None and not next(model.parameters()).is_meta:
+            start = self._start(meta_model)
+            for name, parameter in _adapting(model).items():
+                parameter.data.copy_(start.tensors[name])
+        fuse(linear, ADAPTER, meta_model.shared_inputs)
+        fuse_experts(model, ADAPTER)
+
+    def _wrap(self, model: PreTrainedModel, meta_model: MetaModel) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+        """Put PEFT's layers, still without values, into ``model``; return those of linear layers, and of experts."""
         linear, fused = self._targets(meta_model)
         owned = dict(model.named_modules())
         linear = [name for name in linear if name in owned]
@@ -128,22 +152,22 @@ class LoRA(Adapter):
             config = self._config([name.removeprefix(prefix) for name in linear])
             config.fan_in_fan_out = is_transposed(model, linear)
             inject_adapter_in_model(config, owned[meta_model.layers_name], adapter_name=ADAPTER, low_cpu_mem_usage=True)
-        layers = [(name, model.get_submodule(name)) for name in linear]
+        experts = []
         for name in fused:
             module, _, parameter = name.rpartition(".")
-            layers.append((name, wrap_experts(model, module, parameter, self._config([]), ADAPTER)))
-        for name, layer in layers:
-            self._initialise(layer, name, seed)
-        fuse(dict(layers[: len(linear)]), ADAPTER, meta_model.shared_inputs)
-        fuse_experts(model, ADAPTER)
+            experts.append((name, wrap_experts(model, module, parameter, self._config([]), ADAPTER)))
+        return {name: model.get_submodule(name) for name in linear}, experts
+
+    def _start(self, meta_model: MetaModel) -> LoRAStart:
+        assert self.init_from is not None
+        whole = copy.deepcopy(meta_model.model)
+        self._wrap(whole, meta_model)
+        shapes = {name: parameter.shape for name, parameter in _adapting(whole).items()}
+        return LoRAStart(Path(self.init_from), meta_model, shapes, self._config([]))
 
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        state = {
-            FILE_PREFIX + _name_in_file(name): to_cpu(parameter)
-            for name, parameter in model.named_parameters()
-            if ".lora_" in name
-        }
+        state = {FILE_PREFIX + name: to_cpu(parameter) for name, parameter in _adapting(model).items()}
         for name, layer in model.named_modules():
             # W - B₀A₀ is frozen, but the file is for W: BA - B₀A₀ is a product of twice the rank.
             if (start := getattr(layer, "pissa_start", None)) is not None:
@@ -221,6 +245,11 @@ class LoRA(Adapter):
             )
             magnitude.weight = nn.Parameter(magnitude.weight.detach().to(dtype))
         down.weight, up.weight = (nn.Parameter(each.weight.detach().to(dtype)) for each in (down, up))
+
+
+def _adapting(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters by PEFT's names in a file, without its prefix."""
+    return {_name_in_file(name): each for name, each in model.named_parameters() if ".lora_" in name}
 
 
 def _name_in_file(name: str) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lightning_pipelite.adapters.control_files import ControlAdapterFile, is_control_adapter
+from lightning_pipelite.adapters.lora_kinds import rest_of
 from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.control_lora import layers_of
 from lightning_pipelite.export.lora_files import LoRAOfBase
-from lightning_pipelite.export.lora_kinds import rest_of
 from lightning_pipelite.export.page import page
 from lightning_pipelite.export.pictures import control_pictures, lora_pictures, place
 from lightning_pipelite.export.spectra import Control, Product, control, product, saved_factors

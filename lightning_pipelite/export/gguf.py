@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.adapters.control_files import is_control_adapter
+from lightning_pipelite.adapters.lora_kinds import read_lora_config
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.architectures import Architecture, architecture
 from lightning_pipelite.export.atomic_output import check_new_file, new_file
 from lightning_pipelite.export.base import BaseModel, Group
 from lightning_pipelite.export.control_lora import control_to_lora
 from lightning_pipelite.export.lora_files import Factors, LoRAOfBase
-from lightning_pipelite.export.lora_kinds import read_lora_config
 from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.transformers_compat import Concatenate, MergeModulelist
 from lightning_pipelite.shared.progress import track

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_pipelite.adapters.lora_kinds import check_tensors, read_lora_config
 from lightning_pipelite.adapters.peft_compat import adapter_stays, expert_factors, is_swapped
 from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.base import BaseModel
-from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config
 
 ADAPTER = "default"
 PREFIX = "base_model.model."

@@ -12,11 +12,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_pipelite.adapters.control_files import Transform
+from lightning_pipelite.adapters.lora_kinds import check_tensors, read_lora_config, rest_of
 from lightning_pipelite.adapters.peft_compat import expert_factors, rank_and_alpha
 from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.lora_files import Factors
-from lightning_pipelite.export.lora_kinds import check_tensors, read_lora_config, rest_of
 from lightning_pipelite.models.transformers_compat import dot_natural_key
 
 

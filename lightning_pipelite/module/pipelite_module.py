@@ -22,6 +22,7 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
+from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.module.batches import BatchForm, count_documents
@@ -80,7 +81,8 @@ class PipeLiteModule(pl.LightningModule):
         trust_remote_code: Run the model's own Python code from model_dir.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
-        allow_another_base: Go on from a checkpoint that was trained on another base model than model_dir.
+        allow_another_base: Go on from a checkpoint, or an adapter (its init_from), that was trained on another base
+            model than model_dir.
         load_in_fp8: Keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
             in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
             they are dequantised before each product. Not for fused experts.
@@ -146,6 +148,8 @@ class PipeLiteModule(pl.LightningModule):
             fuse_head=True,
             router_aux_loss_coef=router_aux_loss_coef,
         )
+        if adapter.init_from is not None and not allow_another_base:
+            refuse_another_base(Path(adapter.init_from), Path(model_dir))
         self._saving = Saving(self._layers, adapter)
         self._batch_form = BatchForm(
             *self._layers.vocabulary,

@@ -84,7 +84,11 @@ class Saving:
             "base_model": self._layers.meta_model.fingerprint,
             "adapter": {
                 "class_path": f"{kind.__module__}.{kind.__qualname__}",
-                "init_args": {name: getattr(self._adapter, name) for name in inspect.signature(kind).parameters},
+                "init_args": {
+                    name: getattr(self._adapter, name)
+                    for name in inspect.signature(kind).parameters
+                    if name != "init_from"  # where values started, which a checkpoint has gone on from
+                },
             },
             "dtype": options["dtype"],
             "load_in_4bit": options["load_in_4bit"],
