@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -17,14 +18,15 @@ from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter, to_cpu
 from lightning_pipelite.adapters.directory import whole_directory
+from lightning_pipelite.adapters.left_out import left_out_weights
 from lightning_pipelite.adapters.selection import match_modules, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.config import read_config
-from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import revert_weight_conversion
-from lightning_pipelite.models.weight_files import INDEX_FILE, read_json
+from lightning_pipelite.models.weight_files import INDEX_FILE, read_json, weight_files
 
 KNOWN_FILES = ("config.json", "*.safetensors", INDEX_FILE, "README.md", *PLAIN)
 
@@ -54,6 +56,12 @@ class Full(Adapter):
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         if load_in_4bit:
             raise ConfigurationError("load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.")
+        if meta_model.is_text_part and meta_model.key_mapping is None and _is_pickled(meta_model.model_dir):
+            raise ConfigurationError(
+                f"{meta_model.model_dir} has pickled weights (.bin) only, of which what is for images or sound cannot "
+                "be saved along; save the model by transformers' save_pretrained, which writes safetensors, and give "
+                "that."
+            )
         self._trained(meta_model)
 
     @override
@@ -82,7 +90,11 @@ class Full(Adapter):
     def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
         config = _config(meta_model)
         copy_to(directory, meta_model.model_dir, companions(meta_model.model_dir))
-        shards, dtype = _write_shards(directory, map(_as_text_model, states) if meta_model.is_text_part else states)
+        if meta_model.key_mapping is not None:
+            states = map(_as_text_model, states)
+        elif meta_model.is_text_part:  # saved within the whole model
+            states = itertools.chain(states, left_out_weights(meta_model))
+        shards, dtype = _write_shards(directory, states)
         _write_index(directory, shards)
         config["dtype"] = dtype
         config.pop("torch_dtype", None)  # the older name of the same key
@@ -105,11 +117,15 @@ class Full(Adapter):
 
 
 def _config(meta_model: MetaModel) -> dict[str, Any]:
-    """Return the configuration of what is saved: of a multimodal model, that of the text model alone."""
-    if not meta_model.is_text_part:
+    """Return the configuration of what is saved: of a text model that stands by itself, its own."""
+    if meta_model.key_mapping is None:
         return read_json(meta_model.model_dir / "config.json")
-    text = read_config(meta_model.model_dir, meta_model.trust_remote_code)
+    text, _ = read_config(meta_model.model_dir, meta_model.trust_remote_code)
     return {**text.to_dict(), "architectures": [type(meta_model.model).__name__], "use_cache": True}
+
+
+def _is_pickled(model_dir: Path) -> bool:
+    return not weight_files(model_dir) and any(model_dir.glob("*.bin"))
 
 
 def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:

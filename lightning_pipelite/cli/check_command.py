@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_pipelite.cli.split_comparison import (
@@ -25,7 +24,6 @@ from lightning_pipelite.cli.split_comparison import (
 )
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
-from lightning_pipelite.models.contents import TEXT_MODEL_NAMES
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.strategy.partition import check_virtual_stages
@@ -97,12 +95,12 @@ def check_model(
             meta_model.tiny().save_pretrained(directory)
             copy_to(directory, meta_model.model_dir, own_code(meta_model.model_dir))
         layers = exact_layers(directory, packed=meta_model.isolates_documents, trust_remote_code=trust_remote_code)
-        whole = AutoModelForCausalLM.from_pretrained(
+        whole = layers.meta_model.auto.from_pretrained(
             directory,
             config=layers.meta_model.config,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
-            key_mapping=TEXT_MODEL_NAMES if layers.meta_model.is_text_part else None,
+            key_mapping=layers.meta_model.key_mapping,
         )
         differences = compare_split(layers, whole, stages)
         if layers.packed:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.config import read_config
-from lightning_pipelite.models.loading import TEXT_MODEL_NAMES
+from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import (
     WeightConverter,
     WeightRenaming,
@@ -91,8 +91,8 @@ class BaseModel:
         if (self.directory / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
             raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
         self.trust_remote_code = trust_remote_code
-        self.build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
-        self.config = read_config(self.directory, trust_remote_code)
+        self.config, auto = read_config(self.directory, trust_remote_code)
+        self.build = partial(auto.from_config, trust_remote_code=trust_remote_code)
         if attention_of(self.config) not in (None, *OF_TRANSFORMERS):
             set_attention(self.config, "eager")  # whatever it trains with, which need not be installed
         if getattr(self.config, "output_router_logits", False):
@@ -109,7 +109,7 @@ class BaseModel:
         self.headers = {name: read_header(self.directory / name) for name in self._file_names()}
         self._file_of = {tensor: name for name, header in self.headers.items() for tensor in header}
         transforms = get_model_conversion_mapping(
-            self.model, key_mapping=TEXT_MODEL_NAMES if self.is_text_part else None
+            self.model, key_mapping=TEXT_MODEL_NAMES if auto is AutoModelForCausalLM and self.is_text_part else None
         )
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]

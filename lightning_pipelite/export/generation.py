@@ -82,12 +82,17 @@ def generate(
 
 
 def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from lightning_pipelite.models.text_part import AUTO_CLASSES
+    from lightning_pipelite.models.transformers_compat import loads_by
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).to(device).eval()
+        config = AutoConfig.from_pretrained(base, **options)
+        auto = next((each for each in AUTO_CLASSES if loads_by(each, config)), AUTO_CLASSES[0])
+        model = auto.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except Exception as error:  # whatever damaged files or remote code raise
         raise ConfigurationError(
             f"{base} cannot be loaded ({first_line(error)}); check the directory and the device."

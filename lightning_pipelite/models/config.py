@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.text_part import auto_class
 from lightning_pipelite.models.weight_files import read_json
 
 
-def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, Any]:
     """Read a model directory's config.json.
+
+    Returns:
+        The configuration of its causal LM, and what builds and loads that, as transformers' auto classes do.
 
     Raises:
         ConfigurationError: It is not there, or transformers refuses it.
@@ -29,19 +34,27 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise ConfigurationError(
             f"{path} is no configuration that this version of transformers knows: {first_line(error)}"
         ) from error
-    text_config = config.get_text_config(decoder=True)
+    whole, text_config = config, config.get_text_config(decoder=True)
     if text_config is not config and text_config.model_type != config.model_type:
         # Beside images or sound: the text model alone, with the outer word on whether its ends are tied.
         if "tie_word_embeddings" in read_json(path):
             text_config.tie_word_embeddings = config.tie_word_embeddings
         config = text_config
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    brought = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not (known or brought) or getattr(config, "is_encoder_decoder", False):
+    if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        auto = None
+    else:
+        try:
+            auto = auto_class(whole, config, trust_remote_code)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{path}: the text model of type {config.model_type} cannot be trained because that of a "
+                f"{whole.model_type} could not be tried: {first_line(error)}; choose another model."
+            ) from error
+    if auto is None:
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(
             f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
         )
     config.use_cache = False
-    return config
+    return config, auto

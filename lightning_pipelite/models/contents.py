@@ -15,13 +15,6 @@ from lightning_pipelite.models.meta_model import MetaModel, embedding_first
 from lightning_pipelite.models.transformers_compat import forgive_keys, loading_class, no_init_weights
 from lightning_pipelite.models.weight_files import weight_entries
 
-# What multimodal checkpoints, old and new, call the weights of their text model.
-TEXT_MODEL_NAMES = {
-    r"^language_model\.model\.": "model.",
-    r"^model\.language_model\.(?!model\.)": "model.",
-    r"^model\.text_model\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
 
 
@@ -127,7 +120,7 @@ def _rehearse(meta_model: MetaModel, state: dict[str, torch.Tensor]) -> _Report:
             state_dict=state,
             dtype=torch.bfloat16,
             device_map={"": "meta"},
-            key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
+            key_mapping=meta_model.key_mapping,
             ignore_mismatched_sizes=True,
         )
     finally:

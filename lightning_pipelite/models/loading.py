@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.contents import TEXT_MODEL_NAMES, refuse_misfits
+from lightning_pipelite.models.contents import refuse_misfits
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
 from lightning_pipelite.models.quantization.four_bit import (
     kept_names,
@@ -79,7 +79,7 @@ def load_trimmed(
             else None,
             use_safetensors=not pickled,
             attn_implementation=attn_implementation,
-            key_mapping=TEXT_MODEL_NAMES if meta_model.is_text_part else None,
+            key_mapping=meta_model.key_mapping,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, in one sentence
             output_loading_info=True,

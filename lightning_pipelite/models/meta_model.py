@@ -19,6 +19,7 @@ from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
+from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import attention_of, set_attention
 from lightning_pipelite.models.weight_files import read_json
 from lightning_pipelite.models.whole_model import WholeModel, whole_model
@@ -38,7 +39,9 @@ class MetaModel:
     Attributes:
         config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
         model: The whole model on the meta device. Tied weights are one and the same parameter in it.
+        auto: What builds and loads it, as transformers' auto classes do.
         is_text_part: Whether this is the text model of a multimodal one; images and sound are left out.
+        key_mapping: How the names of a multimodal checkpoint become those of a text model by itself; None if they stay.
         layers_name: Name of the list of decoder layers, such as ``model.layers``.
         layers: The decoder layers, in order.
         embedding_name: Name of the input embedding, such as ``model.embed_tokens``.
@@ -68,20 +71,21 @@ class MetaModel:
         if not self.model_dir.is_dir():
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.trust_remote_code = trust_remote_code
-        self.config = read_config(self.model_dir, trust_remote_code)
+        self.config, self.auto = read_config(self.model_dir, trust_remote_code)
         asked = attention_of(self.config)
         if attn_implementation is None and asked not in (None, *varlen.OF_TRANSFORMERS):
             raise ConfigurationError(
                 f"{self.model_dir / 'config.json'} asks for attn_implementation {asked}, which is none of those that "
                 "are known here; set attn_implementation to sdpa, or take it out of config.json."
             )
-        self._build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+        self._build = partial(self.auto.from_config, trust_remote_code=trust_remote_code)
         if attn_implementation is not None:
             self._build = partial(self._build, attn_implementation=attn_implementation)
         self.balances_routers = bool(getattr(self.config, "output_router_logits", False))
         if self.balances_routers:
             self.config.output_router_logits = False  # a stage has the routers of its own layers only: see router.py
         self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
+        self.key_mapping = TEXT_MODEL_NAMES if self.is_text_part and self.auto is AutoModelForCausalLM else None
         try:
             with torch.device("meta"):
                 # bfloat16 as some kernels (grouped matrix products) exist for no other type; only shapes matter here.
@@ -90,7 +94,7 @@ class MetaModel:
             raise ConfigurationError(
                 f"{self.model_dir / 'config.json'} describes no model that can be built: {first_line(error)}"
             ) from error
-        self.config = self.model.config
+        self.config = self.model.config.get_text_config(decoder=True)
         embedding_first(self.model)
         self.embedding_name = self._name_of(self.model.get_input_embeddings(), "input embedding")
         self.head_name = self._name_of(self.model.get_output_embeddings(), "output head")

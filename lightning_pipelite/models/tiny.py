@@ -81,8 +81,20 @@ def _tiny_rope(rope: dict[str, Any], real: dict[str, Any], tiny: dict[str, Any],
             made[name] = _tiny_rope(value, real, tiny, limit)
         elif name in ("long_factor", "short_factor"):  # one for each pair of the head's dimensions that is turned
             made[name] = value[: round(len(value) * _head_size(tiny) / _head_size(real))]
+        elif name == "mrope_section" and value:  # a part of those pairs for each of time, height and width
+            made[name] = _tiny_parts(value, round(sum(value) * _head_size(tiny) / _head_size(real)))
         elif name in LIMITS and limit is not None:
             made[name] = limit
+    return made
+
+
+def _tiny_parts(parts: list[int], total: int) -> list[int]:
+    """Return parts in about the same ratio whose sum is ``total``; equal ones stay equal where that can be."""
+    made = [max(1, part * total // sum(parts)) for part in parts]
+    for part in sorted(set(parts), key=lambda part: -(part * total % sum(parts))):
+        if parts.count(part) <= total - sum(made):
+            made = [size + (each == part) for size, each in zip(made, parts, strict=True)]
+    made[0] += total - sum(made)
     return made
 
 

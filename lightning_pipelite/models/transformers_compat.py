@@ -48,6 +48,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "attention_of",
+    "class_of",
     "dot_natural_key",
     "forgive_keys",
     "gate_of_experts",
@@ -89,6 +90,17 @@ def loads_by(auto: Any, config: PretrainedConfig) -> bool:
     Remove when auto classes tell it: ``from_config`` builds the model, or raises an error that means other things too.
     """
     return type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {})
+
+
+def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of transformers' own that an auto class builds for ``config``; None if it has none.
+
+    Remove when auto classes tell it.
+    """
+    if type(config) not in auto._model_mapping:
+        return None
+    found: Any = auto._model_mapping[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def loading_class(
@@ -141,12 +153,14 @@ def one_at_a_time() -> Iterator[None]:
             os.environ[variable] = former
 
 
-def mark_initialised(parameter: nn.Parameter) -> None:
+def mark_initialised(parameter: nn.Parameter | nn.Module) -> None:
     """Tell transformers, while it loads a model, that a parameter has its values though no file held it by this name.
+
+    Of a module, that its own parameters do.
 
     Remove when what is quantised as it is assigned is no missing weight.
     """
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 def has_experts_interface(module: nn.Module) -> bool:

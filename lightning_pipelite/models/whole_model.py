@@ -7,19 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.text_part import AUTO_CLASSES
 from lightning_pipelite.models.transformers_compat import loads_by
-
-AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # in order
 
 
 class WholeModel:
@@ -99,7 +91,7 @@ def whole_model(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: 
 
 def _places(model: PreTrainedModel, causal_lm: PreTrainedModel) -> dict[str, str]:
     """Return what the names of the causal LM's parts begin with, and what in the whole model in place of that."""
-    if type(model) is type(causal_lm):
+    if isinstance(causal_lm, type(model)):  # or it without its towers
         return {"": ""}
     for own, module in (("", causal_lm), (f"{causal_lm.base_model_prefix}.", causal_lm.base_model)):
         found = [f"{name}." for name, each in model.named_modules() if type(each) is type(module)]

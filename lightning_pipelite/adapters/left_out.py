@@ -1,0 +1,35 @@
+"""What a multimodal checkpoint holds beside the text model that is trained: its towers, saved as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.transformers_compat import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from lightning_pipelite.models.weight_files import weight_files
+
+
+def left_out_weights(meta_model: MetaModel) -> Iterator[dict[str, Tensor]]:
+    """Yield, for each weight file, the tensors that are none of the text model's, by their names there."""
+    transforms = get_model_conversion_mapping(meta_model.model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    own = dict.fromkeys(meta_model.model.state_dict(), True)
+    prefix = meta_model.model.base_model_prefix
+    for path in weight_files(meta_model.model_dir):
+        with safe_open(path, framework="pt") as file:
+            names = [
+                name
+                for name in file.keys()  # noqa: SIM118  (no dictionary)
+                if name not in own and rename_source_key(name, renamings, converters, prefix, own)[0] not in own
+            ]
+            if names:
+                yield {name: file.get_tensor(name) for name in names}
