@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from processes import Workers
-from stage_jobs import MODELS, build, hand_on, train, train_plainly
+from stage_jobs import hand_on, train, train_plainly
+from stage_models import MODELS, build
 
 
 def splits() -> list[tuple[str, int, int]]:

@@ -22,7 +22,8 @@ from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.known_callbacks import KNOWN
 from lightning_pipelite.strategy.module_hooks import NOT_CALLED
 from processes import Workers
-from stage_jobs import Model, Module, floats, linears
+from stage_jobs import Module
+from stage_models import Model, floats, linears
 
 REFUSED: dict[str, dict[str, Any]] = {
     "BackboneFinetuning": {},

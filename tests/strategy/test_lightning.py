@@ -18,20 +18,10 @@ from evaluation_jobs import (
     validate_set,
 )
 from exact_training import Case, Scale, make_model
-from lightning_jobs import (
-    compare_names,
-    dropout_masks,
-    fit,
-    fits,
-    late_layers,
-    log_everything,
-    not_a_number,
-    refusal,
-    split_again,
-    terminated,
-)
+from lightning_jobs import fit, fits, late_layers, log_everything, not_a_number, refusal, split_again, terminated
 from processes import Workers
-from stage_jobs import linears, token_loss, tokens
+from random_jobs import compare_names, dropout_masks
+from stage_models import linears, token_loss, tokens
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

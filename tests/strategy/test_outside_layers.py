@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_jobs import beside_the_layers
+from outside_jobs import beside_the_layers
 from processes import Workers
 
 

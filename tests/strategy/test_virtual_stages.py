@@ -13,7 +13,8 @@ from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.pieces import Pieces
 from processes import Workers
-from stage_jobs import DEEP, train, train_plainly
+from stage_jobs import train, train_plainly
+from stage_models import DEEP
 from virtual_jobs import drop_out, measured, reported_failure
 
 SPLITS = [

@@ -12,7 +12,8 @@ from optimi import Adam
 from torch import nn
 
 from lightning_pipelite.errors import ConfigurationError
-from stage_jobs import CLASSES, WIDTH, Catchable, Model, Module, Steps, collected, loader, token_loss, trainer_for
+from stage_jobs import Catchable, Module, Steps, collected, loader, trainer_for
+from stage_models import CLASSES, WIDTH, Model, token_loss
 
 
 class Normed(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite import PipeLiteStrategy
-from stage_jobs import Lambda, Model, Module, floats, linears, loader, trainer_for
+from stage_jobs import Module, loader, trainer_for
+from stage_models import Lambda, Model, floats, linears
 
 NAP, MICRO_BATCHES = 0.03, 4
 

@@ -14,7 +14,8 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_jobs import ROWS, Mlp, data
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
-from stage_jobs import Catchable, Model, Module, linears, token_loss, tokens, trainer_for
+from stage_jobs import Catchable, Module, trainer_for
+from stage_models import Model, linears, token_loss, tokens
 
 
 def fit_and_validate(stages: int) -> list[float]:

@@ -11,7 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from stage_jobs import Catchable, Model, Module, floats, frozen, linears, loader, trainer_for
+from stage_jobs import Catchable, Module, loader, trainer_for
+from stage_models import Model, floats, frozen, linears
 
 
 class _Spoiled(torch.autograd.Function):

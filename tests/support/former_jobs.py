@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
 from lightning_pipelite.errors import ConfigurationError
-from stage_jobs import Catchable, Model, Module, floats, linears, trainer_for
+from stage_jobs import Catchable, Module, trainer_for
+from stage_models import Model, floats, linears
 
 
 class Saving(Module):

@@ -10,7 +10,8 @@ import lightning as L
 
 from former_jobs import Remembers, Saving
 from lightning_pipelite.callbacks import TimedCheckpoint
-from stage_jobs import Catchable, Model, floats, linears, trainer_for
+from stage_jobs import Catchable, trainer_for
+from stage_models import Model, floats, linears
 
 CALLED = {
     "configure_callbacks", "configure_gradient_clipping", "configure_model", "configure_optimizers",

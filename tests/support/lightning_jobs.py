@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.layers import SequentialLayers, build_stage
-from stage_jobs import Catchable, Model, Module, collected, loader, trainer_for
+from stage_jobs import Catchable, Module, collected, loader, trainer_for
+from stage_models import Model
 
 ROWS = 4
 
@@ -147,91 +147,6 @@ def log_everything(folder: str, stages: int | None) -> dict[str, Any]:
     return shown
 
 
-def seed_this_fit(seed: int | None) -> None:
-    """As L.seed_everything does, or at random; but the process goes on to other jobs, which must not inherit it."""
-    if seed is None:
-        torch.seed()
-        random.seed()
-        return
-    L.seed_everything(seed)
-    del os.environ["PL_GLOBAL_SEED"], os.environ["PL_SEED_WORKERS"]
-
-
-class Numbered(Dataset[Any]):
-    """Every row names itself, in the inputs and in the targets; a row may be augmented at random."""
-
-    def __init__(self, random_rows: bool = False, seed: int = 0) -> None:
-        self.random_rows = random_rows
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, index: int) -> Any:
-        name = index + self.seed
-        if self.random_rows:
-            name += 1000 * int(torch.randint(1000, ())) + 10**6 * random.randrange(100)
-        return (torch.randn(6), torch.tensor(name)), torch.tensor(name)
-
-
-class SideName(nn.Module):
-    def __init__(self, dropout: bool) -> None:
-        super().__init__()
-        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(0.5 if dropout else 0.0)
-
-    def forward(self, inputs: Any) -> Any:
-        return self.drop(self.linear(inputs[0])), inputs[1]
-
-
-def compare_names(kind: str, stages: int, replicas: int) -> dict[str, Any]:
-    """Train on rows that name themselves; the loss is told the names of its inputs and of its targets."""
-    seed_this_fit(None if kind == "unseeded" else 1)
-    pairs: list[tuple[int, int]] = []
-
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
-        pairs.extend(zip(outputs[1].tolist(), targets.tolist(), strict=True))
-        return outputs[0].square().mean()
-
-    strategy = Catchable(stages)
-    rank_seed = 0
-    if kind == "different":
-        rank_seed = int(os.environ["RANK"])
-    dataset = Numbered(kind in ("augmented", "unseeded"), rank_seed)
-    injected = kind == "injected"
-    trainer = trainer_for(
-        strategy, stages * replicas, max_epochs=2, accumulate_grad_batches=3, use_distributed_sampler=injected,
-    )  # fmt: skip
-    model = Model([SideName(dropout=True) for _ in range(stages)], [], loss)
-    try:
-        trainer.fit(Module(model), DataLoader(dataset, batch_size=2, shuffle=kind != "different"))
-    except ConfigurationError as error:
-        return {"error": str(error)}
-    return {"pairs": pairs, "sampler": type(trainer.train_dataloader.sampler).__name__}  # type: ignore[union-attr]
-
-
-class Masks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Linear(1, 1)
-        self.seen: list[Tensor] = []
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        mask = nn.functional.dropout(torch.ones(64), 0.5, self.training)
-        self.seen.append(mask)
-        return self.scale(inputs) * mask.mean()
-
-
-def dropout_masks(stages: int, replicas: int) -> list[list[float]]:
-    seed_this_fit(1)
-    layers = [Masks() for _ in range(stages)]
-    batches = [(torch.randn(2, 1), torch.randn(2, 1)) for _ in range(4)]
-    strategy = PipeLiteStrategy(stages)
-    trainer = trainer_for(strategy, stages * replicas, max_epochs=1, num_sanity_val_steps=0)
-    sampled = loader(batches, strategy)
-    trainer.fit(Module(Model(list(layers), batches, nn.functional.mse_loss)), sampled, sampled)
-    return [mask.tolist() for mask in layers[strategy.stage_id].seen]
-
-
 def not_a_number(stages: int) -> dict[str, Any]:
     """The loss of the third step is not finite."""
     torch.manual_seed(2)
@@ -318,43 +233,6 @@ def late_layers(stages: int) -> float:
     trainer_for(strategy, stages, max_epochs=2).fit(module, DataLoader(data(16), batch_size=ROWS))
     trained = collected(strategy)
     return float((trained["0.weight"] - first).abs().max()) if strategy.is_global_zero else 0.0
-
-
-class Beside(Mlp):
-    """Has a buffer and a frozen weight beside its layers."""
-
-    def __init__(self, size: int = 2, strict: bool = True) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(size))
-        self.scale = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.strict_loading = strict
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seen += 1
-        self.scale += 2
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.net.parameters(), lr=0.1)
-
-
-def beside_the_layers(folder: str, stages: int) -> list[Any]:
-    """What is there after two epochs, the second of which resumes; and what is said to modules that have another."""
-    rows = DataLoader(data(5 * ROWS), batch_size=ROWS)
-    for epochs in (1, 2):
-        module = Beside()
-        trainer = trainer_for(Catchable(stages), stages, max_epochs=epochs)
-        path = f"{folder}/{epochs}.ckpt"
-        trainer.fit(module, rows, ckpt_path=f"{folder}/1.ckpt" if epochs > 1 else None)
-        trainer.save_checkpoint(path)
-    found: list[Any] = [module.seen.tolist(), module.scale.tolist()]
-    for strict in (True, False):
-        trainer, other = trainer_for(Catchable(stages), stages), Beside(3, strict)
-        try:
-            trainer.validate(other, rows, ckpt_path=path)
-            found.append([other.seen.tolist(), other.scale.tolist()])
-        except ConfigurationError as error:
-            found.append(str(error))
-    return found
 
 
 def split_again() -> str:

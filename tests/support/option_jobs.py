@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from stage_jobs import Catchable, Model, Module, collected, floats, linears, mean_loss, trainer_for
+from stage_jobs import Catchable, Module, collected, trainer_for
+from stage_models import Model, floats, linears, mean_loss
 
 BEFORE, AFTER = 3, 3
 

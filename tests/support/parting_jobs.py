@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_jobs import Mlp, data
 from lightning_pipelite.errors import ConfigurationError
-from stage_jobs import Catchable, Model, Module, trainer_for
+from stage_jobs import Catchable, Module, trainer_for
+from stage_models import Model
 
 ROWS = 8
 

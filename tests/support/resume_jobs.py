@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
 from resumable import Deal
-from stage_jobs import CLASSES, WIDTH, Batch, Catchable, Model, Module, collected, token_loss, trainer_for
+from stage_jobs import Catchable, Module, collected, trainer_for
+from stage_models import CLASSES, WIDTH, Batch, Model, token_loss
 
 
 class Noisy(Deal):

@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 
 from stage_jobs import Catchable
+from trainer_parts import FaultError
 from trainer_recorder import Net, Recorder, RecordingCallback, RecordingLogger, Weights, files, plain
-from trainer_rows import ROWS, FaultError, Row
+from trainer_rows import ROWS, Row
 
 
 def run_row(row: Row, folder: Path, stages: int | None, ranks: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite import PipeLiteStrategy
-from stage_jobs import WIDTH, Catchable, Model, Module, Steps, collected, floats, linears, loader, trainer_for
+from stage_jobs import Catchable, Module, Steps, collected, loader, trainer_for
+from stage_models import WIDTH, Model, floats, linears
 
 
 class Failing(nn.Module):
