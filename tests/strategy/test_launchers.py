@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,26 @@ def test_the_example_trains_the_same(launcher: str, expected: dict[str, float]) 
     told = outputs(command, environments)
     for output in told:  # `trainer.print` prints once a node
         assert metrics(output) == pytest.approx(expected, abs=2e-4)
+
+
+def test_launcher_checks_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    from lightning_pipelite.strategy.launcher import PipeLiteLauncher
+
+    monkeypatch.setenv("LOCAL_RANK", "1")  # someone else has launched
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    calls: list[Any] = []
+    launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=lambda *given: calls.append(given))
+    assert launcher.launch(lambda a, b: calls.append((a, b)) or "result", 1, b=2) == "result"
+    assert calls == [(None, {"a": 1, "b": 2}), (1, 2)]
+    assert launcher.procs == []
+
+    def refuse(*given: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.delenv("LOCAL_RANK")
+    launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=refuse)
+    with pytest.raises(ValueError, match="no"):
+        launcher.launch(lambda: None)
+    assert launcher.procs == []

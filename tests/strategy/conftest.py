@@ -1,0 +1,77 @@
+"""Runs jobs of real processes, all of whose stderr goes into one pipe, to see who speaks last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from watched import JOB, Outcome
+
+
+@pytest.fixture(scope="module")
+def job_server() -> Iterator[socket.socket]:
+    """A process that has imported all that a job needs, and forks one where it is asked to."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, JOB, "serve", str(theirs.fileno())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(JOB).parents[2]), "DS_ACCELERATOR": "cpu"}
+    with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment):
+        theirs.close()
+        yield ours
+        ours.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def run_watched(tmp_path: Path, job_server: socket.socket) -> Callable[..., Outcome]:
+    """Runs commands as one job; fails unless every process is gone within 15 s of the failure."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(JOB).parents[2])}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}  # NCCL's process group warns a lot
+
+    def run(*commands: list[str]) -> Outcome:
+        reader, writer = os.pipe()
+        with os.fdopen(reader, "rb") as pipe, job_server.makefile("r") as answers:
+            socket.send_fds(job_server, [json.dumps([commands, environment]).encode()], [writer])
+            os.close(writer)
+            alarm = threading.Timer(100.0, _kill, json.loads(answers.readline()))
+            alarm.start()
+            stderr = pipe.read().decode()  # ends with the last process that could write to it
+            codes = json.loads(answers.readline())
+            alarm.cancel()
+        failed = tmp_path / "failed"
+        assert not failed.exists() or time.time() - float(failed.read_text()) < 15.0, stderr
+        deadline = time.monotonic() + 5.0  # a process closes its files a little before it is gone
+        while (left := [path for path in tmp_path.glob("pid*") if _alive(path)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert left == []
+        if (tmp_path / "codes.json").exists():
+            codes = json.loads((tmp_path / "codes.json").read_text())
+        return Outcome(codes, stderr)
+
+    return run
+
+
+def _kill(*processes: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _alive(pid_file: Path) -> bool:
+    try:
+        return Path(f"/proc/{pid_file.read_text()}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
