@@ -38,7 +38,7 @@ class PartialDirectory:
         self._lock = make_locked(self.path)
 
     def publish(self) -> None:
-        """Give it its name, in place of what had that name before."""
+        """Give the directory its name, in place of what had that name before."""
         os.fsync(self._lock)
         former = self._target.with_name(f".{self._target.name}.{self._unique}.ckpt-old")
         with alone_in(self._target.parent):  # another one would put the former one back between the two

@@ -174,7 +174,7 @@ def options_of(parser: ArgumentParser) -> Iterator[Action]:
 
 
 def check_config_file(given: str) -> None:
-    """Refuse a configuration file that is none, by its name.
+    """Refuse what is no configuration file, by its name.
 
     Args:
         given: As on the command line; what is no file is left to jsonargparse, which takes YAML itself, too.
@@ -197,7 +197,7 @@ def check_config_file(given: str) -> None:
 
 
 def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
-    """Refuse variables that look like options and are none, as nobody would ever look at them.
+    """Refuse variables that look like options and are none, as nobody would ever read them.
 
     Raises:
         ConfigurationError: If a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` names no option.

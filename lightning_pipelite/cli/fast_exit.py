@@ -14,7 +14,7 @@ _UNCOMPILED = "TORCHDYNAMO_DISABLE"
 
 @contextlib.contextmanager
 def short_lived() -> Iterator[None]:
-    """Run without what pays only later.
+    """Run without what pays off only later.
 
     Garbage is not looked for: imports make none, but are looked through again and again. And what libraries compile as
     they are imported (bitsandbytes some functions for CPUs) is not compiled: torch's compiler is itself a long import.

@@ -131,7 +131,7 @@ class LoRAOfBase:
             yield name, _factors(layer)
 
     def factors(self) -> Iterator[tuple[str, Factors]]:
-        """Give the same where that is all that the adapter does.
+        """Give what :meth:`products` gives, where that is all that the adapter does.
 
         Raises:
             ConfigurationError: The adapter does more than add products of factors.

@@ -132,5 +132,5 @@ def _are_of_the_token(ids: Tensor, labels: Tensor, *, ours: bool) -> bool:
 
 
 def count_documents(position_ids: Tensor) -> int:
-    """Give how many documents the rows of a batch have."""
+    """Count the documents in the rows of a batch."""
     return int(starts(position_ids).sum())

@@ -12,10 +12,10 @@ from lightning_pipelite.data import PackedDataModule
 
 
 def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
-    """Warn of sequences that are longer than the model was made for, and of a class that an adapter has no other to.
+    """Warn of sequences that are longer than the model was made for, and of control classes that are all the same.
 
     Args:
-        data: Other than a PackedDataModule is passed over.
+        data: Anything but a PackedDataModule is passed over.
         config: Of the model.
         adapter: What is trained.
     """
@@ -37,7 +37,7 @@ def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
 
 
 def most_positions(config: PretrainedConfig) -> float | None:
-    """Return how many positions a model was made for, with what its rotary embeddings are stretched to; None if any."""
+    """Return how many positions a model was made for, stretched by its rotary embeddings or not; None for no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None

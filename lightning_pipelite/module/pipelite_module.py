@@ -185,7 +185,7 @@ class PipeLiteModule(pl.LightningModule):
 
     @property
     def optimizer_factory(self) -> OptimizerFactory:
-        """Makes the optimizer of parameters and a learning rate."""
+        """What makes the optimizer from parameters and a learning rate."""
         return self._optimization.factory
 
     @override

@@ -107,7 +107,7 @@ def pipeline_module(stage: nn.Module, stage_id: int, stages: int, column_major: 
 
 
 def engine_config(micro_batches: int) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """Return DeepSpeed's configuration.
 
     No ``bf16`` block: with it DeepSpeed casts fp32 adapters to bf16; without it every tensor travels in its own type.
     The throughput timer is off because it synchronises the device in every micro-batch.

@@ -100,7 +100,7 @@ class PipeLiteEngine(PipelineEngine):
         return self.grid.get_pipe_parallel_group() if self.is_pipe_parallel else None
 
     def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageTimer | None = None) -> list[float]:
-        """Forward and backward of all micro-batches of a step.
+        """Run all micro-batches of a step forward and backward.
 
         Where one stage is all, it returns when the losses are known, which is before the last backward pass has ended:
         what the host does next costs a GPU no time.
@@ -133,7 +133,7 @@ class PipeLiteEngine(PipelineEngine):
             self._clock = None
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Forward of some micro-batches, without gradients.
+        """Run some micro-batches forward, without gradients.
 
         Returns:
             The sum and the count of their losses, and what follows these, to be shared; float64.

@@ -45,7 +45,7 @@ class GradientCheck:
         self._stage, self._group = stage, group
 
     def require_finite(self, step: int, norms: GradientNorms, clipped: Tensor) -> None:
-        """Stop if they are not. Collective over the pipeline then.
+        """Stop if the gradients are not finite; collective over the pipeline in that case.
 
         Args:
             step: Which one it is, from 1 on.

@@ -85,7 +85,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         return result
 
     def stop_watching(self) -> None:
-        """Hands the watch over; called once the watchdog is connected."""
+        """Hand the watch over, once the watchdog is connected."""
         if self._relieved is not None:
             self._relieved.set()
         self._watcher = self._relieved = None

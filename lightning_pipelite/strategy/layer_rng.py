@@ -57,7 +57,7 @@ class LayerRNG:
 
     @contextlib.contextmanager
     def drawn_from(self) -> Iterator[None]:
-        """Within it the layers draw; afterwards the global generators are as they were."""
+        """Let the layers draw within it; afterwards the global generators are as they were."""
         shared = [generator.get_state() for generator in self._generators]
         try:
             yield

@@ -52,7 +52,7 @@ class StagesState(dict[str, Tensor]):
 
 
 def install() -> None:
-    """Replace the three functions; more than once is as good as once."""
+    """Replace the three functions; another call changes nothing."""
     saving.pl_load = load
     _CheckpointConnector.resume_start = resume_start  # type: ignore[method-assign, assignment]
     pl.LightningModule.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]

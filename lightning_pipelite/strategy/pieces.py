@@ -33,7 +33,7 @@ class Pieces(nn.ModuleList):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """By this go the names of parameters and buffers, also those that a parent gives them."""
+        """Yield modules under the pieces' own names, by which parameters and buffers are named, in a parent too."""
         memo = set() if memo is None else memo
         if self not in memo:
             memo.add(self)

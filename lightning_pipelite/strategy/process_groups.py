@@ -22,7 +22,7 @@ class JobGroups:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Return what is made within it is the job's."""
+        """Note that what is made within it is the job's."""
         before = set(_existing())
         try:
             yield

@@ -20,13 +20,13 @@ _BY_TYPE = {"trainer.limit_train_batches", "trainer.limit_val_batches", "trainer
 
 
 def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """Those of a Trainer that decide what is trained, and when it is evaluated, by name."""
+    """Return the options of a Trainer that decide what is trained, and when it is evaluated, by name."""
     # Lightning has no val_check_interval where it is a time.
     return {f"trainer.{name}": getattr(trainer, name, None) for name in _OF_THE_TRAINER}
 
 
 def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those that mean the same on every rank if they are equal: no functions, tensors or objects."""
+    """Return the options that mean the same on every rank if they are equal: no functions, tensors or objects."""
     return {name: value for name, value in options.items() if _is_plain(value)}
 
 

@@ -78,7 +78,7 @@ class Schedule:
         return source is not None and (source.piece - action.piece) % self.ranks != 0
 
     def held(self, rank: int) -> Iterator[tuple[Action, tuple[int, ...]]]:
-        """Each pass of a rank, and how many micro-batches each of its pieces holds then, beside the pass's own."""
+        """Yield each pass of a rank, and how many micro-batches each of its pieces holds then, the pass's own aside."""
         counts = [0] * self.virtual_stages
         for action in self.orders[rank]:
             place = action.piece // self.ranks

@@ -287,7 +287,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Return the stages in the middle only need to know the shapes."""
+        """Move a micro-batch to the device; stages in the middle need its shapes alone, and keep it on the host."""
         if 0 < self.stage_id < self.pipeline_stages - 1:
             device = torch.device("cpu")
         return super().batch_to_device(batch, device, dataloader_idx)

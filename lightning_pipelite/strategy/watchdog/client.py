@@ -49,13 +49,13 @@ class Client:
             self.failure = self._reported or Failure(0, self._hub_stage, describe_exit(None), "died")
 
     def report(self, failure: Failure) -> None:
-        """Tells rank 0 of ``failure``, if it is the first here."""
+        """Tell rank 0 of ``failure``, if it is the first here."""
         if self._reported is None:
             self._reported, self._reported_at = failure, time.monotonic()
             self.say(failure=asdict(failure))
 
     def report_exit(self, rank: int, code: int) -> None:
-        """Tells rank 0 of the exit status of a process that this one has launched."""
+        """Tell rank 0 of the exit status of a process that this one has launched."""
         self.say(exit=[rank, code])
 
     def say(self, **message: Any) -> None:

@@ -85,7 +85,7 @@ class Coordinator:
             self.report(Failure(rank, peer.stage, describe_exit(code), "died"))
 
     def report(self, failure: Failure) -> None:
-        """Tells all ranks of ``failure``, if it is the first."""
+        """Tell all ranks of ``failure``, if it is the first."""
         if self.failure is None:
             self.failure = failure
             self.say(failure=asdict(failure))

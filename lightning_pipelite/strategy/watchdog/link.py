@@ -44,7 +44,7 @@ class Link:
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
-        """Send a message; on a broken connection nothing."""
+        """Send a message; on a broken connection do nothing."""
         with suppress(OSError):  # a broken connection shows when it is read
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 

@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_launcher(yes: bool) -> None:
-    """Lets the kernel send SIGKILL to this process when its launcher dies, or no longer."""
+    """Let the kernel send SIGKILL to this process when its launcher dies, or let it no longer do so."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if yes else 0)
 

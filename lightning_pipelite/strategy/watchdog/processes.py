@@ -61,7 +61,7 @@ def _try(action: Callable[[], None]) -> None:
 
 
 def describe_exit(code: int | None) -> str:
-    """Says how a process ended, given the ``returncode`` of its Popen, or None where nobody knows."""
+    """Say how a process ended, given the ``returncode`` of its Popen, or None where nobody knows."""
     if code is None:
         return "died without a word (killed, or out of memory?)"
     if code >= 0:

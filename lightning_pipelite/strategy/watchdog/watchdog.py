@@ -116,7 +116,7 @@ class Watchdog:
         return watchdog
 
     def progress(self, activity: str, *, waits: bool = False, piece: str = "") -> None:
-        """Says that this rank is alive and what it does next; from the first call on it is watched.
+        """Say that this rank is alive and what it does next; from the first call on it is watched.
 
         Args:
             activity: A name for the message, such as "forward".
@@ -135,7 +135,7 @@ class Watchdog:
         return Failure.of(exception, self._rank, self._stage, self._piece)
 
     def fail(self, exception: BaseException) -> None:
-        """Tells all ranks that this one has raised; called in its main thread before the exception propagates.
+        """Tell all ranks that this one has raised; called in its main thread before the exception propagates.
 
         Returns, so that Python can print the traceback, after which the process ends with the last line and status 1.
         If the exception is caught instead, this process goes on; the others end all the same. An error of communication
@@ -155,7 +155,7 @@ class Watchdog:
         self._settled.wait(timeouts.RELAY + 1.0)
 
     def close(self) -> None:
-        """Leaves the watchdog at a clean end; what the other ranks do is no longer a failure here.
+        """Leave the watchdog at a clean end; what the other ranks do is no longer a failure here.
 
         Not a collective: it never waits for another rank. If the job has failed before, the process ends here. After
         ``fail`` it only marks the end of the teardown.
