@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from lightning_pipelite.data.cache import build_once, content_key, file_stamp, t
 from lightning_pipelite.data.config import HELD_OUT, PackingOptions
 from lightning_pipelite.data.corpus import Corpus, tokenise
 from lightning_pipelite.data.finding import find_shape
-from lightning_pipelite.data.packing import Ints, Layout, best_fit, lay_out
+from lightning_pipelite.data.packed_set import PackedSet, PackingStatistics
+from lightning_pipelite.data.packing import Ints, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequence_file import largest_token, write_sequences
-from lightning_pipelite.data.sources import TEXT, find_files, format_of, not_read
-from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
+from lightning_pipelite.data.sources import TEXT, find_files, format_of
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
@@ -52,7 +52,7 @@ def look_at(options: PackingOptions) -> PackingOptions:
         return options
     shapes = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
-        # "text" was the default, and stands in every configuration that was saved with it.
+        # What a text file holds is called text here, too; so it may be named.
         if dataset.text_field not in (None, "text") and all(format_of(path) in TEXT for path in paths):
             raise ConfigurationError(
                 f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
@@ -98,15 +98,6 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
             raise ConfigurationError("A data or tokenizer file changed while it was read: start again.")
 
     return build_once(cache_dir, before, build)
-
-
-@dataclass
-class _Split:
-    """A set of sequences: its documents, by groups that share no sequence, and where they lie."""
-
-    name: str
-    groups: list[Ints]
-    layout: Layout
 
 
 class PackBuilder:
@@ -157,11 +148,9 @@ class PackBuilder:
             fingerprints.append(fingerprint)
             largest = max(largest, largest_token(file))
         scratch.unlink()
-        train, *evals = (self._split_statistics(split, corpus.lengths) for split in splits)
-        names = [split.name for split in splits[1:]]
-        datasets = [self._dataset_statistics(number, corpus, splits) for number in range(len(corpus.ends))]
+        statistics = PackingStatistics(self._options, self._files, corpus, self._capacity).of(splits)
         meta = {
-            "statistics": DataStatistics(train, dict(zip(names, evals, strict=True)), datasets).as_dict(),
+            "statistics": statistics.as_dict(),
             "fingerprint": fingerprints[0],
             "masked_ids": self._tokenizer.masked_ids,
             "padding_id": self._tokenizer.padding_id,
@@ -172,7 +161,7 @@ class PackBuilder:
 
     # Which documents
 
-    def _splits(self, corpus: Corpus) -> list[_Split]:
+    def _splits(self, corpus: Corpus) -> list[PackedSet]:
         """Return the training set, what is held out from it, and the datasets for evaluation."""
         options, lengths = self._options, corpus.lengths
         chosen = [self._within_max_tokens(number, corpus) for number in range(len(corpus.ends))]
@@ -253,7 +242,7 @@ class PackBuilder:
 
     # Where they lie
 
-    def _pack(self, name: str, groups: list[Ints], lengths: Ints, max_sequences: int | None) -> _Split:
+    def _pack(self, name: str, groups: list[Ints], lengths: Ints, max_sequences: int | None) -> PackedSet:
         options = self._options
         if options.best_fit:
             layout = best_fit(groups, lengths, self._capacity, max_sequences=max_sequences, seed=options.seed)
@@ -261,46 +250,4 @@ class PackBuilder:
             layout = lay_out(
                 groups, lengths, self._capacity, drop_tails=options.drop_tails, max_sequences=max_sequences
             )
-        return _Split(name, groups, layout)
-
-    def _split_statistics(self, split: _Split, lengths: Ints) -> SplitStatistics:
-        layout = split.layout
-        tokens = int(layout.sizes.sum())
-        return SplitStatistics(
-            documents=len(np.unique(layout.documents)),
-            tokens=tokens,
-            sequences=layout.sequences,
-            padding=self._padding(layout.sequences, tokens),
-            dropped_tokens=int(lengths[np.concatenate(split.groups)].sum()) - tokens,
-        )
-
-    def _dataset_statistics(self, number: int, corpus: Corpus, splits: list[_Split]) -> DatasetStatistics:
-        documents = corpus.documents(number)
-        begin, end = (int(documents[0]), int(documents[-1]) + 1)
-        packed = tokens = sequences = filled = 0
-        for layout in (split.layout for split in splits):
-            ours = (layout.documents >= begin) & (layout.documents < end)
-            rows = layout.starts // self._capacity
-            touched = np.unique(rows[ours])
-            packed += len(np.unique(layout.documents[ours]))
-            tokens += int(layout.sizes[ours].sum())
-            sequences += len(touched)
-            filled += int(layout.sizes[np.isin(rows, touched)].sum())
-        return DatasetStatistics(
-            dataset_path=self._options.sources[number].dataset_path,
-            documents=packed,
-            tokens=tokens,
-            sequences=sequences,
-            padding=self._padding(sequences, filled),
-            unused_documents=len(documents) - packed,
-            skipped=corpus.left_out[number].count,
-            first_skipped=corpus.left_out[number].first,
-            broken_files=corpus.left_out[number].files,
-            ignored_keys=sorted(corpus.left_out[number].keys),
-            ignored_files=not_read(self._options.sources[number].dataset_path, self._files[number]),
-            long=str(corpus.left_out[number].long),
-        )
-
-    def _padding(self, sequences: int, tokens: int) -> float:
-        positions = sequences * self._options.sequence_len
-        return (sequences * self._capacity - tokens) / positions if sequences else 0.0
+        return PackedSet(name, groups, layout)

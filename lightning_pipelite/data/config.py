@@ -78,6 +78,11 @@ class DatasetConfig:
     system_field: str | None = None
     last_turn_only: bool = False
 
+    def __post_init__(self) -> None:
+        # "text" was the default, and stands beside messages_field in configurations that were saved with it.
+        if self.text_field == "text" and self.messages_field is not None:
+            self.text_field = None
+
 
 @dataclass(frozen=True)
 class PackingOptions:
@@ -214,13 +219,7 @@ def _check_fields(dataset: DatasetConfig) -> None:
     if (dataset.question_field is None) != (dataset.answer_field is None):
         one, other = ("question_field", "answer_field")[:: 1 if dataset.answer_field is None else -1]
         raise ConfigurationError(f"{where} has a {one} without a {other}: give both.")
-    named = {
-        # "text" was the default, and stands beside messages_field in configurations that were saved with it.
-        "text_field": None if dataset.text_field == "text" and dataset.messages_field else dataset.text_field,
-        "messages_field": dataset.messages_field,
-        "question_field": dataset.question_field,
-    }
-    given = [key for key, value in named.items() if value is not None]
+    given = [key for key in ("text_field", "messages_field", "question_field") if getattr(dataset, key) is not None]
     if len(given) > 1:
         raise ConfigurationError(f"{where} has a {given[0]} and a {given[1]}: give one of them.")
     kinds = {"text": "text_field", "messages": "messages_field", "sharegpt": "messages_field"}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_pipelite.data.build import META, build_entry, look_at
+from lightning_pipelite.data.build import build_entry, look_at
 from lightning_pipelite.data.cache import default_cache_dir
 from lightning_pipelite.data.config import (
     HELD_OUT,
@@ -23,6 +21,7 @@ from lightning_pipelite.data.config import (
     PackingOptions,
     TokenSpec,
 )
+from lightning_pipelite.data.entry import CacheEntry
 from lightning_pipelite.data.loader import PackedLoader
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.data.sequences import PackedSequences
@@ -161,7 +160,7 @@ class PackedDataModule(LightningDataModule):
         self._isolate_documents = isolate_documents
         self.eval_gradient_accumulation_steps = eval_gradient_accumulation_steps
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self._cache: _Cache | None = None
+        self._cache: CacheEntry | None = None
 
     @property
     def control_classes(self) -> set[int]:
@@ -240,7 +239,7 @@ class PackedDataModule(LightningDataModule):
             lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")
         lines += [f"dataset {dataset.describe()}" for dataset in cache.statistics.datasets]
         lines = [*self.found(), *lines]
-        return [*lines, f"packed data: {cache.entry}"]
+        return [*lines, f"packed data: {cache.directory}"]
 
     def found(self) -> list[str]:
         """Tell in a line for each dataset what its records are, and what of them is learnt.
@@ -309,10 +308,10 @@ class PackedDataModule(LightningDataModule):
             return {}
         return {"pin_memory": True, "num_workers": 1, "persistent_workers": True}
 
-    def _open(self) -> _Cache:
+    def _open(self) -> CacheEntry:
         if self._cache is None:
             entry = build_entry(self._cache_dir, self._look(), self._directory())
-            self._cache = _Cache(entry, self._isolate_documents)
+            self._cache = CacheEntry(entry, self._isolate_documents)
         return self._cache
 
     def _look(self) -> PackingOptions:
@@ -323,24 +322,3 @@ class PackedDataModule(LightningDataModule):
         if self._tokenizer_dir is None:
             raise ConfigurationError("data.tokenizer_dir is not set: name the directory of the model's tokenizer.")
         return Path(self._tokenizer_dir).expanduser()
-
-
-class _Cache:
-    """An open cache entry."""
-
-    def __init__(self, entry: Path, isolate_documents: bool) -> None:
-        self.entry = entry
-        try:
-            meta = json.loads((entry / META).read_text())
-            self.statistics = DataStatistics.from_dict(meta["statistics"])
-            self.fingerprint: str = meta["fingerprint"]
-            self.largest_token: int = meta["largest_token"]
-            common = {name: meta[name] for name in ("masked_ids", "padding_id", "prefix_len")}
-            common["isolate_documents"] = isolate_documents
-            self.train = PackedSequences(entry / "train.arrow", **common)
-            self.evals = [
-                PackedSequences(entry / f"eval-{number}.arrow", **common)
-                for number in range(len(self.statistics.evals))
-            ]
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise ConfigurationError(f"The cache entry {entry} is damaged ({error}): delete it.") from error

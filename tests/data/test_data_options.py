@@ -59,6 +59,18 @@ def test_errors_when_files_are_read(tmp_path: Path, make_data: MakeData) -> None
         make_data([source, empty], document_suffix="").prepare_data()
 
 
+def test_the_former_default_of_text_field_beside_what_is_named_and_for_text_files(
+    tmp_path: Path, make_data: MakeData
+) -> None:
+    """As every configuration has it that was saved with that default."""
+    (tmp_path / "a.txt").write_text("one two")
+    make_data([DatasetConfig(str(tmp_path / "a.txt"), text_field="text")]).prepare_data()
+    assert DatasetConfig("x", text_field="text", messages_field="talk") == DatasetConfig("x", messages_field="talk")
+    make_data([DatasetConfig("x", text_field="text", messages_field="talk")])
+    with pytest.raises(ConfigurationError, match="x has a text_field and a messages_field"):
+        make_data([DatasetConfig("x", text_field="words", messages_field="talk")])
+
+
 YAML = """
 datasets:
   - dataset_path: {path}

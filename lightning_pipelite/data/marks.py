@@ -1,0 +1,108 @@
+"""Fields that say that a record is not to be learnt as it is, or not without them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_pipelite.data.config import DatasetConfig
+from lightning_pipelite.data.field_names import ANSWERS, CHOICES, HISTORIES, MORE, QUESTIONS, REJECTED, VERDICTS, having
+from lightning_pipelite.data.shapes import Shape
+from lightning_pipelite.errors import ConfigurationError
+
+
+def check_marks(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig, place: str) -> None:
+    """Refuse a conversation with fields that say that it is not to be learnt as it is, unless its own are named.
+
+    Args:
+        record: Without fields that hold nothing.
+        shape: How it becomes a document.
+        dataset: What the user has named.
+        place: Where it stands, for errors.
+
+    Raises:
+        ConfigurationError: If it marks good and bad answers, or has words that the conversation would be without.
+    """
+    if not shape.conversation or dataset.messages_field is not None or dataset.question_field is not None:
+        return
+    fields = shape.messages and f"messages_field: {shape.messages}"
+    fields = fields or f"question_field: {shape.question[0]} and answer_field: {shape.answer}"
+    check_rejected(record, place)
+    if choices := next((name for name in CHOICES if name in record), None):
+        raise ConfigurationError(
+            f"{place}: the answers are to questions with {choices!r}, which would not be shown; write them into the "
+            f"question, or set {fields} to leave them out."
+        )
+    if str(record.get("label")).strip().lower() in VERDICTS:
+        raise ConfigurationError(
+            f"{place}: the field 'label' marks which answers are good, and all would be learnt; leave the bad ones "
+            f"out, and set {fields}."
+        )
+    if shape.messages is not None:
+        beside = next((name for name in (*ANSWERS, *MORE, *HISTORIES) if name in record), None)
+        if beside is not None:
+            raise ConfigurationError(
+                f"{place}: {shape.messages!r} holds a conversation, and {beside!r} stands beside it and would not be "
+                f"shown; write it into the messages, or set {fields} to leave it out."
+            )
+    elif all(name in record for name in MORE) and shape.question[0] not in MORE:
+        raise ConfigurationError(
+            f"{place}: 'input' and 'context' could both be what the question is about; leave one out, or set {fields} "
+            "to show both."
+        )
+
+
+def check_prompt(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig, place: str) -> None:
+    """Refuse a conversation that has a question beside it which is not the first one in it.
+
+    Raises:
+        ConfigurationError: If so, unless `DatasetConfig.messages_field` is set.
+    """
+    if shape.messages is None or dataset.messages_field is not None:
+        return
+    said = record.get(shape.messages)
+    if isinstance(said, str):
+        try:
+            said = json.loads(said)
+        except (ValueError, RecursionError):  # it is told when it is read
+            return
+    turns = [each for each in said if isinstance(each, dict)] if isinstance(said, list) else []
+    asked = (each for each in turns if (each.get("role") or each.get("from")) in ("user", "human"))
+    first = next(asked, {})
+    for name in QUESTIONS:
+        asked_beside = record.get(name)
+        begins = isinstance(asked_beside, list) and turns[: len(asked_beside)] == asked_beside
+        if asked_beside and not begins and asked_beside not in (first.get("content"), first.get("value")):
+            raise ConfigurationError(
+                f"{place}: {name!r} is not the first question of {shape.messages!r} and would not be shown; write it "
+                f"into the messages, or set messages_field: {shape.messages} to leave it out."
+            )
+
+
+def check_rejected(record: Mapping[str, Any], place: str) -> None:
+    """Refuse records with answers to avoid.
+
+    Raises:
+        ConfigurationError: If it has one.
+    """
+    if any(name in record for name in REJECTED):
+        raise ConfigurationError(
+            f"{place}: the records have answers to prefer and to avoid ({having(record)}), and both would be learnt "
+            "alike; set messages_field or question_field and answer_field to what is to be learnt."
+        )
+
+
+def check_no_answer(record: Mapping[str, Any], text: str, place: str) -> None:
+    """Refuse to take the answers for texts: they would be learnt without their questions.
+
+    Raises:
+        ConfigurationError: If ``text``, the field that is to be taken, is one by its name.
+    """
+    question = next((name for name in (*QUESTIONS, "input") if name in record and name != text), None)
+    if question is not None and text in (*ANSWERS, *REJECTED):
+        raise ConfigurationError(
+            f"{place}: text_field is {text}, which by its name answers {question!r}, and would be learnt without it; "
+            f"set question_field: {question} and answer_field: {text} in its place, or format: text beside it if that "
+            "is meant."
+        )
