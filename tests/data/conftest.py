@@ -1,5 +1,5 @@
 """A small tokenizer and real text for all tests of the data."""
 
-from data_fixtures import encode, make_data, make_tokenizer, texts, tokenizer, tokenizer_dir
+from data_fixtures import chat_dir, encode, make_data, make_tokenizer, texts, tokenizer, tokenizer_dir
 
-__all__ = ["encode", "make_data", "make_tokenizer", "texts", "tokenizer", "tokenizer_dir"]
+__all__ = ["chat_dir", "encode", "make_data", "make_tokenizer", "texts", "tokenizer", "tokenizer_dir"]

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_chat import CHATML
 from test_conversations import ASK, REPLY, call
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import CHATML
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from lightning_pipelite.data import tokens as tokens_module
 from lightning_pipelite.data.records import read_records

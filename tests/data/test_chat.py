@@ -11,24 +11,11 @@ import pytest
 from test_tokens import OPTIONS
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import CHATML, MARKED, THINKING
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
-)
-# As some reasoning models do: the last reply begins with a place to think, earlier ones lose theirs.
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}[think][/think]{% endif %}{{ m.content | trim }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TALK = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "who are you"},

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_chat import CHATML, MARKED, THINKING
 from test_tokens import OPTIONS
 from transformers import AutoTokenizer
 
+from chat_templates import CHATML, MARKED, THINKING
 from chat_tokenizers import KINDS, write_tokenizer
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.tokens import DocumentTokenizer

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_chat import CHATML, MARKED, THINKING
 from test_tokens import OPTIONS
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import CHATML, MARKED, THINKING
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.records import read_records

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from chat_templates import CHATML
 from packed_files import BOS, EOS
 
 if TYPE_CHECKING:
@@ -79,3 +80,16 @@ def make_data(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., PackedDataMo
         return PackedDataModule(datasets, **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def chat_dir(make_tokenizer: Callable[..., Path]) -> Path:
+    """A tokenizer with ChatML."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = make_tokenizer({"eos_token": "<|im_end|>"})
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder

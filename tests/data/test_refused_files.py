@@ -1,0 +1,135 @@
+"""Files as people have them that could mean several things, or nothing: what is said to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_pipelite.data import DatasetConfig, PackedDataModule
+from lightning_pipelite.errors import ConfigurationError
+from people_files import (
+    ALPACA,
+    ANSWER,
+    MESSAGES,
+    QA,
+    QUESTION,
+    TWICE,
+    Write,
+    lines,
+    parquet,
+    put,
+    several,
+    shared,
+)
+
+
+@dataclass
+class Case:
+    write: Write
+    says: str
+    path: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SEVERAL = "the fields could mean"
+CASES = {
+    "two splits by a glob": Case(
+        several(lines("train.jsonl", QA), lines("test.jsonl", QA)),
+        "matches files of the splits test, train: set split to one of them, or name its files alone",
+        path="*.jsonl",
+    ),
+    "no split to train on": Case(
+        several(lines("dev.jsonl", QA), lines("test.jsonl", QA)),
+        "holds the splits test, validation: set split to the one to train on",
+        path=".",
+    ),
+    "several splits to train on": Case(
+        several(*(parquet(f"{name}-00000-of-00001.parquet", QA) for name in ("train_sft", "train_gen", "test_sft"))),
+        "holds the splits test_sft, train_gen, train_sft: set split to the one to train on",
+        path=".",
+    ),
+    "a file of no split beside others": Case(
+        several(lines("train.jsonl", QA), lines("test.jsonl", QA), lines("more.jsonl", QA)),
+        "files of the splits test, train, and more.jsonl, whose name tells of none; set split",
+        path=".",
+    ),
+    "subsets": Case(
+        several(parquet("main/train-00000-of-00001.parquet", QA), parquet("other/x-00000-of-00001.parquet", QA)),
+        "has no data in it but in its folders main, other: name one of them",
+        path=".",
+    ),
+    "text beside alpaca": Case(
+        lines("a.jsonl", {**ALPACA, "text": "all of it"}),
+        rf"{SEVERAL} two things \(it has: input, instruction, output, text\); set text_field: text, or question_field: "
+        "instruction and answer_field: output",
+    ),
+    "two answers": Case(
+        lines("a.jsonl", {**QA, "solution": "x"}),
+        f"{SEVERAL} two things .* set question_field: question and answer_field: answer, or question_field: question "
+        "and answer_field: solution",
+    ),
+    "two conversations": Case(
+        lines("a.jsonl", {"messages": MESSAGES, **shared(TWICE)}),
+        "messages and conversations could both be the conversation; set messages_field to one of them",
+    ),
+    "answers alone": Case(lines("a.jsonl", {"output": ANSWER}), "only one side of question and answer is known"),
+    "answers as text": Case(
+        lines("a.jsonl", ALPACA),
+        "text_field is output, which by its name answers 'instruction', and would be learnt without it",
+        options={"text_field": "output"},
+    ),
+    "a text and an answer": Case(
+        lines("a.jsonl", {"text": QUESTION, "answer": ANSWER}),
+        f"{SEVERAL} two things .* text_field: text for the text alone, or question_field: text with answer_field: ans",
+    ),
+    "a prompt and its text": Case(
+        lines("a.jsonl", {"prompt": QUESTION, "text": ANSWER}),
+        f"{SEVERAL} two things .* or question_field: prompt with answer_field: text",
+    ),
+    "preferences": Case(
+        lines("a.jsonl", {"prompt": QUESTION, "chosen": ANSWER, "rejected": "x"}), "answers to prefer and to avoid"
+    ),
+    "choices": Case(lines("a.jsonl", {**QA, "choices": ["x"]}), "questions with 'choices', which would not be shown"),
+    "one message a record": Case(lines("a.jsonl", *MESSAGES), "the record is a single message"),
+    "an empty question": Case(
+        lines("a.jsonl", QA, {"question": " ", "answer": ANSWER}), r"line 2: the question \(question.*\) is empty"
+    ),
+    "no answer": Case(lines("a.jsonl", QA, {"question": QUESTION}), "line 2: no field 'answer'"),
+    "another kind further on": Case(
+        lines("a.jsonl", *[{"text": "x"}] * 30, {"text": "x", **ALPACA}), f"line 31: {SEVERAL} two things"
+    ),
+    "a record of another kind": Case(
+        lines("a.jsonl", *[QA] * 30, {**QA, "messages": MESSAGES}), f"line 31: {SEVERAL} two things"
+    ),
+    "too many cells": Case(
+        lambda folder: put(folder / "a.csv", "question,answer\na,b,c\n"),
+        "line 2: 3 cells where the first row names 2 columns",
+    ),
+    "CSV without names": Case(
+        lambda folder: put(folder / "a.csv", "Who?,It\nWhat?,That\n"), "no field 'text'|no column 'text'|no field is"
+    ),
+    "reasoning that is not shown": Case(
+        lines("a.jsonl", {**QA, "reasoning": "Hm."}), "the chat template does not show the reasoning"
+    ),
+    "an unknown speaker": Case(lines("a.jsonl", shared([("narrator", "x"), ("gpt", "y")])), "'narrator'; give one of"),
+    "tools that are not shown": Case(
+        lines("a.jsonl", shared(TWICE, tools='[{"type": "function", "function": {"name": "f"}}]')),
+        "the chat template shows no tools in this conversation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_refused(make_data: Callable[..., PackedDataModule], tmp_path: Path, chat_dir: Path, name: str) -> None:
+    case, folder = CASES[name], tmp_path / "data_of_people"
+    folder.mkdir()
+    case.write(folder)
+    only = next(folder.iterdir()).name
+    dataset = DatasetConfig(str(folder / (case.path or only)), **case.options)
+    data = make_data([dataset], sequence_len=256, tokenizer_dir=str(chat_dir), eval_fraction=0)
+    with pytest.raises(ConfigurationError, match=case.says):
+        data.prepare_data()
