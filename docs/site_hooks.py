@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Fill in the lists, and send links that leave docs/ to the pages made of those files."""
     markdown = markdown.replace("<!-- commands -->", commands())
     markdown = markdown.replace("<!-- results -->", results()).replace("<!-- versions -->", versions())
-    markdown = re.sub(r"\]\(\.\./benchmarks/results/(\w+)\.md\)", r"](results/\1.md)", markdown)
+    markdown = re.sub(r"\]\(\.\./benchmarks/results/([\w-]+)\.md\)", r"](results/\1.md)", markdown)
     return re.sub(r"\]\(\.\./((?:examples|configs)/[\w.]+)\)", _example, markdown)
 
 

@@ -69,7 +69,7 @@ def test_the_sdist_can_be_built_and_tested(built: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert tops == {
         "lightning_pipelite", "lightning_pipelite.egg-info", "kernels", "configs", "examples", "benchmarks", "tests",
-        "docs", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "Makefile",
+        "docs", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "MANIFEST.in", "Makefile",
         "PKG-INFO", "constraints.txt",
         "constraints-lowest.txt", "mkdocs.yml", "pyproject.toml", "setup.cfg",
     }  # fmt: skip
