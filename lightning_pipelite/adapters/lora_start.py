@@ -37,13 +37,17 @@ class LoRAStart:
         self, directory: Path, meta_model: MetaModel, shapes: Mapping[str, torch.Size], wanted: LoraConfig
     ) -> None:
         self._directory = directory
+        if not directory.is_dir():
+            self._refuse("there is no such directory; give that of a PEFT adapter, or leave init_from out")
         self._config = read_lora_config(directory)
         tensors = read_tensors(directory)
         pairs = check_tensors(self._config, tensors, directory)
         if self._config.target_parameters and (self._config.rank_pattern or self._config.alpha_pattern):
             self._refuse("it has experts and rank_pattern or alpha_pattern; choose one with the same scale everywhere")
         if self._config.use_dora != wanted.use_dora:
-            self._refuse(f"use_dora is {wanted.use_dora}, but the adapter has {self._config.use_dora}; set it so")
+            self._refuse(
+                f"use_dora is {wanted.use_dora}, but the adapter has {self._config.use_dora}; set use_dora to that"
+            )
         self._check_ranks([name.removeprefix(FILE_PREFIX) for name in pairs], wanted.r)
         if rest := sorted(name for name in tensors if ".lora_" not in name or name.endswith(".bias")):
             self._refuse(
@@ -86,12 +90,10 @@ class LoRAStart:
         layers = sorted({meta_model.layer_of(name) for name in adapted}, key=lambda number: number or 0)
         more, less = sorted(found - wanted), sorted(wanted - found)
         what = f"it adapts {_module(more[0])}" if more else f"it does not adapt {_module(less[0])}"
-        told = (
-            f"target_modules and layers_to_transform say otherwise; it adapts {', '.join(targets)} of layers {layers}"
-        )
-        self._refuse(
-            f"{what}, but {told}: set them so, or give an adapter of this model" if targets else f"{what}; {told}"
-        )
+        told = f"{what}, unlike target_modules and layers_to_transform"
+        if not targets:
+            self._refuse(f"{told}; give an adapter of {meta_model.model_dir}")
+        self._refuse(f"{told}; set these to what it has, {', '.join(targets)} of the layers {layers}")
 
     def _scale(self, name: str) -> float:
         rank, alpha = rank_and_alpha(self._config, name.removeprefix(FILE_PREFIX).partition(".lora_")[0])

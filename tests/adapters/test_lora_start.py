@@ -117,10 +117,10 @@ def test_the_first_loss_in_two_stages(workers: Workers, tmp_path: Path) -> None:
         ({"rank": 8}, "it has rank 4, but rank is 8; set rank to the adapter's"),
         ({"target_modules": ["q_proj"]}, "it adapts model.layers.0.mlp.down_proj"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, "does not adapt model.layers.0.self_attn.v_proj"),
-        ({"layers_to_transform": "0:1"}, "it adapts down_proj, q_proj of layers [0, 1, 2, 3]"),
+        ({"layers_to_transform": "0:1"}, "set these to what it has, down_proj, q_proj of the layers [0, 1, 2, 3]"),
         ({"use_dora": True}, "use_dora is True, but the adapter has False"),
         ({"init_lora_weights": "pissa"}, "both say where A and B start"),
-        ({"init_from": "/nowhere"}, "/nowhere has no adapter_config.json"),
+        ({"init_from": "/nowhere"}, "init_from /nowhere: there is no such directory"),
     ],
     ids=str,
 )
