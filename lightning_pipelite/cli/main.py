@@ -14,7 +14,6 @@ from lightning_pipelite import __version__
 from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
 from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
-from lightning_pipelite.cli.option_names import with_own_names
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.verbosity import be_quiet, take_option
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
@@ -54,6 +53,7 @@ def main() -> None:
 
 def _before_imports(command: str, words: list[str]) -> None:
     """Answer at once what can be answered without long imports."""
+    from lightning_pipelite.cli.base_name import with_own_names
     from lightning_pipelite.cli.commands import COMMANDS
     from lightning_pipelite.cli.error_messages import explain
 

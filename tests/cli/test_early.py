@@ -10,10 +10,11 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_pipelite import PackedDataModule, PipeLiteModule
+from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.help import OPTIONS, overview, short_help
-from lightning_pipelite.cli.option_names import FOREIGN, option_names, with_own_names
+from lightning_pipelite.cli.option_names import FOREIGN, option_names
 from lightning_pipelite.errors import ConfigurationError
 
 CONFIG = "model:\n  model_dir: {}\n  lr: 1\ndata:\n  sequence_len: 64\n"

@@ -12,10 +12,10 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
+from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.early import check_command
 from lightning_pipelite.cli.next_steps import next_steps
-from lightning_pipelite.cli.option_names import with_own_names
 
 
 def trainer(*callbacks: Any, loggers: Any = (), finished: bool = True, tries: bool = False) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.main import main
 from lightning_pipelite.export.migration import Migration
@@ -70,7 +71,8 @@ def test_commands_exist_with_their_options(page: Path) -> None:
             continue
         command = COMMANDS[name]
         known = inspect.signature(getattr(importlib.import_module(command.module), command.function)).parameters
-        assert set(re.findall(r"--(\w+)", rest)) <= set(known), f"pipelite {name}{rest}"
+        words = with_own_names(name, re.findall(r"--\w+", rest))
+        assert {word[2:] for word in words} <= set(known), f"pipelite {name}{rest}"
 
 
 def test_python_blocks_compile_and_import() -> None:
