@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_pipelite.cli.split_comparison import (
@@ -24,7 +25,9 @@ from lightning_pipelite.cli.split_comparison import (
 )
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
+from lightning_pipelite.models.loading import load_dequantised
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.quantization.stored.weights import StoredWeights
 from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.strategy.partition import check_virtual_stages
 
@@ -95,13 +98,7 @@ def check_model(
             meta_model.tiny().save_pretrained(directory)
             copy_to(directory, meta_model.model_dir, own_code(meta_model.model_dir))
         layers = exact_layers(directory, packed=meta_model.isolates_documents, trust_remote_code=trust_remote_code)
-        whole = layers.meta_model.auto.from_pretrained(
-            directory,
-            config=layers.meta_model.config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            key_mapping=layers.meta_model.key_mapping,
-        )
+        whole = _whole(layers.meta_model)
         differences = compare_split(layers, whole, stages)
         if layers.packed:
             differences += compare_packed(layers, whole)
@@ -115,6 +112,17 @@ def check_model(
         if meta_model.tied and number == 1:  # one stage has both ends, and their weight once
             stage_bytes[split][0] -= 2 * meta_model.model.get_submodule(meta_model.head_name).weight.numel()
     return CheckReport(stage_bytes, differences, layers.packed)
+
+
+def _whole(meta_model: MetaModel) -> PreTrainedModel:
+    options = {"config": meta_model.config, "dtype": torch.float32, "key_mapping": meta_model.key_mapping}
+    if meta_model.stored is not None:
+        weights = StoredWeights(meta_model.model_dir, meta_model.stored)
+        return load_dequantised(type(meta_model.model), weights, **options)
+    model: PreTrainedModel = meta_model.auto.from_pretrained(
+        meta_model.model_dir, trust_remote_code=meta_model.trust_remote_code, **options
+    )
+    return model
 
 
 def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remote_code: bool = False) -> CheckReport:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.config import read_config
+from lightning_pipelite.models.quantization.stored.known import stored_format
+from lightning_pipelite.models.quantization.stored.weights import StoredWeights
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import (
     WeightConverter,
@@ -28,10 +29,7 @@ from lightning_pipelite.models.transformers_compat import (
     set_attention,
 )
 from lightning_pipelite.models.weight_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
     check_weights,
-    read_header,
     read_json,
     weight_files,
 )
@@ -77,7 +75,9 @@ class BaseModel:
         config: Of the causal LM; of a multimodal model, its text model's.
         model: The model on the meta device.
         shapes: Shape of each parameter of the model.
-        headers: For each weight file, what its header says of each tensor.
+        stored: The format in which the files hold quantised weights; None if they hold none.
+        weights: The weights of the files, dequantised.
+        headers: For each weight file, what its header says of each tensor, or would if it were not quantised.
         groups: The :class:`Group` of each parameter that the files hold.
 
     Raises:
@@ -106,11 +106,12 @@ class BaseModel:
         self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
         self.model = self.meta_model()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        self.headers = {name: read_header(self.directory / name) for name in self._file_names()}
+        self.stored = stored_format(self.directory)
+        self.weights = StoredWeights(self.directory, self.stored)
+        self.headers = self.weights.headers
         self._file_of = {tensor: name for name, header in self.headers.items() for tensor in header}
-        transforms = get_model_conversion_mapping(
-            self.model, key_mapping=TEXT_MODEL_NAMES if auto is AutoModelForCausalLM and self.is_text_part else None
-        )
+        self.key_mapping = TEXT_MODEL_NAMES if auto is AutoModelForCausalLM and self.is_text_part else None
+        transforms = get_model_conversion_mapping(self.model, key_mapping=self.key_mapping)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self.groups = self._match()
@@ -192,17 +193,11 @@ class BaseModel:
                     "transformers' save_pretrained and give that."
                 )
 
-    def _file_names(self) -> list[str]:
-        if (self.directory / SINGLE_FILE).exists():
-            return [SINGLE_FILE]
-        return sorted(set(read_json(self.directory / INDEX_FILE)["weight_map"].values()))
-
     def _read_tensor(self, name: str, device: str | torch.device) -> Tensor:
         dtype = self.headers[self._file_of[name]][name]["dtype"]
         if dtype not in DTYPES:
             raise ConfigurationError(f"{self.directory}: {name} has type {dtype}; a base in floating point is needed.")
-        with safe_open(self.directory / self._file_of[name], framework="pt", device=str(device)) as file:
-            return file.get_tensor(name).float()
+        return self.weights.read(name, device=device).float()
 
     def _match(self) -> dict[str, Group]:
         """Sort the files' tensors into groups, as transformers does when it loads them."""

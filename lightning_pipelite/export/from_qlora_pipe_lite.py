@@ -20,10 +20,10 @@ from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
-from lightning_pipelite.export.merging import copy_companions, write_shard
+from lightning_pipelite.export.merging import write_model
 from lightning_pipelite.export.migration import Migration
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
-from lightning_pipelite.shared.progress import Progress, track
+from lightning_pipelite.shared.progress import track
 
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
@@ -136,10 +136,7 @@ class FormerCheckpoint:
     def _write_model(self, base: BaseModel, directory: Path) -> int:
         """Write the base with the trained weights in place of its own."""
         trained = _Trained(base, self._files)
-        with Progress("converting", sum(map(len, base.headers.values())), "tensors") as progress:
-            for name in base.headers:
-                write_shard(base.directory / name, directory / name, trained, progress)
-        copy_companions(base.directory, directory)
+        write_model(base, directory, trained, "converting")
         return len(trained)
 
 

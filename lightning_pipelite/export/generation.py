@@ -9,7 +9,10 @@ import torch
 
 from lightning_pipelite.data.templates import read_template
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.models.fingerprint import refuse_another_base
+from lightning_pipelite.models.loading import load_dequantised
+from lightning_pipelite.models.quantization.stored.known import stored_format
 
 PROMPTS = ("Once upon a time",)
 
@@ -90,14 +93,33 @@ def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
-        config = AutoConfig.from_pretrained(base, **options)
-        auto = next((each for each in AUTO_CLASSES if loads_by(each, config)), AUTO_CLASSES[0])
-        model = auto.from_pretrained(base, dtype=dtype, **options).to(device).eval()
+        if stored_format(Path(base)) is None:
+            config = AutoConfig.from_pretrained(base, **options)
+            auto = next((each for each in AUTO_CLASSES if loads_by(each, config)), AUTO_CLASSES[0])
+            model = auto.from_pretrained(base, dtype=dtype, **options)
+        else:
+            model = _dequantised(base, dtype, trust_remote_code)
+        model = model.to(device).eval()
+    except ConfigurationError:
+        raise
     except Exception as error:  # whatever damaged files or remote code raise
         raise ConfigurationError(
             f"{base} cannot be loaded ({first_line(error)}); check the directory and the device."
         ) from error
     return tokenizer, model
+
+
+def _dequantised(base: str, dtype: str, trust_remote_code: bool) -> Any:
+    from transformers import GenerationConfig
+
+    read = BaseModel(base, trust_remote_code=trust_remote_code)
+    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    model = load_dequantised(
+        type(read.model), read.weights, config=read.config, dtype=chosen, key_mapping=read.key_mapping
+    )
+    if (Path(base) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
+    return model
 
 
 def _begin(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +17,13 @@ from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora_files import LoRAOfBase
 from lightning_pipelite.models.companions import copy_to, everything_else, own_code
 from lightning_pipelite.models.fingerprint import refuse_another_base
-from lightning_pipelite.models.weight_files import read_header
+from lightning_pipelite.models.quantization.stored.known import in_plain
+from lightning_pipelite.models.quantization.stored.weights import StoredWeights
+from lightning_pipelite.models.weight_files import INDEX_FILE, read_header, read_json
 from lightning_pipelite.shared.progress import Progress
 
 MAX_SCALE = 2.0
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 CHUNK = 1 << 24  # bytes copied at a time
 
 
@@ -35,7 +40,8 @@ def merge(
 
     The output has the base's files: the same names, tensors, types and metadata, with tokenizer, configuration and
     templates copied. Sums are in float32. Beside the adapter, the memory is that of one tensor at a time (of the
-    experts of one layer, where transformers fuses them).
+    experts of one layer, where transformers fuses them). What a base has in fewer bits (MXFP4, FP8) is dequantised, and
+    written in bfloat16.
 
     Args:
         base: Directory of the Hugging Face model that the adapters were trained on.
@@ -60,14 +66,14 @@ def merge(
         if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
         changed = _Changed(model, loras, device)
-        total = sum(len(header) for header in model.headers.values())
-        with Progress("merging", total, "tensors") as progress:
-            for name in model.headers:
-                write_shard(model.directory / name, partial / name, changed, progress)
+        write_model(model, partial, changed, "merging")
         changed.check_complete()
-        copy_companions(model.directory, partial)
     parameters = {name for each in loras for name in each.changed}
-    return f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files."
+    total = sum(len(header) for header in model.headers.values())
+    dequantised = f" The base has weights in {model.stored.title}; these are in bfloat16." if model.stored else ""
+    return (
+        f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files.{dequantised}"
+    )
 
 
 def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:
@@ -140,6 +146,26 @@ class Tensors(Protocol):
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
+def write_model(base: BaseModel, directory: Path, changed: Tensors, what: str) -> None:
+    """Write the base with the ``changed`` tensors in place of its own, and all that lies beside its weights.
+
+    Files like its own; of a quantised one, files like those that it would have in bfloat16.
+    """
+    with Progress(what, sum(map(len, base.headers.values())), "tensors") as progress:
+        for name in base.headers:
+            if base.stored is None:
+                write_shard(base.directory / name, directory / name, changed, progress)
+            else:
+                write_dequantised(base.weights, name, directory, changed, progress)
+    copy_companions(base.directory, directory)
+    if base.stored is not None:
+        for name in (INDEX_FILE, "config.json"):
+            if (path := directory / name).exists():
+                content = read_json(path)
+                plain = _index_of(base.weights) if name == INDEX_FILE else in_plain(content, "bfloat16")
+                path.write_text(json.dumps({**content, **plain} if name == INDEX_FILE else plain, indent=2) + "\n")
+
+
 def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress) -> None:
     """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
 
@@ -167,6 +193,39 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress
                 for left in range(end - first, 0, -CHUNK):
                     after.write(before.read(min(left, CHUNK)))
             progress.advance()
+
+
+def write_dequantised(weights: StoredWeights, name: str, directory: Path, changed: Tensors, progress: Progress) -> None:
+    """Write the file ``name`` of a quantised model as it would be without, the ``changed`` weights in place of its own.
+
+    Raises:
+        ConfigurationError: A weight is not finite in the file's type.
+    """
+    entries, end = {}, 0
+    for tensor, entry in weights.headers[name].items():
+        size = math.prod(entry["shape"]) * SIZES[entry["dtype"]]
+        entries[tensor] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with (directory / name).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor, entry in entries.items():
+            value = changed[tensor] if tensor in changed else weights.read(tensor)
+            if value.is_floating_point():
+                value = value.to("cpu", DTYPES[entry["dtype"]])
+                if not torch.isfinite(value).all():
+                    raise ConfigurationError(f"{directory.name}: {tensor} overflows {entry['dtype']} in the end.")
+            if list(value.shape) != entry["shape"]:
+                raise RuntimeError(f"{tensor} came out as {value.dtype} {list(value.shape)}")
+            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress.advance()
+
+
+def _index_of(weights: StoredWeights) -> dict[str, object]:
+    sizes = [math.prod(entry["shape"]) * SIZES[entry["dtype"]] for entry in weights.entries.values()]
+    weight_map = {tensor: file for file, header in weights.headers.items() for tensor in header}
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def copy_companions(source: Path, target: Path) -> None:

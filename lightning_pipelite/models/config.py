@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.quantization.stored.known import KEYS
 from lightning_pipelite.models.text_part import auto_class
 from lightning_pipelite.models.weight_files import read_json
 
@@ -52,9 +53,9 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
             ) from error
     if auto is None:
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigurationError(
-            f"{path} has a quantization_config; give the original model and set load_in_4bit if it shall be quantised."
-        )
+    for key in KEYS:  # a matter of the files, see stored_format: the model in memory is not quantised by transformers
+        for described in (whole, config, config.get_text_config(decoder=True)):
+            if hasattr(described, key):
+                delattr(described, key)
     config.use_cache = False
     return config, auto

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.quantization.stored.weights import StoredWeights
 from lightning_pipelite.models.transformers_compat import forgive_keys, loading_class, no_init_weights
-from lightning_pipelite.models.weight_files import weight_entries
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
 
@@ -28,7 +28,7 @@ def check_contents(meta_model: MetaModel) -> None:
         ConfigurationError: A weight that is missing, has another shape, does not belong to config.json's model, or is
             stored in a type that is not a plain floating one.
     """
-    entries = weight_entries(meta_model.model_dir)
+    entries = StoredWeights(meta_model.model_dir, meta_model.stored).entries
     for name, entry in entries.items():
         if name.endswith(".weight") and entry["dtype"] not in FLOATS:
             raise ConfigurationError(

@@ -47,6 +47,9 @@ def disk_size(meta_model: MetaModel) -> DiskSize:
             return DiskSize(total, min(here, total - 1), exact=True)
     weights = sum(p.numel() for p in meta_model.model.parameters())
     size = weights * _element_size(read_json(directory / "config.json"))
+    if meta_model.stored is not None:  # mostly the matrices of the layers, as far as can be told before the files
+        matrices = sum(p.numel() for layer in meta_model.layers for p in layer.parameters() if p.ndim > 1)
+        size = int(size - matrices * (2 - meta_model.stored.bits / 8))
     return DiskSize(size, min(here, size - 1), exact=False)
 
 

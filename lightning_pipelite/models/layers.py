@@ -127,7 +127,9 @@ class CausalLMLayers:
             )
         activation_memory = choose_activation_memory(activation_memory, meta_model)
         has_weights = needs_weights or not missing_files(meta_model.model_dir)
-        self._pickled = has_weights and not check_weights(meta_model.model_dir, allow_pickled=allow_pickled_weights)
+        # Of quantised weights, only safetensors are read.
+        allow_pickled = allow_pickled_weights and meta_model.stored is None
+        self._pickled = has_weights and not check_weights(meta_model.model_dir, allow_pickled=allow_pickled)
         check_quantisation(meta_model, adapter, load_in_4bit=load_in_4bit, load_in_fp8=load_in_fp8)
         adapter.check(meta_model, load_in_4bit=load_in_4bit)
         self.router_loss: RouterLoss | None = None
@@ -177,6 +179,14 @@ class CausalLMLayers:
         faster = not self.load_in_fp8 and self.dtype == torch.bfloat16 and has_fp8(torch.device("meta"))
         options: list[Option] = ["load_in_fp8", "load_in_4bit"] if faster else ["load_in_4bit"]
         return [option for option in options if can_quantise(self.meta_model, self.adapter, option)]
+
+    @property
+    def weights_told(self) -> str | None:
+        """What becomes of weights that the files hold quantised, in a few words; None if they hold none."""
+        if self.meta_model.stored is None:
+            return None
+        held = "nf4" if self.load_in_4bit else "FP8" if self.load_in_fp8 else str(self.dtype).removeprefix("torch.")
+        return f"weights: {self.meta_model.stored.title} on disk, held in {held}"
 
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.

@@ -21,6 +21,7 @@ from lightning_pipelite.models.quantization.four_bit import (
     quantise_without_weights,
 )
 from lightning_pipelite.models.quantization.fp8 import hold_in_fp8
+from lightning_pipelite.models.quantization.stored.weights import StoredWeights
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
 from lightning_pipelite.models.transformers_compat import attention_of, loading_class, one_at_a_time, set_attention
 
@@ -64,9 +65,11 @@ def load_trimmed(
             hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
 
     trimming_class = _trimming_class(meta_model, start, stop, device, quantise)
-    with one_at_a_time() if load_in_4bit or load_in_fp8 else contextlib.nullcontext():
+    stored = StoredWeights(meta_model.model_dir, meta_model.stored) if meta_model.stored else None
+    with one_at_a_time() if load_in_4bit or load_in_fp8 or stored else contextlib.nullcontext():
         model, report = trimming_class.from_pretrained(
-            str(meta_model.model_dir),
+            str(meta_model.model_dir) if stored is None else None,
+            state_dict=None if stored is None else stored.on_demand(dtype, device),
             config=meta_model.config,
             dtype=dtype,
             device_map={"": device},
@@ -87,6 +90,20 @@ def load_trimmed(
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
     _untie(model, meta_model, start, stop, device)
+    return model
+
+
+def load_dequantised(
+    whole_class: type[PreTrainedModel], weights: StoredWeights, *, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """Return the whole model on the CPU, its quantised weights dequantised to ``dtype``.
+
+    By the same reader for all formats: transformers' needs another package for each, and for some a GPU.
+    """
+    with one_at_a_time():
+        model: PreTrainedModel = whole_class.from_pretrained(
+            None, dtype=dtype, state_dict=weights.on_demand(dtype, torch.device("cpu")), **options
+        )
     return model
 
 

@@ -17,6 +17,7 @@ from lightning_pipelite.models.decoder_layers import find_decoder_layers
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
+from lightning_pipelite.models.quantization.stored.known import stored_format
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
@@ -38,6 +39,7 @@ class MetaModel:
 
     Attributes:
         config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
+        stored: The format in which the files hold quantised weights; None if they hold none.
         model: The whole model on the meta device. Tied weights are one and the same parameter in it.
         auto: What builds and loads it, as transformers' auto classes do.
         is_text_part: Whether this is the text model of a multimodal one; images and sound are left out.
@@ -72,6 +74,7 @@ class MetaModel:
             raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
         self.trust_remote_code = trust_remote_code
         self.config, self.auto = read_config(self.model_dir, trust_remote_code)
+        self.stored = stored_format(self.model_dir)
         asked = attention_of(self.config)
         if attn_implementation is None and asked not in (None, *varlen.OF_TRANSFORMERS):
             raise ConfigurationError(

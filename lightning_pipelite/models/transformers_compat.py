@@ -10,6 +10,7 @@ routers (``router.py``). The data room, which knows no models, has its own (``da
   where transformers' own loading and saving hold a whole model. Remove when it loads single parameters by name.
 * ``no_init_weights``: models on the meta device, and those whose weights are about to be copied in, need no initial
   values, which take longer than all the rest. Remove when ``from_config`` has an option for it.
+* ``convert_moe_packed_tensors``: MXFP4 to floating point. Remove when it is one of torch's own types.
 * ``get_relative_imports``: which files a model's own code imports, so that a copy of the model has them.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,6 +37,7 @@ from transformers.core_model_loading import (
 )
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.initialization import no_init_weights
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors as convert_mxfp4
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
@@ -49,6 +52,7 @@ __all__ = [
     "WeightRenaming",
     "attention_of",
     "class_of",
+    "dequantise_mxfp4",
     "dot_natural_key",
     "forgive_keys",
     "gate_of_experts",
@@ -128,6 +132,12 @@ def loading_class(
 def forgive_keys(whole_class: type[PreTrainedModel], model: PreTrainedModel, report: Any) -> None:
     """Take out of a load's report what ``whole_class`` declares to be no loss, as it does by itself."""
     whole_class._adjust_missing_and_unexpected_keys(model, report)
+
+
+def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what MXFP4 codes [experts, out, blocks, 16] and exponents [experts, out, blocks] stand for, transposed."""
+    weight: Tensor = convert_mxfp4(blocks, scales, dtype=dtype)
+    return weight
 
 
 @contextlib.contextmanager

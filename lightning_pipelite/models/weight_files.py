@@ -110,17 +110,6 @@ def missing_files(model_dir: Path) -> list[str]:
     return [path.name for path in files if not path.exists()]
 
 
-def weight_entries(model_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return what the headers of the safetensors files of ``model_dir`` say of each weight: ``dtype`` and ``shape``.
-
-    Of all weights in the files that belong to the model, as transformers reads them, not only of those in the index.
-
-    Raises:
-        ConfigurationError: As :func:`check_weights`.
-    """
-    return {name: entry for path in weight_files(model_dir) for name, entry in read_header(path).items()}
-
-
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the safetensors files that belong to the model, which need not be all of its directory; none if pickled.
 

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -315,6 +316,8 @@ class PipeLiteModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         self.check_strategy(self.trainer.strategy)
         self.check_data(self._data_module)
+        if told := self._layers.weights_told:
+            rank_zero_info(told)
         if stage == "fit":
             warn_of_data(self._data_module, self._layers.meta_model.config, self.adapter)
 

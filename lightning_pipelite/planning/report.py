@@ -134,6 +134,7 @@ class Report:
         model, planner, stages = self.settings.model, self.planner, self.policies[self.policy]
         count, trained = (sum(getattr(stage, name) for stage in stages) for name in ("parameters", "trained"))
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
+        stored = f", {told}" if (told := planner.layers.weights_told) else ""
         bits = next((words for option, words in held.items() if model.get(option)), "")
         devices = f"{self.devices} device{'s' * (self.devices > 1)}"
         if planner.memory is not None:
@@ -141,7 +142,8 @@ class Report:
         if planner.devices.speeds:
             devices += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
         lines = [
-            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters ({disk_size(planner.layers.meta_model)}), "
+            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters "
+            f"({disk_size(planner.layers.meta_model)}{stored}), "
             f"{type(planner.layers.adapter).__name__}{bits}, {trained / 1e6:.1f} million trained",
             f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens a step",
         ]

@@ -205,8 +205,11 @@ def train_plain(
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, device_map={"": scale.device},
-        quantization_config=quantization if case.in_4bit else None,
+        # None would hide what config.json says of quantised files.
+        **({"quantization_config": quantization} if case.in_4bit else {}),
     )  # fmt: skip
+    if dtype == torch.float32 and not case.in_4bit:
+        model = model.float()  # beside quantised weights, transformers leaves the others in the files' type
     if case.in_fp8:
         use_what_codes_stand_for(model)
     if not case.full:

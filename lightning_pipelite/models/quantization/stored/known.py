@@ -1,0 +1,55 @@
+"""The formats of quantised files that are read, and what is said of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.quantization.stored.format import Format
+from lightning_pipelite.models.quantization.stored.fp8 import Fp8
+from lightning_pipelite.models.quantization.stored.mxfp4 import Mxfp4
+from lightning_pipelite.models.weight_files import read_json
+
+KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {"mxfp4": Mxfp4, "fp8": Fp8}
+"""By ``quant_method``."""
+KEYS = ("quantization_config", "compression_config")  # the second: of old, in compressed-tensors
+
+
+def stored_format(model_dir: Path) -> Format | None:
+    """Return the format in which the files of ``model_dir`` hold quantised weights; None if they hold none.
+
+    Raises:
+        ConfigurationError: It is not known.
+    """
+    path = model_dir / "config.json"
+    config = read_json(path)
+    text = config.get("text_config")
+    described = [
+        part[key] for part in (config, text) if isinstance(part, dict) for key in KEYS if part.get(key) is not None
+    ]
+    if not described:
+        return None
+    first = described[0]
+    if any(each != first for each in described[1:]) or not isinstance(first, dict):
+        raise ConfigurationError(f"{path} has no usable quantization_config; fetch the file again.")
+    method = first.get("quant_method")
+    if method not in KNOWN:
+        raise ConfigurationError(
+            f"{path} has a quantization_config with quant_method {method}, which is none of those that are read "
+            f"({', '.join(KNOWN)}); give the original model, and set load_in_4bit if it shall be quantised."
+        )
+    try:
+        return KNOWN[method](first)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {first_line(error)}") from None
+
+
+def in_plain(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return what config.json says of a model whose quantised weights are written in plain, mostly in ``dtype``."""
+    plain = {key: value for key, value in config.items() if key not in (*KEYS, "torch_dtype")}
+    plain["dtype"] = dtype
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = in_plain(plain["text_config"], dtype)
+    return plain

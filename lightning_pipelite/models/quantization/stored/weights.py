@@ -1,0 +1,93 @@
+"""The weights of a model's safetensors files as if none was quantised, each made when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.quantization.stored.format import Format, Quantised
+from lightning_pipelite.models.weight_files import read_header, weight_files
+
+HELD = "BF16"  # what a quantised weight stands for, in files and headers
+
+
+class StoredWeights:
+    """The weights of a model, by the names that files without quantisation would give them.
+
+    Only the headers are read, until a weight is.
+
+    Args:
+        model_dir: Directory with safetensors weights.
+        stored: The format of those that are quantised; None if none is.
+
+    Attributes:
+        headers: For each file, by its name, what a header would say of the weights: ``dtype`` and ``shape``. A
+            quantised weight is in the file of its first part.
+
+    Raises:
+        ConfigurationError: A file is missing or damaged, or a quantised weight lacks a part, or one does not fit.
+    """
+
+    def __init__(self, model_dir: Path, stored: Format | None) -> None:
+        files = weight_files(model_dir)
+        headers = {path.name: read_header(path) for path in files}
+        self._paths = {tensor: path for path in files for tensor in headers[path.name]}
+        entries = {name: entry for header in headers.values() for name, entry in header.items()}
+        self._quantised: dict[str, Quantised] = {}
+        self._open: dict[Path, Any] = {}
+        try:
+            for weight in stored.find(entries) if stored else ():
+                if weight.name in entries and weight.name not in weight.parts:
+                    raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
+                self._quantised[weight.name] = weight
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{model_dir}: {first_line(error)}") from None
+        taken = {name for weight in self._quantised.values() for name in (*weight.parts, *weight.unused)}
+        self.headers: dict[str, dict[str, dict[str, Any]]] = {
+            file: {name: entry for name, entry in header.items() if name not in taken}
+            for file, header in headers.items()
+        }
+        for name, weight in self._quantised.items():
+            file = self._paths[weight.parts[0]].name
+            self.headers[file][name] = {"dtype": HELD, "shape": list(weight.shape)}
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What headers would say of all weights."""
+        return {name: entry for header in self.headers.values() for name, entry in header.items()}
+
+    def read(self, name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Tensor:
+        """Return a weight: one that is quantised in ``dtype``, any other as the files have it."""
+        weight = self._quantised.get(name)
+        if weight is None:
+            return self._tensor(name, device)
+        made = weight.dequantise([self._tensor(each, device) for each in weight.parts], dtype)
+        if tuple(made.shape) != weight.shape:
+            raise RuntimeError(f"{name} came out as {list(made.shape)} and not {list(weight.shape)}")
+        return made
+
+    def on_demand(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """Return what transformers takes for a state dict: each weight is read when it is asked for."""
+        return {name: _OnDemand(self, name, dtype, device) for name in self.entries}
+
+    def _tensor(self, name: str, device: str | torch.device) -> Tensor:
+        path = self._paths[name]
+        if path not in self._open:  # and stays so: an expert a tensor, headers would be parsed thousands of times
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor.to(device)
+
+
+class _OnDemand:
+    """A weight that is read when it is indexed, as transformers does with what a safetensors file holds."""
+
+    def __init__(self, weights: StoredWeights, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self._weights, self._name, self._dtype, self._device = weights, name, dtype, device
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._weights.read(self._name, self._dtype, self._device)[index]

@@ -1,0 +1,144 @@
+"""Models on disk whose weights are quantised by the formats' own tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+from tiny_models import SIZES
+
+MOE = {"num_experts_per_tok": 2}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "mixtral": lambda: MixtralConfig(**SIZES, **MOE, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **MOE, num_experts=4, moe_intermediate_size=96),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, **MOE, num_local_experts=4, pad_token_id=0, sliding_window=4),
+    "gpt_oss_wide": lambda: GptOssConfig(
+        **{**SIZES, "intermediate_size": 96}, **MOE, num_local_experts=6, pad_token_id=0, tie_word_embeddings=True
+    ),
+}
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+Tensors = dict[str, Tensor]
+
+
+def write_quantised(
+    directory: Path, kind: str, quantise: Callable[[Tensors], tuple[Tensors, dict[str, Any]]], shards: int = 2
+) -> Path:
+    """Save a random model of ``kind``, its files quantised: two shards and an index, as large models have.
+
+    Args:
+        directory: Where.
+        kind: Of ``CONFIGS``.
+        quantise: Makes the files' tensors, and the ``quantization_config``, of those in bfloat16.
+        shards: How many files.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    plain = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    tensors, described = quantise(plain)
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        some = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        save_file({name: tensors[name].contiguous() for name in some}, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(some, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_config(directory, quantization_config=described)
+    return directory
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(directory: Path, edit: Callable[[Tensors], Any]) -> None:
+    """Change the tensors of each file, and the index with them."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        tensors = load_file(directory / file)
+        before = set(tensors)
+        edit(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / file)
+        for name in before - tensors.keys():
+            del index["weight_map"][name]
+        index["weight_map"].update(dict.fromkeys(tensors, file))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def is_linear(name: str, tensor: Tensor) -> bool:
+    """Whether a weight is one that checkpoints quantise: of a layer, a matrix, no router, no norm."""
+    in_layer = ".layers." in name and name.endswith(".weight") and tensor.ndim == 2
+    return in_layer and not name.endswith((".gate.weight", ".router.weight"))
+
+
+def mxfp4(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """The experts of gpt-oss by the rules of the OCP's specification, section 6.3."""
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made[name] = tensor
+            continue
+        rows = tensor.float().transpose(1, 2)
+        groups = rows.reshape(*rows.shape[:-1], -1, 32)
+        exponent = groups.abs().amax(-1).log2().floor().clamp(-125, 125) - 2
+        scaled = groups / exponent.exp2()[..., None]
+        codes = (scaled.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (scaled < 0)
+        made[name + "_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        made[name + "_scales"] = (exponent + 127).to(torch.uint8)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return made, {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+
+
+def fp8(
+    block: tuple[int, int] | None = (32, 32), scale_fmt: str = "float", scheme: str = "dynamic"
+) -> Callable[[Tensors], tuple[Tensors, dict[str, Any]]]:
+    """By transformers' own quantiser, in blocks; or with a scale a tensor, as Mistral's files are."""
+    described: dict[str, Any] = {
+        "quant_method": "fp8", "activation_scheme": scheme, "fmt": "e4m3", "weight_block_size": block,
+    }  # fmt: skip
+    if scale_fmt != "float":
+        described["scale_fmt"] = scale_fmt
+    settings = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
+    quantiser: Any = Fp8Quantize(SimpleNamespace(quantization_config=settings))
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        made: Tensors = {}
+        for name, tensor in tensors.items():
+            if not is_linear(name, tensor):
+                made[name] = tensor
+                continue
+            made.update(quantiser.convert({name: tensor}))
+            scale = name + "_scale_inv"
+            if block is None:
+                made[scale] = made[scale].reshape(())
+            if scheme == "static":
+                made[name.replace("weight", "activation_scale")] = torch.tensor(0.01)
+        return made, described
+
+    return quantise
