@@ -24,7 +24,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.config import read_config
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.quantization.stored.known import KEYS
+from lightning_pipelite.models.stored.known import KEYS
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import revert_weight_conversion
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_json, weight_files

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from safetensors import safe_open
 from torch import Tensor
 
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.transformers_compat import (
     WeightConverter,
     WeightRenaming,
     get_model_conversion_mapping,
     rename_source_key,
 )
-from lightning_pipelite.models.weight_files import weight_files
 
 
 def left_out_weights(meta_model: MetaModel) -> Iterator[dict[str, Tensor]]:
@@ -24,12 +23,12 @@ def left_out_weights(meta_model: MetaModel) -> Iterator[dict[str, Tensor]]:
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     own = dict.fromkeys(meta_model.model.state_dict(), True)
     prefix = meta_model.model.base_model_prefix
-    for path in weight_files(meta_model.model_dir):
-        with safe_open(path, framework="pt") as file:
-            names = [
-                name
-                for name in file.keys()  # noqa: SIM118  (no dictionary)
-                if name not in own and rename_source_key(name, renamings, converters, prefix, own)[0] not in own
-            ]
-            if names:
-                yield {name: file.get_tensor(name) for name in names}
+    weights = StoredWeights(meta_model.model_dir, meta_model.stored)
+    for header in weights.headers.values():
+        names = [
+            name
+            for name in header
+            if name not in own and rename_source_key(name, renamings, converters, prefix, own)[0] not in own
+        ]
+        if names:
+            yield {name: weights.read(name) for name in names}

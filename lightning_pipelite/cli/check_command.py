@@ -27,7 +27,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import copy_to, own_code
 from lightning_pipelite.models.loading import load_dequantised
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.quantization.stored.weights import StoredWeights
+from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.strategy.partition import check_virtual_stages
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.config import read_config
-from lightning_pipelite.models.quantization.stored.known import stored_format
-from lightning_pipelite.models.quantization.stored.weights import StoredWeights
+from lightning_pipelite.models.stored.known import stored_format
+from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import (
     WeightConverter,

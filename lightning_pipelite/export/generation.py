@@ -12,7 +12,7 @@ from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.base import BaseModel
 from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.loading import load_dequantised
-from lightning_pipelite.models.quantization.stored.known import stored_format
+from lightning_pipelite.models.stored.known import stored_format
 
 PROMPTS = ("Once upon a time",)
 

@@ -17,8 +17,8 @@ from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora_files import LoRAOfBase
 from lightning_pipelite.models.companions import copy_to, everything_else, own_code
 from lightning_pipelite.models.fingerprint import refuse_another_base
-from lightning_pipelite.models.quantization.stored.known import in_plain
-from lightning_pipelite.models.quantization.stored.weights import StoredWeights
+from lightning_pipelite.models.stored.known import in_plain
+from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_header, read_json
 from lightning_pipelite.shared.progress import Progress
 

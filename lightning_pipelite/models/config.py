@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from lightning_pipelite.errors import ConfigurationError, first_line
-from lightning_pipelite.models.quantization.stored.known import KEYS
+from lightning_pipelite.models.stored.known import KEYS
 from lightning_pipelite.models.text_part import auto_class
 from lightning_pipelite.models.weight_files import read_json
 

@@ -21,8 +21,8 @@ from lightning_pipelite.models.quantization.four_bit import (
     quantise_without_weights,
 )
 from lightning_pipelite.models.quantization.fp8 import hold_in_fp8
-from lightning_pipelite.models.quantization.stored.weights import StoredWeights
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
+from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.transformers_compat import attention_of, loading_class, one_at_a_time, set_attention
 
 

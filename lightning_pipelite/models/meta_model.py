@@ -17,9 +17,9 @@ from lightning_pipelite.models.decoder_layers import find_decoder_layers
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
-from lightning_pipelite.models.quantization.stored.known import stored_format
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
+from lightning_pipelite.models.stored.known import stored_format
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import attention_of, set_attention
 from lightning_pipelite.models.weight_files import read_json

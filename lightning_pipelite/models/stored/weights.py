@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError, first_line
-from lightning_pipelite.models.quantization.stored.format import Format, Quantised
+from lightning_pipelite.models.stored.format import Format, Quantised
 from lightning_pipelite.models.weight_files import read_header, weight_files
 
 HELD = "BF16"  # what a quantised weight stands for, in files and headers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pipelite.models.quantization.stored.format import (
+from lightning_pipelite.models.stored.format import (
     Entries,
     Quantised,
     misfit,

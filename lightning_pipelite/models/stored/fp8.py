@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.quantization.stored.format import (
+from lightning_pipelite.models.stored.format import (
     Entries,
     Quantised,
     misfit,
