@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from lightning_pipelite.models.stored.fp8 import Fp8
-from lightning_pipelite.models.stored.known import stored_format
-from lightning_pipelite.models.stored.weights import StoredWeights
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,6 +22,9 @@ from lightning_pipelite.export import merge
 from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.fingerprint import fingerprint
+from lightning_pipelite.models.stored.fp8 import Fp8
+from lightning_pipelite.models.stored.known import stored_format
+from lightning_pipelite.models.stored.weights import StoredWeights
 from processes import Workers
 from quantised_files import edit_config, edit_tensors, fp8, mxfp4, write_quantised
 from tiny_models import build
