@@ -10,9 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny_families
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Split
+from family_training import try_family
 from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.cli.split_comparison import DOCUMENTS, relative, tokens
 from lightning_pipelite.models import CausalLMLayers
+from plan_cases import write_config
+from processes import Workers
 from tiny_models import CPU
 
 torch.set_num_threads(1)
@@ -43,3 +48,17 @@ def test_a_trained_adapter_gives_the_same_with_peft(tmp_path: Path, model_type: 
     with torch.no_grad():
         alone = [loaded(input_ids=ids, use_cache=False).logits for ids in input_ids.split(DOCUMENTS, dim=1)]
     assert relative(trained, torch.cat(alone, dim=1)) <= 1e-5
+
+
+def test_two_replicas_train_as_a_plain_loop(workers: Workers) -> None:
+    loss, weight = try_family(workers, "gemma3n_text", Case("LoRA", targets=("q_proj", "gate_proj")), 2, Split(1, 2))
+    assert loss <= LOSS_LIMIT
+    assert weight <= WEIGHT_LIMIT
+
+
+def test_a_plan_is_of_one_stage(tmp_path: Path) -> None:
+    tiny_families.tiny("gemma4_text").save_pretrained(tmp_path / "base")
+    config = write_config(tmp_path / "config.yaml", tmp_path / "base", stages=1)
+    report = str(plan(str(config), devices=2, memory="1GiB"))
+    assert "Recommended: pipeline_stages: 1," in report
+    assert "2 replicas" in report

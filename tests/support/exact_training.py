@@ -216,7 +216,7 @@ def train_plain(
         adapter = make_adapter(case, scale)
         with tempfile.TemporaryDirectory() as directory:
             layers = CausalLMLayers(model_dir, dtype=dtype, load_in_4bit=case.in_4bit, adapter=adapter)
-            state = layers.trained_state(layers.build_stage(0, scale.layers, scale.device))
+            state = layers.trained_state(layers.build_stage(0, len(layers), scale.device))
             adapter.save(Path(directory) / "adapter", [state], Path(model_dir))
             model = PeftModel.from_pretrained(model, f"{directory}/adapter", is_trainable=True)
     model.train()

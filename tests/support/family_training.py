@@ -12,6 +12,7 @@ from tiny_families import LAYERS, tiny, write
 
 # PEFT takes the names in DeepSeek's dense layers for those of the experts: there, attention alone.
 LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+TWO_STAGES = Split(2)
 SCALE = Scale(vocabulary=120, layers=LAYERS, sequence=32, sequences=43)
 
 
@@ -20,8 +21,10 @@ def modes(model_type: str) -> tuple[Case, Case]:
     return Case("full", full=True), Case("LoRA", targets=LATENT if model_type == "deepseek_v3" else ())
 
 
-def try_family(workers: Workers, model_type: str, case: Case, steps: int) -> tuple[float, float]:
-    """Train a family in one way; return the largest difference of a loss and of a weight.
+def try_family(
+    workers: Workers, model_type: str, case: Case, steps: int, split: Split = TWO_STAGES
+) -> tuple[float, float]:
+    """Train a family in one way, by two processes; return the largest difference of a loss and of a weight.
 
     Raises:
         AssertionError: The loss does not move, or the weights have other names.
@@ -32,4 +35,4 @@ def try_family(workers: Workers, model_type: str, case: Case, steps: int) -> tup
         reference = workers.run(1, partial(train_plain, alone=True), case, directory, steps, SCALE)[0]
         moved = max(abs(loss - reference[0][0]) for loss in reference[0])
         assert moved > 100 * LOSS_LIMIT, f"the loss moves by {moved} only: nothing is compared"
-        return differences(workers.run(2, train_split, case, Split(2), directory, steps, SCALE)[0], reference)
+        return differences(workers.run(2, train_split, case, split, directory, steps, SCALE)[0], reference)
