@@ -28,7 +28,6 @@ from lightning_pipelite.shared.verbosity import OPTION
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.former_results import refuse_former_results
-from lightning_pipelite.strategy.partition import partition
 
 DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
 {ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
@@ -116,10 +115,8 @@ class TrainerCLI(ConfiguredCLI):
             )
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
-        topology = strategy.topology
         # What layers cost is planned by the processes that train.
-        method = "uniform" if strategy.partition_method == "auto" else strategy.partition_method
-        partition(model.pipeline_layers()[0], topology.stages, method, strategy.virtual_stages, strategy.stage_speeds)
+        strategy.cutter("uniform" if strategy.partition_method == "auto" else None)(model.pipeline_layers()[0])
         if self.config_init[self.subcommand].ckpt_path == "last":
             require_last(self.trainer)
         if self.subcommand == "fit" and self.trainer.is_global_zero:
@@ -130,7 +127,7 @@ class TrainerCLI(ConfiguredCLI):
         data.prepare_data()  # tokenises and packs what is not in the cache yet
         model.check_data(data)
         if self.subcommand == "fit":
-            data.check(topology.replicas, self.trainer.accumulate_grad_batches)
+            data.check(strategy.topology.replicas, self.trainer.accumulate_grad_batches)
         elif not data.statistics.eval.sequences:
             raise ConfigurationError(
                 "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets."

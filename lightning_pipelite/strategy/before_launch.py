@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,23 +11,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pipelite.checkpoint.find import find_checkpoint
 from lightning_pipelite.shared.protocol import Loss, PipelineLayers
-from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.checkpoint_checks import check_checkpoint_callbacks
 from lightning_pipelite.strategy.checks import check_trainer
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.former_results import refuse_former_results
 from lightning_pipelite.strategy.layers import hand_out_layers
-from lightning_pipelite.strategy.partition import partition
 
 
 def check_launch(
     trainer: pl.Trainer,
     arguments: dict[str, Any],
     *,
-    topology: Topology,
-    partition_method: str,
-    virtual_stages: int,
-    speeds: Sequence[float],
+    cut: Callable[[PipelineLayers], list[int]],
     layer_sync: Any,
     starts_the_job: bool,
 ) -> tuple[tuple[PipelineLayers, Loss] | None, EmptyLogs | None]:
@@ -36,10 +31,7 @@ def check_launch(
     Args:
         trainer: What is asked to run.
         arguments: Of the Trainer's method by name; ``ckpt_path`` is changed.
-        topology: Of the job.
-        partition_method: How the layers are dealt out.
-        virtual_stages: The number of pieces of each stage.
-        speeds: Of each stage's device; empty if they are alike.
+        cut: Cuts the layers into stages, or into their pieces.
         layer_sync: What the Trainer wants for batch norms.
         starts_the_job: Whether this is the first rank, which looks after the job's files.
 
@@ -56,7 +48,7 @@ def check_launch(
     handed = None
     if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
         handed = hand_out_layers(module)
-        partition(handed[0], topology.stages, partition_method, virtual_stages, speeds)
+        cut(handed[0])
     arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=starts_the_job)
     if not starts_the_job:
         return handed, None

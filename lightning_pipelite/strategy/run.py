@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from lightning_pipelite.strategy.layers import (
     keeps_stage,
     release_stage,
 )
-from lightning_pipelite.strategy.partition import partition, spans_of
+from lightning_pipelite.strategy.partition import spans_of
 from lightning_pipelite.strategy.pipeline import Pipeline
 from lightning_pipelite.strategy.process_groups import JobGroups
 from lightning_pipelite.strategy.sigterm import SigtermNotice
@@ -52,9 +52,7 @@ class PipelineRun:
         topology: Of the job.
         rank: Of this process.
         device: Of this process.
-        partition_method: How the layers are dealt out.
-        virtual_stages: The number of pieces of the stage.
-        speeds: Of each stage's device; empty if they are alike.
+        cut: Cuts the layers into stages, or into their pieces.
         timeout: How long a rank may make no progress.
         progress: Told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
             of the stage it is about, if there are several.
@@ -81,9 +79,7 @@ class PipelineRun:
         topology: Topology,
         rank: int,
         device: torch.device,
-        partition_method: str,
-        virtual_stages: int,
-        speeds: Sequence[float],
+        cut: Callable[[PipelineLayers], list[int]],
         timeout: timedelta,
         progress: Callable[[str, bool, str], None],
         end: contextlib.ExitStack,
@@ -104,7 +100,7 @@ class PipelineRun:
         self.sigterm = SigtermNotice(trainer, agreement)
         end.callback(self.sigterm.release)
         layers, loss = handed or hand_out_layers(module)
-        bounds = partition(layers, topology.stages, partition_method, virtual_stages, speeds)
+        bounds = cut(layers)
         stage_id = topology.stage_of(rank)
         spans = spans_of(bounds, topology.stages, stage_id)
         self.stage: nn.Module = build_stage(module, layers, spans, bounds[-1], device)
@@ -116,7 +112,7 @@ class PipelineRun:
         end.callback(layer_rng.release)
         end.callback(self._forget_engine)
         with groups.noted():
-            self.engine = (InterleavedEngine if virtual_stages > 1 else PipeLiteEngine)(
+            self.engine = (InterleavedEngine if len(spans) > 1 else PipeLiteEngine)(
                 self.stage,
                 stage_id,
                 topology.stages,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
-from lightning_pipelite.strategy.partition import check_virtual_stages
+from lightning_pipelite.strategy.partition import check_virtual_stages, partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
@@ -147,14 +148,23 @@ class PipeLiteStrategy(DDPStrategy):
         """Which rank is which stage of which replica."""
         return Topology(self.num_nodes * self.num_processes, self.pipeline_stages, self.use_column_major_topology)
 
-    @property
-    def stage_speeds(self) -> list[float]:
-        """How fast each stage's slowest device is, as it was given; empty if it was not.
+    def cutter(self, method: str | None = None) -> Callable[[PipelineLayers], list[int]]:
+        """Return what cuts layers into stages, or into their pieces, as this strategy is told.
+
+        Args:
+            method: In place of its ``partition_method``.
 
         Raises:
-            ConfigurationError: If there is not one for each device.
+            ConfigurationError: If there is not a speed for each device; and by what is returned, if layers cannot be
+                cut so.
         """
-        return speeds_of_stages(self.speeds, self.topology)
+        return partial(
+            partition,
+            stages=self.pipeline_stages,
+            method=method or self.partition_method,
+            virtual_stages=self.virtual_stages,
+            speeds=speeds_of_stages(self.speeds, self.topology),
+        )
 
     @property
     def stage_id(self) -> int:
@@ -197,10 +207,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._handed, self._empty_logs = check_launch(
             trainer,
             arguments,
-            topology=self.topology,
-            partition_method=self.partition_method,
-            virtual_stages=self.virtual_stages,
-            speeds=self.stage_speeds,
+            cut=self.cutter(),
             layer_sync=self._layer_sync,
             starts_the_job=self.cluster_environment.global_rank() == 0,
         )
@@ -245,9 +252,7 @@ class PipeLiteStrategy(DDPStrategy):
             topology=self.topology,
             rank=self.global_rank,
             device=self.root_device,
-            partition_method=self.partition_method,
-            virtual_stages=self.virtual_stages,
-            speeds=self.stage_speeds,
+            cut=self.cutter(),
             timeout=self.timeout,
             progress=self._progress,
             end=self._end,
