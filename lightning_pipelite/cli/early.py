@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, option_names
+from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, names_of_classes, option_names
+from lightning_pipelite.cli.option_values import refused_value
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
@@ -28,20 +29,25 @@ def check_early(words: list[str]) -> None:
         words: of the command line behind the subcommand.
 
     Raises:
-        ConfigurationError: if an option is none, a configuration is not there, or neither is the model.
+        ConfigurationError: if an option is none, or its value none of the few that it takes; if a configuration is not
+            there, or the model is not.
     """
     model_dir = adapter = None
     names: list[tuple[str, str]] = []
+    values: dict[str, str] = {}
     for name, value in _options(words):
         if name in ("c", "config"):
             content = _content(value)
             names += [(key, "") for key in _keys(content)]
+            sections = {name: each for name, each in content.items() if isinstance(each, dict)}
+            values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
             model = content.get("model")
             if not isinstance(model, dict):
                 model = {} if content else {"model_dir": None}  # where it is not read here, it may name another
             model_dir, adapter = model.get("model_dir", model_dir), model.get("adapter", adapter)
         else:
             names.append((name, "--"))
+            values[name] = str(value)
             if name in ("model", "model.model_dir"):  # the first gives a file
                 model_dir = value if name != "model" else None
             if name in ("model", "model.adapter", "model.adapter.class_path"):
@@ -49,6 +55,9 @@ def check_early(words: list[str]) -> None:
     for name, dashes in names:
         if _is_ours(adapter) or not name.startswith("model.adapter."):
             _check_name(name, dashes)
+    for name, value in values.items():
+        if (sentence := refused_value(name, value)) is not None:
+            raise ConfigurationError(sentence)
     given_elsewhere = any(variable.startswith("PIPELITE_") and "MODEL" in variable for variable in os.environ)
     prints_only = any(word.startswith("--print_config") for word in words)
     if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
@@ -67,7 +76,9 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
         ConfigurationError: if an option is none.
     """
     own = command.options
-    for given, _ in _options(words):
+    for given, value in _options(words):
+        if given in ("base", "model_dir", "adapter") and value is not None:
+            _check_hub(given, value)
         if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
             continue
         if command.reads_configuration:
@@ -88,13 +99,28 @@ def check_model_dir(model_dir: str) -> None:
     """
     if Path(model_dir).expanduser().is_dir():
         return
-    owner, _, name = model_dir.rpartition("/")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model_dir) and not Path(owner).exists() and owner not in _OUR_FOLDERS:
+    name = model_dir.rpartition("/")[2]
+    if _may_be_of_the_hub(model_dir):
         raise ConfigurationError(
             f"{model_dir} is not a directory; model_dir must name a local Hugging Face model. If it is one of the hub, "
             f"download it: hf download {model_dir} --local-dir models/{name}, and name models/{name}."
         )
     raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
+
+
+def _may_be_of_the_hub(name: str) -> bool:
+    owner = name.rpartition("/")[0]
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(owner).exists() and owner not in _OUR_FOLDERS
+
+
+def _check_hub(option: str, given: str) -> None:
+    """Refuse a name of Hugging Face's hub where a directory is needed, with the command to download it."""
+    if not Path(given).exists() and _may_be_of_the_hub(given):
+        folder = f"{'adapters' if option == 'adapter' else 'models'}/{given.rpartition('/')[2]}"
+        raise ConfigurationError(
+            f"--{option}: {given} is not a directory. If it is one of the hub, download it: hf download {given} "
+            f"--local-dir {folder}, and name {folder}."
+        )
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -160,7 +186,7 @@ def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
             return
     elif parts[0] not in SECTIONS and not dashes and len(parts) > 1:
         return  # a section that is none
-    told = meant_by(name, {*known, *others})
+    told = meant_by(name, {*known, *others, *names_of_classes()})
     if told is not None and dashes:
         told = told.replace("did you mean ", "did you mean --")
     raise ConfigurationError(f"{dashes}{name} is not an option; {_ended(told)}")

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 
-from lightning_pipelite.cli.option_names import meant_by
+from lightning_pipelite.cli.option_names import meant_by, names_of_classes
+from lightning_pipelite.cli.option_values import proposed
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
@@ -71,7 +72,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
             return f"{name} stands alone; give a directory as --checkpoint {name}, and where to write as --output."
         return f"{name} is not an option; {_proposal(name, parsers)}"
     if name := found(r"Option '([^']+)' is not accepted"):
-        remedy = meant_by(name, ()) or "correct its name or remove it"
+        remedy = meant_by(name, ()) or _sibling(key, name) or "correct its name or remove it"
         return f"{key}.{name} is not an option; {remedy if remedy.endswith('?') else f'{remedy}.'}"
     if names := found(r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)"):
         missing = [name.split(".", 1)[1] if name.split(".")[0] in parsers else name for name in names.split(", ")]
@@ -116,8 +117,17 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         value = (re.findall(r"Given value: (.*)", inner) or re.findall(r"Got value: (.*)", inner) or ["that"])[0]
         if value == "None":
             return f"{key} must be given, in the configuration file or on the command line."
-        return f"{key} must be {' or '.join(expected)}, not {value}."
+        few = [word for each in expected if each.startswith("one of ") for word in re.findall(r"'([^']+)'", each)]
+        return f"{key} must be {' or '.join(expected)}, not {value}{proposed(value, few)}"
     return text.replace("Parser key ", "")
+
+
+def _sibling(key: str, name: str) -> str | None:
+    """Give the option beside which a misspelt one would stand, of this package's classes."""
+    place = f"{key.removesuffix('.init_args')}."
+    there = {each.rpartition(".")[2] for each in names_of_classes() if each.startswith(place)}
+    near = difflib.get_close_matches(name, there, 1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else None
 
 
 def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:

@@ -45,6 +45,21 @@ FOREIGN = {
     "val_set_size": "data.eval_fraction",
     "resume_from_checkpoint": "ckpt_path",
     "attn_impl": "model.attn_implementation",
+    "adam_beta1": "model.beta1",
+    "adam_beta2": "model.beta2",
+    "adam_epsilon": "model.eps",
+    "dataset": "data.datasets",
+    "dataset_name": "data.datasets",
+    "train_file": "data.datasets",
+    "data_path": "data.datasets",
+    "num_gpus": "trainer.devices",
+    "nproc_per_node": "trainer.devices",
+    "nnodes": "trainer.num_nodes",
+    "torch_dtype": "model.dtype",
+    "lr_scheduler": "model.schedule",
+    "eval_dataset": "data.eval_datasets",
+    "use_double_quant": "model.bnb_4bit_use_double_quant",
+    "pipeline_parallel_size": "trainer.strategy.init_args.pipeline_stages",
 }
 """What other trainers call an option, and what it is called here."""
 
@@ -59,6 +74,12 @@ SENTENCES = {
     "output_dir": "set it as an option of the callback SaveTrained, in trainer.callbacks",
     "save_steps": "list the callback TimedCheckpoint in trainer.callbacks, which saves by the hour",
     "bf16": "set model.dtype",
+    "eval_steps": "list the callback EvalSchedule in trainer.callbacks, or set trainer.val_check_interval",
+    "bnb_4bit_quant_type": "it is nf4: set model.load_in_4bit, and leave it out",
+    "train_on_inputs": "of conversations the answers alone are learnt, of texts everything: name the fields in "
+    "data.datasets",
+    "report_to": "set trainer.logger",
+    "modules_to_save": "a LoRA adapts linear layers of decoder layers; train whole weights with the adapter Full",
     "weight_decay": "list the callback CompositeWeightDecay in trainer.callbacks, or give it to model.optimizer",
 }
 SENTENCES |= {
@@ -87,6 +108,21 @@ def option_names() -> frozenset[str]:
     for section, (path, name) in sources.items():
         names |= {f"{section}.{parameter}" for parameter in _parameters_of(path, name)}
     return frozenset(names)
+
+
+@functools.cache
+def names_of_classes() -> frozenset[str]:
+    """Give the dotted names of the options of this package's adapters and strategy, which are chosen by their class."""
+    package = Path(__file__).parent.parent
+    sources = [
+        ("model.adapter", package / "adapters" / "lora.py", "LoRA"),
+        ("model.adapter", package / "adapters" / "control_adapter.py", "ControlAdapter"),
+        ("model.adapter", package / "adapters" / "full.py", "Full"),
+        ("trainer.strategy", package / "strategy" / "strategy.py", "PipeLiteStrategy"),
+    ]
+    return frozenset(
+        f"{option}.init_args.{each}" for option, path, name in sources for each in _parameters_of(path, name)
+    )
 
 
 def parameters_of(module: str, function: str) -> dict[str, bool]:
@@ -119,7 +155,7 @@ def meant_by(name: str, known: Iterable[str]) -> str | None:
     last = name.rpartition(".")[2]
     if last in SENTENCES and last not in known:
         return SENTENCES[last]
-    if last in FOREIGN and (not known or FOREIGN[last] in known or FOREIGN[last].startswith(_LORA)):
+    if last in FOREIGN and (not known or FOREIGN[last] in known or ".init_args." in FOREIGN[last]):
         return f"did you mean {FOREIGN[last]}?"
     same = [each for each in known if each.rpartition(".")[2] == last]
     if len(same) == 1 and len(last) > 1:

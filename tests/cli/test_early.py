@@ -13,8 +13,10 @@ from lightning_pipelite import PackedDataModule, PipeLiteModule
 from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.early import check_command, check_early
+from lightning_pipelite.cli.error_messages import explain
 from lightning_pipelite.cli.help import OPTIONS, overview, short_help
-from lightning_pipelite.cli.option_names import FOREIGN, option_names
+from lightning_pipelite.cli.option_names import FOREIGN, names_of_classes, option_names
+from lightning_pipelite.cli.option_values import choices
 from lightning_pipelite.errors import ConfigurationError
 
 CONFIG = "model:\n  model_dir: {}\n  lr: 1\ndata:\n  sequence_len: 64\n"
@@ -34,7 +36,7 @@ def test_names_are_those_of_the_classes() -> None:
         for name in list(inspect.signature(kind.__init__).parameters)[1:]:
             assert f"{section}.{name}" in option_names()
     for name in FOREIGN.values():
-        assert name in option_names() or name.startswith("model.adapter.init_args.")
+        assert name in {*option_names(), *names_of_classes()}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,28 @@ def test_names_are_those_of_the_classes() -> None:
         (["--trainer.gradient_accumulation_steps", "3"], "did you mean --trainer.accumulate_grad_batches?"),
         (["--model.load_in_8bit", "true"], "set model.load_in_4bit, or model.load_in_fp8 for eight bits"),
         (["--model.xyz", "3"], "--model.xyz is not an option; pipelite fit --help-all lists the options."),
+        (["--model.activation_memory=kep"], "not kep; did you mean keep?"),
+        (
+            ["--model.activation_memory", "gradient_checkpointing"],
+            "did you mean recompute?",
+        ),
+        (["--model.dtype", "bf16"], "must be one of 'bfloat16', 'float32', not bf16; did you mean bfloat16?"),
+        (["--model.attn_implementation=flash_attention_2"], "did you mean varlen?"),
+        (["--model.schedule", "cosine_with_warmup"], "'cosine', not cosine_with_warmup; did you mean cosine?"),
+        (
+            ["--model.schedule", "linear"],
+            "must be one of 'rms_ratio', 'constant', 'cosine', not linear.",
+        ),
+        (["--data.packing", "bestfit"], "or null, not bestfit; did you mean best_fit?"),
+        (["--data.long_conversations=truncate"], "did you mean drop?"),
+        (["--model.adaptr.init_args.rank", "3"], "did you mean --model.adapter.init_args.rank?"),
+        (["--pipeline_stages", "2"], "did you mean --trainer.strategy.init_args.pipeline_stages?"),
+        (["--rank=8"], "did you mean --model.adapter.init_args.rank?"),
+        (["--target_modules=q_proj"], "did you mean --model.adapter.init_args.target_modules?"),
+        (["--data.dataset=x"], "did you mean --data.datasets?"),
+        (["--bnb_4bit_quant_type", "nf4"], "it is nf4: set model.load_in_4bit, and leave it out."),
+        (["--model.torch_dtype", "bfloat16"], "did you mean --model.dtype?"),
+        (["--eval_steps", "10"], "list the callback EvalSchedule in trainer.callbacks"),
         (["--config", "none.yaml"], "--config: File does not exist: '.*none.yaml'"),
         (["--model.model_dir", "some/where/else"], "some/where/else is not a directory; model_dir must name a local"),
         (["--model.model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
@@ -66,6 +90,7 @@ def test_what_is_wrong(config: str, words: list[str], says: str) -> None:
 def test_keys_of_files(tmp_path: Path) -> None:
     for edit, says in (
         ("  max_seq_length: 3\n", "data.max_seq_length is not an option; did you mean data.sequence_len?"),
+        ("  packing: fit_best\n", "data.packing must be one of 'concatenate', 'best_fit' or null, not fit_best"),
         ("learning_rate: 3\n", "learning_rate is not an option; did you mean model.lr?"),
     ):
         (tmp_path / "a.yaml").write_text(CONFIG.format(tmp_path) + edit)
@@ -183,3 +208,34 @@ def test_the_base_has_one_name_in_all_commands(command: str, own: str | None, gi
 
 def test_a_command_without_a_base_has_no_name_for_it() -> None:
     assert with_own_names("migrate", ["a.toml", "--model_dir", "b"]) == ["a.toml", "--model_dir", "b"]
+
+
+def test_values_are_those_of_the_classes(config: str) -> None:
+    wanted = {"model.dtype", "model.activation_memory", "model.schedule", "model.attn_implementation", "data.packing"}
+    assert {*choices()} == {*wanted, "data.long_conversations"}
+    for name, words in choices().items():
+        for word in (*words, "null"):
+            check_early(["--config", config, f"--{name}={word}"] if word else ["--config", config])
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("merge", ["--base=meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
+        ("generate", ["--model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X"),
+        ("plan", ["--config", "x", "--model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X"),
+        ("analyze", ["--adapter", "me/lora"], "--adapter: me/lora is not a directory. .* --local-dir adapters/lora"),
+    ],
+)
+def test_names_of_the_hub(command: str, words: list[str], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        check_command(command, COMMANDS[command], with_own_names(command, words))
+
+
+def test_options_of_chosen_classes() -> None:
+    for key, name, meant in (
+        ("trainer.strategy", "pipeline_stagess", "pipeline_stages"),
+        ("model.adapter", "rnk", "rank"),
+    ):
+        message = f"Parser key \"{key}\":\n  Option '{name}' is not accepted"
+        assert explain(message, {}) == f"{key}.{name} is not an option; did you mean {meant}?"

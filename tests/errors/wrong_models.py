@@ -261,7 +261,7 @@ CASES = {
         edit={"model.router_aux_loss_coef": 0.1},
     ),
     "unknown attention": Case(
-        "model.attn_implementation must be one of 'auto', 'varlen', 'sdpa', 'eager', not flash_attention_2.",
+        "model.attn_implementation must be one of 'auto', 'varlen', 'sdpa', 'eager', not flash_attention_2; did you mean varlen?",
         edit={"model.attn_implementation": "flash_attention_2"},
     ),
 }

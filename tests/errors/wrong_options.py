@@ -94,7 +94,8 @@ CASES = {
         "trainer.max_epochs must be an integer or null, not many.", edit={"trainer.max_epochs": "many"}
     ),
     "another choice": Case(
-        "model.dtype must be one of 'bfloat16', 'float32', not float64.", edit={"model.dtype": "float64"}
+        "model.dtype must be one of 'bfloat16', 'float32', not float64; did you mean float32?",
+        edit={"model.dtype": "float64"},
     ),
     "wrong type in the adapter": Case(
         "model.adapter.rank must be an integer, not high.", edit={"model.adapter.init_args.rank": "high"}
