@@ -30,6 +30,7 @@ def lora_targets(
     """
     modules = {name: module for name, module in meta_model.model.named_modules() if name}
     known = {n for n, m in modules.items() if meta_model.layer_of(n) is not None and _is_linear(m)}
+    known -= meta_model.bypassed_in_training
     names = {module: name for name, module in modules.items()}
     experts = [f"{names[module]}.{name}" for module, name in fused_weights(meta_model.layers)]
     targets = [*(name for name in modules if name in known), *experts]
@@ -37,6 +38,11 @@ def lora_targets(
         targets = match_modules([*modules, *experts], target_modules)
         if others := [name for name in targets if name not in known and name not in experts]:
             kind = type(modules[others[0]]).__name__
+            if others[0] in meta_model.bypassed_in_training:
+                raise ConfigurationError(
+                    f"target_modules matches {others[0]}, whose weight this model takes without calling the layer, so "
+                    "that nothing would train an adapter on it; leave it out."
+                )
             raise ConfigurationError(
                 f"target_modules matches {others[0]}, a {kind}; name linear modules of decoder layers, or fused "
                 "experts, only."

@@ -133,6 +133,11 @@ class MetaModel:
         if self.tied and f"{self.embedding_name}.weight" not in dict(self.model.named_parameters()):
             raise self._refusal(f"its tied weight is called after {self.head_name}, not {self.embedding_name}")
 
+    @cached_property
+    def bypassed_in_training(self) -> set[str]:
+        """The names of linear layers whose weights training takes directly, so that no adapter on them would train."""
+        return self._probe.bypassed_in_training()
+
     @property
     def layer_names(self) -> list[str]:
         """The names of the decoder layers, in order."""

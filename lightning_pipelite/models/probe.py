@@ -109,6 +109,30 @@ class Probe:
         with document_mask(_packed_positions()):
             return [name for each in layer_names for name in leaking_modules(calls, self.model, each, DOCUMENTS[0])]
 
+    def bypassed_in_training(self) -> set[str]:
+        """Return the names of linear layers that are called in evaluation, but whose weights training takes directly.
+
+        Gemma 3n's do so to clip them. An adapter on such a layer would be passed by.
+        """
+        called: dict[bool, set[str]] = {False: set(), True: set()}
+        linear = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        handles = [
+            module.register_forward_pre_hook(lambda module, args, name=name: called[module.training].add(name))
+            for name, module in linear
+        ]
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        try:
+            with torch.random.fork_rng(devices=[]):  # for dropout
+                for training in called:
+                    self.model.train(training)
+                    self._run(self.input_ids, _count(self.input_ids))
+        finally:
+            self.model.eval()
+            self.model.load_state_dict(before)
+            for handle in handles:
+                handle.remove()
+        return called[False] - called[True]
+
     def attends_as(self, other: Probe) -> bool:
         """Tell whether packed documents have the logits that they have in a model that attends by other code."""
         return equal(*(each._logits(each.input_ids, _packed_positions()) for each in (self, other)))

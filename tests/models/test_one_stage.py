@@ -13,8 +13,10 @@ import tiny_families
 from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Split
 from family_training import try_family
 from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.adapters.lora_targets import lora_targets
 from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.cli.split_comparison import DOCUMENTS, relative, tokens
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from plan_cases import write_config
 from processes import Workers
@@ -62,3 +64,16 @@ def test_a_plan_is_of_one_stage(tmp_path: Path) -> None:
     report = str(plan(str(config), devices=2, memory="1GiB"))
     assert "Recommended: pipeline_stages: 1," in report
     assert "2 replicas" in report
+
+
+def test_a_layer_whose_weight_training_takes_directly_has_no_adapter(tmp_path: Path) -> None:
+    tiny_families.write(tiny_families.tiny("gemma3n_text"), tmp_path)
+    layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=LoRA(4))
+    targets, _ = lora_targets(layers.meta_model, "all-linear", None)
+    assert any(name.endswith("altup.prediction_coefs") for name in targets)
+    assert not any(name.endswith("altup.correction_coefs") for name in targets)
+    with pytest.raises(ConfigurationError, match=r"correction_coefs, whose weight this model takes without calling"):
+        CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj", "correction_coefs"]))
+    stage = layers.build_stage(0, 1, CPU).train()
+    stage((tokens()[0][:1], torch.arange(tokens()[0].shape[1])[None])).pow(2).mean().backward()
+    assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
