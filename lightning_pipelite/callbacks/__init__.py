@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_pipelite.callbacks.adapter_norms import AdapterNorms
     from lightning_pipelite.callbacks.composite_weight_decay import CompositeWeightDecay
     from lightning_pipelite.callbacks.eval_schedule import EvalSchedule
+    from lightning_pipelite.callbacks.samples import Samples
     from lightning_pipelite.callbacks.save_trained import SaveTrained
     from lightning_pipelite.callbacks.stage_times import StageTimes
     from lightning_pipelite.callbacks.step_progress import StepProgress
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterNorms",
     "CompositeWeightDecay",
     "EvalSchedule",
+    "Samples",
     "SaveTrained",
     "StageTimes",
     "StepProgress",
@@ -28,6 +30,7 @@ __getattr__ = lazy_names(
         "AdapterNorms": "adapter_norms",
         "CompositeWeightDecay": "composite_weight_decay",
         "EvalSchedule": "eval_schedule",
+        "Samples": "samples",
         "SaveTrained": "save_trained",
         "StageTimes": "stage_times",
         "StepProgress": "step_progress",

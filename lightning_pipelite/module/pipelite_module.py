@@ -29,6 +29,7 @@ from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.module.batches import BatchForm, count_documents
 from lightning_pipelite.module.data_warnings import warn_of_data
 from lightning_pipelite.module.evaluation_metrics import Evaluation
+from lightning_pipelite.module.greedy import GreedyWriter
 from lightning_pipelite.module.optimization import Optimization
 from lightning_pipelite.module.saving import Saving
 from lightning_pipelite.module.throughput import Speed, speed_of
@@ -159,6 +160,7 @@ class PipeLiteModule(pl.LightningModule):
         )
         self._speed = Speed()
         self._evaluation = Evaluation([])
+        self._writer: GreedyWriter | None = None
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
         """Give the strategy the layers, and the loss on what the last one returns."""
@@ -235,6 +237,19 @@ class PipeLiteModule(pl.LightningModule):
         """
         strategy = self.check_strategy(self.trainer.strategy)
         self._saving.save(directory, self.pipeline_stage, self.trained_state(), strategy)
+
+    def write_text(self, prompt: str, max_new_tokens: int) -> str:
+        """Write on from a prompt with the model as it is now, during a fit or an evaluation. Collective.
+
+        Args:
+            prompt: The beginning, the same on all ranks.
+            max_new_tokens: Tokens to write at most; the most probable one each time.
+        """
+        if self._writer is None:
+            self._writer = GreedyWriter(
+                Path(self.model_dir), tuple(self.adapter.batch_keys), self.hparams["trust_remote_code"]
+            )
+        return self._writer.write(prompt, max_new_tokens, self.check_strategy(self.trainer.strategy))
 
     @classmethod
     @override

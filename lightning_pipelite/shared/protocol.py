@@ -18,7 +18,8 @@ the strategy         the module (optional)                               :class:
 the strategy         callbacks (optional)                                :class:`KeepsResults`
 the command line     callbacks (optional)                                :class:`MayOverwrite`
 callbacks            the strategy (optional)                             :class:`TimesStages`
-callbacks            the module                                          :class:`SavesTrained`, :class:`ChecksSaving`
+callbacks            the module                                          :class:`SavesTrained`, :class:`ChecksSaving`,
+                                                                         :class:`WritesText`
 the data module      the strategy (optional)                             :class:`DealsData`
 the module           its data (optional)                                 :class:`ChecksVocabulary`
 ===================  ==================================================  =============================================
@@ -243,6 +244,15 @@ class ChecksSaving(Protocol):
 
     def check_save(self, directory: Path) -> None:
         """Refuse a directory that could not be written."""
+        ...
+
+
+@runtime_checkable
+class WritesText(Protocol):
+    """A module that writes on from a prompt while it is trained; Samples needs one."""
+
+    def write_text(self, prompt: str, max_new_tokens: int) -> str:
+        """Return what follows the prompt. Collective."""
         ...
 
 

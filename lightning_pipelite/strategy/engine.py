@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -132,13 +133,18 @@ class PipeLiteEngine(PipelineEngine):
             self._begin("", waits=False)
             self._clock = None
 
-    def evaluate_on(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def evaluate_on(self, micro_batches: Sequence[MicroBatch], loss: Loss | None = None) -> Tensor:
         """Run some micro-batches forward, without gradients.
+
+        Args:
+            micro_batches: The same on all stages of a pipeline.
+            loss: In the place of the training's, if given.
 
         Returns:
             The sum and the count of their losses, and what follows these, to be shared; float64.
         """
-        with torch.no_grad():
+        by_another = contextlib.nullcontext() if loss is None else self._sums.counted_by(loss)
+        with torch.no_grad(), by_another:
             self._run(micro_batches, self._inference_schedule(len(micro_batches)), training=False)
         return self._sums.tensor.clone()
 

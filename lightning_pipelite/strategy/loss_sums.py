@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ class LossSums:
         self._sign = 1 if stage_id == 0 else -1 if stage_id == stages - 1 else 0
         terms = 2 + len(names_of_sums(loss)) + self._compares
         self.tensor = torch.zeros(terms, dtype=torch.float64, device=device)
+
+    @contextlib.contextmanager
+    def counted_by(self, loss: Loss) -> Iterator[None]:
+        """Within it another loss counts, whose terms are not more than those of the own one."""
+        own, self._loss = self._loss, loss
+        try:
+            yield
+        finally:
+            self._loss = own
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Begin anew, with these micro-batches."""

@@ -325,6 +325,19 @@ class PipeLiteStrategy(DDPStrategy):
     def test_step(self, batch: Any, *indices: int) -> None:
         self.validation_step(batch, *indices)
 
+    def evaluate_by(self, loss: Loss, batch: Any, place: str) -> tuple[float, float]:
+        """Run a micro-batch through the stages with another loss than the module's, without gradients. Collective.
+
+        Args:
+            loss: Called on the last stage with what it returns and the targets; gives a sum and a count.
+            batch: ``(inputs, targets)``, on the device; the same on all ranks.
+            place: Where this is, for messages.
+
+        Returns:
+            Sum and count over all replicas, the same on every rank.
+        """
+        return self._running.evaluation.by(loss, checked_pair(batch), place)
+
     def on_validation_end(self) -> None:
         """Note that an evaluation has ended: the callbacks have been called by then."""
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]

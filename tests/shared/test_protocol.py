@@ -41,6 +41,7 @@ ANSWERED_BY: dict[str, list[Any]] = {
     "TimesStages": [PipeLiteStrategy],
     "SavesTrained": [PipeLiteModule],
     "ChecksSaving": [PipeLiteModule],
+    "WritesText": [PipeLiteModule],
     "DealsData": [PipeLiteStrategy],
     "ChecksVocabulary": [PackedDataModule],
 }

@@ -1,0 +1,51 @@
+"""Text that the model writes at each evaluation."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.protocol import WritesText
+
+
+class Samples(Callback):
+    """Lets the model go on from some prompts at each evaluation, and logs what it writes as text, to TensorBoard.
+
+    It takes the most probable token each time, so that what differs is the training's doing. The module must have a
+    method ``write_text(prompt, max_new_tokens)``, called on every rank, as PipeLiteModule has.
+
+    Args:
+        prompts: How the texts begin.
+        max_new_tokens: Tokens to write at most, each of which takes a pass through the model.
+    """
+
+    def __init__(self, prompts: list[str], max_new_tokens: int = 40) -> None:
+        if not prompts or not all(prompts):
+            raise ConfigurationError("Samples: prompts must be texts to go on from; give at least one.")
+        if max_new_tokens < 1:
+            raise ConfigurationError(f"Samples: max_new_tokens is {max_new_tokens}; give 1 or more.")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, WritesText):
+            raise ConfigurationError(
+                f"Samples needs a method write_text(prompt, max_new_tokens) of {type(pl_module).__name__}; write it, "
+                "or leave Samples out."
+            )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, WritesText)
+        for number, prompt in enumerate(self.prompts):
+            text = pl_module.write_text(prompt, self.max_new_tokens)
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                if isinstance(logger, TensorBoardLogger):
+                    shown = "\n".join(f"    {line}" for line in f"{prompt}⟶{text}".splitlines())  # as it is
+                    logger.experiment.add_text(f"samples/{number}", shown, trainer.global_step)

@@ -1,0 +1,79 @@
+"""What the model writes while it is trained: the most probable token each time, through all stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.models.head import HeadInputs
+from lightning_pipelite.module.batches import IGNORED
+
+if TYPE_CHECKING:
+    from lightning_pipelite.strategy import PipeLiteStrategy
+
+
+class GreedyWriter:
+    """Writes on from prompts with the model as it is. For looking: each token takes a pass through all that is there.
+
+    Args:
+        model_dir: With the tokenizer.
+        keys: What the adapter wants in a batch beside the tokens; of Control Adapters the class, here 1.
+        trust_remote_code: Run the tokenizer's own code, if it has any.
+    """
+
+    def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool) -> None:
+        from transformers import AutoTokenizer
+
+        self._keys = keys
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+    def write(self, prompt: str, max_new_tokens: int, strategy: PipeLiteStrategy) -> str:
+        """Write on from a prompt, as transformers' ``generate(do_sample=False)`` does. Collective.
+
+        Args:
+            prompt: The same on all ranks.
+            max_new_tokens: Tokens to write at most.
+            strategy: Runs the stages.
+
+        Returns:
+            What follows the prompt, on every rank.
+        """
+        ids = list(self._tokenizer(prompt)["input_ids"])
+        begin, length = len(ids), len(ids) + max_new_tokens
+        while len(ids) < length:
+            batch = strategy.batch_to_device(self._batch(ids, length + 1))
+            total, count = strategy.evaluate_by(_next_token, batch, f"token {len(ids) + 1} of a sample")
+            ids.append(round(total / count))
+            if ids[-1] == self._tokenizer.eos_token_id:
+                break
+        return str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True))
+
+    def _batch(self, ids: list[int], length: int) -> dict[str, Tensor]:
+        """Make a batch of one length for all tokens of a prompt: no token sees the padding behind it."""
+        padded = torch.tensor([[*ids, *[0] * (length - len(ids))]])
+        labels = torch.full_like(padded, IGNORED)
+        labels[0, len(ids) - 1] = 0  # of the padding, where the next token will be
+        positions = torch.arange(length).expand_as(padded).contiguous()
+        return {
+            "input_ids": padded,
+            "labels": labels,
+            "position_ids": positions,
+            **{key: torch.ones_like(padded) for key in self._keys},
+        }
+
+
+def _next_token(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the most probable token, and one, in the place of a loss and its count."""
+    scores = outputs if isinstance(outputs, (Tensor, HeadInputs)) else outputs[0]
+    place = labels.flatten() != IGNORED
+    if isinstance(scores, HeadInputs):  # what scales and limits the logits does not change which is the largest
+        logits = torch.nn.functional.linear(scores.hidden.flatten(0, 1)[place], scores.weight, scores.bias)
+    else:
+        logits = scores.flatten(0, 1)[place]
+    token = logits.argmax(-1).sum().double()
+    return token, torch.ones_like(token)

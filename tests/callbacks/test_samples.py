@@ -1,0 +1,65 @@
+"""Samples while training: transformers' own text, and no trace in the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pipelite.callbacks import Samples
+from lightning_pipelite.errors import ConfigurationError
+from processes import Workers
+from sample_jobs import train_with_samples
+from tiny_job import write_job
+
+PROMPTS = ["The statement", "A class is"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"))
+
+
+def by_transformers(job: Path, adapter: Path) -> list[str]:
+    """What the merged weights write."""
+    tokenizer = AutoTokenizer.from_pretrained(job / "model")
+    base = AutoModelForCausalLM.from_pretrained(job / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
+    written = []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=5)
+        written.append(tokenizer.decode(ids[0, given.shape[1] :], skip_special_tokens=True))
+    return written
+
+
+@pytest.mark.parametrize(("stages", "ranks", "virtual"), [(1, 1, 1), (2, 2, 1), (2, 4, 2)])
+def test_is_what_transformers_writes(
+    workers: Workers, job: Path, tmp_path: Path, stages: int, ranks: int, virtual: int
+) -> None:
+    losses = workers.run(ranks, train_with_samples, str(job), str(tmp_path / "with"), stages, ranks, PROMPTS, virtual)
+    assert len(losses[0]) == 2
+    if virtual == 1:
+        without = workers.run(ranks, train_with_samples, str(job), str(tmp_path / "without"), stages, ranks, [])
+        assert losses == without  # bit for bit
+    (log,) = (tmp_path / "with").rglob("events.*")
+    events = EventAccumulator(str(log)).Reload()
+    shown = [events.Tensors(f"samples/{number}/text_summary") for number in range(len(PROMPTS))]
+    assert [[event.step for event in each] for each in shown] == [[1, 2]] * len(PROMPTS)
+    texts = [[event.tensor_proto.string_val[0].decode() for event in each] for each in shown]
+    expected = by_transformers(job, tmp_path / "with" / "adapter")
+    wanted = [f"{prompt}⟶{text}" for prompt, text in zip(PROMPTS, expected, strict=True)]
+    assert [each[-1] for each in texts] == ["\n".join(f"    {line}" for line in each.splitlines()) for each in wanted]
+    assert texts[0][0] != texts[0][-1]  # training has changed it
+
+
+def test_what_is_refused() -> None:
+    for options in ({"prompts": []}, {"prompts": [""]}, {"prompts": ["a"], "max_new_tokens": 0}):
+        with pytest.raises(ConfigurationError, match="Samples: "):
+            Samples(**options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="Samples needs a method write_text"):
+        Samples(["a"]).setup(None, torch.nn.Linear(1, 1), "fit")  # type: ignore[arg-type]
