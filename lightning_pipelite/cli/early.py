@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -182,14 +183,27 @@ def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
         return  # which a LightningCLI has elsewhere
     if ".".join(parts[:2]) in known:
         below_adapter = parts[:2] == ["model", "adapter"]
-        if not below_adapter or (last not in SENTENCES and not FOREIGN.get(last, "").startswith("model.adapter")):
-            return
+        if not (below_adapter and (last in SENTENCES or FOREIGN.get(last, "").startswith("model.adapter"))):
+            near = _misspelt(parts)
+            if near is None:
+                return
+            raise ConfigurationError(f"{dashes}{name} is not an option; did you mean {dashes}{near}?")
     elif parts[0] not in SECTIONS and not dashes and len(parts) > 1:
         return  # a section that is none
     told = meant_by(name, {*known, *others, *names_of_classes()})
     if told is not None and dashes:
         told = told.replace("did you mean ", "did you mean --")
     raise ConfigurationError(f"{dashes}{name} is not an option; {_ended(told)}")
+
+
+def _misspelt(parts: list[str]) -> str | None:
+    """Give the option of this package's adapters that is nearly named."""
+    rest = [part for part in parts[2:] if part != "init_args"]
+    there = {each.rpartition(".")[2]: each for each in names_of_classes() if each.startswith("model.adapter.")}
+    if parts[:2] != ["model", "adapter"] or len(rest) != 1 or rest[0] in there:
+        return None
+    near = difflib.get_close_matches(rest[0], there, 1, cutoff=0.75)
+    return there[near[0]] if near else None
 
 
 def _ended(told: str | None) -> str:

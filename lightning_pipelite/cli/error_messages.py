@@ -125,9 +125,9 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
 def _sibling(key: str, name: str) -> str | None:
     """Give the option beside which a misspelt one would stand, of this package's classes."""
     place = f"{key.removesuffix('.init_args')}."
-    there = {each.rpartition(".")[2] for each in names_of_classes() if each.startswith(place)}
-    near = difflib.get_close_matches(name, there, 1, cutoff=0.7)
-    return f"did you mean {near[0]}?" if near else None
+    there = {each.rpartition(".")[2]: each for each in names_of_classes() if each.startswith(place)}
+    near = [] if name in there else difflib.get_close_matches(name, there, 1, cutoff=0.75)
+    return f"did you mean {there[near[0]]}?" if near else None
 
 
 def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:

@@ -71,6 +71,8 @@ def test_names_are_those_of_the_classes() -> None:
         (["--data.long_conversations=truncate"], "did you mean drop?"),
         (["--model.adaptr.init_args.rank", "3"], "did you mean --model.adapter.init_args.rank?"),
         (["--pipeline_stages", "2"], "did you mean --trainer.strategy.init_args.pipeline_stages?"),
+        (["--model.adapter.init_args.rnk", "3"], "did you mean --model.adapter.init_args.rank?"),
+        (["--model.adapter.drop_out=0"], "did you mean --model.adapter.init_args.dropout?"),
         (["--rank=8"], "did you mean --model.adapter.init_args.rank?"),
         (["--target_modules=q_proj"], "did you mean --model.adapter.init_args.target_modules?"),
         (["--data.dataset=x"], "did you mean --data.datasets?"),
@@ -235,7 +237,7 @@ def test_names_of_the_hub(command: str, words: list[str], says: str) -> None:
 def test_options_of_chosen_classes() -> None:
     for key, name, meant in (
         ("trainer.strategy", "pipeline_stagess", "pipeline_stages"),
-        ("model.adapter", "rnk", "rank"),
+        ("model.adapter", "drop_out", "dropout"),
     ):
         message = f"Parser key \"{key}\":\n  Option '{name}' is not accepted"
-        assert explain(message, {}) == f"{key}.{name} is not an option; did you mean {meant}?"
+        assert explain(message, {}) == f"{key}.{name} is not an option; did you mean {key}.init_args.{meant}?"
