@@ -142,3 +142,54 @@ def fp8(
         return made, described
 
     return quantise
+
+
+def compressed(
+    form: str, bits: int = 8, plain: Tensors | None = None, **weights: Any
+) -> Callable[[Tensors], tuple[Tensors, dict[str, Any]]]:
+    """By the rules of compressed-tensors, with scales in bfloat16 for each group, block, row or tensor.
+
+    ``plain`` is filled with the weights that the codes stand for, computed before they are packed.
+    """
+    kind = "float" if form == "float-quantized" else "int"
+    arguments = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **weights}
+    group = {"targets": ["Linear"], "weights": arguments, "input_activations": None, "output_activations": None}
+    described = {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*gate$"],
+    }  # fmt: skip
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        made: Tensors = {}
+        for name, tensor in tensors.items():
+            if not is_linear(name, tensor):
+                made[name] = tensor
+                continue
+            rows, columns = tensor.shape
+            sides = {
+                "tensor": (rows, columns),
+                "channel": (1, columns),
+                "group": (1, weights.get("group_size", 0)),
+                "block": weights.get("block_structure"),
+            }[weights["strategy"]]
+            blocks = tensor.float().reshape(rows // sides[0], sides[0], columns // sides[1], sides[1])
+            largest = 448.0 if kind == "float" else 2.0 ** (bits - 1) - 1
+            scales = (blocks.abs().amax((1, 3), keepdim=True) / largest).to(torch.bfloat16)
+            scaled = (blocks / scales.float()).clamp(-largest, largest).reshape(rows, columns)
+            codes = scaled.to(torch.float8_e4m3fn) if kind == "float" else scaled.round().to(torch.int8)
+            if plain is not None:
+                values = codes.to(torch.bfloat16).reshape(blocks.shape) * scales
+                plain[name] = values.reshape(rows, columns)
+            made[name + "_scale"] = scales.reshape(scales.shape[0], scales.shape[2])
+            if weights["strategy"] == "tensor":
+                made[name + "_scale"] = made[name + "_scale"].reshape(1)
+            if form == "pack-quantized":
+                made[name + "_shape"] = torch.tensor([rows, columns])
+                digits = (codes.long() + 2 ** (bits - 1)).reshape(rows, -1, 32 // bits)
+                words = (digits << torch.arange(0, 32, bits)).sum(-1)
+                made[name + "_packed"] = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+            else:
+                made[name] = codes
+        return made, described
+
+    return quantise

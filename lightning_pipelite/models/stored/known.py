@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.stored.compressed_tensors import CompressedTensors
 from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.stored.fp8 import Fp8
 from lightning_pipelite.models.stored.mxfp4 import Mxfp4
 from lightning_pipelite.models.weight_files import read_json
 
-KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {"mxfp4": Mxfp4, "fp8": Fp8}
+KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {
+    "mxfp4": Mxfp4,
+    "fp8": Fp8,
+    "compressed-tensors": CompressedTensors,
+}
 """By ``quant_method``."""
 KEYS = ("quantization_config", "compression_config")  # the second: of old, in compressed-tensors
 

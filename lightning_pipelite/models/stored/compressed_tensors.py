@@ -1,0 +1,173 @@
+"""Compressed-tensors: integers of 4 or 8 bits packed in int32, integers of 8 bits, and FP8, each with symmetric scales.
+
+https://github.com/vllm-project/compressed-tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.stored.format import Entries, Quantised, misfit, part, refuse_unknown, shape_of
+
+FORMATS = {
+    ("pack-quantized", "int", 4): "I32",
+    ("pack-quantized", "int", 8): "I32",
+    ("int-quantized", "int", 8): "I8",
+    ("float-quantized", "float", 8): "F8_E4M3",
+}
+"""The type of the codes in the files, by format, kind of number and bits."""
+SCALE_TYPES = ["F32", "BF16", "F16"]
+ENDS = tuple(f".weight_{end}" for end in ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale"))
+GROUP = {"targets": None, "weights": None, "input_activations": None, "output_activations": [None]}
+WEIGHTS = {
+    "num_bits": None,
+    "type": None,
+    "group_size": None,
+    "strategy": None,
+    "block_structure": None,
+    "symmetric": [True],
+    "dynamic": [False],
+    "actorder": [None, False, "static", "weight"],  # else columns are in groups of another order
+    "observer": None,
+    "observer_kwargs": None,
+    "scale_dtype": None,
+    "zp_dtype": None,
+}
+
+
+class CompressedTensors:
+    """Codes ``NAME`` or, packed, ``NAME_packed`` and ``NAME_shape``; and scales ``NAME_scale``.
+
+    Args:
+        config: The ``quantization_config``.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        refuse_unknown(
+            config,
+            {
+                "format": None,
+                "config_groups": None,
+                "quantization_status": ["compressed"],
+                "kv_cache_scheme": [None],
+                "sparsity_config": [None, {}],
+                "transform_config": [None, {}],
+                "global_compression_ratio": None,
+                "version": None,
+                "ignore": None,  # What is converted is told by the files.
+                "dequantize": None,
+                "run_compressed": None,
+            },
+        )
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+            raise ConfigurationError("quantization_config has no usable config_groups; fetch config.json again.")
+        method, form = config["quant_method"], config.get("format")
+        weights = next(iter(groups.values())).get("weights")
+        for name, group in groups.items():
+            refuse_unknown({**group, "quant_method": method}, {**GROUP, "format": [form, None]})
+            if not isinstance(weights, dict) or group.get("weights") != weights:
+                raise ConfigurationError(
+                    f"quantization_config: weights of {name} are quantised otherwise than others, or not at all, which "
+                    "is not known; give the model in bfloat16."
+                )
+        refuse_unknown({**weights, "quant_method": method}, WEIGHTS)
+        kind = (form, weights.get("type", "int"), weights.get("num_bits", 8))
+        if kind not in FORMATS:
+            raise ConfigurationError(
+                f"quantization_config: {kind[0]} with weights of type {kind[1]} in {kind[2]} bits is not known; give "
+                "the model in bfloat16."
+            )
+        self._codes, self._count = FORMATS[kind], kind[2]
+        self._sides = _sides(weights)
+        self.bits = 4.5 if self._count == 4 else 8.0
+        self.title = f"compressed-tensors {form} of {self._count} bits"
+
+    def find(self, entries: Entries) -> Iterator[Quantised]:
+        """Yield the quantised weights."""
+        used: set[str] = set()
+        end = ".weight_packed" if self._codes == "I32" else ".weight"
+        for codes, entry in entries.items():
+            if codes.endswith(end) and (end != ".weight" or entry["dtype"] == self._codes):
+                found = self._weight(entries, codes, codes.removesuffix(end))
+                used.update(found.parts, found.unused)
+                yield found
+        for name in sorted(entries.keys() - used):
+            if name.endswith(ENDS):
+                raise misfit(name, "belongs to no weight as quantization_config describes them")
+
+    def _weight(self, entries: Entries, codes: str, stem: str) -> Quantised:
+        name = f"{stem}.weight"
+        part(entries, name, codes, [self._codes])
+        scale = part(entries, name, f"{name}_scale", SCALE_TYPES)
+        shape = shape_of(entries, codes)
+        if len(shape) != 2:
+            raise misfit(name, f"has shape {list(shape)}, which is no matrix")
+        packed = self._codes == "I32"
+        if packed:
+            shape = (shape[0], shape[1] * 32 // self._count)
+        grid = shape_of(entries, scale)
+        if self._sides is None:
+            if grid not in ((), (1,), (1, 1)):
+                raise misfit(name, f"wants one scale, and has {scale} in shape {list(grid)}")
+            sides = shape
+        else:
+            sides = (self._sides[0], self._sides[1] or shape[1])
+            if any(size % side for size, side in zip(shape, sides, strict=True)):
+                raise misfit(name, f"has shape {list(shape)}, which groups of {list(sides)} do not divide")
+            part(entries, name, scale, SCALE_TYPES, (shape[0] // sides[0], shape[1] // sides[1]))
+        unused = tuple(n for n in (f"{stem}.input_scale",) if n in entries)
+        parts: tuple[str, ...] = (codes, scale)
+        if packed:
+            parts = (*parts, part(entries, name, f"{name}_shape", ["I64", "I32"], (2,)))
+        experts = "experts" in stem.split(".")
+        if experts and (self._codes == "I8" or (self._codes == "F8_E4M3" and sides[1] != shape[1])):
+            raise ConfigurationError(
+                f"{name} is an expert's in {self.title}, with scales of a kind that transformers does not load for "
+                "experts; give the model in bfloat16."
+            )
+        # transformers multiplies experts in FP8 in float32, and all else in the scales' type.
+        exact = experts and self._codes == "F8_E4M3"
+
+        def dequantise(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+            values, scales = parts[:2]
+            if packed:
+                if tuple(parts[2].tolist()) != shape:
+                    raise misfit(name, f"has {name}_shape {parts[2].tolist()}, and codes for {list(shape)}")
+                values = _unpack(values, self._count)
+            scales = scales.float() if exact else scales
+            factors = scales.reshape(1, 1) if self._sides is None else scales.repeat_interleave(sides[0], dim=0)
+            factors = factors if self._sides is None else factors.repeat_interleave(sides[1], dim=1)
+            return (values.to(scales.dtype) * factors).to(dtype)
+
+        return Quantised(name, shape, parts, dequantise, unused)
+
+
+def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale, 0 for all columns; None where all share one."""
+    strategy, group, block = (weights.get(key) for key in ("strategy", "group_size", "block_structure"))
+    if strategy == "tensor":
+        return None
+    if strategy == "channel":
+        return 1, 0
+    if strategy == "group" and isinstance(group, int) and group > 0:
+        return 1, group
+    if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(
+        isinstance(n, int) and n > 0 for n in block
+    ):  # fmt: skip
+        return block[0], block[1]
+    raise ConfigurationError(
+        f"quantization_config: strategy {strategy} with group_size {group} and block_structure {block} is not known; "
+        "give the model in bfloat16."
+    )
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """Return the codes of words, lowest bits first; they are stored plus half their range."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8).flatten(-2)
