@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from lightning_pipelite.adapters import LoRA
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, differences, train_plain, train_split
+from lightning_pipelite.adapters import Full, LoRA
+from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import merge
 from lightning_pipelite.models import CausalLMLayers
+from processes import Workers
 from quantised_files import compressed, edit_config, edit_tensors, write_quantised
 from tiny_models import build
 
@@ -62,6 +66,57 @@ def test_stages_hold_what_the_codes_stand_for(tmp_path: Path, files: str) -> Non
     assert str(layers.weights_told).startswith("weights: compressed-tensors")
 
 
+def write_both(directory: Path, files: str) -> tuple[str, str]:
+    """Write the quantised base, and a plain one of the weights that its codes stand for."""
+    plain: dict[str, Tensor] = {}
+    base = write(directory / "base", files, plain)
+    write_quantised(directory / "plain", FILES[files][0], lambda tensors: ({**tensors, **plain}, {}))
+    config = json.loads((directory / "plain" / "config.json").read_text())
+    del config["quantization_config"]
+    (directory / "plain" / "config.json").write_text(json.dumps(config))
+    return str(base), str(directory / "plain")
+
+
+@pytest.mark.parametrize("files", ["INT4 groups, mixture", "FP8 tensors"])
+def test_ten_steps_in_two_stages_equal_a_plain_loop_over_the_plain_weights(
+    tmp_path: Path, files: str, workers: Workers
+) -> None:
+    base, plain_base = write_both(tmp_path, files)
+    scale = Scale(vocabulary=128, sequence=32, sequences=43)
+    plain = workers.run(1, train_plain, Case("LoRA"), plain_base, 10, scale)[0]
+    ours = workers.run(2, train_split, Case("LoRA"), Split(2), base, 10, scale)[0]
+    loss, weight = differences(ours, plain)
+    assert loss < LOSS_LIMIT
+    assert weight < WEIGHT_LIMIT
+
+
+@pytest.mark.parametrize("held", ["load_in_4bit", "load_in_fp8"])
+@pytest.mark.filterwarnings("ignore:.*load_in_fp8")
+def test_what_is_held_is_made_of_the_plain_weights(tmp_path: Path, held: str) -> None:
+    found, expected = (
+        [
+            stage.state_dict()
+            for stage in build(CausalLMLayers(base, dtype=torch.bfloat16, adapter=LoRA(4), **{held: True}), [0, 2, 4])
+        ]
+        for base in write_both(tmp_path, "INT4 groups, dense")
+    )
+    for mine, plain in zip(found, expected, strict=True):
+        assert mine.keys() == plain.keys()
+        for name, tensor in plain.items():
+            assert torch.equal(mine[name], tensor), name
+
+
+def test_full_check_and_plan_read_them(tmp_path: Path) -> None:
+    base, plain_base = write_both(tmp_path, "INT4 groups, mixture")
+    full, plain = (
+        [stage.state_dict() for stage in build(CausalLMLayers(each, dtype=torch.float32, adapter=Full()), [0, 2, 4])]
+        for each in (base, plain_base)
+    )
+    for mine, expected in zip(full, plain, strict=True):
+        assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
+    assert check_model(Path(base), [2]).differences == []
+
+
 @pytest.mark.parametrize("end", ["_scale", "_shape", "_packed"])
 def test_a_part_that_is_missing_is_refused_by_name(tmp_path: Path, end: str) -> None:
     write(tmp_path, "INT4 groups, dense")
@@ -96,11 +151,33 @@ def test_experts_that_transformers_cannot_load_are_refused(tmp_path: Path) -> No
 
 
 def test_merge_writes_bfloat16(tmp_path: Path) -> None:
-    base = write(tmp_path / "base", "INT4 groups, dense")
-    layers = layers_of(base)
+    base, plain_base = write_both(tmp_path, "INT4 groups, dense")
+    layers = layers_of(Path(base))
+    stages = build(layers, [0, 2, 4])
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
     layers.adapter.save(
-        tmp_path / "adapter", [layers.trained_state(s) for s in build(layers, [0, 2, 4])], layers.meta_model.model_dir
+        tmp_path / "adapter", [layers.trained_state(stage) for stage in stages], layers.meta_model.model_dir
     )
     told = merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert told.endswith("these are in bfloat16.")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    merge(plain_base, str(tmp_path / "adapter"), str(tmp_path / "plain merged"), allow_another_base=True)
+    merged, expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict()
+        for name in ("merged", "plain merged")
+    )
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert not torch.equal(
+        expected["model.layers.1.self_attn.o_proj.weight"],
+        AutoModelForCausalLM.from_pretrained(plain_base, dtype=torch.bfloat16).model.layers[1].self_attn.o_proj.weight,
+    )
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    shard = write(tmp_path, "INT4 groups, dense") / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ConfigurationError, match="model-00002-of-00002"):
+        layers_of(tmp_path)
