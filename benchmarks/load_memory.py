@@ -1,9 +1,13 @@
 """Peak memory of each rank in a four-stage load, against its own stage's bytes.
 
-Writes a random Llama of more than 500 MB in several shards, loads each of its four stages in a fresh process, one after
-the other, and compares the peak of the process's resident memory over what it was after the imports with
+Writes a random Llama of more than 500 MB in several shards, or with --mxfp4 a gpt-oss whose experts are in MXFP4, held
+in bfloat16 (bitsandbytes' quantiser of CPUs takes 14 bytes for each value of a weight, that of GPUs nothing); loads
+each of its four stages in a fresh process, one after the other, and compares the peak of the process's resident memory
+over what it was after the imports with
 
-    limit = 1.15 * (bytes of the stage's own weights + bytes of the model's largest tensor).
+    limit = 1.15 * (bytes of the stage's own weights + bytes of the model's largest tensor),
+
+which for a mixture are the experts of one layer in bfloat16.
 
 Two peaks are reported. "peak" is VmHWM, the kernel's own high-water mark, reset after the imports: it counts every
 resident page, so also the pages of the weight files that are mapped while they are read. "anon" is the highest RssAnon
@@ -11,7 +15,7 @@ that a thread saw every millisecond: the memory that the process really holds, w
 take back at any time. The stage is held to the stricter one, "peak". Every weight is read once after the load, since
 weights that need no cast stay views of the mapped files, whose pages come in with their first use. Linux only.
 
-    python benchmarks/load_memory.py [--write]
+    python benchmarks/load_memory.py [--mxfp4] [--write]
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ from peak_memory import PeakWatcher, memory
 from report import Report
 
 STAGES = 4
-LAYERS = 16
+LAYERS, MIXTURE_LAYERS = 16, 8
+VOCABULARY, WIDTH, EXPERTS = 32000, 1024, 32
+LARGEST = {False: 2 * VOCABULARY * WIDTH, True: 2 * EXPERTS * WIDTH * 2 * WIDTH + 2 * EXPERTS * WIDTH * WIDTH}
+"""Bytes of the largest tensor of the Llama, and of the experts of a layer of gpt-oss."""
 SLACK = 1.15
 MB = 1e6
 
@@ -40,8 +47,8 @@ def write_model(directory: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
         intermediate_size=2816,
         num_hidden_layers=LAYERS,
         num_attention_heads=16,
@@ -52,7 +59,46 @@ def write_model(directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="100MB")
 
 
-def load_stage(directory: Path, number: int) -> dict[str, int]:
+def write_mixture(directory: Path) -> None:
+    """Write a random gpt-oss of about 560 MB whose experts are in MXFP4, a layer a shard."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=MIXTURE_LAYERS,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_local_experts=EXPERTS, dtype=torch.bfloat16,
+        pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    config.quantization_config = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }
+    config.save_pretrained(directory)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in shapes.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "ends"
+        shard = shards.setdefault(f"model-{layer}.safetensors", {})
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks = (experts, outputs, inputs // 32, 16)
+            shard[name + "_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8)
+            shard[name + "_scales"] = torch.randint(115, 122, blocks[:-1], dtype=torch.uint8)
+        else:
+            shard[name] = 0.02 * torch.randn(tensor.shape, dtype=torch.bfloat16)
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    for file, shard in shards.items():
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def load_stage(directory: Path, number: int, mixture: bool) -> dict[str, int]:
     """Load one stage in this process and return the bytes it holds and the peaks of memory it took."""
     from lightning_pipelite.adapters import LoRA
     from lightning_pipelite.models import CausalLMLayers
@@ -60,13 +106,14 @@ def load_stage(directory: Path, number: int) -> dict[str, int]:
     anon_before, before = memory("RssAnon"), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present VmRSS (man 5 proc)
     with PeakWatcher(0.001) as watcher:
-        layers = CausalLMLayers(directory, adapter=LoRA(rank=8))
-        size = LAYERS // STAGES
+        adapter = LoRA(8, target_modules=["q_proj", "o_proj"]) if mixture else LoRA(8)
+        layers = CausalLMLayers(directory, adapter=adapter, dtype=torch.bfloat16)
+        size = (MIXTURE_LAYERS if mixture else LAYERS) // STAGES
         stage = layers.build_stage(number * size, (number + 1) * size, torch.device("cpu"))
         for parameter in stage.parameters():
             parameter.detach().view(torch.uint8).max()
         peak = memory("VmHWM")
-    own = sum(p.nbytes for p in stage.parameters()) + sum(b.nbytes for b in stage.buffers())
+    own = sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.buffers()))
     return {"own": own, "peak": peak - before, "anon": watcher.peak - anon_before}
 
 
@@ -75,24 +122,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # these two: one of the fresh processes
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/load_memory.md")
+    parser.add_argument("--mxfp4", action="store_true", help="a gpt-oss as it is shipped")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/load_memory.md, or _mxfp4.md")
     options = parser.parse_args()
     if options.stage is not None:
-        print(json.dumps(load_stage(options.directory, options.stage)))
+        print(json.dumps(load_stage(options.directory, options.stage, options.mxfp4)))
         return 0
     failed = False
     report = Report(
-        "load_memory",
+        "load_memory_mxfp4" if options.mxfp4 else "load_memory",
         "| stage | own weights, MB | largest tensor | limit | peak | anonymous |",
         "| --- | --- | --- | --- | --- | --- |",
     )
     with tempfile.TemporaryDirectory() as directory:
-        write_model(Path(directory))
+        (write_mixture if options.mxfp4 else write_model)(Path(directory))
         shards = sorted(Path(directory).glob("*.safetensors"))
         total = sum(path.stat().st_size for path in shards)
-        largest = 32000 * 1024 * 2
+        largest = LARGEST[options.mxfp4]
         for number in range(STAGES):
             command = [sys.executable, __file__, "--directory", directory, "--stage", str(number)]
+            command += ["--mxfp4"] * options.mxfp4
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(answer.splitlines()[-1])
             limit = SLACK * (result["own"] + largest)
