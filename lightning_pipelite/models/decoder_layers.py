@@ -80,6 +80,10 @@ def _try_layers(
     start = [name for name in outside if name in trace.order[:first]]
     tail = [name for name in outside if name not in start]
     unfit = _why_unfit(trace, names, start, tail, ends)
+    if getattr(model.get_submodule(layers_name.rpartition(".")[0]), "layerdrop", 0):  # what transformers calls it
+        unfit = (
+            unfit or "layerdrop leaves decoder layers out at random in training (set it to 0 in config.json to cut it)"
+        )
     groups = [0, len(layers)]
     if unfit is None:
         cuts = [cut for cut in range(1, len(layers)) if not any(i < cut <= j for i, j in trace.carried)]

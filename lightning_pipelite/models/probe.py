@@ -110,28 +110,31 @@ class Probe:
             return [name for each in layer_names for name in leaking_modules(calls, self.model, each, DOCUMENTS[0])]
 
     def bypassed_in_training(self) -> set[str]:
-        """Return the names of linear layers that are called in evaluation, but whose weights training takes directly.
+        """Return the names of linear layers whose weights get a gradient in training though they are not called.
 
-        Gemma 3n's do so to clip them. An adapter on such a layer would be passed by.
+        Gemma 3n takes some directly to clip them. An adapter on such a layer would be passed by. Layers that merely do
+        not run, such as experts without tokens and those that ``layerdrop`` leaves out, have no gradient.
         """
-        called: dict[bool, set[str]] = {False: set(), True: set()}
+        called: set[str] = set()
         linear = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         handles = [
-            module.register_forward_pre_hook(lambda module, args, name=name: called[module.training].add(name))
+            module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
             for name, module in linear
         ]
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         try:
-            with torch.random.fork_rng(devices=[]):  # for dropout
-                for training in called:
-                    self.model.train(training)
-                    self._run(self.input_ids, _count(self.input_ids))
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():  # for dropout
+                self.model.train()
+                logits = self._forward(self.input_ids, _count(self.input_ids))
+                uncalled = [(name, module.weight) for name, module in linear if name not in called]
+                weights = [weight for _, weight in uncalled]
+                gradients = torch.autograd.grad(logits.sum(), weights, allow_unused=True) if weights else ()
         finally:
             self.model.eval()
             self.model.load_state_dict(before)
             for handle in handles:
                 handle.remove()
-        return called[False] - called[True]
+        return {name for (name, _), gradient in zip(uncalled, gradients, strict=True) if gradient is not None}
 
     def attends_as(self, other: Probe) -> bool:
         """Tell whether packed documents have the logits that they have in a model that attends by other code."""
@@ -189,6 +192,9 @@ class Probe:
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        return self._forward(input_ids, position_ids)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         given = position_ids is not None and self.takes_positions
         arguments: dict[str, Any] = {"position_ids": position_ids} if given else {}
         with document_mask(position_ids):

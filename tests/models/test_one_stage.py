@@ -18,6 +18,7 @@ from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.cli.split_comparison import DOCUMENTS, relative, tokens
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.strategy.partition import partition
 from plan_cases import write_config
 from processes import Workers
 from tiny_models import CPU
@@ -77,3 +78,14 @@ def test_a_layer_whose_weight_training_takes_directly_has_no_adapter(tmp_path: P
     stage = layers.build_stage(0, 1, CPU).train()
     stage((tokens()[0][:1], torch.arange(tokens()[0].shape[1])[None])).pow(2).mean().backward()
     assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
+
+
+def test_layers_left_out_at_random_have_adapters_and_are_not_cut(tmp_path: Path) -> None:
+    config = tiny_families.tiny("opt")
+    config.layerdrop = 0.5
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    layers = CausalLMLayers(tmp_path, adapter=LoRA(4))
+    targets, _ = lora_targets(layers.meta_model, "all-linear", None)
+    assert len(targets) == 6 * config.num_hidden_layers
+    with pytest.raises(ConfigurationError, match="layerdrop leaves decoder layers out at random"):
+        partition(layers, 2)
