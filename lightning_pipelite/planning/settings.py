@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.strategy.device_speeds import check_speeds
 
 UNITS = {"": 2**30, "B": 1} | {
     unit: base**power
@@ -69,6 +70,7 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
             raise ConfigurationError(f"{source}: {name} must be given for a plan.")
     strategy = trainer.get("strategy")
     options = _strategy_options(strategy, source)
+    check_speeds(options.get("speeds"), "auto")  # which a plan recommends where they are given
     devices = trainer.get("devices")
     if isinstance(devices, str):  # as Lightning reads it: a number, or numbers of devices
         devices = [each for each in devices.split(",") if each.strip()] if "," in devices else _number(devices)

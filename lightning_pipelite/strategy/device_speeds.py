@@ -17,7 +17,8 @@ def check_speeds(speeds: Sequence[float] | None, partition_method: str) -> None:
     """
     if speeds is None:
         return
-    if not speeds or not all(0 < speed < math.inf for speed in speeds):
+    numbers = isinstance(speeds, Sequence) and all(isinstance(speed, (int, float)) for speed in speeds)
+    if not numbers or not speeds or not all(0 < speed < math.inf for speed in speeds):
         raise ConfigurationError(f"strategy: speeds is {speeds}; give a positive number for each device.")
     if partition_method != "auto":
         raise ConfigurationError(

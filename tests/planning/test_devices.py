@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import yaml
 from optimi import Adam
 
 from header_model import LLAMA_70B, write_headers
@@ -177,3 +178,15 @@ def test_speeds_that_nothing_uses_or_that_are_none_are_refused() -> None:
     strategy = PipeLiteStrategy(2, partition_method="auto", speeds=[1.0])
     with pytest.raises(ConfigurationError, match="speeds has 1 numbers, and the job 2 devices"):
         L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False).fit(L.LightningModule())
+
+
+@pytest.mark.parametrize("speeds", [[1.0, -0.5], [0.0, 1.0], []])
+def test_speeds_of_a_configuration_are_checked_by_a_plan_too(
+    tmp_path: Path, model_dir: Path, speeds: list[float]
+) -> None:
+    config = write_config(tmp_path / "config.yaml", model_dir, stages=2)
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["strategy"]["init_args"] |= {"speeds": speeds, "partition_method": "auto"}
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigurationError, match="give a positive number for each device"):
+        plan(str(config), devices=2, memory="24GiB")
