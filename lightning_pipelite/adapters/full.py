@@ -24,7 +24,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import PLAIN, companions, copy_to
 from lightning_pipelite.models.config import read_config
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.stored.known import KEYS
+from lightning_pipelite.models.stored.known import unquantised
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import revert_weight_conversion
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_json, weight_files
@@ -120,7 +120,7 @@ class Full(Adapter):
 def _config(meta_model: MetaModel) -> dict[str, Any]:
     """Return the configuration of what is saved, in plain: of a text model that stands by itself, its own."""
     if meta_model.key_mapping is None:
-        return {k: v for k, v in read_json(meta_model.model_dir / "config.json").items() if k not in KEYS}
+        return unquantised(read_json(meta_model.model_dir / "config.json"))
     text, _ = read_config(meta_model.model_dir, meta_model.trust_remote_code)
     return {**text.to_dict(), "architectures": [type(meta_model.model).__name__], "use_cache": True}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -19,6 +20,8 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.merging import merge
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.stored.known import stored_format
+from quantised_files import edit_config, fp8
 from tiny_models import CPU, SIZES, micro_batches, run_stages
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -122,6 +125,22 @@ def test_an_adapter_is_the_whole_models(tmp_path: Path, kind: str) -> None:
         adapted = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
         assert not any("visual" in name for name, _ in adapted.named_parameters() if "lora_" in name)
         assert_same(adapted(input_ids=input_ids).logits, trained)
+
+
+def test_files_quantised_by_the_text_models_word_are_saved_in_plain(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    whole_model(base, "qwen2_5_vl")
+    tensors, described = fp8()(load_file(base / "model.safetensors"))
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((base / "config.json").read_text())["text_config"]
+    edit_config(base, text_config={**text, "quantization_config": described})
+    layers = CausalLMLayers(base, dtype=torch.float32, adapter=Full())
+    stages = stages_of(layers)
+    layers.adapter.save(tmp_path / "saved", (layers.trained_state(stage) for stage in stages), base)
+    (input_ids, _), _ = micro_batches()
+    saved = CausalLMLayers(tmp_path / "saved", dtype=torch.float32, adapter=Full())
+    assert stored_format(tmp_path / "saved") is None
+    assert_same(run_stages(stages_of(saved), input_ids, POSITIONS), run_stages(stages, input_ids, POSITIONS))
 
 
 def test_check_of_a_tiny_one(tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def stored_format(model_dir: Path) -> Format | None:
         raise ConfigurationError(f"{path}: {first_line(error)}") from None
 
 
+def unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json without what ``stored_format`` reads, that of the text model too."""
+    plain = {key: value for key, value in config.items() if key not in KEYS}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = unquantised(plain["text_config"])
+    return plain
+
+
 def in_plain(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return what config.json says of a model whose quantised weights are written in plain, mostly in ``dtype``."""
     plain = {key: value for key, value in config.items() if key not in (*KEYS, "torch_dtype")}
