@@ -18,7 +18,7 @@ _NAMED_OTHERWISE = {
     "recompute": ("checkpoint", "checkpointing", "gradient_checkpointing", "full"),
     "varlen": ("flash_attention_2", "flash_attention_3", "flash_attn", "flash_attn_2", "flash"),
     "bfloat16": ("bf16", "bf16-true", "bf16-mixed", "fp16", "float16", "half", "16"),
-    "float32": ("fp32", "32", "float", "32-true"),
+    "float32": ("fp32", "32", "float", "32-true", "float64", "fp64", "double", "64"),
     "cosine": ("cosine_with_warmup", "cosine_annealing"),
     "constant": ("constant_with_warmup",),
     "best_fit": ("bfd", "best_fit_decreasing", "ffd"),

@@ -146,7 +146,7 @@ def test_the_command_takes_a_memory_and_a_speed_for_each(model_dir: Path, tmp_pa
     assert report.planner.devices == Devices(2, (24 * GIB, 2 * GIB), (1.0, 0.5))
     assert "2 devices of 24.00 GiB, 2.00 GiB, of speeds 1, 0.5" in str(report)
     assert report.recommended is not None
-    assert "partition_method=auto" in str(report)  # layers: would be refused beside speeds
+    assert "partition_method: auto" in str(report)  # layers: would be refused beside speeds
     sizes = [stop - start for start, stop in itertools.pairwise(report.recommended.bounds)]
     assert sum(sizes[0::2]) > sum(sizes[1::2])
     for wrong, message in (
