@@ -29,14 +29,16 @@ def check_contents(meta_model: MetaModel) -> None:
             stored in a type that is not a plain floating one.
     """
     entries = StoredWeights(meta_model.model_dir, meta_model.stored).entries
+    parameters = dict(meta_model.model.named_parameters(remove_duplicate=False))
     for name, entry in entries.items():
-        if name.endswith(".weight") and entry["dtype"] not in FLOATS:
+        # Fused experts have no .weight in their name; whatever else is in FP8 or less are codes, too.
+        is_weight = name.endswith(".weight") or name in parameters or entry["dtype"].startswith("F")
+        if is_weight and entry["dtype"] not in FLOATS:
             raise ConfigurationError(
                 f"{meta_model.model_dir}: the weight {name} is stored as {entry['dtype']}; give the model in bfloat16, "
                 "float16 or float32."
             )
     report = _rehearse(meta_model, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
-    parameters = dict(meta_model.model.named_parameters(remove_duplicate=False))
     buffers = {n for n, b in meta_model.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
     missing = (parameters.keys() & report.missing_keys) | (buffers & report.unforgiven_keys)
     refuse_misfits(meta_model.model_dir, missing, report.mismatched_keys)

@@ -121,7 +121,7 @@ class CompressedTensors:
             if any(size % side for size, side in zip(shape, sides, strict=True)):
                 raise misfit(name, f"has shape {list(shape)}, which groups of {list(sides)} do not divide")
             part(entries, name, scale, SCALE_TYPES, (shape[0] // sides[0], shape[1] // sides[1]))
-        unused = tuple(n for n in (f"{stem}.input_scale",) if n in entries)
+        unused = tuple(n for n in (f"{stem}.input_scale", f"{stem}.input_zero_point") if n in entries)
         parts: tuple[str, ...] = (codes, scale)
         if packed:
             parts = (*parts, part(entries, name, f"{name}_shape", ["I64", "I32"], (2,)))

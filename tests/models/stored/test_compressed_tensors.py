@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -150,8 +151,29 @@ def test_experts_that_transformers_cannot_load_are_refused(tmp_path: Path) -> No
         layers_of(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("described", [True, False], ids=["described", "not described"])
+def test_codes_of_fused_experts_are_not_taken_for_weights(tmp_path: Path, dtype: torch.dtype, described: bool) -> None:
+    config = compressed("float-quantized" if dtype.is_floating_point else "int-quantized", strategy="channel")({})[1]
+
+    def fused(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+        codes = {name: (8 * t).to(dtype) for name, t in tensors.items() if name.endswith("experts.down_proj")}
+        scales = {f"{name}_scale": torch.ones(1) for name in codes}
+        return {**tensors, **codes, **scales}, config if described else None
+
+    write_quantised(tmp_path, "gpt_oss", fused)
+    with pytest.raises(ConfigurationError, match=r"experts\.down_proj is stored as (F8_E4M3|I8); give the model in"):
+        layers_of(tmp_path)
+
+
+def zero_points_of_inputs(tensors: dict[str, Tensor]) -> None:
+    names = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    tensors.update({f"{name}.input_zero_point": torch.zeros(1, dtype=torch.int8) for name in names})
+
+
 def test_merge_writes_bfloat16(tmp_path: Path) -> None:
     base, plain_base = write_both(tmp_path, "INT4 groups, dense")
+    edit_tensors(Path(base), zero_points_of_inputs)
     layers = layers_of(Path(base))
     stages = build(layers, [0, 2, 4])
     for stage in stages:
@@ -164,6 +186,8 @@ def test_merge_writes_bfloat16(tmp_path: Path) -> None:
     told = merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert told.endswith("these are in bfloat16.")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    written = {name for path in (tmp_path / "merged").glob("*.safetensors") for name in load_file(path)}
+    assert written == layers.meta_model.model.state_dict().keys()
     merge(plain_base, str(tmp_path / "adapter"), str(tmp_path / "plain merged"), allow_another_base=True)
     merged, expected = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict()
