@@ -78,7 +78,7 @@ class CompressedTensors:
                 )
         refuse_unknown({**weights, "quant_method": method}, WEIGHTS)
         kind = (form, weights.get("type", "int"), weights.get("num_bits", 8))
-        if kind not in FORMATS:
+        if kind not in list(FORMATS):
             raise ConfigurationError(
                 f"quantization_config: {kind[0]} with weights of type {kind[1]} in {kind[2]} bits is not known; give "
                 "the model in bfloat16."

@@ -40,7 +40,7 @@ def stored_format(model_dir: Path) -> Format | None:
     if any(each != first for each in described[1:]) or not isinstance(first, dict):
         raise ConfigurationError(f"{path} has no usable quantization_config; fetch the file again.")
     method = first.get("quant_method")
-    if method not in KNOWN:
+    if not isinstance(method, str) or method not in KNOWN:
         raise ConfigurationError(
             f"{path} has a quantization_config with quant_method {method}, which is none of those that are read "
             f"({', '.join(KNOWN)}); give the original model, and set load_in_4bit if it shall be quantised."

@@ -293,13 +293,18 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     [
         ({"quant_method": "hqq"}, "quant_method hqq"),
         ({"bits": 4}, "quant_method None"),
+        ({"quant_method": ["fp8"]}, "quant_method \\['fp8'\\]"),
+        (
+            {"quant_method": "compressed-tensors", "format": [], "config_groups": {"g": {"weights": {"num_bits": 8}}}},
+            "weights of type int in 8 bits is not known",
+        ),
         ({"quant_method": "fp8", "rotation": "hadamard"}, "rotation"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "mxfp4", "block_size": 16}, "block_size"),
     ],
-    ids=["method", "no method", "key", "expert_dtype", "fmt", "block", "mxfp4 key"],
+    ids=["method", "no method", "no text", "format", "key", "expert_dtype", "fmt", "block", "mxfp4 key"],
 )
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path, described: Any, told: str) -> None:
     write(tmp_path, "FP8 blocks, dense")
