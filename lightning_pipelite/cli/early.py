@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_pipelite.cli.commands import Command
 
 _OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
+_UNKNOWN = ""  # the class of an adapter that is named where it is not read here
 _OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
 
 
@@ -33,7 +34,9 @@ def check_early(words: list[str]) -> None:
         ConfigurationError: if an option is none, or its value none of the few that it takes; if a configuration is not
             there, or the model is not.
     """
-    model_dir = adapter = None
+    elsewhere = [variable for variable in os.environ if variable.startswith("PIPELITE_")]
+    model_dir: Any = None
+    adapter: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
     names: list[tuple[str, str]] = []
     values: dict[str, str] = {}
     for name, value in _options(words):
@@ -44,7 +47,8 @@ def check_early(words: list[str]) -> None:
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
             model = content.get("model")
             if not isinstance(model, dict):
-                model = {} if content else {"model_dir": None}  # where it is not read here, it may name another
+                # where it is not read here, it may name others
+                model = {} if content else {"model_dir": None, "adapter": _UNKNOWN}
             model_dir, adapter = model.get("model_dir", model_dir), model.get("adapter", adapter)
         else:
             names.append((name, "--"))
@@ -59,7 +63,7 @@ def check_early(words: list[str]) -> None:
     for name, value in values.items():
         if (sentence := refused_value(name, value)) is not None:
             raise ConfigurationError(sentence)
-    given_elsewhere = any(variable.startswith("PIPELITE_") and "MODEL" in variable for variable in os.environ)
+    given_elsewhere = any("MODEL" in variable for variable in elsewhere)
     prints_only = any(word.startswith("--print_config") for word in words)
     if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
         check_model_dir(model_dir)

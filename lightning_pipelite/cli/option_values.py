@@ -50,7 +50,7 @@ def refused_value(name: str, value: str) -> str | None:
         value: Of it.
     """
     known = choices().get(name)
-    if known is None or value in (*known, "null", "~", "None") or not re.fullmatch(r"[\w.+-]+", value):
+    if known is None or value in (*known, "null", "Null", "NULL", "~", "None") or not re.fullmatch(r"[\w.+-]+", value):
         return None
     listed = ", ".join(repr(word) for word in known if word is not None) + " or null" * (None in known)
     return f"{name} must be one of {listed}, not {value}{proposed(value, filter(None, known))}"

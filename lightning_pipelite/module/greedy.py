@@ -25,12 +25,17 @@ class GreedyWriter:
     """
 
     def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, GenerationConfig
 
         self._keys = keys
         self._tokenizer = AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        ends = self._tokenizer.eos_token_id
+        if (model_dir / "generation_config.json").is_file():  # of chat models, the end of a turn is in it alone
+            own = GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id
+            ends = ends if own is None else own
+        self._ends = ends if isinstance(ends, list) else [ends]
 
     def write(self, prompt: str, max_new_tokens: int, strategy: PipeLiteStrategy) -> str:
         """Write on from a prompt, as transformers' ``generate(do_sample=False)`` does. Collective.
@@ -49,7 +54,7 @@ class GreedyWriter:
             batch = strategy.batch_to_device(self._batch(ids, length + 1))
             total, count = strategy.evaluate_by(_next_token, batch, f"token {len(ids) + 1} of a sample")
             ids.append(round(total / count))
-            if ids[-1] == self._tokenizer.eos_token_id:
+            if ids[-1] in self._ends:
                 break
         return str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +20,7 @@ def fit_command(words: Sequence[str], options: Mapping[str, object]) -> str:
     names = {f"--{name}" for name in options}
     dropping = False
     for word in words:
-        if word.startswith("--"):
+        if re.match("--?[A-Za-z]", word):  # -c, too, but no negative number
             dropping = word.partition("=")[0] in names
             if dropping and "=" in word:
                 continue

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_pipelite.callbacks import Samples
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.module.greedy import GreedyWriter
 from processes import Workers
 from sample_jobs import train_with_samples
 from tiny_job import write_job
@@ -55,6 +59,17 @@ def test_is_what_transformers_writes(
     wanted = [f"{prompt}⟶{text}" for prompt, text in zip(PROMPTS, expected, strict=True)]
     assert [each[-1] for each in texts] == ["\n".join(f"    {line}" for line in each.splitlines()) for each in wanted]
     assert texts[0][0] != texts[0][-1]  # training has changed it
+
+
+@pytest.mark.parametrize("ends", [None, 7, [9, 7]])
+def test_ends_where_transformers_ends(job: Path, tmp_path: Path, ends: int | list[int] | None) -> None:
+    """Of chat models the end of a turn is in generation_config.json alone, the tokenizer has that of a text."""
+    shutil.copytree(job / "model", tmp_path, dirs_exist_ok=True)
+    GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+    tokens = iter([5, 7, 6, 1, 8])  # of which the tokenizer's end is 1
+    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluate_by=lambda *_: (next(tokens), 1))
+    GreedyWriter(tmp_path, (), False).write("a", 5, strategy)
+    assert list(tokens) == ([8] if ends is None else [6, 1, 8])
 
 
 def test_what_is_refused() -> None:

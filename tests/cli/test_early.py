@@ -126,6 +126,23 @@ def test_an_adapter_of_the_users_own_has_its_own_options(config: str, tmp_path: 
         check_early(["--config", str(tmp_path / "b.yaml")])
 
 
+@pytest.mark.parametrize("option", ["alpha", "init_args.ranks"])
+def test_an_adapter_that_is_named_elsewhere_has_its_own_options(
+    config: str, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    given = f"--model.adapter.{option}=3"
+    inline = "model: {adapter: my.Adapter}"
+    check_early(["--config", config, "--config", inline, given])
+    with pytest.raises(ConfigurationError, match=r"alpha|did you mean"):
+        check_early(["--config", config, given])
+    for variable in ("PIPELITE_FIT__MODEL__ADAPTER", "PIPELITE_FIT__CONFIG"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "my.Adapter")
+            check_early(["--config", config, given])
+            with pytest.raises(ConfigurationError, match=r"alpha|did you mean"):
+                check_early(["--config", config, "--model.adapter=LoRA", given])
+
+
 def test_a_model_that_is_named_elsewhere_is_not_looked_for(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +235,8 @@ def test_values_are_those_of_the_classes(config: str) -> None:
     for name, words in choices().items():
         for word in (*words, "null"):
             check_early(["--config", config, f"--{name}={word}"] if word else ["--config", config])
+    for null in ("Null", "NULL", "~"):  # as YAML has it
+        check_early(["--config", config, f"--data.packing={null}"])
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ def test_given_options_stand_once() -> None:
     ]  # fmt: skip
 
 
+def test_a_configuration_by_its_short_option_stays() -> None:
+    words = ("--trainer.devices", "2", "-c", "a.yaml", "--model.lr", "-1", "-c", "b.yaml")
+    assert shlex.split(fit_command(words, {"trainer.devices": 3, "model.lr": 1}).replace("\\\n", " ")) == [
+        "pipelite", "fit", "-c", "a.yaml", "-c", "b.yaml", "--trainer.devices", "3", "--model.lr", "1",
+    ]  # fmt: skip
+
+
 def test_where_nothing_fits_what_would_is_planned(config: Path) -> None:
     """Each way is tried by itself, with the figure that it claims."""
     report = planned(config, *SHORT, devices=2, memory="1GiB")
