@@ -95,6 +95,8 @@ class TiedParameters:
         return id(parameter) not in self._counted_elsewhere
 
 
-def _digest(parameter: Tensor) -> tuple[float, float]:
+def _digest(parameter: Tensor) -> str:
+    """In words, in which a NaN is like another."""
     values = parameter.detach().flatten()
-    return float(values.sum(dtype=torch.float64)), float(values[:: max(1, len(values) // 1024)].double().norm())
+    some = values[:: max(1, len(values) // 1024)].double()
+    return f"{float(values.sum(dtype=torch.float64))!r}, {float(some.norm())!r}"
