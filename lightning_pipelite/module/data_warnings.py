@@ -48,3 +48,9 @@ def most_positions(config: PretrainedConfig) -> float | None:
         if factor:
             stretched.append((original or positions) * factor)
     return max(stretched)
+
+
+def embedded_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model has embeddings for; None where they are rotary, or where there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and not getattr(config, "rope_parameters", None) else None

@@ -22,12 +22,13 @@ class GreedyWriter:
         model_dir: With the tokenizer.
         keys: What the adapter wants in a batch beside the tokens; of Control Adapters the class, here 1.
         trust_remote_code: Run the tokenizer's own code, if it has any.
+        positions: That the model has embeddings for; None for no limit.
     """
 
-    def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool) -> None:
+    def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool, positions: int | None) -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
-        self._keys = keys
+        self._keys, self._positions = keys, positions
         self._tokenizer = AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -50,8 +51,12 @@ class GreedyWriter:
         """
         ids = list(self._tokenizer(prompt)["input_ids"])
         begin, length = len(ids), len(ids) + max_new_tokens
+        if self._positions is not None:  # where they end, so does the text
+            if begin >= self._positions:
+                return f"(nothing: the prompt has {begin} tokens, and the model {self._positions} positions)"
+            length = min(length, self._positions)
         while len(ids) < length:
-            batch = strategy.batch_to_device(self._batch(ids, length + 1))
+            batch = strategy.batch_to_device(self._batch(ids, length))
             total, count = strategy.evaluate_by(_next_token, batch, f"token {len(ids) + 1} of a sample")
             ids.append(round(total / count))
             if ids[-1] in self._ends:

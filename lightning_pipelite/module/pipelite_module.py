@@ -27,7 +27,7 @@ from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.models.memory import ActivationMemory
 from lightning_pipelite.module.batches import BatchForm, count_documents
-from lightning_pipelite.module.data_warnings import warn_of_data
+from lightning_pipelite.module.data_warnings import embedded_positions, warn_of_data
 from lightning_pipelite.module.evaluation_metrics import Evaluation
 from lightning_pipelite.module.greedy import GreedyWriter
 from lightning_pipelite.module.optimization import Optimization
@@ -247,7 +247,10 @@ class PipeLiteModule(pl.LightningModule):
         """
         if self._writer is None:
             self._writer = GreedyWriter(
-                Path(self.model_dir), tuple(self.adapter.batch_keys), self.hparams["trust_remote_code"]
+                Path(self.model_dir),
+                tuple(self.adapter.batch_keys),
+                self.hparams["trust_remote_code"],
+                embedded_positions(self._layers.meta_model.config),
             )
         return self._writer.write(prompt, max_new_tokens, self.check_strategy(self.trainer.strategy))
 

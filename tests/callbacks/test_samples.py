@@ -68,8 +68,26 @@ def test_ends_where_transformers_ends(job: Path, tmp_path: Path, ends: int | lis
     GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
     tokens = iter([5, 7, 6, 1, 8])  # of which the tokenizer's end is 1
     strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluate_by=lambda *_: (next(tokens), 1))
-    GreedyWriter(tmp_path, (), False).write("a", 5, strategy)
+    GreedyWriter(tmp_path, (), False, None).write("a", 5, strategy)
     assert list(tokens) == ([8] if ends is None else [6, 1, 8])
+
+
+@pytest.mark.parametrize(("positions", "written"), [(2, 0), (4, 2), (None, 5)])
+def test_ends_where_the_embedded_positions_do(job: Path, positions: int | None, written: int) -> None:
+    lengths: list[int] = []
+
+    def next_token(_: Any, batch: dict[str, torch.Tensor], __: str) -> tuple[int, int]:
+        lengths.append(int(batch["position_ids"].max()) + 1)
+        return 5, 1
+
+    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluate_by=next_token)
+    writer = GreedyWriter(job / "model", (), False, positions)
+    writer._tokenizer = lambda _: {"input_ids": [7, 8]}
+    writer._tokenizer.decode = lambda ids, **_: str(len(ids))
+    text = writer.write("a", 5, strategy)
+    assert len(lengths) == written
+    assert max(lengths, default=0) <= (positions or 7)
+    assert text == (str(written) if written else "(nothing: the prompt has 2 tokens, and the model 2 positions)")
 
 
 def test_what_is_refused() -> None:
