@@ -88,7 +88,7 @@ def fit(config: str, directory: Path, steps: int) -> None:
         if config == "quickstart.yaml":
             command += [f"--trainer.strategy.init_args.pipeline_stages={gpus}"]
     if steps >= 0:
-        command += [f"--trainer.max_steps={steps}"]
+        command += [f"--trainer.max_steps={steps}", f"--model.warmup_steps={min(5, steps)}"]
     print(f"\n$ pipelite {' '.join(command[3:])}", flush=True)
     subprocess.run(command, check=True, cwd=directory)
 

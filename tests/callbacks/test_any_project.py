@@ -72,7 +72,7 @@ def trained(callback: L.Callback, module: L.LightningModule, train: Any, evaluat
 
 
 def test_the_list_is_whole() -> None:
-    assert sorted(MADE) == sorted(callbacks.__all__)
+    assert sorted([*MADE, "Samples"]) == sorted(callbacks.__all__)  # which needs a module that writes text
 
 
 @pytest.mark.parametrize("name", MADE)

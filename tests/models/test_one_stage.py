@@ -54,7 +54,8 @@ def test_a_trained_adapter_gives_the_same_with_peft(tmp_path: Path, model_type: 
 
 
 def test_two_replicas_train_as_a_plain_loop(workers: Workers) -> None:
-    loss, weight = try_family(workers, "gemma3n_text", Case("LoRA", targets=("q_proj", "gate_proj")), 2, Split(1, 2))
+    """Of Gemma 4, as rounding alone turns what Gemma 3n's sparse activations let through."""
+    loss, weight = try_family(workers, "gemma4_text", Case("LoRA"), 2, Split(1, 2))
     assert loss <= LOSS_LIMIT
     assert weight <= WEIGHT_LIMIT
 
