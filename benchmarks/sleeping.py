@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import tests_support  # noqa: F401
+from handed_layers import HandedLayers
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.shared.protocol import LayerCosts
 
@@ -72,25 +73,9 @@ class Layers:
             torch.manual_seed(number)
             return Sleeping(self._seconds / self._speed)
 
-        named = OrderedDict(
-            (str(number), layer(number)) for number in range(start, stop)
-        )  # names are the whole model's
+        # Under the names of the whole model.
+        named = OrderedDict((str(number), layer(number)) for number in range(start, stop))
         return nn.Sequential(named).to(device)
-
-
-class Model(L.LightningModule):
-    def __init__(self, layers: Layers) -> None:
-        super().__init__()
-        self._layers = layers
-
-    def pipeline_layers(self) -> Any:
-        return self._layers, nn.functional.mse_loss
-
-    def training_step(self, *_: Any) -> None:
-        raise NotImplementedError
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Clock(L.Callback):
@@ -136,6 +121,6 @@ def train(
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     rows = [tuple(torch.randn(2, WIDTH, generator=generator) for _ in range(2)) for _ in range(micro_batches)]
-    model = Model(Layers(seconds, layers, micro_batches, speeds[strategy.global_rank] if speeds else 1.0))
+    model = HandedLayers(Layers(seconds, layers, micro_batches, speeds[strategy.global_rank] if speeds else 1.0))
     trainer.fit(model, DataLoader(rows, batch_size=None, shuffle=False))  # type: ignore[arg-type]
     return statistics.median(b - a for a, b in itertools.pairwise(clock.ends)), clock.losses

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from handed_layers import HandedLayers
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.errors import ConfigurationError
 
@@ -43,21 +43,6 @@ class Layers:
         return nn.Sequential(built).to(device)
 
 
-class Model(L.LightningModule):
-    def __init__(self, *given: Any) -> None:
-        super().__init__()
-        self._layers = Layers(*given)
-
-    def pipeline_layers(self) -> Any:
-        return self._layers, nn.functional.mse_loss
-
-    def training_step(self, *_: Any) -> None:
-        raise NotImplementedError
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def told(names: list[str], seeds: list[int], outputs: int = WIDTH, trained: bool = True) -> list[str]:
     """What a training in two stages warns of, or is refused with."""
     trainer = L.Trainer(
@@ -68,7 +53,7 @@ def told(names: list[str], seeds: list[int], outputs: int = WIDTH, trained: bool
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(Model(names, seeds, outputs, trained), DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
+            trainer.fit(HandedLayers(Layers(names, seeds, outputs, trained)), DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
         except ConfigurationError as error:
             return [str(error)]
     return [str(each.message) for each in caught if "stand in several stages" in str(each.message)]
