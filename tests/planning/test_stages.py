@@ -50,18 +50,21 @@ def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: i
             del outputs, first, positions, extra
             root.backward(gradient)
             del root, gradient
+        stage.zero_grad()
     return weights, weights + most_allocated(profiler)
 
 
 def most_allocated(profiler: profile) -> int:
     """The most bytes that were held at once of what was allocated while the profiler ran.
 
-    By its totals, as its times, which a virtual machine's cores tell, may be out of order.
+    By its totals, as its times, which a virtual machine's cores tell, may be out of order. All of it has to be given
+    back while the profiler runs: it would take what the next test gives back at the same address for this.
     """
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_bytes())["traceEvents"]
     allocated = [event["args"] for event in events if event.get("name") == "[memory]"]
+    assert sum(event["Bytes"] for event in allocated) == 0
     first = min(allocated, key=lambda event: event["Ev Idx"])
     return max(each["Total Allocated"] for each in allocated) - (first["Total Allocated"] - first["Bytes"])
 
@@ -88,6 +91,7 @@ def train_pieces_on_cpu(layers: CausalLMLayers, spans: list[tuple[int, int]], st
             else:
                 held[place] = torch.autograd.graph.get_gradient_edge(outputs[0])
             del outputs, first, positions
+        pieces.zero_grad()
     return weights + most_allocated(profiler)
 
 
