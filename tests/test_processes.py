@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
 import processes
 from processes import Workers
+
+
+def seed_and_tell(seed: str) -> str | None:
+    before = os.environ.get("PL_GLOBAL_SEED")
+    os.environ["PL_GLOBAL_SEED"] = seed
+    return before
+
+
+def test_what_a_job_puts_into_the_environment_ends_with_it(workers: Workers) -> None:
+    assert [workers.run(1, seed_and_tell, seed) for seed in ("3", "4")] == [[None], [None]]
 
 
 class TooLongError(BaseException):

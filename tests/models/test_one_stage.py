@@ -53,9 +53,9 @@ def test_a_trained_adapter_gives_the_same_with_peft(tmp_path: Path, model_type: 
     assert relative(trained, torch.cat(alone, dim=1)) <= 1e-5
 
 
-def test_two_replicas_train_as_a_plain_loop(workers: Workers) -> None:
-    """Of Gemma 4, as rounding alone turns what Gemma 3n's sparse activations let through."""
-    loss, weight = try_family(workers, "gemma4_text", Case("LoRA"), 2, Split(1, 2))
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_two_replicas_train_as_a_plain_loop(workers: Workers, model_type: str) -> None:
+    loss, weight = try_family(workers, model_type, Case("LoRA"), 2, Split(1, 2))
     assert loss <= LOSS_LIMIT
     assert weight <= WEIGHT_LIMIT
 

@@ -39,7 +39,6 @@ def in_one_process() -> dict[str, float]:
     sys.argv = ["drop_in.py", "--stages", "1", "--devices", "1", "--steps", str(STEPS)]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         drop_in.main()
-    del os.environ["PL_GLOBAL_SEED"]  # the worker goes on to other tests
     return metrics(output.getvalue())
 
 

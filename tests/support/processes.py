@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 
 class WorkerError(RuntimeError):
@@ -111,9 +112,10 @@ def _serve(connection: Connection) -> None:
             variables, function, args = connection.recv()
         except EOFError:
             return
-        os.environ.update({name: str(value) for name, value in variables.items()}, TORCHELASTIC_RUN_ID="workers")
+        variables = {name: str(value) for name, value in variables.items()}
         try:
-            with _no_output():
+            # What a job puts into the environment, as a seed, ends with it.
+            with _no_output(), mock.patch.dict(os.environ, variables, TORCHELASTIC_RUN_ID="workers"):
                 connection.send((function(*args), None))
         except BaseException:
             connection.send((None, f"rank {variables['RANK']}: {traceback.format_exc()}"))
