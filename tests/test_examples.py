@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +10,8 @@ from pathlib import Path
 import gguf
 import nbformat
 import pytest
-import torch
 from nbclient import NotebookClient
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_job import write_job
 
@@ -52,6 +48,8 @@ def test_a_style_by_control_adapters_to_gguf(tmp_path: Path) -> None:
 def test_the_notebook_draws_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(EXAMPLES / "what_was_learned.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # kept without outputs
+    (training,) = [cell for cell in notebook.cells if "--trainer.max_steps=12" in cell.source]
+    training.source = training.source.replace("max_steps=12", "max_steps=3")
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment().items():
@@ -120,30 +118,3 @@ def fit_arguments(job: Path) -> list[str]:
         "--data.datasets", f'[{{"dataset_path": "{job}/texts/*.txt"}}]', "--data.sequence_len", "64",
         "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.logger", "false",
     ]  # fmt: skip
-
-
-def test_four_gpus_of_24_gib_hold_a_llama_of_70_billion(tmp_path: Path) -> None:
-    """The plan of configs/qlora_four_gpus.yaml, from config.json and the headers of the weights alone."""
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, dtype="bfloat16",
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        tensors = LlamaForCausalLM(config).state_dict()
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:  # a sparse file: its 141 GB take no room
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + end)
-    options = ["--config", str(ROOT / "configs" / "qlora_four_gpus.yaml"), "--model_dir", str(tmp_path)]
-    command = [sys.executable, "-m", "lightning_pipelite", "plan", *options, "--memory", "24GiB"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 devices of 24.00 GiB; 16 sequences" in done.stdout, done.stdout
-    assert "as configured, 4 stages" in done.stdout, done.stdout
-    assert re.search(r"^ +4 +1 +offload .* fits$", done.stdout, re.MULTILINE), done.stdout

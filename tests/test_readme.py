@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import quickstart
+from command_jobs import run_command
 from processes import Workers
 
 pytestmark = pytest.mark.process
@@ -54,17 +55,6 @@ def test_readme_python_blocks_run(workers: Workers, directory: Path) -> None:
     assert len(PYTHON) == 3
     workers.run(1, run_blocks, str(directory), PYTHON)
     assert (directory / "output" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def run_command(directory: str, arguments: list[str]) -> None:
-    """Run `pipelite` with arguments, in a directory."""
-    import os
-
-    from lightning_pipelite.cli.main import main
-
-    os.chdir(directory)
-    sys.argv = ["pipelite", *arguments]
-    main()
 
 
 def test_readme_command_runs(workers: Workers, directory: Path) -> None:
@@ -133,7 +123,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     """The real thing, shortened to a few steps of each training; it may be run again."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("of an earlier one")
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "6"]
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (float(value) for value in re.findall(r"evaluation loss \w+ training:\s+([\d.]+)", done.stdout))

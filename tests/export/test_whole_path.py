@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quickstart
+from command_jobs import run_command
 from lightning_pipelite.export import control_to_lora, convert, export_gguf, merge
+from processes import Workers
 from tiny_job import options, write_job
-
-pytestmark = pytest.mark.process
 
 CALLBACKS = "lightning_pipelite.callbacks"
 
@@ -36,7 +33,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _train(job: Path, folder: Path, adapter: str, init_args: dict[str, Any], *callbacks: dict[str, Any]) -> Path:
+def _train(
+    workers: Workers, job: Path, folder: Path, adapter: str, init_args: dict[str, Any], *callbacks: dict[str, Any]
+) -> Path:
     """Train two steps; return the configuration. The result is in ``trained``."""
     saves = any("TimedCheckpoint" in each["class_path"] for each in callbacks)
     config = options(job, max_steps=2, enable_checkpointing=saves)
@@ -48,9 +47,7 @@ def _train(job: Path, folder: Path, adapter: str, init_args: dict[str, Any], *ca
         config["data"]["datasets"][0]["control_class"] = 1
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(path)]
-    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    workers.run(1, run_command, str(folder), ["fit", "--config", str(path)])
     return path
 
 
@@ -61,8 +58,8 @@ def _generate(directory: Path) -> str:
 
 
 @pytest.mark.slow
-def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
-    _train(job, tmp_path, "LoRA", {"rank": 2})
+def test_lora_to_merged_model_and_to_gguf(workers: Workers, job: Path, tmp_path: Path) -> None:
+    _train(workers, job, tmp_path, "LoRA", {"rank": 2})
     base, trained = job / "model", tmp_path / "trained"
     merge(str(base), str(trained), str(tmp_path / "merged"))
     ids = torch.tensor([[3, 14, 15, 92]])
@@ -79,9 +76,9 @@ def test_lora_to_merged_model_and_to_gguf(job: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> None:
+def test_control_adapter_to_lora_to_merged_model(workers: Workers, job: Path, tmp_path: Path) -> None:
     decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
-    _train(job, tmp_path, "ControlAdapter", {"rank": 2}, decay)
+    _train(workers, job, tmp_path, "ControlAdapter", {"rank": 2}, decay)
     base, trained = job / "model", tmp_path / "trained"
     told = control_to_lora(str(base), str(trained), str(tmp_path / "lora"))
     assert "KL divergence" in told
@@ -96,11 +93,13 @@ def test_control_adapter_to_lora_to_merged_model(job: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["LoRA", "Full", "ControlAdapter"])
-def test_a_checkpoint_is_converted_to_what_the_training_saved(adapter: str, job: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_converted_to_what_the_training_saved(
+    adapter: str, workers: Workers, job: Path, tmp_path: Path
+) -> None:
     timed = {"class_path": f"{CALLBACKS}.TimedCheckpoint", "init_args": {"dirpath": str(tmp_path / "checkpoints")}}
     decay = {"class_path": f"{CALLBACKS}.CompositeWeightDecay", "init_args": {"weight_decay": 0.0}}
     extra = [decay] if adapter == "ControlAdapter" else []
-    config = _train(job, tmp_path, adapter, {} if adapter == "Full" else {"rank": 2}, timed, *extra)
+    config = _train(workers, job, tmp_path, adapter, {} if adapter == "Full" else {"rank": 2}, timed, *extra)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     convert(str(checkpoint), str(tmp_path / "converted"), str(config))
     wanted, found = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,23 @@ def small_stages(small: Path) -> list[StageMemory]:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_headers(tmp_path_factory.mktemp("large") / "model", LLAMA_70B)
+
+
+@pytest.fixture(scope="module")
+def large(llama_70b: Path) -> Report:
     """A 70B-shaped Llama in QLoRA on 4 x 24 GiB, from headers alone."""
-    folder = tmp_path_factory.mktemp("large")
-    config = write_config(folder / "config.yaml", write_headers(folder / "model", LLAMA_70B), load_in_4bit=True)
+    config = write_config(llama_70b.parent / "config.yaml", llama_70b, load_in_4bit=True)
     return plan(str(config), devices=4, memory="24GiB")
+
+
+def test_the_configuration_for_four_gpus_of_24_gib_holds_it(llama_70b: Path) -> None:
+    config = Path(__file__).parents[2] / "configs" / "qlora_four_gpus.yaml"
+    told = str(plan(str(config), model_dir=str(llama_70b), memory="24GiB"))
+    assert "4 devices of 24.00 GiB; 16 sequences" in told
+    assert "as configured, 4 stages" in told
+    assert re.search(r"^ +4 +1 +offload .* fits$", told, re.MULTILINE), told
 
 
 def test_70b_in_qlora_is_planned_from_headers(large: Report) -> None:

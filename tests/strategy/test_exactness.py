@@ -21,6 +21,6 @@ SPLITS = {
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_losses_and_weights_are_those_of_a_plain_loop(workers: Workers, case: Case) -> None:
-    for split, loss, weight in compare(workers, case, SPLITS[case.name], steps=12, scale=Scale(sequences=43)):
+    for split, loss, weight in compare(workers, case, SPLITS[case.name], steps=8, scale=Scale(sequences=27)):
         assert loss <= LOSS_LIMIT, split
         assert weight <= WEIGHT_LIMIT, split

@@ -1,0 +1,15 @@
+"""The ``pipelite`` command in a worker, which has imported what a process of its own would import for seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def run_command(directory: str, arguments: list[str]) -> None:
+    """Run `pipelite` with arguments, in a directory."""
+    from lightning_pipelite.cli.main import main
+
+    os.chdir(directory)
+    sys.argv = ["pipelite", *arguments]
+    main()
