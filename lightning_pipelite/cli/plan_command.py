@@ -17,8 +17,9 @@ from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.gpus import REFERENCE, Gpu, gpu_named
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.report import Report
-from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, parse_speeds, settings_of
+from lightning_pipelite.planning.settings import Settings, class_of, dtype_of, parse_memory, settings_of
 from lightning_pipelite.planning.simulation import Simulation
+from lightning_pipelite.strategy.device_speeds import parse_speeds
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,26 @@ class GreedyWriter:
     """
 
     def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool, positions: int | None) -> None:
-        from transformers import AutoTokenizer, GenerationConfig
-
+        self._model_dir, self._trust_remote_code = model_dir, trust_remote_code
         self._keys, self._positions = keys, positions
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, local_files_only=True, trust_remote_code=trust_remote_code
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self._model_dir, local_files_only=True, trust_remote_code=self._trust_remote_code
         )
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        from transformers import GenerationConfig
+
         ends = self._tokenizer.eos_token_id
-        if (model_dir / "generation_config.json").is_file():  # of chat models, the end of a turn is in it alone
-            own = GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id
+        if (self._model_dir / "generation_config.json").is_file():  # of chat models, the end of a turn is in it alone
+            own = GenerationConfig.from_pretrained(self._model_dir, local_files_only=True).eos_token_id
             ends = ends if own is None else own
-        self._ends = ends if isinstance(ends, list) else [ends]
+        return ends if isinstance(ends, list) else [ends]
 
     def write(self, prompt: str, max_new_tokens: int, strategy: PipeLiteStrategy) -> str:
         """Write on from a prompt, as transformers' ``generate(do_sample=False)`` does. Collective.
@@ -57,7 +67,7 @@ class GreedyWriter:
             length = min(length, self._positions)
         while len(ids) < length:
             batch = strategy.batch_to_device(self._batch(ids, length))
-            total, count = strategy.evaluate_by(_next_token, batch, f"token {len(ids) + 1} of a sample")
+            total, count = strategy.evaluation.by(_next_token, batch, f"token {len(ids) + 1} of a sample")
             ids.append(round(total / count))
             if ids[-1] in self._ends:
                 break

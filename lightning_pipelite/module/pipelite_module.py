@@ -160,7 +160,12 @@ class PipeLiteModule(pl.LightningModule):
         )
         self._speed = Speed()
         self._evaluation = Evaluation([])
-        self._writer: GreedyWriter | None = None
+        self._writer = GreedyWriter(
+            Path(model_dir),
+            tuple(adapter.batch_keys),
+            trust_remote_code,
+            embedded_positions(self._layers.meta_model.config),
+        )
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
         """Give the strategy the layers, and the loss on what the last one returns."""
@@ -245,13 +250,6 @@ class PipeLiteModule(pl.LightningModule):
             prompt: The beginning, the same on all ranks.
             max_new_tokens: Tokens to write at most; the most probable one each time.
         """
-        if self._writer is None:
-            self._writer = GreedyWriter(
-                Path(self.model_dir),
-                tuple(self.adapter.batch_keys),
-                self.hparams["trust_remote_code"],
-                embedded_positions(self._layers.meta_model.config),
-            )
         return self._writer.write(prompt, max_new_tokens, self.check_strategy(self.trainer.strategy))
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -143,21 +142,6 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
     if missing:
         raise ConfigurationError(f"{key}.{missing[0]} must be given.")
     return kind, dict(options)
-
-
-def parse_speeds(text: str) -> tuple[float, ...]:
-    """Return the numbers of ``1,1,0.5``.
-
-    Raises:
-        ConfigurationError: If they are not positive numbers.
-    """
-    try:
-        speeds = tuple(float(each) for each in text.split(","))
-    except ValueError:
-        speeds = ()
-    if not speeds or not all(0 < speed < math.inf for speed in speeds):
-        raise ConfigurationError(f"speeds is {text!r}; give a positive number for each device, as in 1,1,0.5.")
-    return speeds
 
 
 def parse_memory(text: str) -> int:

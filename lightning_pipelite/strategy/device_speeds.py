@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
+
+
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """Return the numbers of ``1,1,0.5``.
+
+    Raises:
+        ConfigurationError: If they are not positive numbers.
+    """
+    try:
+        return _checked([float(each) for each in text.split(",")])
+    except ValueError:
+        return _checked(text)
+
+
+def _checked(speeds: Any) -> tuple[float, ...]:
+    numbers = isinstance(speeds, (list, tuple)) and all(isinstance(speed, (int, float)) for speed in speeds)
+    if not numbers or not speeds or not all(0 < speed < math.inf for speed in speeds):
+        raise ConfigurationError(f"speeds is {speeds!r}; give a positive number for each device, as in 1,1,0.5.")
+    return tuple(speeds)
 
 
 def check_speeds(speeds: Sequence[float] | None, partition_method: str) -> None:
@@ -17,9 +37,7 @@ def check_speeds(speeds: Sequence[float] | None, partition_method: str) -> None:
     """
     if speeds is None:
         return
-    numbers = isinstance(speeds, Sequence) and all(isinstance(speed, (int, float)) for speed in speeds)
-    if not numbers or not speeds or not all(0 < speed < math.inf for speed in speeds):
-        raise ConfigurationError(f"strategy: speeds is {speeds}; give a positive number for each device.")
+    _checked(speeds)
     if partition_method != "auto":
         raise ConfigurationError(
             f"strategy: speeds are given, but partition_method is {partition_method}; set it to auto, which alone uses "

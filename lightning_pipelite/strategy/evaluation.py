@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import EvaluatesTogether, LogsEvaluation, Loss
-from lightning_pipelite.strategy.checks import check_loaders
+from lightning_pipelite.strategy.checks import check_loaders, checked_pair
 from lightning_pipelite.strategy.pipeline import Pipeline
 
 
@@ -73,20 +73,21 @@ class PipelineEvaluation:
             self._warn_of_repeats(loop, loader)
             self._log(total, count, loader)
 
-    def by(self, loss: Loss, micro_batch: tuple[Any, Any], place: str) -> tuple[float, float]:
+    def by(self, loss: Loss, micro_batch: Any, place: str) -> tuple[float, float]:
         """Run a micro-batch by itself, with another loss; nothing is logged. Collective.
 
         Args:
-            loss: Used on the last stage; gives a sum and a count.
-            micro_batch: ``(inputs, targets)``, the same on all ranks.
+            loss: Called on the last stage with what it returns and the targets; gives a sum and a count.
+            micro_batch: ``(inputs, targets)``, on the device; the same on all ranks.
             place: Where this is, in words.
 
         Returns:
             Sum and count over all replicas, the same on every rank.
         """
         self._pipeline.loose_parts.follow()
-        self._pipeline.agree(place, [micro_batch])
-        total, count, *_ = self._engine.share_evaluation(self._engine.evaluate_on([micro_batch], loss), place)
+        micro_batches = [checked_pair(micro_batch)]
+        self._pipeline.agree(place, micro_batches)
+        total, count, *_ = self._engine.share_evaluation(self._engine.evaluate_on(micro_batches, loss), place)
         return total, count
 
     @property

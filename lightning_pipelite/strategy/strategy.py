@@ -32,6 +32,7 @@ from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.device_speeds import check_speeds, speeds_of_stages
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
+from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
@@ -325,18 +326,10 @@ class PipeLiteStrategy(DDPStrategy):
     def test_step(self, batch: Any, *indices: int) -> None:
         self.validation_step(batch, *indices)
 
-    def evaluate_by(self, loss: Loss, batch: Any, place: str) -> tuple[float, float]:
-        """Run a micro-batch through the stages with another loss than the module's, without gradients. Collective.
-
-        Args:
-            loss: Called on the last stage with what it returns and the targets; gives a sum and a count.
-            batch: ``(inputs, targets)``, on the device; the same on all ranks.
-            place: Where this is, for messages.
-
-        Returns:
-            Sum and count over all replicas, the same on every rank.
-        """
-        return self._running.evaluation.by(loss, checked_pair(batch), place)
+    @property
+    def evaluation(self) -> PipelineEvaluation:
+        """What runs micro-batches through the stages without gradients, from the setup of a run on."""
+        return self._running.evaluation
 
     def on_validation_end(self) -> None:
         """Note that an evaluation has ended: the callbacks have been called by then."""

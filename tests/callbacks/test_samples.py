@@ -67,7 +67,8 @@ def test_ends_where_transformers_ends(job: Path, tmp_path: Path, ends: int | lis
     shutil.copytree(job / "model", tmp_path, dirs_exist_ok=True)
     GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
     tokens = iter([5, 7, 6, 1, 8])  # of which the tokenizer's end is 1
-    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluate_by=lambda *_: (next(tokens), 1))
+    evaluation = SimpleNamespace(by=lambda *_: (next(tokens), 1))
+    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluation=evaluation)
     GreedyWriter(tmp_path, (), False, None).write("a", 5, strategy)
     assert list(tokens) == ([8] if ends is None else [6, 1, 8])
 
@@ -80,9 +81,11 @@ def test_ends_where_the_embedded_positions_do(job: Path, positions: int | None, 
         lengths.append(int(batch["position_ids"].max()) + 1)
         return 5, 1
 
-    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluate_by=next_token)
+    evaluation = SimpleNamespace(by=next_token)
+    strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluation=evaluation)
     writer = GreedyWriter(job / "model", (), False, positions)
     writer._tokenizer = lambda _: {"input_ids": [7, 8]}
+    writer._tokenizer.eos_token_id = 1
     writer._tokenizer.decode = lambda ids, **_: str(len(ids))
     text = writer.write("a", 5, strategy)
     assert len(lengths) == written

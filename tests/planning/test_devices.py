@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import partial
 from pathlib import Path
 
@@ -170,11 +171,12 @@ def test_a_training_gives_the_device_that_is_said_to_be_slow_fewer_layers(worker
 def test_speeds_that_nothing_uses_or_that_are_none_are_refused() -> None:
     for speeds, method, message in (
         ([1.0, 0.5], "uniform", "speeds are given, but partition_method is uniform; set it to auto"),
-        ([1.0, 0.0], "auto", "give a positive number for each device"),
-        ([], "auto", "give a positive number for each device"),
+        ([1.0, 0.0], "auto", "speeds is [1.0, 0.0]; give a positive number for each device, as in 1,1,0.5."),
+        ([], "auto", "speeds is []; give a positive number for each device, as in 1,1,0.5."),
+        (["1", 1.0], "auto", "speeds is ['1', 1.0]; give a positive number for each device, as in 1,1,0.5."),
     ):
-        with pytest.raises(ConfigurationError, match=message):
-            PipeLiteStrategy(2, partition_method=method, speeds=speeds)
+        with pytest.raises(ConfigurationError, match=re.escape(message)):
+            PipeLiteStrategy(2, partition_method=method, speeds=speeds)  # type: ignore[arg-type]
     strategy = PipeLiteStrategy(2, partition_method="auto", speeds=[1.0])
     with pytest.raises(ConfigurationError, match="speeds has 1 numbers, and the job 2 devices"):
         L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False).fit(L.LightningModule())

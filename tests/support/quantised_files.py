@@ -97,6 +97,15 @@ def is_linear(name: str, tensor: Tensor) -> bool:
     return in_layer and not name.endswith((".gate.weight", ".router.weight"))
 
 
+def of_linear(tensors: Tensors, codes: Callable[[str, Tensor], Tensors]) -> Tensors:
+    """The tensors with what ``codes`` makes of each linear weight in its place."""
+    return {
+        key: value
+        for name, tensor in tensors.items()
+        for key, value in (codes(name, tensor) if is_linear(name, tensor) else {name: tensor}).items()
+    }
+
+
 def mxfp4(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
     """The experts of gpt-oss by the rules of the OCP's specification, section 6.3."""
     made: Tensors = {}
@@ -127,21 +136,15 @@ def fp8(
     settings = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
     quantiser: Any = Fp8Quantize(SimpleNamespace(quantization_config=settings))
 
-    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-        made: Tensors = {}
-        for name, tensor in tensors.items():
-            if not is_linear(name, tensor):
-                made[name] = tensor
-                continue
-            made.update(quantiser.convert({name: tensor}))
-            scale = name + "_scale_inv"
-            if block is None:
-                made[scale] = made[scale].reshape(())
-            if scheme == "static":
-                made[name.replace("weight", "activation_scale")] = torch.tensor(0.01)
-        return made, described
+    def codes(name: str, tensor: Tensor) -> Tensors:
+        made: Tensors = quantiser.convert({name: tensor})
+        if block is None:
+            made[name + "_scale_inv"] = made[name + "_scale_inv"].reshape(())
+        if scheme == "static":
+            made[name.replace("weight", "activation_scale")] = torch.tensor(0.01)
+        return made
 
-    return quantise
+    return lambda tensors: (of_linear(tensors, codes), described)
 
 
 def compressed(
@@ -159,37 +162,32 @@ def compressed(
         "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*gate$"],
     }  # fmt: skip
 
-    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-        made: Tensors = {}
-        for name, tensor in tensors.items():
-            if not is_linear(name, tensor):
-                made[name] = tensor
-                continue
-            rows, columns = tensor.shape
-            sides = {
-                "tensor": (rows, columns),
-                "channel": (1, columns),
-                "group": (1, weights.get("group_size", 0)),
-                "block": weights.get("block_structure"),
-            }[weights["strategy"]]
-            blocks = tensor.float().reshape(rows // sides[0], sides[0], columns // sides[1], sides[1])
-            largest = 448.0 if kind == "float" else 2.0 ** (bits - 1) - 1
-            scales = (blocks.abs().amax((1, 3), keepdim=True) / largest).to(torch.bfloat16)
-            scaled = (blocks / scales.float()).clamp(-largest, largest).reshape(rows, columns)
-            codes = scaled.to(torch.float8_e4m3fn) if kind == "float" else scaled.round().to(torch.int8)
-            if plain is not None:
-                values = codes.to(torch.bfloat16).reshape(blocks.shape) * scales
-                plain[name] = values.reshape(rows, columns)
-            made[name + "_scale"] = scales.reshape(scales.shape[0], scales.shape[2])
-            if weights["strategy"] == "tensor":
-                made[name + "_scale"] = made[name + "_scale"].reshape(1)
-            if form == "pack-quantized":
-                made[name + "_shape"] = torch.tensor([rows, columns])
-                digits = (codes.long() + 2 ** (bits - 1)).reshape(rows, -1, 32 // bits)
-                words = (digits << torch.arange(0, 32, bits)).sum(-1)
-                made[name + "_packed"] = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
-            else:
-                made[name] = codes
-        return made, described
+    def codes(name: str, tensor: Tensor) -> Tensors:
+        rows, columns = tensor.shape
+        sides = {
+            "tensor": (rows, columns),
+            "channel": (1, columns),
+            "group": (1, weights.get("group_size", 0)),
+            "block": weights.get("block_structure"),
+        }[weights["strategy"]]
+        blocks = tensor.float().reshape(rows // sides[0], sides[0], columns // sides[1], sides[1])
+        largest = 448.0 if kind == "float" else 2.0 ** (bits - 1) - 1
+        scales = (blocks.abs().amax((1, 3), keepdim=True) / largest).to(torch.bfloat16)
+        scaled = (blocks / scales.float()).clamp(-largest, largest).reshape(rows, columns)
+        values = scaled.to(torch.float8_e4m3fn) if kind == "float" else scaled.round().to(torch.int8)
+        if plain is not None:
+            stand_for = values.to(torch.bfloat16).reshape(blocks.shape) * scales
+            plain[name] = stand_for.reshape(rows, columns)
+        made = {name + "_scale": scales.reshape(scales.shape[0], scales.shape[2])}
+        if weights["strategy"] == "tensor":
+            made[name + "_scale"] = made[name + "_scale"].reshape(1)
+        if form == "pack-quantized":
+            made[name + "_shape"] = torch.tensor([rows, columns])
+            digits = (values.long() + 2 ** (bits - 1)).reshape(rows, -1, 32 // bits)
+            words = (digits << torch.arange(0, 32, bits)).sum(-1)
+            made[name + "_packed"] = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+        else:
+            made[name] = values
+        return made
 
-    return quantise
+    return lambda tensors: (of_linear(tensors, codes), described)
