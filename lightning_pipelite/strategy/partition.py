@@ -42,10 +42,9 @@ def partition(
     """
     check_virtual_stages(stages, virtual_stages)
     names = list(layers.names)
-    if stages * virtual_stages > 1 and isinstance(layers, MayBeWhole) and layers.one_stage_only:
-        asked = f"pipeline_stages={stages}" if stages > 1 else f"virtual_stages={virtual_stages}"
+    if stages > 1 and isinstance(layers, MayBeWhole) and layers.one_stage_only:
         raise ConfigurationError(
-            f"{asked}, but this model trains in one stage only because {layers.one_stage_only}; set pipeline_stages "
+            f"pipeline_stages={stages}, but this model trains in one stage only because {layers.one_stage_only}; set pipeline_stages "
             "and virtual_stages to 1, or choose another model."
         )
     if stages > len(names):

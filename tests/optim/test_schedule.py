@@ -58,6 +58,7 @@ def test_cosine() -> None:
     assert found == pytest.approx(expected)
     assert 0 < found[-1] < 0.005
     assert [a for a, _ in rates("cosine", 0, 4, 6)][-2:] == [0, 0]
+    assert [a for a, _ in rates("cosine", 2, 3, 4)] == [0.05, 0.1, 0.1, 0]  # a single step after the warm-up
 
 
 def test_rms_ratio_takes_the_optimizers_beta() -> None:

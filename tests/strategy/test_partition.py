@@ -109,6 +109,15 @@ def test_other_numbers_of_pieces_than_there_are_are_refused(method: str) -> None
         partition(Layers(["A"] * 8), 2, method, virtual_stages=2)
 
 
+def test_layers_that_must_stay_together_train_in_one_stage() -> None:
+    layers = Layers(["A"] * 4)
+    layers.one_stage_only = "a layer reads what all before it have left"  # type: ignore[attr-defined]
+    assert partition(layers, 1) == [0, 4]
+    for pieces in (1, 2):
+        with pytest.raises(ConfigurationError, match=r"pipeline_stages=2, but .* because a layer reads what all"):
+            partition(layers, 2, virtual_stages=pieces)
+
+
 def test_a_split_is_written_as_it_is_read() -> None:
     assert method_of([0, 9, 16]) == "layers:9,7"
     assert partition(Layers(["L"] * 16), 2, method_of([0, 9, 16])) == [0, 9, 16]
