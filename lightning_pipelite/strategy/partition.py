@@ -44,8 +44,8 @@ def partition(
     names = list(layers.names)
     if stages > 1 and isinstance(layers, MayBeWhole) and layers.one_stage_only:
         raise ConfigurationError(
-            f"pipeline_stages={stages}, but this model trains in one stage only because {layers.one_stage_only}; set pipeline_stages "
-            "and virtual_stages to 1, or choose another model."
+            f"pipeline_stages={stages}, but this model trains in one stage only because "
+            f"{layers.one_stage_only}; set pipeline_stages and virtual_stages to 1, or choose another model."
         )
     if stages > len(names):
         raise ConfigurationError(

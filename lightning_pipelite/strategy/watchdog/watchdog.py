@@ -126,10 +126,6 @@ class Watchdog:
         self._last = (time.monotonic(), activity, waits)
         self._piece = piece
 
-    def suspend(self) -> None:
-        """Stop the watch on this rank until the next ``progress``, for work that may last: a callback, a save."""
-        self._last = None
-
     def failure_of(self, exception: BaseException) -> Failure:
         """Return what is told of an exception that this rank has raised."""
         return Failure.of(exception, self._rank, self._stage, self._piece)
