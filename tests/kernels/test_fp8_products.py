@@ -71,6 +71,12 @@ def test_codes_of_rows_of_very_different_size(device: str, dtype: torch.dtype) -
     assert ((found - x).abs() <= allowed).all()
 
 
+def test_the_largest_of_a_row_has_the_largest_code_and_zeros_have_a_scale() -> None:
+    codes, scales = quantise_rows(torch.tensor([[1.5, -3.0], [0.0, 0.0], [2.0**-90, 0.0]]))
+    torch.testing.assert_close(scales, torch.tensor([3.0, 2.0**-100, 2.0**-90]) / 448, rtol=0, atol=0)
+    assert codes.float().tolist() == [[224.0, -448.0], [0.0, 0.0], [448.0, 0.0]]
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_what_is_not_finite_does_not_pass_for_a_number(value: float) -> None:
     x = draw(4, 32)
