@@ -123,7 +123,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     """The real thing, shortened to a few steps of each training; it may be run again."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("of an earlier one")
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "4"]
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "6"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (float(value) for value in re.findall(r"evaluation loss \w+ training:\s+([\d.]+)", done.stdout))
