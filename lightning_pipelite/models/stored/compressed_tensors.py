@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.stored.format import Entries, Quantised, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.format import Entries, Quantised, Read, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.packed import WORD, unpack
 
 FORMATS = {
     ("pack-quantized", "int", 4): "I32",
@@ -88,7 +89,7 @@ class CompressedTensors:
         self.bits = 4.5 if self._count == 4 else 8.0
         self.title = f"compressed-tensors {form} of {self._count} bits"
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights."""
         used: set[str] = set()
         end = ".weight_packed" if self._codes == "I32" else ".weight"
@@ -110,7 +111,7 @@ class CompressedTensors:
             raise misfit(name, f"has shape {list(shape)}, which is no matrix")
         packed = self._codes == "I32"
         if packed:
-            shape = (shape[0], shape[1] * 32 // self._count)
+            shape = (shape[0], shape[1] * WORD // self._count)
         grid = shape_of(entries, scale)
         if self._sides is None:
             if grid not in ((), (1,), (1, 1)):
@@ -139,7 +140,8 @@ class CompressedTensors:
             if packed:
                 if tuple(parts[2].tolist()) != shape:
                     raise misfit(name, f"has {name}_shape {parts[2].tolist()}, and codes for {list(shape)}")
-                values = _unpack(values, self._count)
+                # They are stored plus half their range.
+                values = (unpack(values, self._count) - 2 ** (self._count - 1)).to(torch.int8)
             scales = scales.float() if exact else scales
             factors = scales.reshape(1, 1) if self._sides is None else scales.repeat_interleave(sides[0], dim=0)
             factors = factors if self._sides is None else factors.repeat_interleave(sides[1], dim=1)
@@ -165,9 +167,3 @@ def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
         f"quantization_config: strategy {strategy} with group_size {group} and block_structure {block} is not known; "
         "give the model in bfloat16."
     )
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """Return the codes of words, lowest bits first; they are stored plus half their range."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8).flatten(-2)

@@ -14,6 +14,9 @@ from lightning_pipelite.errors import ConfigurationError
 Entries = Mapping[str, Mapping[str, Any]]
 """What the headers of the files say of each tensor, by name: ``dtype``, as safetensors call it, and ``shape``."""
 
+Read = Callable[[str], Tensor]
+"""Reads a tensor of the files, by its name; for those that say what others are."""
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -45,8 +48,12 @@ class Format(Protocol):
     title: str
     bits: float
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights among the tensors of the files.
+
+        Args:
+            entries: Of all tensors, what the headers say.
+            read: For the few small ones that say what a weight is.
 
         Raises:
             ConfigurationError: A tensor of the format is missing, or its type or shape does not fit.

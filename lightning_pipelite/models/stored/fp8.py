@@ -15,6 +15,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.stored.format import (
     Entries,
     Quantised,
+    Read,
     misfit,
     part,
     refuse_unknown,
@@ -64,7 +65,7 @@ class Fp8:
         self._block: tuple[int, int] | None = None if block is None else tuple(block)
         self.title = f"FP8 in blocks of {block[0]} by {block[1]}" if block else "FP8 with a scale for each tensor"
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights."""
         used: set[str] = set()
         for name, entry in entries.items():

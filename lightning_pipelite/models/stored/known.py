@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.stored.awq import Awq
 from lightning_pipelite.models.stored.compressed_tensors import CompressedTensors
 from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.stored.fp8 import Fp8
+from lightning_pipelite.models.stored.gptq import Gptq
 from lightning_pipelite.models.stored.mxfp4 import Mxfp4
 from lightning_pipelite.models.weight_files import read_json
 
@@ -17,6 +19,8 @@ KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "mxfp4": Mxfp4,
     "fp8": Fp8,
     "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
 }
 """By ``quant_method``."""
 KEYS = ("quantization_config", "compression_config")  # the second: of old, in compressed-tensors

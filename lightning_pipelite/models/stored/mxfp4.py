@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_pipelite.models.stored.format import (
     Entries,
     Quantised,
+    Read,
     misfit,
     part,
     refuse_unknown,
@@ -39,7 +40,7 @@ class Mxfp4:
         # What is not converted is told by the files, which have it in plain.
         refuse_unknown(config, {"modules_to_not_convert": None, "dequantize": None})
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights, [experts, in, out] as the model has them."""
         for scales in (name for name in entries if name.endswith(SCALES)):
             part(entries, scales.removesuffix(SCALES), scales.removesuffix(SCALES) + BLOCKS, ["U8"])

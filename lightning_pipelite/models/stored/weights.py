@@ -41,7 +41,7 @@ class StoredWeights:
         self._quantised: dict[str, Quantised] = {}
         self._open: dict[Path, Any] = {}
         try:
-            for weight in stored.find(entries) if stored else ():
+            for weight in stored.find(entries, lambda name: self._tensor(name, "cpu")) if stored else ():
                 if weight.name in entries and weight.name not in weight.parts:
                     raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
                 self._quantised[weight.name] = weight

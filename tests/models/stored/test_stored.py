@@ -275,7 +275,7 @@ def test_a_last_block_may_be_smaller() -> None:
         "a.weight": {"dtype": "F8_E4M3", "shape": [576, 256]},
         "a.weight_scale_inv": {"dtype": "F32", "shape": [5, 2]},
     }
-    (weight,) = Fp8({"quant_method": "fp8"}).find(entries)
+    (weight,) = Fp8({"quant_method": "fp8"}).find(entries, {}.__getitem__)
     factors = scales.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)
     assert torch.equal(weight.dequantise([codes, scales], torch.float32), codes.float() * factors)
 
