@@ -14,6 +14,12 @@ from transformers import PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import refuse_misfits
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.quantization.as_stored import (
+    await_codes,
+    hold_as_stored,
+    keeps_stored,
+    kept_weights,
+)
 from lightning_pipelite.models.quantization.four_bit import (
     kept_names,
     nf4,
@@ -58,18 +64,23 @@ def load_trimmed(
             hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
         return model
 
+    stored = StoredWeights(meta_model.model_dir, meta_model.stored) if meta_model.stored else None
+    kept: dict[str, str] = {}
+    if stored is not None and keeps_stored(meta_model.stored, load_in_4bit=load_in_4bit, load_in_fp8=load_in_fp8):
+        kept = kept_weights(meta_model, stored, range(start, stop))
+
     def quantise(model: PreTrainedModel) -> None:
+        await_codes(model, kept)
         if load_in_4bit:
             quantise_on_load(list(model.get_submodule(meta_model.layers_name))[start:stop], double_quant=double_quant)
         if load_in_fp8:
             hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
 
     trimming_class = _trimming_class(meta_model, start, stop, device, quantise)
-    stored = StoredWeights(meta_model.model_dir, meta_model.stored) if meta_model.stored else None
     with one_at_a_time() if load_in_4bit or load_in_fp8 or stored else contextlib.nullcontext():
         model, report = trimming_class.from_pretrained(
             str(meta_model.model_dir) if stored is None else None,
-            state_dict=None if stored is None else stored.on_demand(dtype, device),
+            state_dict=None if stored is None else stored.on_demand(dtype, device, later=kept.values()),
             config=meta_model.config,
             dtype=dtype,
             device_map={"": device},
@@ -89,6 +100,8 @@ def load_trimmed(
         )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
+    if stored is not None:
+        hold_as_stored(model, kept, stored, dtype, device)
     _untie(model, meta_model, start, stop, device)
     return model
 

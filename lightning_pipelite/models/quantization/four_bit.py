@@ -167,6 +167,36 @@ def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, doub
     return quantised.requires_grad_(False)
 
 
+def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.dtype) -> Linear4bit:
+    """Return a linear layer with given codes.
+
+    Args:
+        linear: What it stands for; its weight is not looked at.
+        codes: Bitsandbytes' codes, one column of bytes.
+        state: Its ``QuantState`` of them.
+        dtype: Type of the computation.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    state.dtype = dtype  # what it becomes for a product, as where it is quantised here; else it would be rounded twice
+    made = Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type,
+        device="meta",
+    )  # fmt: skip
+    made.weight = Params4bit(
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        module=made,
+        bnb_quantized=True,
+    )
+    made.quant_state, made.bias = state, linear.bias
+    return made.requires_grad_(False)
+
+
 class _QuantisedOnLoad(Mixin, nn.Module):
     """Mixed into a module with fused weights: quantises what is assigned to them.
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pipelite.models.stored.format import Entries, Quantised, Read, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.format import (
+    Entries,
+    Keeps,
+    Quantised,
+    Read,
+    misfit,
+    part,
+    refuse_unknown,
+    shape_of,
+)
 from lightning_pipelite.models.stored.grouped import (
     CODES,
     OF_MAKING,
@@ -40,7 +49,8 @@ class Awq:
         config: The ``quantization_config``.
     """  # noqa: D205
 
-    title, keeps = "AWQ of 4 bits", None
+    title, double_quant = "AWQ of 4 bits", False
+    keeps: Keeps | None = None
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         refuse_unknown(

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.stored.format import Entries, Quantised, Read, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.format import (
+    Entries,
+    Keeps,
+    Quantised,
+    Read,
+    misfit,
+    part,
+    refuse_unknown,
+    shape_of,
+)
 from lightning_pipelite.models.stored.packed import WORD, unpack
 
 FORMATS = {
@@ -47,6 +56,8 @@ class CompressedTensors:
     Args:
         config: The ``quantization_config``.
     """
+
+    double_quant = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         refuse_unknown(
@@ -87,6 +98,8 @@ class CompressedTensors:
         self._codes, self._count = FORMATS[kind], kind[2]
         self._sides = _sides(weights)
         self.bits = 4.5 if self._count == 4 else 8.0
+        by_row = self._codes == "F8_E4M3" and self._sides in (None, (1, 0))
+        self.keeps: Keeps | None = "load_in_fp8" if by_row else None
         self.title = f"compressed-tensors {form} of {self._count} bits"
 
     def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
@@ -147,7 +160,11 @@ class CompressedTensors:
             factors = factors if self._sides is None else factors.repeat_interleave(sides[1], dim=1)
             return (values.to(scales.dtype) * factors).to(dtype)
 
-        return Quantised(name, shape, parts, dequantise, unused)
+        def kept(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+            codes, scales = parts
+            return codes, scales.float().reshape(-1).expand(codes.shape[0]).contiguous()
+
+        return Quantised(name, shape, parts, dequantise, unused, kept if self.keeps else None)
 
 
 def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:

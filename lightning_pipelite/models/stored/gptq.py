@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.stored.format import Entries, Quantised, Read, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.format import (
+    Entries,
+    Keeps,
+    Quantised,
+    Read,
+    misfit,
+    part,
+    refuse_unknown,
+    shape_of,
+)
 from lightning_pipelite.models.stored.grouped import (
     CODES,
     GROUPS,
@@ -40,7 +49,8 @@ class Gptq:
         config: The ``quantization_config``.
     """  # noqa: D205
 
-    keeps = None
+    keeps: Keeps | None = None
+    double_quant = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         refuse_unknown(
@@ -121,7 +131,7 @@ class Gptq:
             return stored
         if bool((stored == 2**self._bits - 1).any()):
             raise ConfigurationError(
-                f"the quantised weight {name} has zero points of 0 less 1, which libraries read in different ways; give "
-                "the model in GPTQ's version 2 (gptq_v2), or in bfloat16."
+                f"the quantised weight {name} has zero points of 0 less 1, which libraries read in different ways; "
+                "give the model in version 2 of GPTQ's format (gptq_v2), or in bfloat16."
             )
         return stored + 1

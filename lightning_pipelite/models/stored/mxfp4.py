@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_pipelite.models.stored.format import (
     Entries,
+    Keeps,
     Quantised,
     Read,
     misfit,
@@ -34,7 +35,8 @@ class Mxfp4:
         config: The ``quantization_config``.
     """
 
-    title, bits = "MXFP4", 4.25
+    title, bits, double_quant = "MXFP4", 4.25, False
+    keeps: Keeps | None = None
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # What is not converted is told by the files, which have it in plain.
