@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +36,8 @@ def keeps_stored(stored: Format | None, *, load_in_4bit: bool, load_in_fp8: bool
 def kept_weights(meta_model: MetaModel, weights: StoredWeights, numbers: range) -> dict[str, str]:
     """Return the linear layers of the decoder layers ``numbers`` that can be held as the files have them.
 
-    Not what transformers makes of several weights, or a part of one.
+    Not what transformers makes of several weights, or a part of one. Layers that the files have in plain are left so
+    with load_in_4bit, as transformers leaves them: who made the files chose them.
 
     Returns:
         For the name of each, what its weight is called in the files.
@@ -59,7 +60,7 @@ def kept_weights(meta_model: MetaModel, weights: StoredWeights, numbers: range) 
     return found
 
 
-def await_codes(model: nn.Module, kept: Mapping[str, str]) -> None:
+def await_codes(model: nn.Module, kept: Iterable[str]) -> None:
     """Let the layers ``kept`` of a model on the meta device load nothing but their biases."""
     for name in kept:
         model.get_submodule(name).__class__ = Awaiting
