@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -158,6 +159,25 @@ def test_an_adapter_gives_the_trained_logits_on_the_base_as_transformers_loads_i
     assert told.endswith("The base has weights in bitsandbytes nf4; these are in bfloat16.")
 
 
+def test_experts_that_were_saved_one_by_one_are_fused(written: dict[str, Path], tmp_path: Path) -> None:
+    """As older versions of transformers have quantised and saved them."""
+    base = shutil.copytree(written["nf4, mixture"], tmp_path / "base")
+    made: dict[str, Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if ".experts." in name and tensor.is_floating_point():
+            codes, how = quantize_4bit(tensor, quant_type="nf4")
+            made |= {name: codes, **{f"{name}.{end}": part for end, part in how.as_dict(packed=True).items()}}
+        else:
+            made[name] = tensor
+    save_file(made, base / "model.safetensors")
+    down = "model.layers.1.mlp.experts.down_proj"
+    (name,) = (name for name in made if name.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
+    expected = StoredWeights(base, stored_format(base)).read(name)
+    assert torch.equal(held(layers_of(base))[down][2], expected)
+    experts: Any = build(layers_of(base, load_in_4bit=True), [0, 4])[0].causal_lm.get_submodule(down.rpartition(".")[0])
+    assert torch.equal(experts.parametrizations.down_proj.original.view(4, -1)[2], made[name].flatten())
+
+
 def test_check_and_full_start_from_the_dequantised_weights(written: dict[str, Path]) -> None:
     assert check_model(written["nf4"], [2]).differences == []
     (stage,) = build(layers_of(written["int8"], adapter=Full(), dtype=torch.float32), [0, 4])
@@ -166,8 +186,6 @@ def test_check_and_full_start_from_the_dequantised_weights(written: dict[str, Pa
 
 
 def edit(source: Path, target: Path, name: str, make: Any) -> Path:
-    from safetensors.torch import save_file
-
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     if (made := make(tensors.pop(name))) is not None:
