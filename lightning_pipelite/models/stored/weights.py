@@ -47,6 +47,10 @@ class StoredWeights:
                 if weight.name in entries and weight.name not in weight.parts:
                     raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
                 self._quantised[weight.name] = weight
+            if stored and not self._quantised:
+                raise ConfigurationError(
+                    f"quantization_config in config.json says {stored.title}, and no weight is so; take it out of there."
+                )
         except ConfigurationError as error:
             raise ConfigurationError(f"{model_dir}: {first_line(error)}") from None
         taken = {name for weight in self._quantised.values() for name in (*weight.parts, *weight.unused)}
