@@ -49,7 +49,7 @@ class StoredWeights:
                 self._quantised[weight.name] = weight
             if stored and not self._quantised:
                 raise ConfigurationError(
-                    f"quantization_config in config.json says {stored.title}, and no weight is so; take it out of there."
+                    f"quantization_config in config.json says {stored.title}, but no weight is so; take it out."
                 )
         except ConfigurationError as error:
             raise ConfigurationError(f"{model_dir}: {first_line(error)}") from None
