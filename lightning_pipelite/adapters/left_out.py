@@ -28,7 +28,9 @@ def left_out_weights(meta_model: MetaModel) -> Iterator[dict[str, Tensor]]:
         names = [
             name
             for name in header
-            if name not in own and rename_source_key(name, renamings, converters, prefix, own)[0] not in own
+            if name not in own
+            and rename_source_key(name, renamings, converters, prefix, own)[0] not in own
+            and not weights.adds_nothing(name)
         ]
         if names:
             yield {name: weights.read(name) for name in names}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.config import read_config
-from lightning_pipelite.models.stored.known import stored_format
+from lightning_pipelite.models.stored.known import refuse_transposed, stored_format
 from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import (
@@ -107,6 +107,7 @@ class BaseModel:
         self.model = self.meta_model()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.stored = stored_format(self.directory)
+        refuse_transposed(self.stored, self.model, self.directory)
         self.weights = StoredWeights(self.directory, self.stored)
         self.headers = self.weights.headers
         self._file_of = {tensor: name for name, header in self.headers.items() for tensor in header}
@@ -115,6 +116,8 @@ class BaseModel:
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self.groups = self._match()
+        matched = {file for group in self.groups.values() for file in group.files}
+        self.weights.leave_out(filter(self.weights.adds_nothing, self._file_of.keys() - matched))
 
     @cached_property
     def whole(self) -> WholeModel:

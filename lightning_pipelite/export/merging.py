@@ -40,8 +40,8 @@ def merge(
 
     The output has the base's files: the same names, tensors, types and metadata, with tokenizer, configuration and
     templates copied. Sums are in float32. Beside the adapter, the memory is that of one tensor at a time (of the
-    experts of one layer, where transformers fuses them). What a base has in fewer bits (MXFP4, FP8) is dequantised, and
-    written in bfloat16.
+    experts of one layer, where transformers fuses them). What a base has in fewer bits (MXFP4, FP8, GPTQ and so on) is
+    dequantised, and written in bfloat16.
 
     Args:
         base: Directory of the Hugging Face model that the adapters were trained on.

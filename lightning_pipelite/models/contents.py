@@ -28,7 +28,8 @@ def check_contents(meta_model: MetaModel) -> None:
         ConfigurationError: A weight that is missing, has another shape, does not belong to config.json's model, or is
             stored in a type that is not a plain floating one.
     """
-    entries = StoredWeights(meta_model.model_dir, meta_model.stored).entries
+    weights = StoredWeights(meta_model.model_dir, meta_model.stored)
+    entries = weights.entries
     parameters = dict(meta_model.model.named_parameters(remove_duplicate=False))
     for name, entry in entries.items():
         # Fused experts have no .weight in their name; whatever else is in FP8 or less are codes, too.
@@ -51,7 +52,7 @@ def check_contents(meta_model: MetaModel) -> None:
     heads = range(count, count + (getattr(meta_model.config, "num_nextn_predict_layers", 0) or 0))
     for name in sorted(report.unexpected_keys):
         layer, (module, _, own) = meta_model.layer_of(name), name.rpartition(".")
-        if layer is None or layer in heads:
+        if layer is None or layer in heads or weights.adds_nothing(name):
             continue  # of a multimodal model what is left out, or what predicts several tokens ahead
         if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
             raise ConfigurationError(

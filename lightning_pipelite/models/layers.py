@@ -25,7 +25,9 @@ from lightning_pipelite.models.memory import (
     set_activation_memory,
 )
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.quantization.checks import Option, can_quantise, check_quantisation
+from lightning_pipelite.models.quantization.as_stored import keeps_stored
+from lightning_pipelite.models.quantization.checks import Option, can_quantise, check_double_quant, check_quantisation
+from lightning_pipelite.models.quantization.four_bit import fused_weights
 from lightning_pipelite.models.quantization.fp8 import tell_how_computed
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
@@ -143,7 +145,7 @@ class CausalLMLayers:
         self.dtype = dtype
         self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
         self._fuse_head = fuse_head
-        self._double_quant = bnb_4bit_use_double_quant
+        self._double_quant = check_double_quant(meta_model.stored, bnb_4bit_use_double_quant, load_in_4bit)
         self.activation_memory: ActivationMemory = activation_memory
         self.compile_layers = compile_layers
         self.seed = seed
@@ -180,8 +182,15 @@ class CausalLMLayers:
         """What becomes of weights that the files hold quantised, in a few words; None if they hold none."""
         if self.meta_model.stored is None:
             return None
+        stored = self.meta_model.stored
         held = "nf4" if self.load_in_4bit else "FP8" if self.load_in_fp8 else str(self.dtype).removeprefix("torch.")
-        return f"weights: {self.meta_model.stored.title} on disk, held in {held}"
+        if keeps_stored(stored, load_in_4bit=self.load_in_4bit, load_in_fp8=self.load_in_fp8):
+            fused = any(True for _ in fused_weights(self.meta_model.layers))
+            return f"weights: {stored.title} on disk, held as they are" + (
+                f", fused experts in {held}" if fused else ""
+            )
+        anew = ", with scales by row made anew" if self.load_in_fp8 and stored.title.startswith("FP8") else ""
+        return f"weights: {stored.title} on disk, held in {held}{anew}"
 
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.

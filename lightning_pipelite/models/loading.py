@@ -14,8 +14,15 @@ from transformers import PreTrainedModel
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.contents import refuse_misfits
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
+from lightning_pipelite.models.quantization.as_stored import (
+    await_codes,
+    hold_as_stored,
+    keeps_stored,
+    kept_weights,
+)
 from lightning_pipelite.models.quantization.four_bit import (
     kept_names,
+    linear_names,
     nf4,
     quantise_on_load,
     quantise_without_weights,
@@ -23,7 +30,14 @@ from lightning_pipelite.models.quantization.four_bit import (
 from lightning_pipelite.models.quantization.fp8 import hold_in_fp8
 from lightning_pipelite.models.stage import EmptyStub, RemoteLayer, ZeroStub
 from lightning_pipelite.models.stored.weights import StoredWeights
-from lightning_pipelite.models.transformers_compat import attention_of, loading_class, one_at_a_time, set_attention
+from lightning_pipelite.models.transformers_compat import (
+    attention_of,
+    loading_class,
+    nothing_to_quantise,
+    one_at_a_time,
+    set_attention,
+)
+from lightning_pipelite.models.weight_files import missing_files
 
 
 def load_trimmed(
@@ -43,38 +57,49 @@ def load_trimmed(
 
     The model keeps the list of decoder layers at full length, so parameters have their global names whatever the
     partition. A weight that ties embedding and head is held, under the embedding's name, by the first and the last
-    stage. On the meta device nothing is read: the model has its shapes and types alone.
+    stage. On the meta device no weight is read: the model has its shapes and types alone.
 
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
     """
     attn_implementation = attn_implementation or attention_of(meta_model.config)
-    if device.type == "meta":
+    numbers, without_weights = range(start, stop), device.type == "meta"
+    stored, kept = None, None
+    keeps = keeps_stored(meta_model.stored, load_in_4bit=load_in_4bit, load_in_fp8=load_in_fp8)
+    if meta_model.stored and not (without_weights and (not keeps or missing_files(meta_model.model_dir))):
+        stored = StoredWeights(meta_model.model_dir, meta_model.stored)
+        kept = kept_weights(meta_model, stored, numbers) if keeps else None
+    if without_weights:
         model = _without_weights(meta_model, start, stop, dtype, attn_implementation)
         _untie(model, meta_model, start, stop, device)
         if load_in_4bit:
-            quantise_without_weights(model, meta_model, range(start, stop), dtype, double_quant=double_quant)
+            quantise_without_weights(model, meta_model, numbers, dtype, double_quant=double_quant, only=kept)
         if load_in_fp8:
-            hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
+            hold_in_fp8(model, meta_model, numbers, dtype, device)
         return model
 
     def quantise(model: PreTrainedModel) -> None:
+        await_codes(model, kept or ())
         if load_in_4bit:
             quantise_on_load(list(model.get_submodule(meta_model.layers_name))[start:stop], double_quant=double_quant)
         if load_in_fp8:
-            hold_in_fp8(model, meta_model, range(start, stop), dtype, device)
+            hold_in_fp8(model, meta_model, numbers, dtype, device)
 
+    names = meta_model.layer_names
     trimming_class = _trimming_class(meta_model, start, stop, device, quantise)
-    stored = StoredWeights(meta_model.model_dir, meta_model.stored) if meta_model.stored else None
-    with one_at_a_time() if load_in_4bit or load_in_fp8 or stored else contextlib.nullcontext():
+    with contextlib.ExitStack() as within:
+        if load_in_4bit or load_in_fp8 or stored:
+            within.enter_context(one_at_a_time())
+        if kept is not None:
+            within.enter_context(nothing_to_quantise())
         model, report = trimming_class.from_pretrained(
             str(meta_model.model_dir) if stored is None else None,
-            state_dict=None if stored is None else stored.on_demand(dtype, device),
+            state_dict=None if stored is None else stored.on_demand(dtype, device, later=(kept or {}).values()),
             config=meta_model.config,
             dtype=dtype,
             device_map={"": device},
             quantization_config=nf4(
-                [meta_model.head_name, *kept_names(meta_model.model, meta_model.layer_names)],
+                [meta_model.head_name, *(kept_names if kept is None else linear_names)(meta_model.model, names)],
                 dtype,
                 double_quant=double_quant,
             )
@@ -89,6 +114,8 @@ def load_trimmed(
         )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
+    if stored is not None and kept is not None:
+        hold_as_stored(model, kept, stored, dtype, device)
     _untie(model, meta_model, start, stop, device)
     return model
 

@@ -19,7 +19,7 @@ from lightning_pipelite.models.long_documents import try_long_documents
 from lightning_pipelite.models.probe import Probe
 from lightning_pipelite.models.rope import is_static
 from lightning_pipelite.models.router import RouterLoss, find_router_loss
-from lightning_pipelite.models.stored.known import stored_format
+from lightning_pipelite.models.stored.known import refuse_transposed, stored_format
 from lightning_pipelite.models.text_part import TEXT_MODEL_NAMES
 from lightning_pipelite.models.transformers_compat import attention_of, set_attention
 from lightning_pipelite.models.weight_files import read_json
@@ -97,6 +97,7 @@ class MetaModel:
             raise ConfigurationError(
                 f"{self.model_dir / 'config.json'} describes no model that can be built: {first_line(error)}"
             ) from error
+        refuse_transposed(self.stored, self.model, self.model_dir)
         self.config = self.model.config.get_text_config(decoder=True)
         embedding_first(self.model)
         self.embedding_name = self._name_of(self.model.get_input_embeddings(), "input embedding")

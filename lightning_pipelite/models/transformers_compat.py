@@ -17,6 +17,7 @@ routers (``router.py``). The data room, which knows no models, has its own (``da
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -64,6 +65,7 @@ __all__ = [
     "mark_initialised",
     "mask_documents",
     "no_init_weights",
+    "nothing_to_quantise",
     "one_at_a_time",
     "rename_source_key",
     "revert_weight_conversion",
@@ -161,6 +163,21 @@ def one_at_a_time() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = former
+
+
+@contextlib.contextmanager
+def nothing_to_quantise() -> Iterator[None]:
+    """Let transformers' 4-bit quantiser find no linear layers, within this context, without a warning of a bug.
+
+    There are none where all are held as the files have them. Remove when its warning can be turned off by itself.
+    """
+    logger = logging.getLogger("transformers.integrations.bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def mark_initialised(parameter: nn.Parameter | nn.Module) -> None:

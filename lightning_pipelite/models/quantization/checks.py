@@ -7,6 +7,7 @@ from typing import Literal
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.quantization.four_bit import fused_weights, unknown_linear
+from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.trains import Trains
 
 Option = Literal["load_in_4bit", "load_in_fp8"]
@@ -25,6 +26,22 @@ def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: 
         _check(meta_model, adapter, "load_in_4bit")
     if load_in_fp8:
         _check(meta_model, adapter, "load_in_fp8")
+
+
+def check_double_quant(stored: Format | None, asked: bool, load_in_4bit: bool) -> bool:
+    """Return whether scales of 4-bit weights are quantised too: as asked, or as in files whose codes are kept.
+
+    Raises:
+        ConfigurationError: It is asked for, and the files have it otherwise.
+    """
+    if not load_in_4bit or stored is None or stored.keeps != "load_in_4bit":
+        return asked
+    if asked and not stored.double_quant:
+        raise ConfigurationError(
+            f"bnb_4bit_use_double_quant: the files are in {stored.title} with scales in float32, and held as they are; "
+            "set it to false."
+        )
+    return stored.double_quant
 
 
 def can_quantise(meta_model: MetaModel, adapter: Trains, option: Option) -> bool:

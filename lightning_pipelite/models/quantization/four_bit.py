@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,16 @@ def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
         for layer_name in layer_names
         for name, module in model.get_submodule(layer_name).named_modules()
         if isinstance(module, nn.Linear) and any(ROUTER.fullmatch(part) for part in name.split("."))
+    ]
+
+
+def linear_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
+    """Return all linear layers of the named decoder layers."""
+    return [
+        f"{layer_name}.{name}"
+        for layer_name in layer_names
+        for name, module in model.get_submodule(layer_name).named_modules()
+        if isinstance(module, nn.Linear)
     ]
 
 
@@ -106,7 +116,13 @@ def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None
 
 
 def quantise_without_weights(
-    model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, *, double_quant: bool
+    model: nn.Module,
+    meta_model: MetaModel,
+    numbers: Iterable[int],
+    dtype: torch.dtype,
+    *,
+    double_quant: bool,
+    only: Collection[str] | None = None,
 ) -> None:
     """Give a model on the meta device the tensors that it has in 4 bits, where a real one is quantised on loading.
 
@@ -116,6 +132,7 @@ def quantise_without_weights(
         numbers: The decoder layers that it has.
         dtype: Type of the computation.
         double_quant: Quantise the scales of the blocks too.
+        only: The linear layers that are in 4 bits; None if all are.
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
@@ -124,8 +141,9 @@ def quantise_without_weights(
     with _code_tables_of_its_own():
         for layer_name in names:
             for name, module in list(model.get_submodule(layer_name).named_modules()):
-                if type(module) in (nn.Linear, Conv1D) and f"{layer_name}.{name}" not in kept:
-                    model.set_submodule(f"{layer_name}.{name}", _linear_without_weights(module, dtype, double_quant))
+                full = f"{layer_name}.{name}"
+                if type(module) in (nn.Linear, Conv1D) and full not in kept and (only is None or full in only):
+                    model.set_submodule(full, _linear_without_weights(module, dtype, double_quant))
         for module, name in list(fused_weights(model.get_submodule(name) for name in names)):
             replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=double_quant)
 
@@ -165,6 +183,36 @@ def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, doub
     quantised.weight._quantize(torch.device("meta"))
     quantised.bias = linear.bias
     return quantised.requires_grad_(False)
+
+
+def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.dtype) -> Linear4bit:
+    """Return a linear layer with given codes.
+
+    Args:
+        linear: What it stands for; its weight is not looked at.
+        codes: Bitsandbytes' codes, one column of bytes.
+        state: Its ``QuantState`` of them.
+        dtype: Type of the computation.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    state.dtype = dtype  # what it becomes for a product, as where it is quantised here; else it would be rounded twice
+    made = Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type,
+        device="meta",
+    )  # fmt: skip
+    made.weight = Params4bit(
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        module=made,
+        bnb_quantized=True,
+    )
+    made.quant_state, made.bias = state, linear.bias
+    return made.requires_grad_(False)
 
 
 class _QuantisedOnLoad(Mixin, nn.Module):

@@ -86,11 +86,27 @@ class Fp8Linear(nn.Linear):
             ConfigurationError: It has values that are no numbers or infinite.
         """
         if not_finite({self.name: weight}):
-            raise ConfigurationError(
-                f"{self.name}.weight holds values that are nan or infinite, which no training can start from; repair "
-                "the model's files."
-            )
-        codes, scales = quantise_rows(weight.T.contiguous() if self._transposed else weight)
+            raise self._not_finite()
+        self._hold(*quantise_rows(weight.T.contiguous() if self._transposed else weight))
+
+    def keep(self, codes: Tensor, scales: Tensor) -> None:
+        """Hold e4m3 codes [out, in] with float32 scales [out] that are given.
+
+        Raises:
+            ConfigurationError: There are values that are no numbers or infinite.
+        """
+        not_a_number = (codes.view(torch.uint8) & 0x7F) == 0x7F
+        if bool(not_a_number.any()) or not_finite({self.name: scales}):
+            raise self._not_finite()
+        self._hold(codes, scales)
+
+    def _not_finite(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.name}.weight holds values that are nan or infinite, which no training can start from; repair the "
+            "model's files."
+        )
+
+    def _hold(self, codes: Tensor, scales: Tensor) -> None:
         self._parameters.pop("weight", None)  # it is there the first time
         self.codes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)

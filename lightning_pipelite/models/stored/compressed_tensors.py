@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.stored.format import Entries, Quantised, misfit, part, refuse_unknown, shape_of
+from lightning_pipelite.models.stored.format import (
+    Entries,
+    Keeps,
+    Quantised,
+    Read,
+    misfit,
+    part,
+    refuse_unknown,
+    shape_of,
+)
+from lightning_pipelite.models.stored.packed import WORD, unpack
 
 FORMATS = {
     ("pack-quantized", "int", 4): "I32",
@@ -46,6 +56,8 @@ class CompressedTensors:
     Args:
         config: The ``quantization_config``.
     """
+
+    double_quant = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         refuse_unknown(
@@ -86,9 +98,11 @@ class CompressedTensors:
         self._codes, self._count = FORMATS[kind], kind[2]
         self._sides = _sides(weights)
         self.bits = 4.5 if self._count == 4 else 8.0
+        by_row = self._codes == "F8_E4M3" and self._sides in (None, (1, 0))
+        self.keeps: Keeps | None = "load_in_fp8" if by_row else None
         self.title = f"compressed-tensors {form} of {self._count} bits"
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights."""
         used: set[str] = set()
         end = ".weight_packed" if self._codes == "I32" else ".weight"
@@ -110,7 +124,7 @@ class CompressedTensors:
             raise misfit(name, f"has shape {list(shape)}, which is no matrix")
         packed = self._codes == "I32"
         if packed:
-            shape = (shape[0], shape[1] * 32 // self._count)
+            shape = (shape[0], shape[1] * WORD // self._count)
         grid = shape_of(entries, scale)
         if self._sides is None:
             if grid not in ((), (1,), (1, 1)):
@@ -139,13 +153,18 @@ class CompressedTensors:
             if packed:
                 if tuple(parts[2].tolist()) != shape:
                     raise misfit(name, f"has {name}_shape {parts[2].tolist()}, and codes for {list(shape)}")
-                values = _unpack(values, self._count)
+                # They are stored plus half their range.
+                values = (unpack(values, self._count) - 2 ** (self._count - 1)).to(torch.int8)
             scales = scales.float() if exact else scales
             factors = scales.reshape(1, 1) if self._sides is None else scales.repeat_interleave(sides[0], dim=0)
             factors = factors if self._sides is None else factors.repeat_interleave(sides[1], dim=1)
             return (values.to(scales.dtype) * factors).to(dtype)
 
-        return Quantised(name, shape, parts, dequantise, unused)
+        def kept(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+            codes, scales = parts
+            return codes, scales.float().reshape(-1).expand(codes.shape[0]).contiguous()
+
+        return Quantised(name, shape, parts, dequantise, unused, kept if self.keeps else None)
 
 
 def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -165,9 +184,3 @@ def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
         f"quantization_config: strategy {strategy} with group_size {group} and block_structure {block} is not known; "
         "give the model in bfloat16."
     )
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """Return the codes of words, lowest bits first; they are stored plus half their range."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8).flatten(-2)

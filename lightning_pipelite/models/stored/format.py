@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from lightning_pipelite.errors import ConfigurationError
 
 Entries = Mapping[str, Mapping[str, Any]]
 """What the headers of the files say of each tensor, by name: ``dtype``, as safetensors call it, and ``shape``."""
+
+Keeps = Literal["load_in_4bit", "load_in_fp8"]
+Read = Callable[[str], Tensor]
+"""Reads a tensor of the files, by its name; for those that say what others are."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Quantised:
         parts: Names of the tensors that make it, in the order in which ``dequantise`` takes them.
         dequantise: Makes the weight of the parts, in a given type.
         unused: Names of tensors that belong with it and make nothing of it, such as scales of activations.
+        kept: Makes of the parts what holds the weight as the files do, without dequantising it: codes and bitsandbytes'
+            state of them, or FP8's codes and a scale for each row. None where nothing does.
     """
 
     name: str
@@ -32,6 +38,7 @@ class Quantised:
     parts: tuple[str, ...]
     dequantise: Callable[[list[Tensor], torch.dtype], Tensor]
     unused: tuple[str, ...] = ()
+    kept: Callable[[list[Tensor]], tuple[Tensor, Any]] | None = None
 
 
 class Format(Protocol):
@@ -40,13 +47,21 @@ class Format(Protocol):
     Attributes:
         title: What it is called.
         bits: About how many a quantised weight has, with its scales.
+        keeps: The option with which weights are held as the files have them; None if there is none.
+        double_quant: Whether those that load_in_4bit keeps have scales that are quantised too.
     """
 
     title: str
     bits: float
+    keeps: Keeps | None
+    double_quant: bool
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights among the tensors of the files.
+
+        Args:
+            entries: Of all tensors, what the headers say.
+            read: For the few small ones that say what a weight is.
 
         Raises:
             ConfigurationError: A tensor of the format is missing, or its type or shape does not fit.

@@ -14,7 +14,9 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.stored.format import (
     Entries,
+    Keeps,
     Quantised,
+    Read,
     misfit,
     part,
     refuse_unknown,
@@ -35,7 +37,7 @@ class Fp8:
         config: The ``quantization_config``.
     """
 
-    title, bits = "FP8", 8.0
+    title, bits, double_quant = "FP8", 8.0, False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         refuse_unknown(
@@ -62,9 +64,10 @@ class Fp8:
                 "config.json again."
             )
         self._block: tuple[int, int] | None = None if block is None else tuple(block)
+        self.keeps: Keeps | None = None if block else "load_in_fp8"
         self.title = f"FP8 in blocks of {block[0]} by {block[1]}" if block else "FP8 with a scale for each tensor"
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights."""
         used: set[str] = set()
         for name, entry in entries.items():
@@ -91,7 +94,7 @@ class Fp8:
             # One of each expert, where they are fused.
             if grid not in ((), (1,), (*shape[:-2], 1, 1)):
                 raise misfit(name, f"wants one scale, and has {scale} in shape {list(grid)}")
-            return Quantised(name, shape, (name, scale), _by_tensor, unused)
+            return Quantised(name, shape, (name, scale), _by_tensor, unused, _kept if len(shape) == 2 else None)
         block = self._block
         wanted = (*shape[:-2], *(-(-size // side) for size, side in zip(shape[-2:], block, strict=True)))
         part(entries, name, scale, SCALE_TYPES, wanted)
@@ -112,6 +115,11 @@ class Fp8:
 def _by_tensor(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     codes, scale = parts
     return (codes.float() * scale.float()).to(dtype)
+
+
+def _kept(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    codes, scale = parts
+    return codes, scale.float().reshape(1).expand(codes.shape[0]).contiguous()
 
 
 def _by_block(parts: list[Tensor], dtype: torch.dtype, block: tuple[int, int]) -> Tensor:

@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import Conv1D
+
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.stored.awq import Awq
+from lightning_pipelite.models.stored.bnb import BitsAndBytes
 from lightning_pipelite.models.stored.compressed_tensors import CompressedTensors
 from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.stored.fp8 import Fp8
+from lightning_pipelite.models.stored.gptq import Gptq
 from lightning_pipelite.models.stored.mxfp4 import Mxfp4
 from lightning_pipelite.models.weight_files import read_json
 
@@ -17,6 +23,9 @@ KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "mxfp4": Mxfp4,
     "fp8": Fp8,
     "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+    "bitsandbytes": BitsAndBytes,
 }
 """By ``quant_method``."""
 KEYS = ("quantization_config", "compression_config")  # the second: of old, in compressed-tensors
@@ -49,6 +58,19 @@ def stored_format(model_dir: Path) -> Format | None:
         return KNOWN[method](first)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {first_line(error)}") from None
+
+
+def refuse_transposed(stored: Format | None, model: nn.Module, model_dir: Path) -> None:
+    """Refuse quantised files of a model with transformers' Conv1D, whose weights lie the other way round.
+
+    Raises:
+        ConfigurationError: It has one: a square one would be read the wrong way without a word.
+    """
+    if stored is not None and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ConfigurationError(
+            f"{model_dir} is in {stored.title}, which is not known of models with Conv1D layers; give the original "
+            "model."
+        )
 
 
 def unquantised(config: dict[str, Any]) -> dict[str, Any]:

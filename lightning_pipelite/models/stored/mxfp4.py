@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lightning_pipelite.models.stored.format import (
     Entries,
+    Keeps,
     Quantised,
+    Read,
     misfit,
     part,
     refuse_unknown,
@@ -33,13 +35,14 @@ class Mxfp4:
         config: The ``quantization_config``.
     """
 
-    title, bits = "MXFP4", 4.25
+    title, bits, double_quant = "MXFP4", 4.25, False
+    keeps: Keeps | None = None
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # What is not converted is told by the files, which have it in plain.
         refuse_unknown(config, {"modules_to_not_convert": None, "dequantize": None})
 
-    def find(self, entries: Entries) -> Iterator[Quantised]:
+    def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights, [experts, in, out] as the model has them."""
         for scales in (name for name in entries if name.endswith(SCALES)):
             part(entries, scales.removesuffix(SCALES), scales.removesuffix(SCALES) + BLOCKS, ["U8"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,14 @@ class StoredWeights:
         self._quantised: dict[str, Quantised] = {}
         self._open: dict[Path, Any] = {}
         try:
-            for weight in stored.find(entries) if stored else ():
+            for weight in stored.find(entries, lambda name: self._tensor(name, "cpu")) if stored else ():
                 if weight.name in entries and weight.name not in weight.parts:
                     raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
                 self._quantised[weight.name] = weight
+            if stored and not self._quantised:
+                raise ConfigurationError(
+                    f"quantization_config in config.json says {stored.title}, but no weight is so; take it out."
+                )
         except ConfigurationError as error:
             raise ConfigurationError(f"{model_dir}: {first_line(error)}") from None
         taken = {name for weight in self._quantised.values() for name in (*weight.parts, *weight.unused)}
@@ -61,6 +67,19 @@ class StoredWeights:
         """What headers would say of all weights."""
         return {name: entry for header in self.headers.values() for name, entry in header.items()}
 
+    def adds_nothing(self, name: str) -> bool:
+        """Tell whether this is a bias of zeros beside a quantised weight.
+
+        Some packers of GPTQ gave one to each layer, also where the model has none.
+        """
+        beside = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in self._quantised
+        return beside and name in self._paths and not self._tensor(name, "cpu").any()
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Go on as if the files had no tensors of these names."""
+        for name in names:
+            del self.headers[self._paths[name].name][name]
+
     def read(self, name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Tensor:
         """Return a weight: one that is quantised in ``dtype``, any other as the files have it."""
         weight = self._quantised.get(name)
@@ -71,9 +90,23 @@ class StoredWeights:
             raise RuntimeError(f"{name} came out as {list(made.shape)} and not {list(weight.shape)}")
         return made
 
-    def on_demand(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        """Return what transformers takes for a state dict: each weight is read when it is asked for."""
-        return {name: _OnDemand(self, name, dtype, device) for name in self.entries}
+    def can_keep(self, name: str) -> bool:
+        """Tell whether there is a way to hold the weight as the files have it."""
+        return name in self._quantised and self._quantised[name].kept is not None
+
+    def read_kept(self, name: str, device: str | torch.device) -> tuple[Tensor, Any]:
+        """Return what holds a weight as the files do, see ``Quantised.kept``."""
+        weight = self._quantised[name]
+        assert weight.kept is not None
+        return weight.kept([self._tensor(each, device) for each in weight.parts])
+
+    def on_demand(self, dtype: torch.dtype, device: torch.device, later: Collection[str] = ()) -> dict[str, Any]:
+        """Return what transformers takes for a state dict: each weight is read when it is asked for.
+
+        Of those that will be read ``later`` it is not: NaN stand for them, and take no memory.
+        """
+        awaited = {name: self._quantised[name].shape for name in later}
+        return {name: _OnDemand(self, name, dtype, device, awaited.get(name)) for name in self.entries}
 
     def _tensor(self, name: str, device: str | torch.device) -> Tensor:
         path = self._paths[name]
@@ -86,8 +119,17 @@ class StoredWeights:
 class _OnDemand:
     """A weight that is read when it is indexed, as transformers does with what a safetensors file holds."""
 
-    def __init__(self, weights: StoredWeights, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        self._weights, self._name, self._dtype, self._device = weights, name, dtype, device
+    def __init__(
+        self,
+        weights: StoredWeights,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        awaited: tuple[int, ...] | None,
+    ) -> None:
+        self._weights, self._name, self._dtype, self._device, self._awaited = weights, name, dtype, device, awaited
 
     def __getitem__(self, index: Any) -> Tensor:
+        if self._awaited is not None:
+            return torch.full((), math.nan, dtype=self._dtype, device=self._device).expand(self._awaited)
         return self._weights.read(self._name, self._dtype, self._device)[index]

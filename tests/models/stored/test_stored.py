@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ from lightning_pipelite.models.stored.fp8 import Fp8
 from lightning_pipelite.models.stored.known import stored_format
 from lightning_pipelite.models.stored.weights import StoredWeights
 from processes import Workers
-from quantised_files import edit_config, edit_tensors, fp8, mxfp4, write_quantised
+from quantised_files import compressed, edit_config, edit_tensors, fp8, mxfp4, write_quantised
 from tiny_models import build
 
 Quantise = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -95,13 +96,36 @@ def test_nf4_is_made_of_the_dequantised_weights(tmp_path: Path, files: str) -> N
 
 
 def test_fp8_is_made_of_the_dequantised_weights(tmp_path: Path) -> None:
-    write(tmp_path, "FP8 tensors, dense")
+    write(tmp_path, "FP8 blocks, dense")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    layers = layers_of(tmp_path, dtype=torch.bfloat16, load_in_fp8=True)
+    assert str(layers.weights_told).endswith("on disk, held in FP8, with scales by row made anew")
     with pytest.warns(UserWarning, match="load_in_fp8"):
-        stages = build(layers_of(tmp_path, dtype=torch.bfloat16, load_in_fp8=True), [0, 2, 4])
+        stages = build(layers, [0, 2, 4])
     for name in ("model.layers.0.mlp.up_proj", "model.layers.3.self_attn.q_proj"):
         found = stages[int(name.split(".")[2]) // 2].causal_lm.get_submodule(name).weight
         assert torch.equal(found, dequantise_rows(*quantise_rows(expected[name + ".weight"]), torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("by", ["tensor", "row"])
+@pytest.mark.filterwarnings("ignore:.*load_in_fp8")
+def test_fp8_with_a_scale_by_tensor_or_row_is_held_as_it_is(tmp_path: Path, by: str) -> None:
+    quantise = fp8(None, scheme="static") if by == "tensor" else compressed("float-quantized", strategy="channel")
+    write_quantised(tmp_path, "qwen3", quantise)
+    layers = layers_of(tmp_path, dtype=torch.bfloat16, load_in_fp8=True)
+    assert str(layers.weights_told).endswith("on disk, held as they are")
+    stages = build(layers, [0, 2, 4])
+    stored = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.3.self_attn.o_proj"):
+        found = stages[int(name.split(".")[2]) // 2].causal_lm.get_submodule(name)
+        found = getattr(found, "base_layer", found)
+        scales = stored[f"{name}.weight_scale" + ("_inv" if by == "tensor" else "")].float().flatten()
+        assert torch.equal(found.codes, stored[f"{name}.weight"].view(torch.uint8))
+        assert torch.equal(found.scales, scales.expand(found.codes.shape[0]))
+    damaged = replace("model.layers.3.mlp.up_proj.weight", lambda t: torch.full_like(t.float(), torch.nan).to(t.dtype))
+    edit_tensors(tmp_path, damaged)
+    with pytest.raises(ConfigurationError, match=r"layers\.3\.mlp\.up_proj\.weight holds values that are nan"):
+        layers_of(tmp_path, dtype=torch.bfloat16, load_in_fp8=True).build_stage(2, 4, torch.device("cpu"))
 
 
 def test_a_stage_reads_its_own_weights_one_layers_experts_at_a_time(
@@ -275,7 +299,7 @@ def test_a_last_block_may_be_smaller() -> None:
         "a.weight": {"dtype": "F8_E4M3", "shape": [576, 256]},
         "a.weight_scale_inv": {"dtype": "F32", "shape": [5, 2]},
     }
-    (weight,) = Fp8({"quant_method": "fp8"}).find(entries)
+    (weight,) = Fp8({"quant_method": "fp8"}).find(entries, {}.__getitem__)
     factors = scales.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)
     assert torch.equal(weight.dequantise([codes, scales], torch.float32), codes.float() * factors)
 
