@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ class LoRA(Adapter):
     @override
     def changes_weights(self) -> str:
         return f"init_lora_weights {self.init_lora_weights}" if self._pissa else ""
+
+    @property
+    @override
+    def trained_tokens(self) -> set[int]:
+        rows = self.trainable_token_indices or []
+        return {*chain(*rows.values())} if isinstance(rows, dict) else {*rows}
 
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
