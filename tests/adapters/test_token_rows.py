@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers, Stage
 from lightning_pipelite.models.head import HeadInputs
+from lightning_pipelite.models.loss import CausalLMLoss
 from lightning_pipelite.module.greedy import _next_token
+from lightning_pipelite.planning.planner import Planner
+from lightning_pipelite.planning.simulation import Simulation
 from processes import Workers
 from tiny_models import CPU, SIZES, build, micro_batches, reference, run_stages, write_model
 
@@ -59,7 +63,7 @@ def logits_of(model: nn.Module) -> Tensor:
 def test_training_equals_a_plain_loop_over_pefts_model(workers: Workers, tied: bool) -> None:
     case = Case("rows", tied=tied, targets=("q_proj", "down_proj"), tokens=(7, 500, 0))
     splits = [Split(1), Split(2), *([Split(2, virtual_stages=2)] if tied else [])]
-    for split, loss, weight in compare(workers, case, splits, 3, SCALE):
+    for split, loss, weight in compare(workers, case, splits, 8, SCALE):
         assert loss < LOSS_LIMIT, split
         assert weight < WEIGHT_LIMIT, split
 
@@ -221,6 +225,21 @@ def test_a_head_with_a_bias_which_peft_leaves_out(tmp_path: Path) -> None:
     lora = LoRA(2, target_modules=["q_proj"], trainable_token_indices=TOKENS)
     with pytest.raises(ConfigurationError, match="in a model of type phi, as PEFT computes something else with them"):
         CausalLMLayers(tmp_path, adapter=lora)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_a_plan_counts_the_rows_and_no_more(models: dict[str, Path], kind: str) -> None:
+    def planned(rows: Any) -> list[Any]:
+        lora = LoRA(2, target_modules=["q_proj"], trainable_token_indices=rows)
+        layers = CausalLMLayers(models[kind], adapter=lora, activation_memory="keep", fuse_head=True)
+        simulation = Simulation(layers, CausalLMLoss(), partial(torch.optim.Adam, lr=1e-3))
+        return list(Planner(simulation, micro_batches=2, sequence_len=32).stages([0, 2, 4], "keep"))
+
+    count = len(TOKENS) * 64
+    for without, with_rows in zip(planned(None), planned(TOKENS), strict=True):
+        assert with_rows.trained - without.trained == count
+        assert with_rows.gradients - without.gradients >= 4 * count
+        assert 0 < with_rows.total - without.total < 32 * 1024  # a copy of the weight in float32 were as much
 
 
 def test_the_next_token_of_a_head_that_is_left_to_the_loss() -> None:
