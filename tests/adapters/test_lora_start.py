@@ -25,7 +25,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from processes import Workers
 from quantised_files import fp8, write_quantised
-from tiny_models import CPU, build, micro_batches, reference, run_stages, write_model
+from tiny_models import CONFIGS, CPU, build, micro_batches, reference, run_stages, write_model
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -121,7 +121,9 @@ def test_a_base_in_fp8_files(tmp_path: Path, in_4bit: bool) -> None:
     write_quantised(tmp_path / "model", "llama", fp8())
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).float()
     if in_4bit:
-        model.save_pretrained(tmp_path / "plain")
+        plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])  # by its own hand, it saves FP8 again
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(tmp_path / "plain")
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "plain", dtype=torch.float32, quantization_config=four_bit()
         )

@@ -61,9 +61,9 @@ def logits_of(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_training_equals_a_plain_loop_over_pefts_model(workers: Workers, tied: bool) -> None:
-    case = Case("rows", tied=tied, targets=("q_proj", "down_proj"), tokens=(7, 500, 0))
+    case = Case("rows", tied=tied, targets=("q_proj", "down_proj"), tokens=tuple(range(511, -1, -2)))
     splits = [Split(1), Split(2), *([Split(2, virtual_stages=2)] if tied else [])]
-    for split, loss, weight in compare(workers, case, splits, 8, SCALE):
+    for split, loss, weight in compare(workers, case, splits, 6, SCALE):
         assert loss < LOSS_LIMIT, split
         assert weight < WEIGHT_LIMIT, split
 
