@@ -132,7 +132,7 @@ def check_computation(rows: Mapping[str, list[int]], meta_model: MetaModel) -> N
     reasons = ("its code takes their weights in a way that is not known", "PEFT computes something else with them")
     for found, why in zip((ours, theirs), reasons, strict=True):
         if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
-            raise _refusal(meta_model, why)
+            raise _refusal(meta_model, why, _alone(rows, meta_model))
 
 
 def _wrap(
@@ -165,6 +165,12 @@ def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: Me
         raise _refusal(meta_model, f"PEFT would load them into {', '.join(sorted(found))}")
 
 
+def _alone(rows: Mapping[str, list[int]], meta_model: MetaModel) -> str:
+    """Say what may do where not the rows of both can be trained."""
+    embedding = meta_model.embedding_name
+    return f"or train those of one alone, as {{{_last(embedding)}: {rows[embedding]}}}" if len(rows) > 1 else ""
+
+
 def _has_weight(model: nn.Module, name: str) -> bool:
     return "weight" in model.get_submodule(name)._parameters
 
@@ -173,8 +179,8 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _refusal(meta_model: MetaModel, why: str) -> ConfigurationError:
+def _refusal(meta_model: MetaModel, why: str, remedy: str = "") -> ConfigurationError:
     return ConfigurationError(
         f"{_KEY}: the rows of tokens cannot be trained in a model of type {meta_model.config.model_type}, as {why}; "
-        "leave it out."
+        f"leave it out{', ' * bool(remedy)}{remedy}."
     )

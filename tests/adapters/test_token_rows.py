@@ -223,8 +223,11 @@ def test_refused(models: dict[str, Path], kind: str, rows: Any, told: str) -> No
 def test_a_head_with_a_bias_which_peft_leaves_out(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(PhiConfig(**SIZES)).save_pretrained(tmp_path)
     lora = LoRA(2, target_modules=["q_proj"], trainable_token_indices=TOKENS)
-    with pytest.raises(ConfigurationError, match="in a model of type phi, as PEFT computes something else with them"):
+    with pytest.raises(
+        ConfigurationError, match=r"type phi, as PEFT computes something else .*, as {embed_tokens: \[5"
+    ):
         CausalLMLayers(tmp_path, adapter=lora)
+    CausalLMLayers(tmp_path, adapter=LoRA(2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
