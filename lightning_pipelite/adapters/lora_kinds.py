@@ -101,6 +101,8 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
                 f"{directory} holds {key} of shape {list(tensor.shape)}, which is not A or B of a LoRA; choose another "
                 "adapter."
             )
+    if config.trainable_token_indices and not any(key.endswith(ROWS) for key in tensors):
+        raise ConfigurationError(f"{directory} lacks the rows of its trainable_token_indices; fetch it again.")
     if not pairs:
         raise ConfigurationError(f"{directory} holds no A and B of any module; choose another adapter.")
     return pairs
