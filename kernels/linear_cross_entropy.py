@@ -24,12 +24,14 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> Tensor:
     """Return the summed cross-entropy of ``hidden @ weight.T + bias``.
 
     The gradients are computed in the forward pass, as the logits are gone in the backward pass: those of ``hidden``
-    always, those of a trained ``weight`` and ``bias`` in float32 over all chunks, so that small ones are not lost.
+    always, those of a trained ``weight``, ``rows`` and ``bias`` in float32 over all chunks, so that small ones are not
+    lost.
 
     Args:
         hidden: [..., size], float32, bfloat16 or float16.
@@ -38,6 +40,8 @@ def linear_cross_entropy(
         bias: [vocabulary].
         scale: What the logits are multiplied with; positive.
         softcap: What they are then limited to, see :func:`~lightning_pipelite.kernels.cross_entropy.cross_entropy_`.
+        rows: Numbers of some rows of ``weight``, int64 and each once, and what stands in their place, [rows, size] of
+            any floating type: to train them without a gradient, or a copy, of the whole weight.
         max_logits_bytes: How much the logits of a chunk may take; at least one token is computed at a time.
 
     Returns:
@@ -51,8 +55,9 @@ def linear_cross_entropy(
             f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do "
             "not fit together"
         )
+    numbers, values = rows if rows is not None else (labels.new_empty(0), None)
     total: Tensor = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), bias, scale, softcap, max_logits_bytes
+        hidden.flatten(0, -2), weight, labels.flatten(), bias, values, numbers, scale, softcap, max_logits_bytes
     )
     return total
 
@@ -65,16 +70,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
+        values: Tensor | None,
+        numbers: Tensor,
         scale: float,
         softcap: float | None,
         max_logits_bytes: int,
     ) -> Tensor:
-        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-        gradient = needs_hidden or needs_weight or needs_bias
+        needs_hidden, needs_weight, _, needs_bias, needs_values, *_ = ctx.needs_input_grad
+        gradient = needs_hidden or needs_weight or needs_bias or needs_values
         compute = cross_entropy_ if runs_triton(hidden) or hidden.is_meta else cross_entropy_reference_
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        of_values = torch.zeros_like(values, dtype=torch.float32) if needs_values and values is not None else None
+        apart = None if values is None else values.to(weight.dtype)
         losses = [torch.zeros(1, dtype=torch.float32, device=hidden.device)]  # so that there is one without tokens
         rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
         if rows > TILE:  # 1046 rows took an H100 a quarter longer than 958
@@ -82,17 +91,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            if apart is not None:
+                theirs = torch.nn.functional.linear(hidden[part], apart, None if bias is None else bias[numbers])
+                logits.index_copy_(1, numbers, theirs)
             losses.append(compute(logits, labels[part], scale=scale, softcap=softcap, gradient=gradient))
             # The logits are their own gradient now.
-            if of_hidden is not None:
-                torch.mm(logits, weight, out=of_hidden[part])
-            if of_weight is not None:
-                _add_product(of_weight, logits, hidden[part])
             if of_bias is not None:
                 of_bias += logits.sum(dim=0, dtype=torch.float32)
+            if gradient and apart is not None:  # of whose rows the weight's own take no part
+                theirs = logits.index_select(1, numbers)
+                logits.index_fill_(1, numbers, 0)
+            if of_hidden is not None:
+                torch.mm(logits, weight, out=of_hidden[part])
+                if apart is not None:
+                    of_hidden[part].addmm_(theirs, apart)
+            if of_weight is not None:
+                _add_product(of_weight, logits, hidden[part])
+            if of_values is not None:
+                _add_product(of_values, theirs, hidden[part])
             del logits  # before the next chunk's are made
-        ctx.of = of_hidden, of_weight, of_bias
-        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        ctx.of = of_hidden, of_weight, of_bias, of_values
+        ctx.dtypes = [None if each is None else each.dtype for each in (weight, bias, values)]
         return torch.cat(losses).sum()
 
     @staticmethod
@@ -100,16 +119,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (factor,) = gradients
         if ctx.of is None:
             raise RuntimeError("linear_cross_entropy goes through one backward pass only, without retain_graph")
-        hidden, weight, bias = (None if of is None else scale_(of, factor) for of in ctx.of)
+        hidden, *others = (None if of is None else scale_(of, factor) for of in ctx.of)
         ctx.of = None  # autograd copies what somebody else holds
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            hidden,
-            None if weight is None else weight.to(weight_dtype),
-            None,
-            None if bias is None else bias.to(bias_dtype),
-            None, None, None,
-        )  # fmt: skip
+        weight, bias, values = (
+            None if of is None else of.to(dtype) for of, dtype in zip(others, ctx.dtypes, strict=True)
+        )
+        return hidden, weight, None, bias, values, None, None, None, None
 
 
 def _add_product(sum_: Tensor, logits: Tensor, hidden: Tensor) -> None:

@@ -29,6 +29,11 @@ class Adapter(ABC):
     init_from: str | None = None
 
     @property
+    def trained_tokens(self) -> set[int]:
+        """The tokens whose rows of embedding or head are trained, where that are not all."""
+        return set()
+
+    @property
     def changes_weights(self) -> str:
         """What of it changes the model's own weights, which then cannot be held as codes; empty if nothing does."""
         return ""

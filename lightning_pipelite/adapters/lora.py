@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,20 @@ from lightning_pipelite.adapters.low_rank import (
     generator_of,
     named_as_whole,
 )
+from lightning_pipelite.adapters.token_rows import (
+    IN_FILE,
+    Rows,
+    check_computation,
+    check_numbers,
+    check_places,
+    for_peft,
+    hold_rows,
+    rows_by_module,
+)
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.fingerprint import record_base
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.rows_apart import ROWS
 
 
 class LoRA(Adapter):
@@ -59,6 +71,8 @@ class LoRA(Adapter):
             unchanged W.
         init_from: A PEFT directory of a LoRA to start from instead, with this rank, these targets and these layers; its
             alpha is multiplied into B. A resumed training goes on from its checkpoint.
+        trainable_token_indices: Numbers of tokens, such as those added to a tokenizer, whose rows of embedding and head
+            are trained too; by module, such as ``{"embed_tokens": [128002]}``, those of one of the two alone.
 
     Raises:
         ConfigurationError: An option out of its range, or two that do not go together.
@@ -75,6 +89,7 @@ class LoRA(Adapter):
         use_dora: bool = False,
         init_lora_weights: str = "default",
         init_from: str | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
     ) -> None:
         check_options(rank, dropout, dtype)
         if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init_lora_weights):
@@ -90,6 +105,9 @@ class LoRA(Adapter):
         self.use_dora = use_dora
         self.init_lora_weights = init_lora_weights
         self.init_from = init_from
+        self.trainable_token_indices: Rows | None = trainable_token_indices
+        if trainable_token_indices is not None:
+            check_numbers(trainable_token_indices)
         if init_from is not None and init_lora_weights != "default":
             raise ConfigurationError(
                 f"init_from and init_lora_weights {init_lora_weights} both say where A and B start; leave out one."
@@ -105,6 +123,12 @@ class LoRA(Adapter):
     @override
     def changes_weights(self) -> str:
         return f"init_lora_weights {self.init_lora_weights}" if self._pissa else ""
+
+    @property
+    @override
+    def trained_tokens(self) -> set[int]:
+        rows = self.trainable_token_indices or []
+        return {*chain(*rows.values())} if isinstance(rows, dict) else {*rows}
 
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
@@ -122,7 +146,11 @@ class LoRA(Adapter):
                     f"{name} does not work on fused experts such as {fused[0]}; leave it out, or name other "
                     "target_modules."
                 )
-        check_peft_loads(self._saved_config(meta_model), meta_model, {*linear, *fused})
+        rows = self._rows(meta_model)
+        if rows:
+            check_computation(rows, meta_model)
+        loaded = check_peft_loads(self._saved_config(meta_model), meta_model, {*linear, *fused})
+        check_places(loaded, rows, meta_model)
         if self.init_from is not None:
             self._start(meta_model)
 
@@ -132,10 +160,12 @@ class LoRA(Adapter):
         linear, experts = self._wrap(model, meta_model)
         for name, layer in [*linear.items(), *experts]:
             self._initialise(layer, name, seed)
+        hold_rows(model, self._rows(meta_model), meta_model, DTYPES[self.dtype])
         if self.init_from is not None and not next(model.parameters()).is_meta:
             start = self._start(meta_model)
             for name, parameter in _adapting(model).items():
-                parameter.data.copy_(start.tensors[name])
+                if name in start.tensors:
+                    parameter.data.copy_(start.tensors[name])
         fuse(linear, ADAPTER, meta_model.shared_inputs)
         fuse_experts(model, ADAPTER)
 
@@ -162,8 +192,9 @@ class LoRA(Adapter):
         assert self.init_from is not None
         whole = copy.deepcopy(meta_model.model)
         self._wrap(whole, meta_model)
+        hold_rows(whole, self._rows(meta_model), meta_model, DTYPES[self.dtype])
         shapes = {name: parameter.shape for name, parameter in _adapting(whole).items()}
-        return LoRAStart(Path(self.init_from), meta_model, shapes, self._config([]))
+        return LoRAStart(Path(self.init_from), meta_model, shapes, self._config([]), self._rows(meta_model))
 
     @override
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -213,7 +244,14 @@ class LoRA(Adapter):
             config.target_parameters = shortest(fused, [name for name, _ in whole.model.named_parameters()], 3)
         if self._pissa:
             config.r = config.lora_alpha = 2 * self.rank
+        if rows := self._rows(meta_model):
+            config.trainable_token_indices = for_peft(rows, meta_model)
         return config
+
+    def _rows(self, meta_model: MetaModel) -> dict[str, list[int]]:
+        """Return the tokens whose rows are trained, by the names of embedding and head."""
+        rows = self.trainable_token_indices
+        return {} if rows is None else rows_by_module(rows, meta_model)
 
     def _targets(self, meta_model: MetaModel) -> tuple[list[str], list[str]]:
         return lora_targets(meta_model, self.target_modules, self.layers_to_transform)
@@ -249,11 +287,17 @@ class LoRA(Adapter):
 
 def _adapting(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters by PEFT's names in a file, without its prefix."""
-    return {_name_in_file(name): each for name, each in model.named_parameters() if ".lora_" in name}
+    return {_name_in_file(name): each for name, each in model.named_parameters() if _is_trained(name)}
+
+
+def _is_trained(name: str) -> bool:
+    return ".lora_" in name or name.endswith(f".{ROWS}")
 
 
 def _name_in_file(name: str) -> str:
-    """PEFT's name for a parameter: without the adapter's, and DoRA's magnitude as if it were no module."""
+    """PEFT's name for a parameter: without the adapter's, DoRA's magnitude as if it were no module, rows as of one."""
+    if name.endswith(f".{ROWS}"):
+        return f"{name.removesuffix(ROWS)}{IN_FILE}"
     magnitude = f".lora_magnitude_vector.{ADAPTER}.weight"
     return name.replace(magnitude, ".lora_magnitude_vector").replace(f".{ADAPTER}.", ".")
 

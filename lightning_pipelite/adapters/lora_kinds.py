@@ -30,12 +30,13 @@ SILENT = {
 HONOURED = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
     *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
-    *("use_dora", "lora_bias", "bias", "modules_to_save", "ensure_weight_tying"),
+    *("use_dora", "lora_bias", "bias", "modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
 }
 INVOKED = "alora_invocation_tokens"
 # With these the weights that the adapter was trained on are not the base's: they were changed when it was made.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+ROWS = ".token_adapter.trainable_tokens_delta"
 PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
@@ -93,12 +94,15 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
         elif not (
             (config.lora_bias and key.endswith(".lora_B.bias"))
             or (config.use_dora and ".lora_magnitude_vector" in key)
+            or (config.trainable_token_indices and key.endswith(ROWS))
             or (".lora_" not in key and _is_whole(key, whole, biases=config.bias != "none"))
         ):
             raise ConfigurationError(
                 f"{directory} holds {key} of shape {list(tensor.shape)}, which is not A or B of a LoRA; choose another "
                 "adapter."
             )
+    if config.trainable_token_indices and not any(key.endswith(ROWS) for key in tensors):
+        raise ConfigurationError(f"{directory} lacks the rows of its trainable_token_indices; fetch it again.")
     if not pairs:
         raise ConfigurationError(f"{directory} holds no A and B of any module; choose another adapter.")
     return pairs
@@ -108,7 +112,9 @@ def rest_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     """Return what an adapter has beside its products, in words."""
     rest = ["the magnitudes of a DoRA"] if config.use_dora else []
     biases = sum(key.endswith(".bias") for key in tensors)
-    whole = sum(".lora_" not in key and not key.endswith((".bias", ".base_layer.weight")) for key in tensors)
+    rows = {key: tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ROWS)}
+    whole = sum(".lora_" not in key and not key.endswith((".bias", ".base_layer.weight", ROWS)) for key in tensors)
+    rest += [f"{count} rows of {key.removesuffix(ROWS).rpartition('.')[2]}" for key, count in rows.items()]
     return [*rest, *([f"{biases} biases"] if biases else []), *([f"{whole} whole weights"] if whole else [])]
 
 

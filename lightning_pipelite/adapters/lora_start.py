@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 
-from lightning_pipelite.adapters.lora_kinds import check_tensors, read_lora_config
+from lightning_pipelite.adapters.lora_kinds import ROWS, check_tensors, read_lora_config
+from lightning_pipelite.adapters.lora_targets import lora_targets
 from lightning_pipelite.adapters.low_rank import FILE_PREFIX
 from lightning_pipelite.adapters.peft_compat import rank_and_alpha
 from lightning_pipelite.adapters.weight_file import read_tensors
@@ -27,6 +30,11 @@ class LoRAStart:
         meta_model: The model that the LoRA is for.
         shapes: Of all tensors that the LoRA has, by their names in a file, without what PEFT puts before.
         wanted: The LoRA's own configuration.
+        rows: The tokens whose rows it trains, by the names of embedding and head.
+
+    Attributes:
+        tensors: By their names in a file, without what PEFT puts before. The rows of tokens are among them if the
+            directory has them.
 
     Raises:
         ConfigurationError: The directory holds no LoRA, one of a kind that is not known, or one that differs from
@@ -34,9 +42,14 @@ class LoRAStart:
     """
 
     def __init__(
-        self, directory: Path, meta_model: MetaModel, shapes: Mapping[str, torch.Size], wanted: LoraConfig
+        self,
+        directory: Path,
+        meta_model: MetaModel,
+        shapes: Mapping[str, torch.Size],
+        wanted: LoraConfig,
+        rows: Mapping[str, list[int]],
     ) -> None:
-        self._directory = directory
+        self._directory, self._meta_model = directory, meta_model
         if not directory.is_dir():
             self._refuse("there is no such directory; give that of a PEFT adapter, or leave init_from out")
         self._config = read_lora_config(directory)
@@ -49,16 +62,20 @@ class LoRAStart:
                 f"use_dora is {wanted.use_dora}, but the adapter has {self._config.use_dora}; set use_dora to that"
             )
         self._check_ranks([name.removeprefix(FILE_PREFIX) for name in pairs], wanted.r)
-        if rest := sorted(name for name in tensors if ".lora_" not in name or name.endswith(".bias")):
+        kept = {name for name in tensors if ".lora_" in name or name.endswith(ROWS)}
+        if rest := sorted(name for name in tensors if name not in kept or name.endswith(".bias")):
             self._refuse(
                 f"it holds {_names(rest)}, which is no part of a LoRA that can be trained here; choose another"
             )
         whole, names = meta_model.whole, [name.removeprefix(FILE_PREFIX) for name in tensors]
-        meant = whole.is_meant(
-            names
-        )  # of a model with images, PEFT's files have its names, former ones the text part's
+        # Of a model with images, PEFT's files have its names, former ones the text part's.
+        meant = whole.is_meant(names)
         found = {(whole.own_name(name) or name) if meant else name: FILE_PREFIX + name for name in names}
-        self._check_targets(set(found), set(shapes), meta_model)
+        theirs = {name: self._numbers_of(found[name]) for name in found if name.endswith(ROWS)}
+        if not theirs:  # the rows begin with the model's
+            shapes = {name: shape for name, shape in shapes.items() if not name.endswith(ROWS)}
+        self._check_rows(theirs, {f"{name}{ROWS}": numbers for name, numbers in rows.items()})
+        self._check_targets({*found} - {*theirs}, {*shapes} - {*theirs})
         for name, shape in shapes.items():
             if tensors[found[name]].shape != shape:
                 self._refuse(
@@ -72,6 +89,21 @@ class LoRAStart:
             name: tensors[found[name]].float() * (self._scale(found[name]) / own_scale if ".lora_B" in name else 1.0)
             for name in shapes
         }
+        for name, numbers in theirs.items():
+            self.tensors[name] = self.tensors[name][[numbers.index(each) for each in rows[name.removesuffix(ROWS)]]]
+
+    def _numbers_of(self, name: str) -> list[int]:
+        said = self._config.trainable_token_indices
+        if not isinstance(said, dict):
+            return list(said or [])
+        module = name.removesuffix(ROWS)
+        return next((list(numbers) for key, numbers in said.items() if module.endswith(key)), [])
+
+    def _check_rows(self, theirs: Mapping[str, list[int]], ours: Mapping[str, list[int]]) -> None:
+        as_sets = [{name: {*numbers} for name, numbers in each.items()} for each in (theirs, ours)]
+        if theirs and as_sets[0] != as_sets[1]:
+            said = {name.removesuffix(ROWS).rpartition(".")[2]: numbers for name, numbers in theirs.items()}
+            self._refuse(f"it has rows of tokens; set trainable_token_indices to its own, {said}")
 
     def _check_ranks(self, modules: list[str], rank: int) -> None:
         ranks = {rank_and_alpha(self._config, module)[0] for module in modules}
@@ -82,18 +114,45 @@ class LoRAStart:
         if ranks != {rank}:
             self._refuse(f"it has rank {ranks.pop()}, but rank is {rank}; set rank to the adapter's")
 
-    def _check_targets(self, found: set[str], wanted: set[str], meta_model: MetaModel) -> None:
+    def _check_targets(self, found: set[str], wanted: set[str]) -> None:
         if found == wanted:
             return
-        adapted = sorted({_module(name) for name in found if meta_model.layer_of(name) is not None})
-        targets = sorted({name.rpartition(".")[2] for name in adapted})
-        layers = sorted({meta_model.layer_of(name) for name in adapted}, key=lambda number: number or 0)
         more, less = sorted(found - wanted), sorted(wanted - found)
         what = f"it adapts {_module(more[0])}" if more else f"it does not adapt {_module(less[0])}"
         told = f"{what}, unlike target_modules and layers_to_transform"
-        if not targets:
-            self._refuse(f"{told}; give an adapter of {meta_model.model_dir}")
-        self._refuse(f"{told}; set these to what it has, {', '.join(targets)} of the layers {layers}")
+        if not (adapted := self._adapted(found)):
+            self._refuse(f"{told}; give an adapter of {self._meta_model.model_dir}")
+        layers = sorted({self._meta_model.layer_of(name) or 0 for name in adapted})
+        targets = sorted({name.rpartition(".")[2] for name in adapted})
+        if {*chain(*lora_targets(self._meta_model, targets, layers))} == adapted:
+            self._refuse(f"{told}; set these to what it has, {', '.join(targets)} of the layers {layers}")
+        self._refuse(f"{told}; leave out layers_to_transform, and set target_modules to '{self._pattern(adapted)}'")
+
+    def _adapted(self, found: set[str]) -> set[str]:
+        """Return the full names of what the adapter adapts of the decoder layers, as target_modules can name them."""
+        linear, experts = (set(names) for names in lora_targets(self._meta_model, "all-linear", None))
+        meant = tuple(self._config.target_parameters or ())
+        modules = {_module(name).replace(".base_layer", "") for name in found}
+        return {
+            *(modules & linear),
+            *(name for name in experts if name.rpartition(".")[0] in modules and name.endswith(meant)),
+        }
+
+    def _pattern(self, names: set[str]) -> str:
+        """Return a regular expression for ``names``, which differ between layers."""
+        prefix = f"{self._meta_model.layers_name}."
+        by_layer: dict[str, list[str]] = {}
+        for name in sorted(names):
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            by_layer.setdefault(number, []).append(inside)
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for number, insides in by_layer.items():
+            alike.setdefault(tuple(insides), []).append(int(number))
+        parts = (
+            rf"{_one_of(map(str, sorted(layers)))}\.{_one_of(map(re.escape, insides))}"
+            for insides, layers in alike.items()
+        )
+        return re.escape(prefix) + _one_of(parts)
 
     def _scale(self, name: str) -> float:
         rank, alpha = rank_and_alpha(self._config, name.removeprefix(FILE_PREFIX).partition(".lora_")[0])
@@ -105,6 +164,11 @@ class LoRAStart:
 
 def _module(name: str) -> str:
     return name.partition(".lora_")[0]
+
+
+def _one_of(parts: Iterable[str]) -> str:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"
 
 
 def _names(names: list[str]) -> str:

@@ -54,13 +54,16 @@ def lora_targets(
     return [name for name in chosen if name in known], [name for name in chosen if name not in known]
 
 
-def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str]) -> None:
+def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str]) -> nn.Module:
     """Refuse, before hours of training, what PEFT would not adapt when it loads the result.
 
     Args:
         config: What will be saved.
         meta_model: The whole model.
         targets: Full names of what the LoRA adapts.
+
+    Returns:
+        What PEFT makes of the whole model; of layers that are alike, one has its adapters.
 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
@@ -94,6 +97,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
             f"{meta_model.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
             "target_modules."
         )
+    return model
 
 
 def is_transposed(model: nn.Module, linear: list[str]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached
@@ -61,7 +62,7 @@ def adapter_stays() -> Iterator[None]:
 
     Remove when ``load_adapter(torch_device=)`` decides where an adapter is held.
     """
-    kinds: list[Any] = [LoraLayer, ParamWrapper]
+    kinds: list[Any] = [LoraLayer, ParamWrapper, TrainableTokensLayer]
     before = [kind.__dict__.get("_move_adapter_to_device_of_base_layer") for kind in kinds]
     for kind in kinds:
         kind._move_adapter_to_device_of_base_layer = lambda *_args, **_kwargs: None

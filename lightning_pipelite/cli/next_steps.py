@@ -50,7 +50,7 @@ def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: list[str
             merged, gguf = _free(directory.with_name(f"{directory.name}-merged")), _free(directory.with_suffix(".gguf"))
             yield "see what it writes, beside the base", _command("generate", *base, *adapter, *asks)
             yield "a model of its own", _command("merge", *base, *adapter, "--output", str(merged))
-            if _is_known_to_llama_cpp(Path(base[1])):
+            if _is_known_to_llama_cpp(Path(base[1])) and _has_products_alone(directory):
                 yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
         elif kind is not None:
             lora, gguf = _free(directory.with_name(f"{directory.name}-lora")), _free(directory.with_suffix(".gguf"))
@@ -64,6 +64,12 @@ def _kind(directory: Path) -> str | None:
     if (directory / "adapter_config.json").is_file():
         return str(read_json(directory / "adapter_config.json").get("peft_type"))
     return "model" if (directory / "config.json").is_file() else None
+
+
+def _has_products_alone(directory: Path) -> bool:
+    """Whether a LoRA is one that llama.cpp takes beside its base: others are merged first."""
+    config = read_json(directory / "adapter_config.json")
+    return not (config.get("use_dora") or config.get("trainable_token_indices"))
 
 
 def _is_known_to_llama_cpp(model_dir: Path) -> bool:

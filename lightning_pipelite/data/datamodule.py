@@ -224,8 +224,13 @@ class PackedDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"The data has the token {largest} ({self.tokenizer().decode([largest])!r}), but the model's embedding "
                 f"has {rows} rows, for 0 to {rows - 1}: take what was added to the tokenizer of {self._directory()} "
-                "out again, or give the model as many rows (transformers' resize_token_embeddings)."
+                "out again, or give the model as many rows (transformers' resize_token_embeddings), which LoRA's "
+                "trainable_token_indices then trains."
             )
+
+    def without(self, tokens: set[int]) -> set[int]:
+        """Return those of some tokens that stand nowhere in the training set."""
+        return self._open().train.without(tokens)
 
     def summary(self) -> list[str]:
         """Tell in lines what was packed."""

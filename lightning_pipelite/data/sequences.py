@@ -94,6 +94,14 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         classes = np.where(labels == IGNORED, 0, classes[1:])
         return _tensors(ids, labels, positions, classes)
 
+    def without(self, tokens: set[int]) -> set[int]:
+        """Return those of some tokens that stand in no sequence."""
+        left = tokens
+        for block in self._tokens:
+            wanted = np.fromiter(left, np.int64, len(left))
+            left = {*wanted[~np.isin(wanted, block & ~UNLABELLED)].tolist()}
+        return left
+
     def borders(self, index: int) -> tuple[Ints, int]:
         """Give the columns at which documents begin after another one in a sequence, and that of its padding."""
         batch, row = divmod(index, self._rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from lightning_pipelite.export.base import BaseModel
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
+WRAPPING = re.compile(r"\.(base_layer|token_adapter|modules_to_save\.default)\b")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class LoRAOfBase:
     Attributes:
         config: PEFT's configuration.
         changed: Names of the base's parameters that it changes.
+        sets: Those of them in which it puts values in the place of the base's, all or some.
 
     Raises:
         ConfigurationError: The directory is no LoRA, does not fit the base, or a weight of it would go unused.
@@ -81,8 +84,9 @@ class LoRAOfBase:
         self._layers: dict[str, LoraLayer] = {}
         self._biases: dict[str, LoraLayer] = {}
         self._replaced: dict[str, Tensor] = {}
+        rows: dict[str, Any] = {}
         for name, module in self._model.get_base_model().named_modules():
-            plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+            plain = WRAPPING.sub("", name)
             plain = plain if whole is None else whole.own_name(plain) or plain
             if isinstance(module, LoraLayer) and ADAPTER in [*module.lora_A, *module.lora_embedding_A]:
                 self._check_variant(module)
@@ -90,6 +94,10 @@ class LoRAOfBase:
                 self._layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
                 if module.lora_bias.get(ADAPTER):
                     self._biases[f"{plain}.bias"] = module
+            elif isinstance(module, TrainableTokensWrapper):
+                rows[f"{plain}.weight"] = module.token_adapter
+            elif name.endswith(".token_adapter.trainable_tokens_delta"):
+                continue
             elif ".modules_to_save.default" in name or not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
                 inside = ".lora_" in name
                 for parameter, value in module.named_parameters(recurse=False):
@@ -98,11 +106,20 @@ class LoRAOfBase:
         for name, value in list(self._replaced.items()):  # with an embedding, PEFT saves its unchanged weight as well
             if name in base.groups and torch.equal(value.cpu(), base.read_parameter(name)):
                 del self._replaced[name]
-        self.changed = {*self._layers, *self._biases, *self._replaced}
+        shared = _shared_rows(rows, getattr(base.model, "all_tied_weights_keys", {}))
+        # Of two tied weights the files mostly hold one.
+        self._rows = {name: _rows(each) for name, each in rows.items() if name not in shared or name in base.groups}
+        self.sets = {*self._replaced, *self._rows}
+        self.changed = {*self._layers, *self._biases, *self.sets}
         if not self.changed:
             raise ConfigurationError(f"{directory} changes no weight of {base.directory}; give the adapter's base.")
-        if scale != 1.0 and (self.config.use_dora or self._replaced):
-            what = "a DoRA" if self.config.use_dora else "an adapter with whole weights (modules_to_save or bias)"
+        if both := sorted(self._rows.keys() & {*self._layers, *self._replaced}):
+            raise ConfigurationError(
+                f"{directory} changes {both[0]} as a whole, and rows of it; choose another adapter."
+            )
+        if scale != 1.0 and (self.config.use_dora or self.sets):
+            what = "whole weights (modules_to_save or bias)" if self._replaced else "rows of tokens"
+            what = "a DoRA" if self.config.use_dora else f"an adapter with {what}"
             raise ConfigurationError(f"{directory} is {what}, which cannot be scaled; leave scale at 1.")
         for name in self.changed:
             if name not in base.shapes:
@@ -116,10 +133,13 @@ class LoRAOfBase:
                     f"{directory} holds {name} with shape {list(self._replaced[name].shape)} but {base.directory} has "
                     f"{list(base.shapes[name])}; give the adapter's base."
                 )
+            if name in self._rows:
+                self._check_rows(name, base)
             if base.model.get_input_embeddings() is base.model.get_output_embeddings():
                 raise ConfigurationError(f"{base.directory} has one module for embedding and head; not supported.")
             tied = getattr(base.model, "all_tied_weights_keys", {})
-            if any(other in {*tied, *tied.values()} for other in group.parameters) and base.config.tie_word_embeddings:
+            is_tied = any(other in {*tied, *tied.values()} for other in group.parameters)
+            if is_tied and name not in shared and base.config.tie_word_embeddings:
                 raise ConfigurationError(
                     f"{directory} changes {name}, which {base.directory} ties to another weight; an untied base is "
                     "needed."
@@ -136,7 +156,7 @@ class LoRAOfBase:
         Raises:
             ConfigurationError: The adapter does more than add products of factors.
         """
-        if self.config.use_dora or self._replaced or self._biases:
+        if self.config.use_dora or self.sets or self._biases:
             what = "a DoRA" if self.config.use_dora else "an adapter that changes more than products B·A"
             raise ConfigurationError(
                 f"{self.directory} is {what}, which has no factors; merge it into its base (pipelite merge) instead."
@@ -155,6 +175,9 @@ class LoRAOfBase:
         """
         if name in self._replaced:
             value = self._replaced[name].to(value)
+        if name in self._rows:
+            numbers, values = self._rows[name]
+            value[numbers] = values.to(value)
         if name in self._biases:
             layer = self._biases[name]
             value = value + layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].bias.detach().to(value)
@@ -179,6 +202,14 @@ class LoRAOfBase:
         finally:
             holder._parameters.update(before)
             layer.merged_adapters.clear()
+
+    def _check_rows(self, name: str, base: BaseModel) -> None:
+        (numbers, values), shape = self._rows[name], base.shapes[name]
+        if max(numbers) >= shape[0] or values.shape != (len(numbers), *shape[1:]):
+            raise ConfigurationError(
+                f"{self.directory} has values {list(values.shape)} for rows up to {max(numbers)} of {name}, which has "
+                f"the shape {list(shape)} in {base.directory}; give the adapter's base."
+            )
 
     def _check_variant(self, layer: LoraLayer) -> None:
         """Check that PEFT takes a layer for what its configuration says here."""
@@ -212,7 +243,12 @@ class LoRAOfBase:
                 f"{self.directory} holds {_names(loaded.unexpected_keys)}, for which {base.directory} has no place; "
                 "give the adapter's base."
             )
-        missing = [name for name, each in placed.named_parameters() if ".lora_" in name and each.device.type == "meta"]
+        own = (".lora_", ".trainable_tokens_delta.")
+        missing = [
+            name
+            for name, each in placed.named_parameters()
+            if each.device.type == "meta" and any(part in name for part in own)
+        ]
         if missing:
             raise ConfigurationError(f"{self.directory} lacks {_names(missing)}; fetch it again.")
         for name, each in placed.named_parameters():
@@ -236,6 +272,19 @@ def _factors(layer: Any) -> Factors:
         )
     a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
     return Factors(a, b, scaling, transposed=bool(layer.fan_in_fan_out))
+
+
+def _rows(adapter: Any) -> tuple[list[int], Tensor]:
+    return list(adapter.token_indices[ADAPTER]), adapter.trainable_tokens_delta[ADAPTER].detach()
+
+
+def _shared_rows(rows: dict[str, Any], tied: dict[str, str]) -> set[str]:
+    """Return the weights that are tied, and of which PEFT has put the same rows into all."""
+    shared: set[str] = set()
+    for name, source in tied.items():
+        if name in rows and source in rows and rows[name].tied_adapter is rows[source]:
+            shared |= {name, source}
+    return shared
 
 
 def _names(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def merge(
         loras = [LoRAOfBase(model, each, by, device) for each, by in zip(adapters, scales, strict=True)]
         if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
             raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
+        _check_apart(loras)
         changed = _Changed(model, loras, device)
         write_model(model, partial, changed, "merging")
         changed.check_complete()
@@ -74,6 +76,16 @@ def merge(
     return (
         f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files.{dequantised}"
     )
+
+
+def _check_apart(loras: list[LoRAOfBase]) -> None:
+    """Check that none puts its own values where another one has changed some: the order would tell."""
+    for one, other in itertools.permutations(loras, 2):
+        if both := sorted(one.sets & other.changed):
+            raise ConfigurationError(
+                f"{one.directory} puts values of its own into {both[0]}, which {other.directory} changes too; merge "
+                "one of them alone."
+            )
 
 
 def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:

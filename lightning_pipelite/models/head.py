@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_pipelite.models.rows_apart import rows_of
+
 
 class HeadInputs(NamedTuple):
     """What the logits are made of: ``f(hidden @ weight.T + bias)``, where f scales and then limits.
@@ -20,6 +22,7 @@ class HeadInputs(NamedTuple):
         bias: [vocabulary], or None.
         scale: What the logits are multiplied with.
         softcap: The limit c of ``c * tanh(logits / c)``, or None.
+        rows: Numbers of the weight's rows that are held apart, and their values; or None.
     """
 
     hidden: Tensor
@@ -27,6 +30,7 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None
     scale: float
     softcap: float | None
+    rows: tuple[Tensor, Tensor] | None = None
 
 
 class LeaveHead(Exception):  # noqa: N818 (control flow, not an error)
@@ -57,7 +61,8 @@ class FusedHead:
         try:
             model(**arguments)
         except LeaveHead as leave:
-            return HeadInputs(leave.hidden_states, self.head.weight, self.head.bias, self.scale, self.softcap)
+            head = self.head
+            return HeadInputs(leave.hidden_states, head.weight, head.bias, self.scale, self.softcap, rows_of(head))
         finally:
             hook.remove()
         raise RuntimeError(f"{type(model).__name__} ran without its head")

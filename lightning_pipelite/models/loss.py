@@ -39,7 +39,13 @@ class CausalLMLoss:
         scores, *routers = (outputs,) if isinstance(outputs, (Tensor, HeadInputs)) else outputs
         if isinstance(scores, HeadInputs):
             total = linear_cross_entropy(
-                scores.hidden, scores.weight, labels, bias=scores.bias, scale=scores.scale, softcap=scores.softcap
+                scores.hidden,
+                scores.weight,
+                labels,
+                bias=scores.bias,
+                scale=scores.scale,
+                softcap=scores.softcap,
+                rows=scores.rows,
             )
         else:
             total = nn.functional.cross_entropy(

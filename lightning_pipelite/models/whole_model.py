@@ -42,6 +42,10 @@ class WholeModel:
                 return there + own.removeprefix(place)
         raise KeyError(own)
 
+    def module_name(self, own: str) -> str:
+        """Return what the causal LM's module ``own``, with a weight, is called in the whole model."""
+        return self.name(f"{own}.weight").removesuffix(".weight")
+
     def own_name(self, name: str) -> str | None:
         """Return what the whole model's module or parameter ``name`` is called in the causal LM; None if not there."""
         for place, there in self._places.items():

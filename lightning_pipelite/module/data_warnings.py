@@ -12,7 +12,7 @@ from lightning_pipelite.data import PackedDataModule
 
 
 def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
-    """Warn of sequences that are longer than the model was made for, and of control classes that are all the same.
+    """Warn of sequences that are longer than the model was made for, and of what the data gives nothing to learn of.
 
     Args:
         data: Anything but a PackedDataModule is passed over.
@@ -33,6 +33,13 @@ def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
         rank_zero_warn(
             f"all training documents have the control_class {min(classes)}: a Control Adapter learns what tells one "
             "class from the other; give datasets of both, with control_class 1 and -1."
+        )
+    if adapter.trained_tokens and (absent := sorted(data.without(adapter.trained_tokens))):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        rank_zero_warn(
+            f"trainable_token_indices has the token {absent[0]} ({data.tokenizer().decode(absent[:1])!r}){more}, which "
+            "the training set does not hold: the embedding's row of it stays what it is; give texts with it, or look "
+            "how the tokenizer cuts them (pipelite preview)."
         )
 
 

@@ -92,7 +92,12 @@ def _next_token(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     scores = outputs if isinstance(outputs, (Tensor, HeadInputs)) else outputs[0]
     place = labels.flatten() != IGNORED
     if isinstance(scores, HeadInputs):  # what scales and limits the logits does not change which is the largest
-        logits = torch.nn.functional.linear(scores.hidden.flatten(0, 1)[place], scores.weight, scores.bias)
+        hidden, bias = scores.hidden.flatten(0, 1)[place], scores.bias
+        logits = torch.nn.functional.linear(hidden, scores.weight, bias)
+        if scores.rows is not None:
+            numbers, values = scores.rows
+            theirs = torch.nn.functional.linear(hidden, values.to(hidden), None if bias is None else bias[numbers])
+            logits = logits.index_copy(-1, numbers, theirs)
     else:
         logits = scores.flatten(0, 1)[place]
     token = logits.argmax(-1).sum().double()

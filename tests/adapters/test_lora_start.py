@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_lora_variants import MOE, ROW, four_bit, logits_of
+from test_whole_names import as_text_model, load, write_base
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adapter_jobs import MICRO_BATCHES, SCALE, items, train
-from exact_training import Case, make_model
+from adapter_jobs import MICRO_BATCHES, SCALE, first_step, items
+from exact_training import Case, make_model, use_what_codes_stand_for
 from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from processes import Workers
-from tiny_models import build, micro_batches, reference, run_stages, write_model
+from quantised_files import fp8, write_quantised
+from tiny_models import CONFIGS, CPU, build, micro_batches, reference, run_stages, write_model
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -60,20 +63,23 @@ def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"alpha_pattern": {"q_proj": 6}}, {}),
         ({"layers_to_transform": [1, 2]}, {"layers_to_transform": "1:2"}),
         ({}, {"load_in_4bit": True}),
+        ({}, {"load_in_fp8": True}),
     ],
     ids=str,
 )
 def test_starts_as_peft_has_it(model_dir: Path, tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    in_4bit = ours.get("load_in_4bit", False)
+    held = {name: value for name, value in ours.items() if name.startswith("load_in_")}
     whole: Any = reference(model_dir)
-    if in_4bit:
+    if "load_in_fp8" in held:
+        use_what_codes_stand_for(whole)
+    if "load_in_4bit" in held:
         whole = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, quantization_config=four_bit())
     bare = logits_of(whole).detach()
     expected = logits_of(by_peft(whole.train(), tmp_path, **theirs)).detach()
     assert (expected - bare).abs().max() > 1e-2
-    options = {name: value for name, value in ours.items() if name != "load_in_4bit"}
+    options = {name: value for name, value in ours.items() if name not in held}
     lora = LoRA(4, target_modules=TARGETS, init_from=str(tmp_path), **options)
-    layers = CausalLMLayers(model_dir, dtype=torch.float32, load_in_4bit=in_4bit, adapter=lora)
+    layers = CausalLMLayers(model_dir, dtype=torch.float32, adapter=lora, **held)
     tokens = micro_batches()[0][0]
     for cuts in ([0, 4], [0, 1, 4]):
         torch.testing.assert_close(run_stages(build(layers, cuts), tokens, ROW), expected, rtol=0, atol=1e-5)
@@ -93,6 +99,76 @@ def test_experts(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(found, logits_of(adapted), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_audio"])
+def test_a_model_with_images_or_sound_by_either_form_of_names(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path / "base", kind)
+    whole = load(base)
+    names = [n for n, _ in whole.named_modules() if "language_model" in n and n.rpartition(".")[2] in TARGETS]
+    adapted = by_peft(whole, tmp_path / "adapter", target_modules=names)
+    tokens = micro_batches()[0][0]
+    with torch.no_grad():
+        expected = adapted(input_ids=tokens).logits
+        assert (load(base)(input_ids=tokens).logits - expected).abs().max() > 1e-2
+    for start in (tmp_path / "adapter", as_text_model(tmp_path / "adapter", tmp_path / "former")):
+        lora = LoRA(4, target_modules=TARGETS, init_from=str(start))
+        layers = CausalLMLayers(base, dtype=torch.float32, adapter=lora)
+        stage = layers.build_stage(0, len(layers), CPU).eval()
+        torch.testing.assert_close(run_stages([stage], tokens, ROW), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_base_in_fp8_files(tmp_path: Path, in_4bit: bool) -> None:
+    write_quantised(tmp_path / "model", "llama", fp8())
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).float()
+    if in_4bit:
+        plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])  # by its own hand, it saves FP8 again
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(tmp_path / "plain")
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "plain", dtype=torch.float32, quantization_config=four_bit()
+        )
+    expected = logits_of(by_peft(model.train(), tmp_path / "adapter"))
+    lora = LoRA(4, target_modules=TARGETS, init_from=str(tmp_path / "adapter"))
+    layers = CausalLMLayers(tmp_path / "model", dtype=torch.float32, adapter=lora, load_in_4bit=in_4bit)
+    found = run_stages(build(layers, [0, 1, 4]), micro_batches()[0][0], ROW)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"exclude_modules": r".*\.(0\.mlp|3\.self_attn)\..*"},  # other targets in some layers
+        {"target_modules": ["o_proj", "down_proj"], "exclude_modules": ["model.layers.1.self_attn.o_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [2]},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+        {"target_modules": ["k_proj"], "target_parameters": ["gate_up_proj", "2.mlp.experts.down_proj"]},
+    ],
+    ids=str,
+)
+def test_what_the_sentence_says_can_be_followed(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    if "target_parameters" in theirs:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(MOE["mixtral"]).save_pretrained(tmp_path / "model")
+    else:
+        write_model(tmp_path / "model", "llama")
+    expected = logits_of(by_peft(reference(tmp_path / "model"), tmp_path / "adapter", **theirs))
+
+    def layers_of(**options: Any) -> CausalLMLayers:
+        lora = LoRA(4, init_from=str(tmp_path / "adapter"), **options)
+        return CausalLMLayers(tmp_path / "model", dtype=torch.float32, adapter=lora)
+
+    with pytest.raises(ConfigurationError, match="unlike target_modules and layers_to_transform") as refused:
+        layers_of(target_modules=["v_proj"])
+    said = str(refused.value)
+    if pattern := re.search("set target_modules to '(.*)'", said):
+        options: dict[str, Any] = {"target_modules": pattern[1]}
+    else:
+        targets, layers = re.search(r"what it has, (.*) of the layers \[(.*)\]", said).groups()  # type: ignore[union-attr]
+        options = {"target_modules": targets.split(", "), "layers_to_transform": layers}
+    found = run_stages(build(layers_of(**options), [0, 1, 4]), micro_batches()[0][0], ROW)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_the_first_loss_in_two_stages(workers: Workers, tmp_path: Path) -> None:
     make_model(tmp_path / "model", Case("LoRA"), SCALE)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -105,8 +181,8 @@ def test_the_first_loss_in_two_stages(workers: Workers, tmp_path: Path) -> None:
         total += float(nn.functional.cross_entropy(logits[0], item["labels"], reduction="sum"))
         count += int((item["labels"] != -100).sum())
     lora = LoRA(4, target_modules=TARGETS, init_from=str(tmp_path / "adapter"))
-    _, _, steps, _ = workers.run(2, train, str(tmp_path / "model"), lora, 2, 1, str(tmp_path / "out"), 0.0)[0]
-    assert steps[0]["train/loss"] == pytest.approx(total / count, abs=1e-5)
+    metrics = workers.run(2, first_step, str(tmp_path / "model"), lora, 2, str(tmp_path / "out"))[0]
+    assert metrics["train/loss"] == pytest.approx(total / count, abs=1e-5)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 4
 

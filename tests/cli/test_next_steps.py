@@ -23,7 +23,7 @@ def trainer(*callbacks: Any, loggers: Any = (), finished: bool = True, tries: bo
     return SimpleNamespace(callbacks=callbacks, loggers=loggers, state=state, fast_dev_run=tries)
 
 
-def write(path: Path, **content: str) -> Path:
+def write(path: Path, **content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
@@ -49,6 +49,13 @@ def commands(told: list[str]) -> list[list[str]]:
 
 
 BASE = ["--model_dir", "my model"]
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"trainable_token_indices": [5]}], ids=str)
+def test_what_llama_cpp_does_not_take_beside_its_base(here: Path, more: dict[str, Any]) -> None:
+    write(Path("out/adapter_config.json"), peft_type="LORA", **more)
+    told = commands(next_steps(trainer(SaveTrained("out")), BASE, []))
+    assert [words[1] for words in told] == ["generate", "merge"]
 
 
 def test_a_lora(here: Path) -> None:

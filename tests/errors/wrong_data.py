@@ -177,7 +177,7 @@ CASES = {
         edit={"data.cache_dir": "config.yaml"},
     ),
     "token that the model does not have": Case(
-        "The data has the token 320 ('<|im_end|>'), but the model's embedding has 320 rows, for 0 to 319: take what was added to the tokenizer of copy out again, or give the model as many rows (transformers' resize_token_embeddings).",
+        "The data has the token 320 ('<|im_end|>'), but the model's embedding has 320 rows, for 0 to 319: take what was added to the tokenizer of copy out again, or give the model as many rows (transformers' resize_token_embeddings), which LoRA's trainable_token_indices then trains.",
         edit={"model.model_dir": "copy", "data.document_suffix": "<|im_end|>"},
         prepare=copied("model", token_added),
     ),

@@ -29,7 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arrow_config": {"top_k": 3},
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
     "of_a_later_release": {"strength": 2},
     "of_a_later_release_too": 0.5,
@@ -81,6 +80,11 @@ def test_variants_are_refused_by_name(base: Path, tmp_path: Path, option: str) -
     refused(
         base, write(tmp_path / "lora", {option: VARIANTS[option]}), tmp_path / "out", f"sets {option} in adapter_co"
     )
+
+
+def test_rows_of_tokens_that_the_file_lacks(base: Path, tmp_path: Path) -> None:
+    adapter = write(tmp_path / "lora", {"trainable_token_indices": [1, 2]})
+    refused(base, adapter, tmp_path / "out", "lacks the rows of its trainable_token_indices")
 
 
 def test_every_field_that_peft_calls_a_variant_is_refused(base: Path, tmp_path: Path) -> None:

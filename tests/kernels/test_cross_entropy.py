@@ -168,6 +168,39 @@ def test_head_and_loss(dtype: torch.dtype, trained: bool, biased: bool, softcap:
     assert trained or weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_rows_held_apart(dtype: torch.dtype, biased: bool, softcap: float | None) -> None:
+    """The same as with a weight into which they are written, of which they alone have a gradient."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 7, 16, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(99, 16, device=DEVICE).to(dtype)
+    bias = torch.randn(99, device=DEVICE).to(dtype) if biased else None
+    numbers = torch.tensor([7, 98, 0], device=DEVICE)
+    values = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 99, (2, 7), device=DEVICE)
+    labels[0, :3], labels[1, 6] = numbers, -100
+    wide = [hidden.detach().double().requires_grad_(), values.detach().to(dtype).double().requires_grad_()]
+    z = 0.5 * torch.nn.functional.linear(
+        wide[0], weight.double().index_copy(0, numbers, wide[1]), None if bias is None else bias.double()
+    )
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    loss = torch.nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="sum") * 3
+    loss.backward()
+    options = {"bias": bias, "scale": 0.5, "softcap": softcap, "rows": (numbers, values)}
+    total = linear_cross_entropy(hidden, weight, labels, **options, max_logits_bytes=3 * 99 * 4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, **options), total)
+    (3 * total).backward()
+    tolerance = 4 * TOLERANCE[dtype]
+    torch.testing.assert_close(3 * total.double(), loss.detach(), rtol=tolerance, atol=tolerance)
+    for leaf, reference in zip((hidden, values), wide, strict=True):
+        scale = reference.grad.abs().max()
+        torch.testing.assert_close(leaf.grad.double() / scale, reference.grad / scale, rtol=tolerance, atol=tolerance)
+    assert values.grad.dtype == torch.float32
+
+
 def test_all_labels_ignored() -> None:
     hidden = torch.randn(4, 8, device=DEVICE, requires_grad=True)
     total = linear_cross_entropy(hidden, torch.randn(9, 8, device=DEVICE), torch.full((4,), -100, device=DEVICE))

@@ -60,6 +60,20 @@ def test_a_control_adapter_with_one_class_alone(classes: tuple[int, ...]) -> Non
     assert not warned(LlamaConfig(), LoRA(2), classes=classes)
 
 
+def test_rows_of_tokens_that_the_texts_do_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = write_job(tmp_path / "job")
+    texts = [DatasetConfig(str(job / "texts"))]
+    data = PackedDataModule(texts, 64, str(job / "model"), cache_dir=str(tmp_path / "cache"))
+    held = {token for item in data._open().train for token in item["input_ids"].tolist()}
+    absent = next(token for token in range(2, 320) if token not in held)
+    there = sorted(held)[:3]
+    for rows, told in ((there, False), ([*there, absent], True), ({"lm_head": [absent]}, True)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            warn_of_data(data, LlamaConfig(), LoRA(2, trainable_token_indices=rows))
+        assert [f"has the token {absent} " in str(each.message) for each in seen] == [True] * told
+
+
 def test_a_module_warns_as_it_is_set_up_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_job(tmp_path / "job") / "model"
     data = PackedDataModule([DatasetConfig("some.txt")], 64, "nowhere")

@@ -90,6 +90,15 @@ def train(
     return (notes.start, final, notes.steps, loss) if trainer.is_global_zero else None
 
 
+def first_step(model_dir: str, adapter: Adapter, stages: int, output: str) -> dict[str, float]:
+    """Train for one step and save; its metrics."""
+    trainer = trainer_for(stages, max_steps=1)
+    module = PipeLiteModule(model_dir, adapter, dtype="float32", lr=LR)
+    trainer.fit(module, loader(items()[:MICRO_BATCHES], trainer.strategy))
+    module.save_trained(Path(output))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 def train_jobs(
     model_dir: str, jobs: list[tuple[Adapter, str, float, dict[str, Any]]], stages: int, virtual_stages: int = 1
 ) -> list[Any]:

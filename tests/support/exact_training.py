@@ -56,6 +56,7 @@ class Case:
     targets: tuple[str, ...] = ()
     in_4bit: bool = False
     in_fp8: bool = False
+    tokens: tuple[int, ...] = ()  # whose rows of embedding and head are trained too
     experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
 
@@ -130,7 +131,9 @@ def make_adapter(case: Case, scale: Scale) -> Adapter:
     if case.full:
         return Full()
     layers = str(scale.layers - 1) if case.layers == "last" else case.layers
-    return LoRA(rank=4, layers_to_transform=layers, target_modules=list(case.targets) or "all-linear")
+    tokens = list(case.tokens) or None
+    targets = list(case.targets) or "all-linear"
+    return LoRA(rank=4, layers_to_transform=layers, target_modules=targets, trainable_token_indices=tokens)
 
 
 class Sequences(Dataset[dict[str, Tensor]]):

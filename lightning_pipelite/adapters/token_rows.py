@@ -1,0 +1,186 @@
+"""Which tokens' rows of embedding and head are trained beside a LoRA, where they are, and what PEFT calls them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from peft.utils import TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_pipelite.adapters.lora_targets import ADAPTER
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.rows_apart import ROWS, hold_apart, share
+
+Rows = list[int] | dict[str, list[int]]
+"""Numbers of tokens, or those of each module by its name."""
+IN_FILE = f"token_adapter.{ROWS}"
+_KEY = "trainable_token_indices"
+
+
+def check_numbers(rows: Rows) -> None:
+    """Check what can be told of the option by itself.
+
+    Raises:
+        ConfigurationError: No tokens, one that is named twice, or one that is no token's number.
+    """
+    for numbers in rows.values() if isinstance(rows, dict) else [rows]:
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ConfigurationError(f"{_KEY} has {number!r}; give the numbers of tokens, from 0 on.")
+            if numbers.count(number) > 1:
+                raise ConfigurationError(f"{_KEY} has the token {number} twice; give it once.")
+        if not numbers:
+            raise ConfigurationError(f"{_KEY} names no token; give the numbers of some, or leave it out.")
+    if not rows:
+        raise ConfigurationError(f"{_KEY} names no module; give the numbers of some tokens, or leave it out.")
+
+
+def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
+    """Return the tokens whose rows are trained of the embedding and of the head, by the modules' full names.
+
+    Of a model that ties them, those of the embedding, which are the head's as well.
+
+    Raises:
+        ConfigurationError: A module that is neither, a token without a row, or others of two that are tied.
+    """
+    ends = (meta_model.embedding_name, meta_model.head_name)
+    try:
+        known = {name: {name, _last(name), meta_model.whole.module_name(name)} for name in ends}
+    except KeyError as error:
+        raise _refusal(meta_model, f"the model that its directory loads as has no {error}") from None
+    if not isinstance(rows, dict):
+        rows = dict.fromkeys(ends, rows)
+    found: dict[str, list[int]] = {}
+    for name, numbers in rows.items():
+        full = next((each for each, names in known.items() if name in names), None)
+        if full is None:
+            raise ConfigurationError(
+                f"{_KEY} names {name}, but of this model the rows of {_last(ends[0])} and {_last(ends[1])} can be "
+                "trained; name these, or give a list for both."
+            )
+        count = meta_model.model.get_submodule(full).weight.shape[0]
+        if (largest := max(numbers)) >= count:
+            raise ConfigurationError(
+                f"{_KEY} has the token {largest}, but {full} of {meta_model.model_dir} has {count} rows, for 0 to "
+                f"{count - 1}; give the model more (transformers' resize_token_embeddings), save it, and train that."
+            )
+        found[full] = numbers
+    if meta_model.tied:
+        numbers = found.get(ends[0], [])
+        if not numbers or found.get(ends[1], numbers) != numbers:
+            raise ConfigurationError(
+                f"{_KEY} names other tokens for {_last(ends[0])} than for {_last(ends[1])}, which "
+                f"{meta_model.model_dir} ties to each other; give one list for both."
+            )
+        return {ends[0]: numbers}
+    return found
+
+
+def for_peft(rows: Mapping[str, list[int]], meta_model: MetaModel) -> Rows:
+    """Return what PEFT's configuration is to say of them, by the names of what the directory loads as."""
+    if meta_model.tied:  # a list is for the embedding and what is tied to it
+        return rows[meta_model.embedding_name]
+    names = [name for name, _ in meta_model.whole.model.named_modules()]
+    said = {}
+    for own, numbers in rows.items():
+        full = meta_model.whole.module_name(own)
+        unique = [name for name in names if name.endswith(_last(full))] == [full]  # as PEFT looks for it
+        said[_last(full) if unique else full] = numbers
+    return said
+
+
+def hold_rows(model: PreTrainedModel, rows: Mapping[str, list[int]], meta_model: MetaModel, dtype: torch.dtype) -> None:
+    """Make the rows of what a stage has of embedding and head trainable."""
+    for name, numbers in rows.items():
+        if _has_weight(model, name):
+            hold_apart(model.get_submodule(name), numbers, dtype)
+    # The last stage has the embedding, under whose name the rows are tied over stages; the first may have no head.
+    if meta_model.tied and rows and _has_weight(model, meta_model.head_name):
+        share(model.get_submodule(meta_model.head_name), model.get_submodule(meta_model.embedding_name))
+
+
+def check_computation(rows: Mapping[str, list[int]], meta_model: MetaModel) -> None:
+    """Check on a tiny model of the class that its code, rows held apart, and PEFT make the same of changed rows.
+
+    Raises:
+        ConfigurationError: They do not: the class uses its weights in another way, or PEFT computes without a bias.
+    """
+    tiny = meta_model.tiny().eval()
+    numbers = [1, 3]
+    generator = torch.Generator().manual_seed(0)
+    tried = dict.fromkeys(rows, numbers)
+    values = {name: torch.randn(2, *tiny.get_submodule(name).weight.shape[1:], generator=generator) for name in rows}
+    written, apart, wrapped = (copy.deepcopy(tiny) for _ in range(3))
+    try:
+        with torch.no_grad():
+            for name in rows:
+                written.get_submodule(name).weight[numbers] = values[name]
+            hold_rows(apart, tried, meta_model, torch.float32)
+            for name in rows:
+                apart.get_submodule(name).get_parameter(ROWS).copy_(values[name])
+            _wrap(wrapped, tried, values, meta_model)
+            input_ids = torch.tensor([[0, 1, 2, 3, 4, 3]])
+            expected, ours, theirs = (
+                model(input_ids=input_ids, use_cache=False).logits for model in (written, apart, wrapped)
+            )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _refusal(meta_model, str(error).splitlines()[0].rstrip(".")) from error
+    reasons = ("its code takes their weights in a way that is not known", "PEFT computes something else with them")
+    for found, why in zip((ours, theirs), reasons, strict=True):
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            raise _refusal(meta_model, why, _alone(rows, meta_model))
+
+
+def _wrap(
+    model: PreTrainedModel, rows: Mapping[str, list[int]], values: Mapping[str, Tensor], meta_model: MetaModel
+) -> None:
+    """Do to ``model`` what PEFT does."""
+    first = None
+    for name in [*rows, *([meta_model.head_name] if meta_model.tied else [])]:
+        wrapper = TrainableTokensWrapper(
+            model.get_submodule(name), ADAPTER, token_indices=rows.get(name, []), tied_adapter=first
+        )
+        wrapper.set_adapter(ADAPTER)
+        if name in rows:
+            wrapper.token_adapter.trainable_tokens_delta[ADAPTER].copy_(values[name])
+        first = wrapper.token_adapter if meta_model.tied else None
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper)
+
+
+def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: MetaModel) -> None:
+    """Check that PEFT has taken the same modules of ``model``, the whole one, for those whose rows are trained.
+
+    Raises:
+        ConfigurationError: It has not.
+    """
+    ours = [*rows, *([meta_model.head_name] if meta_model.tied and rows else [])]
+    wanted = {meta_model.whole.module_name(name) for name in ours}
+    found = {name for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)}
+    if found != wanted:
+        raise _refusal(meta_model, f"PEFT would load them into {', '.join(sorted(found))}")
+
+
+def _alone(rows: Mapping[str, list[int]], meta_model: MetaModel) -> str:
+    """Say what may do where not the rows of both can be trained."""
+    embedding = meta_model.embedding_name
+    return f"or train those of one alone, as {{{_last(embedding)}: {rows[embedding]}}}" if len(rows) > 1 else ""
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    return "weight" in model.get_submodule(name)._parameters
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _refusal(meta_model: MetaModel, why: str, remedy: str = "") -> ConfigurationError:
+    return ConfigurationError(
+        f"{_KEY}: the rows of tokens cannot be trained in a model of type {meta_model.config.model_type}, as {why}; "
+        f"leave it out{', ' * bool(remedy)}{remedy}."
+    )
