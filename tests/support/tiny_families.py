@@ -33,7 +33,7 @@ DEPTHS = (
 # Values that four small layers ask of single types, by the names that only those have.
 SPECIAL: dict[str, Any] = {
     "attention_types": [[["global", "local"], 2]],
-    "num_kv_shared_layers": 2,
+    "num_kv_shared_layers": 1,
     "local_layer_ids": [0, 2],
     "full_attn_idxs": [1, 3],
     "attn_layer_indices": [1, 3],
@@ -49,7 +49,10 @@ SPECIAL: dict[str, Any] = {
 }
 # The same of one type, whose names mean something else in others.
 SPECIAL_OF: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 128}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 128},
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
