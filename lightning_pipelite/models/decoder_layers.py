@@ -24,6 +24,7 @@ class DecoderLayers:
     tail_names: list[str]
     groups: list[int]
     tuple_lengths: list[int]
+    start_inputs: list[list[int | str]]
     shared_inputs: list[list[str]]
     one_stage_only: str | None
 
@@ -98,6 +99,7 @@ def _try_layers(
         tail_names=tail,
         groups=groups,
         tuple_lengths=trace.tuple_lengths,
+        start_inputs=trace.start_inputs,
         shared_inputs=[shared for shared in trace.shared_inputs if len(shared) > 1],
         one_stage_only=unfit,
     )
@@ -118,6 +120,8 @@ def _why_unfit(trace: Trace, names: list[str], start: list[str], tail: list[str]
         return (
             f"it has weights in {', '.join(sorted(misplaced)[:2])}{more} that are not only before or after its layers"
         )
+    if shapeless := [name for name in start if name in trace.without_tensors]:
+        return f"{shapeless[0]} is called with sizes alone, for which a later stage has no stub"
     if ends[0] not in start or ends[1] not in tail:
         return "it does not run as embedding, decoder layers, and head"
     return None

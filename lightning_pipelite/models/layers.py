@@ -256,6 +256,9 @@ class CausalLMLayers:
             self.meta_model.layers_name,
             start,
             stop,
+            start_inputs=self.meta_model.start_inputs
+            if self.one_stage_only is None
+            else [[]] * len(self.meta_model.layers),
             takes_positions=self.meta_model.takes_positions,
             packed=self.packed,
             router_loss=self.router_loss,
@@ -270,7 +273,8 @@ class CausalLMLayers:
         """
         if self.compile_layers is not None:
             return self.compile_layers
-        whole = self.meta_model.one_stage_only is None  # else layers share more than the hidden states
+        # Else layers share more than the hidden states.
+        whole = self.meta_model.one_stage_only is None and not any(self.meta_model.start_inputs)
         return device.type == "cuda" and whole and not have_single_experts(self.meta_model.layers)
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:

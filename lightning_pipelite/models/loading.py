@@ -191,7 +191,7 @@ def _trim(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, 
     layers = model.get_submodule(meta_model.layers_name)
     for number, layer in enumerate(layers):
         if not start <= number < stop:
-            layers[number] = RemoteLayer(layer, leaves=number == stop, tuple_length=meta_model.tuple_lengths[number])
+            layers[number] = RemoteLayer(layer, tuple_length=meta_model.tuple_lengths[number])
     is_first, is_last = start == 0, stop == len(layers)
     # Where they are tied, both ends are loaded together: transformers then finds the weight under either name.
     keeps_ends = meta_model.tied and (is_first or is_last)

@@ -54,6 +54,8 @@ class MetaModel:
         groups: Bounds of the groups of decoder layers that share more than hidden states, and so must share a stage:
             group g has the layers from ``groups[g]`` to ``groups[g + 1]``, exclusive. Mostly one layer each.
         tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
+        start_inputs: For each decoder layer, which of its arguments beside the hidden states, by position or name, are
+            made before the layers, by the first stage alone: Gemma 3n's inputs of each layer.
         shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
         takes_positions: Whether the model's forward takes ``position_ids``.
         isolates_documents: Whether packed documents, told by their positions, do not see each other.
@@ -115,6 +117,7 @@ class MetaModel:
         self.layers_name, self.layers, self.groups = found.layers_name, found.layers, found.groups
         self.start_names, self.tail_names = found.start_names, found.tail_names
         self.tuple_lengths, self.shared_inputs = found.tuple_lengths, found.shared_inputs
+        self.start_inputs = found.start_inputs
         self.one_stage_only = found.one_stage_only
         self._probe = probe = self._attend_exactly(probe, asked=attn_implementation)
         self.takes_positions = probe.takes_positions

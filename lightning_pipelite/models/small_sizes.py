@@ -165,8 +165,8 @@ def _small(values: dict[str, Any]) -> dict[str, Any]:
 def _small_layer(own: dict[str, Any], values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
     """Return what a layer has otherwise than the rest, made small as that is."""
     made = {**own, **{k: _smaller(small[k], own[k], values[k]) for k in own.keys() & small.keys()}}
-    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
-    if parts[0] in made and values.get("head_dim") == sum({**values, **own}[part] for part in parts):
+    parts, real = ("qk_nope_head_dim", "qk_rope_head_dim"), {**values, **own}
+    if parts[0] in made and real.get("head_dim") == sum(real[part] for part in parts):
         made["head_dim"] = sum({**small, **made}[part] for part in parts)
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.document_mask import document_mask
+from lightning_pipelite.models.handover import Handover, LeaveStage
 from lightning_pipelite.models.head import FusedHead
 from lightning_pipelite.models.router import RouterLoss, RouterSums
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
@@ -27,6 +30,8 @@ class Stage(nn.Module):
         layers_name: Name of the list of decoder layers in ``causal_lm``.
         start: Number of the first decoder layer that this stage owns.
         stop: Number after the last one.
+        start_inputs: For each decoder layer of the model, which of its arguments the first stage alone can make;
+            see :class:`~lightning_pipelite.models.MetaModel`.
         takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
         packed: Whether inputs may hold several documents. If not, one that does is an error.
         router_loss: The load-balancing loss of the model's routers, if it is trained.
@@ -40,6 +45,7 @@ class Stage(nn.Module):
         start: int,
         stop: int,
         *,
+        start_inputs: Sequence[Sequence[int | str]] = (),
         takes_positions: bool = True,
         packed: bool = True,
         router_loss: RouterLoss | None = None,
@@ -57,10 +63,13 @@ class Stage(nn.Module):
             mine = [f"{layers_name}.{number}." for number in range(start, stop)]
             names = [name for name in router_loss.places if name.startswith(tuple(mine))]
             self._routers = RouterSums(causal_lm, router_loss, names)
-        # In a list, so that the layer is not registered a second time under another name.
-        # All layers of such a stage can receive, though one does: those of one class are compiled once.
-        own = [causal_lm.get_submodule(f"{layers_name}.{number}") for number in range(start, stop)]
-        self._entry = [] if start == 0 else [mix_in(layer, _StageEntry) for layer in own][:1]
+        self._handover = Handover(start_inputs)
+        layers: Any = causal_lm.get_submodule(layers_name)
+        if start > 0:
+            for number in range(start, stop):
+                mix_in(layers[number], _StageEntry).receive_from(self._handover, number, entry=number == start)
+        for number in range(stop, len(layers)):
+            layers[number].hand_on_to(self._handover, number, first=number == stop)
 
     def expect_documents(self, count: int) -> None:
         """Tell how many documents a micro-batch has, which spares the host of a GPU a wait for it.
@@ -75,7 +84,8 @@ class Stage(nn.Module):
         Args:
             inputs: ``(input_ids, position_ids, *extra)`` on the first stage, ``(hidden_states, position_ids, *extra)``
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
-                hidden] (some models have several streams) in the model's dtype. Positions start again at 0 where a
+                hidden] in the model's dtype (some models have several streams; where layers are given more that the
+                first stage makes, one tensor of all of it). Positions start again at 0 where a
                 packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
                 passed on untouched; while the stage runs, its model has them as ``extra_inputs``. Where routers are
                 balanced in training, the sums over the routers of the stages before follow last.
@@ -92,23 +102,14 @@ class Stage(nn.Module):
         first, position_ids, *extra = inputs
         routers = self._routers if self.training else None
         if routers is not None:
-            sums = extra.pop() if self._entry else first.new_zeros(2, routers.loss.experts, dtype=torch.float32)
+            sums = extra.pop() if self.start else first.new_zeros(2, routers.loss.experts, dtype=torch.float32)
             routers.start()
-        if not self._packed and not self._entry and bool((position_ids.diff(dim=-1) != 1).any()):
+        if not self._packed and not self.start and bool((position_ids.diff(dim=-1) != 1).any()):
             raise ConfigurationError(
                 "the data packs several documents into a sequence but packed is false; give one document a sequence."
             )
-        # No attention mask and no cache: with either, transformers no longer tells packed documents apart.
-        arguments: dict[str, Any] = {"use_cache": False}
-        if self._takes_positions:
-            arguments["position_ids"] = position_ids
-        if self._entry:
-            # Token 0 everywhere only gives the model a shape and a device: what it makes of it is put aside at the
-            # first owned layer.
-            self._entry[0].received = first
-            arguments["input_ids"] = torch.zeros_like(position_ids)
-        else:
-            arguments["input_ids"] = first
+        arguments = self._arguments(position_ids, None if self.start else first)
+        self._handover.begin(first if self.start else None)
         self.causal_lm.extra_inputs = tuple(extra)
         try:
             with document_mask(position_ids if self._packed else None, self._most_documents):
@@ -121,19 +122,43 @@ class Stage(nn.Module):
                 return outputs
             return outputs, routers.loss.loss(routers.finish(sums), position_ids.numel())
         except LeaveStage as leave:
-            return (leave.hidden_states, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
+            return (leave.handed_on, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
             self.causal_lm.extra_inputs = ()
-            if self._entry:
-                self._entry[0].received = None
+            self._handover.end()
 
+    @torch.no_grad()
+    def received_like(self, position_ids: Tensor) -> Tensor:
+        """Return an empty tensor of the shape and dtype of what this stage receives, if it is not the first.
 
-class LeaveStage(Exception):  # noqa: N818 (control flow, not an error)
-    """Ends a stage's forward where the next stage's first layer would run, with that layer's input."""
+        Args:
+            position_ids: As :meth:`forward` gets them.
+        """
+        self._handover.begin(None, measuring=True)
+        try:
+            with document_mask(position_ids if self._packed else None, self._most_documents):
+                self.causal_lm(**self._arguments(position_ids, None))
+            made = None
+        except LeaveStage as leave:
+            made = leave.handed_on
+        finally:
+            count = self._handover.end()
+        if self._handover.hidden_states_only:
+            assert made is not None
+            return torch.empty_like(made)
+        return torch.empty(count, dtype=self.causal_lm.dtype, device=position_ids.device)
 
-    def __init__(self, hidden_states: Tensor) -> None:
-        super().__init__()
-        self.hidden_states = hidden_states
+    def _arguments(self, position_ids: Tensor, input_ids: Tensor | None) -> dict[str, Any]:
+        """Return what the model is called with.
+
+        No attention mask and no cache: with either, transformers no longer tells packed documents apart. On a stage
+        without tokens, token 0 everywhere only gives the model a shape and a device: what it makes of it is put aside.
+        """
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self._takes_positions:
+            arguments["position_ids"] = position_ids
+        arguments["input_ids"] = torch.zeros_like(position_ids) if input_ids is None else input_ids
+        return arguments
 
 
 class RemoteLayer(nn.Module):
@@ -141,15 +166,19 @@ class RemoteLayer(nn.Module):
 
     Args:
         layer: The layer, which answers where the model's code asks for an attribute such as ``attention_type``.
-        leaves: Whether the forward ends here: true right after the last owned layer.
         tuple_length: How many values the layer returns in a tuple; 0 if it returns the hidden states alone.
     """
 
-    def __init__(self, layer: nn.Module, *, leaves: bool, tuple_length: int) -> None:
+    def __init__(self, layer: nn.Module, *, tuple_length: int) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not as a submodule: its weights, on the meta device, are nobody's
-        self.leaves = leaves
         self.tuple_length = tuple_length
+        self.__dict__["handover"] = None
+
+    def hand_on_to(self, handover: Handover, number: int, *, first: bool) -> None:
+        """Hand on what the layer is called with, as layer ``number``; the ``first`` one, hidden states too."""
+        self.__dict__["handover"] = handover
+        self.number, self.first = number, first
 
     @override
     def __getattr__(self, name: str) -> Any:
@@ -158,9 +187,9 @@ class RemoteLayer(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        """Pass the hidden states on, or leave the model with them."""
-        if self.leaves:
-            raise LeaveStage(hidden_states)
+        """Pass the hidden states on; after the stage's own layers, hand on and at last leave the model."""
+        if self.handover is not None:
+            self.handover.depart(self.number, self.first, ((hidden_states, *args), kwargs))
         return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
 
 
@@ -204,19 +233,19 @@ class ZeroStub(EmptyStub):
 
 
 class _StageEntry(Mixin):
-    """Mixed into the first owned layer: swaps the hidden states that it is called with for the received ones.
+    """Mixed into the layers of a stage that receives: swaps what they are called with for what was received.
 
-    Not a forward pre-hook: transformers before 5.23 checkpoints a layer's ``__call__``, hooks included, so a hook would
-    run again in the recomputation, by when another micro-batch has been received. This runs outside the checkpoint.
+    Into all of them, though mostly the first alone has something to swap: layers of one class are compiled once. Not a
+    forward pre-hook: transformers before 5.23 checkpoints a layer's ``__call__``, hooks included, so a hook would run
+    again in the recomputation, by when another micro-batch has been received. This runs outside the checkpoint.
     """
 
     mixin_place = MixinPlace.STAGE_ENTRY
-    received: Tensor | None = None
+
+    def receive_from(self, handover: Handover, number: int, *, entry: bool) -> None:
+        """Receive as layer ``number``; the first one of a stage (``entry``), hidden states too."""
+        self._arrive = partial(handover.arrive, number, entry=entry)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.received is not None:
-            if args:
-                args = (self.received, *args[1:])
-            else:
-                kwargs["hidden_states"] = self.received
+        args, kwargs = self._arrive((args, kwargs))
         return super().__call__(*args, **kwargs)  # type: ignore[misc]

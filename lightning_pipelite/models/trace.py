@@ -23,15 +23,20 @@ class Trace:
         order: Names of the watched modules and layers, in the order of their calls.
         tuple_lengths: For each layer, how many values it returns in a tuple; 0 if it returns the hidden states alone.
         carried: Pairs ``(i, j)``: layer j, or what follows it, uses what layer i (or :data:`START`) made, other than
-            through the hidden states. Both must be on one stage.
+            through the hidden states and ``start_inputs``. Both must be on one stage.
+        start_inputs: For each layer, which of its arguments beside the hidden states, by position or name, are tensors
+            of floating type that :data:`START` made: they can travel with the hidden states.
         hidden_missing: Whether a layer got no tensor of hidden states as its first argument.
+        without_tensors: Names of other modules that were called with no tensor, so that their stubs know no shape.
         shared_inputs: Names of linear layers that were called one after the other with one and the same tensor.
     """
 
     order: list[str] = field(default_factory=list)
     tuple_lengths: list[int] = field(default_factory=list)
     carried: set[tuple[int, int]] = field(default_factory=set)
+    start_inputs: list[list[int | str]] = field(default_factory=list)
     hidden_missing: bool = False
+    without_tensors: set[str] = field(default_factory=set)
     shared_inputs: list[list[str]] = field(default_factory=list)
 
 
@@ -54,7 +59,7 @@ def trace_forward(
     Raises:
         Exception: Whatever the model raises.
     """
-    trace = Trace(tuple_lengths=[0] * len(layer_names))
+    trace = Trace(tuple_lengths=[0] * len(layer_names), start_inputs=[[] for _ in layer_names])
     flow = _Flow(trace, len(layer_names))
     flow.mark([input_ids], {START})
     flow.mark(model.parameters(), {START})
@@ -67,6 +72,7 @@ def trace_forward(
             hidden = args[0] if args else kwargs.get("hidden_states")
             if isinstance(hidden, Tensor):
                 flow.enter(number, hidden, sum(value is hidden for value in tensors_in((args, kwargs))))
+                trace.start_inputs[number] = flow.give([*enumerate(args), *kwargs.items()])
             else:
                 trace.hidden_missing = True
 
@@ -80,7 +86,12 @@ def trace_forward(
         return hook
 
     def before_other(name: str) -> Callable[..., None]:
-        return lambda module, args: trace.order.append(name)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            trace.order.append(name)
+            if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+                trace.without_tensors.add(name)
+
+        return hook
 
     shared = _SharedInputs(trace.shared_inputs)
     handles = []
@@ -92,7 +103,7 @@ def trace_forward(
         handles.append(layer.register_forward_pre_hook(before_layer(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(after_layer(number)))
     for name in other_names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(before_other(name)))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(before_other(name), with_kwargs=True))
     try:
         with torch.no_grad(), flow:
             logits = run(input_ids)
@@ -131,7 +142,7 @@ class _Flow(TorchDispatchMode):
         self.count = count
         self.last = START  # the layer that was entered last
         self.inside = False
-        self.hidden: Tensor | None = None  # the argument of the layer that runs
+        self.received: list[Tensor] = []  # the arguments of the layer that runs which are sent from stage to stage
         self.sources: dict[int, frozenset[int]] = {}
         self.alive: list[Tensor] = []  # so that no id is given twice
 
@@ -145,13 +156,21 @@ class _Flow(TorchDispatchMode):
         self._use(self._sources_of(hidden), self.last)
         if occurrences > 1:  # a stage puts the received hidden states in the first place only
             self._use({self.last}, number)
-        self.last, self.inside, self.hidden = number, True, hidden
+        self.last, self.inside, self.received = number, True, [hidden]
+
+    def give(self, arguments: Iterable[tuple[int | str, Any]]) -> list[int | str]:
+        """Return the places of the arguments that the first stage makes, which the layer that was entered receives."""
+        (hidden,) = self.received
+        tensors = [(place, value) for place, value in arguments if isinstance(value, Tensor) and value is not hidden]
+        made = [(place, t) for place, t in tensors if t.is_floating_point() and self._sources_of(t) == {START}]
+        self.received += [tensor for _, tensor in made]
+        return [place for place, _ in made]
 
     def leave(self) -> None:
         self.inside = False
 
     def _sources_of(self, tensor: Tensor) -> frozenset[int]:
-        if self.inside and tensor is self.hidden:
+        if self.inside and any(tensor is each for each in self.received):
             return frozenset()  # sent from stage to stage; used outside the layer, it is the earlier stage's
         return self.sources.get(id(tensor), frozenset())
 

@@ -76,7 +76,9 @@ class Simulation:
                 self._built[built] = self._build(number)
             it = self._built[built]
             set_activation_memory(it.layers, policy, META, compiled=False)
-            self._trials[key] = it.train(lambda: self._inputs(it.stage, sequence_len, input_grad), first=first)
+            ids = torch.empty(1, sequence_len, dtype=torch.int64, device=META)
+            received = it.received_like(ids)
+            self._trials[key] = it.train(lambda: self._inputs(received, ids, input_grad), first=first)
         return self._trials[key]
 
     def on(self, layers: CausalLMLayers) -> Simulation:
@@ -121,21 +123,19 @@ class Simulation:
         weighed = self._weigh(stage)
         return WatchedStage(stage, weighed, meta_model.layers_name, meta_model.tail_names, loss, compiled=self.compiled)
 
-    def _inputs(self, stage: Stage, sequence_len: int, input_grad: bool) -> tuple[Tensor, ...]:
+    def _inputs(self, received: Tensor, ids: Tensor, input_grad: bool) -> tuple[Tensor, ...]:
+        """Return new inputs of a stage that receives what is like ``received``: like ``ids``, if it is the first."""
         layers = self.layers
-        ids = [torch.empty(1, sequence_len, dtype=torch.int64, device=META) for _ in range(2)]
-        extra = [torch.empty_like(ids[0]) for _ in layers.adapter.batch_keys]
-        if stage.start == 0:
-            return (*ids, *extra)
-        size = layers.meta_model.model.get_submodule(layers.meta_model.embedding_name).weight.shape[1]
-        size = getattr(layers.meta_model.config, "hidden_size", size)
+        positions, *extra = (torch.empty_like(ids) for _ in range(1 + len(layers.adapter.batch_keys)))
+        if received is ids:
+            return (torch.empty_like(ids), positions, *extra)
         # As between two items: not a leaf, which the graph would hold whether the item keeps it or not.
-        source = torch.empty(1, 1, 1, dtype=layers.dtype, device=META, requires_grad=input_grad)
-        hidden = source.expand(1, sequence_len, size).clone()
+        source = torch.empty(1, dtype=layers.dtype, device=META, requires_grad=input_grad)
+        hidden = source.expand(received.shape).clone()
         sums = []
         if layers.router_loss is not None:
             sums = [torch.empty(2, layers.router_loss.experts, device=META, requires_grad=True)]
-        return (hidden, ids[1], *extra, *sums)
+        return (hidden, positions, *extra, *sums)
 
     def _weigh(self, stage: Stage) -> Trial:
         """Return what the parameters of each part take, whatever the micro-batch is."""

@@ -72,6 +72,13 @@ class WatchedStage:
         for module in following:
             module.register_forward_pre_hook(lambda *_: self._note("leave"))
 
+    def received_like(self, ids: Tensor) -> Tensor:
+        """Return a tensor like the one that the stage receives first: like the tokens ``ids``, if it is the first."""
+        if self.stage.start == 0:
+            return ids
+        with as_on_gpu(), Meter():  # which answers what the meta device cannot
+            return self.stage.received_like(ids)
+
     def train(self, make_inputs: Callable[[], tuple[Tensor, ...]], *, first: bool) -> Trial:
         """Train on a micro-batch.
 

@@ -17,6 +17,8 @@ import tiny_families
         ("gemma2", "isolated"),  # two caps, a scaled and tied embedding
         ("cohere2", "isolated"),  # parallel blocks
         ("deepseek_v4", "isolated"),  # several streams, and layers that need the tokens
+        ("gemma3n_text", "isolated"),  # several streams, inputs of each layer, keys and values of another layer
+        ("gemma4_text", "isolated"),
         ("roberta", "refused"),  # positions that do not start at 0
         ("mamba", "isolated"),  # by its layers' running on each document
     ],
@@ -27,7 +29,8 @@ def test_exact(model_type: str, packing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "word"), [("gemma3n_text", "what comes before"), ("inkling2_text", "what comes before")]
+    ("model_type", "word"),
+    [("zaya", "each other's state"), ("inkling2_text", "what comes before"), ("roformer", "sizes alone")],
 )
 def test_what_cannot_be_cut_is_exact_in_one_stage(model_type: str, word: str) -> None:
     outcome = tiny_families.try_model(model_type)

@@ -9,7 +9,9 @@ from exact_training import LOSS_LIMIT, WEIGHT_LIMIT
 from processes import Workers
 
 
-@pytest.mark.parametrize(("model_type", "way"), [("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 1), ("lfm2", 1)])
+@pytest.mark.parametrize(
+    ("model_type", "way"), [("gemma2", 0), ("gpt_oss", 0), ("deepseek_v3", 1), ("lfm2", 1), ("gemma3n_text", 1)]
+)
 def test_losses_and_weights_are_those_of_a_plain_loop(workers: Workers, model_type: str, way: int) -> None:
     loss, weight = family_training.try_family(workers, model_type, family_training.modes(model_type)[way], steps=4)
     assert loss <= LOSS_LIMIT

@@ -113,10 +113,14 @@ def test_positions_that_do_not_start_at_zero_are_left_to_the_model(tmp_path: Pat
 
 
 def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
-    config = Gemma3nTextConfig(**SMALL, num_hidden_layers=4, num_kv_shared_layers=2, num_attention_heads=4)
+    sizes = {**SMALL, "num_hidden_layers": 4, "num_attention_heads": 4}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3nTextConfig(**sizes, num_kv_shared_layers=1, layer_types=kinds)
+    assert meta_model_of(tmp_path / "one", config).groups == [0, 1, 4]  # the last has the second's keys and values
+    config = Gemma3nTextConfig(**sizes, num_kv_shared_layers=2, layer_types=kinds)
     meta_model = meta_model_of(tmp_path, config)
     assert meta_model.groups == [0, 4]
-    assert "what comes before" in str(meta_model.one_stage_only)
+    assert "each other's state" in str(meta_model.one_stage_only)
     AutoModelForCausalLM.from_config(tiny_config(config)).save_pretrained(tmp_path)
     layers = CausalLMLayers(tmp_path, adapter=Full())
     assert partition(layers, 1) == [0, 1]

@@ -33,7 +33,7 @@ DEPTHS = (
 # Values that four small layers ask of single types, by the names that only those have.
 SPECIAL: dict[str, Any] = {
     "attention_types": [[["global", "local"], 2]],
-    "num_kv_shared_layers": 2,
+    "num_kv_shared_layers": 1,
     "local_layer_ids": [0, 2],
     "full_attn_idxs": [1, 3],
     "attn_layer_indices": [1, 3],
@@ -47,6 +47,19 @@ SPECIAL: dict[str, Any] = {
     "axial_pos_shape": (8, 8),
     "num_attention_heads": 4,
 }
+# The same of one type, whose names mean something else in others.
+SPECIAL_OF: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 128},
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8, "ngram_vocab_size_base": 512, "split_ngram_parts": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+    },
+}  # fmt: skip
 # What defaults leave open although the class cannot do without.
 UNSET = {"head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
@@ -74,7 +87,8 @@ def tiny(model_type: str) -> PretrainedConfig:
     """
     try:
         default = CONFIG_MAPPING[model_type]()
-        default = default.get_text_config(decoder=True)
+        text = default.get_text_config(decoder=True)
+        default = text if type(text) is not type(default) else default  # a decoder's copy lacks its sizes' own names
         values = default.to_dict()
         changed: dict[str, Any] = {**small_sizes(default), **{name: LAYERS for name in DEPTHS if name in values}}
         changed.update({name: value[:LAYERS] for name, value in changed.items() if isinstance(value, list)})
@@ -82,16 +96,18 @@ def tiny(model_type: str) -> PretrainedConfig:
         changed.update(_without_chance(values))
         changed.update({k: v for k, v in (("is_decoder", True), ("is_encoder_decoder", False)) if k in values})
         changed.update({name: value for name, value in SPECIAL.items() if name in values})
+        changed.update(SPECIAL_OF.get(default.model_type, {}))
         if "per_layer_config" in changed:
             changed["per_layer_config"] = {n: v for n, v in changed["per_layer_config"].items() if int(n) < LAYERS}
-        kinds = list(dict.fromkeys(values.get("layer_types") or []))
-        changed.pop("layer_types", None)
+        of_each = next((name for name in ("layer_types", "layers_block_type") if name in values), "layer_types")
+        kinds = list(dict.fromkeys(values.get(of_each) or []))
+        changed.pop(of_each, None)
         variants = [changed]
         variants += [{**changed, "num_experts_per_tok": 1}] if "num_experts_per_tok" in values else []
         if values.get("layer_types", 0) is None:
             variants.append({**changed, "layer_types": ["full_attention"] * LAYERS})
         if len(kinds) > 1:
-            variants.insert(0, {**changed, "layer_types": [kinds[i % len(kinds)] for i in range(LAYERS)]})
+            variants.insert(0, {**changed, of_each: [kinds[i % len(kinds)] for i in range(LAYERS)]})
         error: Exception | None = None
         for variant in variants:
             try:
@@ -100,7 +116,7 @@ def tiny(model_type: str) -> PretrainedConfig:
                     model = AutoModelForCausalLM.from_config(config)
                 break
             except Exception as refusal:
-                error = refusal
+                error = error or refusal
         else:
             raise error or AssertionError
     except Exception as refusal:  # validation errors of every sort

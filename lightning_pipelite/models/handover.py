@@ -1,0 +1,116 @@
+"""What a stage of a causal LM receives and hands on: hidden states, and what later layers are given beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LeaveStage(Exception):  # noqa: N818 (control flow, not an error)
+    """Ends a stage's forward where the next stage's first layer would run, with what that is handed."""
+
+    def __init__(self, handed_on: Tensor) -> None:
+        super().__init__()
+        self.handed_on = handed_on
+
+
+class Handover:
+    """Puts what was received in place of what a stage's model has made of no tokens, and collects what is handed on.
+
+    Where layers are given nothing but hidden states, these travel as they are. Otherwise one tensor [values] holds the
+    hidden states and then, layer by layer up to the last one, those of its inputs that only the first stage can make
+    (of Gemma 3n, what it embeds for each layer); what several layers are given travels once. The model's own code makes
+    the same arguments on every stage, of other values: they say what shape the next values have.
+
+    Args:
+        start_inputs: For each decoder layer, the positions or names of such arguments.
+    """
+
+    def __init__(self, start_inputs: Sequence[Sequence[int | str]]) -> None:
+        self._places = start_inputs
+        self.hidden_states_only = not any(start_inputs)
+        self._received: Tensor | None = None
+        self._taken = 0
+        self._known: list[tuple[Tensor, Tensor]] = []  # what the model made, and what stands for it
+        self._handed_on: list[Tensor] = []
+        self._measuring = False
+
+    def begin(self, received: Tensor | None, *, measuring: bool = False) -> None:
+        """Start a forward: with what was received, None on the first stage, or to find out how much that is."""
+        self._received, self._measuring = received, measuring
+        self._taken, self._known, self._handed_on = 0, [], []
+
+    def end(self) -> int:
+        """Forget the micro-batch, and return how many values were taken of what was received."""
+        self._received, self._known, self._handed_on = None, [], []
+        return self._taken
+
+    def arrive(self, number: int, arguments: Arguments, *, entry: bool) -> Arguments:
+        """Return the arguments of a layer as the whole model would give them.
+
+        Args:
+            number: Of the layer.
+            arguments: What this stage's model calls it with.
+            entry: Whether it is the stage's first one, which receives hidden states.
+        """
+        if self._received is None and not self._measuring:
+            return arguments
+        args, kwargs = list(arguments[0]), dict(arguments[1])
+        places = [*([0 if args else "hidden_states"] if entry else []), *self._places[number]]
+        for place in places:
+            if isinstance(place, int):
+                args[place] = self._take(args[place])
+            else:
+                kwargs[place] = self._take(kwargs[place])
+        return tuple(args), kwargs
+
+    def depart(self, number: int, first: bool, arguments: Arguments) -> None:
+        """Add what a layer of a later stage is given to what is handed on.
+
+        Args:
+            number: Of the layer.
+            first: Whether it is the first one after this stage's, which receives hidden states.
+            arguments: What this stage's model calls it with.
+
+        Raises:
+            LeaveStage: It is the last one of which something is handed on.
+        """
+        args, kwargs = self.arrive(number, arguments, entry=False)
+        if first:
+            self._handed_on.append(args[0] if args else kwargs["hidden_states"])
+            if self.hidden_states_only:
+                raise LeaveStage(self._handed_on[0])
+        for place in self._places[number]:
+            value = args[place] if isinstance(place, int) else kwargs[place]
+            if not any(value is each for each in self._handed_on[1:]):
+                self._handed_on.append(value)
+        if number == len(self._places) - 1:
+            dtype = self._handed_on[0].dtype
+            for tensor in self._handed_on[1:]:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+            raise LeaveStage(torch.cat([tensor.flatten().to(dtype) for tensor in self._handed_on]))
+
+    def _take(self, made: Tensor) -> Tensor:
+        """Return what stands for a tensor that this stage's model has made."""
+        for known, value in self._known:
+            if known is made:
+                return value
+        if self._measuring:
+            value = made
+            if self.hidden_states_only:
+                raise LeaveStage(made)
+        elif self.hidden_states_only:
+            assert self._received is not None
+            return self._received
+        else:
+            assert self._received is not None
+            values = self._received[self._taken : self._taken + made.numel()]
+            value = values.view(made.shape).to(made.dtype)
+        self._taken += made.numel()
+        self._known.append((made, value))
+        return value
