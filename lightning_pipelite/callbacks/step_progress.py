@@ -239,7 +239,7 @@ def _shorter_and_shorter(parts: Mapping[str, str]) -> Iterator[str]:
     """Yield a line of all parts, and lines with ever fewer of them: what is least missed goes first, losses last."""
     kept = dict(parts)
     losses = [name for name in parts if name.rpartition("/")[2] == "loss"]
-    others = [name for name in reversed(parts) if name not in (*LEAST_MISSED, *losses, STEP, EVALUATING)]
+    others = [name for name in reversed([*parts]) if name not in (*LEAST_MISSED, *losses, STEP, EVALUATING)]
     yield ", ".join(kept.values())
     for name in (*LEAST_MISSED, *others, *reversed(losses)):
         if kept.pop(name, None) is not None:
