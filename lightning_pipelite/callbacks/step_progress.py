@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +14,11 @@ from typing_extensions import override
 
 from lightning_pipelite.shared.progress import Style, View, duration, view
 from lightning_pipelite.shared.step_clock import StepClock
+
+STEP, ELAPSED, LEFT, EVALUATING = " step", " elapsed", " left", " evaluating"
+"""Names of what is shown beside the metrics; none of these begins with a space."""
+LEAST_MISSED = ("lr", "tokens_per_s", ELAPSED)
+"""What a narrow terminal does without, in this order."""
 
 
 class StepProgress(ProgressBar):
@@ -26,7 +31,8 @@ class StepProgress(ProgressBar):
     number of steps to come, where that is known: not for data without a length and no ``max_steps``, nor where a
     module optimizes by itself, as often as it likes in a batch.
 
-    In a terminal it is a bar, on standard error. Where there is none it is a line after the first step and at the
+    In a terminal it is a bar, on standard error; a narrow one does without learning rate, tokens/s, elapsed time and so
+    on, in this order, but keeps the losses. Where there is none it is a line after the first step and at the
     end, and in between at most one in ten seconds.
 
     Args:
@@ -111,17 +117,17 @@ class StepProgress(ProgressBar):
             self._total = total_steps(trainer, trainer.fit_loop.batch_idx + 1)
             self._show_step(self._told(trainer, pl_module))
 
-    def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        return ", ".join(_shown(name, value) for name, value in self.get_metrics(trainer, pl_module).items())
+    def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
+        return {name: _shown(name, value) for name, value in self.get_metrics(trainer, pl_module).items()}
 
-    def _show_step(self, told: str) -> None:
+    def _show_step(self, told: Mapping[str, str]) -> None:
         assert self._view is not None
-        parts = [f"step {self._step:,}" + (f"/{self._total:,}" if self._total is not None else "")]
-        parts.append(duration(self._clock.elapsed))
+        parts = {STEP: f"step {self._step:,}" + (f"/{self._total:,}" if self._total is not None else "")}
+        parts[ELAPSED] = duration(self._clock.elapsed)
         left = None if self._total is None else self._clock.remaining(self._total - self._step)
         if left:
-            parts.append(f"{duration(left)} left")
-        self._view.update(self._step, self._total, ", ".join([*parts, *([told] if told else [])]))
+            parts[LEFT] = f"{duration(left)} left"
+        self._view.update(self._step, self._total, *_shorter_and_shorter({**parts, **told}))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +185,7 @@ class StepProgress(ProgressBar):
             return
         batches = f"{self._batches:,}" + (f"/{self._all_batches:,}" if self._all_batches is not None else "")
         if trainer.state.fn == TrainerFn.FITTING:
-            self._show_step(f"evaluating {batches}")
+            self._show_step({EVALUATING: f"evaluating {batches}"})
         else:
             self._view.update(self._batches, self._all_batches, f"batch {batches}, {duration(self._clock.elapsed)}")
 
@@ -227,6 +233,17 @@ def total_steps(trainer: pl.Trainer, batches_done: int) -> int | None:
         total += sum(steps(batches, epoch) for epoch in range(trainer.current_epoch, epochs))
     total = min(total, at_most)
     return int(total) if total < math.inf else None
+
+
+def _shorter_and_shorter(parts: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line of all parts, and lines with ever fewer of them: what is least missed goes first, losses last."""
+    kept = dict(parts)
+    losses = [name for name in parts if name.rpartition("/")[2] == "loss"]
+    others = [name for name in reversed([*parts]) if name not in (*LEAST_MISSED, *losses, STEP, EVALUATING)]
+    yield ", ".join(kept.values())
+    for name in (*LEAST_MISSED, *others, *reversed(losses)):
+        if kept.pop(name, None) is not None:
+            yield ", ".join(kept.values())
 
 
 def _shown(name: str, value: Any) -> str:

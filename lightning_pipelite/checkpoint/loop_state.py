@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.loop_counts import recount
+from lightning_pipelite.shared.wording import counted
 
 _BATCHES = "epoch_loop.batch_progress"
 _EVALUATED = "epoch_loop.val_loop.batch_progress"
@@ -151,8 +152,9 @@ def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[in
             else f"choose a number of replicas that divides {a_step}"
         )
         raise ConfigurationError(
-            f"ckpt_path: the checkpoint was trained with {a_step} micro-batches a step ({batches} on each of "
-            f"{replicas} replicas), not {replicas_now * batches_now} ({batches_now} on each of {replicas_now}): "
+            f"ckpt_path: the checkpoint was trained with {counted(a_step, 'micro-batch')} a step ({batches} on each of "
+            f"{counted(replicas, 'replica')}), not {replicas_now * batches_now} ({batches_now} on each of "
+            f"{replicas_now}): "
             f"{advice}."
         )
     progress = loops["fit_loop"][_BATCHES]

@@ -17,6 +17,7 @@ from lightning_pipelite.data.datamodule import PackedDataModule
 from lightning_pipelite.data.sequences import IGNORED, PackedSequences
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.wording import counted
 
 _RESET = "\x1b[0m"
 _BOLD, _MASKED, _PADDING = "\x1b[1m", "\x1b[2;3m", "\x1b[2m"
@@ -100,15 +101,18 @@ class _Writer:
         labels = item["labels"]
         learnt = sum(label != IGNORED for label in labels)
         width = len(labels)
-        yield self._in(_BOLD, f"sequence {number}: {len(borders) + 1} documents, {learnt} labels, {width} tokens")
+        yield self._in(
+            _BOLD,
+            f"sequence {number}: {counted(len(borders) + 1, 'document')}, {counted(learnt, 'label')}, {width} tokens",
+        )
         edges = [0, *borders.tolist(), length]
         for (begin, end), control_class in zip(itertools.pairwise(edges), dataset.classes(index).tolist(), strict=True):
             told = f", class {control_class:+d}" if self._has_classes else ""
-            yield self._in(_CLASSES[control_class], f"── document at {begin}, {end - begin} tokens{told}")
+            yield self._in(_CLASSES[control_class], f"── document at {begin}, {counted(end - begin, 'token')}{told}")
             masked = [t == 0 or labels[t - 1] == IGNORED for t in range(begin, end)]
             yield self._text(item["input_ids"][begin:end], masked, _CLASSES[control_class])
         if length < width:
-            yield self._in(_PADDING, f"── padding, {width - length} tokens")
+            yield self._in(_PADDING, f"── padding, {counted(width - length, 'token')}")
 
     def _text(self, ids: list[int], masked: list[bool], colour: str) -> str:
         text = ""

@@ -18,6 +18,7 @@ from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.data.workers import map_in_order
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.progress import Progress
+from lightning_pipelite.shared.wording import counted
 
 # A batch takes a process some fifty times its size while it is tokenised, and costs a message there and back.
 _BATCH_DOCUMENTS = 1024
@@ -129,7 +130,7 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
                 left_out[encoded.dataset].add(error)
     for dataset, count, bad in zip(options.sources, counts, left_out, strict=True):
         if not count:
-            reason = f" ({bad.count} records were skipped, the first: {bad.first})" if bad.count else ""
+            reason = f" ({counted(bad.count, 'record')} skipped, the first: {bad.first})" if bad.count else ""
             reason = f" ({bad.files[0]})" if bad.files else reason
             reason = f" ({bad.long})" if bad.long.conversations and not reason else reason
             raise ConfigurationError(

@@ -30,6 +30,7 @@ from lightning_pipelite.data.templates import read_template
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import DealsData
+from lightning_pipelite.shared.wording import counted
 
 
 class PackedDataModule(LightningDataModule):
@@ -205,9 +206,10 @@ class PackedDataModule(LightningDataModule):
         sequences, needed = self._open().statistics.train.sequences, replicas * micro_batches_per_step
         if sequences < needed:
             raise ConfigurationError(
-                f"The training set has {sequences} sequences of {self._options.sequence_len} tokens, but one step "
-                f"takes {needed} ({micro_batches_per_step} micro-batches on each of {replicas} replicas): lower "
-                "trainer.accumulate_grad_batches or data.sequence_len, or add data."
+                f"The training set has {counted(sequences, 'sequence')} of {self._options.sequence_len} tokens, but "
+                f"one step takes {needed} ({counted(micro_batches_per_step, 'micro-batch')} on each of "
+                f"{counted(replicas, 'replica')}): lower trainer.accumulate_grad_batches or data.sequence_len, or add "
+                "data."
             )
 
     def check_vocabulary(self, rows: int) -> None:

@@ -9,6 +9,7 @@ from lightning_pipelite.data.config import LongConversations
 from lightning_pipelite.data.conversation import Message, learnt
 from lightning_pipelite.data.records import Record
 from lightning_pipelite.data.tokens import DocumentTokenizer
+from lightning_pipelite.shared.wording import counted
 
 Encoded = tuple[list[int], Flags]
 
@@ -47,13 +48,13 @@ class Long:
             return ""
         what = [
             f"{self.dropped:,} dropped" if self.dropped else "",
-            f"{self.parts:,} parts made of them, each with its questions" if self.parts else "",
-            f"{self.cut:,} answers cut at the end" if self.cut else "",
-            f"{self.unanswered:,} questions too long for any answer left out" if self.unanswered else "",
+            f"{counted(self.parts, 'part')} made of them, each with its questions" if self.parts else "",
+            f"{counted(self.cut, 'answer')} cut at the end" if self.cut else "",
+            f"{counted(self.unanswered, 'question')} too long for any answer left out" if self.unanswered else "",
             f"{self.kept:,} go on in the next sequence without their question" if self.kept else "",
         ]
         told = "; ".join(each for each in what if each)
-        return f"{self.conversations:,} conversations longer than {self.limit:,} tokens ({told})"
+        return f"{counted(self.conversations, 'conversation')} longer than {counted(self.limit, 'token')} ({told})"
 
 
 class Cutter:

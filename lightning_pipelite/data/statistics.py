@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_pipelite.shared.wording import counted
+
 
 @dataclass(frozen=True)
 class SplitStatistics:
@@ -41,10 +43,11 @@ class SplitStatistics:
     def describe(self, sequence_len: int) -> str:
         """Say it in a line."""
         line = (
-            f"{self.documents:,} documents, {self.tokens:,} tokens in {self.sequences:,} sequences of {sequence_len:,} "
+            f"{counted(self.documents, 'document')}, {counted(self.tokens, 'token')} in "
+            f"{counted(self.sequences, 'sequence')} of {sequence_len:,} "
             f"({self.padding:.1%} padding)"
         )
-        return line + (f", {self.dropped_tokens:,} tokens dropped" if self.dropped_tokens else "")
+        return line + (f", {counted(self.dropped_tokens, 'token')} dropped" if self.dropped_tokens else "")
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,15 @@ class DatasetStatistics:
     def describe(self) -> str:
         """Say it in a line."""
         line = (
-            f"{self.dataset_path}: {self.documents:,} documents, {self.tokens:,} tokens in {self.sequences:,} "
-            f"sequences ({self.padding:.1%} padding)"
+            f"{self.dataset_path}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')} in "
+            f"{counted(self.sequences, 'sequence')} ({self.padding:.1%} padding)"
         )
         if self.unused_documents:
-            line += f", {self.unused_documents:,} documents not used"
+            line += f", {counted(self.unused_documents, 'document')} not used"
         if self.skipped:
-            line += f", {self.skipped:,} bad records skipped (the first: {self.first_skipped})"
+            line += f", {counted(self.skipped, 'bad record')} skipped (the first: {self.first_skipped})"
         if self.broken_files:
-            line += f", {len(self.broken_files):,} files not read to their end: {_some(self.broken_files, '; ')}"
+            line += f", {counted(len(self.broken_files), 'file')} not read to the end: {_some(self.broken_files, '; ')}"
         if self.ignored_keys:
             line += f", ignored keys: {_some(self.ignored_keys, ', ')}"
         if self.ignored_files:

@@ -22,6 +22,7 @@ from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
 from lightning_pipelite.export.residual_writers import LayerWriters, Writer, find_writers
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import track
+from lightning_pipelite.shared.wording import counted
 
 
 def control_to_lora(
@@ -113,7 +114,7 @@ def _choose(
     near = measure(base, control, found, inverse=inverse)
     nearer = min(near, key=lambda name: near[name].divergence)
     take = nearer if writers == "nearer" else writers
-    lines = [f"No LoRA is exact here. Against the Control Adapter, on {near[take].tokens} tokens:"]
+    lines = [f"No LoRA is exact here. Against the Control Adapter, on {counted(near[take].tokens, 'token')}:"]
     for name, each in near.items():
         matrices = {"last": "the last matrix of each layer", "all": "all that write into a layer"}[name]
         lines.append(f"  {name:4} ({matrices}): {_told(each)}{'  <- taken' if name == take else ''}")

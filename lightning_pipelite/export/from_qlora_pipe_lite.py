@@ -24,6 +24,7 @@ from lightning_pipelite.export.merging import write_model
 from lightning_pipelite.export.migration import Migration
 from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import track
+from lightning_pipelite.shared.wording import counted
 
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
@@ -75,10 +76,10 @@ class FormerCheckpoint:
             if kind == "ControlAdapter":
                 self._write_control_config(partial)
                 ControlAdapterFile(partial)
-                return f"{output}: Control Adapter, {len(tensors)} tensors."
+                return f"{output}: Control Adapter, {counted(len(tensors), 'tensor')}."
             told = self._write_lora_config(base, partial, tensors)
             LoRAOfBase(base, partial)
-            return f"{output}: LoRA, {len(tensors)} tensors, {told}."
+            return f"{output}: LoRA, {counted(len(tensors), 'tensor')}, {told}."
 
     def _adapter_tensors(self, base: BaseModel) -> Iterator[tuple[str, Tensor]]:
         for number, path in track(self._files.items(), "converting", "files"):

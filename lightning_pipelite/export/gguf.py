@@ -25,6 +25,7 @@ from lightning_pipelite.export.lora_files import Factors, LoRAOfBase
 from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.transformers_compat import Concatenate, MergeModulelist
 from lightning_pipelite.shared.progress import track
+from lightning_pipelite.shared.wording import counted
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -113,7 +114,7 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return f"{output}: {count} tensors for architecture {target.name}, {outtype}, alpha {alpha:g}."
+    return f"{output}: {counted(count, 'tensor')} for architecture {target.name}, {outtype}, alpha {alpha:g}."
 
 
 def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) -> Iterator[tuple[str, Tensor, Tensor]]:

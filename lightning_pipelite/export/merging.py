@@ -22,6 +22,7 @@ from lightning_pipelite.models.stored.known import in_plain
 from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.weight_files import INDEX_FILE, read_header, read_json
 from lightning_pipelite.shared.progress import Progress
+from lightning_pipelite.shared.wording import counted
 
 MAX_SCALE = 2.0
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
@@ -74,7 +75,8 @@ def merge(
     total = sum(len(header) for header in model.headers.values())
     dequantised = f" The base has weights in {model.stored.title}; these are in bfloat16." if model.stored else ""
     return (
-        f"{output}: {len(parameters)} parameters changed, {total} tensors in {len(model.headers)} files.{dequantised}"
+        f"{output}: {counted(len(parameters), 'parameter')} changed, {counted(total, 'tensor')} in "
+        f"{counted(len(model.headers), 'file')}.{dequantised}"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_pipelite.models.head import HeadInputs
 from lightning_pipelite.module.batches import IGNORED
+from lightning_pipelite.shared.wording import counted
 
 if TYPE_CHECKING:
     from lightning_pipelite.strategy import PipeLiteStrategy
@@ -63,7 +64,7 @@ class GreedyWriter:
         begin, length = len(ids), len(ids) + max_new_tokens
         if self._positions is not None:  # where they end, so does the text
             if begin >= self._positions:
-                return f"(nothing: the prompt has {begin} tokens, and the model {self._positions} positions)"
+                return f"(nothing: the prompt has {counted(begin, 'token')}, and the model {self._positions} positions)"
             length = min(length, self._positions)
         while len(ids) < length:
             batch = strategy.batch_to_device(self._batch(ids, length))

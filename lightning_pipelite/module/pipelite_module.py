@@ -13,7 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -394,6 +394,7 @@ class PipeLiteModule(pl.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # All of it here, while a GPU still goes backward: when the step has been taken, it waits for the next one.
+        self._log_place(self.trainer.global_step + 1)
         self.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
         for name, value in self._speed.end().items():
             self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
@@ -403,8 +404,24 @@ class PipeLiteModule(pl.LightningModule):
         self._pause()
 
     @override
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._log_place(self.trainer.global_step)
+
+    @override
     def on_train_epoch_end(self) -> None:
         self._pause()
+
+    def _log_place(self, step: int) -> None:
+        """Have loggers count steps as the terminal does; Lightning's own count is one less, also of an evaluation.
+
+        Where it is given the step it leaves out the epoch, which is therefore given too.
+        """
+        for name, value in (("step", step), ("epoch", self.current_epoch)):
+            if self.trainer.training:
+                self.log(name, on_host(float(value)))
+            else:
+                self.log(name, float(value), batch_size=1, reduce_fx="max", sync_dist=True)
 
     def _pause(self) -> None:
         """Count nothing of the time until the next micro-batch: an evaluation or an epoch's end follows."""

@@ -67,14 +67,25 @@ def _gib(size: float) -> int:
     return int(size * GIB)
 
 
-# NVIDIA's figures: "Ampere GA102 GPU Architecture" (3090, A6000), "Ada GPU Architecture" (4090), "RTX Blackwell GPU
-# Architecture" (5090), and the data sheets of L40S, A100 80GB, H100 SXM and H200 SXM; without sparsity.
+# Sources, without sparsity. "Peak BF16 (FP8) Tensor TFLOPS with FP32 Accumulate", of pairs dense/sparse the first, in:
+#   "NVIDIA Ampere GA102 GPU Architecture" V2, appendices A (GeForce RTX 3090: 71/142; 936 GB/s) and C (RTX A6000:
+#       154.8/309.6; 768 GB/s);
+#   "NVIDIA Ada GPU Architecture" v2.02, appendix A (GeForce RTX 4090: 165.2/330.4, FP8 330.3/660.6; 1008 GB/s);
+#   "NVIDIA RTX Blackwell GPU Architecture", appendix A (GeForce RTX 5090: 209.5/419, FP8 419/838; 1792 GB/s).
+# "Tensor Core" rows of the data sheets:
+#   L40S: BFLOAT16 362.05 | 733*, FP8 733 | 1,466*; 864 GB/s; PCIe 4 x16, 64 GB/s both ways;
+#   A100 80GB SXM: BFLOAT16 312 | 624*; 2,039 GB/s; NVLink 600 GB/s both ways;
+#   H100 SXM and H200 SXM: BFLOAT16 1,979*, FP8 3,958*, which are halved, as * is with sparsity; 3.35 and 4.8 TB/s;
+#       NVLink 900 GB/s both ways.
+# They were read as others quote them, not in NVIDIA's own files. Of the 3090's 71 no quotation names its table,
+# but 82 SMs of 512 multiply-adds a clock at 1.695 GHz, of which sums in float32 halve the rate, come to it.
+# The memory is the least "total capacity" that torch was seen to report; recent drivers keep more for themselves.
 GPUS = {
-    "3090": Gpu("RTX 3090", _gib(23.69), 71.0, None, 35.6, 936, 32),
-    "4090": Gpu("RTX 4090", _gib(23.65), 165.2, 330.3, 82.6, 1008, 32),
-    "5090": Gpu("RTX 5090", _gib(31.36), 209.5, 419.0, 104.8, 1792, 64),
-    "a6000": Gpu("RTX A6000", _gib(47.53), 154.8, None, 38.7, 768, 32),
-    "l40s": Gpu("L40S", _gib(44.40), 362.0, 733.0, 91.6, 864, 32),
+    "3090": Gpu("RTX 3090", _gib(23.56), 71.0, None, 35.6, 936, 32),
+    "4090": Gpu("RTX 4090", _gib(23.51), 165.2, 330.3, 82.6, 1008, 32),
+    "5090": Gpu("RTX 5090", _gib(31.34), 209.5, 419.0, 104.8, 1792, 64),
+    "a6000": Gpu("RTX A6000", _gib(47.40), 154.8, None, 38.7, 768, 32),
+    "l40s": Gpu("L40S", _gib(44.39), 362.0, 733.0, 91.6, 864, 32),
     "a100": Gpu("A100", _gib(79.14), 312.0, None, 19.5, 2039, 300),
     "h100": Gpu("H100", _gib(79.10), 989.0, 1979.0, 67.0, 3350, 450),
     "h200": Gpu("H200", _gib(139.72), 989.0, 1979.0, 67.0, 4800, 450),

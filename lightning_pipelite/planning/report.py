@@ -177,7 +177,7 @@ class Report:
         speed = self.sequences * planner.sequence_len / found.seconds
         return [
             f"Recommended: {words}; {self._replicas(found.stages)}.",
-            f"{found.seconds:.2f} s a step, {_rounded(speed)} tokens/s ({self._whose_times}).",
+            f"{found.seconds:.2f} s a step, {in_three_digits(speed)} tokens/s ({self._whose_times}).",
             "",
             *stage_lines(planner.of(found.micro_batches), self.shown),
             "",
@@ -274,8 +274,8 @@ def _stages_in_words(stages: int, virtual_stages: int) -> str:
     return f"{stages} stage{'s' * (stages > 1)}" + f" of {virtual_stages} pieces each" * (virtual_stages > 1)
 
 
-def _rounded(speed: float) -> str:
-    """No more than three digits, as it is an estimate."""
+def in_three_digits(speed: float) -> str:
+    """Return a number in words, with no more than three digits, as it is an estimate."""
     if speed < 1000:
         return f"{speed:.0f}"
     return f"{round(speed, 2 - math.floor(math.log10(speed))):,.0f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Simulation:
         """Return a simulation of other layers with the same loss and optimizer."""
         return Simulation(layers, self._loss, self._make_optimizer, self.gpu)
 
-    @property
+    @cached_property  # every trial asks, and a large model takes long to be looked through
     def compiled(self) -> bool:
         """Whether layers are compiled on a GPU."""
         return self.layers.compiles_on(torch.device("cuda"))

@@ -12,6 +12,7 @@ from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.planner import STEP, Planner
 from lightning_pipelite.planning.settings import gib
+from lightning_pipelite.shared.wording import counted
 
 MOST = 64  # devices that are tried
 ATTENTION = ("attn", "attention")  # in the names of modules
@@ -36,10 +37,10 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
                 f"stage{'s' * (found.stages > 1)} with activation_memory {found.policy}"
             )
         elif (count := _fewest(other, sequences)) and (most is None or count < most):
-            ways.append(f"{name}, and {count} devices")
+            ways.append(f"{name}, and {counted(count, 'device')}")
     ways += [*_fewer_in_flight(planner, sequences), *_shorter(planner, sequences)]
     if most is not None:
-        ways.append(f"{most} devices, in {most} stages")
+        ways.append(f"{counted(most, 'device')}, in {counted(most, 'stage')}")
     return ways
 
 
@@ -94,8 +95,8 @@ def _fewer_in_flight(planner: Planner, sequences: int) -> Iterator[str]:
     for count in range(min(stages, full.micro_batches) - 1, 0, -1):
         if policy := full.of(count).choose_policy(stages, "auto"):
             yield (
-                f"trainer.accumulate_grad_batches: {count} in {stages} stages, so that fewer micro-batches are in "
-                f"flight (activation_memory {policy}; the stages wait more)"
+                f"trainer.accumulate_grad_batches: {count} in {counted(stages, 'stage')}, so that fewer micro-batches "
+                f"are in flight (activation_memory {policy}; the stages wait more)"
             )
             return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,6 +20,8 @@ from typing_extensions import Self
 
 Style = Literal["auto", "rich", "plain", "lines"]
 T = TypeVar("T")
+PLAIN_BAR = 20
+"""Characters of the bar in terminals that understand little."""
 
 
 def _is_first() -> bool:
@@ -33,8 +35,8 @@ class View(Protocol):
     def due(self) -> bool:
         """Whether enough time has passed to show something new."""
 
-    def update(self, done: int, total: int | None, text: str) -> None:
-        """Show how much is done, of a total that may not be known, and a text."""
+    def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
+        """Show how much is done, of a total that may not be known, and the first text for which there is room."""
 
     def print(self, line: str) -> None:
         """Print a line to standard output without breaking the bar."""
@@ -58,6 +60,11 @@ def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
     if style == "rich":
         return _Rich(label, stays)
     return _Plain(label, stays) if style == "plain" else _Lines(label)
+
+
+def first_that_fits(texts: Sequence[str], room: int) -> str:
+    """Return the first of the texts that has no more than ``room`` characters; the last if none has."""
+    return next((text for text in texts if len(text) <= room), texts[-1])
 
 
 def duration(seconds: float) -> str:
@@ -155,13 +162,18 @@ class _Paced:
         return time.monotonic() - self._last >= self.pause
 
 
+def _bar_width(console: Console) -> int:
+    return max(8, min(40, console.width - 112))
+
+
 class _Rich(_Paced):
     def __init__(self, label: str, stays: bool) -> None:
         super().__init__()
         console = Console(stderr=True)
+        self._beside = len(label) + 2  # with the spaces between columns
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=len(label))),
-            BarColumn(bar_width=max(8, min(40, console.width - 108))),
+            BarColumn(bar_width=_bar_width(console)),
             TextColumn(
                 "{task.fields[text]}",
                 markup=False,
@@ -178,9 +190,11 @@ class _Rich(_Paced):
         self._bar.start()
         self._bar.console.show_cursor(True)  # it hides it, for good if the process is killed
 
-    def update(self, done: int, total: int | None, text: str) -> None:
+    def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
         self._last = time.monotonic()
-        self._bar.update(self._task, completed=done, total=total, text=text, refresh=True)
+        room = self._bar.console.width - self._beside - _bar_width(self._bar.console)
+        shown = first_that_fits([text, *shorter], room)
+        self._bar.update(self._task, completed=done, total=total, text=shown, refresh=True)
 
     def print(self, line: str) -> None:
         print(line, flush=True)  # sys.stdout is rich's, where that is the terminal
@@ -192,13 +206,15 @@ class _Rich(_Paced):
 class _Plain(_Paced):
     def __init__(self, label: str, stays: bool) -> None:
         super().__init__()
-        self._bar = tqdm(
-            desc=label, leave=stays, unit="", bar_format="{desc} |{bar:20}| {unit}", file=sys.stderr, dynamic_ncols=True
-        )
+        self._label = label
+        shape = f"{{desc}} |{{bar:{PLAIN_BAR}}}| {{unit}}"
+        self._bar = tqdm(desc=label, leave=stays, unit="", bar_format=shape, file=sys.stderr, dynamic_ncols=True)
 
-    def update(self, done: int, total: int | None, text: str) -> None:
+    def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
         self._last = time.monotonic()
-        self._bar.total, self._bar.n, self._bar.unit = total, done, text
+        columns = self._bar.format_dict["ncols"] or 80
+        room = columns - len(f"{self._label} |{'':{PLAIN_BAR}}| ") - 1  # tqdm leaves the last place
+        self._bar.total, self._bar.n, self._bar.unit = total, done, first_that_fits([text, *shorter], room)
         self._bar.refresh()
 
     def print(self, line: str) -> None:
@@ -216,7 +232,7 @@ class _Lines(_Paced):
     def __init__(self, label: str) -> None:
         self._label, self._last = label, time.monotonic()
 
-    def update(self, done: int, total: int | None, text: str) -> None:
+    def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
         self._last = time.monotonic()
         share = f" ({100 * done / total:.0f} %)" if total else ""
         print(f"{self._label}{share}: {text}", file=sys.stderr, flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
@@ -33,10 +35,10 @@ class InterleavedCut:
         self._micro_batches = min(costs.micro_batches, _ROUNDS * stages)
         self._plan = interleaved_1f1b(stages, virtual_stages, self._micro_batches)
         self._in_flight = [
-            {
+            _largest(
                 tuple(count + (action.piece // stages == place) for place, count in enumerate(counts))
                 for action, counts in self._plan.held(stage)
-            }
+            )
             for stage in range(stages)
         ]
 
@@ -54,7 +56,7 @@ class InterleavedCut:
     def _descended(self, best: list[int], time: Callable[[Sequence[float]], float], distance: int) -> list[int]:
         cost = self._cost(best, time)
         while True:
-            moves = ((self._cost(moved, time), moved) for moved in self._moves(best, distance))
+            moves = ((self._cost(moved, time, cost[0]), moved) for moved in self._moves(best, distance))
             found = min(moves, default=(cost, best))
             if found[0] >= cost:
                 return best
@@ -68,8 +70,11 @@ class InterleavedCut:
                 if moved[first] > moved[first - 1] and moved[last] < moved[last + 1]:
                     yield moved
 
-    def _cost(self, bounds: Sequence[int], time: Callable[[Sequence[float]], float]) -> _Cost:
-        """Return the bytes that are too many, the time of a step, and how uneven the pieces are."""
+    def _cost(self, bounds: Sequence[int], time: Callable[[Sequence[float]], float], most: float = math.inf) -> _Cost:
+        """Return the bytes that are too many, the time of a step, and how uneven the pieces are.
+
+        Of a cut with more than ``most`` bytes too many, which is no better whatever its time, that is not asked for.
+        """
         seconds, held, retained = (
             [row[stop] - row[start] for start, stop in itertools.pairwise(bounds)]
             for row in (self._seconds, self._held, self._retained)
@@ -80,6 +85,8 @@ class InterleavedCut:
             - self._costs.memory_of(stage)
             for stage in range(self._stages)
         )
+        if excess > most:
+            return excess, math.inf, math.inf
         seconds = [each / self._costs.speed_of(piece % self._stages) for piece, each in enumerate(seconds)]
         # Sums of the same numbers differ by rounding.
         return max(0.0, excess), float(f"{time(seconds):.9g}"), float(f"{sum(each**2 for each in seconds):.9g}")
@@ -97,3 +104,9 @@ class InterleavedCut:
         return max(
             sum(count * size for count, size in zip(counts, retained, strict=True)) for counts in self._in_flight[stage]
         )
+
+
+def _largest(rows: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the rows of which no other is as large in every place: the others can be no moment that counts."""
+    kept = set(rows)
+    return [row for row in kept if not any(row != other and all(map(operator.le, row, other)) for other in kept)]

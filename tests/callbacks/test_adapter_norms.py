@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_composite_weight_decay import QUIET, Net, rows
 
@@ -61,6 +62,35 @@ def test_heat_map() -> None:
     assert cell(2, 1) == (255, 128, 0)
     assert cell(2, 2) == (0, 0, 0)
     assert picture.dtype == np.uint8
+
+
+def test_labels_of_a_heat_map_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends before the next begins, the number in the corner too; and what is alike is told apart."""
+    drawn: list[tuple[float, float, str]] = []
+
+    def text(draw: ImageDraw.ImageDraw, at: tuple[float, float], label: str, **options: Any) -> None:
+        drawn.append((at[0], at[0] + options["font"].getlength(label), label))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    parts = [
+        "self_attn.q_proj",
+        "linear_attn.in_proj_qkvz",
+        "mlp.up_proj",
+        "mlp.shared_expert.up_proj",
+        "mlp.experts.up",
+    ]
+    picture = heat_map({f"model.layers.{layer}.{part}": 1234.5 for layer in range(2) for part in parts})
+    heading = drawn[: len(parts) + 1]
+    assert [label for *_, label in heading] == [
+        "to 1.2e+03",
+        "q",
+        "in_proj_qkvz",
+        "mlp.up",
+        "shared_expert.up",
+        "experts.up",
+    ]
+    ends = [left for left, *_ in heading[1:]] + [picture.shape[1]]
+    assert all(right < end for (_, right, _), end in zip(heading, ends, strict=True))
 
 
 def summaries() -> list[Any]:

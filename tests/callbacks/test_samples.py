@@ -55,6 +55,10 @@ def test_is_what_transformers_writes(
     shown = [events.Tensors(f"samples/{number}/text_summary") for number in range(len(PROMPTS))]
     assert [[event.step for event in each] for each in shown] == [[1, 2]] * len(PROMPTS)
     texts = [[event.tensor_proto.string_val[0].decode() for event in each] for each in shown]
+    # Of numbers too: steps are those of the terminal, which begin with 1, where Lightning's begin with 0.
+    for name in ("train/loss", "train/lr", "eval/loss", "epoch"):
+        assert sorted({event.step for event in events.Scalars(name)}) == [1, 2], name
+    assert {event.value for event in events.Scalars("epoch")} == {0.0}
     expected = by_transformers(job, tmp_path / "with" / "adapter")
     wanted = [f"{prompt}⟶{text}" for prompt, text in zip(PROMPTS, expected, strict=True)]
     assert [each[-1] for each in texts] == ["\n".join(f"    {line}" for line in each.splitlines()) for each in wanted]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipelite import PipeLiteStrategy
 from lightning_pipelite.callbacks import StageTimes
-from lightning_pipelite.callbacks.support.stage_bars import BAR, BUSY, GAP, LEFT, WAITING, WIDTH, stage_bars
+from lightning_pipelite.callbacks.support.stage_bars import BAR, BUSY, GAP, LEFT, RIGHT, WAITING, WIDTH, stage_bars
 from processes import Workers
 
 SLOW, MICRO_BATCHES = 0.02, 4
@@ -133,3 +133,10 @@ def test_the_picture() -> None:
     assert busy[1] == WIDTH
     assert int((first == WAITING).all(-1).sum()) == WIDTH - busy[0]
     assert picture.dtype == np.uint8
+
+
+def test_what_stands_beside_a_bar_is_whole() -> None:
+    """Nothing is drawn in the last columns, where a text that was cut would end."""
+    picture = stage_bars({0: (12345.6, 3.456e-5), 11: (1.5, 12345.6)})
+    assert picture.shape[1] > LEFT + WIDTH + RIGHT
+    assert (picture[:, -3:] == 255).all()

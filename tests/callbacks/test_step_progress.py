@@ -99,6 +99,25 @@ def test_bars(now: list[float], kind: str) -> None:
     assert re.search(r"step 3: eval/loss [\d.]+ \(", screen.text)
 
 
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_losses_stay_where_there_is_little_room(now: list[float], kind: str, columns: int) -> None:
+    class Slow(Net):
+        def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+            self.now[0] += 3599
+            return super().training_step(batch)
+
+    options = {**QUIET, "num_sanity_val_steps": 0, "max_epochs": 1, "accumulate_grad_batches": 2}
+    with terminal(kind, columns) as screen:
+        trainer = L.Trainer(callbacks=[StepProgress(), EvalSchedule(evals_per_epoch=2)], **options)
+        trainer.fit(Slow(now), batches(12), batches(1))
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.text))
+    last = [line for line in lines if "step 5/6, " in line][-1].rstrip()
+    assert len(last) <= columns
+    assert re.search(r"loss [\d.e-]+, (.*, )?eval/loss [\d.e-]+$", last), last
+    assert ("12,346 tokens/s" in last) == (columns == 120)
+
+
 def test_a_resumed_training_begins_where_it_was(
     now: list[float], tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

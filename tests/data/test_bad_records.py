@@ -90,7 +90,7 @@ def test_a_damaged_list_gives_what_is_before(number: int, tmp_path: Path, make_d
     data = make_data([DatasetConfig(str(tmp_path / "*.json*"))], skip_bad_records=True)
     assert skipped(data)[0::2] == (0, number + 1)
     said = f"a.json, line {number + 1}: not valid JSON (Expecting ':' delimiter, column"
-    assert any(f"1 files not read to their end: {path.parent}/{said}" in line for line in data.summary())
+    assert any(f"1 file not read to the end: {path.parent}/{said}" in line for line in data.summary())
 
 
 @pytest.mark.parametrize("suffix", [".gz", ""])
@@ -113,7 +113,7 @@ def test_a_file_that_breaks_off(suffix: str, tmp_path: Path, make_data: MakeData
         make_data(config).prepare_data()
     data = make_data(config, skip_bad_records=True)
     assert skipped(data)[2] >= 1
-    assert any(f"1 files not read to their end: {path}" in line for line in data.summary())
+    assert any(f"1 file not read to the end: {path}" in line for line in data.summary())
 
 
 BROKEN = {

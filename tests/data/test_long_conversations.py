@@ -28,7 +28,7 @@ def test_long_conversations(
         long_conversations=way,
     )  # fmt: skip
     (told,) = (line for line in data.summary() if line.startswith("dataset"))
-    assert "1 conversations longer than 128 tokens" in told
+    assert "1 conversation longer than 128 tokens" in told
     dataset = data.train_dataloader().dataset
     texts = []
     for index in range(len(dataset)):
@@ -48,7 +48,7 @@ def test_long_conversations(
         whole = expected(chat(system, *turns), tokenizer)[0]
         assert whole[:128] in texts
     else:
-        assert "(2 parts made of them, each with its questions; 1 answers cut at the end)" in told
+        assert "(2 parts made of them, each with its questions; 1 answer cut at the end)" in told
         first, second = chat(system, *turns[:4]), chat(system, *turns[4:])
         wanted = [short, expected(first, tokenizer)[0], expected(second, tokenizer)[0][:128]]
         assert sorted(texts) == sorted(wanted)

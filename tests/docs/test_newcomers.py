@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lightning_pipelite.cli.configuration import Configuration
+from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.planning.gpus import GIB, GPUS, REACHED, REACHED_BANDWIDTH
 from lightning_pipelite.planning.settings import settings_of
 
@@ -22,6 +29,60 @@ def test_the_quick_paths_are_options_of_fit() -> None:
         settings = settings_of(Configuration(tuple(words)).read(), "")
         assert (settings.devices, settings.stages) == (count, count)
         assert settings.model["load_in_4bit"]
+
+
+@pytest.fixture(scope="module")
+def what_fits() -> Iterator[Any]:
+    """The program that writes the tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        import what_fits
+
+        patch.delitem(sys.modules, "what_fits")
+        yield what_fits
+
+
+def tables() -> dict[str, list[str]]:
+    """The rows of each size of cards, as the page has them."""
+    parts = re.findall(r"^### (\d+) GB: .*\n\n((?:\|.*\n)+)", FIT, re.MULTILINE)
+    return {size: rows.splitlines() for size, rows in parts}
+
+
+def test_the_tables_are_what_their_program_writes(what_fits: Any, tmp_path: Path) -> None:
+    """For one base; the program writes all, of all sizes."""
+    kept, base = tables(), "Llama 3.2 1B"
+    modes = what_fits.simulations(base, str(tmp_path))
+    assert [*kept] == [str(card.sold) for card in what_fits.CARDS]
+    for card in what_fits.CARDS:
+        rows = kept[str(card.sold)]
+        assert rows[:2] == what_fits.head()
+        assert rows[2] == what_fits.row(base, modes, card)
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == [*what_fits.BASES]
+        assert what_fits.heading(card) in FIT
+
+
+@pytest.mark.parametrize(("base", "size", "count"), [("Qwen3 14B", 24, 2), ("Qwen3 4B", 12, 2)])
+def test_a_cell_is_what_the_command_lists(what_fits: Any, tmp_path: Path, base: str, size: int, count: int) -> None:
+    """The fastest row of the plan that fits, of the heavier mode that has one."""
+    (tmp_path / "config.json").write_text(json.dumps(what_fits.BASES[base]))
+    card = next(card for card in what_fits.CARDS if card.sold == size)
+    (row,) = (row for row in tables()[str(size)] if row.startswith(f"| {base} |"))
+    cell, expected = row.strip("| ").split(" | ")[1 + what_fits.COUNTS.index(count)], "-"
+    for mode in what_fits.MODES:
+        given = Configuration(tuple(what_fits.words(mode, str(tmp_path), count)))
+        report = plan(given, memory=None if card.gpu else f"{card.gib}GiB", device=card.gpu)
+        assert report.sequences == what_fits.SEQUENCES
+        listed = str(report).partition("sequences a step")[2]
+        fitting = re.findall(r"^ +(\d) +\d+ .*?([\d.]+) s   fits$", listed, re.MULTILINE)
+        if fitting:
+            stages, seconds = min(fitting, key=lambda found: float(found[1]))
+            expected = mode + (f", {stages} stages" if stages != "1" else "")
+            break
+    name, _, speed = cell.partition(": ")
+    assert name == expected
+    if speed:
+        told = what_fits.SEQUENCES * what_fits.TOKENS / float(seconds)
+        assert float(speed.replace(",", "")) == pytest.approx(told, rel=0.01)
 
 
 def test_the_rates_are_those_that_are_gone_by() -> None:

@@ -83,7 +83,7 @@ def test_another_global_batch_is_refused(workers: Workers, tmp_path: Path) -> No
     workers.run(1, train_and_save, str(tmp_path), 1, 1, 2)
     refused = workers.run(2, train, 1, 2, 2, str(tmp_path / "batch-03.ckpt"))
     assert {each["error"] for each in refused} == {
-        "ckpt_path: the checkpoint was trained with 2 micro-batches a step (2 on each of 1 replicas), not 4 (2 on each "
+        "ckpt_path: the checkpoint was trained with 2 micro-batches a step (2 on each of 1 replica), not 4 (2 on each "
         "of 2): set accumulate_grad_batches to 1."
     }
 

@@ -44,8 +44,7 @@ def terminal(kind: str, columns: int = 120) -> Iterator[Terminal]:
     reader = threading.Thread(target=read)
     reader.start()
     before, streams = dict(os.environ), (sys.stdout, sys.stderr)
-    os.environ.update(TERM=kind)
-    os.environ.pop("COLUMNS", None)
+    os.environ.update(TERM=kind, COLUMNS=str(columns))  # rich asks the process's own streams, which are others
     with os.fdopen(theirs, "w") as file:
         sys.stdout = sys.stderr = file
         try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, TEXT = 72, 22, 17  # of a cell, and its letters: legible on TensorBoard's small cards
+WIDTH, HEIGHT, TEXT = 72, 22, 17  # of a cell at the least, and its letters: legible on TensorBoard's small cards
+LEFT, RIGHT = 4, 6  # of a label
 HEADING, MISSING = (235, 235, 235), (128, 128, 128)
 
 
@@ -21,26 +24,39 @@ def heat_map(values: Mapping[str, float]) -> npt.NDArray[np.uint8]:
 
     Returns:
         The picture, [height, width, 3]: layers as rows, the rest of the names as columns, of which the last parts are
-        written without ``_proj``; in the corner the largest number; grey where there is none.
+        written without ``_proj``, and as much before them as tells them apart; in the corner the largest number; grey
+        where there is none.
     """
     cells = {_place(name): value for name, value in values.items()}
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(module for _, module in cells))
     largest = max(max(cells.values()), 1e-30)
-    picture = Image.new("RGB", (WIDTH * (len(modules) + 1), HEIGHT * (len(layers) + 1)), HEADING)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=TEXT)
-    draw.text((2, 1), f"to {largest:.2g}", fill="black", font=font)
-    for column, module in enumerate(modules, start=1):
-        draw.rectangle((column * WIDTH, 0, (column + 1) * WIDTH, HEIGHT - 1), fill=HEADING)
-        draw.text((column * WIDTH + 4, 1), module.rpartition(".")[2].removesuffix("_proj"), fill="black", font=font)
+    font = ImageFont.load_default(size=TEXT)
+    labels = [f"to {largest:.2g}", *_labels(modules)]
+    widths = [max(WIDTH, LEFT + math.ceil(font.getlength(label)) + RIGHT) for label in labels]
+    lefts = [0, *itertools.accumulate(widths)]
+    picture = Image.new("RGB", (lefts[-1], HEIGHT * (len(layers) + 1)), HEADING)
+    draw = ImageDraw.Draw(picture)
+    for left, label in zip(lefts, labels, strict=False):
+        draw.text((left + LEFT, 1), label, fill="black", font=font)
     for row, layer in enumerate(layers, start=1):
-        draw.text((4, row * HEIGHT + 1), str(layer), fill="black", font=font)
+        draw.text((LEFT, row * HEIGHT + 1), str(layer), fill="black", font=font)
         for column, module in enumerate(modules, start=1):
-            corner = (column * WIDTH, row * HEIGHT)
             value = cells.get((layer, module))
             colour = MISSING if value is None else _colour(value / largest)
-            draw.rectangle((*corner, corner[0] + WIDTH - 1, corner[1] + HEIGHT - 1), fill=colour)
+            draw.rectangle((lefts[column], row * HEIGHT, lefts[column + 1] - 1, (row + 1) * HEIGHT - 1), fill=colour)
     return np.asarray(picture)
+
+
+def _labels(modules: Sequence[str]) -> list[str]:
+    """Return short names that differ: the last parts of the names, as many as that takes."""
+    rows = [module.removesuffix("_proj").split(".") for module in modules]
+    most = max(map(len, rows))
+    sizes = [
+        next(size for size in range(1, most + 1) if sum(other[-size:] == row[-size:] for other in rows) == 1)
+        for row in rows
+    ]
+    return [".".join(row[-size:]) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _place(name: str) -> tuple[int, str]:

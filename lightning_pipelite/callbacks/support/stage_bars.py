@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,8 +23,11 @@ def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8
         The picture, [height, width, 3].
     """
     longest = max(max(sum(each) for each in times.values()), 1e-30)
-    picture = Image.new("RGB", (LEFT + WIDTH + RIGHT, (BAR + GAP) * len(times) + GAP), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=TEXT)
+    font = ImageFont.load_default(size=TEXT)
+    told = {number: f"{busy:.3g} s, {waiting:.3g} s waiting" for number, (busy, waiting) in times.items()}
+    right = max(RIGHT, 12 + math.ceil(max(map(font.getlength, told.values()))))
+    picture = Image.new("RGB", (LEFT + WIDTH + right, (BAR + GAP) * len(times) + GAP), "white")
+    draw = ImageDraw.Draw(picture)
     for row, (number, (busy, waiting)) in enumerate(sorted(times.items())):
         top = GAP + row * (BAR + GAP)
         middle = LEFT + round(WIDTH * busy / longest)
@@ -31,5 +35,5 @@ def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8
         draw.rectangle((LEFT, top, end, top + BAR - 1), fill=WAITING)
         draw.rectangle((LEFT, top, middle, top + BAR - 1), fill=BUSY)
         draw.text((4, top + 2), f"stage {number}", fill="black", font=font)
-        draw.text((end + 6, top + 2), f"{busy:.3g} s, {waiting:.3g} s waiting", fill="black", font=font)
+        draw.text((end + 6, top + 2), told[number], fill="black", font=font)
     return np.asarray(picture)

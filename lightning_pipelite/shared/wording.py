@@ -1,0 +1,15 @@
+"""Numbers of things, in words."""
+
+from __future__ import annotations
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 stage``, ``2 stages``, ``1,234 micro-batches``.
+
+    Args:
+        count: How many there are.
+        noun: Of one, of more words if need be, the last of which is that of the thing.
+    """
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
