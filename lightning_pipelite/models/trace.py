@@ -63,8 +63,12 @@ def trace_forward(
     flow = _Flow(trace, len(layer_names))
     flow.mark([input_ids], {START})
     flow.mark(model.parameters(), {START})
+    owners: dict[nn.Parameter, set[int]] = {}  # several, of weights that layers share
     for number, name in enumerate(layer_names):
-        flow.mark(model.get_submodule(name).parameters(), {number})
+        for parameter in model.get_submodule(name).parameters():
+            owners.setdefault(parameter, set()).add(number)
+    for parameter, numbers in owners.items():
+        flow.mark([parameter], numbers)
 
     def before_layer(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

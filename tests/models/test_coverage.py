@@ -19,6 +19,7 @@ import tiny_families
         ("deepseek_v4", "isolated"),  # several streams, and layers that need the tokens
         ("gemma3n_text", "isolated"),  # several streams, inputs of each layer, keys and values of another layer
         ("gemma4_text", "isolated"),
+        ("zamba2", "isolated"),  # weights that layers share, and the embedded tokens beside the hidden states
         ("roberta", "refused"),  # positions that do not start at 0
         ("mamba", "isolated"),  # by its layers' running on each document
     ],
