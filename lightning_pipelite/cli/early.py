@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, names_of_classes, option_names
 from lightning_pipelite.cli.option_values import refused_value
+from lightning_pipelite.cli.option_words import content_of, options_of
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
@@ -39,9 +40,9 @@ def check_early(words: list[str]) -> None:
     adapter: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
     names: list[tuple[str, str]] = []
     values: dict[str, str] = {}
-    for name, value in _options(words):
+    for name, value in options_of(words):
         if name in ("c", "config"):
-            content = _content(value)
+            content = content_of(value)
             names += [(key, "") for key in _keys(content)]
             sections = {name: each for name, each in content.items() if isinstance(each, dict)}
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
@@ -81,7 +82,7 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
         ConfigurationError: if an option is none.
     """
     own = command.options
-    for given, value in _options(words):
+    for given, value in options_of(words):
         if given in ("base", "model_dir", "adapter") and value is not None:
             _check_hub(given, value)
         if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
@@ -126,33 +127,6 @@ def _check_hub(option: str, given: str) -> None:
             f"--{option}: {given} is not a directory. If it is one of the hub, download it: hf download {given} "
             f"--local-dir {folder}, and name {folder}."
         )
-
-
-def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield the options with their values; of a short one that is joined with its value, none."""
-    for word, then in zip(words, [*words[1:], ""], strict=False):
-        if re.match(r"--?[A-Za-z]", word):
-            if re.match(r"-c(?!onfig\b)[^=]", word):
-                yield "c", None
-                continue
-            name, equals, value = word.partition("=")
-            yield name.lstrip("-"), value if equals else then or None
-
-
-def _content(file: str | None) -> dict[str, Any]:
-    """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
-    if file is None or "\n" in file or ":" in file:  # YAML itself may be given
-        return {}
-    path = Path(file).expanduser()
-    if not path.exists():
-        raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _keys(content: dict[str, Any]) -> Iterator[str]:

@@ -18,6 +18,8 @@ from lightning_pipelite.data.splits import choose_split, of_one_split, split_of
 from lightning_pipelite.errors import ConfigurationError
 
 TEXT = (".txt", ".md")
+READ_WHOLE = (*TEXT, ".json")
+"""What is in memory as a whole before its first record is there."""
 COLUMNS = (".csv", ".tsv", ".parquet", ".arrow")
 FORMATS = (*TEXT, ".json", ".jsonl", *COLUMNS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
