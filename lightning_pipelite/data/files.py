@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_pipelite.data.columns import plain
+from lightning_pipelite.data.formats import TEXT, format_of, open_bytes
 from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
-from lightning_pipelite.data.sources import TEXT, format_of, open_bytes
 from lightning_pipelite.errors import ConfigurationError
 
 Choose = Callable[[list[str]], list[str]]
@@ -177,7 +177,7 @@ def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
 
 def _columns(path: Path, choose: Choose) -> Iterator[Raw]:
     number = 0
-    kind = "parquet" if path.suffix == ".parquet" else "Arrow"
+    kind = "parquet" if format_of(path) == ".parquet" else "Arrow"
     try:
         for batch, others in _parquet(path, choose) if kind == "parquet" else _arrow(path, choose):
             for row in zip(*batch.columns, strict=True):

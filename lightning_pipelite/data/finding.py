@@ -23,9 +23,9 @@ from lightning_pipelite.data.field_names import (
     said_fields,
 )
 from lightning_pipelite.data.files import UnreadableFileError, raw_records
+from lightning_pipelite.data.formats import TEXT, format_of
 from lightning_pipelite.data.marks import check_marks, check_no_answer, check_rejected
 from lightning_pipelite.data.shapes import Shape
-from lightning_pipelite.data.sources import TEXT, format_of
 from lightning_pipelite.errors import ConfigurationError
 
 _FIRST = 20  # records, which are enough to see every field that is not rare

@@ -6,15 +6,17 @@ Nothing long is imported for it, so that the command line looks before it import
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_pipelite.data.config import DatasetConfig, PackingOptions
 from lightning_pipelite.data.finding import find_shape
+from lightning_pipelite.data.formats import READ_WHOLE, TEXT, format_of
 from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.shapes import Shape
-from lightning_pipelite.data.sources import READ_WHOLE, TEXT, find_files, format_of
+from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.together import refuse_doubles, remarks
 from lightning_pipelite.errors import ConfigurationError
 
 # What is read before anything else: some tenths of a second. All is read later.
@@ -27,13 +29,15 @@ def find_all(options: PackingOptions) -> list[list[Path]]:
     """Give the files of each of `options.sources`.
 
     Raises:
-        ConfigurationError: If one has none, or it is not clear which are meant.
+        ConfigurationError: If one has none, it is not clear which are meant, or they hold the same data twice.
     """
     training = len(options.datasets)
-    return [
-        find_files(dataset.dataset_path, dataset.split, evaluation=number >= training)
-        for number, dataset in enumerate(options.sources)
-    ]
+    found = []
+    for number, dataset in enumerate(options.sources):
+        files = find_files(dataset.dataset_path, dataset.split, evaluation=number >= training)
+        refuse_doubles(files, dataset.dataset_path)
+        found.append(files)
+    return found
 
 
 def look_at(options: PackingOptions) -> PackingOptions:
@@ -46,6 +50,30 @@ def look_at(options: PackingOptions) -> PackingOptions:
         return options
     found = zip(options.sources, find_all(options), strict=True)
     return replace(options, shapes=tuple(_shapes(dataset, paths, paths) for dataset, paths in found))
+
+
+def what_is_found(options: PackingOptions) -> list[str]:
+    """Tell in a line for each dataset what its records are, and what of its files may not be meant.
+
+    Args:
+        options: Looked at.
+    """
+    assert options.shapes is not None
+    return [
+        "; ".join([f"{dataset.dataset_path}: {_kinds(shapes, paths)}", *remarks(dataset.dataset_path, paths)])
+        for dataset, shapes, paths in zip(options.sources, options.shapes, find_all(options), strict=True)
+    ]
+
+
+def _kinds(shapes: Sequence[Shape], paths: list[Path]) -> str:
+    """Say what files hold; if it is not one thing, in which."""
+    names: dict[str, list[str]] = {}
+    for shape, path in zip(shapes, paths, strict=True):
+        names.setdefault(str(shape), []).append(path.name)
+    if len(names) == 1:
+        return next(iter(names))
+    some = ((kind, each[0], len(each) - 1) for kind, each in names.items())
+    return " | ".join(f"{kind} ({first}{f' and {more:,} more' if more else ''})" for kind, first, more in some)
 
 
 def first_look(options: PackingOptions) -> None:
