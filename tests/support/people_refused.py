@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import pytest
-
-from lightning_pipelite.data import DatasetConfig, PackedDataModule
-from lightning_pipelite.errors import ConfigurationError
 from people_files import (
     ALPACA,
     ANSWER,
@@ -18,22 +9,13 @@ from people_files import (
     QA,
     QUESTION,
     TWICE,
-    Write,
+    Case,
     lines,
     parquet,
     put,
     several,
     shared,
 )
-
-
-@dataclass
-class Case:
-    write: Write
-    says: str
-    path: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
 
 SEVERAL = "the fields could mean"
 CASES = {
@@ -121,15 +103,3 @@ CASES = {
         "the chat template shows no tools in this conversation",
     ),
 }
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_refused(make_data: Callable[..., PackedDataModule], tmp_path: Path, chat_dir: Path, name: str) -> None:
-    case, folder = CASES[name], tmp_path / "data_of_people"
-    folder.mkdir()
-    case.write(folder)
-    only = next(folder.iterdir()).name
-    dataset = DatasetConfig(str(folder / (case.path or only)), **case.options)
-    data = make_data([dataset], sequence_len=256, tokenizer_dir=str(chat_dir), eval_fraction=0)
-    with pytest.raises(ConfigurationError, match=case.says):
-        data.prepare_data()
