@@ -21,6 +21,7 @@ from lightning_pipelite.errors import ConfigurationError
 Choose = Callable[[list[str]], list[str]]
 """Gives the columns to read of those that a file has."""
 
+_INDEX = "unnamed"  # the first column without a name: pandas writes the rows' numbers there
 _LONGEST_CELL = 1 << 30  # Python's own limit for CSV is 128 KiB, less than many a document
 
 
@@ -138,6 +139,8 @@ def _csv(path: Path) -> Iterator[Raw]:
             first = next(lines, "")
             rows = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
             names = next(rows, [])
+            if len(names) > 1 and not names[0].strip() and _INDEX not in names:
+                names[0] = _INDEX
             if len({*names}) < len(names) or not all(name.strip() for name in names):
                 raise UnreadableFileError(
                     f"{path}, line 1: the first row must name each column, no two the same; put the names there."

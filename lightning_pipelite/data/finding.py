@@ -16,6 +16,7 @@ from lightning_pipelite.data.field_names import (
     MESSAGES,
     MORE,
     QUESTIONS,
+    REJECTED,
     SYSTEMS,
     TEXTS,
     having,
@@ -171,7 +172,7 @@ def _found(record: Mapping[str, Any], place: str) -> Shape:
     text = one_of(record, TEXTS, "the text", "text_field", place)
     if question is None and answers and "input" in record:
         question = "input"
-    if question is not None or messages is not None:
+    if question is not None or messages is not None or all(name in record for name in REJECTED):
         check_rejected(record, place)
     ways = []
     if messages is not None:

@@ -136,6 +136,5 @@ def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
         return fitting[0]
     use = "to evaluate on" if evaluation else "to train on"
     listed = ", ".join(names)
-    raise ConfigurationError(
-        f"{place} holds the splits {listed}: set split to the one {use}, such as {(fitting or names)[0]}."
-    )
+    such_as = f", such as {fitting[0]}" if fitting else ""
+    raise ConfigurationError(f"{place} holds the splits {listed}: set split to the one {use}{such_as}.")

@@ -27,6 +27,26 @@ from people_files import (
     shared,
 )
 
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": 1}}],
+}
+F = {"type": "function", "function": {"name": "f"}}
+
+_BEGIN, _END = "<|im_start|>{{ m.role }}\n", "<|im_end|>\n{% endfor %}"
+_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+REASONED = (
+    "{% for m in messages %}" + _BEGIN + "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
+    "{{ m.content }}" + _END + _PROMPT
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for each in tools %}{{ each.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endif %}"
+    "{% for m in messages %}" + _BEGIN + "{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments }}){% endfor %}" + _END + _PROMPT
+)
+
 CASES = {
     "messages": Case(lines("a.jsonl", {"messages": MESSAGES}), f"messages: messages; {TALKS}", PAIR),
     "messages in JSON": Case(
@@ -180,6 +200,129 @@ CASES = {
         ),
         "text: text; loss on everything",
         [("Once.<|im_end|>", True)],
+        path=".",
+    ),
+    "messages in ShareGPT's field": Case(
+        lines("a.jsonl", {"conversations": MESSAGES}), f"messages: conversations; {TALKS}", PAIR
+    ),
+    "ShareGPT with common roles": Case(
+        lines("a.jsonl", shared([("user", QUESTION), ("assistant", ANSWER)])),
+        f"ShareGPT: conversations; {TALKS}",
+        PAIR,
+    ),
+    "ShareGPT with role and value": Case(
+        lines("a.jsonl", {"conversations": [{"role": each["role"], "value": each["content"]} for each in MESSAGES]}),
+        f"messages: conversations; {TALKS}",
+        PAIR,
+    ),
+    "ShareGPT with from and content": Case(
+        lines("a.jsonl", {"conversations": [{"from": each["role"], "content": each["content"]} for each in MESSAGES]}),
+        f"ShareGPT: conversations; {TALKS}",
+        PAIR,
+    ),
+    "alpaca of which some have no input": Case(
+        lines("a.jsonl", {"instruction": QUESTION, "output": ANSWER}, ALPACA),
+        "alpaca: instruction, input, output; loss on output",
+        PAIR,
+        others=[TOLD],
+    ),
+    "alpaca in JSON, with null for no input": Case(
+        lambda folder: put(folder / "a.json", json.dumps([{**ALPACA, "instruction": QUESTION, "input": None}])),
+        "alpaca: instruction, output; loss on output",
+        PAIR,
+    ),
+    "CSV with the numbers of its rows": Case(
+        lambda folder: put(folder / "a.csv", f",question,answer\n0,{QUESTION},{ANSWER}\n"),
+        "question/answer: question, answer; loss on answer",
+        PAIR,
+    ),
+    "CSV with semicolons in quotes": Case(
+        lambda folder: put(folder / "a.csv", f'\ufeff"question";"answer"\r\n"Who; it?";"{ANSWER}"\r\n'.encode()),
+        "question/answer: question, answer; loss on answer",
+        chat(("user", "Who; it?"), ("assistant", ANSWER)),
+    ),
+    "tabs": Case(
+        lambda folder: put(folder / "a.TSV", f"question\tanswer\n{QUESTION}\t{ANSWER}\n"),
+        "question/answer: question, answer; loss on answer",
+        PAIR,
+    ),
+    "JSON lines with a mark of their byte order": Case(
+        lambda folder: put(folder / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(QA).encode()),
+        "question/answer: question, answer; loss on answer",
+        PAIR,
+    ),
+    "columns that hold nothing": Case(
+        parquet(
+            "a.parquet",
+            {
+                "messages": [{**each, "tool_calls": None, "name": None} for each in MESSAGES],
+                "tools": None,
+                "system": None,
+            },
+        ),
+        f"messages: messages; {TALKS}",
+        PAIR,
+    ),
+    "a system prompt beside messages": Case(
+        parquet("a.parquet", {"system_prompt": "Be brief.", "messages": MESSAGES}),
+        f"messages: messages, system_prompt; {TALKS}",
+        [*chat(("system", "Be brief.")), *PAIR],
+    ),
+    "the reasoning of a message": Case(
+        lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "Hm."}]}),
+        f"messages: messages; {TALKS}",
+        chat(("user", QUESTION), ("assistant", f"[Hm.]{ANSWER}")),
+        module={"chat_template": REASONED},
+    ),
+    "the reasoning of a column": Case(
+        lines("a.jsonl", {**QA, "reasoning": "Hm."}),
+        "question/answer: question, reasoning, answer; loss on answer",
+        chat(("user", QUESTION), ("assistant", f"[Hm.]{ANSWER}")),
+        module={"chat_template": REASONED},
+    ),
+    "tools and their calls": Case(
+        lines(
+            "a.jsonl", {"messages": [MESSAGES[0], CALL, {"role": "tool", "content": "42"}, MESSAGES[1]], "tools": [F]}
+        ),
+        f"messages: messages; {TALKS}",
+        chat(("system", "f"), ("user", QUESTION), ("assistant", "f(1)"), ("tool", "42"), ("assistant", ANSWER)),
+        module={"chat_template": TOOLS},
+    ),
+    "tools as text in parquet": Case(
+        parquet("a.parquet", {"messages": json.dumps([MESSAGES[0], CALL]), "tools": json.dumps([F])}),
+        f"messages: messages; {TALKS}",
+        chat(("system", "f"), ("user", QUESTION), ("assistant", "f(1)")),
+        module={"chat_template": TOOLS},
+    ),
+    "texts without fields": Case(
+        lambda folder: put(folder / "a.json", json.dumps(["Once.", "Twice."])),
+        "text: text; loss on everything",
+        [("Once.<|im_end|>", True)],
+        others=[[("Twice.<|im_end|>", True)]],
+    ),
+    "the other split of a saved DatasetDict": Case(
+        several(
+            lambda folder: save_dataset(folder / "train", ["secret", ""]),
+            lambda folder: save_dataset(folder / "test", ["Once.", ""]),
+            lambda folder: put(folder / "dataset_dict.json", '{"splits": ["train", "test"]}'),
+        ),
+        "text: text; loss on everything",
+        [("Once.<|im_end|>", True)],
+        path=".",
+        options={"split": "test"},
+    ),
+    "what programs leave beside data": Case(
+        several(
+            lines("train.jsonl", QA),
+            lines("train.jsonl~", {"text": "no"}),
+            lines("._train.jsonl", {"text": "no"}),
+            lines(".ipynb_checkpoints/train-checkpoint.jsonl", {"text": "no"}),
+            lines("__MACOSX/._train.jsonl", {"text": "no"}),
+            lambda folder: put(folder / "LICENSE.txt", "no"),
+            lambda folder: put(folder / "Thumbs.db", "no"),
+        ),
+        "question/answer: question, answer; loss on answer",
+        PAIR,
         path=".",
     ),
 }
