@@ -9,9 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, names_of_classes, option_names
+from lightning_pipelite.cli.option_names import (
+    FOREIGN,
+    OWN,
+    SENTENCES,
+    meant_by,
+    names_of_classes,
+    option_names,
+    parameters_of,
+)
 from lightning_pipelite.cli.option_values import refused_value
-from lightning_pipelite.cli.option_words import content_of, options_of
+from lightning_pipelite.cli.option_words import check_no_other_words, content_of, options_of
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pipelite.cli.commands import Command
 
 _OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
+_REQUIRED = ("model.model_dir", "model.adapter", "data.datasets", "data.sequence_len")
 _UNKNOWN = ""  # the class of an adapter that is named where it is not read here
 _OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
 
@@ -35,6 +44,7 @@ def check_early(words: list[str]) -> None:
         ConfigurationError: if an option is none, or its value none of the few that it takes; if a configuration is not
             there, or the model is not.
     """
+    check_no_other_words(words)
     elsewhere = [variable for variable in os.environ if variable.startswith("PIPELITE_")]
     model_dir: Any = None
     adapter: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
@@ -70,6 +80,28 @@ def check_early(words: list[str]) -> None:
         check_model_dir(model_dir)
 
 
+def check_all_there(words: list[str]) -> None:
+    """Refuse a command line that lacks what fit and validate need, where all that it says is read here.
+
+    Args:
+        words: as `check_early` has passed them.
+
+    Raises:
+        ConfigurationError: if something is missing; the sentence names all of it.
+    """
+    contents = [content_of(value) for name, value in options_of(words) if name in ("c", "config")]
+    names = [name for name, _ in options_of(words) if name not in ("c", "config")]
+    elsewhere = any(name.startswith("PIPELITE_") for name in os.environ) or {"model", "data", "print_config"} & {*names}
+    if elsewhere or not all(contents):
+        return
+    names += [key for content in contents for key in _keys(content)]
+    there = {".".join(name.replace("+", "").split(".")[:2]) for name in names}
+    if missing := [name for name in _REQUIRED if name not in there]:
+        raise ConfigurationError(
+            f"{', '.join(missing)} must be given, in the configuration file or on the command line."
+        )
+
+
 def check_command(name: str, command: Command, words: list[str]) -> None:
     """Refuse an option that a command beside fit does not have, before its module is imported.
 
@@ -94,6 +126,22 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
             "did you mean ", "did you mean --"
         )
         raise ConfigurationError(f"{'-' if len(given) == 1 else '--'}{given} is not an option; {_ended(told)}")
+    if not {"-h", "--help"} & {*words}:
+        _check_parameters(command, words)
+
+
+def _check_parameters(command: Command, words: list[str]) -> None:
+    """Refuse a command without an option that it needs."""
+    if command.positional:
+        return
+    given = {"config" if name == "c" else name for name, _ in options_of(words)}
+    missing = [name for name, needed in parameters_of(command.module, command.function).items() if needed]
+    missing = [name for name in missing if name not in given]
+    if missing == ["config"] and command.reads_configuration:
+        if not words:
+            raise ConfigurationError("config must be given on the command line: --config FILE, as for fit.")
+    elif missing:
+        raise ConfigurationError(f"{', '.join(missing)} must be given on the command line.")
 
 
 def check_model_dir(model_dir: str) -> None:

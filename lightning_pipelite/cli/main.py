@@ -11,7 +11,7 @@ import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
-from lightning_pipelite.cli.early import check_command, check_early
+from lightning_pipelite.cli.early import check_all_there, check_command, check_early
 from lightning_pipelite.cli.early_data import check_data
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived, without_collection
 from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
@@ -68,6 +68,7 @@ def _before_imports(command: str, words: list[str]) -> None:
                 sys.exit(0)
             if HELP_ALL not in words:
                 check_early(words)
+                check_all_there(words)
                 check_data(words)
             sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
         elif command in COMMANDS:

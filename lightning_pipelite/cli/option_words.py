@@ -21,6 +21,23 @@ def options_of(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name.lstrip("-"), value if equals else then or None
 
 
+def check_no_other_words(words: Sequence[str]) -> None:
+    """Refuse a word that is neither an option nor the value of one.
+
+    Raises:
+        ConfigurationError: If there is one; of a file, with what may be meant.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or (re.match(r"--?[A-Za-z]", before) and "=" not in before):
+            continue
+        sentence = f"{word} is not an option; "
+        if Path(word).suffix in (".yaml", ".yml"):
+            raise ConfigurationError(f"{sentence}did you mean --config {word}?")
+        if before and Path(word).exists():
+            raise ConfigurationError(f"{sentence}if it is one of several files, put quotes around their pattern.")
+        raise ConfigurationError(f"{sentence}pipelite fit --help lists the options.")
+
+
 def content_of(file: str | None) -> dict[str, Any]:
     """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
     if file is None or "\n" in file or ":" in file:  # YAML itself may be given

@@ -23,7 +23,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "good.jsonl").write_text('{"question": "Who?", "answer": "It."}\n' * 60 + "{\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     data = {"datasets": [{"dataset_path": "good.jsonl"}], "sequence_len": 64, "eval_datasets": None, "cache_dir": "c"}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": {"model_dir": "none"}, "data": data}))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": {"model_dir": "none", "adapter": "LoRA"}, "data": data}))
     return ["--config", "a.yaml"]
 
 
