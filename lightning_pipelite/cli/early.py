@@ -91,10 +91,10 @@ def check_all_there(words: list[str]) -> None:
     """
     contents = [content_of(value) for name, value in options_of(words) if name in ("c", "config")]
     names = [name for name, _ in options_of(words) if name not in ("c", "config")]
-    elsewhere = any(name.startswith("PIPELITE_") for name in os.environ) or {"model", "data", "print_config"} & {*names}
+    names += [key for content in contents for key in _keys(content)]
+    elsewhere = any(name.startswith("PIPELITE_") for name in os.environ) or {*SECTIONS, "print_config"} & {*names}
     if elsewhere or not all(contents):
         return
-    names += [key for content in contents for key in _keys(content)]
     there = {".".join(name.replace("+", "").split(".")[:2]) for name in names}
     if missing := [name for name in _REQUIRED if name not in there]:
         raise ConfigurationError(

@@ -6,8 +6,9 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from lightning_pipelite.cli.option_words import content_of, options_of
+from lightning_pipelite.cli.option_words import content_of, model_dir_of, options_of
 from lightning_pipelite.errors import ConfigurationError
 
 _SECTION = "data"
@@ -53,7 +54,8 @@ def check_data(words: Sequence[str]) -> None:
     options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
     if options.chat_template is not None:
         read_template(options.chat_template)
-    first_look(options)
+    model_dir = model_dir_of(words)
+    first_look(options, Path(model_dir).expanduser() if model_dir else None)
 
 
 def _of_data(words: Sequence[str]) -> list[str]:
@@ -62,6 +64,8 @@ def _of_data(words: Sequence[str]) -> list[str]:
     for name, value in options_of(words):
         section, _, key = name.partition(".")
         if name in ("c", "config"):
+            if value is None or not Path(value).expanduser().is_file():
+                return []
             content = content_of(value)
             given = content.get(_SECTION, {})
             if not content or not isinstance(given, dict):

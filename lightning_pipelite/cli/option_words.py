@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,3 +53,16 @@ def content_of(file: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def model_dir_of(words: Sequence[str]) -> str | None:
+    """Give the directory of the model, which is its tokenizer's, too; None where it is not read here."""
+    found: str | None = None
+    for name, value in options_of(words):
+        if name in ("c", "config"):
+            model = content_of(value).get("model", {})
+            given = model.get("model_dir", found) if isinstance(model, dict) else None
+            found = given if isinstance(given, str) else None
+        elif name in ("model", "model.model_dir"):
+            found = value if name == "model.model_dir" else None
+    return None if any(name.startswith("PIPELITE_") and "MODEL" in name for name in os.environ) else found

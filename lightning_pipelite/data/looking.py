@@ -16,6 +16,7 @@ from lightning_pipelite.data.formats import READ_WHOLE, TEXT, format_of
 from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.data.sources import find_files
+from lightning_pipelite.data.templates import no_template, surely_has_none
 from lightning_pipelite.data.together import refuse_doubles, remarks
 from lightning_pipelite.errors import ConfigurationError
 
@@ -76,19 +77,29 @@ def _kinds(shapes: Sequence[Shape], paths: list[Path]) -> str:
     return " | ".join(f"{kind} ({first}{f' and {more:,} more' if more else ''})" for kind, first, more in some)
 
 
-def first_look(options: PackingOptions) -> None:
+def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> None:
     """Read the first records of the first files as they will be read; not of files that take long to open.
+
+    Args:
+        options: What will be packed.
+        tokenizer_dir: Where the tokenizer is, if that is known.
 
     Raises:
         ConfigurationError: If files cannot be found, it is not clear how their records become documents, or one of
-            those records is bad, unless `PackingOptions.skip_bad_records` is set.
+            those records is bad, unless `PackingOptions.skip_bad_records` is set; or if there are conversations and
+            surely no template.
     """
+    looked_at = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
         first = [path for path in paths if format_of(path) not in READ_WHOLE or path.stat().st_size <= _BYTES][:_FILES]
-        for path, shape in zip(first, _shapes(dataset, first, paths), strict=True):
-            if not options.skip_bad_records:
-                for _ in itertools.islice(read_records(path, dataset, shape=shape), _RECORDS):
-                    pass
+        looked_at += [(dataset, *pair) for pair in zip(first, _shapes(dataset, first, paths), strict=True)]
+    conversations = any(shape.conversation for _, _, shape in looked_at)
+    if conversations and options.chat_template is None and tokenizer_dir is not None and surely_has_none(tokenizer_dir):
+        raise no_template(tokenizer_dir)
+    if not options.skip_bad_records:
+        for dataset, path, shape in looked_at:
+            for _ in itertools.islice(read_records(path, dataset, shape=shape), _RECORDS):
+                pass
 
 
 def _shapes(dataset: DatasetConfig, paths: Iterable[Path], all_paths: list[Path]) -> tuple[Shape, ...]:

@@ -74,6 +74,23 @@ def test_what_is_missing_is_left_to_fit(config: list[str]) -> None:
     check_data(["--trainer.devices", "2"])
 
 
+def test_conversations_without_a_template(config: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "base"
+    model.mkdir()
+    words = [*config, "--model.model_dir=base"]
+    check_data(words)  # nobody knows
+    (model / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    with pytest.raises(ConfigurationError, match="The tokenizer of base has no chat template, which conversations"):
+        check_data(words)
+    check_data([*words, "--data.chat_template=chatml"])
+    check_data([*words, "--data.datasets=[{dataset_path: good.jsonl, text_field: question}]"])
+    (model / "chat_template.jinja").write_text("x")
+    check_data(words)
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    check_data(words)
+
+
 @pytest.mark.parametrize(("name", "value"), [("PIPELITE_FIT__DATA__SEED", "1"), ("LOCAL_RANK", "1")])
 def test_where_it_is_not_looked(config: list[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
