@@ -40,7 +40,7 @@ def main() -> None:
     report = Report("mistakes", "| mistake | told | seconds | of the processor |", "| --- | --- | --- | --- |")
     wrong, all_told = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        job = _job(Path(folder) / "job")
+        job = importlib.import_module("tiny_job").write_job(Path(folder) / "job")
         for table in arguments.tables:
             cases = {**importlib.import_module(table).CASES}
             step = len(cases) / (arguments.each or len(cases)) if table != TABLES[-1] else 1.0
@@ -65,15 +65,7 @@ def main() -> None:
     sys.exit(wrong > 0)
 
 
-def _job(folder: Path) -> Path:
-    """Write the job that the cases are about; of what is trained, only what the cases read."""
-    from tiny_job import write_job
-
-    return write_job(folder)
-
-
 def _tell(case: object, here: Path, job: Path, package: Path) -> tuple[str, float, float]:
-    from tiny_job import options
     from wrong_input import Case, edited
 
     assert isinstance(case, Case)
@@ -84,7 +76,9 @@ def _tell(case: object, here: Path, job: Path, package: Path) -> tuple[str, floa
             text = text.replace("{" + place + "}", str(value))
         return text
 
-    (here / "config.yaml").write_text(filled(yaml.safe_dump(edited(options(job), case.edit))), encoding="utf-8")
+    (here / "config.yaml").write_text(
+        filled(yaml.safe_dump(edited(importlib.import_module("tiny_job").options(job), case.edit))), encoding="utf-8"
+    )
     case.prepare(here, job)
     words = [*map(filled, [*case.command, *case.arguments])]
     environment = {**os.environ, "PYTHONPATH": str(package), **case.environment}

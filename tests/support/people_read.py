@@ -130,11 +130,8 @@ CASES = {
         chat(("user", "Hi"), ("assistant", "Hello"), ("user", QUESTION), ("assistant", ANSWER), learnt=(3,)),
     ),
     "prompt and response": Case(
-        lines("a.jsonl.gz", {})
-        and (
-            lambda folder: put(
-                folder / "a.jsonl.gz", gzip.compress(json.dumps({"prompt": QUESTION, "response": ANSWER}).encode())
-            )
+        lambda folder: put(
+            folder / "a.jsonl.gz", gzip.compress(json.dumps({"prompt": QUESTION, "response": ANSWER}).encode())
         ),
         "prompt/response: prompt, response; loss on response",
         PAIR,
