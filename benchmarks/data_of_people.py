@@ -61,7 +61,8 @@ def _of(case: Case, folder: Path, tokenizer_dir: Path, tokenizer: Any) -> tuple[
         said = data.summary()[0]
     except ConfigurationError as error:
         told = str(error)
-        return told.replace(f"{folder / 'data'}/", ""), "", not case.parts and re.search(case.says, told) is not None
+        shown = told.replace(f"{folder / 'data'}/", "").replace(str(folder / "data"), "data")
+        return shown, "", not case.parts and re.search(case.says, told) is not None
     item = next(iter(data.train_dataloader()))
     is_right = said == f"{dataset.dataset_path}: {case.says}" and is_as_expected(case, item, tokenizer)
     return said.removeprefix(f"{dataset.dataset_path}: "), _shown(item, tokenizer), is_right
