@@ -4,7 +4,7 @@
 
 `--each N` takes N of each of the tables, evenly spread, and all of a newcomer's first tries. Beside the seconds stands
 the time of the processor, which other work on the machine does not change. Exits with 1 if one is not told as it
-should be.
+should be. Those about what a training has left are passed over, as none runs here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -43,6 +44,7 @@ def main() -> None:
         job = importlib.import_module("tiny_job").write_job(Path(folder) / "job")
         for table in arguments.tables:
             cases = {**importlib.import_module(table).CASES}
+            cases = {name: case for name, case in cases.items() if not _needs_training(case)}
             step = len(cases) / (arguments.each or len(cases)) if table != TABLES[-1] else 1.0
             chosen = [name for number, name in enumerate(cases) if number % max(step, 1.0) < 1.0]
             for number, name in enumerate(chosen):
@@ -63,6 +65,15 @@ def main() -> None:
     if arguments.write:
         report.write()
     sys.exit(wrong > 0)
+
+
+def _needs_training(case: Any) -> bool:
+    """Tell whether a case reads an adapter or a checkpoint that the tests' job has trained."""
+    copies = [cell.cell_contents for cell in case.prepare.__closure__ or ()]
+    words = " ".join([*case.command, *case.arguments, str(case.edit), *map(str, copies)])
+    return (
+        any(name in words for name in ("{job}/adapter", "{job}/control", "adapter-checkpoint")) or "adapter" in copies
+    )
 
 
 def _tell(case: object, here: Path, job: Path, package: Path) -> tuple[str, float, float]:
