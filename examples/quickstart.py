@@ -129,7 +129,8 @@ evaluation loss after training:  {losses[-1]:.4f}
 the adapter, a PEFT directory:   {shown}/adapter
 {time.monotonic() - started:.0f} s in all
 
-Next:
+Next, from here (what fit has proposed is for the folder {shown}):
+    source .venv/bin/activate
     pipelite generate --model_dir {shown}/base --adapter {shown}/adapter --prompt "A class is"
     pipelite merge --model_dir {shown}/base --adapter {shown}/adapter --output {shown}/merged
     pipelite export-gguf --help                      # for llama.cpp

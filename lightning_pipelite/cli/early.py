@@ -9,8 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_pipelite.cli.option_names import FOREIGN, OWN, SENTENCES, meant_by, names_of_classes, option_names
+from lightning_pipelite.cli.option_names import (
+    FOREIGN,
+    OWN,
+    SENTENCES,
+    meant_by,
+    names_of_classes,
+    option_names,
+    parameters_of,
+)
 from lightning_pipelite.cli.option_values import refused_value
+from lightning_pipelite.cli.option_words import check_no_other_words, content_of, options_of
 from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.errors import ConfigurationError
 
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pipelite.cli.commands import Command
 
 _OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
+_REQUIRED = ("model.model_dir", "model.adapter", "data.datasets", "data.sequence_len")
 _UNKNOWN = ""  # the class of an adapter that is named where it is not read here
 _OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
 
@@ -34,14 +44,15 @@ def check_early(words: list[str]) -> None:
         ConfigurationError: if an option is none, or its value none of the few that it takes; if a configuration is not
             there, or the model is not.
     """
+    check_no_other_words(words)
     elsewhere = [variable for variable in os.environ if variable.startswith("PIPELITE_")]
     model_dir: Any = None
     adapter: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
     names: list[tuple[str, str]] = []
     values: dict[str, str] = {}
-    for name, value in _options(words):
+    for name, value in options_of(words):
         if name in ("c", "config"):
-            content = _content(value)
+            content = content_of(value)
             names += [(key, "") for key in _keys(content)]
             sections = {name: each for name, each in content.items() if isinstance(each, dict)}
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
@@ -69,6 +80,28 @@ def check_early(words: list[str]) -> None:
         check_model_dir(model_dir)
 
 
+def check_all_there(words: list[str]) -> None:
+    """Refuse a command line that lacks what fit and validate need, where all that it says is read here.
+
+    Args:
+        words: as `check_early` has passed them.
+
+    Raises:
+        ConfigurationError: if something is missing; the sentence names all of it.
+    """
+    contents = [content_of(value) for name, value in options_of(words) if name in ("c", "config")]
+    names = [name for name, _ in options_of(words) if name not in ("c", "config")]
+    names += [key for content in contents for key in _keys(content)]
+    elsewhere = any(name.startswith("PIPELITE_") for name in os.environ) or {*SECTIONS, "print_config"} & {*names}
+    if elsewhere or not all(contents):
+        return
+    there = {".".join(name.replace("+", "").split(".")[:2]) for name in names}
+    if missing := [name for name in _REQUIRED if name not in there]:
+        raise ConfigurationError(
+            f"{', '.join(missing)} must be given, in the configuration file or on the command line."
+        )
+
+
 def check_command(name: str, command: Command, words: list[str]) -> None:
     """Refuse an option that a command beside fit does not have, before its module is imported.
 
@@ -81,7 +114,7 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
         ConfigurationError: if an option is none.
     """
     own = command.options
-    for given, value in _options(words):
+    for given, value in options_of(words):
         if given in ("base", "model_dir", "adapter") and value is not None:
             _check_hub(given, value)
         if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
@@ -93,6 +126,22 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
             "did you mean ", "did you mean --"
         )
         raise ConfigurationError(f"{'-' if len(given) == 1 else '--'}{given} is not an option; {_ended(told)}")
+    if not {"-h", "--help"} & {*words}:
+        _check_parameters(command, words)
+
+
+def _check_parameters(command: Command, words: list[str]) -> None:
+    """Refuse a command without an option that it needs."""
+    if command.positional:
+        return
+    given = {"config" if name == "c" else name for name, _ in options_of(words)}
+    missing = [name for name, needed in parameters_of(command.module, command.function).items() if needed]
+    missing = [name for name in missing if name not in given]
+    if missing == ["config"] and command.reads_configuration:
+        if not words:
+            raise ConfigurationError("config must be given on the command line: --config FILE, as for fit.")
+    elif missing:
+        raise ConfigurationError(f"{', '.join(missing)} must be given on the command line.")
 
 
 def check_model_dir(model_dir: str) -> None:
@@ -126,33 +175,6 @@ def _check_hub(option: str, given: str) -> None:
             f"--{option}: {given} is not a directory. If it is one of the hub, download it: hf download {given} "
             f"--local-dir {folder}, and name {folder}."
         )
-
-
-def _options(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield the options with their values; of a short one that is joined with its value, none."""
-    for word, then in zip(words, [*words[1:], ""], strict=False):
-        if re.match(r"--?[A-Za-z]", word):
-            if re.match(r"-c(?!onfig\b)[^=]", word):
-                yield "c", None
-                continue
-            name, equals, value = word.partition("=")
-            yield name.lstrip("-"), value if equals else then or None
-
-
-def _content(file: str | None) -> dict[str, Any]:
-    """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
-    if file is None or "\n" in file or ":" in file:  # YAML itself may be given
-        return {}
-    path = Path(file).expanduser()
-    if not path.exists():
-        raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _keys(content: dict[str, Any]) -> Iterator[str]:

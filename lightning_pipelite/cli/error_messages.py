@@ -39,6 +39,8 @@ _ELSEWHERE = {
 }
 """What a LightningCLI has elsewhere, and what is here instead."""
 
+_DATASETS = ("data.datasets", "data.eval_datasets")
+
 _TYPE_ERRORS = (
     "Expected a",
     "Problem with given class_path",
@@ -83,6 +85,9 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         name = found(r"Problem with given class_path '([^']+)'")
         option = f"{key}: " if key else ""
         return f"{option}class_path {name} cannot be imported ({reason}); correct it, or install what it needs."
+    if key in _DATASETS and (given := found(r"(?:Got value|dot import path string): (.*?)(?: Subclass types.*)?$")):
+        path = given if re.fullmatch(r"[\w./*~ -]+", given) else "texts/*.txt"
+        return f"""{key} must be a list of datasets, not {given}; write '[{{"dataset_path": "{path}"}}]'."""
     if name := found(r"Expected a dot import path string: (\S+)"):
         return f"{key}: there is no class {name}; give its class_path, as in package.module.{name}."
     if wrong := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):

@@ -13,24 +13,34 @@ _UNCOMPILED = "TORCHDYNAMO_DISABLE"
 
 
 @contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Look for no garbage: imports make none, but are looked through again and again, a fifth of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def short_lived() -> Iterator[None]:
     """Run without what pays off only later.
 
-    Garbage is not looked for: imports make none, but are looked through again and again. And what libraries compile as
-    they are imported (bitsandbytes some functions for CPUs) is not compiled: torch's compiler is itself a long import.
+    Garbage is not looked for. And what libraries compile as they are imported (bitsandbytes some functions for CPUs) is
+    not compiled: torch's compiler is itself a long import.
     """
-    was_enabled, before = gc.isenabled(), os.environ.get(_UNCOMPILED)
-    gc.disable()
+    before = os.environ.get(_UNCOMPILED)
     try:
         os.environ[_UNCOMPILED] = "1"
-        yield
+        with without_collection():
+            yield
     finally:
         if before is None:
             del os.environ[_UNCOMPILED]
         else:
             os.environ[_UNCOMPILED] = before
-        if was_enabled:
-            gc.enable()
 
 
 def end_at_once() -> NoReturn:

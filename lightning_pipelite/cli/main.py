@@ -11,8 +11,9 @@ import sys
 from typing import NoReturn
 
 from lightning_pipelite import __version__
-from lightning_pipelite.cli.early import check_command, check_early
-from lightning_pipelite.cli.fast_exit import end_at_once, short_lived
+from lightning_pipelite.cli.early import check_all_there, check_command, check_early
+from lightning_pipelite.cli.early_data import check_data
+from lightning_pipelite.cli.fast_exit import end_at_once, short_lived, without_collection
 from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.verbosity import be_quiet, take_option
@@ -67,9 +68,13 @@ def _before_imports(command: str, words: list[str]) -> None:
                 sys.exit(0)
             if HELP_ALL not in words:
                 check_early(words)
+                check_all_there(words)
+                check_data(words)
             sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
         elif command in COMMANDS:
             check_command(command, COMMANDS[command], words)
+            if command == "preview" and "--help" not in words:
+                check_data(words)
         elif not command.startswith("-"):
             near = difflib.get_close_matches(command, [*_RUNS, *COMMANDS], 1, cutoff=0.6)
             if near:
@@ -110,7 +115,8 @@ def _run() -> None:
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_pipelite.cli.fit import TrainerCLI
+    with without_collection():
+        from lightning_pipelite.cli.fit import TrainerCLI
 
     try:
         TrainerCLI()

@@ -53,6 +53,8 @@ FOREIGN = {
     "train_file": "data.datasets",
     "data_path": "data.datasets",
     "num_gpus": "trainer.devices",
+    "gpus": "trainer.devices",
+    "device": "trainer.accelerator",
     "nproc_per_node": "trainer.devices",
     "nnodes": "trainer.num_nodes",
     "torch_dtype": "model.dtype",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,11 @@ import transformers
 from lightning_pipelite.data.cache import build_once, content_key, file_stamp, tokenizer_stamp
 from lightning_pipelite.data.config import HELD_OUT, PackingOptions
 from lightning_pipelite.data.corpus import Corpus, tokenise
-from lightning_pipelite.data.finding import find_shape
+from lightning_pipelite.data.looking import find_all
 from lightning_pipelite.data.packed_set import PackedSet, PackingStatistics
 from lightning_pipelite.data.packing import Ints, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequence_file import largest_token, write_sequences
-from lightning_pipelite.data.sources import TEXT, find_files, format_of
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
@@ -27,38 +26,6 @@ FORMAT_VERSION = 7
 """Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
 
 META = "meta.json"
-
-
-def find_all(options: PackingOptions) -> list[list[Path]]:
-    """Give the files of each of `options.sources`.
-
-    Raises:
-        ConfigurationError: If one has none, or it is not clear which are meant.
-    """
-    training = len(options.datasets)
-    return [
-        find_files(dataset.dataset_path, dataset.split, evaluation=number >= training)
-        for number, dataset in enumerate(options.sources)
-    ]
-
-
-def look_at(options: PackingOptions) -> PackingOptions:
-    """Give options that know what the records of their files are; the first of each file are read.
-
-    Raises:
-        ConfigurationError: If files cannot be found, or it is not clear how their records become documents.
-    """
-    if options.shapes is not None:
-        return options
-    shapes = []
-    for dataset, paths in zip(options.sources, find_all(options), strict=True):
-        # What a text file holds is called text here, too; so it may be named.
-        if dataset.text_field not in (None, "text") and all(format_of(path) in TEXT for path in paths):
-            raise ConfigurationError(
-                f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
-            )
-        shapes.append(tuple(find_shape(path, dataset) for path in paths))
-    return replace(options, shapes=tuple(shapes))
 
 
 def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -> Path:

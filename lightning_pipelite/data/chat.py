@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from lightning_pipelite.data.conversation import Message, learnt
 from lightning_pipelite.data.record_errors import naming
 from lightning_pipelite.data.template import ChatTemplate, Span
+from lightning_pipelite.data.templates import no_template
 from lightning_pipelite.data.turns import Turns
 from lightning_pipelite.errors import ConfigurationError
 
@@ -43,10 +44,7 @@ class ChatRenderer:
                 f"The tokenizer of {name} has no tokenizer.json, which conversations need: add it."
             )
         if not tokenizer.chat_template:
-            raise ConfigurationError(
-                f"The tokenizer of {name} has no chat template, which conversations need: set data.chat_template to "
-                "alpaca, chatml or a .jinja file, or use an instruction-tuned model's tokenizer."
-            )
+            raise no_template(name)
         self._templates: dict[bool, ChatTemplate] = {}
         self._template({})
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal, get_args
 
@@ -88,28 +88,28 @@ class DatasetConfig:
 class PackingOptions:
     """The options that decide what the packed arrays hold: two equal ones on equal files give equal bytes.
 
-    The fields are those of `PackedDataModule`, which documents them.
+    The fields and their defaults are those of `PackedDataModule`, which documents them.
 
     Raises:
         ConfigurationError: If a value is out of its range; the sentence names the key.
     """
 
     datasets: list[DatasetConfig]
-    eval_datasets: list[DatasetConfig]
     sequence_len: int
-    max_sequences: int | None
-    drop_tails: bool
-    mix_datasets: bool
-    packing: Packing | None
-    sequence_prefix: TokenSpec
-    document_prefix: TokenSpec
-    document_suffix: TokenSpec
-    mask_tokens: MaskSpec
-    eval_fraction: float
-    add_prefix_space: bool
-    trust_remote_code: bool
-    skip_bad_records: bool
-    seed: int
+    eval_datasets: list[DatasetConfig] = field(default_factory=list)
+    max_sequences: int | None = None
+    drop_tails: bool = False
+    mix_datasets: bool = False
+    packing: Packing | None = None
+    sequence_prefix: TokenSpec = None
+    document_prefix: TokenSpec = None
+    document_suffix: TokenSpec = None
+    mask_tokens: MaskSpec = None
+    eval_fraction: float = 0.01
+    add_prefix_space: bool = False
+    trust_remote_code: bool = False
+    skip_bad_records: bool = False
+    seed: int = 0
     chat_template: str | None = None
     long_conversations: LongConversations = "split"
     shapes: tuple[tuple[Shape, ...], ...] | None = None

@@ -14,6 +14,9 @@ Message = dict[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
 
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
+"""What others call a role."""
+
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
 """Keys of a record, beside the conversation, that are for the chat template."""
 
@@ -83,6 +86,10 @@ def check_messages(value: Any, place: str, what: str) -> list[Message]:
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise ConfigurationError(f"{place}: the tool_calls of message {number} of {what} are no list of objects.")
     if all(message["role"] != "assistant" for message in value):
+        for number, message in enumerate(value, start=1):
+            if (meant := OTHER_ROLES.get(message["role"].lower())) is not None:
+                role = message["role"]
+                raise ConfigurationError(f"{place}: the role of message {number} is {role!r}; write {meant}.")
         raise ConfigurationError(f"{place}: {what} has no message of the assistant, so nothing to learn; remove it.")
     # For a chat template, a key that holds nothing is not there. Columns leave none out, so content is always there.
     return [

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_pipelite.data.build import build_entry, look_at
+from lightning_pipelite.data.build import build_entry
 from lightning_pipelite.data.cache import default_cache_dir
 from lightning_pipelite.data.config import (
     HELD_OUT,
@@ -23,6 +23,7 @@ from lightning_pipelite.data.config import (
 )
 from lightning_pipelite.data.entry import CacheEntry
 from lightning_pipelite.data.loader import PackedLoader
+from lightning_pipelite.data.looking import look_at, what_is_found
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.data.sequences import PackedSequences
 from lightning_pipelite.data.statistics import DataStatistics
@@ -254,12 +255,7 @@ class PackedDataModule(LightningDataModule):
         Raises:
             ConfigurationError: If files cannot be found, or it is not clear what their records are.
         """
-        options = self._look()
-        assert options.shapes is not None
-        told = [list(dict.fromkeys(map(str, shapes))) for shapes in options.shapes]
-        return [
-            f"{dataset.dataset_path}: {' | '.join(each)}" for dataset, each in zip(options.sources, told, strict=True)
-        ]
+        return what_is_found(self._look())
 
     @property
     def has_conversations(self) -> bool:

@@ -17,12 +17,13 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
 REJECTED = ("rejected", "chosen")  # of two answers, one is not to be learnt
 CHOICES = ("choices", "options")  # without which a question is none
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # which no text shows
 VERDICTS = ("true", "false", "1", "0", "1.0", "0.0")  # of a label that tells good answers from bad ones
 
 
 def vocabulary() -> Iterable[str]:
     """Give all field names that mean something, so that no column that would change the format is left unread."""
-    marks = (*REJECTED, *CHOICES, "label")
+    marks = (*REJECTED, *CHOICES, *MEDIA, "label")
     return {*TEXTS, *MESSAGES, *QUESTIONS, *MORE, *ANSWERS, *SYSTEMS, *HISTORIES, *REASONING, *marks}
 
 

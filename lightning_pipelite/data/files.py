@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_pipelite.data.columns import plain
+from lightning_pipelite.data.formats import TEXT, format_of, open_bytes
 from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
-from lightning_pipelite.data.sources import TEXT, format_of, open_bytes
 from lightning_pipelite.errors import ConfigurationError
 
 Choose = Callable[[list[str]], list[str]]
 """Gives the columns to read of those that a file has."""
 
+_INDEX = "unnamed"  # the first column without a name: pandas writes the rows' numbers there
 _LONGEST_CELL = 1 << 30  # Python's own limit for CSV is 128 KiB, less than many a document
 
 
@@ -138,6 +139,8 @@ def _csv(path: Path) -> Iterator[Raw]:
             first = next(lines, "")
             rows = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
             names = next(rows, [])
+            if len(names) > 1 and not names[0].strip() and _INDEX not in names:
+                names[0] = _INDEX
             if len({*names}) < len(names) or not all(name.strip() for name in names):
                 raise UnreadableFileError(
                     f"{path}, line 1: the first row must name each column, no two the same; put the names there."
@@ -177,7 +180,7 @@ def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
 
 def _columns(path: Path, choose: Choose) -> Iterator[Raw]:
     number = 0
-    kind = "parquet" if path.suffix == ".parquet" else "Arrow"
+    kind = "parquet" if format_of(path) == ".parquet" else "Arrow"
     try:
         for batch, others in _parquet(path, choose) if kind == "parquet" else _arrow(path, choose):
             for row in zip(*batch.columns, strict=True):

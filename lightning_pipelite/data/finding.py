@@ -16,6 +16,7 @@ from lightning_pipelite.data.field_names import (
     MESSAGES,
     MORE,
     QUESTIONS,
+    REJECTED,
     SYSTEMS,
     TEXTS,
     having,
@@ -23,9 +24,9 @@ from lightning_pipelite.data.field_names import (
     said_fields,
 )
 from lightning_pipelite.data.files import UnreadableFileError, raw_records
+from lightning_pipelite.data.formats import TEXT, format_of
 from lightning_pipelite.data.marks import check_marks, check_no_answer, check_rejected
 from lightning_pipelite.data.shapes import Shape
-from lightning_pipelite.data.sources import TEXT, format_of
 from lightning_pipelite.errors import ConfigurationError
 
 _FIRST = 20  # records, which are enough to see every field that is not rare
@@ -171,7 +172,7 @@ def _found(record: Mapping[str, Any], place: str) -> Shape:
     text = one_of(record, TEXTS, "the text", "text_field", place)
     if question is None and answers and "input" in record:
         question = "input"
-    if question is not None or messages is not None:
+    if question is not None or messages is not None or all(name in record for name in REJECTED):
         check_rejected(record, place)
     ways = []
     if messages is not None:

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_pipelite.data.config import DatasetConfig
-from lightning_pipelite.data.field_names import ANSWERS, CHOICES, HISTORIES, MORE, QUESTIONS, REJECTED, VERDICTS, having
+from lightning_pipelite.data.field_names import (
+    ANSWERS,
+    CHOICES,
+    HISTORIES,
+    MEDIA,
+    MORE,
+    QUESTIONS,
+    REJECTED,
+    VERDICTS,
+    having,
+)
 from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.errors import ConfigurationError
 
@@ -33,6 +43,11 @@ def check_marks(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig,
         raise ConfigurationError(
             f"{place}: the answers are to questions with {choices!r}, which would not be shown; write them into the "
             f"question, or set {fields} to leave them out."
+        )
+    if media := next((name for name in MEDIA if name in record), None):
+        raise ConfigurationError(
+            f"{place}: the conversation is about {media!r}, which would not be shown; leave such records out, or set "
+            f"{fields} to learn the words without."
         )
     if str(record.get("label")).strip().lower() in VERDICTS:
         raise ConfigurationError(

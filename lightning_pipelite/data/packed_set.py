@@ -10,8 +10,8 @@ import numpy as np
 
 from lightning_pipelite.data.config import PackingOptions
 from lightning_pipelite.data.corpus import Corpus
+from lightning_pipelite.data.folders import not_read
 from lightning_pipelite.data.packing import Ints, Layout
-from lightning_pipelite.data.sources import not_read
 from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics, SplitStatistics
 
 

@@ -12,10 +12,10 @@ from lightning_pipelite.data.conversation import check_text, check_weights, know
 from lightning_pipelite.data.field_names import readable, said_fields, vocabulary
 from lightning_pipelite.data.files import Raw, UnreadableFileError, raw_records
 from lightning_pipelite.data.finding import check_text_file, find_shape, shape_of
+from lightning_pipelite.data.formats import COLUMNS, TEXT, format_of
 from lightning_pipelite.data.marks import check_marks, check_prompt
 from lightning_pipelite.data.record_errors import reason
 from lightning_pipelite.data.shapes import Document, Shape
-from lightning_pipelite.data.sources import COLUMNS, TEXT, format_of
 from lightning_pipelite.errors import ConfigurationError
 
 __all__ = ["OnBad", "Record", "UnreadableFileError", "read_records", "refuse"]

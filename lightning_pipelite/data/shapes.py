@@ -184,17 +184,24 @@ def _conversation(value: Any, place: str, what: str) -> Any:
 
 
 def _message(message: Any, place: str, number: int, what: str) -> Any:
-    if not isinstance(message, dict) or message.get("role") is not None or not isinstance(message.get("from"), str):
+    """Give a message its role and content, which ShareGPT calls from and value; converted data mix the names."""
+    if not isinstance(message, dict):
         return message
-    speaker, value = message["from"], message.get("value")
-    rest = {key: each for key, each in message.items() if key not in ("from", "value", "role", "content")}
-    if message.get("content") is not None:
+    speaker, value = message.get("from"), message.get("value")
+    if not isinstance(speaker, str) and value is None:
+        return message
+    if message.get("content") is not None and value is not None:
         raise ConfigurationError(
             f"{place}: message {number} of {what} has a value and a content; keep the one that is meant."
         )
+    if message.get("role") is not None and speaker is not None and message["role"] not in (speaker, ROLES.get(speaker)):
+        raise ConfigurationError(f"{place}: message {number} of {what} has a role and another from; keep one of them.")
+    rest = {key: each for key, each in message.items() if key not in ("from", "value", "role", "content")}
+    role, content = message.get("role"), message.get("content")
     if speaker == "function_call" and isinstance(value, str):
         return {"role": "assistant", "content": "", **rest, "tool_calls": _calls(value, place, number, what)}
-    return {"role": ROLES.get(speaker.lower(), speaker), "content": value, **rest}
+    role = ROLES.get(speaker.lower(), speaker) if isinstance(speaker, str) else role
+    return {"role": role, "content": content if value is None else value, **rest}
 
 
 def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any]]:

@@ -1,38 +1,17 @@
-"""Which files a dataset is made of, and their bytes."""
+"""Which files a dataset is made of."""
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
-import io
 import json
-import lzma
-import re
 from pathlib import Path
-from typing import BinaryIO, cast
 
-import pyarrow as pa
-
-from lightning_pipelite.data.splits import choose_split, of_one_split, split_of
+from lightning_pipelite.data.folders import data_of, not_read, nothing_in
+from lightning_pipelite.data.formats import COMPRESSIONS, FORMATS, format_of
+from lightning_pipelite.data.splits import choose_split, of_one_split
 from lightning_pipelite.errors import ConfigurationError
 
-TEXT = (".txt", ".md")
-COLUMNS = (".csv", ".tsv", ".parquet", ".arrow")
-FORMATS = (*TEXT, ".json", ".jsonl", *COLUMNS)
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-
-# What lies beside data and tells of it. The second are of Hugging Face's libraries.
-_ABOUT = re.compile(r"(readme|licen[sc]e|changelog|contributing|citation|notice)\b.*\.(md|txt)", re.IGNORECASE)
-_OF_LIBRARIES = ("dataset_infos.json", "dataset_info.json", "state.json")
-
-
-def format_of(path: Path) -> str | None:
-    """Give the ending that says how to read a file, without that of its compression; None for an unknown one."""
-    if path.suffix in COMPRESSIONS:
-        inner = path.with_suffix("").suffix
-        return inner if inner in FORMATS[:-2] else None  # parquet and arrow compress inside
-    return path.suffix if path.suffix in FORMATS else None
+__all__ = ["find_files", "not_read"]
 
 
 def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool = False) -> list[Path]:
@@ -54,7 +33,7 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
         return _saved_dataset(path, split, evaluation)
     named, root = False, path if path.is_dir() else path.parent
     if path.is_dir():
-        files = _of_directory(path)
+        files = data_of(path)
     elif path.is_file():
         files = [path]
         if split is not None:
@@ -64,7 +43,7 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         files = [Path(match) for match in matches if Path(match).is_file()]
     if not files:
-        raise ConfigurationError(_nothing(dataset_path, path))
+        raise ConfigurationError(nothing_in(dataset_path, path))
     for file in files:
         if not format_of(file):
             raise ConfigurationError(
@@ -78,74 +57,6 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
 def _fixed_part(pattern: Path) -> Path:
     """Give the folder that all matches of a glob are in."""
     return next((each for each in reversed(pattern.parents) if glob.has_magic(each.name)), pattern).parent
-
-
-def _nothing(dataset_path: str, path: Path) -> str:
-    if path.is_dir():
-        folders = [each.name for each in sorted(path.iterdir()) if each.is_dir() and _data_in(each)]
-        if folders:
-            return (
-                f"{dataset_path} has no data in it but in its folders {', '.join(folders[:12])}: name one of them, "
-                f"such as {path / folders[0]}."
-            )
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", dataset_path) and not Path(dataset_path).parent.exists():
-        return (
-            f"there is no file or directory {dataset_path}; if it is a dataset of Hugging Face, download it first: "
-            f"hf download {dataset_path} --repo-type dataset --local-dir {path.name}, and name {path.name}."
-        )
-    return f"dataset_path {dataset_path} matches no file: name a file, a directory or a glob of {', '.join(FORMATS)}."
-
-
-def _of_directory(path: Path) -> list[Path]:
-    """Return the data in a directory, or in its `data`, or in its folders if they are splits.
-
-    What else lies there (a README, a cache) is not meant as data; what a glob names is.
-    """
-    folders = [each for each in sorted(path.iterdir()) if each.is_dir() and _data_in(each)]
-    splits = [folder for folder in folders if split_of(Path(folder.name)) is not None]
-    for folder in (path, path / "data"):
-        if folder.is_dir() and (files := _data_in(folder)):
-            inner = [each for each in sorted(folder.iterdir()) if each.is_dir() and _data_in(each)]
-            beside = [
-                *splits,
-                *(each for each in inner if each not in splits and split_of(Path(each.name)) is not None),
-            ]
-            if beside:
-                raise ConfigurationError(
-                    f"{path} has data in {min(files).relative_to(path)} and in the folder of a split, "
-                    f"{beside[0].relative_to(path)}: name the one that is meant by dataset_path."
-                )
-            return files
-    if len(splits) == len(folders):
-        return [file for folder in folders for file in _data_in(folder)]
-    return []
-
-
-def _data_in(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".") and _is_data(file)]
-    if any(format_of(file) not in TEXT for file in files):  # .md beside records tells of them
-        files = [file for file in files if format_of(file) != ".md"]
-    return files
-
-
-def _is_data(file: Path) -> bool:
-    return format_of(file) is not None and not _ABOUT.fullmatch(file.name) and file.name not in _OF_LIBRARIES
-
-
-def not_read(dataset_path: str, files: list[Path]) -> list[str]:
-    """Give the names of files in a directory that are not among these; hidden ones are not meant at all.
-
-    Args:
-        dataset_path: As in `DatasetConfig`.
-        files: What `find_files` has found in it.
-    """
-    path = Path(dataset_path).expanduser()
-    if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return []
-    folders = {path, *(file.parent for file in files), *([path / "data"] if (path / "data").is_dir() else [])}
-    there = {file.absolute() for folder in folders for file in folder.iterdir() if file.is_file()}
-    missing = (file for file in there - {*files} if not file.name.startswith("."))
-    return sorted(str(file.relative_to(path.absolute())) for file in missing)
 
 
 def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path]:
@@ -173,16 +84,3 @@ def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path
     if not files:
         raise ConfigurationError(f"dataset_path {path} matches no file: the Hugging Face dataset is empty.")
     return files
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed by what its name ends in."""
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    if path.suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20)
-    return path.open("rb")

@@ -19,7 +19,7 @@ _WORDS = {
 _WORD = re.compile(rf"({'|'.join(_WORDS)})(s|sets?|data|splits?|files?)?")
 # What stands between two words of a name; also the change of case in testSet.
 _BETWEEN = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
-_TITLED = re.compile(r"\.(txt|md)(\.\w+)?$")
+_TITLED = re.compile(r"\.(txt|md)(\.\w+)?$", re.IGNORECASE)
 _HELD_OUT = re.compile(r"(hold|held)[\W_]+out(?![a-z])", re.IGNORECASE)
 
 
@@ -53,6 +53,11 @@ def _one_of(name: str, file: Path) -> str | None:
 def _splits_in(name: str) -> set[str]:
     words = _BETWEEN.split(_HELD_OUT.sub("holdout", name))
     return {_WORDS[match[1]] for word in words if (match := _WORD.fullmatch(word.lower()))}
+
+
+def begins_with_split(name: str) -> bool:
+    """Tell whether the first word of a name is a split, as that of ``train_sft.txt``, not of ``my train.txt``."""
+    return _BETWEEN.split(_HELD_OUT.sub("holdout", name))[0].lower() in _WORDS
 
 
 def of_one_split(
@@ -107,11 +112,12 @@ def of_one_split(
 def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None, list[Path]]]:
     """Give the files by what their names tell: the split, and which set of it."""
     sets: dict[str | None, dict[str | None, list[Path]]] = {}
+    titles = not all(begins_with_split(file.name) for file in files)  # else texts are sets, too
     for file in files:
         below = file.relative_to(root)
         told = split_of(below)
         telling = next((part for part in below.parts if _splits_in(part)), None)
-        title = telling == below.name and _TITLED.search(telling)  # of a document, not of a set
+        title = titles and telling == below.name and _TITLED.search(telling)  # of a document, not of a set
         name = told if telling is None or title else set_of(telling)
         parts = sets.setdefault(told, {})
         known = next((each for each in parts if each and name and same_set(each, name)), name)
@@ -130,6 +136,5 @@ def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
         return fitting[0]
     use = "to evaluate on" if evaluation else "to train on"
     listed = ", ".join(names)
-    raise ConfigurationError(
-        f"{place} holds the splits {listed}: set split to the one {use}, such as {(fitting or names)[0]}."
-    )
+    such_as = f", such as {fitting[0]}" if fitting else ""
+    raise ConfigurationError(f"{place} holds the splits {listed}: set split to the one {use}{such_as}.")

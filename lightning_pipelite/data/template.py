@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_pipelite.data.conversation import REASONING, Message
+from lightning_pipelite.data.conversation import OTHER_ROLES, REASONING, Message
 from lightning_pipelite.errors import ConfigurationError
 
 MARKER = "QZJXKVWQ"
@@ -19,7 +19,6 @@ MARKER = "QZJXKVWQ"
 Span = tuple[int, int]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_ROLES_OF_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
 # Keys of a message that say something. Others (an id, a name) may be left out by a template. The first are commonly of
 # the record, which is where a template knows them from.
 _OF_RECORDS = ("tools", "functions", "documents")
@@ -114,7 +113,7 @@ class ChatTemplate:
         """
         for number, message in enumerate(messages, start=1):
             role = message["role"]
-            meant = _ROLES_OF_OTHERS.get(role.lower())
+            meant = OTHER_ROLES.get(role.lower())
             if role not in _ROLES and (meant or role not in self._words):
                 raise ConfigurationError(
                     f"{place}: the role of message {number} is {role!r}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lightning_pipelite.errors import ConfigurationError
@@ -42,3 +43,21 @@ def read_template(given: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"data.chat_template {given} cannot be read ({error}): correct it.") from error
+
+
+def no_template(directory: object) -> ConfigurationError:
+    """Give the error of a tokenizer without a template, where there are conversations."""
+    return ConfigurationError(
+        f"The tokenizer of {directory} has no chat template, which conversations need: set data.chat_template to "
+        "alpaca, chatml or a .jinja file, or use an instruction-tuned model's tokenizer."
+    )
+
+
+def surely_has_none(directory: Path) -> bool:
+    """Tell, by its files alone, whether a tokenizer has no chat template; where that is not sure, it may have one."""
+    try:
+        written = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    elsewhere = any(directory.glob("*chat_template*")) or "auto_map" in written
+    return not elsewhere and not written.get("chat_template")

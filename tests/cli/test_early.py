@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_pipelite import PackedDataModule, PipeLiteModule
 from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
-from lightning_pipelite.cli.early import check_command, check_early
+from lightning_pipelite.cli.early import check_all_there, check_command, check_early
 from lightning_pipelite.cli.error_messages import explain
 from lightning_pipelite.cli.help import OPTIONS, overview, short_help
 from lightning_pipelite.cli.option_names import FOREIGN, names_of_classes, option_names
@@ -79,6 +79,14 @@ def test_names_are_those_of_the_classes() -> None:
         (["--bnb_4bit_quant_type", "nf4"], "it is nf4: set model.load_in_4bit, and leave it out."),
         (["--model.torch_dtype", "bfloat16"], "did you mean --model.dtype?"),
         (["--eval_steps", "10"], "list the callback EvalSchedule in trainer.callbacks"),
+        (["--device", "cpu"], "did you mean --trainer.accelerator?"),
+        (["--trainer.gpus=2"], "did you mean --trainer.devices?"),
+        (["a.yaml"], "a.yaml is not an option; did you mean --config a.yaml?"),
+        (
+            ["--data.datasets", "x", __file__],
+            "is not an option; if it is one of several files, put quotes around their",
+        ),
+        (["--data.seed=1", "now"], "now is not an option; pipelite fit --help lists the options."),
         (["--config", "none.yaml"], "--config: File does not exist: '.*none.yaml'"),
         (["--model.model_dir", "some/where/else"], "some/where/else is not a directory; model_dir must name a local"),
         (["--model.model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
@@ -87,6 +95,23 @@ def test_names_are_those_of_the_classes() -> None:
 def test_what_is_wrong(config: str, words: list[str], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says.replace("?", r"\?")):
         check_early(["--config", config, *words])
+
+
+def test_what_is_missing(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "must be given, in the configuration file or on the command line."
+    for words, missing in (
+        ([], "model.model_dir, model.adapter, data.datasets, data.sequence_len"),
+        (["--config", config], "model.adapter, data.datasets"),
+        (["--config", config, "--data.datasets+=[]"], "model.adapter"),
+        (["--model.adapter.rank=3", "--data.datasets", "x"], "model.model_dir, data.sequence_len"),
+    ):
+        with pytest.raises(ConfigurationError) as refused:
+            check_all_there(words)
+        assert str(refused.value) == f"{missing} {given}"
+    for words in (["--model", config], ["--config", "model: {}"], ["--print_config"], ["-cx"]):
+        check_all_there(words)
+    monkeypatch.setenv("PIPELITE_FIT__CONFIG", "x")
+    check_all_there([])
 
 
 def test_keys_of_files(tmp_path: Path) -> None:
@@ -166,6 +191,21 @@ def test_commands() -> None:
     check_command("plan", COMMANDS["plan"], ["-c", *words[1:]])
     with pytest.raises(ConfigurationError, match=r"did you mean --memory\?"):
         check_command("plan", COMMANDS["plan"], ["--config", "x", "--memmory", "24GiB"])
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("merge", ["--adapter", "a"], "base, output must be given on the command line."),
+        ("preview", [], "config must be given on the command line: --config FILE, as for fit."),
+        ("convert", ["--output=x"], "checkpoint must be given on the command line."),
+    ],
+)
+def test_what_a_command_needs(command: str, words: list[str], says: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        check_command(command, COMMANDS[command], words)
+    assert str(refused.value) == says
+    check_command(command, COMMANDS[command], [*words, "--help"])
 
 
 @pytest.mark.parametrize("option", ["--config", "-c", "--trainer.max_epochs", "--seed_everything"])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.sources import find_files, not_read
 from lightning_pipelite.errors import ConfigurationError
+from people_files import save_dataset
 
 
 def write(path: Path, content: str) -> Path:
@@ -56,21 +55,6 @@ def test_unknown_format(tmp_path: Path) -> None:
     for path in ("a.rtf", "*.rtf"):
         with pytest.raises(ConfigurationError, match=r"a\.rtf has no known format: convert it"):
             find_files(str(tmp_path / path))
-
-
-def save_dataset(folder: Path, texts: list[str], **state: object) -> Path:
-    """What the library `datasets` writes by save_to_disk, in two shards."""
-    folder.mkdir(parents=True)
-    files = [f"data-{number:05}-of-00002.arrow" for number in (0, 1)]
-    half = len(texts) // 2
-    for name, part in zip(files, (texts[:half], texts[half:]), strict=True):
-        table = pa.table({"text": part})
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": "x", **state}
-    write(folder / "state.json", json.dumps(state))
-    write(folder / "dataset_info.json", "{}")
-    return folder
 
 
 def test_saved_dataset(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import wrong_commands
 import wrong_data
+import wrong_first_tries
 import wrong_models
 import wrong_options
 import wrong_runs
@@ -19,7 +20,9 @@ from wrong_input import Case, adapter, edited
 
 pytestmark = pytest.mark.process
 
-TABLES = [table.CASES for table in (wrong_options, wrong_models, wrong_data, wrong_runs, wrong_commands)]
+TABLES = [
+    table.CASES for table in (wrong_options, wrong_models, wrong_data, wrong_runs, wrong_commands, wrong_first_tries)
+]
 CASES: dict[str, Case] = {name: case for table in TABLES for name, case in table.items()}
 
 

@@ -20,31 +20,36 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
+    return real_texts()
+
+
+def real_texts() -> list[str]:
     """Sixty real texts of different length, no two equal."""
     return sorted({text.strip()[: 40 + 37 * number] for number, text in enumerate(topics.values())})[:60]
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    return lambda specials: write_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts, specials)
+
+
+def write_tokenizer(folder: Path, texts: list[str], specials: dict[str, str]) -> Path:
+    """Train a tokenizer of 384 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    def make(specials: dict[str, str]) -> Path:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=384,
-            special_tokens=sorted(specials.values()),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
-        folder = tmp_path_factory.mktemp("tokenizer")
-        PreTrainedTokenizerFast(tokenizer_object=backend, **specials).save_pretrained(folder)
-        return folder
-
-    return make
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=sorted(specials.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **specials).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +90,13 @@ def make_data(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., PackedDataMo
 @pytest.fixture(scope="module")
 def chat_dir(make_tokenizer: Callable[..., Path]) -> Path:
     """A tokenizer with ChatML."""
+    return with_chatml(make_tokenizer({"eos_token": "<|im_end|>"}))
+
+
+def with_chatml(folder: Path) -> Path:
+    """Give a tokenizer whose EOS ends a turn the rest of ChatML."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = make_tokenizer({"eos_token": "<|im_end|>"})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = CHATML

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
+from lightning_pipelite.data import DatasetConfig
+
 Write = Callable[[Path], Any]
 Part = tuple[str, bool]  # of the text, and whether it is learnt
+
+
+@dataclass
+class Case:
+    """Files as people have them.
+
+    Args:
+        write: Writes them into a folder.
+        says: The line of what is found, without the path; or, of what is refused, a pattern of the sentence.
+        parts: What is packed of them, a document; none where they are refused.
+        path: In the folder; by default the only thing in it.
+        options: Of the dataset.
+        module: Of the data module.
+        others: Further documents that are packed beside the first, in any order.
+    """
+
+    write: Write
+    says: str
+    parts: list[Part] = field(default_factory=list)
+    path: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
+    others: list[list[Part]] = field(default_factory=list)
+
+    def dataset(self, folder: Path) -> DatasetConfig:
+        """Write the files into a new folder, and name them."""
+        folder.mkdir()
+        self.write(folder)
+        return DatasetConfig(str(folder / (self.path or next(folder.iterdir()).name)), **self.options)
+
 
 TALKS = "loss on the assistant's turns"
 QUESTION, ANSWER = "Who was it?", "It was the cat."
@@ -60,6 +94,21 @@ def arrow(name: str, *records: dict[str, Any]) -> Write:
     return write
 
 
+def save_dataset(folder: Path, texts: list[str], **state: object) -> Path:
+    """What the library `datasets` writes by save_to_disk, in two shards."""
+    folder.mkdir(parents=True)
+    files = [f"data-{number:05}-of-00002.arrow" for number in (0, 1)]
+    half = len(texts) // 2
+    for name, part in zip(files, (texts[:half], texts[half:]), strict=True):
+        table = pa.table({"text": part})
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": "x", **state}
+    put(folder / "state.json", json.dumps(state))
+    put(folder / "dataset_info.json", "{}")
+    return folder
+
+
 def several(*writes: Write) -> Write:
     return lambda folder: [write(folder) for write in writes]
 
@@ -74,6 +123,7 @@ TOLD = chat(("user", f"Tell me.\n\n{QUESTION}"), ("assistant", ANSWER))
 
 
 def expected(parts: list[Part], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Render by hand: the ids, and for each of them itself where it is learnt, else -100."""
     text = "".join(words for words, _ in parts)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     learnt = [flag for words, flag in parts for _ in words]
@@ -81,3 +131,16 @@ def expected(parts: list[Part], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
     return ids, [
         token if learnt[begin] else -100 for token, (begin, _) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
+
+
+def is_as_expected(case: Case, item: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Tell whether a packed sequence holds the documents of a case, and is learnt as they are."""
+    length = item["input_ids"].numel()
+    for documents in itertools.permutations([case.parts, *case.others]):
+        rendered = [expected(parts, tokenizer) for parts in documents]
+        ids = [token for each, _ in rendered for token in each]
+        # What comes first in a document is not to be told from the one before it.
+        labels = [label for _, each in rendered for label in [-100, *each[1:]]]
+        if item["input_ids"][0, : len(ids)].tolist() == ids:
+            return bool(item["labels"][0].tolist() == [*labels[1:], *[-100] * (length - len(ids) + 1)])
+    return False

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import pytest
-
-from lightning_pipelite.data import DatasetConfig, PackedDataModule
-from lightning_pipelite.errors import ConfigurationError
 from people_files import (
     ALPACA,
     ANSWER,
@@ -18,22 +9,13 @@ from people_files import (
     QA,
     QUESTION,
     TWICE,
-    Write,
+    Case,
     lines,
     parquet,
     put,
     several,
     shared,
 )
-
-
-@dataclass
-class Case:
-    write: Write
-    says: str
-    path: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
 
 SEVERAL = "the fields could mean"
 CASES = {
@@ -120,16 +102,57 @@ CASES = {
         lines("a.jsonl", shared(TWICE, tools='[{"type": "function", "function": {"name": "f"}}]')),
         "the chat template shows no tools in this conversation",
     ),
+    "the same data, compressed and not": Case(
+        several(lines("train.jsonl", QA), lines("train.jsonl.gz", QA)),
+        "has train.jsonl and train.jsonl.gz, which by their names are the same data twice",
+        path=".",
+    ),
+    "two sets of texts for training": Case(
+        several(*(lambda folder, name=name: put(folder / name, "x") for name in ("train_sft.txt", "train_gen.txt"))),
+        "holds the splits train_gen, train_sft: set split to the one to train on",
+        path=".",
+    ),
+    "an empty answer": Case(
+        lines("a.jsonl", QA, {"question": QUESTION, "answer": " "}),
+        "line 2: the reply in message 2 .* is empty; fill it",
+    ),
+    "an answer of null": Case(
+        lines("a.jsonl", QA, {"question": QUESTION, "answer": None}), "line 2: the field 'answer' is NoneType, not text"
+    ),
+    "an empty question in messages": Case(
+        lines("a.jsonl", {"messages": [{"role": "user", "content": "\n "}, MESSAGES[1]]}),
+        "answers a question that is empty",
+    ),
+    "a conversation that begins with the answer": Case(
+        lines("a.jsonl", {"messages": [{"role": "system", "content": "Be."}, MESSAGES[1]]}), "asks nothing before the"
+    ),
+    "roles of ShareGPT": Case(
+        lines("a.jsonl", {"messages": [MESSAGES[0], {"role": "gpt", "content": ANSWER}]}),
+        "the role of message 2 is 'gpt'; write assistant",
+    ),
+    "a value and a content": Case(
+        lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "value": "x"}]}),
+        "message 2 .* a value and a content",
+    ),
+    "a role and another": Case(
+        lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "from": "human"}]}), "a role and another from"
+    ),
+    "a weight of the record": Case(
+        lines("a.jsonl", {"messages": MESSAGES, "weight": 0}), "has a 'weight' of 0, but all records count alike"
+    ),
+    "pictures": Case(lines("a.jsonl", shared(TWICE, image="a.png")), "is about 'image', which would not be shown"),
+    "preferences alone": Case(
+        lines("a.jsonl", {"chosen": MESSAGES, "rejected": MESSAGES}), "answers to prefer and to avoid"
+    ),
+    "answers in a list": Case(
+        lines("a.jsonl", {"question": QUESTION, "context": "x", "answers": {"text": [ANSWER]}}),
+        "only one side of question",
+    ),
+    "records within an object": Case(
+        lambda folder: put(folder / "a.json", '{"data": [{"text": "x"}]}'), "dict where a list of objects or strings is"
+    ),
+    "CSV of Windows": Case(
+        lambda folder: put(folder / "a.csv", "question,answer\nW\xe4r?,x\n".encode("latin-1")),
+        "line 2: not valid UTF-8",
+    ),
 }
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_refused(make_data: Callable[..., PackedDataModule], tmp_path: Path, chat_dir: Path, name: str) -> None:
-    case, folder = CASES[name], tmp_path / "data_of_people"
-    folder.mkdir()
-    case.write(folder)
-    only = next(folder.iterdir()).name
-    dataset = DatasetConfig(str(folder / (case.path or only)), **case.options)
-    data = make_data([dataset], sequence_len=256, tokenizer_dir=str(chat_dir), eval_fraction=0)
-    with pytest.raises(ConfigurationError, match=case.says):
-        data.prepare_data()

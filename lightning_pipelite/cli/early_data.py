@@ -1,0 +1,81 @@
+"""What can be told of the data before torch is imported: their options, whether they are there, and what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_pipelite.cli.option_words import content_of, model_dir_of, options_of
+from lightning_pipelite.errors import ConfigurationError
+
+_SECTION = "data"
+# Of the data module, and of no matter to what is packed.
+_ELSEWHERE = ("tokenizer_dir", "eval_gradient_accumulation_steps", "isolate_documents", "cache_dir")
+
+
+def check_data(words: Sequence[str]) -> None:
+    """Refuse data that fit or validate would refuse after long imports, by the same functions.
+
+    What is not read here as they read it (variables of the environment, options within options) is left to them, as is
+    what is missing.
+
+    Args:
+        words: Of the command line behind the subcommand, whose names are known to be right.
+
+    Raises:
+        ConfigurationError: If an option is out of its range, files are not there or cannot be told apart, or their
+            first records cannot be read.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of the host looks for all
+        return
+    own = _of_data(words)
+    given_elsewhere = any(name.startswith("PIPELITE_") and ("DATA" in name or "CONFIG" in name) for name in os.environ)
+    if not own or given_elsewhere or any(word.startswith("--print_config") for word in words):
+        return
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    from lightning_pipelite.cli.error_messages import explain
+    from lightning_pipelite.data.config import PackingOptions
+    from lightning_pipelite.data.looking import first_look
+    from lightning_pipelite.data.templates import read_template
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(PackingOptions, _SECTION, skip={"shapes"})
+    try:
+        given = parser.parse_args(own)
+    except ArgumentError as error:
+        if re.search("Parser key .*arguments are required|^(?!.*arguments are required)", str(error), re.DOTALL):
+            raise ConfigurationError(explain(str(error), {"fit": parser})) from None
+        return  # fit lists all that is missing
+    options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
+    if options.chat_template is not None:
+        read_template(options.chat_template)
+    model_dir = model_dir_of(words)
+    first_look(options, Path(model_dir).expanduser() if model_dir else None)
+
+
+def _of_data(words: Sequence[str]) -> list[str]:
+    """Give the options of the data as they are given; none where they are given in a way that is not read here."""
+    found: list[str] = []
+    for name, value in options_of(words):
+        section, _, key = name.partition(".")
+        if name in ("c", "config"):
+            if value is None or not Path(value).expanduser().is_file():
+                return []
+            content = content_of(value)
+            given = content.get(_SECTION, {})
+            if not content or not isinstance(given, dict):
+                return []
+            kept = {key: each for key, each in given.items() if key not in _ELSEWHERE}
+            kept |= {"eval_datasets": []} if kept.get("eval_datasets", []) is None else {}
+            found += ["--config", json.dumps({_SECTION: kept}, default=str)]
+        elif section == _SECTION:
+            if not key or value is None or (key == "eval_datasets" and value in ("null", "~")):
+                return []
+            if key not in _ELSEWHERE:
+                found.append(f"--{name}={value}")
+    return found

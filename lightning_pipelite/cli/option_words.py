@@ -1,0 +1,68 @@
+"""The words of a command line, and the configuration files that they name, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+def options_of(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield the options with their values; of a short one that is joined with its value, none."""
+    for word, then in zip(words, [*words[1:], ""], strict=False):
+        if re.match(r"--?[A-Za-z]", word):
+            if re.match(r"-c(?!onfig\b)[^=]", word):
+                yield "c", None
+                continue
+            name, equals, value = word.partition("=")
+            yield name.lstrip("-"), value if equals else then or None
+
+
+def check_no_other_words(words: Sequence[str]) -> None:
+    """Refuse a word that is neither an option nor the value of one.
+
+    Raises:
+        ConfigurationError: If there is one; of a file, with what may be meant.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or (re.match(r"--?[A-Za-z]", before) and "=" not in before):
+            continue
+        sentence = f"{word} is not an option; "
+        if Path(word).suffix in (".yaml", ".yml"):
+            raise ConfigurationError(f"{sentence}did you mean --config {word}?")
+        if before and Path(word).exists():
+            raise ConfigurationError(f"{sentence}if it is one of several files, put quotes around their pattern.")
+        raise ConfigurationError(f"{sentence}pipelite fit --help lists the options.")
+
+
+def content_of(file: str | None) -> dict[str, Any]:
+    """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
+    if file is None or "\n" in file or ":" in file:  # YAML itself may be given
+        return {}
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def model_dir_of(words: Sequence[str]) -> str | None:
+    """Give the directory of the model, which is its tokenizer's, too; None where it is not read here."""
+    found: str | None = None
+    for name, value in options_of(words):
+        if name in ("c", "config"):
+            model = content_of(value).get("model", {})
+            given = model.get("model_dir", found) if isinstance(model, dict) else None
+            found = given if isinstance(given, str) else None
+        elif name in ("model", "model.model_dir"):
+            found = value if name == "model.model_dir" else None
+    return None if any(name.startswith("PIPELITE_") and "MODEL" in name for name in os.environ) else found
