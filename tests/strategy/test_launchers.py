@@ -1,7 +1,4 @@
-"""The example trains the same under every launcher: Lightning's own, deepspeed, and two nodes.
-
-Ranks of the worker pool have torchrun's variables, and tests/test_examples.py starts torchrun itself.
-"""
+"""The example trains the same under every launcher: Lightning's own, torchrun, deepspeed, and two nodes."""
 
 from __future__ import annotations
 
@@ -78,12 +75,14 @@ def outputs(command: list[str], environments: list[dict[str, str]]) -> list[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["lightning", "deepspeed", "nodes"])
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "deepspeed", "nodes"])
 def test_the_example_trains_the_same(launcher: str, expected: dict[str, float]) -> None:
     python, script, port = sys.executable, str(EXAMPLE), free_port()
     environments: list[dict[str, str]] = [{}]
     command = [python, script, *ARGUMENTS, "2"]
-    if launcher == "deepspeed":
+    if launcher == "torchrun":
+        command = [python, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", *command[1:]]
+    elif launcher == "deepspeed":
         options = ["--no_local_rank", "--num_gpus=2", f"--master_port={port}"]
         command = [python, str(Path(python).with_name("deepspeed")), *options, *command[1:]]
         environments = [{"PATH": f"{Path(python).parent}:{os.environ['PATH']}"}]

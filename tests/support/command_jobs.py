@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
+from unittest import mock
 
 
 def run_command(directory: str, arguments: list[str]) -> None:
     """Run `pipelite` with arguments, in a directory."""
     from lightning_pipelite.cli.main import main
 
-    os.chdir(directory)
-    sys.argv = ["pipelite", *arguments]
-    main()
+    with contextlib.chdir(directory), mock.patch.object(sys, "argv", ["pipelite", *arguments]):
+        main()
