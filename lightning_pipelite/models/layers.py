@@ -154,6 +154,11 @@ class CausalLMLayers:
         self.one_stage_only = meta_model.one_stage_only
         self.names = [type(meta_model.layers[first]).__name__ for first in meta_model.groups[:-1]]
 
+    @property
+    def skeleton(self) -> MetaModel:
+        """The former name of ``meta_model``, for programs that know it."""
+        return self.meta_model
+
     def __len__(self) -> int:
         """Return the number of items that can be dealt out: of decoder layers, unless some need each other."""
         return len(self.names)
