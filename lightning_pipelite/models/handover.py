@@ -45,6 +45,17 @@ class Handover:
         self._received, self._measuring = received, measuring
         self._taken, self._known, self._handed_on = 0, [], []
 
+    def check_all_taken(self) -> None:
+        """Check that the layers were given all that was received.
+
+        Raises:
+            RuntimeError: They were not: the model's code made something else here than on the stage before.
+        """
+        if self._received is not None and not self.hidden_states_only and self._taken != self._received.numel():
+            raise RuntimeError(
+                f"layers were given {self._taken} of the {self._received.numel()} values that the stage before hands on"
+            )
+
     def end(self) -> int:
         """Forget the micro-batch, and return how many values were taken of what was received."""
         self._received, self._known, self._handed_on = None, [], []
@@ -61,12 +72,15 @@ class Handover:
         if self._received is None and not self._measuring:
             return arguments
         args, kwargs = list(arguments[0]), dict(arguments[1])
-        places = [*([0 if args else "hidden_states"] if entry else []), *self._places[number]]
-        for place in places:
+        if entry and args:
+            args[0] = self._take(args[0])
+        elif entry:
+            kwargs["hidden_states"] = self._take(kwargs["hidden_states"])
+        for place in self._places[number]:
             if isinstance(place, int):
-                args[place] = self._take(args[place])
+                args[place] = self._take_once(args[place])
             else:
-                kwargs[place] = self._take(kwargs[place])
+                kwargs[place] = self._take_once(kwargs[place])
         return tuple(args), kwargs
 
     def depart(self, number: int, first: bool, arguments: Arguments) -> None:
@@ -95,22 +109,30 @@ class Handover:
                 dtype = torch.promote_types(dtype, tensor.dtype)
             raise LeaveStage(torch.cat([tensor.flatten().to(dtype) for tensor in self._handed_on]))
 
-    def _take(self, made: Tensor) -> Tensor:
-        """Return what stands for a tensor that this stage's model has made."""
+    def _take_once(self, made: Tensor) -> Tensor:
+        """Return what stands for a tensor that this stage's model has made, and gives to several layers perhaps.
+
+        Hidden states are not among those: as no layer has changed them here, they may be the very tensor that layers
+        are given beside them.
+        """
         for known, value in self._known:
             if known is made:
                 return value
+        value = self._take(made)
+        self._known.append((made, value))
+        return value
+
+    def _take(self, made: Tensor) -> Tensor:
+        """Return what was received next, in the shape of what this stage's model has made."""
+        if self._measuring and self.hidden_states_only:
+            raise LeaveStage(made)
         if self._measuring:
             value = made
-            if self.hidden_states_only:
-                raise LeaveStage(made)
-        elif self.hidden_states_only:
-            assert self._received is not None
-            return self._received
         else:
             assert self._received is not None
+            if self.hidden_states_only:
+                return self._received
             values = self._received[self._taken : self._taken + made.numel()]
             value = values.view(made.shape).to(made.dtype)
         self._taken += made.numel()
-        self._known.append((made, value))
         return value

@@ -118,10 +118,12 @@ class Stage(nn.Module):
                     if self.fused_head is None
                     else self.fused_head.inputs(self.causal_lm, arguments)
                 )
+            self._handover.check_all_taken()
             if routers is None:
                 return outputs
             return outputs, routers.loss.loss(routers.finish(sums), position_ids.numel())
         except LeaveStage as leave:
+            self._handover.check_all_taken()
             return (leave.handed_on, position_ids, *extra, *([] if routers is None else [routers.finish(sums)]))
         finally:
             self.causal_lm.extra_inputs = ()

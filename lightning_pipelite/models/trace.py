@@ -85,7 +85,7 @@ def trace_forward(
     def after_layer(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             trace.tuple_lengths[number] = len(output) if isinstance(output, tuple) else 0
-            flow.leave()
+            flow.leave(tensors_in(output[1:]) if isinstance(output, tuple) else [])
 
         return hook
 
@@ -170,8 +170,10 @@ class _Flow(TorchDispatchMode):
         self.received += [tensor for _, tensor in made]
         return [place for place, _ in made]
 
-    def leave(self) -> None:
+    def leave(self, beside: Iterable[Tensor]) -> None:
+        """Leave the layer, which returns ``beside`` with the hidden states: of it, or passed through."""
         self.inside = False
+        self.mark(beside, {self.last})  # a stage without the layer has None there
 
     def _sources_of(self, tensor: Tensor) -> frozenset[int]:
         if self.inside and any(tensor is each for each in self.received):

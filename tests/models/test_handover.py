@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import tiny_families
+from given_layers import write_given
 from lightning_pipelite.adapters import Full
+from lightning_pipelite.cli.split_comparison import compare_split, exact_layers
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.handover import Handover, LeaveStage
 from lightning_pipelite.models.loss import CausalLMLoss
@@ -90,3 +94,26 @@ def test_values_keep_their_types() -> None:
     assert a.dtype == torch.bfloat16
     assert torch.equal(a, hidden)
     assert torch.equal(kwargs["given"], given)
+
+
+def test_what_layers_are_given_may_be_the_first_hidden_states(tmp_path: Path) -> None:
+    whole = write_given(tmp_path)
+    layers = exact_layers(tmp_path, packed=False, trust_remote_code=True)
+    assert layers.meta_model.start_inputs == [[], [], ["given"], ["given"]]
+    assert compare_split(layers, whole, [2, 3, 4], train=True) == []
+
+
+@pytest.mark.parametrize("given", ["embedding", "positions"])
+def test_layers_that_pass_on_what_they_are_given_stay_together(tmp_path: Path, given: str) -> None:
+    whole = write_given(tmp_path, returns_given=given)
+    layers = exact_layers(tmp_path, packed=False, trust_remote_code=True)
+    assert layers.meta_model.groups == [0, 4]
+    assert compare_split(layers, whole, [1], train=True) == []
+
+
+def test_values_that_no_layer_is_given_are_an_error() -> None:
+    receiver = Handover([[], [1]])
+    receiver.begin(torch.rand(11))
+    receiver.arrive(1, ((torch.zeros(6), torch.zeros(4)), {}), entry=True)
+    with pytest.raises(RuntimeError, match="10 of the 11 values"):
+        receiver.check_all_taken()
