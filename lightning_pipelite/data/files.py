@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +167,8 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
+    bare = re.sub(r'"(?:[^"]|"")*"', "", header)  # what stands within quotes separates nothing
+    return max(",;\t", key=bare.count)
 
 
 def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:

@@ -98,11 +98,8 @@ def _looked_at(path: Path, files: list[Path]) -> set[Path]:
 
 def _folders(path: Path) -> list[Path]:
     """Give the folders with data; not those that programs keep for themselves, as .ipynb_checkpoints and __MACOSX."""
-    return [
-        each
-        for each in sorted(path.iterdir())
-        if each.is_dir() and not each.name.startswith((".", "__")) and _data_in(each)
-    ]
+    folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+    return [each for each in folders if _data_in(each)]
 
 
 def _data_in(folder: Path) -> list[Path]:

@@ -12,18 +12,19 @@ from pathlib import Path
 
 from lightning_pipelite.data.config import DatasetConfig, PackingOptions
 from lightning_pipelite.data.finding import find_shape
-from lightning_pipelite.data.formats import READ_WHOLE, TEXT, format_of
+from lightning_pipelite.data.formats import COMPRESSIONS, READ_WHOLE, TEXT, format_of
 from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.data.sources import find_files
 from lightning_pipelite.data.templates import no_template, surely_has_none
-from lightning_pipelite.data.together import refuse_doubles, remarks
+from lightning_pipelite.data.together import read_before, refuse_doubles, remarks
 from lightning_pipelite.errors import ConfigurationError
 
 # What is read before anything else: some tenths of a second. All is read later.
 _FILES = 20
 _RECORDS = 50
 _BYTES = 1 << 24  # of a file that is read as a whole
+_COMPRESSED_BYTES = 1 << 19  # of one that is more when it is opened
 
 
 def find_all(options: PackingOptions) -> list[list[Path]]:
@@ -60,10 +61,13 @@ def what_is_found(options: PackingOptions) -> list[str]:
         options: Looked at.
     """
     assert options.shapes is not None
-    return [
-        "; ".join([f"{dataset.dataset_path}: {_kinds(shapes, paths)}", *remarks(dataset.dataset_path, paths)])
-        for dataset, shapes, paths in zip(options.sources, options.shapes, find_all(options), strict=True)
-    ]
+    found = find_all(options)
+    told = []
+    for number, (dataset, shapes, paths) in enumerate(zip(options.sources, options.shapes, found, strict=True)):
+        before = zip(options.datasets[:number], found, strict=False) if number < len(options.datasets) else ()
+        parts = [_kinds(shapes, paths), *remarks(dataset.dataset_path, paths), *read_before(paths, before)]
+        told.append("; ".join([f"{dataset.dataset_path}: {parts[0]}", *parts[1:]]))
+    return told
 
 
 def _kinds(shapes: Sequence[Shape], paths: list[Path]) -> str:
@@ -91,7 +95,7 @@ def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> No
     """
     looked_at = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
-        first = [path for path in paths if format_of(path) not in READ_WHOLE or path.stat().st_size <= _BYTES][:_FILES]
+        first = [*itertools.islice(filter(_opens_soon, paths), _FILES)]
         looked_at += [(dataset, *pair) for pair in zip(first, _shapes(dataset, first, paths), strict=True)]
     conversations = any(shape.conversation for _, _, shape in looked_at)
     if conversations and options.chat_template is None and tokenizer_dir is not None and surely_has_none(tokenizer_dir):
@@ -100,6 +104,11 @@ def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> No
         for dataset, path, shape in looked_at:
             for _ in itertools.islice(read_records(path, dataset, shape=shape), _RECORDS):
                 pass
+
+
+def _opens_soon(path: Path) -> bool:
+    limit = _COMPRESSED_BYTES if path.suffix.lower() in COMPRESSIONS else _BYTES
+    return format_of(path) not in READ_WHOLE or path.stat().st_size <= limit
 
 
 def _shapes(dataset: DatasetConfig, paths: Iterable[Path], all_paths: list[Path]) -> tuple[Shape, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from lightning_pipelite.data.subsets import same_set, set_of
+from lightning_pipelite.data.subsets import same_set, set_key, set_of
 from lightning_pipelite.errors import ConfigurationError
 
 _WORDS = {
@@ -112,6 +112,7 @@ def of_one_split(
 def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None, list[Path]]]:
     """Give the files by what their names tell: the split, and which set of it."""
     sets: dict[str | None, dict[str | None, list[Path]]] = {}
+    first: dict[tuple[str | None, tuple[str, ...]], str | None] = {}
     titles = not all(begins_with_split(file.name) for file in files)  # else texts are sets, too
     for file in files:
         below = file.relative_to(root)
@@ -119,9 +120,8 @@ def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None
         telling = next((part for part in below.parts if _splits_in(part)), None)
         title = titles and telling == below.name and _TITLED.search(telling)  # of a document, not of a set
         name = told if telling is None or title else set_of(telling)
-        parts = sets.setdefault(told, {})
-        known = next((each for each in parts if each and name and same_set(each, name)), name)
-        parts.setdefault(known, []).append(file)
+        known = first.setdefault((told, set_key(name or "")), name)
+        sets.setdefault(told, {}).setdefault(known, []).append(file)
     return sets
 
 

@@ -32,7 +32,12 @@ def without_endings(name: str) -> str:
 
 def same_set(name: str, other: str) -> bool:
     """Tell whether two names are of one set: capitals, and what stands between words, do not count."""
-    return _words(name.lower()) == _words(other.lower())
+    return set_key(name) == set_key(other)
+
+
+def set_key(name: str) -> tuple[str, ...]:
+    """Give what all names of one set have in common, see `same_set`."""
+    return tuple(_words(name.lower()))
 
 
 def _words(name: str) -> list[str]:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import filecmp
-import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.folders import folders_not_read, tells_of_data
 from lightning_pipelite.data.formats import TEXT, format_of
 from lightning_pipelite.data.splits import begins_with_split
 from lightning_pipelite.data.subsets import SHARD, set_of, without_endings
 from lightning_pipelite.errors import ConfigurationError
 
-# What browsers, file managers and people put behind the name of a copy.
-_COPY = re.compile(r"(?P<of>.+?)(( -)? ?\(\d+\)|[\W_]+(copy|kopie|backup|bak|old|orig)([\W_]*\d+\)?)?)", re.IGNORECASE)
+# What browsers, file managers and people put behind the name of a copy, or before it.
+_COPIES = (
+    re.compile(
+        r"(?P<of>.+?)(( -)? ?\(\d+\)|[\W_]+(copy|kopie|copie|copia|backup|bak|old|orig)([\W_]*\d+\)?)?)", re.IGNORECASE
+    ),
+    re.compile(r"(copy of|kopie von|copie de|copia de) (?P<of>.+)", re.IGNORECASE),
+)
 
 
 def refuse_doubles(files: Sequence[Path], place: str) -> None:
     """Refuse files that by their names hold the same data.
 
-    That are two of a name in different formats or compressions, copies, and parts that were counted twice.
+    That are two of a name in different formats or compressions, copies, links to another of them, and parts that were
+    counted twice.
 
     Args:
         files: All that are to be read.
@@ -40,20 +46,37 @@ def refuse_doubles(files: Sequence[Path], place: str) -> None:
         kind, other = first.setdefault((file.parent, name.lower()), (ending, file))
         if kind != ending:
             _refuse(other, file, place)
-    whole = {(file.parent, file.name.lower()): file for file in files}
+    named = {(file.parent, without_endings(file.name).lower()): file for file in files}
     for file in files:
-        name = without_endings(file.name)
-        if copy := _COPY.fullmatch(name):
-            original = whole.get((file.parent, f"{copy['of']}{file.name[len(name) :]}".lower()))
+        for copy in filter(None, (each.fullmatch(without_endings(file.name)) for each in _COPIES)):
+            original = named.get((file.parent, copy["of"].lower()))
             if original is not None:
                 _refuse(original, file, place)
+    _refuse_links(files, place)
 
 
-def _refuse(one: Path, other: Path, place: str) -> None:
-    names = sorted((one.name, other.name))
+def _refuse_links(files: Sequence[Path], place: str) -> None:
+    """Refuse files that are one, by a link to it or to its folder; two links to what is not read itself are told."""
+    folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
+    first: dict[Path, Path] = {}
+    for file in sorted(files, key=Path.is_symlink):  # what is no link itself is first
+        real = file.resolve() if (is_link := file.is_symlink()) else folders[file.parent] / file.name
+        other = first.get(real) if is_link else first.setdefault(real, file)
+        if other not in (None, file):
+            _refuse(other, file, place, "are the same file by a link", str)
+
+
+def _refuse(
+    one: Path,
+    other: Path,
+    place: str,
+    why: str = "by their names are the same data twice",
+    name: Callable[[Path], str] = lambda file: file.name,
+) -> None:
+    names = sorted((name(one), name(other)))
     raise ConfigurationError(
-        f"{place} has {names[0]} and {names[1]}, which by their names are the same data twice: move one of them away, "
-        "or name the one that is meant by dataset_path."
+        f"{place} has {names[0]} and {names[1]}, which {why}: move one of them away, or name the one that is meant by "
+        "dataset_path."
     )
 
 
@@ -78,15 +101,40 @@ def remarks(dataset_path: str, files: list[Path]) -> list[str]:
         told.append(f"{_listed(about)} read as data, too")
     by_size: dict[int, list[Path]] = defaultdict(list)
     for file in files:
-        if file not in texts:
+        if format_of(file) not in TEXT:
             by_size[file.stat().st_size].append(file)
     for same in by_size.values():
-        for one, other in itertools.pairwise(same):
-            if filecmp.cmp(one, other, shallow=False):
-                told.append(f"{one.name} and {other.name} hold the same and are both read")
+        different: dict[bytes, list[Path]] = defaultdict(list)
+        for file in same if len(same) > 1 else ():
+            begins_alike = different[_beginning(file)]
+            equal = next((each for each in begins_alike if filecmp.cmp(each, file, shallow=False)), None)
+            if equal is None:
+                begins_alike.append(file)
+            else:
+                told.append(f"{equal.name} and {file.name} hold the same and are both read")
     if folders := folders_not_read(dataset_path, files):
         told.append(f"folders not read: {_listed(folders)}")
     return told
+
+
+def read_before(files: list[Path], before: Iterable[tuple[DatasetConfig, list[Path]]]) -> list[str]:
+    """Tell of files that other datasets read, too.
+
+    Args:
+        files: Of one.
+        before: Other datasets, with theirs.
+    """
+    told = []
+    for dataset, others in before:
+        if twice := {*files} & {*others}:
+            names = _listed(sorted(file.name for file in twice))
+            told.append(f"{names} read by the dataset {dataset.dataset_path}, too")
+    return told
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(4096)
 
 
 def _listed(names: list[str]) -> str:

@@ -188,3 +188,8 @@ def test_bad_conversation(tmp_path: Path, value: Any, message: str) -> None:
 def test_text_holds_no_messages(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"a\.txt is text and holds no messages: remove messages_field"):
         list(read_records(write(tmp_path / "a.txt", "x"), DatasetConfig("x", messages_field="messages")))
+
+
+def test_what_stands_within_quotes_separates_no_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", '"text",n,"a; ""b""; c;; d"\nx,1,y\n')
+    assert read_documents(path) == ["x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from lightning_pipelite.data.config import PackingOptions
 from lightning_pipelite.data.looking import find_all
+from lightning_pipelite.data.splits import of_one_split
+from lightning_pipelite.data.together import remarks
 from lightning_pipelite.errors import ConfigurationError
 from people_files import QA, lines, put, several
 
@@ -38,6 +41,8 @@ DOUBLES = [
     ("data.jsonl", "data - Copy.jsonl"),
     ("data.jsonl", "data_backup.jsonl"),
     ("essay.txt", "essay copy.txt"),
+    ("data.jsonl", "Copy of data.jsonl"),
+    ("data.jsonl", "data (1).jsonl.gz"),
 ]
 
 
@@ -63,6 +68,7 @@ def test_what_is_there_twice(tmp_path: Path, names: tuple[str, str]) -> None:
         ("a.jsonl", "b.jsonl.gz"),
         ("data (1).jsonl", "data (2).jsonl"),
         ("copy.txt", "copy that.txt"),
+        ("copy of the moon.txt", "moon.txt"),
         ("old.txt", "the old.txt"),
         ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
         ("A.TXT", "b.Md"),
@@ -71,6 +77,29 @@ def test_what_is_there_twice(tmp_path: Path, names: tuple[str, str]) -> None:
 def test_what_is_there_once(tmp_path: Path, names: tuple[str, str]) -> None:
     write(tmp_path, *names)
     assert found(tmp_path) == sorted(names)
+
+
+def test_a_file_is_not_read_by_a_link_to_it_too(tmp_path: Path) -> None:
+    write(tmp_path / "d", "data.jsonl")
+    (tmp_path / "d" / "latest.jsonl").symlink_to("data.jsonl")
+    (tmp_path / "again").symlink_to("d")
+    (tmp_path / "e").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "e" / name).symlink_to(tmp_path / "d" / "data.jsonl")
+    for pattern in ("d", "again", "d/*", "**/data.jsonl"):
+        with pytest.raises(ConfigurationError, match=r"data\.jsonl and .*\.jsonl, which are the same file by a link"):
+            found(tmp_path, pattern)
+    assert len(found(tmp_path, "e")) == 2  # as a download that keeps equal files once; which is told
+    assert found(tmp_path, "again/data.jsonl") == ["again/data.jsonl"]
+
+
+def test_many_files_are_seen_through_at_once() -> None:
+    files = [Path(f"/d/train_{number:05}x.txt") for number in range(20_000)]
+    began = time.perf_counter()
+    assert remarks("/d/*", files)[0].endswith("and 19994 more read together")
+    with pytest.raises(ConfigurationError, match="set split to one of them"):
+        of_one_split(files, None, "/d/*", root=Path("/d"), evaluation=False, named=True)
+    assert time.perf_counter() - began < 20  # not hours, as for a comparison of each with each
 
 
 def test_doubles_of_other_splits_do_not_matter(tmp_path: Path) -> None:
@@ -108,13 +137,14 @@ def test_a_license_is_a_text_by_its_beginning_alone(tmp_path: Path) -> None:
 
 def test_what_is_read_together_is_told(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
     write(tmp_path / "t", "train_sft.txt", "train_gen.txt", "notes.txt", "LICENSE.txt")
-    several(lines("r/a.jsonl", QA), lines("r/b.jsonl", QA))(tmp_path)
+    several(lines("r/a.jsonl", QA), lines("r/a2.jsonl", {**QA, "answer": "Kyiv."}), lines("r/b.jsonl", QA))(tmp_path)
     several(lines("m/a.jsonl", {"text": "x"}), lines("m/b.jsonl", {"text": "y"}), lines("m/c.jsonl", QA))(tmp_path)
     write(tmp_path / "m", "more/d.jsonl", "images/e.png", ".hidden/f.jsonl", "__MACOSX/g.jsonl", "data/h.jsonl")
-    paths = [str(tmp_path / "t" / "*.txt"), str(tmp_path / "r"), str(tmp_path / "m")]
+    paths = [str(tmp_path / "t" / "*.txt"), str(tmp_path / "r"), str(tmp_path / "m"), str(tmp_path / "m" / "c.jsonl")]
     text, pair = "text: text; loss on everything", "question/answer: question, answer; loss on answer"
     assert make_data([DatasetConfig(path) for path in paths]).found() == [
         f"{paths[0]}: {text}; train_gen.txt, train_sft.txt read together; LICENSE.txt read as data, too",
         f"{paths[1]}: {pair}; a.jsonl and b.jsonl hold the same and are both read",
         f"{paths[2]}: {text} (a.jsonl and 1 more) | {pair} (c.jsonl); folders not read: more",
+        f"{paths[3]}: {pair}; c.jsonl read by the dataset {paths[2]}, too",
     ]
