@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_pipelite.cli.option_words import content_of, model_dir_of, options_of
 from lightning_pipelite.errors import ConfigurationError
@@ -38,19 +39,21 @@ def check_data(words: Sequence[str]) -> None:
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
     from lightning_pipelite.cli.error_messages import explain
+    from lightning_pipelite.cli.null_values import refuse_nulls
     from lightning_pipelite.data.config import PackingOptions
     from lightning_pipelite.data.looking import first_look
     from lightning_pipelite.data.templates import read_template
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_class_arguments(PackingOptions, _SECTION, skip={"shapes"})
+    parser.add_class_arguments(PackingOptions, _SECTION, skip={"shapes"}, sub_configs=True)
     try:
         given = parser.parse_args(own)
     except ArgumentError as error:
         if re.search("Parser key .*arguments are required|^(?!.*arguments are required)", str(error), re.DOTALL):
             raise ConfigurationError(explain(str(error), {"fit": parser})) from None
         return  # fit lists all that is missing
+    refuse_nulls(_SECTION, PackingOptions, given[_SECTION])
     options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
     if options.chat_template is not None:
         read_template(options.chat_template)
@@ -68,7 +71,7 @@ def _of_data(words: Sequence[str]) -> list[str]:
                 return []
             content = content_of(value)
             given = content.get(_SECTION, {})
-            if not content or not isinstance(given, dict):
+            if not content or not isinstance(given, dict) or _names_files(given, Path(value).expanduser().parent):
                 return []
             kept = {key: each for key, each in given.items() if key not in _ELSEWHERE}
             kept |= {"eval_datasets": []} if kept.get("eval_datasets", []) is None else {}
@@ -79,3 +82,13 @@ def _of_data(words: Sequence[str]) -> list[str]:
             if key not in _ELSEWHERE:
                 found.append(f"--{name}={value}")
     return found
+
+
+def _names_files(given: dict[str, Any], folder: Path) -> bool:
+    """Tell whether a file of options gives others the place of its datasets; they are looked for beside it."""
+    named = [each for key, value in given.items() if "datasets" in key for each in (value, *_listed(value))]
+    return any(isinstance(each, str) and (folder / each).is_file() for each in named)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_pipelite import __version__, adapters, callbacks
 from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_config_file, check_environment, explain
 from lightning_pipelite.cli.jsonargparse_compat import take_integers_first
+from lightning_pipelite.cli.null_values import refuse_nulls
 from lightning_pipelite.cli.saved_config import SaveConfig
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
@@ -110,6 +111,8 @@ class ConfiguredCLI(LightningCLI):
                 given[section] = Namespace()
             if not isinstance(given.get(section), Namespace):
                 raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
+        for section, made in (("model", PipeLiteModule), ("data", PackedDataModule)):
+            refuse_nulls(section, made, given[section])
         for target, source in LINKS.items():
             if given.get(target) is not None:
                 raise ConfigurationError(f"{target} is always {source}; leave it out.")

@@ -52,7 +52,21 @@ def content_of(file: str | None) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return _nested(content) if isinstance(content, dict) else {}
+
+
+def _nested(content: dict[Any, Any]) -> dict[str, Any]:
+    """Put what a file says as ``data.seed: 1`` into its section."""
+    made: dict[str, Any] = {}
+    for name, value in content.items():
+        section, _, key = str(name).partition(".")
+        if key and isinstance(made.get(section, {}), dict):
+            made[section] = {**made.get(section, {}), key: value}
+        elif isinstance(value, dict) and isinstance(made.get(str(name)), dict):
+            made[str(name)] = {**made[str(name)], **value}
+        else:
+            made[str(name)] = value
+    return made
 
 
 def model_dir_of(words: Sequence[str]) -> str | None:

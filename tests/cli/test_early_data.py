@@ -13,6 +13,7 @@ import yaml
 
 from lightning_pipelite import PackedDataModule
 from lightning_pipelite.cli.early_data import check_data
+from lightning_pipelite.cli.fit_options import read_options
 from lightning_pipelite.data.config import PackingOptions
 from lightning_pipelite.errors import ConfigurationError
 
@@ -67,6 +68,45 @@ def test_what_is_wrong(config: list[str], words: list[str], says: str) -> None:
 )
 def test_what_is_right_or_not_read_here_passes(config: list[str], words: list[str]) -> None:
     check_data([*config, *words])
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "data.datasets: [{dataset_path: good.jsonl}]\n",
+        "data: {datasets: sets.yaml}\n",
+        "data: {datasets: [one.yaml]}\n",
+    ],
+)
+def test_what_a_second_file_says_in_other_forms(config: list[str], tmp_path: Path, second: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.yaml").write_text(second)
+    for folder in (tmp_path, tmp_path / "in"):
+        (folder / "sets.yaml").write_text("[{dataset_path: good.jsonl}]\n")
+        (folder / "one.yaml").write_text("dataset_path: good.jsonl\n")
+    check_data([*config, "--data.datasets", BAD, "--config", "in/b.yaml"])
+    check_data([*config, "--data.datasets", "sets.yaml"])
+
+
+def test_a_model_that_a_second_file_names_by_a_dotted_key(config: list[str], tmp_path: Path) -> None:
+    for name, written in (("none", "{}"), ("base", '{"chat_template": "x"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer_config.json").write_text(written)
+    (tmp_path / "b.yaml").write_text("model.model_dir: base\n")
+    with pytest.raises(ConfigurationError, match="The tokenizer of none has no chat template"):
+        check_data(config)
+    check_data([*config, "--config", "b.yaml"])
+
+
+def test_null_is_refused_as_fit_refuses_it(config: list[str], tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("data: {seed: null, max_sequences: null}\n")
+    words = [*config, "--config", "b.yaml"]
+    for read in (lambda: check_data(words), lambda: read_options(words, {})):
+        with pytest.raises(ConfigurationError, match=r"^data\.seed is null: leave it out for 0, or give a value\.$"):
+            read()
+    (tmp_path / "b.yaml").write_text("model: {load_in_4bit: null}\n")
+    with pytest.raises(ConfigurationError, match=r"^model\.load_in_4bit is null: leave it out for false"):
+        read_options(words, {})
 
 
 def test_what_is_missing_is_left_to_fit(config: list[str]) -> None:
