@@ -123,13 +123,28 @@ def _four_bits(entries: Entries, name: str, described: str, read: Read) -> Quant
         return parts[0].contiguous().view(torch.uint8).reshape(-1, 1), found
 
     def dequantise(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        codes, found = kept(parts)
-        weight: Tensor = dequantize_4bit(codes, found)
-        return weight.to(dtype)
+        return _dequantised(*kept(parts)).to(dtype)
 
     return Quantised(name, shape, tuple(parts), dequantise, (described,), kept)
+
+
+def _dequantised(codes: Tensor, state: Any) -> Tensor:
+    """Return the weight in its own type.
+
+    For CPUs the kernels of bitsandbytes 0.50 take the scales of other blocks where blocks go over from one row into
+    the next; those of GPUs are right.
+    """
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+    if codes.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+        weight: Tensor = dequantize_4bit(codes, state)
+        return weight
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    both = torch.stack([codes >> 4, codes & 15], dim=-1).flatten()[: math.prod(state.shape)]
+    steps: Tensor = state.code[both.int()]
+    blocks = torch.nn.functional.pad(steps, (0, -len(steps) % state.blocksize)).unflatten(0, (-1, state.blocksize))
+    scaled = (blocks * scales.float()[:, None]).flatten()[: len(steps)]
+    return scaled.to(state.dtype).reshape(state.shape)
 
 
 def _state(name: str, described: str, read: Read) -> dict[str, Any]:
@@ -139,11 +154,13 @@ def _state(name: str, described: str, read: Read) -> dict[str, Any]:
         shape, unknown = state["shape"], state.keys() - {*KNOWN, "shape", "nested_offset"}
         nested = {key for key in state if key.startswith("nested_")}
         whole = {"quant_type", "blocksize", "dtype"} <= state.keys() and len(nested) in (0, 3)
-        usable = whole and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)
+        usable = whole and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
         usable = usable and math.isfinite(state.get("nested_offset", 0.0)) and described.endswith(state["quant_type"])
     except (ValueError, LookupError, TypeError, AttributeError):
         raise misfit(name, f"has {described} that cannot be read") from None
-    strange = {key for key, values in KNOWN.items() if key in state and state[key] not in values}
+    strange = {
+        key for key, values in KNOWN.items() if key in state and (type(state[key]), state[key]) not in _typed(values)
+    }
     if unknown or strange:
         key = min(unknown | strange)
         raise ConfigurationError(
@@ -152,6 +169,10 @@ def _state(name: str, described: str, read: Read) -> dict[str, Any]:
     if not usable:
         raise misfit(name, f"has {described} that does not say what its codes are")
     return dict(state)
+
+
+def _typed(values: list[Any]) -> list[tuple[type, Any]]:
+    return [(type(value), value) for value in values]
 
 
 def _eight_bits(entries: Entries, scales: str) -> Quantised:

@@ -261,3 +261,25 @@ def test_options_that_are_not_known_are_refused(written: dict[str, Path], tmp_pa
         edit_config(base, quantization_config={"quant_method": "bitsandbytes", **described})
         with pytest.raises(ConfigurationError, match=told):
             stored_format(base)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("shape", "size"), [((48, 160), 64), ((6, 80), 32), ((7, 33), 128), ((8, 256), 64)])
+def test_blocks_go_over_from_a_row_into_the_next(
+    tmp_path: Path, kind: str, nested: bool, shape: tuple[int, int], size: int
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, state = quantize_4bit(weight, blocksize=size, quant_type=kind, compress_statistics=nested)
+    stored = {"m.weight": codes, **{f"m.weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
+    save_file(stored, tmp_path / "model.safetensors")
+    described = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": described}))
+    found = StoredWeights(tmp_path, stored_format(tmp_path)).read("m.weight", torch.float32)
+    scales = state.absmax.tolist()
+    if nested:
+        outer = state.state2
+        scales = [float(outer.code[int(code)] * outer.absmax[0] + state.offset) for code in scales]
+    digits = [digit for byte in codes.flatten().tolist() for digit in (byte // 16, byte % 16)]
+    values = [float(torch.tensor(scales[n // size]) * state.code[digits[n]]) for n in range(weight.numel())]
+    assert torch.equal(found, torch.tensor(values).bfloat16().float().reshape(shape))
