@@ -113,6 +113,17 @@ def test_non_contiguous_input_and_no_gradient_of_it() -> None:
     assert case.b[0].grad is not None
 
 
+def test_outputs_may_be_changed_in_place() -> None:
+    case = Case("cpu", torch.float32)
+    a, b = ([each.requires_grad_() for each in weights] for weights in (case.a, case.b))
+    for x in (case.x, case.x[0]):
+        output = lora_linear(x, [[weight] for weight in case.weights], a, b, case.biases, SCALES)[0]
+        (expected,) = torch.autograd.grad(output.sum(), b[:1])
+        output = lora_linear(x, [[weight] for weight in case.weights], a, b, case.biases, SCALES)[0]
+        (found,) = torch.autograd.grad(output.add_(1.0).mul_(2.0).sum(), b[:1])
+        torch.testing.assert_close(found, 2 * expected)
+
+
 def test_no_tokens() -> None:
     case = Case("cpu", torch.float32)
     x = torch.empty(2, 0, 64, requires_grad=True)
