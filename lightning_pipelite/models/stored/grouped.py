@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.stored.format import Entries, Quantised, misfit
 
 SCALE_TYPES = ["F16", "BF16", "F32"]
@@ -73,6 +74,12 @@ def find_grouped(entries: Entries, make: Callable[[str], Quantised]) -> Iterator
     for name in sorted(entries.keys() - used):
         if name.endswith((CODES, ZEROS, SCALES, GROUPS)):
             raise misfit(name, f"belongs to no {CODES.removeprefix('.')}")
+        stem, _, end = name.rpartition(".")
+        if f"{stem}{CODES}" in used and end not in ("bias", "weight"):
+            raise ConfigurationError(
+                f"the quantised weight {stem}.weight has a tensor {name} beside it, which is not known; give the model "
+                "in bfloat16."
+            )
 
 
 def groups_of(name: str, width: int, size: int | None) -> int:

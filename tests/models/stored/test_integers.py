@@ -133,6 +133,7 @@ def change(end: str, make: Any) -> Any:
         ("3 bits, act order", change(".qweight", lambda t: t[:-1]), "no matrix of 3 bits"),
         ("AWQ", change(".qzeros", lambda _: None), "lacks its tensor"),
         ("AWQ", change(".scales", lambda t: t[:-1]), "in shape"),
+        ("4 bits", lambda tensors: tensors.update({f"{STEM}.perm": torch.ones(8)}), "perm beside it"),
         ("AWQ", lambda tensors: tensors.update({"model.layers.1.mlp.act.scales": torch.ones(8)}), "belongs to no"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
