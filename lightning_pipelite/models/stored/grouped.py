@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.stored.format import Entries, Quantised, misfit
 
 SCALE_TYPES = ["F16", "BF16", "F32"]
