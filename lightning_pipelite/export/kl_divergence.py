@@ -63,7 +63,13 @@ def measure(
     for start, stop in track(bounds, "measuring", "layers"):
         model = load_trimmed(meta_model, start, stop, dtype=torch.float32, device=CPU, load_in_4bit=False)
         stage = Stage(
-            model.eval(), meta_model.layers_name, start, stop, takes_positions=meta_model.takes_positions, packed=False
+            model.eval(),
+            meta_model.layers_name,
+            start,
+            stop,
+            start_inputs=meta_model.start_inputs,
+            takes_positions=meta_model.takes_positions,
+            packed=False,
         )
         here = [number for number in range(start, stop) if number in control.transforms]
 

@@ -45,7 +45,7 @@ class Stage(nn.Module):
         start: int,
         stop: int,
         *,
-        start_inputs: Sequence[Sequence[int | str]] = (),
+        start_inputs: Sequence[Sequence[int | str]],
         takes_positions: bool = True,
         packed: bool = True,
         router_loss: RouterLoss | None = None,
