@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Hashable
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Conv1D
@@ -83,7 +84,11 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
     model = copy.deepcopy(whole.model, others)
     targets = {name for name in targets if meta_model.layer_of(name) in tried.values()}
     try:
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            placed = PeftModel(
+                model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
     except ValueError as error:
         raise ConfigurationError(f"target_modules: {error}") from error
     adapted = set()
@@ -96,6 +101,17 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
             f"{meta_model.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
             "target_modules."
+        )
+    # It renames what it loads as transformers does the model's files, in which some have other names.
+    state = get_peft_model_state_dict(placed, adapter_name=ADAPTER, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        missing = set_peft_model_state_dict(placed, state, ADAPTER, low_cpu_mem_usage=True).missing_keys
+    if lost := sorted(name for name in missing if ".lora_" in name):
+        name = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        raise ConfigurationError(
+            f"target_modules matches {name}, whose adapter PEFT loads under another name for a model of type "
+            f"{meta_model.config.model_type}, and so leaves out; name other target_modules."
         )
     return model
 

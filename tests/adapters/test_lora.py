@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import tiny_families
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models import CausalLMLayers, Stage
+from lightning_pipelite.models import CausalLMLayers, MetaModel, Stage
 from tiny_models import (
     CONFIGS,
     CPU,
@@ -146,3 +147,11 @@ def test_an_adapter_directory_is_replaced_and_nothing_else(model_dir: Path, tmp_
 def test_wrong_options_are_named(model_dir: Path, options: dict, word: str) -> None:
     with pytest.raises(ConfigurationError, match=word):
         CausalLMLayers(model_dir, adapter=LoRA(**options))
+
+
+def test_what_peft_would_load_under_another_name_is_refused(tmp_path: Path) -> None:
+    tiny_families.tiny("laguna").save_pretrained(tmp_path)
+    meta_model = MetaModel(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"mlp\.shared_experts\.down_proj, whose adapter PEFT loads under an"):
+        LoRA(4).check(meta_model, load_in_4bit=False)
+    LoRA(4, target_modules=["q_proj", "experts.gate_up_proj"]).check(meta_model, load_in_4bit=False)
