@@ -73,7 +73,7 @@ def make_stage(
             if name.endswith("control_S"):
                 nn.init.normal_(parameter, std=0.1)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    return Stage(model, meta_model.layers_name, 0, size.layers).train()
+    return Stage(model, meta_model.layers_name, 0, size.layers, start_inputs=meta_model.start_inputs).train()
 
 
 def training_step(stage: Stage, adapter: ControlAdapter | None, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
