@@ -14,8 +14,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel, embedding_first
 from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.models.transformers_compat import forgive_keys, loading_class, no_init_weights
-
-FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
+from lightning_pipelite.models.weight_files import FLOATS
 
 
 def check_contents(meta_model: MetaModel) -> None:

@@ -12,6 +12,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
 # The safetensors format caps its header at 100 MB; a larger length is a damaged file, not a larger header.
 MAX_HEADER_BYTES = 100_000_000
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
-from lightning_pipelite.kernels.frozen_weight import BLOCK
+from lightning_pipelite.kernels.frozen_weight import BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -73,6 +73,7 @@ def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBy
     ``kept`` must name the head: transformers, left alone, guesses it as a model's last module, and on a trimmed model
     that is a decoder layer's.
     """
+    bitsandbytes_operations()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -196,6 +197,7 @@ def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    bitsandbytes_operations()
     state.dtype = dtype  # what it becomes for a product, as where it is quantised here; else it would be rounded twice
     made = Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.frozen_weight import SCALES_BLOCK
+from lightning_pipelite.kernels.frozen_weight import SCALES_BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.stored.format import (
     Entries,
     Keeps,
@@ -129,22 +129,12 @@ def _four_bits(entries: Entries, name: str, described: str, read: Read) -> Quant
 
 
 def _dequantised(codes: Tensor, state: Any) -> Tensor:
-    """Return the weight in its own type.
+    """Return the weight in its own type."""
+    from bitsandbytes.functional import dequantize_4bit
 
-    For CPUs the kernels of bitsandbytes 0.50 take the scales of other blocks where blocks go over from one row into
-    the next; those of GPUs are right.
-    """
-    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-
-    if codes.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
-        weight: Tensor = dequantize_4bit(codes, state)
-        return weight
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    both = torch.stack([codes >> 4, codes & 15], dim=-1).flatten()[: math.prod(state.shape)]
-    steps: Tensor = state.code[both.int()]
-    blocks = torch.nn.functional.pad(steps, (0, -len(steps) % state.blocksize)).unflatten(0, (-1, state.blocksize))
-    scaled = (blocks * scales.float()[:, None]).flatten()[: len(steps)]
-    return scaled.to(state.dtype).reshape(state.shape)
+    bitsandbytes_operations()
+    weight: Tensor = dequantize_4bit(codes, state)
+    return weight
 
 
 def _state(name: str, described: str, read: Read) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.models.stored.format import Format, Quantised
-from lightning_pipelite.models.weight_files import read_header, weight_files
+from lightning_pipelite.models.weight_files import FLOATS, read_header, weight_files
 
 HELD = "BF16"  # what a quantised weight stands for, in files and headers
+NO_CODES = FLOATS | {"I64", "BOOL"}  # of weights and buffers
 
 
 class StoredWeights:
@@ -47,7 +48,7 @@ class StoredWeights:
                 if weight.name in entries and weight.name not in weight.parts:
                     raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
                 self._quantised[weight.name] = weight
-            if stored and not self._quantised:
+            if stored and not self._quantised and all(entry["dtype"] in NO_CODES for entry in entries.values()):
                 raise ConfigurationError(
                     f"quantization_config in config.json says {stored.title}, but no weight is so; take it out."
                 )
