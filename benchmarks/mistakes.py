@@ -23,8 +23,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+import tests_support  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = [ROOT / "tests" / "errors", ROOT / "tests", ROOT / "tests" / "support"]
+PLACES = [ROOT / "tests" / "errors", ROOT / "tests"]
 sys.path[1:1] = map(str, PLACES)
 TABLES = ("wrong_options", "wrong_models", "wrong_data", "wrong_runs", "wrong_commands", "wrong_first_tries")
 

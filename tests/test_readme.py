@@ -87,7 +87,7 @@ def test_readme_data_options_pack(directory: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
     run_command(str(directory), ["preview", "--config", "data.yaml"])
     printed = capsys.readouterr().out
-    assert "1 bad records skipped (the first: " in printed
+    assert "1 bad record skipped (the first: " in printed
     assert "eval held: 1 document," in printed
     assert len(re.findall(r"^sequence \d: ", printed, re.MULTILINE)) == 3
 

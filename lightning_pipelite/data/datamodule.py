@@ -208,7 +208,7 @@ class PackedDataModule(LightningDataModule):
         if sequences < needed:
             raise ConfigurationError(
                 f"The training set has {counted(sequences, 'sequence')} of {self._options.sequence_len} tokens, but "
-                f"one step takes {needed} ({counted(micro_batches_per_step, 'micro-batch')} on each of "
+                f"one step takes {needed:,} ({counted(micro_batches_per_step, 'micro-batch')} on each of "
                 f"{counted(replicas, 'replica')}): lower trainer.accumulate_grad_batches or data.sequence_len, or add "
                 "data."
             )

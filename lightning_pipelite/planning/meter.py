@@ -19,6 +19,7 @@ from lightning_pipelite.planning.products import flops, is_product
 
 BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
 ATEN = torch.ops.aten
+FREE = ("aten::empty", "aten::_unsafe_view")  # what moves no bytes, beside views
 _simple: set[Any] = set()  # operations that are not made of others: torch looks that up anew each time
 
 
@@ -121,7 +122,7 @@ class Meter(TorchDispatchMode):
         if self.fused and not product:
             self._derive(given, made)
             return output
-        if not product and made and not func.is_view and not name.startswith("aten::empty"):
+        if not product and made and not func.is_view and not name.startswith(FREE):
             self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
         self.hold(*(t for t in made if t.untyped_storage() not in self._known))  # not a view of what is not real
         return output

@@ -232,7 +232,8 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         f"train: {train.documents} documents, {train.tokens:,} tokens in 10 sequences of 64 "
         f"({train.padding:.1%} padding), {train.dropped_tokens:,} tokens dropped"
     )
-    assert lines[1].startswith(f"eval: {held_out.documents} documents, {held_out.tokens:,} tokens in 2 sequences of 64")
+    documents = "1 document" if held_out.documents == 1 else f"{held_out.documents} documents"
+    assert lines[1].startswith(f"eval: {documents}, {held_out.tokens:,} tokens in 2 sequences of 64")
     used = train.documents + held_out.documents
     assert re.fullmatch(
         rf"dataset .*a\.jsonl: {used} documents, {train.tokens + held_out.tokens:,} tokens in 12 sequences "

@@ -45,7 +45,7 @@ CASES = {
         "data.eval_fraction is 2.0: give a number from 0 to below 1.", edit={"data.eval_fraction": 2.0}
     ),
     "less data than a step": Case(
-        "The training set has {sequences} sequences of 64 tokens, but one step takes 2000 (1000 micro-batches on each "
+        "The training set has {sequences} sequences of 64 tokens, but one step takes 2,000 (1,000 micro-batches on each "
         "of 2 replicas): lower trainer.accumulate_grad_batches or data.sequence_len, or add data.",
         edit={"trainer.accumulate_grad_batches": 1000, "trainer.devices": 2},
     ),
