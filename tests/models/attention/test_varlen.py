@@ -70,7 +70,9 @@ def test_by_hand(window: int | None, packed: bool, sinks: torch.Tensor | None) -
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 12, size) for heads, size in ((4, 8), (2, 8), (2, 6)))
     with document_mask(POSITIONS if packed else None):
-        output, _ = varlen_attention(nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, s_aux=sinks)
+        output, _ = varlen_attention(
+            nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, s_aux=sinks
+        )
     begins = {0: {0, 5}, 1: {0, 2}} if packed else {0: {0}, 1: {0}}
     for row in range(2):
         for place in range(12):
