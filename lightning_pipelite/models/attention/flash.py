@@ -47,7 +47,7 @@ def attend(
     left = -1 if window is None else window - 1
     kernel = _varlen_attn()  # which registers the operations that it is made of, too
     if sinks is not None:
-        output = _WithSinks.apply(query, key, value, sinks, bounds, length, scale, left)
+        output, _ = torch.ops.pipelite.sink_attention(query, key, value, sinks, bounds, length, scale, left)
     else:
         output = kernel(query, key, value, bounds, bounds, length, length, scale=scale, window_size=(left, 0))
     assert isinstance(output, Tensor)
@@ -64,36 +64,77 @@ def _varlen_attn() -> Callable[..., Any]:
     return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
-class _WithSinks(torch.autograd.Function):
-    """Calls the operations that torch's function is made of: by autograd it passes over the gradient of L.
+# Operations, and no autograd.Function: of one that calls the kernel's, torch 2.11 compiles wrong gradients.
+_LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
+_LIBRARY.define(
+    "sink_attention(Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor bounds, int length, float scale, "
+    "int left) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "sink_attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor bounds, "
+    "Tensor output, Tensor total, int length, float scale, int left, bool to_sinks) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
-    Remove when it no longer does (it does from torch 2.11 to 2.13), and take L from it.
+
+@torch.library.impl(_LIBRARY, "sink_attention", "CompositeExplicitAutograd")
+def forward_operation(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, length: int, scale: float, left: int
+) -> tuple[Tensor, Tensor]:
+    """Attend with sinks, as one operation: the output and L'.
+
+    By the operations that torch's function is made of: its autograd passes over the gradient of L. Remove when it no
+    longer does (it does from torch 2.11 to 2.13).
     """
+    output, without, _ = torch.ops.torch_attn._varlen_attn(
+        query, key, value, bounds, bounds, length, length, left < 0, scale, [left, 0]
+    )
+    total = torch.logaddexp(without, sinks.to(without.dtype)[:, None])
+    return (output * (without - total).exp().mT[..., None]).to(query.dtype).contiguous(), total
 
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, length: int, scale: float,
-        left: int,
-    ) -> Tensor:  # fmt: skip
-        output, without, _ = torch.ops.torch_attn._varlen_attn(
-            query, key, value, bounds, bounds, length, length, left < 0, scale, [left, 0]
-        )
-        total = torch.logaddexp(without, sinks.to(without.dtype)[:, None])
-        output = (output * (without - total).exp().mT[..., None]).to(query.dtype)
-        ctx.save_for_backward(query, key, value, sinks, bounds, output, total)
-        ctx.length, ctx.scale, ctx.left = length, scale, left
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        query, key, value, sinks, bounds, output, total = ctx.saved_tensors
-        without_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of its random numbers
-        gradients = torch.ops.torch_attn._varlen_attn_backward(
-            gradient, query, key, value, output, total, bounds, bounds, ctx.length, ctx.length, ctx.left < 0,
-            without_dropout, ctx.scale, [ctx.left, 0],
-        )  # fmt: skip
-        of_sinks = None
-        if ctx.needs_input_grad[3]:
-            shares = (sinks.to(total.dtype)[:, None] - total).exp()
-            of_sinks = -(shares * (gradient.to(total.dtype) * output).sum(-1).mT).sum(-1).to(sinks.dtype)
-        return (*gradients, of_sinks, None, None, None, None)
+@torch.library.register_fake("pipelite::sink_attention", lib=_LIBRARY)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, length: int, scale: float, left: int
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+@torch.library.impl(_LIBRARY, "sink_attention_backward", "CompositeExplicitAutograd")
+def backward_operation(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, output: Tensor,
+    total: Tensor, length: int, scale: float, left: int, to_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of query, key, value and sinks (nothing if they need none), as one operation."""
+    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of its random numbers
+    of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(
+        gradient, query, key, value, output, total, bounds, bounds, length, length, left < 0, without_dropout, scale,
+        [left, 0],
+    )  # fmt: skip
+    of_sinks = sinks.new_empty(0)
+    if to_sinks:
+        shares = (sinks.to(total.dtype)[:, None] - total).exp()
+        of_sinks = -(shares * (gradient.to(total.dtype) * output).sum(-1).mT).sum(-1).to(sinks.dtype)
+    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous(), of_sinks
+
+
+@torch.library.register_fake("pipelite::sink_attention_backward", lib=_LIBRARY)
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, output: Tensor,
+    total: Tensor, length: int, scale: float, left: int, to_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    of_query, of_key, of_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return of_query, of_key, of_value, sinks.new_empty(sinks.shape if to_sinks else 0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.numbers = inputs[5:]
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    to_sinks = ctx.needs_input_grad[3]
+    gradients = torch.ops.pipelite.sink_attention_backward(gradient, *ctx.saved_tensors, *ctx.numbers, to_sinks)
+    return *gradients[:3], gradients[3] if to_sinks else None, None, None, None, None
+
+
+torch.library.register_autograd("pipelite::sink_attention", _differentiate, setup_context=_keep, lib=_LIBRARY)
