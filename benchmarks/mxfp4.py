@@ -15,8 +15,8 @@ where weights are loaded; loading; the step, and how much of it is more than a l
 
 Exits with 1 if the training from MXFP4 takes more than 20 GiB at its peak, loading included (most that torch had
 allocated), if its first step comes later than 1.5 times that from bf16, or if a loss of the two differs by more than
-2e-2; the first two are for GPUs. 55 GB are needed for the files, one format at a time; where that is too much, fewer
-layers of both are compared.
+2e-2; the first two are for GPUs. Of the files one format is there at a time, up to 43 GB; where that is too much,
+``--layers`` compares fewer of both.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def measure(folder: Path, shape: str, steps: int) -> dict[str, dict[str, Any]]:
         directory = folder / name
         size, seconds = written(directory, shape, mxfp4=name == "MXFP4")
         if rehearsal is not None:
-            answer(rehearsal)
-            print(f"{time.perf_counter() - began:.0f} s: rehearsed", flush=True)
+            rehearsal.communicate()  # whether it went well is not what is asked here
+            print(f"{time.perf_counter() - began:.0f} s: rehearsed ({rehearsal.returncode})", flush=True)
             rehearsal = None
         process = in_a_process(folder, directory, shape, steps if name == "MXFP4" else min(steps, STEPS_OF_BF16))
         found[name] = answer(process) | {"bytes": size}
