@@ -97,11 +97,11 @@ def train(directory: str, shape: str, steps: int, began: float) -> dict[str, Any
     return {"took": took, "losses": phases.losses, "seconds": later, "gib": peak_gib()}
 
 
-def in_a_process(folder: Path, directory: Path, shape: str, steps: int) -> subprocess.Popen[str]:
-    """Start a training with nothing compiled before."""
+def in_a_process(compiled: Path, directory: Path, shape: str, steps: int) -> subprocess.Popen[str]:
+    """Start a training with nothing compiled before: what is goes to a folder of its own in ``compiled``."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        environment[name] = str(folder / f"{directory.name}-{name}")
+        environment[name] = str(compiled / directory.name / name)
     layers = str(SHAPES[shape]["num_hidden_layers"])
     command = [sys.executable, __file__, "--train", str(directory), "--layers", layers, "--steps", str(steps)]
     command += ["--tiny"] * (shape == TINY) + ["--began", str(time.time())]
@@ -135,11 +135,11 @@ def written(directory: Path, shape: str, *, mxfp4: bool) -> tuple[int, float]:
     return size, time.perf_counter() - began
 
 
-def measure(folder: Path, shape: str, steps: int) -> dict[str, dict[str, Any]]:
+def measure(folder: Path, compiled: Path, shape: str, steps: int) -> dict[str, dict[str, Any]]:
     """Write the formats and train from them, one after the other, and print the phases of each."""
     began = time.perf_counter()
     written(folder / "rehearsed", TINY, mxfp4=True)
-    rehearsal: subprocess.Popen[str] | None = in_a_process(folder, folder / "rehearsed", TINY, 1)
+    rehearsal: subprocess.Popen[str] | None = in_a_process(compiled, folder / "rehearsed", TINY, 1)
     found = {}
     for name in FORMATS:
         directory = folder / name
@@ -148,7 +148,7 @@ def measure(folder: Path, shape: str, steps: int) -> dict[str, dict[str, Any]]:
             rehearsal.communicate()  # whether it went well is not what is asked here
             print(f"{time.perf_counter() - began:.0f} s: rehearsed ({rehearsal.returncode})", flush=True)
             rehearsal = None
-        process = in_a_process(folder, directory, shape, steps if name == "MXFP4" else min(steps, STEPS_OF_BF16))
+        process = in_a_process(compiled, directory, shape, steps if name == "MXFP4" else min(steps, STEPS_OF_BF16))
         found[name] = answer(process) | {"bytes": size}
         shutil.rmtree(directory)
         phases = ", ".join(f"{phase} {took:.1f} s" for phase, took in found[name]["took"].items())
@@ -211,8 +211,9 @@ def main() -> int:
     if options.steps <= WARM_UP:
         parser.error(f"--steps: {WARM_UP + 1} or more, as the first {WARM_UP} are not counted")
     size = 0.0 if options.tiny else BYTES_OF_ENDS + SHAPES[shape]["num_hidden_layers"] * BYTES_OF_A_LAYER
-    with tempfile.TemporaryDirectory(dir=place_for(1.1 * size)) as folder:
-        found = measure(Path(folder), shape, options.steps)
+    # What is compiled is not always allowed to run from memory's folder.
+    with tempfile.TemporaryDirectory(dir=place_for(1.1 * size)) as folder, tempfile.TemporaryDirectory() as compiled:
+        found = measure(Path(folder), Path(compiled), shape, options.steps)
         print(f"files were in {folder}")
     report, held = report_on(found, shape, options.steps, "step_gpt-oss_mxfp4")
     if options.write:
