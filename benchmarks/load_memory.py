@@ -61,41 +61,13 @@ def write_model(directory: Path) -> None:
 
 def write_mixture(directory: Path) -> None:
     """Write a random gpt-oss of about 560 MB whose experts are in MXFP4, a layer a shard."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    from random_mxfp4 import write_gpt_oss
 
-    config = GptOssConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=MIXTURE_LAYERS,
-        num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_local_experts=EXPERTS, dtype=torch.bfloat16,
-        pad_token_id=0,
-    )  # fmt: skip
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
-    config.quantization_config = {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-    }
-    config.save_pretrained(directory)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in shapes.items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else "ends"
-        shard = shards.setdefault(f"model-{layer}.safetensors", {})
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, inputs, outputs = tensor.shape
-            blocks = (experts, outputs, inputs // 32, 16)
-            shard[name + "_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8)
-            shard[name + "_scales"] = torch.randint(115, 122, blocks[:-1], dtype=torch.uint8)
-        else:
-            shard[name] = 0.02 * torch.randn(tensor.shape, dtype=torch.bfloat16)
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    for file, shard in shards.items():
-        save_file(shard, directory / file, metadata={"format": "pt"})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": MIXTURE_LAYERS,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_local_experts": EXPERTS,
+    }  # fmt: skip
+    write_gpt_oss(directory, sizes, mxfp4=True)
 
 
 def load_stage(directory: Path, number: int, mixture: bool) -> dict[str, int]:

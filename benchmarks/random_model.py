@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 8, "num_attention_heads": 64,
         "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 4096,
     },
+    "gpt-oss-24": {},
     "mixtral": {
         "model_type": "mixtral", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
         "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_attention_heads": 32,
@@ -46,9 +47,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "max_position_embeddings": 128,
     },
+    "tiny-gpt-oss": {
+        "model_type": "gpt_oss", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    },
 }  # fmt: skip
 SHAPES["qwen3-moe-48"] = SHAPES["qwen3-moe"] | {"num_hidden_layers": 48}
-"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B, and all; some of gpt-oss-20b and of Mixtral 8x7B; and two
+SHAPES["gpt-oss-24"] = SHAPES["gpt-oss"] | {"num_hidden_layers": 24}
+"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B and of gpt-oss-20b, and all; some of Mixtral 8x7B; and three
 for trying things out."""
 
 

@@ -30,6 +30,7 @@ KEPT_NAMES = (
     "pipelite::sort_by_expert",
     "pipelite::grouped_product",
     "pipelite::grouped_product_4bit",
+    "pipelite::sink_attention",
     "torch_attn::_varlen_attn",
     "aten::_grouped_mm",
     "transformers::grouped_mm_fallback",

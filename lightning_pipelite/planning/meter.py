@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_pipelite.kernels import combine, experts, fp8, grouped_outer, grouped_product, lora
+from lightning_pipelite.models.attention import flash
 from lightning_pipelite.models.trace import tensors_in
 from lightning_pipelite.planning.products import flops, is_product
 
@@ -172,6 +173,8 @@ OURS: dict[str, Callable[..., Any]] = {
     "pipelite::grouped_outer": grouped_outer.outer_operation,
     "pipelite::sum_copies": combine.sum_operation,
     "pipelite::weigh": combine.weigh_operation,
+    "pipelite::sink_attention": flash.forward_operation,
+    "pipelite::sink_attention_backward": flash.backward_operation,
 }
 """Operations of this package that are looked into, in place of a formula in ``products.py``."""
 

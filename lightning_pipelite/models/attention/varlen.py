@@ -10,15 +10,13 @@ and the gradients are wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lightning_pipelite.models.attention import flash
 from lightning_pipelite.models.attention.document_mask import Documents, current_documents
 
 NAME = "varlen"
@@ -27,7 +25,7 @@ OF_TRANSFORMERS = (
     "sdpa",
     "eager",
 )  # what a model attends by otherwise, whose masks keep documents apart, see ``document_mask.py``
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
+UNKNOWN = ("softcap", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -36,16 +34,6 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "meta":
         return half
     return device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-@cache
-def _varlen_attn() -> Callable[..., Any]:
-    """Import torch's function where it is needed: with it comes torch's compiler, which takes two seconds."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
-    asks = "enable_gqa" in signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 def varlen_attention(
@@ -58,6 +46,7 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each document of :func:`~lightning_pipelite.models.attention.document_mask.document_mask`.
@@ -76,6 +65,7 @@ def varlen_attention(
         scaling: Of the scores; 1 / sqrt(head size) if None.
         sliding_window: How many tokens a token sees, itself included; None for all before it.
         is_causal: Whether tokens see only what is before them; None for yes.
+        s_aux: Sinks, see :mod:`~lightning_pipelite.models.attention.flash`: [heads]; None for none.
         asked: What else a layer asks for.
 
     Returns:
@@ -90,7 +80,7 @@ def varlen_attention(
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'masks, dropout or a cache'}")
     documents = current_documents()
     window = None if sliding_window is None or sliding_window >= query.shape[2] else sliding_window
-    if documents is None and window is None:
+    if documents is None and window is None and s_aux is None:
         grouped = query.shape[1] != key.shape[1]
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=grouped
@@ -98,13 +88,14 @@ def varlen_attention(
         return output.transpose(1, 2).contiguous(), None
     head = max(query.shape[-1], value.shape[-1])
     if has_kernel(query.device, query.dtype) and head <= LARGEST_HEAD:
-        return _kernel(query, key, value, documents, scaling, window), None
-    return _masked(query, key, value, documents, scaling, window), None
+        return _kernel(query, key, value, documents, scaling, window, s_aux), None
+    return _masked(query, key, value, documents, scaling, window, s_aux), None
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     batch, heads, length, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     head = -(-max(size, value.shape[-1]) // 8) * 8  # the kernel wants equal sizes, multiples of 8
@@ -117,18 +108,16 @@ def _kernel(
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
     else:
         bounds = documents.bounds
-    left = -1 if window is None else window - 1
-    output = _varlen_attn()(
-        in_a_row(query), in_a_row(key), in_a_row(value), bounds, bounds, length, length,
-        scale=scaling, window_size=(left, 0),
-    )  # fmt: skip
-    assert isinstance(output, Tensor)
+    output = flash.attend(
+        in_a_row(query), in_a_row(key), in_a_row(value), bounds, length, scale=scaling, window=window, sinks=sinks
+    )
     return output[..., : value.shape[-1]].reshape(batch, length, heads, value.shape[-1])
 
 
 def _masked(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Compute the same by a mask: on a CPU, in float32, and for heads that are too large."""
     place = torch.arange(query.shape[2], device=query.device)
     distance = place[:, None] - place
@@ -137,8 +126,14 @@ def _masked(
         numbers = documents.numbers
         seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
     grouped = query.shape[1] != key.shape[1]
+    mask = seen
+    if sinks is not None:  # the scores of one more key, of zeros, whose value is zeros too
+        key, value = (nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
+        shape = (query.shape[0], query.shape[1], query.shape[2])
+        scores = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf).expand(*shape, -1)
+        mask = torch.cat([scores, sinks.to(query.dtype)[:, None, None].expand(*shape, 1)], dim=-1)
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
     )
     return output.transpose(1, 2).contiguous()
 

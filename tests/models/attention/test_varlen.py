@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
-    GptOssConfig,
     Llama4TextConfig,
     PretrainedConfig,
 )
@@ -45,7 +44,6 @@ def test_stages_equal_each_document_alone(tmp_path: Path, kind: str) -> None:
     "config",
     [
         Gemma2Config(**SIZES),  # soft-capped scores
-        GptOssConfig(**SIZES, num_local_experts=4),  # sinks
         Llama4TextConfig(**SIZES, attention_chunk_size=8),  # chunks
         FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, alibi=True),
     ],
@@ -67,11 +65,14 @@ def test_implementation_that_was_chosen_is_used(tmp_path: Path, implementation: 
 
 @pytest.mark.parametrize("window", [None, 3, 12])
 @pytest.mark.parametrize("packed", [False, True])
-def test_by_hand(window: int | None, packed: bool) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.0, 1.0, 3.0])], ids=["plain", "sinks"])
+def test_by_hand(window: int | None, packed: bool, sinks: torch.Tensor | None) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 12, size) for heads, size in ((4, 8), (2, 8), (2, 6)))
     with document_mask(POSITIONS if packed else None):
-        output, _ = varlen_attention(nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window)
+        output, _ = varlen_attention(
+            nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, s_aux=sinks
+        )
     begins = {0: {0, 5}, 1: {0, 2}} if packed else {0: {0}, 1: {0}}
     for row in range(2):
         for place in range(12):
@@ -79,7 +80,8 @@ def test_by_hand(window: int | None, packed: bool) -> None:
             first = max(first, place - (window or 12) + 1)
             for head in range(4):
                 scores = 0.3 * key[row, head // 2, first : place + 1] @ query[row, head, place]
-                expected = scores.softmax(dim=0) @ value[row, head // 2, first : place + 1]
+                total = scores.exp().sum() + (0 if sinks is None else sinks[head].exp())
+                expected = scores.exp() / total @ value[row, head // 2, first : place + 1]
                 torch.testing.assert_close(output[row, place, head], expected)
 
 
@@ -99,33 +101,40 @@ def test_bounds() -> None:
 
 def test_what_it_does_not_do_is_an_error() -> None:
     x = torch.randn(1, 2, 4, 8)
-    for asked in ({"softcap": 3.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}):
+    for asked in ({"softcap": 3.0}, {"position_bias": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}):
         with pytest.raises(NotImplementedError):
             varlen_attention(nn.Module(), x, x, x, None, **asked)
     with pytest.raises(NotImplementedError):
         varlen_attention(nn.Module(), x, x, x, torch.ones(4, 4))
 
 
+def sinks_of(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return tensors[3] if len(tensors) > 3 else None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("most", [None, 4, 40])
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_the_kernel_equals_float64_with_room_for_more_documents(
-    window: int | None, most: int | None, compiled: bool
+    window: int | None, most: int | None, compiled: bool, sinks: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.arange(length) for length in (100, 1, 155, 256)]).view(2, 256)
     exact = [
         torch.randn(2, heads, 256, 64, dtype=torch.float64, generator=generator).requires_grad_() for heads in (8, 2, 2)
     ]
+    if sinks:
+        exact.append(torch.randn(8, dtype=torch.float64, generator=generator))
     low = [t.detach().cuda().bfloat16().requires_grad_() for t in exact]
     exact = [t.detach().double().cpu().requires_grad_() for t in low]
     weights = torch.randn(2, 256, 8, 64, generator=generator)
     attend = torch.compile(varlen_attention, fullgraph=True) if compiled else varlen_attention
     with document_mask(positions):
-        expected, _ = varlen_attention(nn.Module(), *exact, None, sliding_window=window)
+        expected, _ = varlen_attention(nn.Module(), *exact[:3], None, sliding_window=window, s_aux=sinks_of(exact))
     with document_mask(positions.cuda(), most):
-        found, _ = attend(nn.Module(), *low, None, sliding_window=window)
+        found, _ = attend(nn.Module(), *low[:3], None, sliding_window=window, s_aux=sinks_of(low))
     (expected * weights).sum().backward()
     (found * weights.cuda()).sum().backward()
     pairs = [(found.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(low, exact, strict=True))]
