@@ -1,6 +1,6 @@
 """Packed documents in a hybrid of linear and full attention on one GPU: what packing gains, and whether it is right.
 
-    python benchmarks/packed_hybrids.py [--layers 8] [--steps 6] [--tiny] [--write]
+    python benchmarks/packed_hybrids.py [--layers 4] [--steps 6] [--tiny] [--write]
 
 The first layers of Qwen3.5 27B by its config.json (three of linear attention, then one of full), random bf16 weights,
 LoRA of rank 16 in float32 on all linear layers, everything kept for the backward pass; documents of 512 tokens:
@@ -177,7 +177,7 @@ def kernels() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tiny", action="store_true", help="narrow, documents of 32 tokens: for a try on a CPU")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/packed_hybrids.md")
