@@ -65,14 +65,20 @@ def has_experts(shape: str) -> bool:
 
 def write_model(directory: Path, shape: str, device: torch.device) -> None:
     """Write a Hugging Face directory with bf16 weights, drawn on ``device`` as transformers initialises them."""
+    write_random(directory, {"model_type": "llama", "rope_theta": 500_000.0} | SHAPES[shape], device)
+
+
+def write_random(directory: Path, facts: dict[str, Any], device: torch.device) -> None:
+    """Write the same of any configuration, its type among the facts."""
     torch.manual_seed(0)
-    kind = {"model_type": "llama", "rope_theta": 500_000.0} | SHAPES[shape]
-    config = AutoConfig.for_model(**kind)
+    config = AutoConfig.for_model(**facts)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("dt_bias"):  # linear attention that remembers: at first it forgets within a few tokens
+            nn.init.uniform_(parameter, -7.0, -1.0)
     model.save_pretrained(directory, max_shard_size="4GB")  # a shard at a time is copied to the host
 
 

@@ -23,15 +23,17 @@ Split = int | tuple[int, int]
 """A number of stages; or that and the number of pieces of each."""
 
 
-def exact_layers(model_dir: Path, *, packed: bool, trust_remote_code: bool = False) -> CausalLMLayers:
-    """Return the layers of a model in float32, all trained, that recompute if their class can."""
+def exact_layers(
+    model_dir: Path, *, packed: bool, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> CausalLMLayers:
+    """Return the layers of a model in float32 or double, all trained, that recompute if their class can."""
     options: dict[str, Any] = {"packed": packed, "trust_remote_code": trust_remote_code}
     try:
-        return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), **options)
+        return CausalLMLayers(model_dir, dtype=dtype, adapter=Full(), **options)
     except ConfigurationError as refusal:
         if "activation_memory to keep" not in str(refusal):
             raise
-    return CausalLMLayers(model_dir, dtype=torch.float32, adapter=Full(), activation_memory="keep", **options)
+    return CausalLMLayers(model_dir, dtype=dtype, adapter=Full(), activation_memory="keep", **options)
 
 
 def tokens() -> tuple[Tensor, Tensor]:

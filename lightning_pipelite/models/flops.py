@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,7 @@ def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> Trai
     Returns:
         None for a model with experts whose configuration does not tell how many are used, or without attention heads.
     """
-    config = meta_model.config
-    share = _share_of_experts(config)
+    configs = _layer_configs(meta_model)
     matrices = dict(_matrices(meta_model.model))
     layers = [layer for name in trained if (layer := meta_model.layer_of(name)) is not None]
     # What is before the layers can only be trained through all of them; the tail alone needs none.
@@ -99,25 +99,42 @@ def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> Trai
     added = sum(p.numel() for name, p in trained.items() if name not in own and p.ndim >= 2)
     per_token = 6.0 * added
     for name, matrix in matrices.items():
-        routed = _is_routed(name, matrix)
-        if routed and share is None:
-            return None
         layer = meta_model.layer_of(name)
+        routed = _is_routed(name, matrix)
+        share = _share_of_experts(meta_model.config if layer is None else configs[layer]) if routed else 1.0
+        if share is None:
+            return None
         tied = (
             f"{meta_model.embedding_name}.weight"
             if meta_model.tied and name == f"{meta_model.head_name}.weight"
             else name
         )
         factor = 2 + 2 * (layer is None or layer >= lowest) + 2 * (name in trained or tied in trained)
-        per_token += factor * matrix.numel() * (share if routed and share is not None else 1.0)
+        per_token += factor * matrix.numel() * share
+    kinds = getattr(meta_model.config, "layer_types", None) or ["attention"] * len(configs)
+    per_pair = 0.0
+    for layer, (config, kind) in enumerate(zip(configs, kinds, strict=False)):
+        width = _width_of_heads(config)
+        if width is None:
+            return None
+        if "attention" in kind and "linear" not in kind:
+            per_pair += width * (4 + 8 * (layer >= lowest))
+    return TrainingFlops(per_token, per_pair)
+
+
+def _layer_configs(meta_model: MetaModel) -> list[Any]:
+    """Return the configuration of each layer: what differs between layers, the model's own refuses to tell."""
+    config: Any = meta_model.config
+    return (
+        list(config.per_layer_config)
+        if getattr(config, "is_heterogeneous", False)
+        else [config] * len(meta_model.layers)
+    )
+
+
+def _width_of_heads(config: Any) -> int | None:
     heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return None
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kinds = getattr(config, "layer_types", None) or ["attention"] * len(meta_model.layers)
-    attends = ["attention" in kind and "linear" not in kind for kind in kinds]
-    per_pair = width * (4 * sum(attends) + 8 * sum(attends[lowest:]))
-    return TrainingFlops(per_token, float(per_pair))
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else None
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lightning_pipelite.models.borrowed_kernels import lend_to_gpus_alone
 from lightning_pipelite.models.small_sizes import ROPE, small_sizes
 from lightning_pipelite.models.transformers_compat import no_init_weights
 
@@ -49,6 +50,7 @@ def build_tiny(
                 return model
         torch.manual_seed(0)
         model = build(tiny_config(config, limit), dtype=torch.float32)
+        lend_to_gpus_alone(model)  # before anything runs of its code: whatever is trained or planned is tried first
         for parameter in model.parameters():
             parameter.data += NOISE * torch.randn_like(parameter)
         return model

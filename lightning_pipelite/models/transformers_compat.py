@@ -17,6 +17,7 @@ routers (``router.py``). The data room, which knows no models, has its own (``da
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from transformers.core_model_loading import (
 )
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.initialization import no_init_weights
+from transformers.integrations import hub_kernels
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors as convert_mxfp4
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -70,6 +72,7 @@ __all__ = [
     "rename_source_key",
     "revert_weight_conversion",
     "set_attention",
+    "torch_path",
 ]
 
 
@@ -205,6 +208,20 @@ def gate_of_experts(experts: Any, inner: Tensor) -> Tensor:
     """Return the activation of experts of that interface: gated or plain, [.., inner or 2·inner] to [.., inner]."""
     output: Tensor = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return output
+
+
+def torch_path(function: Any) -> Callable[..., Any] | None:
+    """Return what transformers does in torch where the package that ``function`` takes a kernel from is missing.
+
+    None if it takes none, by what the decorator ``use_kernel_func_from_hub_with_fallback`` knows; with the package
+    ``kernels`` there is another one around it. Remove when transformers chooses by the device of the tensors.
+    """
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        if getattr(function, "__globals__", None) is vars(hub_kernels):
+            known = inspect.getclosurevars(function).nonlocals
+            return inner if known["is_new_implementation"] else None
+        function = inner
+    return None
 
 
 @cache

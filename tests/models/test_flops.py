@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3MoeConfig
 
 from lightning_pipelite.models.flops import peak_flops, training_flops
 from lightning_pipelite.models.meta_model import MetaModel
@@ -41,6 +41,22 @@ def ours(meta_model: MetaModel, model: Any) -> float:
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3"])
 def test_all_weights(kind: str, tmp_path: Path) -> None:
     write_model(tmp_path, kind)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert ours(MetaModel(tmp_path), model) == counted(model)
+
+
+def test_layers_that_differ(tmp_path: Path) -> None:
+    """Gemma 4's layers without a window have wider heads, which its configuration tells of each layer alone."""
+    sizes = {
+        **SIZES,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    }
+    config = Gemma4TextConfig(**sizes, layer_types=["sliding_attention", "full_attention"] * 2)
+    assert config.is_heterogeneous
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert ours(MetaModel(tmp_path), model) == counted(model)
 
