@@ -101,9 +101,10 @@ def test_transposed(device: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_codes_as_numbers(device: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE)
-    found = as_numbers(codes, torch.bfloat16)
-    torch.testing.assert_close(found.float(), codes.float(), rtol=0, atol=0, equal_nan=True)
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE).repeat(3, 19)
+    scales = torch.tensor([1.0, 2.0**-100, 3e6], device=device)
+    wanted = (codes.double() * scales.double().unsqueeze(1)).to(torch.bfloat16)
+    torch.testing.assert_close(as_numbers(codes, scales, torch.bfloat16), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
