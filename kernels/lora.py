@@ -43,8 +43,8 @@ def lora_linear(
     Args:
         x: [..., in], the computation's dtype.
         weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or codes in FP8 and
-            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone that holds all Wᵢ one behind
-            the other; the scales sᵢ are then the same.
+            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone, in FP8, that holds all Wᵢ
+            one behind the other, where all sᵢ are the same.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.

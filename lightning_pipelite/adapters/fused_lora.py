@@ -21,6 +21,8 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
     PEFT's own forward remains for its variants (DoRA, a bias of B), for base layers that are trained or in other
     formats, and for adapters that are merged or switched off.
 
+    Weights in FP8 that share their input are held one behind the other from now on, and computed with as one.
+
     Args:
         layers: PEFT's layers by their names in the model.
         adapter: The adapter's name in them.
@@ -36,7 +38,7 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
             layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
             layer._group = members  # type: ignore[assignment]
         if len(members) > 1 and _in_fp8(members[0]):
-            join([layer.get_base_layer() for layer in members])
+            join([layer.get_base_layer() for layer in members])  # type: ignore[operator]
 
 
 def _covered(layer: Any, adapter: str) -> bool:

@@ -76,7 +76,8 @@ class Fp8Linear(nn.Linear):
     def joined(self) -> list[Tensor]:
         """Codes and scales of all layers whose rows this one holds, see :func:`join`, as kernels take them."""
         codes, scales = (self._parameters[name] for name in ("codes", "scales"))
-        assert codes is not None and scales is not None
+        assert codes is not None
+        assert scales is not None
         return [codes.view(DTYPE), scales]
 
     def _get_weight(self) -> Tensor:
@@ -133,8 +134,8 @@ class Fp8Linear(nn.Linear):
             if self._first is not None:
                 self._rows(name).copy_(tensor)
                 continue
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-            mark_initialised(self._parameters[name])
+            self._parameters[name] = parameter = nn.Parameter(tensor, requires_grad=False)
+            mark_initialised(parameter)
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +161,8 @@ def join(layers: Sequence[Fp8Linear]) -> None:
     """
     for name in ("codes", "scales"):
         held = torch.cat([layer._parameters.pop(name) for layer in layers])  # type: ignore[misc]
-        layers[0]._parameters[name] = nn.Parameter(held, requires_grad=False)
-        mark_initialised(layers[0]._parameters[name])
+        layers[0]._parameters[name] = parameter = nn.Parameter(held, requires_grad=False)
+        mark_initialised(parameter)
     start = 0
     for layer in layers:
         layer._first, layer._start = (layers[0],), start
