@@ -39,8 +39,8 @@ class Fp8Linear(nn.Linear):
         in_fp8: Whether its products are computed in FP8; else with a weight that is dequantised for each.
     """
 
-    _first: tuple[Fp8Linear] | None = None  # that holds this one's rows, see join; no submodule
-    _start = 0
+    _first: tuple[Fp8Linear] | None = None  # the layer that holds this one's rows, see join; not a submodule
+    _start = 0  # of its rows there
 
     def __init__(self, linear: nn.Linear | Conv1D, name: str, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.dtype, self._transposed = name, dtype, isinstance(linear, Conv1D)
