@@ -6,7 +6,9 @@ the input meets all their A at once, each frozen weight's product is added in pl
 pass adds up one gradient of the input in place. Nothing is kept but the input and x·Aᵀ [tokens, rank].
 
 Frozen weights are whole, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8`). In FP8 the input is cast once for
-all projections, and what is kept of it is its codes: the gradient of A is taken from these.
+all projections, and what is kept of it is its codes: the gradient of A is taken from these. Products in FP8 take a GPU
+half the time, but the host as long as others; so weights that lie one behind the other in memory are computed with as
+one, and all B as one that has them along its diagonal.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def lora_linear(
     Args:
         x: [..., in], the computation's dtype.
         weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or codes in FP8 and
-            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`.
+            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone, in FP8, that holds all Wᵢ
+            one behind the other, where all sᵢ are the same.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
@@ -53,11 +56,16 @@ def lora_linear(
     Returns:
         [..., out] each, in x's dtype.
     """
-    given = [each.flatten(0, -2) for each in projected or ()]
+    rows, given = x.flatten(0, -2), [each.flatten(0, -2) for each in projected or ()]
+    trained, widths, joined = [*(given or a), *b], [up.shape[0] for up in b], len(weights) < len(b)
+    if joined:
+        given = [torch.cat(given, dim=1)] if given else []
+        b = [torch.block_diag(*[up.detach() for up in b])]
+        biases, scales = [_joined(biases, widths, x)], scales[:1]
     down, ups = _rounded([] if given else a, b, x.dtype)
     # Apart from the rest, so that a recomputation need not run all of it for this.
-    along = [x.detach().flatten(0, -2) @ down.T] if down is not None else [each.detach() for each in given]
-    codes, row_scales = [[each] for each in fp8.quantise_rows(x.detach())] if in_fp8 else ([], [])
+    along = [rows.detach() @ down.T] if down is not None else [each.detach() for each in given]
+    codes, row_scales = [[each] for each in fp8.quantise_rows(rows.detach())] if in_fp8 else ([], [])
     operands = Operands(
         down=[] if down is None else [down],
         along=along,
@@ -67,7 +75,19 @@ def lora_linear(
         row_scales=row_scales,
         scales=list(scales),
     )
-    return torch.ops.pipelite.lora_linear(x, codes, [*(given or a), *b], *operands.flat())
+    outputs = torch.ops.pipelite.lora_linear(rows, codes, trained, *operands.flat())
+    if joined:
+        # Copies, which the compiler makes part of what reads them: a model may view them as it likes, and change them.
+        outputs = [part.clone(memory_format=torch.contiguous_format) for part in outputs[0].split(widths, dim=1)]
+    return [output.view(*x.shape[:-1], width) for output, width in zip(outputs, widths, strict=True)]
+
+
+def _joined(biases: Sequence[Tensor | None], widths: Sequence[int], x: Tensor) -> Tensor | None:
+    """Return all biases on end, zeros where there is none; None if there are none at all."""
+    if all(bias is None for bias in biases):
+        return None
+    each = zip(biases, widths, strict=True)
+    return torch.cat([x.new_zeros(width) if bias is None else bias for bias, width in each])
 
 
 def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
@@ -98,9 +118,6 @@ def lora_linear_reference(
     ]
 
 
-# For results: autograd lets nobody change a view in place that an operation returns, and Llama 4 adds to its experts'.
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
 # Operations, as the compiler would keep weights that it sees made whole for the backward pass, and make copies for
 # what is added in place. Not torch.library.custom_op, whose checks of each call take the host longer than the products
 # take a GPU.
@@ -114,38 +131,35 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
-    """Return the output of each projection [..., out].
+    """Return the output of each projection [tokens, out].
 
     Args:
-        x: [..., in].
+        x: [tokens, in].
         codes: Those of x, if products are computed in FP8.
         trained: All A, or the given projections [tokens, rank], and all B: there for their gradients. What is computed
             with is in ``flat``.
         flat: :class:`Operands`.
     """
     it = Operands.of(*flat)
-    rows = (codes[0] if codes else x).reshape(-1, x.shape[-1])
     outputs = []
     for weight, bias, along, up, scale in zip(it.weights, it.biases, it.alongs, it.ups, it.scales, strict=True):
-        width = up.shape[0]
         if codes:  # torch has no such product that adds to something
-            output = fp8.product([rows, *it.row_scales], weight, x.dtype, bias[0] if bias else None, back=False)
-            outputs.append(_unsafe_view(output.addmm_(along, up.T, alpha=scale), [*x.shape[:-1], width]))
+            output = fp8.product([*codes, *it.row_scales], weight, x.dtype, bias[0] if bias else None, back=False)
+            outputs.append(output.addmm_(along, up.T, alpha=scale))
             continue
         # The adapter's product first: the large one, bound by arithmetic, reads in passing what it adds to. On an H100,
         # 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 the other way round, 0.71 for the large product alone.
         if bias:
             output = torch.addmm(bias[0], along, up.T, alpha=scale)
         else:
-            output = x.new_empty(rows.shape[0], width).addmm_(along, up.T, beta=0, alpha=scale)
-        output.addmm_(rows, whole(weight, width, x).T)
-        outputs.append(_unsafe_view(output, [*x.shape[:-1], width]))
+            output = x.new_empty(x.shape[0], up.shape[0]).addmm_(along, up.T, beta=0, alpha=scale)
+        outputs.append(output.addmm_(x, whole(weight, up.shape[0], x).T))
     return outputs
 
 
 @torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
 def _(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], up.shape[0]) for up in Operands.of(*flat).ups]
+    return [x.new_empty(x.shape[0], up.shape[0]) for up in Operands.of(*flat).ups]
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
@@ -155,20 +169,18 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
     Those of A and B are in float32. A gradient that is empty is that of an output which nobody used.
 
     Args:
-        gradients: Of each output.
+        gradients: Of each output [tokens, out].
         codes: Of each, if products are computed in FP8, codes and scales for that with its weight.
-        x: The input; or its codes, if products are computed in FP8.
+        x: The input [tokens, in]; or its codes, if products are computed in FP8.
         flat_to_x: :class:`Operands`, and whether x needs a gradient.
     """
     *flat, to_x = flat_to_x
     it = Operands.of(*flat)
-    rows = x.reshape(-1, x.shape[-1])
-    back = rows.new_empty(rows.shape[0], sum(it.ranks), dtype=it.ups[0].dtype)
-    given = [g.reshape(rows.shape[0], -1) if g.numel() else None for g in gradients]
+    back = x.new_empty(x.shape[0], sum(it.ranks), dtype=it.ups[0].dtype)
+    backs = back.split(it.ranks, dim=1) if len(it.ups) > 1 else [back]
+    given = [g if g.numel() else None for g in gradients]
     of_b = []
-    for g, along, of_along, up, scale in zip(
-        given, it.alongs, back.split(it.ranks, dim=1), it.ups, it.scales, strict=True
-    ):
+    for g, along, of_along, up, scale in zip(given, it.alongs, backs, it.ups, it.scales, strict=True):
         if g is None:
             of_along.zero_()
             of_b.append(torch.zeros_like(up, dtype=torch.float32))
@@ -182,17 +194,18 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
     if not it.down:
         of_first = back
     elif it.row_scales:  # x = diag(scales) codes
-        left = (back * it.row_scales[0].unsqueeze(1)).to(back.dtype)
-        of_first = _precise_product(left.T, fp8.as_numbers(rows, back.dtype))
+        of_first = _precise_product(back.T, fp8.as_numbers(x, it.row_scales[0], back.dtype))
     else:
-        of_first = _precise_product(back.T, rows)
+        of_first = _precise_product(back.T, x)
     if not to_x:
         return [back.new_empty(0), of_first, *of_b]
-    return [_of_x(given, codes, rows, back, it).view(x.shape), of_first, *of_b]
+    return [_of_x(given, codes, x.shape, back, it), of_first, *of_b]
 
 
-def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, back: Tensor, it: Operands) -> Tensor:
-    """Return the gradient of x [tokens, in], the sum over all outputs that were used."""
+def _of_x(
+    gradients: list[Tensor | None], codes: list[Tensor], shape: Sequence[int], back: Tensor, it: Operands
+) -> Tensor:
+    """Return the gradient of x, of ``shape``: the sum over all outputs that were used."""
     used = [number for number, g in enumerate(gradients) if g is not None]
     if it.row_scales and used:
         products = [[*codes[2 * number : 2 * number + 2]] for number in used]
@@ -200,7 +213,7 @@ def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, bac
         for number, operands in zip(used[1:], products[1:], strict=True):
             of_x.add_(fp8.product(operands, it.weights[number], back.dtype, back=True))
         return of_x.addmm_(back, it.down[0]) if it.down else of_x
-    of_x = back @ it.down[0] if it.down else back.new_zeros(rows.shape)  # the small product first, as forward
+    of_x = back @ it.down[0] if it.down else back.new_zeros(shape)  # the small product first, as forward
     for number in used:
         g, up = gradients[number], it.ups[number]
         assert g is not None
@@ -212,7 +225,7 @@ def _of_x(gradients: list[Tensor | None], codes: list[Tensor], rows: Tensor, bac
 def _(gradients: list[Tensor], codes: list[Tensor], x: Tensor, *flat_to_x: Any) -> list[Tensor]:
     *flat, to_x = flat_to_x
     it = Operands.of(*flat)
-    of_x = x.new_empty(x.shape if to_x else 0, dtype=it.ups[0].dtype)
+    of_x = it.ups[0].new_empty(x.shape if to_x else 0)
     if it.down:
         of_first = torch.empty_like(it.down[0], dtype=torch.float32)
     else:
@@ -225,6 +238,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     it = Operands.of(*flat)
     tensors, ctx.counts, ctx.scales = it._replace(biases=[[] for _ in it.biases]).flat()
     ctx.dtypes, ctx.given = [tensor.dtype for tensor in trained], (len(codes), len(flat[0]))
+    ctx.shapes = [up.shape for up in trained[len(trained) // 2 :]]
     ctx.save_for_backward(codes[0] if codes else x, *tensors)
 
 
@@ -237,17 +251,26 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     codes = []
     if it.row_scales and to_x:
         for g, (_, scales) in zip(given, it.weights, strict=True):
-            codes += fp8.quantise_rows(g.flatten(0, -2), scales) if g.numel() else [nothing, nothing]
+            codes += fp8.quantise_rows(g, scales) if g.numel() else [nothing, nothing]
     of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
         given, codes, x, tensors, ctx.counts, ctx.scales, to_x
     )
-    of_trained = [*of_first.split(it.ranks, dim=0 if it.down else 1), *of_b]
+    ranks = [rank for _, rank in ctx.shapes]
+    if len(of_b) < len(ranks):
+        of_b = _diagonal(of_b[0], ctx.shapes)
+    of_trained = [*of_first.split(ranks, dim=0 if it.down else 1), *of_b]
     of_trained = [gradient.to(dtype) for gradient, dtype in zip(of_trained, ctx.dtypes, strict=True)]
     codes_given, operands_given = ctx.given
     return of_x if to_x else None, [None] * codes_given, of_trained, [None] * operands_given, None, None
 
 
 torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
+
+
+def _diagonal(whole: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the blocks along the diagonal."""
+    heights, widths = zip(*shapes, strict=True)
+    return [rows.split(widths, dim=1)[number] for number, rows in enumerate(whole.split(heights))]
 
 
 def _precise_product(left: Tensor, right: Tensor) -> Tensor:

@@ -52,4 +52,5 @@ class Operands(NamedTuple):
     @property
     def alongs(self) -> list[Tensor]:
         """What each Bᵢ is multiplied with [tokens, rank]."""
-        return [*self.along[0].split(self.ranks, dim=1)] if self.down else self.along
+        one_by_one = len(self.along) == len(self.ups)
+        return self.along if one_by_one else [*self.along[0].split(self.ranks, dim=1)]

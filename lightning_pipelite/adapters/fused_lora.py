@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.models.quantization.four_bit import kernel_parts
-from lightning_pipelite.models.quantization.fp8 import Fp8Linear
+from lightning_pipelite.models.quantization.fp8 import Fp8Linear, join
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
@@ -20,6 +20,8 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
 
     PEFT's own forward remains for its variants (DoRA, a bias of B), for base layers that are trained or in other
     formats, and for adapters that are merged or switched off.
+
+    Weights in FP8 that share their input are held one behind the other from now on, and computed with as one.
 
     Args:
         layers: PEFT's layers by their names in the model.
@@ -35,6 +37,8 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
             mix_in(layer, _FusedLoRA)
             layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
             layer._group = members  # type: ignore[assignment]
+        if len(members) > 1 and _in_fp8(members[0]):
+            join([layer.get_base_layer() for layer in members])  # type: ignore[operator]
 
 
 def _covered(layer: Any, adapter: str) -> bool:
@@ -89,6 +93,8 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), a[-1].to(x.dtype)))
     in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
+    if in_fp8 and len(members) > 1 and all(scale == scales[0] for scale in scales):
+        weights = [members[0].get_base_layer().joined]
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 

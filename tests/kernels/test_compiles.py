@@ -59,7 +59,7 @@ def test_scale(dtype: str) -> None:
 
 @pytest.mark.parametrize("capability", [89, 90, 120])
 def test_fp8(capability: int) -> None:
-    arguments = {"codes": "*fp8e4nv", "out": "*bf16", "number": "i32"}
+    arguments = {"codes": "*fp8e4nv", "scales": "*fp32", "out": "*bf16", "width": "i32"}
     assert compiled(fp8._as_numbers, arguments, {"BLOCK": fp8.BLOCK}, 4, capability).asm["ptx"]
     arguments = {"source": "*i32", "out": "*i32", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS}

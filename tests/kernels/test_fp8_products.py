@@ -101,9 +101,10 @@ def test_transposed(device: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_codes_as_numbers(device: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE)
-    found = as_numbers(codes, torch.bfloat16)
-    torch.testing.assert_close(found.float(), codes.float(), rtol=0, atol=0, equal_nan=True)
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE).repeat(3, 19)
+    scales = torch.tensor([1.0, 2.0**-100, 3e6], device=device)
+    wanted = (codes.double() * scales.double().unsqueeze(1)).to(torch.bfloat16)
+    torch.testing.assert_close(as_numbers(codes, scales, torch.bfloat16), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -143,18 +144,26 @@ def test_linear_with_dequantised_weights(dtype: torch.dtype) -> None:
         assert relative(found, wanted) < ROUNDING[dtype]
 
 
+def join(weights: list[list[Tensor]]) -> list[Tensor]:
+    """One weight of several, one behind the other."""
+    codes, scales = zip(*weights, strict=True)
+    return [torch.cat([each.view(torch.uint8) for each in codes]).view(fp8.DTYPE), torch.cat(scales)]
+
+
 class Projections:
     """Several of one input, with adapters, in FP8."""
 
-    outputs, ranks, scales = (32, 16, 48), (4, 4, 3), (1.0, 0.5, 2.0)
+    outputs, ranks = (32, 16, 48), (4, 4, 3)
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, joined: bool = False) -> None:
+        self.scales = (0.5, 0.5, 0.5) if joined else (1.0, 0.5, 2.0)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         each = list(zip(self.outputs, self.ranks, strict=True))
         self.x = draw(2, 7, 64, device=device, spread=2).to(self.dtype)
         self.weights = [quantise_rows(draw(o, 64, seed=o, device=device, spread=3) / 8) for o in self.outputs]
         self.a = [draw(r, 64, seed=9 + n, device=device) / 8 for n, (_, r) in enumerate(each)]
         self.b = [draw(o, r, seed=19 + n, device=device) / 2 for n, (o, r) in enumerate(each)]
+        self.given = [join(self.weights)] if joined else self.weights
         self.biases = [draw(32, seed=29, device=device).to(self.dtype), None, None]
         self.back = [draw(2, 7, o, seed=o + 1, device=device, spread=6).to(self.dtype) for o in self.outputs]
 
@@ -175,19 +184,54 @@ class Projections:
             output = linear(seen, stands_for(*weight)) + scale * x @ a.T @ b.T
             outputs.append(output if bias is None else output + bias.double())
             back = scale * g.double() @ b
-            of_x += stands_for(*quantise_rows(g, weight[1])) @ weight[0].double() + back @ a
+            of_x += back @ a
+            if len(self.given) > 1:
+                of_x += stands_for(*quantise_rows(g, weight[1])) @ weight[0].double()
             of_a.append(back.flatten(0, -2).T @ seen.flatten(0, -2))
             of_b.append(scale * g.double().flatten(0, -2).T @ (x @ a.T).flatten(0, -2))
+        if len(self.given) == 1:
+            codes, scales = self.given[0]
+            of_x += stands_for(*quantise_rows(torch.cat(self.back, dim=-1), scales)) @ codes.double()
         return [*outputs, of_x, *of_a, *of_b]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_projections_in_fp8(device: str) -> None:
-    case = Projections(device)
-    found = case.run(lora_linear, case.weights, Tensor.clone, in_fp8=True)
+@pytest.mark.parametrize("joined", [False, True])
+def test_projections_in_fp8(device: str, joined: bool) -> None:
+    case = Projections(device, joined=joined)
+    found = case.run(lora_linear, case.given, Tensor.clone, in_fp8=True)
     assert [t.dtype for t in found] == [case.dtype] * 4 + [torch.float32] * 6
     for number, (ours, exact) in enumerate(zip(found, case.wanted(), strict=True)):
         assert relative(ours, exact) < 2 * ROUNDING[case.dtype], number
+    # The gradient of x is right to the error of FP8, of each row by itself, however much gradients and weights of the
+    # projections differ.
+    left, whole = torch.cat(case.back, dim=-1), torch.cat([stands_for(*weight) for weight in case.weights])
+    exact = left.double() @ whole
+    for scale, g, a, b in zip(case.scales, case.back, case.a, case.b, strict=True):
+        exact += scale * g.double() @ b.to(case.dtype).double() @ a.to(case.dtype).double()
+    assert error_of_products(found[3], exact, left, whole) < UNIT
+
+
+def test_joined_projections_compute_what_they_do_apart() -> None:
+    """All but the gradient of x, where they have one scale for each token together; that, to FP8's error of its row."""
+    case = Projections("cpu", joined=True)
+    outcomes = [case.run(lora_linear, each, Tensor.clone, in_fp8=True) for each in (case.given, case.weights)]
+    for number, (joined, apart) in enumerate(zip(*outcomes, strict=True)):
+        assert relative(joined, apart.double()) < (UNIT if number == 3 else 1e-6), number
+        assert joined.shape == apart.shape
+        assert number > 2 or joined.is_contiguous()
+
+
+def test_outputs_of_joined_projections_may_be_viewed_and_changed_in_place() -> None:
+    case = Projections("cpu", joined=True)
+    b = [each.requires_grad_() for each in case.b]
+    for x in (case.x, case.x[0], case.x[0, :1]):
+        gradients = []
+        for change in (lambda t: 2.0 * (t + 1.0), lambda t: t.add_(1.0).mul_(2.0).view(-1)):
+            outputs = lora_linear(x, case.given, case.a, b, case.biases, case.scales, in_fp8=True)
+            gradients.append(torch.autograd.grad(sum(change(output).sum() for output in outputs), b))
+        for found, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_projections_with_dequantised_weights() -> None:
@@ -198,44 +242,45 @@ def test_projections_with_dequantised_weights() -> None:
         assert relative(ours, exact) < 1e-6, number
 
 
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_an_unused_output_and_no_tokens(in_fp8: bool) -> None:
-    case = Projections("cpu")
+@pytest.mark.parametrize(("in_fp8", "joined"), [(False, False), (True, False), (True, True)])
+def test_an_unused_output_and_no_tokens(in_fp8: bool, joined: bool) -> None:
+    case = Projections("cpu", joined=joined)
     x = case.x.clone().requires_grad_()
-    lora_linear(x, case.weights, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)[1].sum().backward()
+    lora_linear(x, case.given, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)[1].sum().backward()
     wanted = torch.ones(2, 7, 16).double() @ (stands_for(*case.weights[1]) + 0.5 * (case.b[1] @ case.a[1]).double())
     assert x.grad is not None
     assert relative(x.grad, wanted) < (UNIT if in_fp8 else 1e-6)
     nothing = torch.empty(2, 0, 64, requires_grad=True)
-    outputs = lora_linear(nothing, case.weights, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)
+    outputs = lora_linear(nothing, case.given, case.a, case.b, case.biases, case.scales, in_fp8=in_fp8)
     sum(output.sum() for output in outputs).backward()
     assert [output.shape for output in outputs] == [(2, 0, out) for out in case.outputs]
     assert nothing.grad is not None
     assert nothing.grad.shape == nothing.shape
 
 
-def test_with_dropout_the_given_projections_have_their_gradients() -> None:
-    case = Projections("cpu")
+@pytest.mark.parametrize("joined", [False, True])
+def test_with_dropout_the_given_projections_have_their_gradients(joined: bool) -> None:
+    case = Projections("cpu", joined=joined)
 
     def given(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any, **options: Any) -> list[Tensor]:
         return lora_linear(x, weights, a, b, biases, scales, [x @ down.T for down in a], **options)
 
-    found = case.run(given, case.weights, Tensor.clone, in_fp8=True)
+    found = case.run(given, case.given, Tensor.clone, in_fp8=True)
     wanted = case.wanted()
     exact_of_a = case.run(lora_linear_reference, [stands_for(*w) for w in case.weights], Tensor.double)[4:7]
     for number, (ours, exact) in enumerate(zip(found, [*wanted[:4], *exact_of_a, *wanted[7:]], strict=True)):
         assert relative(ours, exact) < 1e-6, number
 
 
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_compiled_layers_are_one_graph(in_fp8: bool) -> None:
-    case = Projections("cpu")
+@pytest.mark.parametrize(("in_fp8", "joined"), [(False, False), (True, False), (True, True)])
+def test_compiled_layers_are_one_graph(in_fp8: bool, joined: bool) -> None:
+    case = Projections("cpu", joined=joined)
 
     def run(function: Any) -> list[Tensor]:
         def both(x: Any, *arguments: Any, **options: Any) -> list[Tensor]:
             return function(fp8_linear(x, weight, None, in_fp8=in_fp8).tanh(), *arguments, **options)
 
-        return case.run(both, case.weights, Tensor.clone, in_fp8=in_fp8)
+        return case.run(both, case.given, Tensor.clone, in_fp8=in_fp8)
 
     weight = quantise_rows(draw(64, 64, seed=77) / 8)
     compiled = torch.compile(lora_linear, backend="aot_eager_decomp_partition", fullgraph=True)

@@ -6,7 +6,7 @@ One copy serves the forward and the backward product, see :mod:`lightning_pipeli
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +34,13 @@ class Fp8Linear(nn.Linear):
         device: Where its weight will be.
 
     Attributes:
-        codes: E4m3 [out, in], as bytes: nobody takes these for values that could be cast.
-        scales: Float32 [out].
         name: What it is called in the model.
         dtype: Of the computation.
         in_fp8: Whether its products are computed in FP8; else with a weight that is dequantised for each.
     """
 
-    codes: nn.Parameter
-    scales: nn.Parameter
+    _first: tuple[Fp8Linear] | None = None  # the layer that holds this one's rows, see join; not a submodule
+    _start = 0  # of its rows there
 
     def __init__(self, linear: nn.Linear | Conv1D, name: str, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.dtype, self._transposed = name, dtype, isinstance(linear, Conv1D)
@@ -54,9 +52,33 @@ class Fp8Linear(nn.Linear):
         self.requires_grad_(False)
 
     @property
+    def codes(self) -> Tensor:
+        """E4m3 [out, in], as bytes: nobody takes these for values that could be cast."""
+        return self._rows("codes")
+
+    @property
+    def scales(self) -> Tensor:
+        """Float32 [out]."""
+        return self._rows("scales")
+
+    def _rows(self, name: str) -> Tensor:
+        held = (self if self._first is None else self._first[0])._parameters.get(name)
+        if held is None:
+            raise AttributeError(f"{self.name} has no {name} yet")
+        return held if self._first is None else held.narrow(0, self._start, self.out_features)
+
+    @property
     def parts(self) -> list[Tensor]:
         """Codes and scales as kernels take them."""
         return [self.codes.view(DTYPE), self.scales]
+
+    @property
+    def joined(self) -> list[Tensor]:
+        """Codes and scales of all layers whose rows this one holds, see :func:`join`, as kernels take them."""
+        codes, scales = (self._parameters[name] for name in ("codes", "scales"))
+        assert codes is not None
+        assert scales is not None
+        return [codes.view(DTYPE), scales]
 
     def _get_weight(self) -> Tensor:
         """Return the weight itself.
@@ -108,24 +130,43 @@ class Fp8Linear(nn.Linear):
 
     def _hold(self, codes: Tensor, scales: Tensor) -> None:
         self._parameters.pop("weight", None)  # it is there the first time
-        self.codes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        for parameter in (self.codes, self.scales):
+        for name, tensor in (("codes", codes.view(torch.uint8)), ("scales", scales)):
+            if self._first is not None:
+                self._rows(name).copy_(tensor)
+                continue
+            self._parameters[name] = parameter = nn.Parameter(tensor, requires_grad=False)
             mark_initialised(parameter)
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Move, but not cast: the products take scales in float32, and so few of them cost nothing."""
-        held = None if self._parameters.get("scales") is None else self.scales.data
+        scales = self._parameters.get("scales")
+        held = None if scales is None else scales.data
         super()._apply(fn, *args, **kwargs)
-        if held is not None and self.scales.dtype != held.dtype:
-            self.scales.data = held.to(self.scales.device)
+        scales = self._parameters.get("scales")
+        if scales is not None and held is not None and scales.dtype != held.dtype:
+            scales.data = held.to(scales.device)
         return self
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return fp8_linear(x, self.parts, bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
+
+
+def join(layers: Sequence[Fp8Linear]) -> None:
+    """Let the first of several layers of one input hold the codes and scales of all, one behind the other.
+
+    One product then serves all of them; each can still be called by itself.
+    """
+    for name in ("codes", "scales"):
+        held = torch.cat([layer._parameters.pop(name) for layer in layers])  # type: ignore[misc]
+        layers[0]._parameters[name] = parameter = nn.Parameter(held, requires_grad=False)
+        mark_initialised(parameter)
+    start = 0
+    for layer in layers:
+        layer._first, layer._start = (layers[0],), start
+        start += layer.out_features
 
 
 class _Dequantised(Tensor):

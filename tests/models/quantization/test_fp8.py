@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
-from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
+from lightning_pipelite.adapters import ControlAdapter, Full, LoRA, fused_lora
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
 from lightning_pipelite.models import CausalLMLayers
@@ -277,6 +277,60 @@ def test_scales_stay_in_float32_and_a_weight_can_be_set_again(tmp_path: Path) ->
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=0)
     layer.weight = nn.Parameter(2 * before)
     torch.testing.assert_close(layer.weight, 2 * before, rtol=0, atol=0)
+
+
+def test_layers_of_one_input_are_held_and_computed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is still itself for whoever asks for it, moves it, calls it, or sets its weight."""
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    whole = reference(write(tmp_path, "llama"))
+    (stage,) = build(layers_of(tmp_path, LoRA(4), dtype=torch.bfloat16), [0, 4])
+    give_b_values([stage])
+    called: list[list[int]] = []
+    ours = fused_lora.lora_linear
+
+    def count(x: Tensor, weights: Any, a: Any, b: Any, *rest: Any, **options: Any) -> list[Tensor]:
+        called.append([len(weights), len(b)])
+        return ours(x, weights, a, b, *rest, **options)
+
+    monkeypatch.setattr(fused_lora, "lora_linear", count)
+    train_stages([stage])
+    assert called[:4] == [[1, 3], [1, 1], [1, 2], [1, 1]]  # q, k and v; o; gate and up; down
+
+    layers = {n: m for n, m in stage.causal_lm.named_modules() if isinstance(m, Fp8Linear)}
+    held = [p for m in layers.values() for p in m.parameters() if p.dtype == torch.uint8]
+    assert len(held) == 4 * 4
+    assert sum(p.numel() for p in held) == sum(m.in_features * m.out_features for m in layers.values())
+    stage.to(torch.float16).to(torch.bfloat16)
+    for name, layer in layers.items():
+        weight = whole.get_submodule(name.removesuffix(".base_layer")).weight.detach().to(torch.bfloat16)
+        assert layer.scales.shape == (layer.out_features,)
+        assert torch.equal(layer.weight, dequantise_rows(*quantise_rows(weight), torch.bfloat16)), name
+        x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight), rtol=0.1, atol=0.1)
+
+    query, key, value = (
+        next(m for n, m in layers.items() if f"layers.1.self_attn.{name}" in n)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    before = [each.weight.clone() for each in (query, key, value)]
+    key.weight = nn.Parameter(2 * before[1])
+    for found, expected in zip((query, key, value), (before[0], 2 * before[1], before[2]), strict=True):
+        assert torch.equal(found.weight, expected)
+
+
+def test_with_scales_that_differ_they_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    linear = [nn.Linear(32, out, bias=False, device="meta") for out in (16, 48)]
+    model = nn.Sequential(*(Fp8Linear(each, "layer", torch.bfloat16, CPU) for each in linear))
+    for layer in model:
+        layer.weight = nn.Parameter(torch.randn(layer.out_features, 32))
+    config = LoraConfig(r=2, target_modules=["0", "1"], alpha_pattern={"1": 8}, init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    wanted = [layer(x) for layer in model]
+    fused_lora.fuse({"0": model[0], "1": model[1]}, "default", [["0", "1"]])
+    for found, exact in zip([layer(x) for layer in model], wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
