@@ -262,6 +262,11 @@ class PackedDataModule(LightningDataModule):
         """Whether any dataset is of conversations, so that replies are learnt."""
         return any(shape.conversation for shapes in self._look().shapes or () for shape in shapes)
 
+    @property
+    def own_template(self) -> str | None:
+        """The chat template by which conversations are rendered, if it is not the tokenizer's."""
+        return self._options.chat_template if self.has_conversations else None
+
     def tokenizer(self) -> DocumentTokenizer:
         """Load the tokenizer as it is used for packing.
 

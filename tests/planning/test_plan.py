@@ -99,6 +99,29 @@ def test_70b_in_qlora_gets_advice(large: Report) -> None:
     assert large.fewest[0] <= 4
 
 
+@pytest.mark.parametrize("adapter", ["LoRA", "Full"])
+def test_the_headline_counts_each_weight_once(model_dir: Path, adapter: str, tmp_path: Path) -> None:
+    """However the model is cut; in stages, a tied embedding is there twice."""
+    told = []
+    for stages in (1, 2):
+        kind = {"class_path": f"lightning_pipelite.adapters.{adapter}", "init_args": {"rank": 16}}
+        if adapter == "Full":
+            kind.pop("init_args")
+        config = write_config(tmp_path / f"{stages}.yaml", model_dir, stages, adapter=kind)
+        report = plan(str(config), devices=2, memory="24GiB")
+        told.append(str(report).splitlines()[0])
+        weights = sum(p.numel() for p in report.planner.layers.meta_model.model.parameters())
+        assert f": {weights / 1e9:.2f} billion parameters " in told[-1]
+        if adapter == "Full":
+            assert told[-1].endswith(f"Full, {weights / 1e6:.1f} million trained")
+    assert told[0] == told[1]
+
+
+def test_one_stage_is_not_said_to_be_cut(small: Path) -> None:
+    told = str(plan(str(small), devices=1, memory="24GiB", model_dir=str(small.parent / "model"), pipeline_stages=1))
+    assert "Recommended: pipeline_stages: 1, activation_memory: " in told
+
+
 def test_virtual_stages_are_planned(small: Path, tmp_path: Path) -> None:
     model_dir = small.parent / "model"
     report = plan(str(write_config(tmp_path / "two.yaml", model_dir, 2, virtual_stages=2)), devices=2, memory="24GiB")
