@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +78,20 @@ class Command:
             given["config"] = Configuration(tuple(words), {name: parser}) if words else None
         result = function(**given)
         if result is not None:
-            print(result, flush=True)
+            _print(result)
 
 
+def _print(result: object) -> None:
+    """Print for somebody who may not read all of it, as ``head`` does."""
+    try:
+        print(result, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes there
+        sys.exit(UNREAD)
+
+
+UNREAD = 128 + signal.SIGPIPE
+"""The exit status where nobody read to the end, as shells have it."""
 _CONFIG_HELP = """A configuration of pipelite fit, a YAML or JSON file; of several the later ones replace options of the
 former. Further options are those of pipelite fit, such as --trainer.devices, and are read as it reads them, as is the
 environment (PIPELITE_FIT__TRAINER__DEVICES)."""

@@ -53,7 +53,7 @@ def check_data(words: Sequence[str]) -> None:
         if re.search("Parser key .*arguments are required|^(?!.*arguments are required)", str(error), re.DOTALL):
             raise ConfigurationError(explain(str(error), {"fit": parser})) from None
         return  # fit lists all that is missing
-    refuse_nulls(_SECTION, PackingOptions, given[_SECTION])
+    refuse_nulls(_SECTION, PackingOptions, given[_SECTION].as_dict())
     options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
     if options.chat_template is not None:
         read_template(options.chat_template)

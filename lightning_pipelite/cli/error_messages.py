@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 
+from lightning_pipelite.cli.null_values import is_null
 from lightning_pipelite.cli.option_names import meant_by, names_of_classes
 from lightning_pipelite.cli.option_values import proposed
 from lightning_pipelite.cli.sections import SECTIONS
@@ -121,10 +122,18 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     if key and expected:
         value = (re.findall(r"Given value: (.*)", inner) or re.findall(r"Got value: (.*)", inner) or ["that"])[0]
         if value == "None":
+            if (default := _default_of(key, parsers)) is not None:
+                return is_null(key, default)
             return f"{key} must be given, in the configuration file or on the command line."
         few = [word for each in expected if each.startswith("one of ") for word in re.findall(r"'([^']+)'", each)]
         return f"{key} must be {' or '.join(expected)}, not {value}{proposed(value, few)}"
     return text.replace("Parser key ", "")
+
+
+def _default_of(key: str, parsers: Mapping[str, ArgumentParser]) -> object:
+    """Return what an option is if it is not given; None where it must be, or may be null."""
+    defaults = [action.default for parser in parsers.values() for action in options_of(parser) if action.dest == key]
+    return next((each for each in defaults if each is not None), None)
 
 
 def _sibling(key: str, name: str) -> str | None:

@@ -24,7 +24,7 @@ from lightning_pipelite.cli.fit_options import ConfiguredCLI
 from lightning_pipelite.cli.next_steps import next_steps
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import MayOverwrite
-from lightning_pipelite.shared.verbosity import OPTION
+from lightning_pipelite.shared.verbosity import OPTION, say_warnings_plainly
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.former_results import refuse_former_results
@@ -44,6 +44,7 @@ class TrainerCLI(ConfiguredCLI):
     """
 
     def __init__(self) -> None:
+        say_warnings_plainly()
         super().__init__(DESCRIPTION)
 
     @override

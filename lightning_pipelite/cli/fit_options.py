@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -111,8 +112,8 @@ class ConfiguredCLI(LightningCLI):
                 given[section] = Namespace()
             if not isinstance(given.get(section), Namespace):
                 raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
-        for section, made in (("model", PipeLiteModule), ("data", PackedDataModule)):
-            refuse_nulls(section, made, given[section])
+        for section, made in (("trainer", Trainer), ("model", PipeLiteModule), ("data", PackedDataModule)):
+            refuse_nulls(section, made, given[section].as_dict())
         for target, source in LINKS.items():
             if given.get(target) is not None:
                 raise ConfigurationError(f"{target} is always {source}; leave it out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
@@ -13,7 +13,7 @@ from lightning_pipelite.callbacks import SaveTrained, TimedCheckpoint
 from lightning_pipelite.models.weight_files import read_json
 
 
-def next_steps(trainer: Trainer, base: list[str], asks: list[str]) -> list[str]:
+def next_steps(trainer: Trainer, base: list[str], asks: Sequence[str]) -> list[str]:
     """Tell what can be done with what a training has left on the disk.
 
     Args:
@@ -33,7 +33,7 @@ def next_steps(trainer: Trainer, base: list[str], asks: list[str]) -> list[str]:
     return ["next:", *lines] if lines else []
 
 
-def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: list[str]) -> Iterator[tuple[str, str]]:
+def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what for, and the command."""
     saved = [Path(each.output_dir) for each in callbacks if isinstance(each, SaveTrained)]
     if not saved:
@@ -45,11 +45,13 @@ def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: list[str
     for directory in saved:
         adapter, kind = ["--adapter", str(directory)], _kind(directory)
         if kind == "model":
-            yield "see what it writes", _command("generate", "--model_dir", str(directory), *base[2:], *asks)
+            chat = ["--chat"] if asks else []  # with the template that is saved with it
+            yield "see what it writes", _command("generate", "--model_dir", str(directory), *base[2:], *chat)
         elif kind == "LORA":
             merged, gguf = _free(directory.with_name(f"{directory.name}-merged")), _free(directory.with_suffix(".gguf"))
             yield "see what it writes, beside the base", _command("generate", *base, *adapter, *asks)
-            yield "a model of its own", _command("merge", *base, *adapter, "--output", str(merged))
+            template = asks if len(asks) > 1 else ()
+            yield "a model of its own", _command("merge", *base, *adapter, "--output", str(merged), *template)
             if _is_known_to_llama_cpp(Path(base[1])) and _has_products_alone(directory):
                 yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
         elif kind is not None:

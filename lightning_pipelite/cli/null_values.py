@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from jsonargparse import Namespace
+
 from lightning_pipelite.errors import ConfigurationError
 
 
 def refuse_nulls(section: str, made: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse null for what has a default that is another, and no use for it.
+    """Refuse null for what has a default that is another, and no use for it; also in the classes that options name.
 
     Args:
         section: Of the options, for the message.
@@ -21,11 +24,40 @@ def refuse_nulls(section: str, made: Callable[..., Any], given: Mapping[str, Any
     Raises:
         ConfigurationError: If one is null; the sentence names it.
     """
-    hints = get_type_hints(made.__init__)
+    hints = _hints(made)
     for name, parameter in inspect.signature(made).parameters.items():
         takes = hints.get(name, Any)
-        may_be = takes is Any or NoneType in get_args(takes)
-        if name in given and given[name] is None and not may_be and parameter.default is not inspect.Parameter.empty:
-            raise ConfigurationError(
-                f"{section}.{name} is null: leave it out for {str(parameter.default).lower()}, or give a value."
-            )
+        may_be = takes is Any or NoneType in get_args(takes) or parameter.default in (None, inspect.Parameter.empty)
+        if name in given and given[name] is None and not may_be:
+            raise ConfigurationError(is_null(f"{section}.{name}", parameter.default))
+    for name, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            _refuse_within(f"{section}.{name}", each)
+
+
+def is_null(name: str, default: object) -> str:
+    """Say that an option is null and what it would be without."""
+    return f"{name} is null: leave it out for {str(default).lower()}, or give a value."
+
+
+def _refuse_within(name: str, given: Any) -> None:
+    """Refuse nulls among the options of a class that is named with them, if it can be imported."""
+    if isinstance(given, Namespace):  # in a list
+        given = given.as_dict()
+    path, options = (given.get(key) if isinstance(given, dict) else None for key in ("class_path", "init_args"))
+    if not (isinstance(path, str) and isinstance(options, dict)):
+        return
+    module, _, kind = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), kind)
+        inspect.signature(made)
+    except (ImportError, AttributeError, TypeError, ValueError):  # who makes it says so
+        return
+    refuse_nulls(f"{name}.{kind}" if name == "trainer.callbacks" else name, made, options)
+
+
+def _hints(made: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except (NameError, TypeError, AttributeError):  # of names that are there for type checkers alone
+        return {}

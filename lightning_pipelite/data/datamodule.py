@@ -33,6 +33,9 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import DealsData
 from lightning_pipelite.shared.wording import counted
 
+MUCH = 0.2
+"""Share of the tokens from which on it is told that so many are held out, if it is more than was asked for."""
+
 
 class PackedDataModule(LightningDataModule):
     """Packs documents into sequences of fixed length, once, into a cache on disk, and deals them to replicas.
@@ -241,7 +244,10 @@ class PackedDataModule(LightningDataModule):
         lines = [f"train: {cache.statistics.train.describe(options.sequence_len)}"]
         for name, held_out in cache.statistics.evals.items():
             label = "eval" if self.eval_names == [HELD_OUT] else f"eval {name}"
+            share = held_out.tokens / max(1, held_out.tokens + cache.statistics.train.tokens)
             lines.append(f"{label}: {held_out.describe(options.sequence_len)}")
+            if name == HELD_OUT and share > max(MUCH, 2 * options.eval_fraction):
+                lines[-1] += f"; {share:.0%} of all tokens, as documents are held out whole: cut long ones for less"
         if not cache.statistics.evals:
             two = "it takes two different documents to hold one out"
             lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")
@@ -261,6 +267,11 @@ class PackedDataModule(LightningDataModule):
     def has_conversations(self) -> bool:
         """Whether any dataset is of conversations, so that replies are learnt."""
         return any(shape.conversation for shapes in self._look().shapes or () for shape in shapes)
+
+    @property
+    def own_template(self) -> str | None:
+        """The chat template by which conversations are rendered, if it is not the tokenizer's."""
+        return self._options.chat_template if self.has_conversations else None
 
     def tokenizer(self) -> DocumentTokenizer:
         """Load the tokenizer as it is used for packing.

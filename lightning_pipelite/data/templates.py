@@ -45,6 +45,25 @@ def read_template(given: str) -> str:
         raise ConfigurationError(f"data.chat_template {given} cannot be read ({error}): correct it.") from error
 
 
+def refuse_without_tokenizer(directory: Path) -> None:
+    """Refuse a model without a tokenizer, where a chat template is to go with it.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    if not any(directory.glob("tokenizer*")):
+        raise ConfigurationError(f"{directory} has no tokenizer that chat_template could go with; leave it out.")
+
+
+def write_template(directory: Path, template: str) -> None:
+    """Give the tokenizer in a saved model's directory a chat template, in place of its own."""
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = directory / "tokenizer_config.json"
+    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if written.pop("chat_template", None) is not None:  # where older versions of transformers have it
+        path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def no_template(directory: object) -> ConfigurationError:
     """Give the error of a tokenizer without a template, where there are conversations."""
     return ConfigurationError(

@@ -35,7 +35,7 @@ def generate(
 
     Args:
         base: Directory of the Hugging Face model.
-        adapter: PEFT directory of a LoRA that was trained on it; without one the base writes alone.
+        adapter: PEFT directory of a LoRA that was trained on it; without one the model of ``base`` writes alone.
         prompt: The beginning, or a list of them.
         max_new_tokens: Tokens to write at most.
         chat: Take each prompt for a question, by the chat template.
@@ -71,7 +71,7 @@ def generate(
         torch.manual_seed(seed)
         return [_write(tokenizer, model, text, max_new_tokens, temperature) for text in texts]
 
-    sides = {"base": write()}
+    sides = {"base" if adapter is not None else base: write()}
     if adapter is not None:
         from peft import PeftModel
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_pipelite.data.templates import read_template, refuse_without_tokenizer, write_template
 from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
@@ -37,6 +38,7 @@ def merge(
     device: str = "cpu",
     trust_remote_code: bool = False,
     allow_another_base: bool = False,
+    chat_template: str | None = None,
 ) -> str:
     """Add one or several LoRAs to the weights of their base model.
 
@@ -53,14 +55,18 @@ def merge(
         device: Where to compute: cpu, or cuda.
         trust_remote_code: Run the base's own Python code, if it has any.
         allow_another_base: Go on with an adapter that was trained on another base.
+        chat_template: That of the training (data.chat_template), to be written with the tokenizer in place of its own.
 
     Raises:
         ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
     """
     _check_device(device)
+    template = None if chat_template is None else read_template(chat_template)
     adapters = [adapter] if isinstance(adapter, str) else adapter
     scales = _scales(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
+        if template is not None:
+            refuse_without_tokenizer(Path(base))
         model = BaseModel(base, trust_remote_code=trust_remote_code)
         for each in adapters if not allow_another_base else ():
             refuse_another_base(Path(each), model.directory)
@@ -71,6 +77,8 @@ def merge(
         changed = _Changed(model, loras, device)
         write_model(model, partial, changed, "merging")
         changed.check_complete()
+        if template is not None:
+            write_template(partial, template)
     parameters = {name for each in loras for name in each.changed}
     total = sum(len(header) for header in model.headers.values())
     dequantised = f" The base has weights in {model.stored.title}; these are in bfloat16." if model.stored else ""

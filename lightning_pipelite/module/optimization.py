@@ -115,7 +115,13 @@ class Optimization:
         if self._schedule == "rms_ratio" and self._beta2 is None:  # of another optimizer
             return
         half, most = rise_of(self._schedule, self._warmup_steps, self._beta2 or 0.0)
-        if steps < most:
+        if steps < most and self._schedule != "rms_ratio":
+            rank_zero_warn(
+                f"the training has {steps:g} steps and model.warmup_steps {most}: the learning rate ends at "
+                f"{steps / most:.2g} of model.lr; set fewer warmup_steps, or take smaller steps "
+                "(trainer.accumulate_grad_batches, data.sequence_len) or more epochs."
+            )
+        elif steps < most:
             rank_zero_warn(
                 f"the training has {steps:g} steps, but model.schedule {self._schedule} reaches half of the learning "
                 f"rate at step {half} and nearly all of it at step {most}; for a short training set model.schedule to "

@@ -241,7 +241,8 @@ class PipeLiteModule(pl.LightningModule):
             RuntimeError: On every rank, if what was trained is not finite.
         """
         strategy = self.check_strategy(self.trainer.strategy)
-        self._saving.save(directory, self.pipeline_stage, self.trained_state(), strategy)
+        template = self._packed_data.own_template if self._packed_data else None
+        self._saving.save(directory, self.pipeline_stage, self.trained_state(), strategy, template)
 
     def write_text(self, prompt: str, max_new_tokens: int) -> str:
         """Write on from a prompt with the model as it is now, during a fit or an evaluation. Collective.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pipelite.adapters import Adapter
+from lightning_pipelite.adapters import Adapter, Full
+from lightning_pipelite.data.templates import write_template
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.shared.finite import refuse_not_finite
@@ -29,7 +30,14 @@ class Saving:
     def __init__(self, layers: CausalLMLayers, adapter: Adapter) -> None:
         self._layers, self._adapter = layers, adapter
 
-    def save(self, directory: Path, stage: nn.Module, trained: dict[str, Tensor], strategy: PipeLiteStrategy) -> None:
+    def save(
+        self,
+        directory: Path,
+        stage: nn.Module,
+        trained: dict[str, Tensor],
+        strategy: PipeLiteStrategy,
+        template: str | None = None,
+    ) -> None:
         """Write it in the place of what is there, once it is complete. Collective.
 
         Args:
@@ -37,6 +45,7 @@ class Saving:
             stage: This rank's stage.
             trained: What was trained of it, on the CPU, by its names in the saved file.
             strategy: Brings the stages together.
+            template: The chat template that a model is to go with, if it is not its tokenizer's.
 
         Raises:
             OSError: On every rank, if it cannot be written.
@@ -49,6 +58,8 @@ class Saving:
         if strategy.is_global_zero:
             try:
                 self._adapter.save(directory, stages, self._layers.meta_model)
+                if template is not None and isinstance(self._adapter, Full):
+                    write_template(directory, template)
             except Exception as error:  # whatever it is, as safetensors' own of a full disk: the job can still go on
                 cause, failure = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
                 for _ in stages:  # the other stages wait to hand over theirs

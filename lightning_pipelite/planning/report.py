@@ -131,8 +131,9 @@ class Report:
         return "\n".join([*self._head(), "", *self._recommendation(), "", *self._all(), *self._notes()])
 
     def _head(self) -> list[str]:
-        model, planner, stages = self.settings.model, self.planner, self.policies[self.policy]
-        count, trained = (sum(getattr(stage, name) for stage in stages) for name in ("parameters", "trained"))
+        model, planner = self.settings.model, self.planner
+        # Of the model, however it is cut: in stages of its own, what embedding and head share is there twice.
+        (whole,) = planner.stages([0, len(planner.layers)], self.policy)
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
         stored = f", {told}" if (told := planner.layers.weights_told) else ""
         bits = next((words for option, words in held.items() if model.get(option)), "")
@@ -142,9 +143,9 @@ class Report:
         if planner.devices.speeds:
             devices += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
         lines = [
-            f"{model['model_dir']}: {count / 1e9:.2f} billion parameters "
+            f"{model['model_dir']}: {whole.parameters / 1e9:.2f} billion parameters "
             f"({disk_size(planner.layers.meta_model)}{stored}), "
-            f"{type(planner.layers.adapter).__name__}{bits}, {trained / 1e6:.1f} million trained",
+            f"{type(planner.layers.adapter).__name__}{bits}, {whole.trained / 1e6:.1f} million trained",
             f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens a step",
         ]
         if planner.memory is not None:
@@ -173,6 +174,8 @@ class Report:
                 return [*lines, "Use devices with more memory, or a smaller model."]
             return [*lines, "What would fit, each by itself:", *(f"  - {way}" for way in self.ways)]
         options = {**found.options, "activation_memory": found.policy}
+        if found.stages == 1:
+            del options["partition_method"]  # there is nothing to cut
         words = ", ".join(f"{name}: {value}" for name, value in options.items())
         speed = self.sequences * planner.sequence_len / found.seconds
         return [

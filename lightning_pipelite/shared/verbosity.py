@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 OPTION, VARIABLE = "--verbose", "PIPELITE_VERBOSE"
+PACKAGE = Path(__file__).parents[1]
 
 
 def is_verbose() -> bool:
@@ -20,6 +22,25 @@ def take_option() -> None:
     if OPTION in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != OPTION]
         os.environ[VARIABLE] = "1"
+
+
+def say_warnings_plainly() -> None:
+    """Show warnings of this package without the place in its code; to be called after Lightning's import.
+
+    With ``--verbose`` it is shown.
+    """
+    former = warnings.formatwarning  # Lightning has its own, which shows the place
+    if is_verbose() or getattr(former, "is_plain", False):
+        return
+
+    def plainly(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = PACKAGE in Path(filename).parents
+        return f"warning: {message}\n" if own else former(message, category, filename, lineno, line)
+
+    plainly.is_plain = True  # type: ignore[attr-defined]
+    warnings.formatwarning = plainly
 
 
 def be_quiet() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +52,17 @@ def test_options_are_the_parameters(arguments: list[str], printed: str, capsys: 
 def test_what_is_wrong_is_said(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says.replace("?", "[?]")):
         Command(__name__, "function", "Does nothing.").run("nothing", arguments)
+
+
+def test_nobody_reads_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``pipelite plan ... | head -1``: no traceback."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as stop:
+            Command(__name__, "function", "Does nothing.").run("nothing", ["--base", "a", "--output", "b"])
+    assert stop.value.code == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("name", COMMANDS)

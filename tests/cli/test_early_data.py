@@ -104,9 +104,36 @@ def test_null_is_refused_as_fit_refuses_it(config: list[str], tmp_path: Path) ->
     for read in (lambda: check_data(words), lambda: read_options(words, {})):
         with pytest.raises(ConfigurationError, match=r"^data\.seed is null: leave it out for 0, or give a value\.$"):
             read()
-    (tmp_path / "b.yaml").write_text("model: {load_in_4bit: null}\n")
-    with pytest.raises(ConfigurationError, match=r"^model\.load_in_4bit is null: leave it out for false"):
-        read_options(words, {})
+    words = [*config, "--data.seed", "null"]
+    for read in (lambda: check_data(words), lambda: read_options(words, {})):
+        with pytest.raises(ConfigurationError, match=r"^data\.seed is null: leave it out for 0, or give a value\.$"):
+            read()
+
+
+STRATEGY = "lightning_pipelite.PipeLiteStrategy, init_args: {pipeline_stages: null, speeds: null}"
+DECAY = "lightning_pipelite.callbacks.EvalSchedule, init_args: {evals_per_epoch: null}"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("model: {load_in_4bit: null}", "model.load_in_4bit is null: leave it out for false"),
+        ("model: {adapter: {class_path: LoRA, init_args: {rank: 8, dropout: null}}}", "model.adapter.dropout is null"),
+        ("trainer: {max_steps: null, max_epochs: null}", "trainer.max_steps is null: leave it out for -1"),
+        (f"trainer: {{strategy: {{class_path: {STRATEGY}}}}}", "trainer.strategy.pipeline_stages is null: leave it"),
+        (f"trainer: {{callbacks: [{{class_path: {DECAY}}}]}}", "trainer.callbacks.EvalSchedule.evals_per_epoch is nu"),
+    ],
+)
+def test_null_is_refused_by_fit(given: str, says: str, config: list[str], tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(given)
+    with pytest.raises(ConfigurationError) as refused:
+        read_options([*config, "--config", "b.yaml"], {})
+    assert str(refused.value).startswith(says)
+
+
+def test_null_is_taken_where_it_means_something(config: list[str], tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("trainer: {max_epochs: null, logger: null}\nmodel: {optimizer: null}\n")
+    assert read_options([*config, "--config", "b.yaml"], {})["trainer"]["max_epochs"] is None
 
 
 def test_what_is_missing_is_left_to_fit(config: list[str]) -> None:

@@ -73,6 +73,15 @@ def test_a_lora(here: Path) -> None:
     ]
 
 
+def test_the_template_of_the_training_goes_on(here: Path) -> None:
+    write(Path("out/adapter_config.json"), peft_type="LORA")
+    asks = ["--chat_template", "alpaca"]
+    shown, merged, _ = commands(next_steps(trainer(SaveTrained("out")), BASE, asks))
+    assert (shown[-2:], merged[-2:]) == (asks, asks)
+    write(Path("model/config.json"), model_type="llama")  # has it with its tokenizer
+    assert commands(next_steps(trainer(SaveTrained("model")), BASE, asks))[0][-1] == "--chat"
+
+
 @pytest.mark.parametrize("kind", ["llama", "another"])
 def test_a_control_adapter(kind: str) -> None:
     write(Path("my model/config.json"), model_type=kind)

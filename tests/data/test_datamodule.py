@@ -241,6 +241,10 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
         lines[2],
     )
 
+    data = make_data([write_jsonl(tmp_path / "c.jsonl", ["one two three", "three two one"])])
+    assert re.search(r"; [45]\d% of all tokens, as documents are held out whole: cut long ones", data.summary()[2])
+    assert "of all tokens" not in lines[1]
+
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], drop_tails=True)
     assert data.summary()[2] == "eval: none (it takes two different documents to hold one out)"
     with pytest.raises(ConfigurationError, match="The training set has 0 sequences"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.cli.plan_command import plan
@@ -98,6 +99,30 @@ def test_the_rates_are_those_that_are_gone_by() -> None:
     for share, kind in ((REACHED[2], "of bf16's"), (REACHED[1], "of FP8's"), (REACHED[4], "of float32's")):
         assert f"{round(100 * share)} % {kind}" in FIT
     assert f"{round(100 * REACHED_BANDWIDTH)} % of the memory's" in FIT
+
+
+def test_the_rates_to_choose_are_those_that_learn() -> None:
+    """Of each configuration: its rate, the page's and the benchmark's, which has found nothing short."""
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    result = (ROOT / "benchmarks" / "results" / "learning.md").read_text()
+    assert "Each as it should be" in result
+    measured = {}
+    for name, rate, change in re.findall(
+        r"^\| (\w+(?:, .*?)?) \| ([\d.e-]+) \| .* \| (\S+ %) \|$", result, re.MULTILINE
+    ):
+        measured[name] = (float(rate), change)
+    told = {}
+    for names, rest, rate, change in re.findall(
+        r"^\| .*?((?:`\w+`(?:, )?)+)(texts of .*?)? ?\| (\S+) \| (\S+ %) \|$", page, re.MULTILINE
+    ):
+        for name in re.findall(r"`(\w+)`", names):
+            told[f"{name}, {rest}" if rest else name] = (float(rate), change)
+    assert told == measured
+    for name, (rate, _) in told.items():
+        config = yaml.safe_load((ROOT / "configs" / f"{name.split(',')[0]}.yaml").read_text())
+        assert config["model"]["lr"] == rate
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("quickstart")}
+    assert {name.split(",")[0] for name in told} == shipped
 
 
 def test_the_dockerfile() -> None:

@@ -49,7 +49,7 @@ def test_both_sides(saved: tuple[str, str]) -> None:
     assert wanted[0] != wanted[1]
     shown = generate(base, adapter, "a b", max_new_tokens=6)
     assert shown == f"prompt: a b\n── base\n{wanted[0]}\n── with the adapter\n{wanted[1]}"
-    assert generate(base, prompt="a b", max_new_tokens=6) == f"prompt: a b\n── base\n{wanted[0]}"
+    assert generate(base, prompt="a b", max_new_tokens=6) == f"prompt: a b\n── {base}\n{wanted[0]}"
 
 
 def test_what_is_wrong(saved: tuple[str, str]) -> None:

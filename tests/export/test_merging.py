@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from export_cases import ADAPTERS, FUSED, load, logits, with_adapter, write_adapter, write_base
 from lightning_pipelite.errors import ConfigurationError
@@ -110,6 +112,24 @@ def test_several_adapters_each_with_its_scale(tmp_path: Path) -> None:
             if f"{key}A.weight" in lora:
                 wanted += by * lora[f"{key}B.weight"] @ lora[f"{key}A.weight"]
         assert torch.allclose(after[name], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("older", [False, True])  # where older versions of transformers have the template
+def test_the_chat_template_of_the_training_is_the_merged_tokenizers(older: bool, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    adapter = write_adapter(tmp_path / "adapter", base, **ADAPTERS["all_linear"])
+    with pytest.raises(ConfigurationError, match=r"base has no tokenizer that chat_template could go with; leave it"):
+        merge(str(base), str(adapter), str(tmp_path / "merged"), chat_template="alpaca")
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(base)
+    if older:
+        written = json.loads((base / "tokenizer_config.json").read_text())
+        (base / "tokenizer_config.json").write_text(json.dumps({**written, "chat_template": "none"}))
+    merge(str(base), str(adapter), str(tmp_path / "merged"), chat_template="alpaca")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False)
+    assert asked == "### Instruction:\nWho?\n\n"
+    assert "chat_template" not in json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
 
 
 def test_a_kill_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

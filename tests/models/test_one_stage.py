@@ -71,7 +71,7 @@ def test_a_plan_is_of_one_stage(tmp_path: Path) -> None:
     uncut("gemma4_text").save_pretrained(tmp_path / "base")
     config = write_config(tmp_path / "config.yaml", tmp_path / "base", stages=1)
     report = str(plan(str(config), devices=2, memory="1GiB"))
-    assert "Recommended: pipeline_stages: 1," in report
+    assert "Recommended: pipeline_stages: 1, activation_memory: " in report
     assert "2 replicas" in report
 
 

@@ -101,6 +101,9 @@ def test_a_training_shorter_than_the_rise_is_told() -> None:
     short = Optimization(None, 1e-3, (0.9, 0.99), 1e-6, "rms_ratio", 0, {})
     with pytest.warns(UserWarning, match="has 30 steps, .* half of the learning rate at step 51 and .* at step 225"):
         short.warn_of_length(30)
+    warmed = Optimization(None, 1e-3, (0.9, 0.99), 1e-6, "constant", 10, {})
+    with pytest.warns(UserWarning, match=r"has 7 steps and model.warmup_steps 10: the learning rate ends at 0\.7 of"):
+        warmed.warn_of_length(7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         short.warn_of_length(1000)

@@ -22,7 +22,7 @@ from lightning_pipelite.planning.stages import StageMemory, step
 from lightning_pipelite.planning.watched_stage import WatchedStage
 from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import cheapest_bounds, partition
-from plan_cases import write_config
+from plan_cases import write_config, write_model_config
 
 GIB = 2**30
 SMALL = {**LLAMA_70B, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -97,6 +97,23 @@ def test_70b_in_qlora_gets_advice(large: Report) -> None:
     assert "partition_method: layers:" in text
     assert large.fewest is not None
     assert large.fewest[0] <= 4
+
+
+@pytest.mark.parametrize("adapter", ["LoRA", "Full"])
+def test_the_headline_counts_each_weight_once(adapter: str, tmp_path: Path) -> None:
+    """However the model is cut; in stages, a tied embedding is there twice."""
+    base = write_model_config(tmp_path / "model", {**SMALL, "num_hidden_layers": 2, "tie_word_embeddings": True})
+    kind: dict[str, Any] = {"class_path": f"lightning_pipelite.adapters.{adapter}", "init_args": {"rank": 16}}
+    if adapter == "Full":
+        del kind["init_args"]
+    told = []
+    for stages in (1, 2):
+        report = plan(str(write_config(tmp_path / f"{stages}.yaml", base, stages, adapter=kind)), devices=2)
+        told.append(str(report).splitlines()[0])
+    weights = sum(p.numel() for p in report.planner.layers.meta_model.model.parameters())
+    assert told[0] == told[1]
+    assert f": {weights / 1e9:.2f} billion parameters " in told[0]
+    assert told[0].endswith(f"Full, {weights / 1e6:.1f} million trained") == (adapter == "Full")
 
 
 def test_virtual_stages_are_planned(small: Path, tmp_path: Path) -> None:
