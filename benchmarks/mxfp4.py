@@ -6,8 +6,7 @@ Writes the shape with random weights, once with its experts in MXFP4 as it is sh
 for, and trains each with load_in_4bit and a LoRA of rank 16 on attention and experts through the Trainer, in a process
 of its own as a user would: sequences of 4096 tokens, 4 micro-batches a step, layers recomputed. The files lie in memory
 (/dev/shm) if there is room, else on a disk, and have just been written, so that both are read from memory. Each process
-compiles all of its kernels anew; a training of a tiny model beside the first writing has brought the libraries into
-memory.
+compiles all of its kernels anew. That from MXFP4 is first, and reads the libraries from disk if nothing has before.
 
 The time to the first step is from before the process starts until the first loss and step are done. It is told in
 phases: imports; PipeLiteModule, which looks at the files and tries the class of model; the Trainer's start, up to
@@ -138,21 +137,19 @@ def written(directory: Path, shape: str, *, mxfp4: bool) -> tuple[int, float]:
 def measure(folder: Path, compiled: Path, shape: str, steps: int) -> dict[str, dict[str, Any]]:
     """Write the formats and train from them, one after the other, and print the phases of each."""
     began = time.perf_counter()
-    written(folder / "rehearsed", TINY, mxfp4=True)
-    rehearsal: subprocess.Popen[str] | None = in_a_process(compiled, folder / "rehearsed", TINY, 1)
     found = {}
     for name in FORMATS:
         directory = folder / name
         size, seconds = written(directory, shape, mxfp4=name == "MXFP4")
-        if rehearsal is not None:
-            rehearsal.communicate()  # whether it went well is not what is asked here
-            print(f"{time.perf_counter() - began:.0f} s: rehearsed ({rehearsal.returncode})", flush=True)
-            rehearsal = None
         process = in_a_process(compiled, directory, shape, steps if name == "MXFP4" else min(steps, STEPS_OF_BF16))
         found[name] = answer(process) | {"bytes": size}
         shutil.rmtree(directory)
         phases = ", ".join(f"{phase} {took:.1f} s" for phase, took in found[name]["took"].items())
-        print(f"{time.perf_counter() - began:.0f} s: {name}, written in {seconds:.1f} s; {phases}", flush=True)
+        print(
+            f"{time.perf_counter() - began:.0f} s: {name}, written in {seconds:.1f} s; {phases}; at most "
+            f"{found[name]['gib']:.2f} GiB; steps {found[name]['seconds']}, losses {found[name]['losses']}",
+            flush=True,
+        )
     return found
 
 

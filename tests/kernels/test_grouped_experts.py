@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pipelite.kernels.combine import sum_copies
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out, experts_reference
+from lightning_pipelite.kernels.frozen_weight import bitsandbytes_operations
 from lightning_pipelite.kernels.groups import Groups
 from lightning_pipelite.kernels.routing import sort_by_expert
 
@@ -71,6 +72,7 @@ class Case:
             bias = draw(EXPERTS, outer).to(dtype) if biased else None
             parts = [weight.to(device)]
             if double is not None:
+                bitsandbytes_operations()  # what is to be found is right on a CPU then, too
                 codes, state = quantize_4bit(
                     weight.to(device), blocksize=64, compress_statistics=double, quant_type="nf4"
                 )

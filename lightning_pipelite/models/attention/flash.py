@@ -9,13 +9,14 @@ https://arxiv.org/abs/2307.08691, algorithm 2): given L' and the output with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+# Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= (2, 12) else {}
 
 
 def attend(
@@ -44,24 +45,18 @@ def attend(
     Returns:
         [tokens, heads, head size].
     """
+    # Where it is needed: with it comes torch's compiler, which takes two seconds. It registers the kernel's operations.
+    from torch.nn.attention.varlen import varlen_attn
+
     left = -1 if window is None else window - 1
-    kernel = _varlen_attn()  # which registers the operations that it is made of, too
     if sinks is not None:
         output, _ = torch.ops.pipelite.sink_attention(query, key, value, sinks, bounds, length, scale, left)
     else:
-        output = kernel(query, key, value, bounds, bounds, length, length, scale=scale, window_size=(left, 0))
+        output = varlen_attn(
+            query, key, value, bounds, bounds, length, length, scale=scale, window_size=(left, 0), **GROUPED
+        )
     assert isinstance(output, Tensor)
     return output
-
-
-@cache
-def _varlen_attn() -> Callable[..., Any]:
-    """Import torch's function where it is needed: with it comes torch's compiler, which takes two seconds."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
-    asks = "enable_gqa" in signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 # Operations, and no autograd.Function: of one that calls the kernel's, torch 2.11 compiles wrong gradients.
