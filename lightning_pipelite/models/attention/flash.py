@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 # Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= (2, 12) else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 
 
 def attend(
