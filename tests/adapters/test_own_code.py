@@ -147,7 +147,7 @@ def test_whatever_hinders_saving_is_one_error_on_all_ranks(
     module = PipeLiteModule(str(write_model(tmp_path / "base", "llama")), LoRA(2), dtype="float32")
     module.pipeline_stage = module.pipeline_layers()[0].build_stage(0, 4, torch.device("cpu"))
     monkeypatch.setattr(PipeLiteModule, "check_strategy", lambda *_: Strategy())
-    monkeypatch.setattr(PipeLiteModule, "trainer", SimpleNamespace(strategy=None))
+    monkeypatch.setattr(PipeLiteModule, "trainer", SimpleNamespace(strategy=None, datamodule=None))
     monkeypatch.setattr(lora, "save_file", broken)
     with pytest.raises(OSError, match=f"out cannot be written: {error}"):
         module.save_trained(tmp_path / "out")

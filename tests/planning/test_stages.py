@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from pathlib import Path
@@ -35,6 +36,7 @@ def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: i
     stage = layers.build_stage(start, stop, CPU)
     size = layers.meta_model.config.hidden_size
     weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in (*stage.parameters(), *stage.buffers())}.values())
+    gc.collect()  # what earlier tests left in circles is not given back while the profiler runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(micro_batches):
             positions = torch.arange(LENGTH)[None]
@@ -75,6 +77,7 @@ def train_pieces_on_cpu(layers: CausalLMLayers, spans: list[tuple[int, int]], st
     size = layers.meta_model.config.hidden_size
     held: dict[tuple[int, int], Any] = {}
     weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in held_tensors(pieces)}.values())
+    gc.collect()  # what earlier tests left in circles is not given back while the profiler runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for action in interleaved_1f1b(stages, len(spans), MICRO_BATCHES).orders[stage]:
             place, (start, stop) = (action.piece, action.micro_batch), spans[action.piece // stages]
