@@ -77,6 +77,16 @@ def build(layers: CausalLMLayers, cuts: Sequence[int]) -> list[Stage]:
     return [layers.build_stage(start, stop, CPU) for start, stop in itertools.pairwise(cuts)]
 
 
+def held(layers: CausalLMLayers) -> dict[str, Tensor]:
+    """The weights of all of two stages, by their names in the model."""
+    return {
+        name.replace(".base_layer", ""): tensor
+        for stage in build(layers, [0, 2, 4])
+        for name, tensor in stage.causal_lm.state_dict().items()
+        if "lora_" not in name
+    }
+
+
 def run_stages(stages: list[Stage], input_ids: Tensor, position_ids: Tensor, *extra: Tensor) -> Tensor:
     """Return the logits of a chain of stages."""
     passed: tuple[Tensor, ...] | Tensor = (input_ids, position_ids, *extra)

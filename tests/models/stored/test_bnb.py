@@ -25,7 +25,7 @@ from lightning_pipelite.models.stored.known import stored_format
 from lightning_pipelite.models.stored.weights import StoredWeights
 from processes import Workers
 from quantised_files import CONFIGS, edit_config
-from tiny_models import build
+from tiny_models import build, held
 
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("llama", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -65,15 +65,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def layers_of(directory: Path, **options: Any) -> CausalLMLayers:
     adapter = LoRA(4, target_modules=["q_proj", "o_proj"])
     return CausalLMLayers(directory, **{"dtype": torch.bfloat16, "adapter": adapter, **options})
-
-
-def held(layers: CausalLMLayers) -> dict[str, Tensor]:
-    return {
-        name.replace(".base_layer", ""): tensor
-        for stage in build(layers, [0, 2, 4])
-        for name, tensor in stage.causal_lm.state_dict().items()
-        if "lora_" not in name
-    }
 
 
 @pytest.mark.parametrize("files", FOUR_BITS)

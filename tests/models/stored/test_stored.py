@@ -28,7 +28,7 @@ from lightning_pipelite.models.stored.known import stored_format
 from lightning_pipelite.models.stored.weights import StoredWeights
 from processes import Workers
 from quantised_files import compressed, edit_config, edit_tensors, fp8, mxfp4, write_quantised
-from tiny_models import build
+from tiny_models import build, held
 
 Quantise = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
 FILES: dict[str, tuple[str, Quantise]] = {
@@ -53,16 +53,6 @@ def write(directory: Path, files: str) -> Path:
 def layers_of(directory: Path, adapter: Any = None, **options: Any) -> CausalLMLayers:
     adapter = adapter or LoRA(4, target_modules=["o_proj"])
     return CausalLMLayers(directory, **{"dtype": torch.float32, "adapter": adapter, **options})
-
-
-def held(layers: CausalLMLayers) -> dict[str, Tensor]:
-    """The weights of all of two stages, by their names in the model."""
-    return {
-        name.replace(".base_layer", ""): tensor
-        for stage in build(layers, [0, 2, 4])
-        for name, tensor in stage.causal_lm.state_dict().items()
-        if "lora_" not in name
-    }
 
 
 @pytest.mark.parametrize("files", FILES)
