@@ -73,6 +73,7 @@ class Job:
         loops: what trains it.
         shape: the only shape that it fits with, else any.
         limited: the shape that the limits are for.
+        saving: with scales of 4-bit weights quantised too, and the optimizer's state on the host.
     """
 
     adapter: str
@@ -84,6 +85,7 @@ class Job:
     shape: str = ""
     limited: str = "8b"
     in_fp8: bool = False
+    saving: bool = False
 
 
 JOBS = {
@@ -105,7 +107,7 @@ EXPERT_JOBS = {
     "experts-qlora": Job("LoRA", "recompute", True, 32_000, 9, limited="qwen3-moe"),
     "experts-attention": Job("LoRA on attention", "recompute", False, 45_000, 16.5, limited="qwen3-moe"),
     "experts-full": Job("full", "recompute", shape="tiny-moe"),
-    "experts-qlora-whole": Job("LoRA", "offload", True, 8_500, 22, (TRAINER,), limited=WHOLE),
+    "experts-qlora-whole": Job("LoRA", "offload", True, 8_500, 22, (TRAINER,), limited=WHOLE, saving=True),
 }
 
 
@@ -174,6 +176,7 @@ def make_module(job: Job, directory: str) -> PipeLiteModule:
     return PipeLiteModule(
         directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, load_in_fp8=job.in_fp8, lr=LR,
         schedule="constant", activation_memory=job.memory,  # type: ignore[arg-type]
+        bnb_4bit_use_double_quant=job.saving, offload_optimizer=job.saving,
     )  # fmt: skip
 
 

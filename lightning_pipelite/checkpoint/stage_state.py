@@ -13,6 +13,7 @@ from lightning_pipelite.checkpoint.encoding import decode, encode
 from lightning_pipelite.checkpoint.layout import BUFFER, GROUP, OPTIMIZER, PARAMETER
 from lightning_pipelite.checkpoint.reader import stage_settings, stage_tensors
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.optim.offloaded import OffloadedOptimizer, class_of
 
 
 def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,7 +146,10 @@ def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimiz
             on_host = not isinstance(value, Tensor) or (
                 name == "step" and not (group.get("capturable") or group.get("fused"))
             )
-            optimizer.state[parameter][name] = value if on_host else value.to(parameter.device)
+            if isinstance(optimizer, OffloadedOptimizer) and not on_host:
+                optimizer.put_away(parameter, name, value)
+            else:
+                optimizer.state[parameter][name] = value if on_host else value.to(parameter.device)
 
 
 def _trained(stage: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,7 +164,8 @@ def _persistent_buffers(stage: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kind(optimizer: Optimizer) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    kind = class_of(optimizer)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _parameter_of(key: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.optim import offload_state
 from lightning_pipelite.planning.before_training import device_memory
 from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.gpus import REFERENCE, Gpu, gpu_named
@@ -129,10 +132,13 @@ def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
         options_of_layers.pop("model_dir"), fuse_head=True, needs_weights=False, **options_of_layers
     )
     optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
+    make_optimizer: Callable[..., Any] = partial(optimizer_class, lr=1e-3, **options)
+    if model.get("offload_optimizer"):
+        make_optimizer = offload_state(make_optimizer)
     router_loss = layers.router_loss
     return Simulation(
         layers,
         CausalLMLoss(router_loss.coefficient if router_loss else 0.0),
-        partial(optimizer_class, lr=1e-3, **options),
+        make_optimizer,
         gpu,
     )

@@ -145,7 +145,7 @@ class CausalLMLayers:
         self.dtype = dtype
         self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
         self._fuse_head = fuse_head
-        self._double_quant = check_double_quant(meta_model.stored, bnb_4bit_use_double_quant, load_in_4bit)
+        self.double_quant = check_double_quant(meta_model.stored, bnb_4bit_use_double_quant, load_in_4bit)
         self.activation_memory: ActivationMemory = activation_memory
         self.compile_layers = compile_layers
         self.seed = seed
@@ -232,7 +232,7 @@ class CausalLMLayers:
             device=device,
             load_in_4bit=self.load_in_4bit,
             load_in_fp8=self.load_in_fp8,
-            double_quant=self._double_quant,
+            double_quant=self.double_quant,
             pickled=self._pickled,
             attn_implementation=attention,
         ).train()

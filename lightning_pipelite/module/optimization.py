@@ -22,6 +22,7 @@ from lightning_pipelite.optim import (
     group_parameters,
     make_optimizer,
     make_schedule,
+    offload_state,
 )
 from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
@@ -40,6 +41,7 @@ class Optimization:
         schedule: Of the learning rate.
         warmup_steps: Of the schedule.
         groups: Options of the parameters whose names a pattern is found in.
+        offload: Keep the state in the host's memory between steps.
 
     Raises:
         ConfigurationError: If an option is out of range, or the optimizer would refuse it.
@@ -54,6 +56,7 @@ class Optimization:
         schedule: str,
         warmup_steps: int,
         groups: Mapping[str, dict[str, float]],
+        offload: bool = False,
     ) -> None:
         for name, value, high in (("beta1", betas[0], 1), ("beta2", betas[1], 1), ("lr", lr, 1e3)):
             if not 0 <= value < high or (name == "beta2" and value == 0):
@@ -71,6 +74,8 @@ class Optimization:
         together = torch.cuda.is_available() or None
         warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
         self.factory: OptimizerFactory = factory or partial(Adam, betas=betas, eps=eps, foreach=together)
+        if offload:
+            self.factory = offload_state(self.factory)
         self._schedule, self._warmup_steps, self._groups = schedule, warmup_steps, groups
         self._beta2 = betas[1] if factory is None else None
         self._rehearse(lr)

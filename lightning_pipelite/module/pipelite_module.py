@@ -88,6 +88,8 @@ class PipeLiteModule(pl.LightningModule):
         load_in_fp8: Keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
             in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
             they are dequantised before each product. Not for fused experts.
+        offload_optimizer: Keep the optimizer's state in page-locked memory of the host between steps. A step brings it
+            to the GPU a few parameters at a time, and takes longer by the copies; the weights become the same.
 
     Raises:
         ConfigurationError: If a value is out of range, or the model or the adapter cannot be had.
@@ -120,6 +122,7 @@ class PipeLiteModule(pl.LightningModule):
         router_aux_loss_coef: float | None = None,
         allow_another_base: bool = False,
         load_in_fp8: bool = False,
+        offload_optimizer: bool = False,
     ) -> None:
         super().__init__()
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
@@ -131,7 +134,7 @@ class PipeLiteModule(pl.LightningModule):
         self.model_dir = model_dir
         self.lr = lr
         self._optimization = Optimization(
-            optimizer, lr, (beta1, beta2), eps, schedule, warmup_steps, parameter_groups or {}
+            optimizer, lr, (beta1, beta2), eps, schedule, warmup_steps, parameter_groups or {}, offload_optimizer
         )
         self._layers = CausalLMLayers(
             model_dir,

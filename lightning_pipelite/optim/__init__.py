@@ -1,4 +1,4 @@
-"""Learning-rate schedules and parameter groups; the optimizers themselves are optimi's and torch's."""
+"""Learning-rate schedules, parameter groups, and state on the host; the optimizers are optimi's and torch's."""
 
 from typing import TYPE_CHECKING
 
@@ -6,15 +6,19 @@ from lightning_pipelite.shared.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from lightning_pipelite.optim.groups import OptimizerFactory, check_patterns, group_parameters, make_optimizer
+    from lightning_pipelite.optim.offloaded import OffloadedOptimizer, class_of, offload_state
     from lightning_pipelite.optim.schedule import check_schedule, make_schedule, rms_ratio, rms_ratio_schedule
 
 __all__ = [
+    "OffloadedOptimizer",
     "OptimizerFactory",
     "check_patterns",
     "check_schedule",
+    "class_of",
     "group_parameters",
     "make_optimizer",
     "make_schedule",
+    "offload_state",
     "rms_ratio",
     "rms_ratio_schedule",
 ]
@@ -25,6 +29,9 @@ __getattr__ = lazy_names(
         "check_patterns": "groups",
         "group_parameters": "groups",
         "make_optimizer": "groups",
+        "OffloadedOptimizer": "offloaded",
+        "class_of": "offloaded",
+        "offload_state": "offloaded",
         "check_schedule": "schedule",
         "make_schedule": "schedule",
         "rms_ratio": "schedule",

@@ -8,6 +8,8 @@ from lightning_pipelite.planning.gpus import Gpu
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.trial import Part, Trial
 
+HELD = ("parameters", "trained", "weights", "gradients", "optimizer", "optimizer_on_host")  # of a Part, at all times
+
 
 @dataclass(frozen=True)
 class PieceMemory:
@@ -19,6 +21,8 @@ class PieceMemory:
         weights: Bytes of all parameters and buffers.
         gradients: Bytes of the gradients.
         optimizer: Bytes of the optimizer's state.
+        optimizer_on_host: Bytes of it that wait in the host's memory between steps, and are not in ``optimizer``.
+        optimizer_passing: Bytes of these that are on the device at once within a step.
         everything: Bytes that a micro-batch retains between its passes.
         forward: The most bytes at once in the forward pass, beside what other micro-batches retain.
         backward: The same in the backward pass.
@@ -34,6 +38,8 @@ class PieceMemory:
     weights: int
     gradients: int
     optimizer: int
+    optimizer_on_host: int
+    optimizer_passing: int
     everything: int
     forward: int
     backward: int
@@ -96,7 +102,8 @@ def piece_memory(
         made += part.gradients if first else 0
     backward.append(made + level + handover + entry.backward)
     return PieceMemory(
-        **{name: held_by_all(name) for name in ("parameters", "trained", "weights", "gradients", "optimizer")},
+        **{name: held_by_all(name) for name in HELD},
+        optimizer_passing=max(part.optimizer_passing for part in parts),
         everything=everything,
         forward=max(forward),
         backward=max(backward),

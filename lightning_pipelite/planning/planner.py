@@ -102,6 +102,15 @@ class Planner:
             devices=self.devices,
         )
 
+    def with_offloaded_optimizer(self) -> Planner | None:
+        """Return a planner with the optimizer's state in the host's memory; None if it is there, or cannot be."""
+        simulation = self._simulation.with_offloaded_optimizer()
+        if simulation is None:
+            return None
+        return Planner(
+            simulation, micro_batches=self.micro_batches, sequence_len=self.sequence_len, devices=self.devices
+        )
+
     @property
     def gpu(self) -> Gpu:
         """Whose speed is gone by."""

@@ -247,6 +247,11 @@ class Report:
             lines.append(
                 f"offload takes up to {gib(on_host)} of the memory of each host, page-locked, beside the programs."
             )
+        if optimizer := max(stage.optimizer_on_host for stage in self.shown):
+            lines.append(
+                f"offload_optimizer keeps up to {gib(optimizer)} of a stage's optimizer state in the host's memory, "
+                "page-locked; each step copies it to the device and back."
+            )
         layers = planner.layers
         if layers.packed and not layers.meta_model.fits_varlen():
             lines.append(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipelite.adapters.selection import parse_layers
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layer_signature import layer_signature
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.stage import Stage
+from lightning_pipelite.optim.offloaded import BUCKET, BUCKETS, OffloadedOptimizer
 from lightning_pipelite.planning.gpus import REFERENCE, Gpu
 from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.trial import Part, Trial
@@ -85,6 +87,18 @@ class Simulation:
     def on(self, layers: CausalLMLayers) -> Simulation:
         """Return a simulation of other layers with the same loss and optimizer."""
         return Simulation(layers, self._loss, self._make_optimizer, self.gpu)
+
+    def with_offloaded_optimizer(self) -> Simulation | None:
+        """Return a simulation of the same with the optimizer's state on the host; None if it is there, or cannot be."""
+        try:
+            made = self._make_optimizer([nn.Parameter(torch.empty(1, device=META))])
+            if isinstance(made, OffloadedOptimizer):
+                return None
+            OffloadedOptimizer(made)
+        except ConfigurationError:
+            return None
+        make = self._make_optimizer
+        return Simulation(self.layers, self._loss, lambda parameters: OffloadedOptimizer(make(parameters)), self.gpu)
 
     @cached_property  # every trial asks, and a large model takes long to be looked through
     def compiled(self) -> bool:
@@ -160,7 +174,7 @@ class Simulation:
             trained = [p for p in own if p.requires_grad]
             part.trained = sum(p.numel() for p in trained)
             part.gradients = sum(_rounded(p) for p in trained)
-            part.optimizer = self._optimizer_bytes(trained)  # type: ignore[arg-type]
+            vars(part).update(self._optimizer_bytes(trained))  # type: ignore[arg-type]
         embedding = f"causal_lm.{self.layers.meta_model.embedding_name}.weight"
         for parameter in (p for name, p in parts[2] if name == embedding):
             trained = [parameter] if parameter.requires_grad else []
@@ -169,7 +183,7 @@ class Simulation:
                 _rounded(parameter),
                 sum(p.numel() for p in trained),
                 sum(map(_rounded, trained)),
-                self._optimizer_bytes(trained),  # type: ignore[arg-type]
+                **self._optimizer_bytes(trained),  # type: ignore[arg-type]
             )
         states = [t for module in stage.modules() for t in quantisation_states(module)]
         trial.item.weights += sum(_rounded(t) for t in {id(t): t for t in states}.values())
@@ -183,9 +197,10 @@ class Simulation:
             part.parameters = sum(p.numel() for n, p in outside.items() if n in names)
         return trial
 
-    def _optimizer_bytes(self, trained: list[nn.Parameter]) -> int:
+    def _optimizer_bytes(self, trained: list[nn.Parameter]) -> dict[str, int]:
+        """Return what a :class:`Part` says of the optimizer's state."""
         if not trained:
-            return 0
+            return {}
         optimizer = self._make_optimizer(trained)
         for group in optimizer.param_groups:
             group.update({option: False for option in GPU_ONLY if option in group})
@@ -195,7 +210,11 @@ class Simulation:
         tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         for parameter in trained:
             parameter.grad = None
-        return sum(_rounded(t) for t in tensors if t.is_meta)
+        state = sum(_rounded(t) for t in tensors if t.is_meta)
+        if not isinstance(optimizer, OffloadedOptimizer):
+            return {"optimizer": state}
+        at_once = BUCKETS * max(BUCKET, *(p.nbytes for p in trained)) * state // sum(p.nbytes for p in trained)
+        return {"optimizer_on_host": state, "optimizer_passing": min(state, at_once)}
 
 
 def _offloaded(trial: Trial) -> Trial:

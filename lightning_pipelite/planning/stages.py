@@ -44,6 +44,7 @@ class StageMemory:
         hidden: Bytes that are handed on for a micro-batch, to the next piece.
         sent: Bytes that a step sends over the boundaries to the next stage, both ways.
         on_host: Bytes of inputs that wait in the host's memory, with ``offload``.
+        optimizer_on_host: Bytes of the optimizer's state that wait there between steps, with ``offload_optimizer``.
         link: Bytes a second between two stages.
     """
 
@@ -64,6 +65,7 @@ class StageMemory:
     hidden: int
     sent: int
     on_host: int
+    optimizer_on_host: int
     link: float
 
     @property
@@ -115,7 +117,8 @@ def stage_memory(
         exchange = 3 * received
     static = weights + optimizer + exchange + WORKSPACE
     made = 0 if first and len(pieces) == 1 else gradients
-    moments, activations, in_flight = [static + gradients], 0, 0  # the first in the optimizer's step
+    passing = max(piece.optimizer_passing for piece in pieces)
+    moments, activations, in_flight = [static + gradients + passing], 0, 0  # the first in the optimizer's step
     for action, counts in interleaved_1f1b(stages, len(pieces), micro_batches).held(stage):
         piece = pieces[action.piece // stages]
         held = sum(count * each.everything for count, each in zip(counts, pieces, strict=True))
@@ -140,6 +143,7 @@ def stage_memory(
         piece_seconds=tuple(piece.seconds for piece in pieces),
         hidden=max(piece.hidden for piece in pieces),
         on_host=in_flight * max(piece.offloaded for piece in pieces),
+        optimizer_on_host=of_all("optimizer_on_host"),
         link=simulation.gpu.link_a_second,
         sent=2 * of_all("hidden") * micro_batches if stage < stages - 1 or len(pieces) > 1 else 0,
     )

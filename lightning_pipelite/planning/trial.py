@@ -15,6 +15,8 @@ class Part:
         trained: The number of trained parameters.
         gradients: Bytes of their gradients.
         optimizer: Bytes of the optimizer's state.
+        optimizer_on_host: Bytes of it that wait in the host's memory between steps, and are not in ``optimizer``.
+        optimizer_passing: Bytes of these that are on the device at once within a step.
         retained: Bytes that a forward keeps for the backward pass.
         forward: The most bytes at once in the forward pass, beside all that was held before it.
         backward: The most bytes at once in the backward pass, beside all that was held before it. The gradients of the
@@ -28,6 +30,8 @@ class Part:
     trained: int = 0
     gradients: int = 0
     optimizer: int = 0
+    optimizer_on_host: int = 0
+    optimizer_passing: int = 0
     retained: int = 0
     forward: int = 0
     backward: int = 0

@@ -15,6 +15,7 @@ from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.shared.wording import counted
 
 MOST = 64  # devices that are tried
+OFFLOAD, DOUBLE_QUANT = "model.offload_optimizer: true", "model.bnb_4bit_use_double_quant: true"
 ATTENTION = ("attn", "attention")  # in the names of modules
 
 
@@ -28,9 +29,13 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
         sequences: That a step takes.
     """
     ways, most = [], _fewest(planner, sequences)
-    for name, layers in _variants(planner.layers):
-        other = planner.with_layers(layers).of(sequences * planner.stage_counts(sequences)[-1] // planner.devices.count)
+    fits: set[str] = set()
+    for name, variant in _variants(planner):
+        if name.startswith(tuple(f"{other} and " for other in fits)) or name.endswith(tuple(f" and {o}" for o in fits)):
+            continue  # one of the two is enough
+        other = variant.of(sequences * planner.stage_counts(sequences)[-1] // planner.devices.count)
         if found := other.recommend(sequences):
+            fits.add(name)
             each = other.of(found.micro_batches).stages(found.bounds, found.policy, None, found.virtual_stages)
             ways.append(
                 f"{name}: {gib(max(stage.total for stage in each))} of a device, in {found.stages} "
@@ -44,7 +49,21 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
     return ways
 
 
-def _variants(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]]:
+def _variants(planner: Planner) -> Iterator[tuple[str, Planner]]:
+    offloads = planner.with_offloaded_optimizer()
+    if offloads is not None:
+        yield OFFLOAD, offloads
+    for name, layers in _other_layers(planner.layers):
+        yield name, planner.with_layers(layers)
+        if name == DOUBLE_QUANT and offloads is not None:
+            yield f"{OFFLOAD} and {DOUBLE_QUANT}", offloads.with_layers(layers)
+
+
+def _other_layers(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]]:
+    if layers.load_in_4bit and not layers.double_quant and layers.meta_model.stored is None:
+        smaller = _changed(layers)
+        smaller.double_quant = True
+        yield DOUBLE_QUANT, smaller
     for name in layers.lighter_weights:
         lighter = _changed(layers)
         lighter.load_in_4bit, lighter.load_in_fp8 = name == "load_in_4bit", name == "load_in_fp8"

@@ -31,6 +31,7 @@ from lightning_pipelite.strategy.checks import check_loaders, check_optimizers, 
 from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.device_speeds import check_speeds, speeds_of_stages
+from lightning_pipelite.strategy.empty_groups import EmptyGroups
 from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
@@ -284,6 +285,7 @@ class PipeLiteStrategy(DDPStrategy):
         for group in self.optimizers[0].param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
             group.pop("param_names", None)  # of named parameters: each stage has others; checkpoints have names anyway
+        self._running.training.empty_groups = EmptyGroups(self.optimizers[0])
 
     def _progress(self, activity: str, waits: bool, piece: str = "") -> None:
         if self._watchdog is not None:

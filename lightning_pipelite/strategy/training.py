@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.strategy.checkpointing import Checkpointing
+from lightning_pipelite.strategy.empty_groups import EmptyGroups
 from lightning_pipelite.strategy.gradient_check import GradientCheck
 from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
 from lightning_pipelite.strategy.micro_batches import MicroBatch
@@ -37,6 +38,8 @@ class PipelineTraining:
         self._loss = torch.zeros(())
         self.parameters: list[Tensor] = list(stage.parameters())
         """Of this rank's stage; to look for them anew takes 10 ms, of every step."""
+        self.empty_groups: EmptyGroups | None = None
+        """Of the optimizer, once there is one."""
         self.instruction_times: dict[str, float] | None = None
         """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
 
@@ -114,3 +117,5 @@ class PipelineTraining:
     def weights_change(self) -> None:
         """Note that the optimizer has its gradients, and changes the weights next."""
         self._checkpointing.last_step.weights_change()
+        if self.empty_groups is not None:
+            self.empty_groups.hide()

@@ -212,3 +212,27 @@ def test_the_margin_is_told_where_it_is_explained() -> None:
 def test_another_strategy_is_refused(config: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"trainer.strategy is ddp, which does not train in stages"):
         planned(config, "--trainer.strategy", "ddp", devices=1, memory="24GiB")
+
+
+def test_the_state_of_the_optimizer_on_the_host(config: Path) -> None:
+    """The plan counts none of it on a device but what a step brings, and proposes it where that fits."""
+    options = (*SHORT, "--model.adapter", "Full", "--model.dtype", "float32")
+    here = planned(config, *options, devices=1, memory="1GiB")
+    (stage,) = here.policies["offload"]
+    assert stage.optimizer == pytest.approx(8 * stage.trained, rel=1e-3)  # Adam's moments, float32
+    assert stage.optimizer_on_host == 0
+    offloaded = planned(config, *options, "--model.offload_optimizer", "true", devices=1, memory="1GiB")
+    (away,) = offloaded.policies["offload"]
+    assert (away.optimizer, away.optimizer_on_host) == (0, stage.optimizer)
+    least = stage.peak - stage.optimizer
+    assert least <= away.peak <= max(least, away.weights + away.gradients + away.optimizer_on_host + 2**26)
+    assert f"offload_optimizer keeps up to {gib(stage.optimizer)} of a stage's optimizer state" in str(offloaded)
+    assert "offload_optimizer" not in "\n".join(offloaded.ways)
+    between = f"{(away.total + stage.total) // 2 / 2**30:.3f}GiB"
+    ways = "\n".join(planned(config, *options, devices=1, memory=between).ways)
+    claimed = re.search(r"model.offload_optimizer: true: ([\d.]+ .iB) of a device, in 1 stage", ways)
+    assert claimed, ways
+    found = planned(config, *options, "--model.offload_optimizer", "true", devices=1, memory=between)
+    assert found.recommended is not None
+    assert gib(max(stage.total for stage in found.shown)) == claimed[1]
+    assert "--model.offload_optimizer true" in str(found)

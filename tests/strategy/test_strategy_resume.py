@@ -74,6 +74,18 @@ def test_with_other_stages_and_replicas(
     torch.testing.assert_close(resumed["weights"], reference["weights"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_with_the_optimizer_offloaded_or_no_longer(workers: Workers, tmp_path: Path, before: bool) -> None:
+    """Also on a stage that another number of stages wrote the state of."""
+    reference = workers.run(1, partial(train_and_save, noisy=False, offload=before), str(tmp_path))[0]
+    (resumed, _) = workers.run(
+        2, partial(train, noisy=False, offload=not before), 2, 1, 2, str(tmp_path / "batch-03.ckpt")
+    )
+    for name, weight in reference["weights"].items():
+        torch.testing.assert_close(resumed["weights"][name], weight, atol=1e-6, rtol=0)
+    assert resumed["rates"] == reference["rates"]
+
+
 def train_quietly(folder: str | None, *args: Any, **options: Any) -> dict[str, Any]:
     """Without noise that depends on how often a process draws."""
     return train_and_save(folder, *args, noisy=False, **options) if folder else train(*args, noisy=False, **options)

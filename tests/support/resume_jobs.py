@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.optim import OffloadedOptimizer
 from resumable import Deal
 from stage_jobs import Catchable, Module, collected, trainer_for
 from stage_models import CLASSES, WIDTH, Batch, Model, token_loss
@@ -76,6 +77,8 @@ class SaveEverywhere(L.Callback):
 class Scheduled(Module):
     """Under Lightning's own strategies without dropout, whose generators they do not bring back."""
 
+    offload = False
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._step(batch, "train/loss")
 
@@ -91,7 +94,9 @@ class Scheduled(Module):
         return total / count
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        if self.offload:
+            optimizer = OffloadedOptimizer(optimizer)
         return [optimizer], [
             {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30), "interval": "step"},
         ]
@@ -123,11 +128,13 @@ def train(
     plain: bool = False,
     noisy: bool = True,
     virtual_stages: int = 1,
+    offload: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
     strategy: Any = "auto" if plain else Catchable(stages, virtual_stages=virtual_stages)
     module = make()
+    module.offload = offload
     torch.manual_seed(seed)
     record = Record()
     trainer = trainer_for(
