@@ -10,7 +10,9 @@ deal out, each stage loaded from the disk and its layers recomputed in the backw
 - logits and the gradient of every parameter against the unsplit model,
 - every parameter and buffer of every stage, bit for bit, against the unsplit model loaded from the same files,
 - packed documents against each document alone, with the control that unpacked the second one differs,
-- of a published model, the kinds of modules and parameters of the tiny one against those of the real one.
+- of a published model, the kinds of modules and parameters of the tiny one against those of the real one,
+- of a published model, a LoRA trained for two steps in two stages, against PEFT on the whole model that loads it, and
+  two stages with load_in_4bit against the unsplit model with what bitsandbytes makes of its weights.
 
 "exact": all of it within 1e-5 (of the largest value, where that is more than 1). "refused": the package says why before
 it loads anything. Where packing is refused, the rest is exact with one document a sequence. Exits with 1 if a model is
@@ -47,6 +49,10 @@ Written by `make coverage` with transformers {transformers}, torch {torch}. **{s
 - *one stage*: exact, but the layers cannot be cut without a change of the result: `pipeline_stages: 1`, with replicas.
 - *packing*: *isolated*, where packed documents equal each document alone within 1e-5; *refused*, where the model would
   leak from one document into the next, and trains with `packed: false`, one document a sequence.
+- *LoRA*: *equal*, where PEFT, on the whole model, gives the logits of the two stages that trained it within 1e-5; *refused* with the
+  default target_modules, which PEFT could not load; other targets do.
+- *4 bits*: *equal*, where each weight in nf4 is bitsandbytes' bit for bit, and the logits of two stages are those of the unsplit model with
+  such weights within 1e-5.
 - *refused*: with the reason, before anything is loaded.
 - *not tried*: no tiny model could be built here. Your model is put to the same trial before it is loaded.
 
@@ -72,20 +78,24 @@ def table(bases: list[Outcome], types: list[Outcome], summary: str) -> str:
     model_types = {name: PUBLISHED[name]["model_type"] for name in PUBLISHED}
     parts = [preface]
     if bases:
-        parts += [BASES.format(layers=PUBLISHED_LAYERS), "| model | type | result | stages | packing | reason |"]
-        parts += ["| --- | --- | --- | --- | --- | --- |"]
-        parts += [_row(o, f"{o.model_type} | {model_types[o.model_type]}") for o in bases]
+        parts += [
+            BASES.format(layers=PUBLISHED_LAYERS),
+            "| model | type | result | stages | packing | LoRA | 4 bits | reason |",
+        ]
+        parts += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        parts += [_row(o, f"{o.model_type} | {model_types[o.model_type]}", o.lora, o.four_bit) for o in bases]
     parts += [TYPES, "| type | result | stages | packing | reason |", "| --- | --- | --- | --- | --- |"]
     parts += [_row(o, o.model_type) for o in types]
     return "\n".join([*parts, ""])
 
 
-def _row(outcome: Outcome, name: str) -> str:
+def _row(outcome: Outcome, name: str, *more: str) -> str:
     note = outcome.note.replace("|", "/")
     if len(note) > LONGEST_NOTE:
         note = note[:LONGEST_NOTE].rpartition(" ")[0] + " ..."
     result = "one stage" if outcome.result == "exact" and outcome.stages == "1" else outcome.result
-    return f"| {name} | {result} | {outcome.stages} | {outcome.packing} | {note} |"
+    cells = (name, result, outcome.stages, outcome.packing, *more, note)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
-from lightning_pipelite.optim import offload_state
+from lightning_pipelite.optim.offloaded import offload_state
 from lightning_pipelite.planning.before_training import device_memory
 from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.planning.gpus import REFERENCE, Gpu, gpu_named

@@ -22,8 +22,8 @@ from lightning_pipelite.optim import (
     group_parameters,
     make_optimizer,
     make_schedule,
-    offload_state,
 )
+from lightning_pipelite.optim.offloaded import offload_state
 from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
 

@@ -6,7 +6,7 @@ from lightning_pipelite.shared.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from lightning_pipelite.optim.groups import OptimizerFactory, check_patterns, group_parameters, make_optimizer
-    from lightning_pipelite.optim.offloaded import OffloadedOptimizer, class_of, offload_state
+    from lightning_pipelite.optim.offloaded import OffloadedOptimizer
     from lightning_pipelite.optim.schedule import check_schedule, make_schedule, rms_ratio, rms_ratio_schedule
 
 __all__ = [
@@ -14,11 +14,9 @@ __all__ = [
     "OptimizerFactory",
     "check_patterns",
     "check_schedule",
-    "class_of",
     "group_parameters",
     "make_optimizer",
     "make_schedule",
-    "offload_state",
     "rms_ratio",
     "rms_ratio_schedule",
 ]
@@ -30,8 +28,6 @@ __getattr__ = lazy_names(
         "group_parameters": "groups",
         "make_optimizer": "groups",
         "OffloadedOptimizer": "offloaded",
-        "class_of": "offloaded",
-        "offload_state": "offloaded",
         "check_schedule": "schedule",
         "make_schedule": "schedule",
         "rms_ratio": "schedule",

@@ -43,3 +43,10 @@ def test_refused_with_the_reason() -> None:
     outcome = tiny_families.try_model("xlnet")
     assert outcome.result == "refused"
     assert "later tokens" in outcome.note
+
+
+@pytest.mark.parametrize("name", ["Gemma 3n E4B", "Jamba 1.5 Mini", "Qwen3 30B-A3B"])
+def test_published_models_train_through_peft_and_in_four_bits(name: str) -> None:
+    """Gemma 3n clamps weights of its layers in place, and Jamba multiplies by one: these are not quantised."""
+    outcome = tiny_families.try_published(name, 6)
+    assert (outcome.result, outcome.lora, outcome.four_bit) == ("exact", "equal", "equal"), outcome.note

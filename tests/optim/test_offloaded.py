@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module.optimization import Optimization
-from lightning_pipelite.optim import OffloadedOptimizer, class_of
-from lightning_pipelite.optim.offloaded import UPDATE_EACH_ALONE
+from lightning_pipelite.optim import OffloadedOptimizer
+from lightning_pipelite.optim.offloaded import UPDATE_EACH_ALONE, class_of
 
 BETAS = (0.9, 0.99)
 SHAPES = [(3, 4), (5,), (2, 3, 4), (7, 2), (1,), (4, 4)]

@@ -11,13 +11,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from expert_memory import Untrained
-from lightning_pipelite.cli.split_comparison import LIMIT, build, relative, tokens
+from lightning_pipelite.cli.split_comparison import LIMIT, build
 from lightning_pipelite.models import CausalLMLayers, Stage
+from published_training import compare_logits, nf4_and_back
 from tiny_families import tiny, write
 
 RATIO_LIMIT = 0.30
@@ -95,10 +96,6 @@ def kinds(whole: PreTrainedModel, router: str) -> dict[str, str]:
     return found
 
 
-def nf4_and_back(weight: Tensor) -> Tensor:
-    return dequantize_4bit(*quantize_4bit(weight.detach(), quant_type="nf4"))
-
-
 def try_family(model_type: str) -> Outcome:
     """Load one family in two stages and compare."""
     with tempfile.TemporaryDirectory() as name:
@@ -168,13 +165,3 @@ def compare(model_type: str, plain: PreTrainedModel, theirs: PreTrainedModel, st
         outcome.wrong.append("logits")
     outcome.kept = {kind: outcome.kept[kind] for kind in sorted(outcome.kept)}
     return outcome
-
-
-@torch.no_grad()
-def compare_logits(plain: PreTrainedModel, stages: list[Stage]) -> float:
-    """Return by how much the stages' logits differ; infinity if they are not finite."""
-    input_ids = tokens()[0]
-    passed: Any = (input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids))
-    for stage in stages:  # in training mode: in evaluation bitsandbytes repacks the weights on some CPUs
-        passed = stage.train()(passed)
-    return relative(passed, plain.train()(input_ids=input_ids, use_cache=False).logits)

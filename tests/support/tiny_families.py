@@ -18,6 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.small_sizes import small_sizes
 from lightning_pipelite.models.tiny import tiny_config
 from published_bases import PUBLISHED, shallow
+from published_training import four_bits, lora_through_peft
 
 LAYERS = 4
 LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
@@ -70,13 +71,18 @@ class NotTiny(Exception):  # noqa: N818 (an outcome, not an error)
 
 @dataclass
 class Outcome:
-    """What became of one model type: ``result`` is exact, refused, not tried or WRONG."""
+    """What became of one model type: ``result`` is exact, refused, not tried or WRONG.
+
+    Of a published model ``lora`` and ``four_bit`` say what became of these: equal, or refused.
+    """
 
     model_type: str
     result: str
     stages: str = ""
     packing: str = ""
     note: str = ""
+    lora: str = ""
+    four_bit: str = ""
 
 
 def tiny(model_type: str) -> PretrainedConfig:
@@ -160,11 +166,11 @@ def try_published(name: str, layers: int) -> Outcome:
         return Outcome(name, "WRONG", note="the tiny model has other parts")
     small = tiny_config(config)
     small.update(_without_chance(small.to_dict()))
-    return try_config(name, small)
+    return try_config(name, small, trains=True)
 
 
-def try_config(model_type: str, config: PretrainedConfig) -> Outcome:
-    """Try one configuration of a size that can be tried."""
+def try_config(model_type: str, config: PretrainedConfig, *, trains: bool = False) -> Outcome:
+    """Try one configuration of a size that can be tried; with a LoRA and in 4 bits, if it ``trains``."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         try:
@@ -191,7 +197,19 @@ def try_config(model_type: str, config: PretrainedConfig) -> Outcome:
             return Outcome(model_type, "refused", note=reason_of(refusal))
         except Exception as error:
             wrong = [f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"]
-    return Outcome(model_type, "WRONG" if wrong else "exact", stages, packing, "; ".join(wrong) or note)
+        outcome = Outcome(model_type, "exact", stages, packing, note)
+        if trains and not wrong:
+            found = (
+                lora_through_peft(directory, packing == "isolated"),
+                four_bits(directory, whole, packing == "isolated"),
+            )
+            refused = [told.startswith("refused: ") for told in found]
+            wrong = [told for told, is_refused in zip(found, refused, strict=True) if told and not is_refused]
+            outcome.lora, outcome.four_bit = ("refused" if is_refused else "equal" for is_refused in refused)
+            outcome.note = "; ".join([note, *(told for told in found if told)]).strip("; ")
+    if wrong:
+        return Outcome(model_type, "WRONG", stages, packing, "; ".join(wrong))
+    return outcome
 
 
 def kinds(config: PretrainedConfig) -> set[tuple[str, str]]:

@@ -6,8 +6,10 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://a
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,20 +29,40 @@ if TYPE_CHECKING:
     from lightning_pipelite.models.meta_model import MetaModel
 
 SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
+COMPUTED_WITH = re.compile(r"\bself\.(\w+)\.weight(?:\.(?!dtype\b|device\b|shape\b)\w|\s*@)")
 ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
 
 
 def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
-    """Return the linear layers of the named decoder layers that keep their precision: routers, gates of experts.
+    """Return the linear layers of the named decoder layers that keep their precision.
 
-    They are small and steer much. Most classes have routers that are no linear layers; here are the others.
+    Routers and gates of experts are small and steer much; most classes have routers that are no linear layers, here are
+    the others. And the weights that a class computes with by itself, not by calling the layer, must be numbers.
     """
-    return [
-        f"{layer_name}.{name}"
-        for layer_name in layer_names
-        for name, module in model.get_submodule(layer_name).named_modules()
-        if isinstance(module, nn.Linear) and any(ROUTER.fullmatch(part) for part in name.split("."))
-    ]
+    kept = []
+    for layer_name in layer_names:
+        computed_with: set[str] = set()
+        for name, module in model.get_submodule(layer_name).named_modules():
+            if isinstance(module, nn.Linear):
+                if name in computed_with or any(ROUTER.fullmatch(part) for part in name.split(".")):
+                    kept.append(f"{layer_name}.{name}")
+            else:
+                computed_with |= {f"{name}.{child}".removeprefix(".") for child in _computed_with(type(module))}
+    return kept
+
+
+@cache
+def _computed_with(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of the layers of a module whose weights the code of its class computes with by itself.
+
+    Such as Gemma 3n's coefficients, which it clamps, and Jamba's dt_proj.
+    """
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if not each.__module__.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):  # a class whose code is in no file
+                found |= set(COMPUTED_WITH.findall(inspect.getsource(each)))
+    return frozenset(found)
 
 
 def linear_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:

@@ -1,0 +1,115 @@
+"""A LoRA that is trained in two stages and loaded by PEFT, and weights in 4 bits, of any tiny model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from expert_memory import Untrained
+from lightning_pipelite.adapters import LoRA
+from lightning_pipelite.cli.split_comparison import LIMIT, build, cross_entropy, relative, tokens
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import CausalLMLayers, Stage
+
+CHANGED = 100 * LIMIT  # at least, by what is trained or quantised: the control
+
+
+def lora_through_peft(directory: Path, packed: bool) -> str:
+    """Train a LoRA for a step in two stages, save it, and hold PEFT's logits on the whole model against the stages'.
+
+    Returns:
+        What is wrong, or "refused" with the reason; nothing if they are equal.
+    """
+    adapter = LoRA(4)
+    try:
+        layers = CausalLMLayers(directory, dtype=torch.float32, adapter=adapter, packed=packed)
+        stages = build(layers, min(2, len(layers)))
+    except ConfigurationError as refusal:
+        return f"refused: {refusal}"
+    before = run(stages).detach()
+    trained = [p for stage in stages for p in stage.parameters() if p.requires_grad]
+    for _ in range(2):  # in the first A has no gradient, as B is zero
+        cross_entropy(run(stages), tokens()[1]).backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in trained if p.grad is not None]).norm()
+            for parameter in trained:
+                if parameter.grad is None:
+                    return "LoRA: a parameter has no gradient"
+                parameter -= 2.0 / norm * parameter.grad
+                parameter.grad = None
+    ours = run(stages).detach()
+    if not relative(ours, before) > CHANGED:
+        return "LoRA: the control failed, training changes nothing"
+    with tempfile.TemporaryDirectory() as saved, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter.save(Path(saved), [layers.trained_state(stage) for stage in stages], layers.meta_model)
+        whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(whole, saved).train()
+        difference = relative(ours, theirs(input_ids=tokens()[0], use_cache=False).logits)
+    return "" if difference <= LIMIT else f"LoRA: PEFT's logits differ by {difference:.1e}"
+
+
+def four_bits(directory: Path, plain: PreTrainedModel, packed: bool) -> str:
+    """Hold two stages in nf4 against the plain model with what bitsandbytes makes of the same weights.
+
+    Returns:
+        What is wrong, or "refused" with the reason; nothing if they are equal.
+    """
+    try:
+        layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained(), packed=packed)
+        stages = build(layers, min(2, len(layers)))
+    except ConfigurationError as refusal:
+        return f"refused: {refusal}"
+    reference = copy.deepcopy(plain)
+    weights = dict(reference.named_parameters(remove_duplicate=False))
+    quantised: dict[str, Tensor] = {}
+    for name, module in itertools.chain.from_iterable(stage.causal_lm.named_modules() for stage in stages):
+        if isinstance(module, bnb.nn.Linear4bit):
+            quantised[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        for fused in getattr(module, "parametrizations", {}):
+            quantised[f"{name}.{fused}"] = getattr(module, fused).detach()
+    if not quantised or not compare_logits(plain, stages) > CHANGED:
+        return "4 bits: the control failed, they change nothing"
+    for name, weight in quantised.items():
+        if not torch.equal(weight, nf4_and_back(weights[name])):
+            return f"4 bits: {name} is not bitsandbytes'"
+    with torch.no_grad():
+        for name, weight in quantised.items():
+            weights[name].copy_(weight)
+    difference = compare_logits(reference, stages)
+    return "" if difference <= LIMIT else f"4 bits: logits differ by {difference:.1e}"
+
+
+def nf4_and_back(weight: Tensor) -> Tensor:
+    return dequantize_4bit(*quantize_4bit(weight.detach(), quant_type="nf4"))
+
+
+@torch.no_grad()
+def compare_logits(plain: PreTrainedModel, stages: list[Stage]) -> float:
+    """Return by how much the stages' logits differ; infinity if they are not finite."""
+    input_ids = tokens()[0]
+    passed: Any = (input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids))
+    for stage in stages:  # in training mode: in evaluation bitsandbytes repacks the weights on some CPUs
+        passed = stage.train()(passed)
+    return relative(passed, plain.train()(input_ids=input_ids, use_cache=False).logits)
+
+
+def run(stages: list[Stage]) -> Tensor:
+    """Return the logits of a chain of stages, with a graph through all of them."""
+    input_ids = tokens()[0]
+    passed: Any = (input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids))
+    for stage in stages:
+        passed = stage.train()(passed)
+    assert isinstance(passed, Tensor)
+    return passed
