@@ -75,7 +75,7 @@ def lora_linear(
         row_scales=row_scales,
         scales=list(scales),
     )
-    outputs = torch.ops.pipelite.lora_linear(rows, codes, trained, *operands.flat())
+    outputs = torch.ops.pipelite.differentiable_lora_linear(rows, codes, trained, *operands.flat())
     if joined:
         # Copies, which the compiler makes part of what reads them: a model may view them as it likes, and change them.
         outputs = [part.clone(memory_format=torch.contiguous_format) for part in outputs[0].split(widths, dim=1)]
@@ -120,24 +120,25 @@ def lora_linear_reference(
 
 # Operations, as the compiler would keep weights that it sees made whole for the backward pass, and make copies for
 # what is added in place. Not torch.library.custom_op, whose checks of each call take the host longer than the products
-# take a GPU.
+# take a GPU. Nor torch.library.register_autograd, through whose Python all calls would go, also those of a compiled
+# layer, where nothing is left to differentiate: an operation without gradients does the work, and one that is taken
+# apart before it is compiled gives it some.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _OPERANDS = "Tensor[] operands, int[] counts, float[] scales"
-_LIBRARY.define(f"lora_linear(Tensor x, Tensor[] codes, Tensor[] trained, {_OPERANDS}) -> Tensor[]")
+_LIBRARY.define(f"differentiable_lora_linear(Tensor x, Tensor[] codes, Tensor[] trained, {_OPERANDS}) -> Tensor[]")
+_LIBRARY.define(f"lora_linear(Tensor x, Tensor[] codes, {_OPERANDS}) -> Tensor[]")
 _LIBRARY.define(
     f"lora_linear_backward(Tensor[] gradients, Tensor[] codes, Tensor x, {_OPERANDS}, bool to_x) -> Tensor[]"
 )
 
 
 @torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
-def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
+def forward_operation(x: Tensor, codes: list[Tensor], *flat: Any) -> list[Tensor]:
     """Return the output of each projection [tokens, out].
 
     Args:
         x: [tokens, in].
         codes: Those of x, if products are computed in FP8.
-        trained: All A, or the given projections [tokens, rank], and all B: there for their gradients. What is computed
-            with is in ``flat``.
         flat: :class:`Operands`.
     """
     it = Operands.of(*flat)
@@ -158,7 +159,7 @@ def forward_operation(x: Tensor, codes: list[Tensor], trained: list[Tensor], *fl
 
 
 @torch.library.register_fake("pipelite::lora_linear", lib=_LIBRARY)
-def _(x: Tensor, codes: list[Tensor], trained: list[Tensor], *flat: Any) -> list[Tensor]:
+def _(x: Tensor, codes: list[Tensor], *flat: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], up.shape[0]) for up in Operands.of(*flat).ups]
 
 
@@ -233,38 +234,61 @@ def _(gradients: list[Tensor], codes: list[Tensor], x: Tensor, *flat_to_x: Any) 
     return [of_x, of_first, *(torch.empty_like(up, dtype=torch.float32) for up in it.ups)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, codes, trained, *flat = inputs
-    it = Operands.of(*flat)
-    tensors, ctx.counts, ctx.scales = it._replace(biases=[[] for _ in it.biases]).flat()
-    ctx.dtypes, ctx.given = [tensor.dtype for tensor in trained], (len(codes), len(flat[0]))
-    ctx.shapes = [up.shape for up in trained[len(trained) // 2 :]]
-    ctx.save_for_backward(codes[0] if codes else x, *tensors)
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codes: list[Tensor],
+        operands: list[Tensor],
+        counts: list[int],
+        scales: list[float],
+        x: Tensor,
+        *trained: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        it = Operands.of(operands, counts, scales)
+        tensors, ctx.counts, ctx.scales = it._replace(biases=[[] for _ in it.biases]).flat()
+        ctx.dtypes = [tensor.dtype for tensor in trained]
+        ctx.shapes = [up.shape for up in trained[len(trained) // 2 :]]
+        ctx.save_for_backward(codes[0] if codes else x, *tensors)
+        return (*torch.ops.pipelite.lora_linear(x, codes, operands, counts, scales),)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        it = Operands.of(tensors, ctx.counts, ctx.scales)
+        nothing = it.ups[0].new_empty(0)
+        given = [nothing if gradient is None else gradient for gradient in gradients]
+        to_x = bool(ctx.needs_input_grad[4])
+        codes = []
+        if it.row_scales and to_x:
+            for g, (_, scales) in zip(given, it.weights, strict=True):
+                codes += fp8.quantise_rows(g, scales) if g.numel() else [nothing, nothing]
+        of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
+            given, codes, x, tensors, ctx.counts, ctx.scales, to_x
+        )
+        ranks = [rank for _, rank in ctx.shapes]
+        if len(of_b) < len(ranks):
+            of_b = _diagonal(of_b[0], ctx.shapes)
+        of_trained = [*of_first.split(ranks, dim=0 if it.down else 1), *of_b]
+        of_trained = [gradient.to(dtype) for gradient, dtype in zip(of_trained, ctx.dtypes, strict=True)]
+        return None, None, None, None, of_x if to_x else None, *of_trained
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    x, *tensors = ctx.saved_tensors
-    it = Operands.of(tensors, ctx.counts, ctx.scales)
-    nothing = it.ups[0].new_empty(0)
-    given = [nothing if gradient is None else gradient for gradient in gradients]
-    to_x = bool(ctx.needs_input_grad[0])
-    codes = []
-    if it.row_scales and to_x:
-        for g, (_, scales) in zip(given, it.weights, strict=True):
-            codes += fp8.quantise_rows(g, scales) if g.numel() else [nothing, nothing]
-    of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
-        given, codes, x, tensors, ctx.counts, ctx.scales, to_x
-    )
-    ranks = [rank for _, rank in ctx.shapes]
-    if len(of_b) < len(ranks):
-        of_b = _diagonal(of_b[0], ctx.shapes)
-    of_trained = [*of_first.split(ranks, dim=0 if it.down else 1), *of_b]
-    of_trained = [gradient.to(dtype) for gradient, dtype in zip(of_trained, ctx.dtypes, strict=True)]
-    codes_given, operands_given = ctx.given
-    return of_x if to_x else None, [None] * codes_given, of_trained, [None] * operands_given, None, None
+@torch.library.impl(_LIBRARY, "differentiable_lora_linear", "CompositeImplicitAutograd")
+def _differentiable(
+    x: Tensor,
+    codes: list[Tensor],
+    trained: list[Tensor],
+    operands: list[Tensor],
+    counts: list[int],
+    scales: list[float],
+) -> list[Tensor]:
+    """Return the same outputs, with gradients of x and of what is ``trained``.
 
-
-torch.library.register_autograd("pipelite::lora_linear", _differentiate, setup_context=_keep, lib=_LIBRARY)
+    Which is all A, or the given projections [tokens, rank], and all B: what is computed with is among the operands.
+    """
+    return [*_Gradients.apply(codes, operands, counts, scales, x, *trained)]
 
 
 def _diagonal(whole: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

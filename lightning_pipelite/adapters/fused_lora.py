@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,22 +79,21 @@ class _FusedLoRA(Mixin):
 
 
 def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
-    weights, a, b, biases, scales, projected = [], [], [], [], [], []
-    for layer in members:
-        base = layer.get_base_layer()
-        parts = _parts(base)
-        assert parts is not None
-        weights.append(parts)
-        biases.append(None if base.bias is None else base.bias.to(x.dtype))
-        a.append(layer.lora_A[adapter].weight)
-        b.append(layer.lora_B[adapter].weight)
-        scales.append(layer.scaling[adapter])
+    bases = [layer.get_base_layer() for layer in members]
+    a = [layer.lora_A[adapter].weight for layer in members]
+    b = [layer.lora_B[adapter].weight for layer in members]
+    biases = [None if base.bias is None else base.bias.to(x.dtype) for base in bases]
+    scales = [layer.scaling[adapter] for layer in members]
+    projected = []
+    for layer, down in zip(members, a, strict=True):
         dropout = layer.lora_dropout[adapter]
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-            projected.append(linear(dropout(x), a[-1].to(x.dtype)))
+            projected.append(linear(dropout(x), down.to(x.dtype)))
     in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
     if in_fp8 and len(members) > 1 and all(scale == scales[0] for scale in scales):
-        weights = [members[0].get_base_layer().joined]
+        weights = [bases[0].joined]  # not all the others as well: the compiler would look at each in every call
+    else:
+        weights = [cast(list[Tensor], _parts(base)) for base in bases]
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 

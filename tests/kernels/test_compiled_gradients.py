@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.kernels.routing import sort_by_expert
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
@@ -50,6 +51,17 @@ def of_fp8(in_fp8: bool) -> Callable[[Tensor], Tensor]:
     return lambda x: fp8.fp8_linear(x.sin(), weight, bias, in_fp8=in_fp8).cos()
 
 
+def of_lora(in_fp8: bool) -> Callable[..., Tensor]:
+    weights = [draw(INNER, SIZE, seed=10), draw(SIZE, SIZE, seed=11)]
+    held = [fp8.quantise_rows(weight) if in_fp8 else [weight] for weight in weights]
+
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        outputs = lora_linear(x.sin(), held, factors[:2], factors[2:], [None, None], [1.0, 0.5], in_fp8=in_fp8)
+        return outputs[0].cos() + outputs[1].sin().repeat(1, 1, INNER // SIZE)
+
+    return function
+
+
 def of_loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear_cross_entropy(hidden.sin(), weight, LABELS, bias=bias, max_logits_bytes=4 * INNER * 5).sin()
 
@@ -63,6 +75,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "frozen experts": (of_experts, [(TOKENS, SIZE), (TOKENS, 2)]),
     "fp8": (of_fp8(True), [(2, TOKENS, SIZE)]),
     "dequantised fp8": (of_fp8(False), [(2, TOKENS, SIZE)]),
+    "projections": (
+        of_lora(False),
+        [(2, TOKENS, SIZE), (RANK, SIZE), (RANK, SIZE), (INNER, RANK), (SIZE, RANK)],
+    ),
+    "projections in fp8": (
+        of_lora(True),
+        [(2, TOKENS, SIZE), (RANK, SIZE), (RANK, SIZE), (INNER, RANK), (SIZE, RANK)],
+    ),
     "loss": (of_loss, [(TOKENS, SIZE), (INNER, SIZE), (INNER,)]),
 }  # fmt: skip
 

@@ -139,10 +139,12 @@ def test_torchs_own_checks_of_the_operation(given: bool) -> None:
     case = Case("cpu", torch.float32)
     x, *ab = (t.clone().requires_grad_() for t in (case.x, *case.a, *case.b))
     projected = [(case.x @ down.T).requires_grad_() for down in case.a] if given else None
-    opchecked, operation = [], torch.ops.pipelite.lora_linear
+    opchecked, operation = [], torch.ops.pipelite.differentiable_lora_linear
 
     class Operations:
-        def lora_linear(self, *arguments: Any) -> Any:
+        lora_linear = torch.ops.pipelite.lora_linear
+
+        def differentiable_lora_linear(self, *arguments: Any) -> Any:
             opchecked.append(arguments)
             return operation(*arguments)
 
@@ -150,6 +152,10 @@ def test_torchs_own_checks_of_the_operation(given: bool) -> None:
         patch.setattr(torch.ops, "pipelite", Operations())
         lora_linear(x, [[w] for w in case.weights], ab[:3], ab[3:], case.biases, SCALES, projected)
     torch.library.opcheck(operation.default, opchecked[0])
+    x, codes, _, *operands = opchecked[0]
+    torch.library.opcheck(Operations.lora_linear.default, (x.detach(), codes, *operands))
+    # What is compiled calls this one, and goes through no Python of autograd.
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("pipelite::lora_linear", "AutogradCPU")
 
 
 def test_the_gradient_of_a_transposed_input_has_the_strides_that_the_compiler_is_told() -> None:
