@@ -139,6 +139,19 @@ def test_more_than_a_product_is_refused_before_the_first_step(callback: L.Callba
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("what", ["convolution", "flat", "other rank"])
+def test_what_is_no_whole_matrix_is_refused(what: str) -> None:
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 2) if what == "convolution" else nn.Linear(3, 4))
+    layer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)[0]
+    weight = layer.lora_B["default"].weight
+    if what == "flat":  # as some strategies keep a shard
+        weight.data = weight.data.flatten()
+    elif what == "other rank":
+        weight.data = weight.data[:, :1]
+    with pytest.raises(ConfigurationError, match="LoRA weights of 0 are.*plain whole matrices"):
+        find_low_rank(net)
+
+
 def test_norms_of_nothing_are_told_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
