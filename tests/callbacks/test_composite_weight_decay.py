@@ -217,7 +217,7 @@ def test_a_parameter_that_is_not_trained_keeps_its_value() -> None:
 
 
 class Controlled(L.LightningModule):
-    """Layers with Control Adapters: S of the first has a rate of its own, the third's is frozen, the fourth's not used."""
+    """Control Adapters: S of the first layer has its own rate, the third's is frozen, the fourth's not used."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -148,7 +148,7 @@ def test_what_is_no_whole_matrix_is_refused(what: str) -> None:
         weight.data = weight.data.flatten()
     elif what == "other rank":
         weight.data = weight.data[:, :1]
-    with pytest.raises(ConfigurationError, match="LoRA weights of 0 are.*plain whole matrices"):
+    with pytest.raises(ConfigurationError, match=r"LoRA weights of 0 are.*plain whole matrices"):
         find_low_rank(net)
 
 

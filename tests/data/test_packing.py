@@ -91,6 +91,16 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], room: int) -> None:
     assert sorted(room - filled) == sorted(rooms)
 
 
+def test_best_fit_depends_on_lengths_and_seed_alone() -> None:
+    """Of equal lengths the first comes first, of equal rooms the last; the seed gives the order of the sequences."""
+    lengths, count = np.array([4, 3] * 30), 30
+    layout = best_fit([np.arange(60)], lengths, 7, max_sequences=None, seed=5)
+    places = np.random.default_rng((5, count)).permutation(count)
+    expected = np.empty(60, np.int64)
+    expected[0::2], expected[1::2] = places * 7, places[::-1] * 7 + 4
+    assert layout.starts[np.argsort(layout.documents)].tolist() == expected.tolist()
+
+
 def test_reference_by_hand() -> None:
     """The slow function itself, against what is worked out on paper."""
     sequence = pack_slowly([[[5, 6, 7], [8, 9]]], [1], 5, False, None, 0)
