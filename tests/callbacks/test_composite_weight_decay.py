@@ -83,6 +83,15 @@ def test_chunks_are_small_and_views_follow_the_parameters(monkeypatch: pytest.Mo
         assert relative(each.b, b) < 1e-6
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(2048, 1536), (513, 1026), (514, 512)])
+def test_long_sums_are_whole(inner: int, outer: int) -> None:
+    pairs = [pair(str(i), 3, inner, outer) for i in range(2)]
+    (chunk,) = chunks(pairs)
+    for each, norm in zip(pairs, chunk.norms(*gram_matrices(*chunk.stack())), strict=True):
+        ((a, b),) = products(each)
+        assert norm.item() == pytest.approx((b @ a).norm().item(), rel=1e-6)
+
+
 def test_norms_of_coarse_weights_are_exact() -> None:
     each = pair("0", 4, 32, 16)
     for weight in (each.a, each.b):
@@ -282,6 +291,7 @@ def test_coarse_adapters_are_refused_only_where_something_decays() -> None:
         layer.a.data = layer.a.data.bfloat16()
     with pytest.raises(ConfigurationError, match=r"bfloat16.*float32"):
         fit(module, 1.0)
+    fit(module.to(torch.bfloat16), 0.0, precision="bf16-true")
 
 
 def test_a_module_without_adapters() -> None:
