@@ -137,12 +137,18 @@ class CallsItsBase(torch.optim.SGD):
         return super().step(closure)
 
 
-class LetsGo(torch.optim.SGD):
-    """Leaves no gradient behind, as optimizers that save memory do."""
+class LetsGo(torch.optim.Optimizer):
+    """SGD that has let go of the gradients when hooks are called, as optimizers that save memory do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
 
     def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        self.zero_grad()
+        loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.data -= self.param_groups[0]["lr"] * parameter.grad
+                parameter.grad = None
         return loss
 
 
