@@ -75,6 +75,7 @@ def test_chunks_are_small_and_views_follow_the_parameters(monkeypatch: pytest.Mo
     pairs = [pair(str(i), 4, 8, 8) for i in range(5)]
     made = chunks(pairs)
     assert [len(chunk.pairs) for chunk in made] == [2, 2, 1]
+    assert [len(chunk.pairs) for chunk in chunks([pair("large", 4, 80, 80)])] == [1]
     pairs[0].a.data, pairs[1].b.data = torch.randn(4, 8), torch.randn(8, 4)  # other memory
     expected = [decayed(*products(each)[0], 1.0, 1e-3, 1e-3) for each in made[0].pairs]
     decay_products(made[0], 1e-3, 1e-3, None)
