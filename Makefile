@@ -40,7 +40,8 @@ dist: setup
 # The tests of error sentences are left out: what jsonargparse says of a wrong value, and our sentences with it, differ.
 VERSIONS_TESTS = tests/cli/test_main.py tests/cli/test_commands.py tests/optim tests/strategy/test_engine.py tests/strategy/test_exactness.py \
 	tests/models/test_stage.py tests/adapters/test_lora.py tests/export/test_merging.py tests/export/test_gguf.py \
-	tests/data/test_datamodule.py tests/kernels/test_compiled_gradients.py tests/models/attention/test_flash.py
+	tests/data/test_datamodule.py tests/kernels/test_compiled_gradients.py tests/models/test_torch_compat.py \
+	tests/models/attention/test_flash.py
 
 versions: versions-constraints-lowest versions-constraints
 

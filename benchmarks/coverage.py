@@ -49,10 +49,10 @@ Written by `make coverage` with transformers {transformers}, torch {torch}. **{s
 - *one stage*: exact, but the layers cannot be cut without a change of the result: `pipeline_stages: 1`, with replicas.
 - *packing*: *isolated*, where packed documents equal each document alone within 1e-5; *refused*, where the model would
   leak from one document into the next, and trains with `packed: false`, one document a sequence.
-- *LoRA*: *equal*, where PEFT, on the whole model, gives the logits of the two stages that trained it within 1e-5; *refused* with the
-  default target_modules, which PEFT could not load; other targets do.
-- *4 bits*: *equal*, where each weight in nf4 is bitsandbytes' bit for bit, and the logits of two stages are those of the unsplit model with
-  such weights within 1e-5.
+- *LoRA*: *equal*, where PEFT, on the whole model, gives the logits of the two stages that trained it within 1e-5;
+  *refused* with the default target_modules, which PEFT could not load; others do.
+- *4 bits*: *equal*, where each weight in nf4 is bitsandbytes' bit for bit, and the logits of two stages are those of
+  the unsplit model with such weights within 1e-5.
 - *refused*: with the reason, before anything is loaded.
 - *not tried*: no tiny model could be built here. Your model is put to the same trial before it is loaded.
 

@@ -18,6 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.attention.document_mask import documents_when_recomputed
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.offload import HostCopies
+from lightning_pipelite.models.torch_compat import leave_functions_to_autograd
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
@@ -118,6 +119,7 @@ def _compiled_keeping_inputs(call: Callable[..., Any], *args: Any, **kwargs: Any
 
 def compile_layers(layers: list[nn.Module]) -> None:
     """Compile each decoder layer by itself: one graph for all of a kind, with the shapes of the first micro-batch."""
+    leave_functions_to_autograd()
     # Layers of different kinds (attention windows, say), in training and evaluation, for a ragged last batch as well.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in layers:

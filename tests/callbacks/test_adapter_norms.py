@@ -29,9 +29,14 @@ def test_norms_of_control_adapters() -> None:
     exact = q.double()
     expected = (exact.T @ exact - torch.eye(3)).norm() ** 2
     assert orthogonality(pair).item() == pytest.approx(expected.item(), rel=1e-6)
+    pair.q.data = q.bfloat16()
+    exact = q.bfloat16().double()
+    expected = (exact.T @ exact - torch.eye(3)).norm() ** 2
+    assert orthogonality(pair).item() == pytest.approx(expected.item(), rel=1e-5)
     pair.q.data = torch.linalg.qr(q)[0]
     w = pair.q.detach().double() @ torch.diag(s.double().exp() - 1) @ pair.q.detach().double().T
     assert spectral_norm(pair).item() == pytest.approx(torch.linalg.matrix_norm(w, 2).item(), rel=1e-6)
+    assert spectral_norm(pair).item() == pytest.approx(s.double().expm1().abs().max().item(), rel=1e-14)  # not rounded
 
 
 def test_layers_are_shown_now_and_then(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
 from lightning_pipelite.callbacks.composite_weight_decay import decay_products
-from lightning_pipelite.callbacks.support.low_rank import Chunk, LowRank, chunks, find_low_rank, gram_matrices
+from lightning_pipelite.callbacks.support.low_rank import LowRank, chunks, find_low_rank, gram_matrices
 from lightning_pipelite.errors import ConfigurationError
 
 QUIET = {
@@ -42,7 +42,7 @@ def decayed(a: Tensor, b: Tensor, scale: float, rate_a: float, rate_b: float) ->
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((found.detach().double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("rates", [(1e-4, 1e-4), (2e-4, 5e-5), (0.0, 1e-4)], ids=str)
@@ -75,13 +75,31 @@ def test_chunks_are_small_and_views_follow_the_parameters(monkeypatch: pytest.Mo
     pairs = [pair(str(i), 4, 8, 8) for i in range(5)]
     made = chunks(pairs)
     assert [len(chunk.pairs) for chunk in made] == [2, 2, 1]
-    pairs[0].a.data = torch.zeros(4, 8)  # other memory
-    decay_products(made[0], 0.1, 0.1, None)
-    assert not pairs[0].a.any()
-    old = pairs[1].b.detach().clone()
-    decay_products(made[0], 0.1, 0.1, None)
-    assert not torch.equal(pairs[1].b, old)
-    assert isinstance(made[0], Chunk)
+    assert [len(chunk.pairs) for chunk in chunks([pair("large", 4, 80, 80)])] == [1]
+    pairs[0].a.data, pairs[1].b.data = torch.randn(4, 8), torch.randn(8, 4)  # other memory
+    expected = [decayed(*products(each)[0], 1.0, 1e-3, 1e-3) for each in made[0].pairs]
+    decay_products(made[0], 1e-3, 1e-3, None)
+    for each, (a, b) in zip(made[0].pairs, expected, strict=True):
+        assert relative(each.a, a) < 1e-6
+        assert relative(each.b, b) < 1e-6
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(2048, 1536), (513, 1026), (514, 512)])
+def test_long_sums_are_whole(inner: int, outer: int) -> None:
+    pairs = [pair(str(i), 3, inner, outer) for i in range(2)]
+    (chunk,) = chunks(pairs)
+    for each, norm in zip(pairs, chunk.norms(*gram_matrices(*chunk.stack())), strict=True):
+        ((a, b),) = products(each)
+        assert norm.item() == pytest.approx((b @ a).norm().item(), rel=1e-6)
+
+
+def test_norms_of_coarse_weights_are_exact() -> None:
+    each = pair("0", 4, 32, 16)
+    for weight in (each.a, each.b):
+        weight.data = weight.data.bfloat16()
+    ((a, b),) = products(each)
+    (norm,) = chunks([each])[0].norms(*gram_matrices(*chunks([each])[0].stack()))
+    assert norm.item() == pytest.approx((b @ a).norm().item(), rel=1e-6)
 
 
 class Net(L.LightningModule):
@@ -128,7 +146,7 @@ class Metrics(L.Callback):
             self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def fit(module: Net, weight_decay: float, **options: Any) -> list[dict[str, float]]:
+def fit(module: L.LightningModule, weight_decay: float, **options: Any) -> list[dict[str, float]]:
     metrics = Metrics()
     callbacks = [CompositeWeightDecay(weight_decay), AdapterNorms(), metrics]
     L.Trainer(callbacks=callbacks, max_epochs=1, **{**QUIET, **options}).fit(module, rows())
@@ -208,6 +226,41 @@ def test_a_parameter_that_is_not_trained_keeps_its_value() -> None:
     assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
 
 
+class Controlled(L.LightningModule):
+    """Control Adapters: S of the first layer has its own rate, the third's is frozen, the fourth's not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(4))
+        for layer in self.layers:
+            layer.control_Q, layer.control_S = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3))
+        self.layers[2].control_S.requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum(((each.control_Q * each.control_S).square().mean() for each in self.layers[:3]), torch.zeros(()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        first, *others = (layer.control_S for layer in self.layers)
+        return torch.optim.SGD([{"params": others}, {"params": [first], "lr": 0.3}], lr=0.1)
+
+
+def test_control_adapters_decay() -> None:
+    module, decay = Controlled(), 0.5
+    values = [layer.control_S.detach().double() for layer in module.layers]
+    (metrics,) = fit(module, decay, max_steps=1)
+    falls = []
+    for number, rate in enumerate((0.3, 0.1)):
+        q = module.layers[number].control_Q.detach().double()
+        stepped = values[number] * (1 - rate * 2 / q.numel() * q.square().sum(0))
+        values[number] = stepped * (1 - rate * decay)
+        falls.append(float(stepped.expm1().abs().max() - values[number].expm1().abs().max()))
+    for layer, value in zip(module.layers, values, strict=True):
+        torch.testing.assert_close(layer.control_S.detach().double(), value, rtol=1e-6, atol=1e-6)
+    for kind, fall in (("min", min(falls)), ("max", max(falls)), ("avg", sum(falls) / 2)):
+        assert metrics[f"train/weight_decay_{kind}"] == pytest.approx(fall, rel=1e-4)
+
+
 def test_names_of_experts_tell_their_parameter() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -239,6 +292,7 @@ def test_coarse_adapters_are_refused_only_where_something_decays() -> None:
         layer.a.data = layer.a.data.bfloat16()
     with pytest.raises(ConfigurationError, match=r"bfloat16.*float32"):
         fit(module, 1.0)
+    fit(module.to(torch.bfloat16), 0.0, precision="bf16-true")
 
 
 def test_a_module_without_adapters() -> None:

@@ -117,6 +117,77 @@ def test_one_step(configs: Any, idle: str) -> None:
         assert metrics[f"train/{kind}_avg"] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_one_half_decays_where_the_other_is_frozen(frozen: str) -> None:
+    module, before = Adapted({}), Before()
+    for name, parameter in module.layers.named_parameters():
+        if f"_{frozen}" in name:
+            parameter.requires_grad_(False)
+    one_step(module, before, CompositeWeightDecay(DECAY))
+    rates = [0.0 if each == frozen else RATE * DECAY for each in "AB"]
+    for name, (a, b, scale) in before.products.items():
+        for found, wanted in zip(module.products()[name][:2], decayed(a, b, scale, *rates), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+class CallsItsBase(torch.optim.SGD):
+    """Both steps call the hooks."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class LetsGo(torch.optim.Optimizer):
+    """SGD that has let go of the gradients when hooks are called, as optimizers that save memory do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.data -= self.param_groups[0]["lr"] * parameter.grad
+                parameter.grad = None
+        return loss
+
+
+@pytest.mark.parametrize("optimizer", [CallsItsBase, LetsGo])
+def test_an_optimizer_of_another_kind_decays_the_same_and_once(optimizer: Any) -> None:
+    module, same = Adapted({}, {"r": 3}, optimizer=optimizer), Adapted({}, {"r": 3})
+    same.load_state_dict(module.state_dict())
+    for each in (module, same):  # their second adapter is frozen
+        one_step(each, CompositeWeightDecay(DECAY))
+    for ours, theirs in zip(module.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_two_optimizers_decay_and_log_as_one() -> None:
+    class Two(Adapted):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [self.optimizer(part.parameters(), lr=RATE) for part in (self.layers[:2], self.layers[2:])]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+
+    module, same = Two({}), Adapted({})
+    same.load_state_dict(module.state_dict())
+    options = {**QUIET, "max_epochs": 1, "limit_train_batches": 1, "log_every_n_steps": 1}
+    logged = []
+    for each in (module, same):
+        trainer = L.Trainer(callbacks=[CompositeWeightDecay(DECAY)], **options)
+        trainer.fit(each, loader())
+        logged.append({name: float(value) for name, value in trainer.logged_metrics.items() if "decay" in name})
+    assert logged[0] == pytest.approx(logged[1])
+    assert len(logged[0]) == 3
+    for ours, theirs in zip(module.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_norms_are_those_of_peft() -> None:
     module = Adapted({}, {"r": 3, "use_rslora": True})
     found = {each.name: each for each in find_low_rank(module.layers)}
@@ -137,6 +208,19 @@ def test_more_than_a_product_is_refused_before_the_first_step(callback: L.Callba
     with pytest.raises(ConfigurationError, match="is a MontecloraLinear, which is more than the product"):
         one_step(module, callback)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("what", ["convolution", "flat", "other rank"])
+def test_what_is_no_whole_matrix_is_refused(what: str) -> None:
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 2) if what == "convolution" else nn.Linear(3, 4))
+    layer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)[0]
+    weight = layer.lora_B["default"].weight
+    if what == "flat":  # as some strategies keep a shard
+        weight.data = weight.data.flatten()
+    elif what == "other rank":
+        weight.data = weight.data[:, :1]
+    with pytest.raises(ConfigurationError, match=r"LoRA weights of 0 are.*plain whole matrices"):
+        find_low_rank(net)
 
 
 def test_norms_of_nothing_are_told_once() -> None:
@@ -175,7 +259,7 @@ def test_a_rate_that_is_a_tensor() -> None:
 
 
 def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
-    """The second layer's adapter comes into the optimizer in the second epoch, the third's is thawed."""
+    """The second layer's adapter comes into the optimizer in the second epoch, the third's is thawed in the third."""
 
     class Later(Adapted):
         def configure_optimizers(self) -> Any:
@@ -187,6 +271,7 @@ def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
             if self.current_epoch == 1:
                 optimizer: Any = self.optimizers()
                 optimizer.add_param_group({"params": [*self.layers[1].parameters()], "lr": RATE})
+            if self.current_epoch == 2:
                 for name, parameter in self.layers[3].named_parameters():
                     parameter.requires_grad_("lora_" in name)
 
@@ -197,8 +282,9 @@ def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
             fallen.append(sum(group != -1 for (group, _), _ in decay._plan_of(trainer.optimizers[0])[0]))
 
     decay = CompositeWeightDecay(1.0)
-    L.Trainer(callbacks=[decay, Count()], **{**QUIET, "limit_train_batches": 1}).fit(Later({}), loader())
-    assert fallen == [1, 3]
+    options = {**QUIET, "limit_train_batches": 1, "max_epochs": 3}
+    L.Trainer(callbacks=[decay, Count()], **options).fit(Later({}), loader())
+    assert fallen == [1, 2, 3]
 
 
 def test_after_an_error_nothing_decays_twice() -> None:

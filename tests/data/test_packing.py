@@ -6,10 +6,36 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_pipelite.data.packing import best_fit
+from lightning_pipelite.data.packing import best_fit, lay_out
 from packing_reference import Slot, flatten, groups_of_documents, label_slowly, pack_slowly
 
 PADDING = 999
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    groups=groups_of_documents,
+    room=st.integers(1, 12),
+    drop_tails=st.booleans(),
+    max_sequences=st.none() | st.integers(1, 6),
+)
+def test_concatenated_as_the_rules_say(
+    groups: list[list[list[int]]], room: int, drop_tails: bool, max_sequences: int | None
+) -> None:
+    flat, indices, lengths = flatten(groups)
+    layout = lay_out(indices, lengths, room, drop_tails=drop_tails, max_sequences=max_sequences)
+    tokens = np.full(layout.sequences * room, PADDING)
+    for document, source, start, size in zip(
+        layout.documents, layout.sources, layout.starts, layout.sizes, strict=True
+    ):
+        assert size > 0
+        assert (tokens[start : start + size] == PADDING).all()
+        assert start // room == (start + size - 1) // room
+        tokens[start : start + size] = flat[document][source : source + size]
+    ends = layout.starts + layout.sizes
+    assert (ends <= [*layout.starts[1:], layout.sequences * room]).all()
+    expected = pack_slowly(groups, [], room, drop_tails, max_sequences, PADDING)
+    assert tokens.tolist() == [slot.token for sequence in expected for slot in sequence]
 
 
 @settings(max_examples=150, deadline=None)
@@ -63,6 +89,16 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], room: int) -> None:
     assert layout.sequences == len(rooms)
     filled = np.bincount(layout.starts // room, weights=layout.sizes)
     assert sorted(room - filled) == sorted(rooms)
+
+
+def test_best_fit_depends_on_lengths_and_seed_alone() -> None:
+    """Of equal lengths the first comes first, of equal rooms the last; the seed gives the order of the sequences."""
+    lengths, count = np.array([4, 3] * 30), 30
+    layout = best_fit([np.arange(60)], lengths, 7, max_sequences=None, seed=5)
+    places = np.random.default_rng((5, count)).permutation(count)
+    expected = np.empty(60, np.int64)
+    expected[0::2], expected[1::2] = places * 7, places[::-1] * 7 + 4
+    assert layout.starts[np.argsort(layout.documents)].tolist() == expected.tolist()
 
 
 def test_reference_by_hand() -> None:

@@ -31,6 +31,7 @@ def test_every_sequence_once_in_an_order_free_of_replicas(
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
             assert len(sampler) == len(shares[-1])
+            assert sampler.total_size == len(sampler) * count
         return shares
 
     shares = deal(replicas, round_to)
@@ -80,3 +81,8 @@ def test_order_changes_with_seed_and_epoch_only() -> None:
 def test_rank_outside_is_refused() -> None:
     with pytest.raises(ValueError, match="rank"):
         PackedSampler(range(5), num_replicas=2, rank=2, shuffle=False)
+
+
+def test_the_seed_is_zero_unless_given() -> None:
+    assert list(PackedSampler(range(40), shuffle=True)) == list(PackedSampler(range(40), shuffle=True, seed=0))
+    assert list(PackedSampler(range(40), shuffle=True)) != list(PackedSampler(range(40), shuffle=True, seed=1))

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
+from lightning_pipelite.kernels.frozen_weight import bitsandbytes_operations
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.kernels.routing import sort_by_expert
@@ -62,6 +65,13 @@ def of_lora(in_fp8: bool) -> Callable[..., Tensor]:
     return function
 
 
+def of_4bit(nested: bool) -> Callable[[Tensor], Tensor]:
+    """The function of bitsandbytes, of which layers of 4-bit weights without an adapter are made."""
+    bitsandbytes_operations()
+    codes, state = quantize_4bit(draw(INNER, 64, seed=10), quant_type="nf4", compress_statistics=nested)
+    return lambda x: matmul_4bit(x.sin(), codes, quant_state=state).cos()
+
+
 def of_loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear_cross_entropy(hidden.sin(), weight, LABELS, bias=bias, max_logits_bytes=4 * INNER * 5).sin()
 
@@ -83,6 +93,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         of_lora(True),
         [(2, TOKENS, SIZE), (RANK, SIZE), (RANK, SIZE), (INNER, RANK), (SIZE, RANK)],
     ),
+    "4-bit": (of_4bit(False), [(TOKENS, 64)]),
+    "nested 4-bit": (of_4bit(True), [(TOKENS, 64)]),
     "loss": (of_loss, [(TOKENS, SIZE), (INNER, SIZE), (INNER,)]),
 }  # fmt: skip
 

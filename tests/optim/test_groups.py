@@ -37,6 +37,10 @@ def test_wrong_patterns(patterns: Any, word: str) -> None:
         check_patterns(patterns)
 
 
+def test_right_patterns() -> None:
+    check_patterns({"lora_B": {"lr": 1.0}, r"lora_|norm": {"weight_decay": 0.0}})
+
+
 @pytest.mark.parametrize("factory", [Adam, torch.optim.AdamW])
 def test_an_option_that_the_optimizer_does_not_know(factory: Any) -> None:
     patterns: dict[str, Any] = {"lora_B": {"momentum": 1.0}}

@@ -26,3 +26,8 @@ def test_column_major_puts_the_stages_of_a_pipeline_side_by_side() -> None:
 def test_stages_must_divide_the_devices(stages: int) -> None:
     with pytest.raises(ConfigurationError, match=f"pipeline_stages={stages} must divide the number of devices .4."):
         Topology(4, stages)
+
+
+@pytest.mark.parametrize(("layout", "least"), [({}, [1.0, 3.0]), ({"column_major": True}, [3.0, 1.0])])
+def test_the_least_of_each_stages_ranks(layout: dict[str, bool], least: list[float]) -> None:
+    assert Topology(4, 2, **layout).least_of_stages([4.0, 1.0, 3.0, 5.0]) == least
