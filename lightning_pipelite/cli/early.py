@@ -19,8 +19,8 @@ from lightning_pipelite.cli.option_names import (
     parameters_of,
 )
 from lightning_pipelite.cli.option_values import refused_value
-from lightning_pipelite.cli.option_words import check_no_other_words, content_of, options_of
-from lightning_pipelite.cli.sections import SECTIONS
+from lightning_pipelite.cli.option_words import check_no_other_words, check_values_there, content_of, options_of
+from lightning_pipelite.cli.sections import SECTIONS, check_sections
 from lightning_pipelite.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def check_early(words: list[str]) -> None:
     for name, value in options_of(words):
         if name in ("c", "config"):
             content = content_of(value)
+            check_sections(content, Path(value or ".").expanduser().parent)
             names += [(key, "") for key in _keys(content)]
             sections = {name: each for name, each in content.items() if isinstance(each, dict)}
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
@@ -68,6 +69,7 @@ def check_early(words: list[str]) -> None:
                 model_dir = value if name != "model" else None
             if name in ("model", "model.adapter", "model.adapter.class_path"):
                 adapter = value
+    check_values_there(words, option_names() - {*OWN})
     for name, dashes in names:
         if _is_ours(adapter) or not name.startswith("model.adapter."):
             _check_name(name, dashes)

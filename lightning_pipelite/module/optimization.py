@@ -18,6 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
+    check_ranges,
     check_schedule,
     group_parameters,
     make_optimizer,
@@ -55,11 +56,7 @@ class Optimization:
         warmup_steps: int,
         groups: Mapping[str, dict[str, float]],
     ) -> None:
-        for name, value, high in (("beta1", betas[0], 1), ("beta2", betas[1], 1), ("lr", lr, 1e3)):
-            if not 0 <= value < high or (name == "beta2" and value == 0):
-                raise ConfigurationError(f"model.{name} must be at least 0 and less than {high:g}, not {value}.")
-        if eps <= 0:
-            raise ConfigurationError(f"model.eps must be positive, not {eps}.")
+        check_ranges(lr, betas, eps)
         if factory is not None and (betas, eps) != (_BETAS, _EPS):
             raise ConfigurationError(
                 "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
