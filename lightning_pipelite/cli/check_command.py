@@ -31,7 +31,7 @@ from lightning_pipelite.models.loading import load_dequantised
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.planning.settings import gib
-from lightning_pipelite.strategy.partition import check_virtual_stages
+from lightning_pipelite.strategy.option_ranges import check_virtual_stages
 
 TAKEN = 4 * 4
 """Bytes for each weight: float32, of the model and of its stages, and the gradients of both."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_pipelite.adapters.config_file import adapter_settings, lora_settings
 from lightning_pipelite.cli.command_options import check_sequences, read_splits
+from lightning_pipelite.cli.early import check_model_dir
 from lightning_pipelite.cli.early_types import check_types
 from lightning_pipelite.cli.option_words import options_of
 from lightning_pipelite.cli.signatures import signature_of
@@ -41,7 +42,7 @@ def check_command_values(name: str, command: Command, words: Sequence[str]) -> N
     if name == "preview":
         Configuration(tuple(words)).require_files()
     if name in ("preview", "plan"):  # which read the options of fit in any case
-        check_types(words)
+        check_types(words, may_lack=True)
     check = _CHECKS.get(name)
     if check is not None:
         check(options)
@@ -101,6 +102,8 @@ def _check_migrate(options: Mapping[str, Any]) -> None:
 
 
 def _check_stages(options: Mapping[str, Any]) -> None:
+    if "model_dir" in options:
+        check_model_dir(options["model_dir"])
     if "stages" in options:
         read_splits(options["stages"])
 

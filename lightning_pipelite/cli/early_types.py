@@ -18,14 +18,16 @@ _SHORT_NAMES = {
     "model.adapter": ("lightning_pipelite.adapters",),
     "trainer.callbacks": ("lightning_pipelite.callbacks", "lightning.pytorch.callbacks"),
 }
+OUR_ADAPTERS = ("LoRA", "ControlAdapter", "Full")
 _MADE_ELSEWHERE = {"model.optimizer": ("params", "lr")}  # by the module
 
 
-def check_types(words: Sequence[str]) -> Given | None:
+def check_types(words: Sequence[str], *, may_lack: bool = False) -> Given | None:
     """Refuse values that are not of their option's type, and options that a class does not have.
 
     Args:
         words: Of the command line behind the subcommand, whose names are known to be right.
+        may_lack: Whether options that fit needs may be missing.
 
     Returns:
         What is given, plain values as their types have them; None where more may be given elsewhere.
@@ -33,6 +35,8 @@ def check_types(words: Sequence[str]) -> Given | None:
     Raises:
         ConfigurationError: If fit would refuse it, too.
     """
+    from lightning_pipelite.cli.error_messages import explain
+
     given = given_options(words)
     if given is None:
         return None
@@ -45,9 +49,14 @@ def check_types(words: Sequence[str]) -> Given | None:
     for option in ("trainer.strategy", "model.adapter", "model.optimizer"):
         made = given.with_class(option)
         if made is not None:
-            given.values[option] = ClassOptions(made.class_path, _typed_of_class(option, made))
+            given.values[option] = ClassOptions(made.class_path, _typed_of_class(option, made, may_lack))
+    adapter = given.with_class("model.adapter")
+    name = OUR_ADAPTERS[0] if adapter is None or given.runs_others_code else adapter.class_path  # which may have more
+    if "." not in name and name not in OUR_ADAPTERS:
+        message = f'Parser key "model.adapter":\n  Expected a dot import path string: {name}'
+        raise ConfigurationError(explain(message, {}))
     for callback in given.callbacks or ():
-        _typed_of_class("trainer.callbacks", callback)
+        _typed_of_class("trainer.callbacks", callback, may_lack)
     return given
 
 
@@ -103,7 +112,7 @@ def _is_certain(value: Any, kind: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, (int, float)) and (str not in kinds or type(value) in kinds))
 
 
-def _typed_of_class(option: str, made: ClassOptions) -> dict[str, Any]:
+def _typed_of_class(option: str, made: ClassOptions, may_lack: bool) -> dict[str, Any]:
     from lightning_pipelite.cli.error_messages import explain
 
     path = path_of(option, made)
@@ -114,6 +123,11 @@ def _typed_of_class(option: str, made: ClassOptions) -> dict[str, Any]:
     for name in made.init_args:
         if name in made_elsewhere or not (name in signature.types or signature.takes_others):
             raise ConfigurationError(explain(f"Parser key \"{option}\":\n  Option '{name}' is not accepted", {}))
+    if option == "model.adapter" and not may_lack:
+        for name in signature.required:
+            if made.init_args.get(name) is None:
+                message = f'Parser key "{option}":\n  the following arguments are required: {name}'
+                raise ConfigurationError(explain(message, {}))
     return _typed(option, path, made.init_args)
 
 

@@ -13,7 +13,7 @@ from lightning_pipelite.adapters.selection import ranges_of
 from lightning_pipelite.checkpoint.directory import former_of
 from lightning_pipelite.checkpoint.manifest import read_manifest
 from lightning_pipelite.checkpoint.named import refuse_best, refuse_last
-from lightning_pipelite.cli.early_types import check_types, path_of
+from lightning_pipelite.cli.early_types import OUR_ADAPTERS, check_types, path_of
 from lightning_pipelite.cli.given import NULLS, STRATEGY, Given
 from lightning_pipelite.cli.sections import LINKS, is_linked
 from lightning_pipelite.cli.trainer_options import check_seed, check_trainer_options
@@ -26,9 +26,9 @@ from lightning_pipelite.optim.ranges import check_ranges, check_schedule
 from lightning_pipelite.shared.local_path import refuse_remote
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.monitors import refuse_monitor
+from lightning_pipelite.strategy.option_ranges import check_method, check_timeout, check_virtual_stages
 from lightning_pipelite.strategy.refused_options import KEPT_PRECISION, refuse_options
 
-_OUR_ADAPTERS = ("LoRA", "ControlAdapter", "Full")
 _WATCHING = ("EarlyStopping", "ModelCheckpoint", "TimedCheckpoint")
 _PRECISIONS = ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
@@ -83,6 +83,9 @@ def _check_trainer(given: Given) -> None:
     stages = 1
     if strategy is not None and path_of("trainer.strategy", strategy) == STRATEGY:
         stages = strategy.init_args.get("pipeline_stages", 1)
+        check_timeout(strategy.init_args.get("timeout", 1.0))
+        check_virtual_stages(stages, strategy.init_args.get("virtual_stages", 1))
+        check_method(strategy.init_args.get("partition_method", "auto"))
     if isinstance(devices, int) and devices > 0 and "trainer.num_nodes" not in given.unread:
         Topology(devices * options.get("num_nodes", 1), stages)
 
@@ -92,7 +95,8 @@ def _check_model(given: Given) -> None:
     refuse_both(options.get("load_in_4bit", False), options.get("load_in_fp8", False))
     defaults = {"lr": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}  # that are in their ranges
     lr, beta1, beta2, eps = (options.get(name, default) for name, default in defaults.items())
-    check_ranges(lr, (beta1, beta2), eps)
+    of_default = given.values.get("model.optimizer") is None
+    check_ranges(lr, (beta1, beta2), eps, of_default=of_default or "model.optimizer" in given.unread)
     if "model.schedule" not in given.unread and "model.warmup_steps" not in given.unread:
         check_schedule(options.get("schedule", "rms_ratio"), options.get("warmup_steps", 0))
     adapter = _our_adapter(given)
@@ -117,7 +121,7 @@ def _our_adapter(given: Given) -> str | None:
     adapter = given.with_class("model.adapter")
     path = path_of("model.adapter", adapter) if adapter else None
     module, _, name = (path or "").rpartition(".")
-    return name if module.startswith("lightning_pipelite.") and name in _OUR_ADAPTERS else None
+    return name if module.startswith("lightning_pipelite.") and name in OUR_ADAPTERS else None
 
 
 def _check_callbacks(given: Given, trains: bool) -> None:

@@ -97,7 +97,10 @@ class Given:
             self._forget(option)
         elif not below and not is_class:
             self.values[option] = value
-        elif not below and here is None and value is not None:
+        elif not below and value in NULLS:
+            if here is not None:
+                self._forget(option)
+        elif not below and here is None:
             made = _class_options(value)
             if made is None:
                 self._forget(option)
@@ -107,7 +110,7 @@ class Given:
             self.values[option] = ClassOptions(STRATEGY, {below[0]: value})
         elif len(below) == 1 and isinstance(here, ClassOptions) and here.class_path != "pipelite":
             here.init_args[below[0]] = value
-        elif below or value is not None:
+        else:
             self._forget(option)
 
     def _forget(self, option: str) -> None:

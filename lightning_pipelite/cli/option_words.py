@@ -66,6 +66,8 @@ def content_of(file: str | None) -> dict[str, Any]:
     path = Path(file).expanduser()
     if not path.exists():
         raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
+    if path.is_dir():
+        raise ConfigurationError(f"--config: Path is not a file: '{Path.cwd()}/{file}'; give a YAML or JSON file.")
     import yaml  # type: ignore[import-untyped]
 
     try:

@@ -21,10 +21,12 @@ class Signature:
 
     Attributes:
         types: Of each parameter; None where it is not read here.
+        required: Those without a default.
         takes_others: Whether there are further ones, by ``*args`` or ``**kwargs``.
     """
 
     types: dict[str, Any]
+    required: tuple[str, ...]
     takes_others: bool
 
 
@@ -50,7 +52,10 @@ def signature_of(path: str) -> Signature | None:
         return None
     arguments = [*given.args[isinstance(found[0], ast.ClassDef) :], *given.kwonlyargs]
     types = {each.arg: _type_or_none(each.annotation, tree) for each in arguments}
-    return Signature(types, takes_others=given.vararg is not None or given.kwarg is not None)
+    optional = [*[each.arg for each in given.args[len(given.args) - len(given.defaults) :]]]
+    optional += [each.arg for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default]
+    required = tuple(name for name in types if name not in optional)
+    return Signature(types, required, takes_others=given.vararg is not None or given.kwarg is not None)
 
 
 def _definition(module: str, name: str, depth: int = 5) -> tuple[ast.ClassDef | ast.FunctionDef, ast.Module] | None:

@@ -27,8 +27,6 @@ from lightning_pipelite.optim import (
 from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
 
-_BETAS, _EPS = (0.9, 0.99), 1e-6
-
 
 class Optimization:
     """What the options of a module say of it, tried out as they are given.
@@ -56,11 +54,7 @@ class Optimization:
         warmup_steps: int,
         groups: Mapping[str, dict[str, float]],
     ) -> None:
-        check_ranges(lr, betas, eps)
-        if factory is not None and (betas, eps) != (_BETAS, _EPS):
-            raise ConfigurationError(
-                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
-            )
+        check_ranges(lr, betas, eps, of_default=factory is None)
         check_schedule(schedule, warmup_steps)
         check_patterns(groups)
         # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi

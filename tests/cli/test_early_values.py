@@ -73,6 +73,8 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         [],
         "model.optimizer.beta is not an option; correct its name or remove it.",
     ),
+    ({"model": {"adapter": "Lora"}}, [], "model.adapter: there is no class Lora; give its class_path, as in package"),
+    ({"model": {"adapter": "LoRA"}}, [], "model.adapter.rank must be given, in the configuration file or on the"),
     # Ranges
     ({"trainer": {"max_steps": -5}}, [], "trainer.max_steps is -5; give a number of steps, or -1 for no limit."),
     ({}, ["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0; give a number above 0,"),
@@ -84,6 +86,13 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--model.warmup_steps=3"], "model.warmup_steps is 3 with schedule rms_ratio; it must be 0 or more"),
     ({}, ["--model.adapter.init_args.dtype=float8"], "dtype is 'float8'; set it to one of float32, bfloat16, float16."),
     ({}, ["--model.adapter.layers_to_transform=3:2"], "layers_to_transform: 3:2 is a reversed range; write 2:3."),
+    ({}, ["--trainer.strategy.partition_method=best"], "partition_method must be uniform, parameters, type:REGEX"),
+    ({}, ["--trainer.strategy.timeout=-1"], "strategy: timeout must be a positive number of seconds, not -1.0."),
+    (
+        {"model": {"beta1": 0.5, "optimizer": "torch.optim.SGD"}},
+        [],
+        "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer.",
+    ),
     # What excludes each other, or is not of this strategy
     ({}, ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"], "load_in_4bit and load_in_fp8 exclude each"),
     ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule trains under PipeLiteStrategy, not ddp: set"),
@@ -164,7 +173,10 @@ RIGHT: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"model": {"optimizer": {"class_path": "my.Optimizer", "init_args": {"lr": 1.0}}}}, []),
     ({"trainer": {"callbacks": {"class_path": "my.Callback", "init_args": {"output_dir": "model"}}}}, []),
+    ({"model": {"adapter": "Mine"}, "trainer": callback("my.Callback")}, []),
     # Not read here
+    ({"model": {"beta1": 0.5}}, ["--model.optimizer=null"]),
+    ({"model": {"adapter": "LoRA"}}, ["--model.adapter.rank=3", "--model.adapter.target_modules", "[q_proj, k_proj]"]),
     ({"trainer": callback("EarlyStopping", monitor="x")}, ["--trainer.callbacks+=LearningRateMonitor"]),
     ({}, ["--model.adapter", "adapter.yaml", "--model.adapter.rank=high"]),
     ({}, ["--trainer.devices=${oc.env:DEVICES}"]),
@@ -289,6 +301,7 @@ def test_commands(job: Path, command: str, words: list[str], says: str) -> None:
         ("check", ["model", "--tiny", "--stages", "[1,2x4]"]),
         ("check", ["--tiny", "model"]),
         ("preview", ["--config=a.yaml", "--sequences", "2", "--trainer.devices=2"]),
+        ("preview", ["--config=a.yaml", "--model.adapter=LoRA"]),
         ("plan", ["--config=a.yaml", "--memory=24GiB", "--trainer.devices", "2"]),
         ("generate", ["--base=model", "--prompt", "[a, b]", "--temperature=0.5"]),
     ],
