@@ -38,24 +38,25 @@ def check_command_values(name: str, command: Command, words: Sequence[str]) -> N
 
     if {"-h", "--help"} & {*words}:
         return
-    options = _own_options(name, command, words)
+    signature = signature_of(f"{command.module}.{command.function}")
+    types = signature.types if signature else {}
+    options = _own_options(name, command, words, types)
     if name == "preview":
         Configuration(tuple(words)).require_files()
     if name in ("preview", "plan"):  # which read the options of fit in any case
         check_types(words, may_lack=True)
     check = _CHECKS.get(name)
-    if check is not None:
+    needed = {each for each in (signature.required if signature else ()) if types[each] is not None}
+    if check is not None and needed <= {*options}:  # else it is told what is missing
         check(options)
 
 
-def _own_options(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
+def _own_options(name: str, command: Command, words: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
     """Read the values of the command's own options, but for switches."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from lightning_pipelite.cli.error_messages import explain
 
-    signature = signature_of(f"{command.module}.{command.function}")
-    types = signature.types if signature else {}
     given = {each: value for each, value in options_of(words) if value is not None and not value.startswith("--")}
     if command.positional and words and not words[0].startswith("-"):
         given[next(iter(types))] = words[0]
@@ -96,14 +97,8 @@ def _check_analyze(options: Mapping[str, Any]) -> None:
     adapter_settings(Path(options["adapter"]))
 
 
-def _check_migrate(options: Mapping[str, Any]) -> None:
-    if "config" in options:
-        Migration(Path(options["config"]))
-
-
 def _check_stages(options: Mapping[str, Any]) -> None:
-    if "model_dir" in options:
-        check_model_dir(options["model_dir"])
+    check_model_dir(options["model_dir"])
     if "stages" in options:
         read_splits(options["stages"])
 
@@ -115,6 +110,6 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "convert": lambda options: check_checkpoint(options["checkpoint"]),
     "export-gguf": _check_export_gguf,
     "merge": _check_merge,
-    "migrate": _check_migrate,
+    "migrate": lambda options: Migration(Path(options["config"])),
     "preview": lambda options: check_sequences(options.get("sequences", 1)),
 }

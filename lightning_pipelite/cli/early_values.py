@@ -29,7 +29,9 @@ from lightning_pipelite.strategy.monitors import refuse_monitor
 from lightning_pipelite.strategy.option_ranges import check_method, check_timeout, check_virtual_stages
 from lightning_pipelite.strategy.refused_options import KEPT_PRECISION, refuse_options
 
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 _WATCHING = ("EarlyStopping", "ModelCheckpoint", "TimedCheckpoint")
+_SAVING = ("ModelCheckpoint", "TimedCheckpoint")
 _PRECISIONS = ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 
@@ -46,7 +48,8 @@ def check_values(words: Sequence[str], *, trains: bool) -> None:
         ConfigurationError: If a value is of another type or out of its range, values exclude each other, or what they
             name on the disk is not what it should be.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" or any(word.startswith("--print_config") for word in words):
+    later = any(os.environ.get(name, "0") != "0" for name in _RANKS)  # the first process of a job looks for all
+    if later or any(word.startswith("--print_config") for word in words):
         return
     given = check_types(words)
     if given is None:
@@ -158,7 +161,7 @@ def _check_checkpoint(given: Given) -> None:
     callbacks = given.callbacks
     if callbacks is None or given.runs_others_code:
         return
-    named = {each.init_args.get("dirpath") for each in callbacks if each.class_path.endswith("Checkpoint")}
+    named = {each.init_args.get("dirpath") for each in callbacks if each.class_path.rpartition(".")[2] in _SAVING}
     directories = sorted(Path(os.path.realpath(each)) for each in named if isinstance(each, str))
     if len(directories) == len(named) > 0 and not any(each.exists() for each in directories):
         refuse_last(directories)

@@ -13,24 +13,30 @@ FORMER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 """Of qlora-pipe-lite: one for each item of its pipeline."""
 
 
-def check_checkpoint(checkpoint: str) -> Path:
-    """Refuse what is no checkpoint, of this project or of qlora-pipe-lite; its content is not looked at.
-
-    Returns:
-        Its directory.
+def directory_of(checkpoint: str) -> Path:
+    """Return the directory of a checkpoint.
 
     Raises:
-        ConfigurationError: Naming what it lacks.
+        ConfigurationError: It is none.
     """
     directory = Path(checkpoint)
     if not directory.is_dir():
         raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
+    return directory
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Refuse what is no checkpoint, of this project or of qlora-pipe-lite; its content is not looked at.
+
+    Raises:
+        ConfigurationError: Naming what it lacks.
+    """
+    directory = directory_of(checkpoint)
     if not is_former(directory):
         try:
             read_manifest(former_of(directory) or directory)
         except ConfigurationError as error:
             raise of_option(error, directory) from None
-    return directory
 
 
 def of_option(error: ConfigurationError, checkpoint: Path) -> ConfigurationError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.checkpoint_place import check_checkpoint, is_former
+from lightning_pipelite.export.checkpoint_place import directory_of, is_former
 from lightning_pipelite.export.from_checkpoint import convert_own, read_settings
 from lightning_pipelite.export.from_qlora_pipe_lite import FormerCheckpoint
 
@@ -29,7 +29,7 @@ def convert(
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    directory = check_checkpoint(checkpoint)
+    directory = directory_of(checkpoint)
     settings = Path(config) if isinstance(config, str) else config
     if isinstance(settings, Path) and not settings.is_file():
         raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")

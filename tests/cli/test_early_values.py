@@ -199,6 +199,13 @@ def test_what_the_environment_says_is_left_alone(job: Path, monkeypatch: pytest.
     check_values(words, trains=True)
 
 
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_the_first_process_looks_for_all(job: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    words = written(trainer=callback("SaveTrained", output_dir="model"))
+    monkeypatch.setenv(variable, "1")
+    check_values(words, trains=True)
+
+
 def test_values_that_yaml_reads_in_its_own_way_are_left_alone(job: Path) -> None:
     words = written()
     Path("a.yaml").write_text(
@@ -293,6 +300,8 @@ def test_commands(job: Path, command: str, words: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
+        ("merge", ["--base", "--adapter=a", "--output=o"]),  # of which the parser says what is wrong
+        ("convert", ["--checkpoint", "--output=o"]),
         ("merge", ["--base=model", "--adapter=a", "--output=o", "--scale=0.5", "--device", "cpu"]),
         ("merge", ["--base=model", "--adapter", "[a]", "--output=o", "--scale", "[0.5]", "--trust_remote_code"]),
         ("analyze", ["--adapter=a", "--base=model"]),
