@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pipelite.adapters.base import Adapter, to_cpu
+from lightning_pipelite.adapters.config_file import CONTROL_ADAPTER
 from lightning_pipelite.adapters.directory import whole_directory
 from lightning_pipelite.adapters.low_rank import (
     DTYPES,
     FILE_PREFIX,
-    KNOWN_FILES,
-    check_options,
     generator_of,
     named_as_whole,
 )
+from lightning_pipelite.adapters.option_ranges import KNOWN_FILES, check_gamma, check_options
 from lightning_pipelite.adapters.orthogonal import keep_orthogonal
 from lightning_pipelite.adapters.selection import parse_layers
 from lightning_pipelite.errors import ConfigurationError
@@ -31,8 +31,6 @@ from lightning_pipelite.kernels.control import control
 from lightning_pipelite.models.fingerprint import record_base
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in, own_class
-
-PEFT_TYPE = "CONTROL_ADAPTER"  # PEFT, which does not know it, then refuses the directory
 
 
 class ControlAdapter(Adapter):
@@ -73,8 +71,7 @@ class ControlAdapter(Adapter):
         layers_to_transform: str | list[int] | None = None,
     ) -> None:
         check_options(rank, dropout, dtype)
-        if not 0.0 < gamma <= 0.5:
-            raise ConfigurationError(f"gamma is {gamma}; set it to more than 0 and at most 0.5.")
+        check_gamma(gamma)
         self.rank = rank
         self.dropout = dropout
         self.dtype = dtype
@@ -130,7 +127,7 @@ class ControlAdapter(Adapter):
         weights = named_as_whole(states, meta_model)
         layers = self.layers_to_transform
         config = {
-            "peft_type": PEFT_TYPE,
+            "peft_type": CONTROL_ADAPTER,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(meta_model.model_dir.absolute()),
             "r": self.rank,

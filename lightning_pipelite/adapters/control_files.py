@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_pipelite.adapters.weight_file import CONFIG_FILE, read_tensors
+from lightning_pipelite.adapters.config_file import CONFIG_FILE, CONTROL_ADAPTER, adapter_settings
+from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.weight_files import read_json
 
 KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(\d+)\.control_(Q|S|A|B)(?:\.weight)?")
 
@@ -119,9 +119,7 @@ def is_control_adapter(directory: str | Path) -> bool:
         ConfigurationError: The directory holds no adapter.
     """
     directory = Path(directory)
-    if not (directory / CONFIG_FILE).exists():
-        raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of an adapter.")
-    if read_json(directory / CONFIG_FILE).get("peft_type") == "CONTROL_ADAPTER":
+    if adapter_settings(directory).get("peft_type") == CONTROL_ADAPTER:
         return True
     return any(KEY.fullmatch(key) for key in read_tensors(directory))
 

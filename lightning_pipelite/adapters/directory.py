@@ -17,6 +17,25 @@ from lightning_pipelite.shared.fsync import fsync
 from lightning_pipelite.shared.locks import is_abandoned, make_locked
 
 
+def refuse_other_content(directory: Path, known_files: Sequence[str]) -> None:
+    """Refuse to replace what holds anything else.
+
+    Args:
+        directory: An absolute path. If there is nothing there it may be written.
+        known_files: Patterns of the names that such a directory may hold.
+
+    Raises:
+        ConfigurationError: It exists and is no directory, or holds something else, which would be lost.
+    """
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ConfigurationError(f"{directory} exists and is not a plain directory; choose another place to save to.")
+    for entry in sorted(directory.iterdir()) if directory.exists() else ():
+        if not any(fnmatch(entry.name, pattern) for pattern in known_files):
+            raise ConfigurationError(
+                f"{directory} holds {entry.name}, which saving would delete; move it or save to another place."
+            )
+
+
 @contextmanager
 def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
     """Yield an empty directory to write in, which replaces ``directory`` once it is complete and on disk.
@@ -35,13 +54,7 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
         ConfigurationError: ``directory`` exists and is no directory or holds something else, which would be lost.
     """
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve() would replace a link's target)
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise ConfigurationError(f"{directory} exists and is not a plain directory; choose another place to save to.")
-    for entry in sorted(directory.iterdir()) if directory.exists() else ():
-        if not any(fnmatch(entry.name, pattern) for pattern in known_files):
-            raise ConfigurationError(
-                f"{directory} holds {entry.name}, which saving would delete; move it or save to another place."
-            )
+    refuse_other_content(directory, known_files)
     directory.parent.mkdir(parents=True, exist_ok=True)
     for leftover in directory.parent.glob(f".{escape(directory.name)}.????????.partial"):
         if is_abandoned(leftover):

@@ -27,11 +27,10 @@ from lightning_pipelite.adapters.lora_targets import ADAPTER, check_peft_loads, 
 from lightning_pipelite.adapters.low_rank import (
     DTYPES,
     FILE_PREFIX,
-    KNOWN_FILES,
-    check_options,
     generator_of,
     named_as_whole,
 )
+from lightning_pipelite.adapters.option_ranges import KNOWN_FILES, check_options
 from lightning_pipelite.adapters.token_rows import (
     IN_FILE,
     Rows,

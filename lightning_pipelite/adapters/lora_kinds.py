@@ -16,9 +16,8 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from lightning_pipelite.adapters.weight_file import CONFIG_FILE
+from lightning_pipelite.adapters.config_file import CONFIG_FILE, lora_settings
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.weight_files import read_json
 
 # Keys that say nothing of what is added to a weight. Those of initialisations count by ``init_lora_weights`` alone.
 SILENT = {
@@ -51,12 +50,7 @@ def read_lora_config(directory: Path, *, invoked: bool = False) -> LoraConfig:
         ConfigurationError: It is missing, not a LoRA's, or of a kind that says too little of what is added to the base,
             or more than is known.
     """
-    if not (directory / CONFIG_FILE).exists():
-        raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give the directory of a PEFT adapter.")
-    given = read_json(directory / CONFIG_FILE)
-    kind = given.get("peft_type")
-    if kind != "LORA":
-        raise ConfigurationError(f"{directory} is an adapter of type {kind}, not a LoRA; choose a LoRA.")
+    given = lora_settings(directory)
     _refuse_more(given, directory, {*SILENT, *HONOURED, *([INVOKED] if invoked else [])})
     _check_numbers(given, directory)
     try:

@@ -8,27 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.models.fingerprint import BASE_FILE
+from lightning_pipelite.adapters import option_ranges
 from lightning_pipelite.models.meta_model import MetaModel
 
 FILE_PREFIX = "base_model.model."
-KNOWN_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_FILE, "README.md")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_options(rank: int, dropout: float, dtype: str) -> None:
-    """Check the options that both have.
-
-    Raises:
-        ConfigurationError: A value out of its range.
-    """
-    if rank < 1:
-        raise ConfigurationError(f"rank is {rank}; set it to 1 or more.")
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigurationError(f"dropout is {dropout}; set it to at least 0 and less than 1.")
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; set it to one of {', '.join(DTYPES)}.")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in option_ranges.DTYPES}
 
 
 def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> dict[str, Tensor]:

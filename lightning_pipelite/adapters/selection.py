@@ -21,15 +21,7 @@ def parse_layers(layers: str | Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     chosen: set[int] = set()
-    for item in layers.split(",") if isinstance(layers, str) else map(str, layers):
-        match = re.fullmatch(r"\s*(-?\d+)\s*(?::\s*(-?\d+)\s*)?", item)
-        if match is None:
-            raise ConfigurationError(
-                f'layers_to_transform: {item.strip()!r} is neither number nor range; write it as in "0:3, 7, 12:15".'
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ConfigurationError(f"layers_to_transform: {item.strip()} is a reversed range; write {last}:{first}.")
+    for first, last in ranges_of(layers):
         for number in (first, last):
             if not 0 <= number < count:
                 raise ConfigurationError(
@@ -39,6 +31,26 @@ def parse_layers(layers: str | Sequence[int] | None, count: int) -> list[int]:
     if not chosen:
         raise ConfigurationError("layers_to_transform is empty; name layers or leave it out for all of them.")
     return sorted(chosen)
+
+
+def ranges_of(layers: str | Sequence[int]) -> list[tuple[int, int]]:
+    """Return first and last of each range of numbers, whatever the model has.
+
+    Raises:
+        ConfigurationError: Text that is neither number nor range, or a reversed range.
+    """
+    ranges = []
+    for item in layers.split(",") if isinstance(layers, str) else map(str, layers):
+        match = re.fullmatch(r"\s*(-?\d+)\s*(?::\s*(-?\d+)\s*)?", item)
+        if match is None:
+            raise ConfigurationError(
+                f'layers_to_transform: {item.strip()!r} is neither number nor range; write it as in "0:3, 7, 12:15".'
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigurationError(f"layers_to_transform: {item.strip()} is a reversed range; write {last}:{first}.")
+        ranges.append((first, last))
+    return ranges
 
 
 def match_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 

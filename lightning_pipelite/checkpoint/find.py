@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_pipelite.checkpoint.layout import META
 from lightning_pipelite.checkpoint.manifest import read_manifest
+from lightning_pipelite.checkpoint.named import refuse_last
 from lightning_pipelite.checkpoint.reader import check_whole, located, newest, read_json
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.local_path import refuse_remote
@@ -56,13 +57,7 @@ def require_last(trainer: pl.Trainer) -> None:
     """
     directories = _directories(trainer)
     if newest(directories)[0] is None:
-        where = " or ".join(map(str, directories))
-        raise ConfigurationError(
-            f"ckpt_path: there is no checkpoint in {where} for `last`; leave ckpt_path out to begin anew."
-            if where
-            else "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the "
-            "ModelCheckpoint with its dirpath, of the training that is to go on; or name the checkpoint's directory."
-        )
+        refuse_last(directories)
 
 
 def _directories(trainer: pl.Trainer) -> list[Path]:

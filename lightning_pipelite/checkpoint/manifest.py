@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.checkpoint.layout import FORMAT, MANIFEST, MANIFEST_HASH, VERSION
-from lightning_pipelite.checkpoint.tensor_file import Written, write_file
+from lightning_pipelite.checkpoint.written_file import Written, write_file
 from lightning_pipelite.errors import ConfigurationError
 
 ADVICE = "name another checkpoint, or `last`, which takes the newest whole one"

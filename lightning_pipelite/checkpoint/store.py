@@ -26,8 +26,9 @@ from lightning_pipelite.checkpoint.stage_state import (
     stage_state,
     state_names,
 )
-from lightning_pipelite.checkpoint.tensor_file import HostCopy, Written, size_of, write_file
+from lightning_pipelite.checkpoint.tensor_file import HostCopy, size_of
 from lightning_pipelite.checkpoint.writer import CheckpointWriter
+from lightning_pipelite.checkpoint.written_file import Written, write_file
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.finite import refuse_not_finite
 from lightning_pipelite.shared.topology import Topology

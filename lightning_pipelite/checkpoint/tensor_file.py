@@ -8,17 +8,15 @@ to be read again to be hashed. It is the library that reads.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_pipelite.checkpoint.written_file import Written, write_file
 from lightning_pipelite.errors import ConfigurationError
 
 _NAMES = {
@@ -27,15 +25,6 @@ _NAMES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_CHUNK = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the manifest says of a file: its size in bytes and its SHA-256."""
-
-    size: int
-    sha256: str
 
 
 class HostCopy:
@@ -102,25 +91,6 @@ class HostCopy:
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """Return the bytes of host memory that a copy of ``tensors`` takes."""
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def write_file(path: Path, *parts: bytes | memoryview) -> Written:
-    """Write a new file down to the disk, hashed on the way.
-
-    Raises:
-        OSError: If that fails; what was written is left behind.
-    """
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as file:
-        for part in parts:
-            view = memoryview(part)
-            while view:  # both calls let other threads run
-                written = file.write(view[:_CHUNK])
-                digest.update(view[:written])
-                size += written
-                view = view[written:]
-        os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], int]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_pipelite.checkpoint.directory import PartialDirectory, remove_directory
 from lightning_pipelite.checkpoint.manifest import write_manifest
-from lightning_pipelite.checkpoint.tensor_file import Written
+from lightning_pipelite.checkpoint.written_file import Written
 
 Files = Mapping[str, Callable[[Path], Written]]
 """The files that a rank writes: by name, what writes one to a path."""

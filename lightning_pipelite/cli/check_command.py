@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from lightning_pipelite.cli.command_options import Split, read_splits
 from lightning_pipelite.cli.split_comparison import (
-    Split,
     compare_packed,
     compare_split,
     even_cuts,
@@ -31,7 +31,7 @@ from lightning_pipelite.models.loading import load_dequantised
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.stored.weights import StoredWeights
 from lightning_pipelite.planning.settings import gib
-from lightning_pipelite.strategy.partition import check_virtual_stages
+from lightning_pipelite.strategy.option_ranges import check_virtual_stages
 
 TAKEN = 4 * 4
 """Bytes for each weight: float32, of the model and of its stages, and the gradients of both."""
@@ -149,10 +149,7 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
         tiny: Try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
         trust_remote_code: Run the model's own Python code, if it has any.
     """
-    try:
-        counts = [_read(text) for text in stages.strip("[]").split(",")]
-    except ValueError:
-        raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
+    counts = read_splits(stages)
     disable_progress_bar()  # one for each stage of each partition tells nothing
     report = check_model(model_dir, counts, tiny=tiny, trust_remote_code=trust_remote_code)
     if report.differences:
@@ -171,8 +168,3 @@ def _check_memory(meta_model: MetaModel) -> None:
             f"machine's memory (float32 weights and gradients, of the model and of its stages), and {gib(free)} is "
             "free; give --tiny, which tries a small model of the same class and depth."
         )
-
-
-def _read(text: str) -> Split:
-    stages, by, pieces = text.partition("x")
-    return (int(stages), int(pieces)) if by else int(stages)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from lightning_pipelite.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Configuration:
         """The configuration files."""
         pairs = zip(self.words, [*self.words[1:], ""], strict=True)
         return [(*word.split("=", 1), then)[1] for word, then in pairs if word.split("=")[0] in ("-c", "--config")]
+
+    def require_files(self) -> None:
+        """Look for the configuration files.
+
+        Raises:
+            ConfigurationError: If one is not there.
+        """
+        for file in self.files:
+            if not Path(file).expanduser().is_file():
+                raise ConfigurationError(f"there is no configuration file {file}; give the one that fit is given.")
 
     def __str__(self) -> str:
         return " and ".join(self.files) or "the options"

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import conversion
-from lightning_pipelite.export.from_qlora_pipe_lite import FormerCheckpoint
+from lightning_pipelite.export.checkpoint_place import is_former
 
 
 def convert(
@@ -33,7 +33,7 @@ def convert(
     for file in given.files:
         if not Path(file).is_file():
             raise ConfigurationError(f"{file} does not exist; give the configuration of the training.")
-    if not FormerCheckpoint.is_one(Path(checkpoint)):
+    if not is_former(Path(checkpoint)):
         return conversion.convert(checkpoint, output, given.read(), allow_another_base)
     if given.words != ("--config", *given.files):
         raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config, and no more.")

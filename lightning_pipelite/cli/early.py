@@ -19,8 +19,8 @@ from lightning_pipelite.cli.option_names import (
     parameters_of,
 )
 from lightning_pipelite.cli.option_values import refused_value
-from lightning_pipelite.cli.option_words import check_no_other_words, content_of, options_of
-from lightning_pipelite.cli.sections import SECTIONS
+from lightning_pipelite.cli.option_words import check_no_other_words, check_values_there, content_of, options_of
+from lightning_pipelite.cli.sections import SECTIONS, check_sections
 from lightning_pipelite.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def check_early(words: list[str]) -> None:
     for name, value in options_of(words):
         if name in ("c", "config"):
             content = content_of(value)
+            _check_file(value)
+            check_sections(content, Path(value or ".").expanduser().parent)
             names += [(key, "") for key in _keys(content)]
             sections = {name: each for name, each in content.items() if isinstance(each, dict)}
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
@@ -68,6 +70,7 @@ def check_early(words: list[str]) -> None:
                 model_dir = value if name != "model" else None
             if name in ("model", "model.adapter", "model.adapter.class_path"):
                 adapter = value
+    check_values_there(words, option_names() - {*OWN})
     for name, dashes in names:
         if _is_ours(adapter) or not name.startswith("model.adapter."):
             _check_name(name, dashes)
@@ -78,6 +81,19 @@ def check_early(words: list[str]) -> None:
     prints_only = any(word.startswith("--print_config") for word in words)
     if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
         check_model_dir(model_dir)
+
+
+def _check_file(given: str | None) -> None:
+    """Refuse a configuration file that holds none."""
+    from jsonargparse import ArgumentError
+
+    from lightning_pipelite.cli.error_messages import check_config_file, explain
+
+    try:
+        if given is not None and "\n" not in given and ":" not in given:
+            check_config_file(given)
+    except ArgumentError as error:
+        raise ConfigurationError(explain(str(error), {})) from None
 
 
 def check_all_there(words: list[str]) -> None:
@@ -205,8 +221,10 @@ def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
     known = option_names()
     if name in known or parts[0] in OWN or last == "help" or name == "h":
         return
-    if parts[0] in ("optimizer", "lr_scheduler"):
-        return  # which a LightningCLI has elsewhere
+    if parts[0] in ("optimizer", "lr_scheduler"):  # which a LightningCLI has elsewhere
+        from lightning_pipelite.cli.error_messages import explain
+
+        raise ConfigurationError(explain(f"unrecognized arguments: {dashes}{name}", {}))
     if ".".join(parts[:2]) in known:
         below_adapter = parts[:2] == ["model", "adapter"]
         if not (below_adapter and (last in SENTENCES or FOREIGN.get(last, "").startswith("model.adapter"))):

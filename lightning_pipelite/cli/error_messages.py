@@ -16,7 +16,8 @@ from jsonargparse import ArgumentError
 from lightning_pipelite.cli.null_values import is_null
 from lightning_pipelite.cli.option_names import meant_by, names_of_classes
 from lightning_pipelite.cli.option_values import proposed
-from lightning_pipelite.cli.sections import SECTIONS
+from lightning_pipelite.cli.option_words import without_value
+from lightning_pipelite.cli.sections import SECTIONS, is_linked, is_no_section
 from lightning_pipelite.errors import ConfigurationError
 
 ENV_PREFIX = "PIPELITE"
@@ -96,11 +97,11 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     if problem := found(r'Parser key "config": (.*)'):
         return f"--config: {problem}; give a YAML or JSON file."
     if link := re.search(r"argument (\S+) --> (\S+):", text):
-        return f"{link[2]} is always {link[1]}; leave it out."
+        return is_linked(link[2], link[1])
     if name := found(r"argument (?:-\w/)?(\S+): expected one argument"):
-        return f"{name} is given without a value; write one behind it."
+        return without_value(name)
     if value := found(r"Unable to load config '([^']+)'"):
-        return f"{key} is {value!r}; put the options of {key} there, or the name of a file that holds them."
+        return is_no_section(key, value)
     if name := found(r"argument subcommand: invalid choice: '?([^' ]+)"):
         remedy = f"say pipelite {' or pipelite '.join(parsers)}; pipelite --help lists the others."
         if name in ("test", "predict"):

@@ -10,18 +10,22 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from lightning_pipelite.callbacks import SaveTrained, StageTimes, StepProgress
 from lightning_pipelite.checkpoint.find import require_last
 from lightning_pipelite.checkpoint.manifest import read_manifest
+from lightning_pipelite.checkpoint.named import refuse_best
 from lightning_pipelite.checkpoint.reader import located
 from lightning_pipelite.cli.commands import COMMANDS
 from lightning_pipelite.cli.error_messages import ENV_PREFIX, explain
 from lightning_pipelite.cli.fit_options import ConfiguredCLI
 from lightning_pipelite.cli.next_steps import next_steps
+from lightning_pipelite.cli.trainer_options import ACCELERATORS, check_trainer_options
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import MayOverwrite
 from lightning_pipelite.shared.verbosity import OPTION, say_warnings_plainly
@@ -52,10 +56,7 @@ class TrainerCLI(ConfiguredCLI):
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path == "best":
-            raise ConfigurationError(
-                "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or "
-                "`last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)"
-            )
+            refuse_best()
         if path not in (None, "last", "hpc"):
             read_manifest(located(Path(path)))
 
@@ -67,12 +68,9 @@ class TrainerCLI(ConfiguredCLI):
                 f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or mend the "
                 "driver (nvidia-smi must list the GPU)."
             )
-        positive = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "limit_train_batches")
-        for name in positive:  # Lightning takes all
-            if options[name] is not None and options[name] <= 0:
-                raise ConfigurationError(f"trainer.{name} is {options[name]}; give a number above 0, or leave it out.")
-        if (options.log_every_n_steps or 0) < 0:
-            raise ConfigurationError(f"trainer.log_every_n_steps is {options.log_every_n_steps}; give 0 or more.")
+        strategies = [name for name, each in StrategyRegistry.items() if issubclass(each["strategy"], PipeLiteStrategy)]
+        known = {*ACCELERATORS, *AcceleratorRegistry.available_accelerators()}
+        check_trainer_options(vars(options), strategies, known)
         given = options.callbacks or []
         given = given if isinstance(given, list) else [given]
         if self.subcommand == "fit" and self.config_init.fit.overwrite:
@@ -109,11 +107,6 @@ class TrainerCLI(ConfiguredCLI):
         model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
         check_options(self.trainer, model, strategy._layer_sync)
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ConfigurationError(
-                "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; "
-                "set data.max_sequences to train on a few sequences."
-            )
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
         # What layers cost is planned by the processes that train.

@@ -15,13 +15,12 @@ from lightning_pipelite.cli.error_messages import ENV_PREFIX, SECTIONS, check_co
 from lightning_pipelite.cli.jsonargparse_compat import take_integers_first
 from lightning_pipelite.cli.null_values import refuse_nulls
 from lightning_pipelite.cli.saved_config import SaveConfig
+from lightning_pipelite.cli.sections import LINKS, is_linked, is_no_section
+from lightning_pipelite.cli.trainer_options import check_seed
 from lightning_pipelite.data import PackedDataModule
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.module.pipelite_module import PipeLiteModule
 from lightning_pipelite.shared.lazy_names import import_names
-
-LINKS = {"data.tokenizer_dir": "model.model_dir"}
-"""Options that are always another one's value."""
 
 
 class ConfiguredCLI(LightningCLI):
@@ -111,15 +110,13 @@ class ConfiguredCLI(LightningCLI):
             if given.get(section) is None and self.may_lack:
                 given[section] = Namespace()
             if not isinstance(given.get(section), Namespace):
-                raise ConfigurationError(f"{section} is {given.get(section)!r}; put the options of {section} there.")
+                raise ConfigurationError(is_no_section(section, given.get(section)))
         for section, made in (("trainer", Trainer), ("model", PipeLiteModule), ("data", PackedDataModule)):
             refuse_nulls(section, made, given[section].as_dict())
         for target, source in LINKS.items():
             if given.get(target) is not None:
-                raise ConfigurationError(f"{target} is always {source}; leave it out.")
-        seed = given.seed_everything
-        if not 0 <= seed < 2**32:
-            raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
+                raise ConfigurationError(is_linked(target, source))
+        check_seed(given.seed_everything)
 
 
 class _PartialParser(LightningArgumentParser):

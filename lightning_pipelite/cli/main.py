@@ -13,6 +13,7 @@ from typing import NoReturn
 from lightning_pipelite import __version__
 from lightning_pipelite.cli.early import check_all_there, check_command, check_early
 from lightning_pipelite.cli.early_data import check_data
+from lightning_pipelite.cli.early_values import check_values
 from lightning_pipelite.cli.fast_exit import end_at_once, short_lived, without_collection
 from lightning_pipelite.cli.help import HELP_ALL, overview, short_help
 from lightning_pipelite.errors import ConfigurationError
@@ -56,6 +57,7 @@ def _before_imports(command: str, words: list[str]) -> None:
     """Answer at once what can be answered without long imports."""
     from lightning_pipelite.cli.base_name import with_own_names
     from lightning_pipelite.cli.commands import COMMANDS
+    from lightning_pipelite.cli.early_commands import check_command_values
     from lightning_pipelite.cli.error_messages import explain
 
     try:
@@ -70,9 +72,11 @@ def _before_imports(command: str, words: list[str]) -> None:
                 check_early(words)
                 check_all_there(words)
                 check_data(words)
+                check_values(words, trains=command == "fit")
             sys.argv = ["--help" if word == HELP_ALL else word for word in sys.argv]
         elif command in COMMANDS:
             check_command(command, COMMANDS[command], words)
+            check_command_values(command, COMMANDS[command], words)
             if command == "preview" and "--help" not in words:
                 check_data(words)
         elif not command.startswith("-"):

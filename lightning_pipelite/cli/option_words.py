@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,26 @@ def check_no_other_words(words: Sequence[str]) -> None:
         raise ConfigurationError(f"{sentence}pipelite fit --help lists the options.")
 
 
+def without_value(option: str) -> str:
+    """Refuse an option, with its dashes, behind which there is nothing."""
+    return f"{option} is given without a value; write one behind it."
+
+
+def check_values_there(words: Sequence[str], names: Collection[str]) -> None:
+    """Refuse an option behind which another option comes, or nothing.
+
+    Args:
+        words: Of the command line.
+        names: Of the options that take a value.
+
+    Raises:
+        ConfigurationError: Naming it.
+    """
+    for word, then in zip(words, [*words[1:], "--end"], strict=False):
+        if word.startswith("--") and word[2:] in names and re.match("--[a-z]", then):
+            raise ConfigurationError(without_value(word))
+
+
 def content_of(file: str | None) -> dict[str, Any]:
     """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
     if file is None or "\n" in file or ":" in file:  # YAML itself may be given
@@ -46,6 +66,8 @@ def content_of(file: str | None) -> dict[str, Any]:
     path = Path(file).expanduser()
     if not path.exists():
         raise ConfigurationError(f"--config: File does not exist: '{Path.cwd() / path}'; give a YAML or JSON file.")
+    if path.is_dir():
+        raise ConfigurationError(f"--config: Path is not a file: '{Path.cwd()}/{file}'; give a YAML or JSON file.")
     import yaml  # type: ignore[import-untyped]
 
     try:

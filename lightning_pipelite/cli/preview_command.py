@@ -6,11 +6,11 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lightning_pipelite.cli.command_options import check_sequences
 from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.cli.error_messages import explain
 from lightning_pipelite.data.datamodule import PackedDataModule
@@ -36,8 +36,7 @@ def preview(config: str | Configuration, sequences: int = 3) -> str:
         config: The configuration of `pipelite fit`: a file, as --config several of them, and options of fit besides.
         sequences: How many to show.
     """
-    if sequences < 1:
-        raise ConfigurationError(f"sequences is {sequences}: give a positive number.")
+    check_sequences(sequences)
     data = data_of(config)
     loader = data.train_dataloader()
     dataset = loader.dataset
@@ -55,9 +54,7 @@ def data_of(config: str | Configuration) -> PackedDataModule:
         ConfigurationError: If the configuration, or what it says about the data, is not usable.
     """
     given = Configuration.of(config)
-    for file in given.files:
-        if not Path(file).expanduser().is_file():
-            raise ConfigurationError(f"there is no configuration file {file}; give the one that fit is given.")
+    given.require_files()
     options = given.read()["data"]
     lacks_data = options.get("datasets") is None and options.get("sequence_len") is None
     if lacks_data or options["tokenizer_dir"] is None:

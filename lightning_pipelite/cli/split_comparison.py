@@ -12,15 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_pipelite.adapters import Full
+from lightning_pipelite.cli.command_options import Split
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
 
 LIMIT = 1e-5  # of the largest value where that is more than 1
 DOCUMENTS = (5, 7)  # tokens of the documents that are packed
-
-Split = int | tuple[int, int]
-"""A number of stages; or that and the number of pieces of each."""
 
 
 def exact_layers(

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from lightning_pipelite.adapters.directory import whole_directory
+from lightning_pipelite.adapters.directory import refuse_other_content, whole_directory
 from lightning_pipelite.errors import ConfigurationError
 
 
-def new_directory(output: Path, inputs: Sequence[Path]) -> AbstractContextManager[Path]:
-    """Give a directory to write in, which becomes ``output`` once it is complete and on disk.
+def check_new_directory(output: Path, inputs: Sequence[Path]) -> None:
+    """Check, before the work, that ``output`` can be written without replacing anything.
 
     Args:
         output: Where the result is to be: nothing, or an empty directory.
@@ -28,6 +28,20 @@ def new_directory(output: Path, inputs: Sequence[Path]) -> AbstractContextManage
             raise ConfigurationError(f"output {output} and input {each} overlap; choose another place for the output.")
     if output.is_dir() and any(output.iterdir()):
         raise ConfigurationError(f"{output} is not empty; choose a new directory for the output.")
+    refuse_other_content(Path(os.path.abspath(output)), ())  # noqa: PTH100  (resolve() would follow a link)
+
+
+def new_directory(output: Path, inputs: Sequence[Path]) -> AbstractContextManager[Path]:
+    """Give a directory to write in, which becomes ``output`` once it is complete and on disk.
+
+    Args:
+        output: Where the result is to be: nothing, or an empty directory.
+        inputs: What is read; ``output`` must not lie in one of these directories, nor one of them in it.
+
+    Raises:
+        ConfigurationError: ``output`` holds something or overlaps an input.
+    """
+    check_new_directory(output, inputs)
     return whole_directory(output, ())
 
 

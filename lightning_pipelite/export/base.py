@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.base_place import check_base
 from lightning_pipelite.models.attention.varlen import OF_TRANSFORMERS
 from lightning_pipelite.models.config import read_config
 from lightning_pipelite.models.stored.known import refuse_transposed, stored_format
@@ -86,10 +87,7 @@ class BaseModel:
 
     def __init__(self, directory: str | Path, *, trust_remote_code: bool = False) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")
-        if (self.directory / "adapter_config.json").exists():  # from_pretrained would quietly load it as well
-            raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
+        check_base(self.directory)
         self.trust_remote_code = trust_remote_code
         self.config, auto = read_config(self.directory, trust_remote_code)
         self.build = partial(auto.from_config, trust_remote_code=trust_remote_code)

@@ -11,9 +11,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_pipelite.adapters.config_file import CONFIG_FILE
 from lightning_pipelite.adapters.control_files import ControlAdapterFile, Transform
 from lightning_pipelite.adapters.lora_targets import shortest
-from lightning_pipelite.adapters.weight_file import CONFIG_FILE, WEIGHTS_FILE
+from lightning_pipelite.adapters.weight_file import WEIGHTS_FILE
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel

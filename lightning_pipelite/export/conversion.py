@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.export.checkpoint_place import directory_of, is_former
 from lightning_pipelite.export.from_checkpoint import convert_own, read_settings
 from lightning_pipelite.export.from_qlora_pipe_lite import FormerCheckpoint
 
@@ -28,13 +29,11 @@ def convert(
     Raises:
         ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
     """
-    directory = Path(checkpoint)
-    if not directory.is_dir():
-        raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
+    directory = directory_of(checkpoint)
     settings = Path(config) if isinstance(config, str) else config
     if isinstance(settings, Path) and not settings.is_file():
         raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
-    if FormerCheckpoint.is_one(directory):
+    if is_former(directory):
         if not isinstance(settings, Path):
             raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config.")
         return FormerCheckpoint(directory, settings).convert(Path(output))

@@ -16,6 +16,7 @@ from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.checkpoint import read_checkpoint
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export.atomic_output import new_directory
+from lightning_pipelite.export.checkpoint_place import of_option
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.shared.progress import track
@@ -45,10 +46,7 @@ def convert_own(
     try:
         meta, parameters = read_checkpoint(checkpoint)
     except ConfigurationError as error:
-        found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
-        advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
-        said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
-        raise ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.") from None
+        raise of_option(error, checkpoint) from None
     values = dict(parameters)
     settings = _said_by(meta, checkpoint) if config is None else _checked(config, "the configuration")
     model_dir = Path(settings["model"]["model_dir"])

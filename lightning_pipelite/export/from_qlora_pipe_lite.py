@@ -14,11 +14,13 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_pipelite.adapters.config_file import CONFIG_FILE, CONTROL_ADAPTER
 from lightning_pipelite.adapters.control_files import ControlAdapterFile
-from lightning_pipelite.adapters.weight_file import CONFIG_FILE, WEIGHTS_FILE
+from lightning_pipelite.adapters.weight_file import WEIGHTS_FILE
 from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import BaseModel
+from lightning_pipelite.export.checkpoint_place import FORMER_FILE, latest
 from lightning_pipelite.export.lora_files import PREFIX, LoRAOfBase
 from lightning_pipelite.export.merging import write_model
 from lightning_pipelite.export.migration import Migration
@@ -26,7 +28,6 @@ from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import track
 from lightning_pipelite.shared.wording import counted
 
-LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
 BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
 
 
@@ -44,7 +45,7 @@ class FormerCheckpoint:
     """
 
     def __init__(self, directory: Path, config: Path) -> None:
-        self.directory = _latest(directory)
+        self.directory = latest(directory)
         self.config = config
         settings = Migration(config).content
         self._model_dir = Path(settings["model"]["model_dir"])
@@ -52,13 +53,8 @@ class FormerCheckpoint:
         self._files = {
             int(match[1]): path
             for path in sorted(self.directory.iterdir())
-            if (match := LAYER_FILE.fullmatch(path.name)) is not None
+            if (match := FORMER_FILE.fullmatch(path.name)) is not None
         }
-
-    @staticmethod
-    def is_one(directory: Path) -> bool:
-        """Tell whether a directory holds such a checkpoint."""
-        return any(LAYER_FILE.fullmatch(path.name) for path in _latest(directory).iterdir())
 
     def convert(self, output: Path) -> str:
         """Write ``output``: a PEFT directory, or a whole model."""
@@ -123,7 +119,7 @@ class FormerCheckpoint:
     def _write_control_config(self, directory: Path) -> None:
         options = self._adapter["init_args"]
         config = {
-            "peft_type": "CONTROL_ADAPTER",
+            "peft_type": CONTROL_ADAPTER,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(self._model_dir.absolute()),
             "r": options["rank"],
@@ -178,13 +174,6 @@ class _Trained:
         if self._loaded[0] != path:
             self._loaded = (path, _load(path))
         return self._loaded[1][key]
-
-
-def _latest(directory: Path) -> Path:
-    marker = directory / "latest"
-    if marker.is_file() and (directory / marker.read_text(encoding="utf-8").strip()).is_dir():
-        return directory / marker.read_text(encoding="utf-8").strip()
-    return directory
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.export.atomic_output import new_directory
 from lightning_pipelite.export.base import DTYPES, BaseModel, Group
 from lightning_pipelite.export.lora_files import LoRAOfBase
+from lightning_pipelite.export.scales import scales_of
 from lightning_pipelite.models.companions import copy_to, everything_else, own_code
 from lightning_pipelite.models.fingerprint import refuse_another_base
 from lightning_pipelite.models.stored.known import in_plain
@@ -25,7 +25,6 @@ from lightning_pipelite.models.weight_files import INDEX_FILE, read_header, read
 from lightning_pipelite.shared.progress import Progress
 from lightning_pipelite.shared.wording import counted
 
-MAX_SCALE = 2.0
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 CHUNK = 1 << 24  # bytes copied at a time
 
@@ -63,7 +62,7 @@ def merge(
     _check_device(device)
     template = None if chat_template is None else read_template(chat_template)
     adapters = [adapter] if isinstance(adapter, str) else adapter
-    scales = _scales(scale, len(adapters))
+    scales = scales_of(scale, len(adapters))
     with new_directory(Path(output), [Path(base), *map(Path, adapters)]) as partial:
         if template is not None:
             refuse_without_tokenizer(Path(base))
@@ -96,21 +95,6 @@ def _check_apart(loras: list[LoRAOfBase]) -> None:
                 f"{one.directory} puts values of its own into {both[0]}, which {other.directory} changes too; merge "
                 "one of them alone."
             )
-
-
-def _scales(scale: Sequence[float] | float | None, count: int) -> list[float]:
-    if scale is None:
-        scales = [1.0] * count
-    elif isinstance(scale, (int, float)):
-        scales = [float(scale)]
-    else:
-        scales = [float(each) for each in scale]
-    if len(scales) != count:
-        raise ConfigurationError(f"scale has {len(scales)} numbers for {count} adapters; give one for each.")
-    for each in scales:
-        if not -MAX_SCALE < each < MAX_SCALE:
-            raise ConfigurationError(f"scale is {each:g}; set it to more than -2 and less than 2.")
-    return scales
 
 
 def _check_device(device: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from lightning_pipelite.errors import ConfigurationError, first_line
+from lightning_pipelite.models.model_type import check_type, refuse_own_code, type_of
 from lightning_pipelite.models.stored.known import KEYS
 from lightning_pipelite.models.text_part import auto_class
 from lightning_pipelite.models.weight_files import read_json
@@ -23,15 +24,13 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
         ConfigurationError: It is not there, or transformers refuses it.
     """
     path = model_dir / "config.json"
-    if not read_json(path).get("model_type"):
-        raise ConfigurationError(f"{path} has no model_type; give the directory of a Hugging Face causal LM.")
+    type_of(path)
     try:
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here: ValueError, KeyError, validation errors
-        if not trust_remote_code and "auto_map" in read_json(path):
-            raise ConfigurationError(
-                f"{path} asks for code of the model's own; set trust_remote_code to true if you trust who wrote it."
-            ) from error
+        check_type(path, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            refuse_own_code(path)
         raise ConfigurationError(
             f"{path} is no configuration that this version of transformers knows: {first_line(error)}"
         ) from error

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.companions import own_code
-from lightning_pipelite.models.weight_files import pickled_files, read_header, read_json, weight_files
+from lightning_pipelite.models.weight_files import BASE_FILE, pickled_files, read_header, read_json, weight_files
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not change what weights mean. One more, and no checkpoint of before would be known."""
 SAMPLES, SAMPLE_BYTES = 64, 64
-BASE_FILE = "base_model.json"
 """Beside an adapter. Not in its other files: PEFT warns of keys that it does not know, and safetensors writes its
 metadata in an order that differs from time to time."""
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -33,7 +33,7 @@ from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
 from lightning_pipelite.models.trains import Trains
-from lightning_pipelite.models.weight_files import check_weights, missing_files
+from lightning_pipelite.models.weight_files import check_weights, missing_files, refuse_adapter_beside
 from lightning_pipelite.shared.protocol import LayerCosts
 
 
@@ -117,11 +117,7 @@ class CausalLMLayers:
         )
         check_attention(meta_model, attn_implementation)
         self._attn_implementation = attn_implementation
-        # from_pretrained would quietly load it as well.
-        if (meta_model.model_dir / "adapter_config.json").exists():
-            raise ConfigurationError(
-                f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away."
-            )
+        refuse_adapter_beside(meta_model.model_dir)
         if packed and not meta_model.isolates_documents:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {meta_model.config.model_type} would let packed documents see each "

@@ -10,6 +10,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BASE_FILE = "base_model.json"  # of an adapter: what it was trained on
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
@@ -59,6 +60,16 @@ def read_header(path: Path) -> dict[str, Any]:
     if size != expected:
         raise ConfigurationError(f"{path} has {size} bytes but its header asks for {expected}; fetch it again.")
     return header
+
+
+def refuse_adapter_beside(model_dir: Path) -> None:
+    """Refuse a model beside which there is an adapter: transformers' from_pretrained would quietly load it as well.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    if (model_dir / "adapter_config.json").exists():
+        raise ConfigurationError(f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away.")
 
 
 def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:

@@ -18,6 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
+    check_ranges,
     check_schedule,
     group_parameters,
     make_optimizer,
@@ -26,8 +27,6 @@ from lightning_pipelite.optim import (
 from lightning_pipelite.optim.offloaded import offload_state
 from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
-
-_BETAS, _EPS = (0.9, 0.99), 1e-6
 
 
 class Optimization:
@@ -58,15 +57,7 @@ class Optimization:
         groups: Mapping[str, dict[str, float]],
         offload: bool = False,
     ) -> None:
-        for name, value, high in (("beta1", betas[0], 1), ("beta2", betas[1], 1), ("lr", lr, 1e3)):
-            if not 0 <= value < high or (name == "beta2" and value == 0):
-                raise ConfigurationError(f"model.{name} must be at least 0 and less than {high:g}, not {value}.")
-        if eps <= 0:
-            raise ConfigurationError(f"model.eps must be positive, not {eps}.")
-        if factory is not None and (betas, eps) != (_BETAS, _EPS):
-            raise ConfigurationError(
-                "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
-            )
+        check_ranges(lr, betas, eps, of_default=factory is None)
         check_schedule(schedule, warmup_steps)
         check_patterns(groups)
         # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi

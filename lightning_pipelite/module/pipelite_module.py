@@ -30,6 +30,7 @@ from lightning_pipelite.module.batches import BatchForm, count_documents
 from lightning_pipelite.module.data_warnings import embedded_positions, warn_of_data
 from lightning_pipelite.module.evaluation_metrics import Evaluation
 from lightning_pipelite.module.greedy import GreedyWriter
+from lightning_pipelite.module.logged_names import is_logged
 from lightning_pipelite.module.optimization import Optimization
 from lightning_pipelite.module.saving import Saving
 from lightning_pipelite.module.throughput import Speed, speed_of
@@ -380,8 +381,7 @@ class PipeLiteModule(pl.LightningModule):
 
     def logs(self, name: str) -> bool:
         """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""
-        # Their names in training depend on the adapter and the device; LearningRateMonitor's begin with lr-.
-        return name in ("eval/loss", "eval/perplexity") or name.startswith(("eval/loss/", "train/", "lr-"))
+        return is_logged(name)
 
     @property
     def _data_module(self) -> pl.LightningDataModule | None:

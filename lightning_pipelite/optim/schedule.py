@@ -10,8 +10,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_pipelite.errors import ConfigurationError
 
-SCHEDULES = ("rms_ratio", "constant", "cosine")
-
 
 def rms_ratio(step: int, beta2: float) -> float:
     """Return the factor sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) of step t, counted from 1.
@@ -66,21 +64,6 @@ def rise_of(schedule: str, warmup_steps: int, beta2: float) -> tuple[int, int]:
     # factor² = (1 - β₂ᵗ) / (1 + β₂ᵗ), solved for t
     half, most = (math.ceil(math.log((1 - f * f) / (1 + f * f)) / math.log(beta2)) for f in (0.5, 0.9))
     return half, most
-
-
-def check_schedule(schedule: str, warmup_steps: int) -> None:
-    """Refuse what can be told before training.
-
-    Raises:
-        ConfigurationError: If there is no such schedule, or it takes no such warm-up.
-    """
-    if schedule not in SCHEDULES:
-        raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")
-    if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
-        raise ConfigurationError(
-            f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
-            "rms_ratio, which warms up by itself."
-        )
 
 
 def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_steps: float) -> LambdaLR:

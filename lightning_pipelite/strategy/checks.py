@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.strategy.known_callbacks import check_callbacks, check_monitors
 from lightning_pipelite.strategy.module_hooks import check_hooks, check_plugins
+from lightning_pipelite.strategy.refused_options import refuse_options
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
@@ -37,15 +38,10 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: A
 
 def check_options(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
     """Refuse options of the Trainer, plugins, callbacks and methods of the module that would not do what they say."""
-    if trainer.precision != "32-true":
-        raise ConfigurationError(
-            f"Trainer(precision={trainer.precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
-            "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
-        )
+    refuse_options(precision=trainer.precision)
     if not module.automatic_optimization:
         raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
-    if layer_sync is not None:
-        raise ConfigurationError("Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.")
+    refuse_options(sync_batchnorm=layer_sync is not None)
     if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
         raise ConfigurationError(f"Trainer(accelerator=...) gives {device} devices; PipeLiteStrategy needs gpu or cpu.")
     if trainer._model_registry:

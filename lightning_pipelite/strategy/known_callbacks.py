@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import KnowsMetrics
+from lightning_pipelite.strategy.monitors import refuse_monitor
 
 KNOWN: tuple[type[Any], ...] = (
     lightnings.BasePredictionWriter,
@@ -87,10 +88,7 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         of_lightning = isinstance(callback, lightnings.ModelCheckpoint) and monitor in ("epoch", "step")
         strict = getattr(callback, "strict", True)
         if isinstance(monitor, str) and strict and not of_lightning and not module.logs(monitor):
-            raise ConfigurationError(
-                f"{type(callback).__name__}: monitor is {monitor!r}, which nothing logs; give it eval/loss, or another "
-                "name that the training logs."
-            )
+            refuse_monitor(type(callback).__name__, monitor)
 
 
 def _lightnings(kind: type) -> type:

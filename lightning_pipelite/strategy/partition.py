@@ -11,6 +11,7 @@ from dataclasses import replace
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.protocol import KnowsCosts, LayerCosts, MayBeWhole, PipelineLayers
 from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
+from lightning_pipelite.strategy.option_ranges import check_method, check_virtual_stages
 
 _Allowed = Callable[[int, int, int], bool]
 
@@ -41,6 +42,7 @@ def partition(
         ConfigurationError: If there are more pieces than layers, or the method is unknown or matches nothing.
     """
     check_virtual_stages(stages, virtual_stages)
+    check_method(method)
     names = list(layers.names)
     if stages > 1 and isinstance(layers, MayBeWhole) and layers.one_stage_only:
         raise ConfigurationError(
@@ -65,20 +67,13 @@ def partition(
         weights = [1] * len(names)
     elif method == "parameters":
         weights = list(layers.parameter_counts())
-    elif method.startswith("type:"):
+    else:
         pattern = method.removeprefix("type:")
-        try:
-            weights = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name in names]
-        except re.error as error:
-            raise ConfigurationError(f"partition_method: {pattern!r} is not a regular expression ({error}).") from None
+        weights = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name in names]
         if not any(weights):
             raise ConfigurationError(
                 f"partition_method: {pattern!r} matches none of the layer types {', '.join(sorted(set(names)))}."
             )
-    else:
-        raise ConfigurationError(
-            f"partition_method must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not {method!r}."
-        )
     return balanced_bounds(weights, pieces)
 
 
@@ -110,21 +105,6 @@ def _given(method: str, stages: int, virtual_stages: int, items: int) -> list[in
             f"and {wanted}."
         )
     return [0, *itertools.accumulate(counts)]
-
-
-def check_virtual_stages(stages: int, virtual_stages: int) -> None:
-    """Refuse numbers of pieces a stage that cannot be.
-
-    Raises:
-        ConfigurationError: If it is none, or there is a single stage.
-    """
-    if virtual_stages < 1:
-        raise ConfigurationError(f"virtual_stages must be at least 1, not {virtual_stages}.")
-    if virtual_stages > 1 and stages == 1:
-        raise ConfigurationError(
-            f"virtual_stages={virtual_stages} needs pipeline_stages of 2 or more; a single stage never waits for "
-            "another: leave virtual_stages out."
-        )
 
 
 def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequence[float]) -> list[int]:

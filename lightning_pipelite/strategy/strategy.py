@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.local_path import refuse_remote
 from lightning_pipelite.shared.protocol import Loss, PipelineLayers
 from lightning_pipelite.shared.topology import Topology
@@ -36,8 +35,9 @@ from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
 from lightning_pipelite.strategy.launcher import PipeLiteLauncher
+from lightning_pipelite.strategy.option_ranges import check_timeout, check_virtual_stages
 from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
-from lightning_pipelite.strategy.partition import check_virtual_stages, partition
+from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
@@ -123,8 +123,7 @@ class PipeLiteStrategy(DDPStrategy):
             # Longer than the watchdog's, which can tell which rank is stuck; NCCL would only abort.
             timeout=timedelta(seconds=timeout + 60),
         )
-        if timeout <= 0:
-            raise ConfigurationError(f"strategy: timeout must be a positive number of seconds, not {timeout}.")
+        check_timeout(timeout)
         self.timeout = timedelta(seconds=timeout)
         check_virtual_stages(pipeline_stages, virtual_stages)
         self.pipeline_stages = pipeline_stages

@@ -24,7 +24,7 @@ from lightning_pipelite.checkpoint.layout import MANIFEST, MANIFEST_HASH
 from lightning_pipelite.checkpoint.manifest import write_manifest
 from lightning_pipelite.checkpoint.reader import newest
 from lightning_pipelite.checkpoint.store import CheckpointStore
-from lightning_pipelite.checkpoint.tensor_file import Written, write_file
+from lightning_pipelite.checkpoint.written_file import Written, write_file
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
 

@@ -211,7 +211,7 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
 @pytest.mark.slow
 def test_verbose_prints_what_the_libraries_say(tmp_path: Path, job: Path) -> None:
     """They have spoken by the time that this is refused."""
-    config = edited(options(job), strategy(pipeline_stages=2))
+    config = edited(options(job), {"trainer.devices": 5, **strategy(pipeline_stages=5)})  # of four layers
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result, _ = processes(tmp_path, "fit", "--verbose", "--config", "config.yaml")
     assert result.returncode == 2, result.stderr

@@ -78,7 +78,7 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"model_type"', "model_type")),
     ),
     "model of no known type": Case(
-        "copy/config.json is no configuration that this version of transformers knows: The checkpoint you are trying to load has model type `llamma`",
+        "copy/config.json is no configuration that this version of transformers knows: its model_type is llamma; correct it, or install a version of transformers that has it.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"llama"', '"llamma"')),
     ),

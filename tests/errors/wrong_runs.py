@@ -27,22 +27,23 @@ CASES = {
         edit={"trainer.precision": "bf16-mixed"},
     ),
     "another strategy": Case(
-        "PipeLiteModule trains under PipeLiteStrategy, not DDPStrategy: set trainer.strategy to pipelite.",
+        "PipeLiteModule trains under PipeLiteStrategy, not ddp: set trainer.strategy to pipelite.",
         edit={"trainer.strategy": "ddp", "trainer.devices": 2},
     ),
     "no strategy at all": Case(
-        "PipeLiteModule trains under PipeLiteStrategy, not SingleDeviceStrategy: set trainer.strategy to pipelite.",
+        "PipeLiteModule trains under PipeLiteStrategy, not auto: set trainer.strategy to pipelite.",
         edit={"trainer.strategy": "auto"},
     ),
     "unknown strategy": Case(
-        "trainer: You selected an invalid strategy name: `strategy='pipelight'`", edit={"trainer.strategy": "pipelight"}
+        "PipeLiteModule trains under PipeLiteStrategy, not pipelight: set trainer.strategy to pipelite.",
+        edit={"trainer.strategy": "pipelight"},
     ),
     "no device": Case(
-        "trainer: `Trainer(devices=0)` value is not a valid input using cpu accelerator.",
+        "trainer.devices is 0; give the number of devices, a list of their numbers, or auto.",
         edit={"trainer.devices": 0},
     ),
     "steps below 0": Case(
-        "trainer: `max_steps` must be a non-negative integer or -1 (infinite steps). You passed in -5.",
+        "trainer.max_steps is -5; give a number of steps, or -1 for no limit.",
         edit={"trainer.max_steps": -5},
     ),
     "no micro-batch a step": Case(
@@ -177,7 +178,7 @@ CASES = {
         edit={"trainer.accelerator": "gpu"},
     ),
     "unknown accelerator": Case(
-        "trainer: You selected an invalid accelerator name: `accelerator='quantum'`",
+        "trainer.accelerator is 'quantum'; set it to gpu, cpu or auto.",
         edit={"trainer.accelerator": "quantum"},
     ),
     "accelerator that is not installed": Case(
@@ -185,9 +186,10 @@ CASES = {
         edit={"trainer.accelerator": "tpu"},
     ),
     "devices in words": Case(
-        "trainer: `devices` selected with `CPUAccelerator` should be an int > 0.", edit={"trainer.devices": "two"}
+        "trainer.devices is 'two'; give the number of devices, a list of their numbers, or auto.",
+        edit={"trainer.devices": "two"},
     ),
-    "no node": Case("trainer: `num_nodes` must be a positive integer, but got 0.", edit={"trainer.num_nodes": 0}),
+    "no node": Case("trainer.num_nodes is 0; give 1 or more.", edit={"trainer.num_nodes": 0}),
     "no stage": Case(
         "pipeline_stages=0 must divide the number of devices (1); change pipeline_stages, or devices and num_nodes.",
         edit=strategy(pipeline_stages=0),
@@ -215,10 +217,10 @@ CASES = {
     ),
     # The trainer
     "epochs below 0": Case(
-        "trainer: `max_epochs` must be a non-negative integer or -1. You passed in -3.", edit={"trainer.max_epochs": -3}
+        "trainer.max_epochs is -3; give a number of epochs, or -1 for no limit.", edit={"trainer.max_epochs": -3}
     ),
     "time in words": Case(
-        "trainer: `Timer(duration='soon')` is not a valid duration. Expected a string in the format DD:HH:MM:SS.",
+        "trainer.max_time is 'soon'; write it as days:hours:minutes:seconds, such as 00:12:00:00.",
         edit={"trainer.max_time": "soon"},
     ),
     "logging below 0": Case("trainer.log_every_n_steps is -1; give 0 or more.", edit={"trainer.log_every_n_steps": -1}),

@@ -46,7 +46,7 @@ def lora_through_peft(directory: Path, packed: bool) -> str:
             for parameter in trained:
                 if parameter.grad is None:
                     return "LoRA: a parameter has no gradient"
-                parameter -= 2.0 / norm * parameter.grad
+                parameter.sub_(2.0 / norm * parameter.grad)
                 parameter.grad = None
     ours = run(stages).detach()
     if not relative(ours, before) > CHANGED:

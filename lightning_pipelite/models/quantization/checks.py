@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel
+from lightning_pipelite.models.quantization.exclusive import refuse_both
 from lightning_pipelite.models.quantization.four_bit import fused_weights, unknown_linear
 from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.trains import Trains
@@ -20,8 +21,7 @@ def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: 
         ConfigurationError: Both at once, linear layers of a class of its own, or what FP8 does not know: fused experts,
             and an adapter that changes weights.
     """
-    if load_in_4bit and load_in_fp8:
-        raise ConfigurationError("load_in_4bit and load_in_fp8 exclude each other; set one of them to false.")
+    refuse_both(load_in_4bit, load_in_fp8)
     if load_in_4bit:
         _check(meta_model, adapter, "load_in_4bit")
     if load_in_fp8:

@@ -47,12 +47,13 @@ def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
                 if name in computed_with or any(ROUTER.fullmatch(part) for part in name.split(".")):
                     kept.append(f"{layer_name}.{name}")
             else:
-                computed_with |= {f"{name}.{child}".removeprefix(".") for child in _computed_with(type(module))}
+                kind: Any = type(module)
+                computed_with |= {f"{name}.{child}".removeprefix(".") for child in _computed_with(kind)}
     return kept
 
 
 @cache
-def _computed_with(kind: type[nn.Module]) -> frozenset[str]:
+def _computed_with(kind: type) -> frozenset[str]:
     """Return the names of the layers of a module whose weights the code of its class computes with by itself.
 
     Such as Gemma 3n's coefficients, which it clamps, and Jamba's dt_proj.

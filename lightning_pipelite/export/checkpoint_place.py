@@ -1,0 +1,60 @@
+"""Whether there is a checkpoint to convert, by its files' names; nothing long is imported for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lightning_pipelite.checkpoint.directory import former_of
+from lightning_pipelite.checkpoint.manifest import read_manifest
+from lightning_pipelite.errors import ConfigurationError
+
+FORMER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
+"""Of qlora-pipe-lite: one for each item of its pipeline."""
+
+
+def directory_of(checkpoint: str) -> Path:
+    """Return the directory of a checkpoint.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
+    return directory
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Refuse what is no checkpoint, of this project or of qlora-pipe-lite; its content is not looked at.
+
+    Raises:
+        ConfigurationError: Naming what it lacks.
+    """
+    directory = directory_of(checkpoint)
+    if not is_former(directory):
+        try:
+            read_manifest(former_of(directory) or directory)
+        except ConfigurationError as error:
+            raise of_option(error, directory) from None
+
+
+def of_option(error: ConfigurationError, checkpoint: Path) -> ConfigurationError:
+    """Say of the option ``--checkpoint`` what reading has said of ``ckpt_path``."""
+    found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
+    advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
+    said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
+    return ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.")
+
+
+def is_former(directory: Path) -> bool:
+    """Tell whether a directory holds a checkpoint of qlora-pipe-lite."""
+    return any(FORMER_FILE.fullmatch(path.name) for path in latest(directory).iterdir())
+
+
+def latest(directory: Path) -> Path:
+    """Return the checkpoint that the directory of a run of qlora-pipe-lite names as its latest."""
+    marker = directory / "latest"
+    if marker.is_file() and (directory / marker.read_text(encoding="utf-8").strip()).is_dir():
+        return directory / marker.read_text(encoding="utf-8").strip()
+    return directory

@@ -1,0 +1,21 @@
+"""What callbacks may watch; nothing long is imported for it."""
+
+from __future__ import annotations
+
+from lightning_pipelite.errors import ConfigurationError
+
+
+def refuse_monitor(callback: str, monitor: str) -> None:
+    """Refuse a metric that nothing will log.
+
+    Args:
+        callback: The name of its class.
+        monitor: The metric.
+
+    Raises:
+        ConfigurationError: Always.
+    """
+    raise ConfigurationError(
+        f"{callback}: monitor is {monitor!r}, which nothing logs; give it eval/loss, or another name that the training "
+        "logs."
+    )

@@ -1,0 +1,54 @@
+"""Signatures read from source files are those that Python has."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import get_args, get_type_hints
+
+import pytest
+
+from lightning_pipelite.cli.signatures import signature_of
+
+CLASSES = [
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning_pipelite.PipeLiteModule",
+    "lightning_pipelite.PipeLiteStrategy",
+    "lightning_pipelite.adapters.ControlAdapter",
+    "lightning_pipelite.adapters.Full",
+    "lightning_pipelite.adapters.LoRA",
+    "lightning_pipelite.callbacks.EvalSchedule",
+    "lightning_pipelite.callbacks.SaveTrained",
+    "lightning_pipelite.callbacks.TimedCheckpoint",
+    "torch.optim.AdamW",
+]
+
+
+@pytest.mark.parametrize("path", CLASSES)
+def test_as_python_has_it(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    read = signature_of(path)
+    assert read is not None
+    parameters = inspect.signature(made.__init__).parameters
+    assert [*read.types] == [*parameters][1:]
+    assert not read.takes_others
+    hints = get_type_hints(made.__init__)
+    known = {each: kind for each, kind in read.types.items() if kind is not None}
+    assert known
+    for each, kind in known.items():
+        assert {*get_args(kind)} == {*get_args(hints[each])}
+        assert get_args(kind) or kind is hints[each]
+
+
+def test_what_is_not_read() -> None:
+    assert signature_of("optimi.Adamm") is None
+    assert signature_of("no_such_package.Adapter") is None
+    assert signature_of("LoRA") is None
+    assert signature_of("lightning.pytorch.callbacks.BasePredictionWriter") is not None
+    assert signature_of("lightning_pipelite.errors.ConfigurationError") is None  # it has no __init__ of its own
+    further = signature_of("lightning.pytorch.loggers.TensorBoardLogger")
+    assert further is not None
+    assert further.takes_others
