@@ -18,13 +18,13 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.optim import (
     OptimizerFactory,
     check_patterns,
-    check_ranges,
     check_schedule,
     group_parameters,
     make_optimizer,
     make_schedule,
 )
 from lightning_pipelite.optim.offloaded import offload_state
+from lightning_pipelite.optim.ranges import check_ranges
 from lightning_pipelite.optim.schedule import rise_of
 from lightning_pipelite.shared.over_ranks import gathered
 

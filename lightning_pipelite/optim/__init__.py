@@ -7,14 +7,13 @@ from lightning_pipelite.shared.lazy_names import lazy_names
 if TYPE_CHECKING:
     from lightning_pipelite.optim.groups import OptimizerFactory, check_patterns, group_parameters, make_optimizer
     from lightning_pipelite.optim.offloaded import OffloadedOptimizer
-    from lightning_pipelite.optim.ranges import check_ranges, check_schedule
+    from lightning_pipelite.optim.ranges import check_schedule
     from lightning_pipelite.optim.schedule import make_schedule, rms_ratio, rms_ratio_schedule
 
 __all__ = [
     "OffloadedOptimizer",
     "OptimizerFactory",
     "check_patterns",
-    "check_ranges",
     "check_schedule",
     "group_parameters",
     "make_optimizer",
@@ -30,7 +29,6 @@ __getattr__ = lazy_names(
         "group_parameters": "groups",
         "make_optimizer": "groups",
         "OffloadedOptimizer": "offloaded",
-        "check_ranges": "ranges",
         "check_schedule": "ranges",
         "make_schedule": "schedule",
         "rms_ratio": "schedule",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from shutil import get_terminal_size
 
 from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.settings import gib
@@ -19,6 +20,18 @@ KINDS = {  # of what a stage holds: the character and the name
     "reserve": ("·", "reserve"),
 }
 
+SIZES = {  # of a stage, by the titles of their columns
+    "weights": "weights",
+    "grads": "gradients",
+    "optim.": "optimizer",
+    "activ.": "activations",
+    "passing": "transient",
+    "loss": "loss",
+    "reserve": "reserve",
+    "total": "total",
+}
+SPARED = ("params", "loss")  # where the terminal is narrow: the first are in weights, the second in activ. and passing
+
 
 def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
     """Return the lines of the table, the bars, and what passes between stages."""
@@ -26,30 +39,33 @@ def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
     sizes, limits = planner.devices.memory_of_stages(len(stages)), planner.limits(len(stages))
     scale = max(widest, *sizes, 0)
     unit, base = ("GiB", GIB) if widest >= GIB else ("MiB", 2**20)
-    spans = [span_of(planner, stage) for stage in stages]
-    wide = max(9, *(len(span) for span in spans))
-    lines = [
-        f"{'stage':>5} {'layers':>{wide}} {'params':>8} {'weights':>8} {'grads':>7} {'optim.':>7} {'activ.':>7} "
-        f"{'passing':>7} {'loss':>6} {'reserve':>7} {'total':>7} {'time':>8}  ({unit})"
-    ]
-    for number, (stage, span) in enumerate(zip(stages, spans, strict=True)):
-        held = (stage.gradients, stage.optimizer, stage.activations, stage.transient)
-        columns = " ".join(f"{size / base:>7.2f}" for size in held)
-        lines.append(
-            f"{number:>5} {span:>{wide}} {_count(stage.parameters):>8} {stage.weights / base:>8.2f} {columns} "
-            f"{stage.loss / base:>6.2f} {stage.reserve / base:>7.2f} {stage.total / base:>7.2f} "
-            f"{_time(stage.seconds):>8}"
-        )
+    columns = {
+        "stage": [str(number) for number in range(len(stages))],
+        "layers": [span_of(planner, stage) for stage in stages],
+        "params": [_count(stage.parameters) for stage in stages],
+        **{title: [f"{getattr(stage, name) / base:.2f}" for stage in stages] for title, name in SIZES.items()},
+        "time": [_time(stage.seconds) for stage in stages],
+    }
+    if len(_table(columns)[0]) + len(f" ({unit})") > get_terminal_size((120, 24)).columns:  # of a pipe: as a wide one
+        columns = {title: cells for title, cells in columns.items() if title not in SPARED}
+    head, *rows = _table(columns)
+    lines = [f"{head} ({unit})", *rows]
     lines.append("")
     for number, stage in enumerate(stages):
         fits = not limits or stage.total <= limits[number]
         lines.append(f"{number:>5} {_bar(stage, scale, fits)} {gib(stage.total)}")
-    lines.append("      " + "  ".join(f"{mark} {name}" for mark, name in KINDS.values()))
+    lines.append("      " + " ".join(f"{mark} {name}" for mark, name in KINDS.values()))
     if sent := [stage.sent for stage in stages[:-1]]:
         waits = 1 - step(stages, planner.micro_batches).efficiency
         each = ", ".join(sorted({gib(size) for size in sent}))
         lines.append(f"      bubble {waits:.0%} of the time; over each boundary {each} a step")
     return lines
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    wide = {title: max(len(title), 4, *map(len, cells)) for title, cells in columns.items()}
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
+    return [" ".join(f"{cell:>{width}}" for cell, width in zip(row, wide.values(), strict=True)) for row in rows]
 
 
 def span_of(planner: Planner, stage: StageMemory) -> str:

@@ -83,6 +83,22 @@ def test_the_recommended_case_comes_first_and_the_limit_is_told(two: Report) -> 
     assert not re.search(r"\b0\.0 MiB|1 stages|1 devices|1 replicas", text)
 
 
+def test_the_table_fits_a_narrow_terminal(two: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def table(columns: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = str(two).splitlines()
+        (start,) = (number for number, line in enumerate(lines) if line.startswith("stage"))
+        return lines[start : start + 8]
+
+    assert {"params", "loss"} < set(table("120")[0].split())
+    narrow = table("80")
+    assert max(map(len, narrow)) <= 80
+    assert narrow[0].split()[:4] == ["stage", "layers", "weights", "grads"]
+    for each, wide in zip(narrow[1:3], table("120")[1:3], strict=True):
+        cells = wide.split()
+        assert each.split() == cells[:2] + cells[3:8] + cells[9:]
+
+
 def test_given_options_stand_once() -> None:
     words = ("--config", "my file.yaml", "--trainer.devices=4", "--model.lr", "1e-4", "--trainer.devices", "2")
     assert shlex.split(fit_command(words, {"trainer.devices": 3}).replace("\\\n", " ")) == [
