@@ -22,7 +22,7 @@ from lightning_pipelite.cli.split_comparison import LIMIT, build, cross_entropy,
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
 
-CHANGED = 100 * LIMIT  # at least, by what is trained or quantised: the control
+CHANGED = 20 * LIMIT  # at least, by what is trained or quantised: the control
 
 
 def lora_through_peft(directory: Path, packed: bool) -> str:
