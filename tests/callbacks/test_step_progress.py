@@ -79,10 +79,10 @@ def test_lines_count_optimizer_steps_and_leave_out_evaluations(
     assert len(out.splitlines()) == 4  # EvalSchedule's
     lines = err.splitlines()
     assert re.fullmatch(
-        r"training \(17 %\): step 1/6, 0:06, 0:30 left, loss [\d.]+, lr 3.0e-04, 12,346 tokens/s, eval/loss [\d.]+",
+        r"training \(17 %\): step 1/6, 0:06, 0:30 left, loss [\d.e-]+, lr 3.0e-04, 12,346 tokens/s, eval/loss [\d.e-]+",
         next(line for line in lines if "step 1/" in line and "evaluating" not in line),
     )
-    assert re.fullmatch(r"training \(100 %\): step 6/6, 0:36, loss [\d.]+, .*", lines[-1])
+    assert re.fullmatch(r"training \(100 %\): step 6/6, 0:36, loss [\d.e-]+, .*", lines[-1])
     # Each evaluation takes 200 s: of these not one is counted.
     assert next(line for line in lines if "evaluating" in line).startswith("training (0 %): step 0/6, 0:00, evaluating")
     assert {line.split(", ")[1] for line in lines} <= {f"0:{6 * step:02}" for step in range(7)}
@@ -96,7 +96,7 @@ def test_bars(now: list[float], kind: str) -> None:
     assert "evaluating 2/2" in screen.text
     assert "step 2/3, 0:10, 0:05 left" in screen.text
     assert "Epoch" not in screen.text  # Lightning's own bar is not there
-    assert re.search(r"step 3: eval/loss [\d.]+ \(", screen.text)
+    assert re.search(r"step 3: eval/loss [\d.e-]+ \(", screen.text)
 
 
 @pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])

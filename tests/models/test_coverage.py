@@ -45,8 +45,8 @@ def test_refused_with_the_reason() -> None:
     assert "later tokens" in outcome.note
 
 
-@pytest.mark.parametrize("name", ["Gemma 3n E4B", "Jamba 1.5 Mini", "Qwen3 30B-A3B"])
-def test_published_models_train_through_peft_and_in_four_bits(name: str) -> None:
+@pytest.mark.parametrize(("name", "layers"), [("Gemma 3n E4B", 12), ("Jamba 1.5 Mini", 6), ("Qwen3 30B-A3B", 2)])
+def test_published_models_train_through_peft_and_in_four_bits(name: str, layers: int) -> None:
     """Gemma 3n clamps weights of its layers in place, and Jamba multiplies by one: these are not quantised."""
-    outcome = tiny_families.try_published(name, 6)
+    outcome = tiny_families.try_published(name, layers)
     assert (outcome.result, outcome.lora, outcome.four_bit) == ("exact", "equal", "equal"), outcome.note
