@@ -36,7 +36,7 @@ def lora_through_peft(directory: Path, packed: bool) -> str:
         layers = CausalLMLayers(directory, dtype=torch.float32, adapter=adapter, packed=packed)
         stages = build(layers, min(2, len(layers)))
     except ConfigurationError as refusal:
-        return f"refused: {refusal}"
+        return f"refused: {refusal}".replace(str(directory), "the model")
     before = run(stages).detach()
     trained = [p for stage in stages for p in stage.parameters() if p.requires_grad]
     for _ in range(2):  # in the first A has no gradient, as B is zero
@@ -70,7 +70,7 @@ def four_bits(directory: Path, plain: PreTrainedModel, packed: bool) -> str:
         layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained(), packed=packed)
         stages = build(layers, min(2, len(layers)))
     except ConfigurationError as refusal:
-        return f"refused: {refusal}"
+        return f"refused: {refusal}".replace(str(directory), "the model")
     reference = copy.deepcopy(plain)
     weights = dict(reference.named_parameters(remove_duplicate=False))
     quantised: dict[str, Tensor] = {}
