@@ -50,7 +50,7 @@ Written by `make coverage` with transformers {transformers}, torch {torch}. **{s
 - *packing*: *isolated*, where packed documents equal each document alone within 1e-5; *refused*, where the model would
   leak from one document into the next, and trains with `packed: false`, one document a sequence.
 - *LoRA*: *equal*, where PEFT, on the whole model, gives the logits of the two stages that trained it within 1e-5;
-  *refused* with the default target_modules, which PEFT could not load; others do.
+  *equal on attention*, where that is so with target_modules of attention, as the default's are refused for the reason.
 - *4 bits*: *equal*, where each weight in nf4 is bitsandbytes' bit for bit, and the logits of two stages are those of
   the unsplit model with such weights within 1e-5.
 - *refused*: with the reason, before anything is loaded.

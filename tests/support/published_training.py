@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from expert_memory import Untrained
@@ -25,13 +26,18 @@ from lightning_pipelite.models import CausalLMLayers, Stage
 CHANGED = 20 * LIMIT  # at least, by what is trained or quantised: the control
 
 
-def lora_through_peft(directory: Path, packed: bool) -> str:
-    """Train a LoRA for a step in two stages, save it, and hold PEFT's logits on the whole model against the stages'.
+def lora_through_peft(directory: Path, packed: bool, targets: list[str] | None = None) -> str:
+    """Train a LoRA for two steps in two stages, save it, and hold PEFT's logits on the whole model against the stages'.
+
+    Args:
+        directory: The model.
+        packed: As for the layers.
+        targets: Names of linear layers; the default's if not given.
 
     Returns:
         What is wrong, or "refused" with the reason; nothing if they are equal.
     """
-    adapter = LoRA(4)
+    adapter = LoRA(4) if targets is None else LoRA(4, target_modules=targets)
     try:
         layers = CausalLMLayers(directory, dtype=torch.float32, adapter=adapter, packed=packed)
         stages = build(layers, min(2, len(layers)))
@@ -58,6 +64,13 @@ def lora_through_peft(directory: Path, packed: bool) -> str:
         theirs = PeftModel.from_pretrained(whole, saved).train()
         difference = relative(ours, theirs(input_ids=tokens()[0], use_cache=False).logits)
     return "" if difference <= LIMIT else f"LoRA: PEFT's logits differ by {difference:.1e}"
+
+
+def in_attention(whole: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers of attention, but those that state-space models have, too."""
+    inside = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
+    names = {name.rpartition(".")[2] for name in inside if re.search(r"attn|attention|mixer", name.rpartition(".")[0])}
+    return sorted(names - {"in_proj", "out_proj", "x_proj", "dt_proj"})
 
 
 def four_bits(directory: Path, plain: PreTrainedModel, packed: bool) -> str:

@@ -18,7 +18,7 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.small_sizes import small_sizes
 from lightning_pipelite.models.tiny import tiny_config
 from published_bases import PUBLISHED, shallow
-from published_training import four_bits, lora_through_peft
+from published_training import four_bits, in_attention, lora_through_peft
 
 LAYERS = 4
 LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
@@ -73,7 +73,7 @@ class NotTiny(Exception):  # noqa: N818 (an outcome, not an error)
 class Outcome:
     """What became of one model type: ``result`` is exact, refused, not tried or WRONG.
 
-    Of a published model ``lora`` and ``four_bit`` say what became of these: equal, or refused.
+    Of a published model ``lora`` and ``four_bit`` say what became of these: equal, equal on attention, or refused.
     """
 
     model_type: str
@@ -199,14 +199,15 @@ def try_config(model_type: str, config: PretrainedConfig, *, trains: bool = Fals
             wrong = [f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"]
         outcome = Outcome(model_type, "exact", stages, packing, note)
         if trains and not wrong:
-            found = (
-                lora_through_peft(directory, packing == "isolated"),
-                four_bits(directory, whole, packing == "isolated"),
-            )
+            packed = packing == "isolated"
+            found = [lora_through_peft(directory, packed), four_bits(directory, whole, packed)]
             refused = [told.startswith("refused: ") for told in found]
-            wrong = [told for told, is_refused in zip(found, refused, strict=True) if told and not is_refused]
             outcome.lora, outcome.four_bit = ("refused" if is_refused else "equal" for is_refused in refused)
             outcome.note = "; ".join([note, *(told for told in found if told)]).strip("; ")
+            if refused[0]:
+                found.append(lora_through_peft(directory, packed, in_attention(whole)))
+                outcome.lora = "refused" if found[-1].startswith("refused: ") else "equal on attention"
+            wrong = [told for told in found if told and not told.startswith("refused: ")]
     if wrong:
         return Outcome(model_type, "WRONG", stages, packing, "; ".join(wrong))
     return outcome
