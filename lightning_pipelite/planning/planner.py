@@ -95,18 +95,14 @@ class Planner:
 
     def with_layers(self, layers: CausalLMLayers) -> Planner:
         """Return a planner that plans other layers for the same."""
-        return Planner(
-            self._simulation.on(layers),
-            micro_batches=self.micro_batches,
-            sequence_len=self.sequence_len,
-            devices=self.devices,
-        )
+        return self._of_simulation(self._simulation.on(layers))
 
     def with_offloaded_optimizer(self) -> Planner | None:
         """Return a planner with the optimizer's state in the host's memory; None if it is there, or cannot be."""
         simulation = self._simulation.with_offloaded_optimizer()
-        if simulation is None:
-            return None
+        return None if simulation is None else self._of_simulation(simulation)
+
+    def _of_simulation(self, simulation: Simulation) -> Planner:
         return Planner(
             simulation, micro_batches=self.micro_batches, sequence_len=self.sequence_len, devices=self.devices
         )

@@ -31,7 +31,7 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
     ways, most = [], _fewest(planner, sequences)
     fits: set[str] = set()
     for name, variant in _variants(planner):
-        if name.startswith(tuple(f"{other} and " for other in fits)) or name.endswith(tuple(f" and {o}" for o in fits)):
+        if fits & {*name.split(" and ")}:
             continue  # one of the two is enough
         other = variant.of(sequences * planner.stage_counts(sequences)[-1] // planner.devices.count)
         if found := other.recommend(sequences):
