@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of gpt-oss-20b, which has 24")
     parser.add_argument("--steps", type=int, default=10, help=f"from MXFP4, {WARM_UP + 1} or more")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this out on a CPU")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/step_gpt-oss_mxfp4.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/mxfp4.md")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # these two: one of the fresh processes
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()

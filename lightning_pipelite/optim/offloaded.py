@@ -55,6 +55,7 @@ class OffloadedOptimizer(Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         self._host: dict[tuple[Parameter, str], Tensor] = {}  # where the state of a parameter on a GPU waits
+        self._copies: _Copies | None = None
         self._share()
 
     def _share(self) -> None:
@@ -70,14 +71,15 @@ class OffloadedOptimizer(Optimizer):
                 loss = closure()
         groups = self.inner.param_groups
         device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-        copies = _Copies(device) if device.type == "cuda" else None
+        if device.type == "cuda" and self._copies is None:
+            self._copies = _Copies(device)
         try:
             for group in groups:
-                self._step_group(group, copies)
+                self._step_group(group, self._copies)
         finally:
             self.inner.param_groups = groups
-        if copies is not None:
-            copies.finish()
+        if self._copies is not None:
+            self._copies.finish()
         return loss
 
     def _step_group(self, group: dict[str, Any], copies: _Copies | None) -> None:
@@ -149,7 +151,10 @@ class OffloadedOptimizer(Optimizer):
 
 
 class _Copies:
-    """Copies between a GPU and the host's page-locked memory on two streams of their own, for one step."""
+    """Copies between a GPU and the host's page-locked memory on two streams of their own.
+
+    They are kept: torch gives memory that was freed to the stream again that it was allocated for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
