@@ -80,8 +80,13 @@ def generate(
     lines = []
     for number, each in enumerate(prompts):
         lines.append(f"prompt: {each}")
-        lines += [f"── {side}\n{written[number].strip() or '(nothing)'}" for side, written in sides.items()]
+        lines += [f"── {side}\n{readable(written[number])}" for side, written in sides.items()]
     return "\n".join(lines)
+
+
+def readable(text: str) -> str:
+    """Return a written text without the blanks around it; of blanks alone, how many there are."""
+    return text.strip() or (f"({len(text)} blanks and line ends alone)" if text else "(nothing)")
 
 
 def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.export.generation import generate
+from lightning_pipelite.export.generation import generate, readable
 
 WORDS = ["<s>", "</s>", "user", "a", "b", "c", "d", "e"]
 
@@ -50,6 +50,12 @@ def test_both_sides(saved: tuple[str, str]) -> None:
     shown = generate(base, adapter, "a b", max_new_tokens=6)
     assert shown == f"prompt: a b\n── base\n{wanted[0]}\n── with the adapter\n{wanted[1]}"
     assert generate(base, prompt="a b", max_new_tokens=6) == f"prompt: a b\n── {base}\n{wanted[0]}"
+
+
+def test_blanks_are_told_from_nothing() -> None:
+    assert readable("\n a b \n") == "a b"
+    assert readable("\n \n") == "(3 blanks and line ends alone)"
+    assert readable("") == "(nothing)"
 
 
 def test_what_is_wrong(saved: tuple[str, str]) -> None:
