@@ -25,15 +25,16 @@ def let_streams_run_beside() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
-def _one_thread_block() -> Any:
+def _one_thread_block(timeout: timedelta) -> Any:
     """Return NCCL's options for a way, or None for another backend.
 
     A transfer that waits for its other end does so in thread blocks on the GPU, which the computation beside it misses;
-    by default there are several, for a bandwidth that no way between stages needs.
+    by default there are several.
     """
     if dist.get_backend() != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout  # or torch warns of another than new_group's
     options.config.min_ctas = options.config.max_ctas = 1
     return options
 
@@ -97,8 +98,8 @@ class Transfers:
             for place in range(len(ranks)):
                 for backward in (False, True):
                     start, end = place, (place + (-1 if backward else 1)) % len(ranks)
-                    ends = sorted([ranks[start], ranks[end]])
-                    group = dist.new_group(ends, timeout=timeout, pg_options=_one_thread_block())  # by every rank
+                    ends = sorted([ranks[start], ranks[end]])  # every rank takes part in making every group
+                    group = dist.new_group(ends, timeout=timeout, pg_options=_one_thread_block(timeout))
                     if rank in (ranks[start], ranks[end]):
                         self._groups[start, end, backward] = group
 
