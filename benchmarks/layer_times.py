@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 import tests_support  # noqa: F401
+from lightning_pipelite.shared.protocol import LayerCosts
+from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
+from lightning_pipelite.strategy.partition import balanced_bounds
 from random_model import random_sequences
 from scaling_jobs import Setting, make_module
 from schedule_simulation import Stage
@@ -42,6 +45,17 @@ class LayerTimes:
         """What each layer weighs, in nanoseconds."""
         weigh = [max(1, round(1e9 * (s.forward + s.backward))) for s in (self.layer, self.first, self.last)]
         return tuple(weigh[0] + weigh[1] * (i == 0) + weigh[2] * (i == layers - 1) for i in range(layers))
+
+    def bounds(self, layers: int, stages: int, virtual_stages: int, micro_batches: int, balanced: bool) -> list[int]:
+        """Where stages of several pieces each are cut: evenly, or by these times."""
+        weights = self.weights(layers) if balanced else (1,) * layers
+        bounds = balanced_bounds(weights, stages * virtual_stages)
+        if balanced and virtual_stages > 1:
+            nothing = [0] * layers
+            costs = LayerCosts(weights, nothing, nothing, micro_batches)
+            even = balanced_bounds([1] * layers, stages * virtual_stages)
+            bounds = InterleavedCut(costs, stages, virtual_stages).best(bounds, even)
+        return list(bounds)
 
 
 def time_layers(setting: Setting, way: str) -> LayerTimes:

@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py [DIRECTORY] [--only NAME] [--lr RATE] [--write]
 
-DIRECTORY is what `make quickstart` has made (another one each time: training a tokenizer breaks ties by chance). The
+DIRECTORY is what `make quickstart` has made (the same each time on one machine, by another Python another one). The
 base has read the documentation of the standard library; the text here is new to it: the library's own source files, cut
 into documents of 4000 characters, and for a Control Adapter beside them (class -1) Python's language reference (class
 +1). Options that only differ in the hardware they are for (devices, stages, the type of the weights) are those of a

@@ -39,9 +39,7 @@ import torch
 
 import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
-from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
-from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
 from lightning_pipelite.strategy.partition import balanced_bounds
 from lightning_pipelite.strategy.timeline import simulate as play
 from processes import Workers
@@ -184,7 +182,7 @@ class Way:
         for stages, replicas in splits:
             pieces = [v for v in self._options.virtual_stages if stages > 1 and 1 < v <= self._layers // stages]
             for virtual_stages, cut in itertools.product(pieces, self._options.cuts):
-                bounds = self._pieces(times, stages, virtual_stages, cut)
+                bounds = tuple(times.bounds(self._layers, stages, virtual_stages, self._at, cut == "balanced"))
                 counts = tuple(m for m in self._options.micro_batches if replicas == 1 or m <= self._at)
                 yield (
                     Job(self._way, stages, replicas, counts, (), self._options.memory_limit, virtual_stages, bounds),
@@ -198,15 +196,6 @@ class Way:
                 if cut == "balanced":
                     counts = (self._at,)
                 yield Job(self._way, stages, replicas, counts, weights, self._options.memory_limit), cut
-
-    def _pieces(self, times: LayerTimes, stages: int, virtual_stages: int, cut: str) -> tuple[int, ...]:
-        weights = times.weights(self._layers) if cut == "balanced" else [1] * self._layers
-        bounds = balanced_bounds(weights, stages * virtual_stages)
-        if cut == "balanced":
-            nothing = [0] * self._layers
-            costs = LayerCosts(weights, nothing, nothing, self._at)
-            bounds = InterleavedCut(costs, stages, virtual_stages).improved(bounds)
-        return tuple(bounds)
 
     def _splits(self) -> Iterator[tuple[int, int]]:
         worlds = {self._ranks}

@@ -119,8 +119,9 @@ def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequ
     if virtual_stages == 1:
         return cheapest_bounds(costs, stages)
     pieces = range(stages * virtual_stages)
-    even = balanced_bounds(costs.seconds, len(pieces), speeds=[costs.speed_of(piece % stages) for piece in pieces])
-    return InterleavedCut(costs, stages, virtual_stages).improved(even)
+    balanced = balanced_bounds(costs.seconds, len(pieces), speeds=[costs.speed_of(piece % stages) for piece in pieces])
+    even = balanced_bounds([1] * len(costs.seconds), len(pieces))
+    return InterleavedCut(costs, stages, virtual_stages).best(balanced, even)
 
 
 def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:

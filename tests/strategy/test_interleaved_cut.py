@@ -8,12 +8,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.partition import partition
-from lightning_pipelite.strategy.timeline import simulate
+from lightning_pipelite.strategy.timeline import seconds_of, simulate
 
 
 class Layers:
@@ -96,3 +97,29 @@ def test_a_heavy_end_gives_its_stage_fewer_layers() -> None:
     assert uniform == [0, 8, 16, 24, 32]
     assert bounds[4] - bounds[3] < 8
     assert seconds(costs, bounds, 2, 2) < 0.95 * seconds(costs, uniform, 2, 2)
+
+
+def test_in_many_pieces_no_layer_in_another_piece_makes_the_step_faster() -> None:
+    """Not from one neighbour to the next alone: the pieces between two move along."""
+    stages, pieces = 4, 4
+    costs = LayerCosts([1.4] + [1.0] * 30 + [3.3], [1] * 32, [1] * 32, 4)
+    bounds = partition(Layers(costs), stages, "auto", pieces)
+    found = seconds(costs, bounds, stages, pieces)
+    for taken, given in itertools.permutations(range(stages * pieces), 2):
+        sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+        sizes[taken] -= 1
+        sizes[given] += 1
+        if sizes[taken]:
+            assert found <= seconds(costs, [0, *itertools.accumulate(sizes)], stages, pieces) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("stages", "pieces", "micro_batches"), [(2, 3, 5), (4, 2, 4), (3, 1, 7)])
+def test_many_cuts_at_once_take_as_long_as_each_alone(stages: int, pieces: int, micro_batches: int) -> None:
+    drawn = random.Random(0)
+    plan = interleaved_1f1b(stages, pieces, micro_batches)
+    forward, backward = ([[drawn.uniform(1, 3) for _ in range(5)] for _ in range(stages * pieces)] for _ in range(2))
+    alone = [
+        simulate(plan, *columns).seconds
+        for columns in zip(zip(*forward, strict=True), zip(*backward, strict=True), strict=True)
+    ]
+    assert seconds_of(plan, np.array(forward), np.array(backward)).tolist() == pytest.approx(alone, rel=1e-12)
