@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("lightning_pipelite/**/*.py")) + sorted(ROOT.glob("kernels/*.py"))
-OF_LIBRARIES = {"_apply", "_attn_implementation", "_groups", "_replace", "_timeout"}  # something here is called the same
+# Something here is called the same.
+OF_LIBRARIES = {"_apply", "_attn_implementation", "_groups", "_replace", "_timeout"}
 
 
 def is_private(name: str) -> bool:

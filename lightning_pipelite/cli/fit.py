@@ -106,7 +106,7 @@ class TrainerCLI(ConfiguredCLI):
         model, data = self.model, self.datamodule
         model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
         strategy = model.check_strategy(self.trainer.strategy)
-        check_options(self.trainer, model, strategy._layer_sync)
+        check_options(self.trainer, model)
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
         # What layers cost is planned by the processes that train.

@@ -21,6 +21,7 @@ from lightning_pipelite.models.quantization.as_stored import (
     kept_weights,
 )
 from lightning_pipelite.models.quantization.four_bit import (
+    keep_trainable,
     kept_names,
     linear_names,
     nf4,
@@ -116,6 +117,7 @@ def load_trimmed(
     refuse_misfits(meta_model.model_dir, own & set(report["missing_keys"]), report["mismatched_keys"])
     if stored is not None and kept is not None:
         hold_as_stored(model, kept, stored, dtype, device)
+    keep_trainable(model)
     _untie(model, meta_model, start, stop, device)
     return model
 

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.adapters import Adapter
@@ -33,10 +32,9 @@ from lightning_pipelite.module.greedy import GreedyWriter
 from lightning_pipelite.module.logged_names import is_logged
 from lightning_pipelite.module.optimization import Optimization
 from lightning_pipelite.module.saving import Saving
-from lightning_pipelite.module.throughput import Speed, speed_of
+from lightning_pipelite.module.step_log import StepLog
 from lightning_pipelite.optim import OptimizerFactory
 from lightning_pipelite.planning.memory_plan import MemoryPlan
-from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.shared.protocol import ChecksVocabulary
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.layers import is_built
@@ -162,7 +160,6 @@ class PipeLiteModule(pl.LightningModule):
             keys=tuple(adapter.batch_keys),
             counts_padding=self._layers.router_loss is not None,
         )
-        self._speed = Speed()
         self._evaluation = Evaluation([])
         self._writer = GreedyWriter(
             Path(model_dir),
@@ -186,7 +183,8 @@ class PipeLiteModule(pl.LightningModule):
                 lambda parameters: self._optimization.factory(parameters, self.lr),
                 choose=self.hparams["activation_memory"] == "auto",
                 refuse=self.hparams["check_memory"],
-            )
+            ),
+            StepLog(layers, self._model_parameters),
         ]
 
     @property
@@ -194,6 +192,10 @@ class PipeLiteModule(pl.LightningModule):
         """Of the model, those that this process has: one, but with virtual stages."""
         stage = self.pipeline_stage
         return [stage] if isinstance(stage, Stage) else [*stage]
+
+    def _model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield those that this process has, by the names that the model itself gives them."""
+        return chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
 
     @property
     def optimizer_factory(self) -> OptimizerFactory:
@@ -342,17 +344,11 @@ class PipeLiteModule(pl.LightningModule):
         if stage == "fit":
             warn_of_data(self._data_module, self._layers.meta_model.config, self.adapter)
 
-    # What is logged beside the strategy's losses and norms
-
     @override
-    def on_fit_start(self) -> None:
-        for layer in self.pipeline_stage.modules():
-            if hasattr(layer, "support_avx512bf16_for_cpu"):
-                # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for good, into a form whose
-                # product has no backward: from then on most gradients would be wrong, with no more than a warning.
-                layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        parameters = chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
-        self._speed = speed_of(self._layers, parameters, self.check_strategy(self.trainer.strategy))
+    def teardown(self, stage: str) -> None:
+        # Lightning would keep them, for whichever module the Trainer is given next.
+        trainer: Any = self.trainer
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, (MemoryPlan, StepLog))]
 
     @override
     def on_train_start(self) -> None:
@@ -391,59 +387,10 @@ class PipeLiteModule(pl.LightningModule):
     def _packed_data(self) -> PackedDataModule | None:
         return self._data_module if isinstance(self._data_module, PackedDataModule) else None
 
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._speed.begin(batch[0][1])
-
-    @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # All of it here, while a GPU still goes backward: when the step has been taken, it waits for the next one.
-        self._log_place(self.trainer.global_step + 1)
-        self.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
-        for name, value in self._speed.end().items():
-            self.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
-
-    @override
-    def on_validation_start(self) -> None:
-        self._pause()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._log_place(self.trainer.global_step)
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        self._pause()
-
-    def _log_place(self, step: int) -> None:
-        """Have loggers count steps as the terminal does; Lightning's own count is one less, also of an evaluation.
-
-        Where it is given the step it leaves out the epoch, which is therefore given too.
-        """
-        for name, value in (("step", step), ("epoch", self.current_epoch)):
-            if self.trainer.training:
-                self.log(name, on_host(float(value)))
-            else:
-                self.log(name, float(value), batch_size=1, reduce_fx="max", sync_dist=True)
-
-    def _pause(self) -> None:
-        """Count nothing of the time until the next micro-batch: an evaluation or an epoch's end follows."""
-        device = self.trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the step's backward pass may still be under way
-        self._speed.pause()
-
     # Lightning asks for these; the strategy runs the layers itself
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError("PipeLiteStrategy runs the layers itself.")
 
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.training_step()
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.training_step()
+    validation_step = test_step = training_step

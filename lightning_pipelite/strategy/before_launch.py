@@ -23,7 +23,6 @@ def check_launch(
     arguments: dict[str, Any],
     *,
     cut: Callable[[PipelineLayers], list[int]],
-    layer_sync: Any,
     starts_the_job: bool,
 ) -> tuple[tuple[PipelineLayers, Loss] | None, EmptyLogs | None]:
     """Refuse what cannot work; resolve ``ckpt_path="last"``.
@@ -32,7 +31,6 @@ def check_launch(
         trainer: What is asked to run.
         arguments: Of the Trainer's method by name; ``ckpt_path`` is changed.
         cut: Cuts the layers into stages, or into their pieces.
-        layer_sync: What the Trainer wants for batch norms.
         starts_the_job: Whether this is the first rank, which looks after the job's files.
 
     Returns:
@@ -43,7 +41,7 @@ def check_launch(
         ConfigurationError: For what cannot work.
     """
     module = arguments.get("model") or trainer.lightning_module
-    check_trainer(trainer, module, layer_sync)
+    check_trainer(trainer, module)
     check_checkpoint_callbacks(trainer)
     handed = None
     if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers

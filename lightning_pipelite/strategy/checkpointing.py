@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy.last_step import LastStep
 from lightning_pipelite.strategy.layer_rng import LayerRNG
 from lightning_pipelite.strategy.made_options import named_options, options_of, schedules_of
+from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
 from lightning_pipelite.strategy.resumption import Resumption
 from lightning_pipelite.strategy.same_options import comparable, require_same, trainer_options
 
@@ -131,6 +133,10 @@ class Checkpointing:
 
     # Saving
 
+    def outside_layers(self) -> dict[str, Any]:
+        """Return what the module has beside its layers, by name; all else is saved by stage."""
+        return {**outside_layers(self._trainer.lightning_module, self._stage)}
+
     def save(self, checkpoint: dict[str, Any], path: Path, optimizer: Optimizer | None) -> None:
         """Copy everything to host memory; while training goes on, the files are written in the background.
 
@@ -203,6 +209,20 @@ class Checkpointing:
         state, meta = self._store.open(path, self._identity(), may_differ)
         self._resumption = Resumption(self._trainer, self._layer_rng, self._topology, path, state, meta)
         return state
+
+    def load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Load the stage, and what the module has beside its layers.
+
+        Args:
+            checkpoint: What Lightning had saved.
+            strict: Whether the checkpoint has to have all of it, and nothing else.
+
+        Raises:
+            ConfigurationError: If the checkpoint is of another module; the same on every rank.
+        """
+        self._store.load_parameters(self._stage, strict)
+        saved = checkpoint.get("state_dict", {})
+        load_outside_layers(self._trainer.lightning_module, self._stage, saved, strict)
 
     def load_optimizer(self, optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
         """Load the optimizer's state, and put the states of the schedules in ``checkpoint`` right.

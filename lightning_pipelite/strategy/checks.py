@@ -22,26 +22,26 @@ from lightning_pipelite.strategy.module_hooks import check_hooks, check_plugins
 from lightning_pipelite.strategy.refused_options import refuse_options
 
 
-def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse what a Trainer can do elsewhere and the pipeline cannot, for what it is asked to do now."""
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise ConfigurationError(
             "PipeLiteStrategy trains and evaluates; to predict, save what was trained and load it without the strategy "
             "(what PipeLiteModule saves, with transformers or PEFT), or call Trainer.predict under another strategy."
         )
-    check_options(trainer, module, layer_sync)
+    check_options(trainer, module)
     rank_zero_info(
         f"PipeLiteStrategy runs what {type(module).__name__}.pipeline_layers() returns; training_step, "
         "validation_step and test_step are not called."
     )
 
 
-def check_options(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> None:
+def check_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse options of the Trainer, plugins, callbacks and methods of the module that would not do what they say."""
     refuse_options(precision=trainer.precision)
     if not module.automatic_optimization:
         raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
-    refuse_options(sync_batchnorm=layer_sync is not None)
+    refuse_options(sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
     if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
         raise ConfigurationError(f"Trainer(accelerator=...) gives {device} devices; PipeLiteStrategy needs gpu or cpu.")
     if trainer._model_registry:

@@ -50,8 +50,6 @@ class PipelineRun:
         trainer: Runs the loops.
         handed: The module's layers and loss, if they are there already.
         topology: Of the job.
-        rank: Of this process.
-        device: Of this process.
         cut: Cuts the layers into stages, or into their pieces.
         timeout: How long a rank may make no progress.
         progress: Told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
@@ -77,8 +75,6 @@ class PipelineRun:
         handed: tuple[PipelineLayers, Loss] | None,
         *,
         topology: Topology,
-        rank: int,
-        device: torch.device,
         cut: Callable[[PipelineLayers], list[int]],
         timeout: timedelta,
         progress: Callable[[str, bool, str], None],
@@ -88,7 +84,7 @@ class PipelineRun:
         from lightning_pipelite.strategy.engine import PipeLiteEngine
         from lightning_pipelite.strategy.interleaved_engine import InterleavedEngine
 
-        module = trainer.lightning_module
+        module, rank, device = trainer.lightning_module, trainer.global_rank, trainer.strategy.root_device
         self._trainer, self._stages = trainer, topology.stages
         groups = JobGroups()
         end.callback(groups.destroy)

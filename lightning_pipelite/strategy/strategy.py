@@ -22,27 +22,22 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipelite.shared.local_path import refuse_remote
-from lightning_pipelite.shared.protocol import Loss, PipelineLayers
+from lightning_pipelite.shared.protocol import PipelineLayers
 from lightning_pipelite.shared.topology import Topology
 from lightning_pipelite.strategy import lightning_compat
-from lightning_pipelite.strategy.before_launch import check_launch
-from lightning_pipelite.strategy.checks import check_loaders, check_optimizers, check_trainable, checked_pair
+from lightning_pipelite.strategy.checks import check_loaders, check_trainable, checked_pair
 from lightning_pipelite.strategy.collect import collect_stages
 from lightning_pipelite.strategy.deepspeed_compat import load_deepspeed
 from lightning_pipelite.strategy.device_speeds import check_speeds, speeds_of_stages
-from lightning_pipelite.strategy.empty_groups import EmptyGroups
-from lightning_pipelite.strategy.empty_logs import EmptyLogs
 from lightning_pipelite.strategy.evaluation import PipelineEvaluation
+from lightning_pipelite.strategy.job import Job
 from lightning_pipelite.strategy.known_callbacks import check_callbacks
-from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 from lightning_pipelite.strategy.option_ranges import check_timeout, check_virtual_stages
-from lightning_pipelite.strategy.outside_layers import load_outside_layers, outside_layers
 from lightning_pipelite.strategy.partition import partition
 from lightning_pipelite.strategy.precision import PipelinePrecision
 from lightning_pipelite.strategy.run import PipelineRun
 from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from lightning_pipelite.strategy.transfers import let_streams_run_beside
-from lightning_pipelite.strategy.watchdog import Watchdog
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
 _SECONDS_TO_WRITE = 60.0
@@ -100,6 +95,7 @@ class PipeLiteStrategy(DDPStrategy):
     """
 
     strategy_name = "pipelite"
+    _job: Job  # from the making of the Trainer on
 
     def __init__(
         self,
@@ -136,9 +132,6 @@ class PipeLiteStrategy(DDPStrategy):
         """Whether the next step is to be measured."""
         self.instruction_times: dict[str, float] | None = None
         """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
-        self._handed: tuple[PipelineLayers, Loss] | None = None  # from before the launch
-        self._empty_logs: EmptyLogs | None = None
-        self._watchdog: Watchdog | None = None
         self._run: PipelineRun | None = None  # the last one, whose stage and checkpoints stay when it has ended
         self._end = contextlib.ExitStack()  # what the end of a run undoes, the last first
 
@@ -193,30 +186,8 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._launcher = PipeLiteLauncher(
-            self.cluster_environment,
-            self.num_processes,
-            self.num_nodes,
-            before_launch=self._check,
-            after_launch=self._remove_empty_logs,
-        )
-
-    def _check(self, trainer: pl.Trainer | None, arguments: dict[str, Any]) -> None:
-        """In the process that would start the others."""
-        assert trainer is not None
-        assert self.cluster_environment is not None
-        self._handed, self._empty_logs = check_launch(
-            trainer,
-            arguments,
-            cut=self.cutter(),
-            layer_sync=self._layer_sync,
-            starts_the_job=self.cluster_environment.global_rank() == 0,
-        )
-
-    def _remove_empty_logs(self) -> None:
-        """When the loggers have been finalized, or never will be."""
-        if self._empty_logs is not None:
-            self._empty_logs.remove()
+        self._job = Job(self.cluster_environment, self.num_processes, self.num_nodes, self.cutter)
+        self._launcher = self._job.launcher
 
     @override
     def setup_environment(self) -> None:
@@ -226,36 +197,21 @@ class PipeLiteStrategy(DDPStrategy):
             let_streams_run_beside()
         super().setup_environment()
         load_deepspeed(self.root_device, self.local_rank)
-        launcher = self._launcher
-        assert isinstance(launcher, PipeLiteLauncher)
-        assert self.cluster_environment is not None
-        self._watchdog = Watchdog.connect(
-            rank=self.global_rank,
-            world_size=self.world_size,
-            local_rank=self.local_rank,
-            stage=self.stage_id,
-            host=self.cluster_environment.main_address,
-            children=launcher.procs,
-            timeout=self.timeout,
-            last_act=self._remove_empty_logs,
-        )
-        launcher.stop_watching()
-        self._end.callback(self._watchdog.close)
+        self._job.watch(self.stage_id, self.timeout)
+        self._end.callback(self._job.leave)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        handed, self._handed, self._run = self._handed, None, None
+        self._run = None
         self._run = run = PipelineRun(
             trainer,
-            handed,
+            self._job.take_layers(),
             topology=self.topology,
-            rank=self.global_rank,
-            device=self.root_device,
             cut=self.cutter(),
             timeout=self.timeout,
-            progress=self._progress,
+            progress=self._job.progress,
             end=self._end,
         )
         self._end.callback(setattr, self, "precision_plugin", self.precision_plugin)
@@ -271,24 +227,9 @@ class PipeLiteStrategy(DDPStrategy):
         return self._run
 
     @override
-    def model_to_device(self) -> None:
-        """Nothing to do: the stage was built where it belongs."""
-
-    @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        assert self.lightning_module is not None
-        parameters = self._running.training.parameters
-        mine = {id(p) for p in parameters}
-        check_optimizers(self.optimizers, self.lightning_module, parameters)
-        for group in self.optimizers[0].param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in mine]
-            group.pop("param_names", None)  # of named parameters: each stage has others; checkpoints have names anyway
-        self._running.training.empty_groups = EmptyGroups(self.optimizers[0])
-
-    def _progress(self, activity: str, waits: bool, piece: str = "") -> None:
-        if self._watchdog is not None:
-            self._watchdog.progress(activity, waits=waits, piece=piece)
+        self._running.training.take_optimizer(self.optimizers)
 
     # Training
 
@@ -306,7 +247,8 @@ class PipeLiteStrategy(DDPStrategy):
         training = self._running.training
         loss = training.take(checked_pair(batch), measure=self.measure_stage_times)
         if not self.lightning_module.trainer.fit_loop._should_accumulate():
-            self.instruction_times, self._empty_logs = training.instruction_times, None
+            self.instruction_times = training.instruction_times
+            self._job.keep_logs()
         return loss
 
     @contextlib.contextmanager
@@ -321,7 +263,7 @@ class PipeLiteStrategy(DDPStrategy):
         self._running.evaluation.take(checked_pair(batch), indices)
         assert self.lightning_module is not None
         if not self.lightning_module.trainer.sanity_checking:
-            self._empty_logs = None
+            self._job.keep_logs()
 
     @override
     def test_step(self, batch: Any, *indices: int) -> None:
@@ -362,8 +304,7 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All else is saved by stage."""
-        assert self.lightning_module is not None
-        return {} if self.stage is None else {**outside_layers(self.lightning_module, self.stage)}
+        return {} if self._run is None else self._run.checkpointing.outside_layers()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -382,7 +323,7 @@ class PipeLiteStrategy(DDPStrategy):
             assert error is not None
             self.on_exception(error)
             raise error
-        self._progress("copying for a checkpoint", True)
+        self._job.progress("copying for a checkpoint", True)
         optimizer = self.optimizers[0] if self.optimizers else None
         self._running.checkpointing.save(checkpoint, Path(filepath), optimizer)
 
@@ -392,10 +333,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        run = self._running
-        run.store.load_parameters(run.stage, strict)
-        load_outside_layers(self.lightning_module, run.stage, checkpoint.get("state_dict", {}), strict)
+        self._running.checkpointing.load_model(checkpoint, strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -422,16 +360,13 @@ class PipeLiteStrategy(DDPStrategy):
                 self._run.sigterm.completes(exception)
             # From fail() on the ranks have some seconds only.
             self._run.store.wait(None if together else _SECONDS_TO_WRITE)
-        if self._watchdog is not None:
-            self._watchdog.fail(exception)
+        self._job.fail(exception)
 
     @override
     def teardown(self) -> None:
         """Everything is as it was before the run, but for the trained weights, and whether or not it has failed."""
-        if self._empty_logs is not None and self._empty_logs.trainer.state.status == "interrupted":
-            self._remove_empty_logs()
+        self._job.give_up_logs()
         self._end.close()
-        self._watchdog = None
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()

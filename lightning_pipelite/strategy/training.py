@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_pipelite.shared.async_scalar import on_host
 from lightning_pipelite.strategy.checkpointing import Checkpointing
+from lightning_pipelite.strategy.checks import check_optimizers
 from lightning_pipelite.strategy.empty_groups import EmptyGroups
 from lightning_pipelite.strategy.gradient_check import GradientCheck
 from lightning_pipelite.strategy.gradients import GradientNorms, gradient_norms, scale_gradients
@@ -38,10 +41,23 @@ class PipelineTraining:
         self._loss = torch.zeros(())
         self.parameters: list[Tensor] = list(stage.parameters())
         """Of this rank's stage; to look for them anew takes 10 ms, of every step."""
-        self.empty_groups: EmptyGroups | None = None
-        """Of the optimizer, once there is one."""
+        self._empty_groups: EmptyGroups | None = None  # of the optimizer, once there is one
         self.instruction_times: dict[str, float] | None = None
         """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
+
+    def take_optimizer(self, optimizers: Sequence[Optimizer]) -> None:
+        """Leave the module's optimizer this stage's parameters alone.
+
+        Raises:
+            ConfigurationError: If there is not one optimizer, or it would leave something untrained.
+        """
+        check_optimizers(optimizers, self._trainer.lightning_module, self.parameters)
+        (optimizer,) = optimizers
+        mine = {id(p) for p in self.parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in mine]
+            group.pop("param_names", None)  # of named parameters: each stage has others; checkpoints have names anyway
+        self._empty_groups = EmptyGroups(optimizer)
 
     def take(self, micro_batch: MicroBatch, *, measure: bool) -> Tensor:
         """Take one more micro-batch; with the last one of a step, run them all.
@@ -117,5 +133,5 @@ class PipelineTraining:
     def weights_change(self) -> None:
         """Note that the optimizer has its gradients, and changes the weights next."""
         self._checkpointing.last_step.weights_change()
-        if self.empty_groups is not None:
-            self.empty_groups.hide()
+        if self._empty_groups is not None:
+            self._empty_groups.hide()

@@ -63,7 +63,7 @@ def said(its: L.LightningModule | None = None, **flags: Any) -> str:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     try:
         trainer = L.Trainer(strategy=PipeLiteStrategy(), **{"devices": 1, **quiet, **flags})
-        check_options(trainer, its or module(), trainer.strategy._layer_sync)  # type: ignore[attr-defined]
+        check_options(trainer, its or module())
     except ConfigurationError as error:
         return str(error)
     return ""

@@ -209,6 +209,17 @@ def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, doub
     return quantised.requires_grad_(False)
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """Let an evaluation on a CPU leave the weights as they are.
+
+    On some CPUs bitsandbytes (0.50) repacks them in the first one, for good, into a form whose product has no backward:
+    from then on most gradients would be wrong, with no more than a warning.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.dtype) -> Linear4bit:
     """Return a linear layer with given codes.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers.modeling_utils as modeling_utils
 from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import (
@@ -24,7 +25,19 @@ from transformers import (
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers
-from tiny_models import CPU, CUTS, POSITIONS, SIZES, build, micro_batches, run_stages, train_stages, write_model
+from tiny_models import (
+    CPU,
+    CUTS,
+    POSITIONS,
+    SIZES,
+    build,
+    micro_batches,
+    reference,
+    run_stages,
+    train_stages,
+    train_whole,
+    write_model,
+)
 
 
 def four_bit_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -58,6 +71,36 @@ def test_four_bit_stages_equal_the_unsplit_four_bit_model(tmp_path: Path, kind: 
         _, gradients = train_stages(stages)
         assert len(gradients) == 4 * 7 * 2
     assert layers.parameter_counts() == CausalLMLayers(tmp_path, adapter=LoRA(4)).parameter_counts()
+
+
+def test_an_evaluation_leaves_the_gradients_what_they_are(tmp_path: Path) -> None:
+    """Against PEFT on the unsplit model with the same weights in full; on CPUs where bitsandbytes would repack them."""
+    write_model(tmp_path, "llama")
+    whole = reference(tmp_path)
+    for name, module in whole.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.weight.data = dequantize_4bit(*quantize_4bit(module.weight.data, quant_type="nf4"))
+    peft = get_peft_model(whole, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]))
+    layers = CausalLMLayers(
+        tmp_path, dtype=torch.float32, load_in_4bit=True, adapter=LoRA(4, target_modules=["q_proj"])
+    )
+    (stage,) = build(layers, [0, 4])
+    mine = dict(stage.named_parameters())
+    theirs = {
+        name.replace("base_model.model.", "causal_lm."): p for name, p in peft.named_parameters() if p.requires_grad
+    }
+    for name, parameter in theirs.items():  # both factors have gradients
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+        mine[name].data.copy_(parameter.data)
+    with torch.no_grad():
+        stage.eval()((micro_batches()[0][0], POSITIONS))
+    stage.train()
+    _, gradients = train_stages([stage])
+    train_whole(whole)
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        assert theirs[name].grad is not None
+        torch.testing.assert_close(gradient, theirs[name].grad, rtol=0, atol=1e-5)
 
 
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}

@@ -1,0 +1,85 @@
+"""What is logged of each step beside the strategy's losses and norms: its number, its learning rate and its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.module.throughput import Speed, speed_of
+from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.strategy import PipeLiteStrategy
+
+
+class StepLog(pl.Callback):
+    """Logs ``train/lr``, ``train/tokens_per_s`` and ``train/mfu``, and numbers steps as the terminal does.
+
+    Args:
+        layers: That are trained.
+        parameters: Gives this rank's, by the names that the model itself gives them, once there is a stage.
+    """
+
+    def __init__(self, layers: CausalLMLayers, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        self._layers, self._own_parameters = layers, parameters
+        self._speed = Speed()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(trainer.strategy, PipeLiteStrategy)
+        self._speed = speed_of(self._layers, self._own_parameters(), trainer.strategy)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        (_, position_ids, *_), _ = batch
+        self._speed.begin(position_ids)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # All of it here, while a GPU still goes backward: when the step has been taken, it waits for the next one.
+        _log_place(trainer, pl_module, trainer.global_step + 1)
+        pl_module.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
+        for name, value in self._speed.end().items():
+            pl_module.log(name, on_host(value), prog_bar=name == "train/tokens_per_s")
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            _log_place(trainer, pl_module, trainer.global_step)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause(trainer)
+
+    def _pause(self, trainer: pl.Trainer) -> None:
+        """Count nothing of the time until the next micro-batch: an evaluation or an epoch's end follows."""
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step's backward pass may still be under way
+        self._speed.pause()
+
+
+def _log_place(trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+    """Have loggers count steps as the terminal does; Lightning's own count is one less, also of an evaluation.
+
+    Where it is given the step it leaves out the epoch, which is therefore given too.
+    """
+    for name, value in (("step", step), ("epoch", trainer.current_epoch)):
+        if trainer.training:
+            module.log(name, on_host(float(value)))
+        else:
+            module.log(name, float(value), batch_size=1, reduce_fx="max", sync_dist=True)
