@@ -55,7 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHAPES["qwen3-moe-48"] = SHAPES["qwen3-moe"] | {"num_hidden_layers": 48}
 SHAPES["gpt-oss-24"] = SHAPES["gpt-oss"] | {"num_hidden_layers": 24}
-"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B and of gpt-oss-20b, and all; some of Mixtral 8x7B; and three
+SHAPES["tiny-16"] = SHAPES["tiny"] | {"num_hidden_layers": 16}
+"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B and of gpt-oss-20b, and all; some of Mixtral 8x7B; and four
 for trying things out."""
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     where = f"{ranks} ranks on {places}"
     name = f"scaling_{'one_gpu' if options.one_gpu else f'{ranks}_gpus' if on_gpu else 'cpu'}"
     report = Report(
-        name + (f"_{options.shape}" if options.shape == "70b" else ""),
+        name + (f"_{options.shape}" if options.shape not in ("8b", "tiny") else ""),
         "| job | stages x replicas | cut | m | tokens/s | of each rank | efficiency (of ideal) | simulated | idle | "
         "peak GiB | loss, first to last | difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

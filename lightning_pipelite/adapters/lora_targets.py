@@ -99,8 +99,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
     if lost := sorted(targets - adapted):
         raise ConfigurationError(
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
-            f"{meta_model.config.model_type}, as it takes {lost[0].rpartition('.')[2]} for the experts'; name other "
-            "target_modules."
+            f"{meta_model.config.model_type}, as it takes {_last(lost[0])} for the experts'; {_others(targets, lost)}"
         )
     # It renames what it loads as transformers does the model's files, in which some have other names.
     state = get_peft_model_state_dict(placed, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -111,9 +110,19 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
         name = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
         raise ConfigurationError(
             f"target_modules matches {name}, whose adapter PEFT loads under another name for a model of type "
-            f"{meta_model.config.model_type}, and so leaves out; name other target_modules."
+            f"{meta_model.config.model_type}, and so leaves out; {_others(targets, lost)}"
         )
     return model
+
+
+def _others(targets: set[str], lost: list[str]) -> str:
+    """Say which target modules are left without those that are lost."""
+    left = sorted({_last(name) for name in targets} - {_last(name.partition(".lora_")[0]) for name in lost})
+    return f"name other target_modules, such as [{', '.join(left)}]." if left else "name other target_modules."
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def is_transposed(model: nn.Module, linear: list[str]) -> bool:
