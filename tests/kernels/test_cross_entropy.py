@@ -90,6 +90,18 @@ def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap,
     torch.testing.assert_close(logits.double(), gradients, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_references_gradient_is_rounded_once(dtype: torch.dtype, unit: float, weighted: bool) -> None:
+    """Neither the scale nor the weights are rounded to the logits' type before."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 5, device=DEVICE).to(dtype), torch.randint(0, 5, (64,), device=DEVICE)
+    weights = (0.5 + torch.rand(64, device=DEVICE)).to(dtype) if weighted else None
+    _, gradients = expected(logits, labels, 0.3, None, weights)
+    cross_entropy_reference_(logits, labels, scale=0.3, weights=weights)
+    torch.testing.assert_close(logits.double(), gradients, rtol=1.001 * unit, atol=0)
+
+
 @native
 def test_a_label_that_is_no_token_is_not_a_number() -> None:
     for label in (17, -1, 2**40):
