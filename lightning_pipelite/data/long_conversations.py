@@ -115,7 +115,7 @@ class Cutter:
                 start = -1  # all that is left fits, or there is nothing to learn in it
             if part is not None:
                 parts.append(part)
-                stop = begin if start >= 0 else 0
+                stop = begin
             elif start < stop - 1:  # behind it is nothing to learn
                 stop = start + 1
             else:  # an exchange that is too long by itself

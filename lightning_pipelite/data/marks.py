@@ -114,7 +114,7 @@ def check_no_answer(record: Mapping[str, Any], text: str, place: str) -> None:
     Raises:
         ConfigurationError: If ``text``, the field that is to be taken, is one by its name.
     """
-    question = next((name for name in (*QUESTIONS, "input") if name in record and name != text), None)
+    question = next((name for name in (*QUESTIONS, "input") if name in record), None)
     if question is not None and text in (*ANSWERS, *REJECTED):
         raise ConfigurationError(
             f"{place}: text_field is {text}, which by its name answers {question!r}, and would be learnt without it; "

@@ -86,7 +86,7 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         positions = np.arange(width)
         if self._isolate:
             labels[borders - 1] = IGNORED
-            begins = np.concatenate(([0], borders, [length] if length < width else [])).astype(np.int64)
+            begins = np.concatenate(([0], borders, [length]))
             positions -= np.repeat(begins, np.diff(begins, append=width))
         sizes = np.diff(np.concatenate(([self._prefix_len], borders, [length])))
         classes = np.zeros(width + 1, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,33 @@ def test_each_dataset_is_told(tmp_path: Path, make_data: MakeData, texts: list[s
     )
     with pytest.raises(ConfigurationError, match=r"b\.jsonl, line 31: the field 'text' is int"):
         make_data([first, second], eval_fraction=0.1).prepare_data()
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_the_padding_of_each_dataset(tmp_path: Path, make_data: MakeData, encode: Any, mix: bool) -> None:
+    """That of the sequences in which it has a part, whatever else they hold; the prefix is none."""
+    texts = [["a" * 90, "b" * 90], ["c" * 50]]
+    sources = [write_jsonl(tmp_path / f"{number}.jsonl", each) for number, each in enumerate(texts)]
+    data = make_data(sources, eval_fraction=0, mix_datasets=mix)
+    data.prepare_data()
+    rows = [item["input_ids"] for item in items(data.train_dataloader())]
+    for told, each in zip(data.statistics.datasets, texts, strict=True):
+        own = {token for text in each for token in encode(text)} - {EOS}
+        touched = [row for row in rows if own & set(row)]
+        behind = [len(list(itertools.takewhile(EOS.__eq__, reversed(row)))) for row in touched]
+        padding = sum(max(0, count - 1) for count in behind)  # the first ends a document
+        assert told.sequences == len(touched)
+        assert told.padding == pytest.approx(padding / (64 * len(touched)))
+    assert 0 < data.statistics.datasets[0].padding < 1
+
+
+def test_a_dataset_of_which_nothing_is_packed(tmp_path: Path, make_data: MakeData) -> None:
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", [name * 200]) for name in "ab"]
+    data = make_data(sources, eval_fraction=0, max_sequences=1, mix_datasets=False)
+    data.prepare_data()
+    packed, other = sorted(data.statistics.datasets, key=lambda told: -told.sequences)
+    assert (packed.documents, packed.sequences, packed.unused_documents) == (1, 1, 0)
+    assert (other.documents, other.tokens, other.sequences, other.padding, other.unused_documents) == (0, 0, 0, 0, 1)
 
 
 def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:

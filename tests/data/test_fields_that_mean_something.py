@@ -87,7 +87,9 @@ def test_a_field_that_comes_late(tmp_path: Path, record: Fields, more: Fields, o
        ({"messages": [ASK, REPLY]}, SHARED, {"format": "messages"}),
        ({"instruction": "Who?", "output": "It."}, {"response": "x"}, {"format": "alpaca"}),
        ({"prompt": [ASK], "completion": "It."}, {"input": "x"}, {}),
-       ({**PAIR, "reasoning": "Hm."}, {"thinking": "Hm."}, {})],
+       ({**PAIR, "reasoning": "Hm."}, {"thinking": "Hm."}, {}), (PAIR, {"input": "x", "context": "y"}, {}),
+       (TALK, {"prompt": [{**ASK, "content": "What?"}]}, {}), (TALK, {"prompt": [ASK, REPLY, ASK]}, {}),
+       (TALK, {"prompt": "It."}, {}), (SHARED, {"prompt": "It."}, {})],
 )  # fmt: skip
 @pytest.mark.parametrize("late", [False, True])
 def test_what_says_that_it_is_not_to_be_learnt_as_it_is(
@@ -103,11 +105,42 @@ def test_what_says_that_it_is_not_to_be_learnt_as_it_is(
     ("record", "options"),
     [({**TALK, "label": "sports"}, {}), ({**TALK, "prompt": "Who?"}, {}), ({**TALK, "completion": ""}, {}),
      ({"messages": json.dumps(TALK["messages"]), "prompt": "Who?"}, {}),
+     ({**SHARED, "prompt": "Who?"}, {}), ({**TALK, "prompt": [ASK]}, {}), ({**TALK, "prompt": [ASK, REPLY]}, {}),
+     ({**TALK, "prompt": "x"}, {"messages_field": "messages"}),
+     ({**PAIR, "label": 1, "choices": "x"}, {"question_field": "prompt", "answer_field": "completion"}),
      ({**TALK, "label": 1}, {"messages_field": "messages"}), ({**PAIR, "messages": None, "text": ""}, {})],
 )  # fmt: skip
 def test_what_takes_nothing_away(tmp_path: Path, record: Fields, options: Fields) -> None:
     (read_one,), refused = read(tmp_path, [record], **options)
     assert (read_one.document, refused) == ([ASK, REPLY], [])
+
+
+def test_a_context_of_an_input(tmp_path: Path) -> None:
+    (record,), refused = read(tmp_path, [{"input": "Who?", "context": "Here.", "output": "It."}])
+    assert refused == []
+    assert record.document == [{**ASK, "content": "Who?\n\nHere."}, REPLY]
+
+
+def test_messages_that_are_none(tmp_path: Path) -> None:
+    none = [{"messages": value, "prompt": "x"} for value in (7, "7")]
+    documents, refused = read(tmp_path, [TALK] * 25 + none)
+    assert len(documents) == 25
+    assert ["'prompt' is not the first question of 'messages'" in each for each in refused] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "text"), [({"output": "It."}, "output"), ({"text": "It.", "prompt": "Who?"}, "text"), (PAIR, "prompt")]
+)
+def test_texts_that_answer_nothing(tmp_path: Path, record: Fields, text: str) -> None:
+    (read_one,), refused = read(tmp_path, [record], text_field=text)
+    assert (read_one.document, refused) == (record[text], [])
+
+
+@pytest.mark.parametrize("question", ["problem", "input"])
+def test_a_text_that_answers(tmp_path: Path, question: str) -> None:
+    documents, (refused,) = read(tmp_path, [{question: "Who?", "reply": "It."}], text_field="reply")
+    assert documents == []
+    assert f"which by its name answers {question!r}" in refused
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".csv"])

@@ -6,11 +6,15 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.data import DatasetConfig, PackedDataModule
+from lightning_pipelite.data.long_conversations import Cutter, Encoded, Long
+from lightning_pipelite.data.records import Record
 from people_files import chat, expected, lines, shared
 
 LONG = [("human", "one two"), ("gpt", "three"), ("human", "four " * 9), ("gpt", "five " * 9), ("human", "so"),
@@ -71,3 +75,75 @@ def test_parts_of_a_conversation_stay_on_one_side(
     ]
     assert names[0] | names[1] == set("abcdefgh")
     assert not names[0] & names[1]
+
+
+LIMIT = 6
+
+
+class Letters:
+    """Tokens are letters: a user's small, replies to be learnt capital, other replies digits.
+
+    "-" is the system's, "+" the developer's.
+    """
+
+    def encode_conversation(self, messages: list[dict[str, Any]], *_: object) -> Encoded:
+        text = "".join(message["content"] for message in messages)
+        return [ord(letter) for letter in text], np.array([letter.isupper() for letter in text], bool)
+
+
+def message(letters: str) -> dict[str, Any]:
+    role = {"-": "system", "+": "developer"}.get(letters, "user" if letters.islower() else "assistant")
+    return {"role": role, "content": letters, **({"weight": 0} if letters.isdigit() else {})}
+
+
+def cut(way: Any, *messages: str) -> tuple[list[str], Long]:
+    counts = Long()
+    record = Record([message(letters) for letters in messages], "here")
+    encoded = Cutter(Letters(), LIMIT, way).encode(record, set(), counts)  # type: ignore[arg-type]
+    for ids, flags in encoded:
+        assert flags.tolist() == [chr(token).isupper() for token in ids]
+    return ["".join(map(chr, ids)) for ids, _ in encoded], counts
+
+
+@pytest.mark.parametrize(
+    ("talk", "parts", "counts"),
+    [
+        ("aaa BBB", ["aaaBBB"], {}),
+        ("aa BB cc DD", ["aaBB", "ccDD"], {"parts": 2}),
+        ("- a B c D e F", ["-aB", "-cDeF"], {"parts": 2}),  # the last has most before it
+        ("+ a B c D e F", ["+aB", "+cDeF"], {"parts": 2}),
+        ("aa BBBBB", ["aaBBBB"], {"parts": 1, "cut": 1}),
+        ("aaaaa BB", ["aaaaaB"], {"parts": 1, "cut": 1}),
+        ("aaaaaa B", [], {"unanswered": 1}),
+        ("aaaaaa B cccccc D e F", ["eF"], {"parts": 1, "unanswered": 2}),
+        ("aa BBBBB c D", ["aaBBBB", "cD"], {"parts": 2, "cut": 1}),
+        ("a B cc DDDDD", ["aB", "ccDDDD"], {"parts": 2, "cut": 1}),
+        # What has nothing to learn goes with what it leads to, or follows, where there is room; else it is left out.
+        ("aaa BBB c D e 1", ["aaaBBB", "cDe1"], {"parts": 2}),
+        ("a BBBB c 1111", ["aBBBB"], {"parts": 1}),
+        ("aaa BBB c 1 d 1", ["aaaBBB"], {"parts": 1}),
+        ("a 11111 bb BBB", ["bbBBB"], {"parts": 1}),
+        ("a 1 b 1 cc CCCC", ["ccCCCC"], {"parts": 1}),
+        ("a 1111 b 1111", [], {}),
+        ("- 111 aa BBB", ["-aaBBB"], {"parts": 1}),
+        ("- 1 a B cc DDD", ["-1aB", "-ccDDD"], {"parts": 2}),
+    ],
+)
+def test_where_it_is_cut(talk: str, parts: list[str], counts: dict[str, int]) -> None:
+    found, told = cut("split", *talk.split())
+    assert found == parts
+    long = {"limit": LIMIT, "conversations": 1} if len(talk.replace(" ", "")) > LIMIT else {}
+    assert told == Long(**long, **counts)
+
+
+def test_dropped_and_kept() -> None:
+    assert cut("drop", "aaaa", "BBB") == ([], Long(limit=LIMIT, conversations=1, dropped=1))
+    assert cut("keep", "aaaa", "BBB") == (["aaaaBBB"], Long(limit=LIMIT, conversations=1, kept=1))
+    assert cut("drop", "aaa", "BBB") == cut("keep", "aaa", "BBB") == (["aaaBBB"], Long())
+
+
+def test_counts_of_several_files() -> None:
+    counts = Long(5, 1, 2, 3, 4, 5, 6)
+    counts.add(Long(7, 10, 20, 30, 40, 50, 60))
+    counts.add(Long(0, 100, 200, 300, 400, 500, 600))
+    assert counts == Long(7, 111, 222, 333, 444, 555, 666)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +110,41 @@ def test_many_sequences_and_another_process(tmp_path: Path) -> None:
             assert {name: values.tolist() for name, values in reader[index].items()} == wanted._asdict()
     flat[1234][7] += 1
     assert write(tmp_path, layout, flat, np.ones(4000), 64, []) != first
+
+
+def small(folder: Path, flat: list[list[int]], room: int) -> PackedSequences:
+    """Documents that are each in a group of its own, and so in sequences of its own."""
+    layout = lay_out(
+        [np.array([number]) for number in range(len(flat))],
+        np.array([len(document) for document in flat]),
+        room,
+        drop_tails=False,
+        max_sequences=None,
+    )
+    write(folder, layout, flat, np.ones(len(flat)), room, [])
+    return PackedSequences(
+        folder / "packed.arrow", isolate_documents=True, masked_ids=[], padding_id=PADDING, prefix_len=0
+    )
+
+
+def test_the_empty_item_and_the_types_of_all(tmp_path: Path) -> None:
+    packed = small(tmp_path, [[5, 6, 7]], 4)
+    assert {name: values.tolist() for name, values in packed[None].items()} == {
+        "input_ids": [PADDING] * 4, "labels": [-100] * 4, "position_ids": [0, 1, 2, 3], "control_classes": [0] * 4,
+    }  # fmt: skip
+    assert {values.dtype for item in (packed[None], packed[0]) for values in item.values()} == {torch.int64}
+
+
+def test_tokens_that_stand_nowhere(tmp_path: Path) -> None:
+    """Also one that is in another batch of the file, or only where nothing is learnt."""
+    first = [[20, 21, 22 | int(UNLABELLED)], *([[20]] * 5000), [23]]
+    packed = small(tmp_path, first, 3)
+    assert len(packed) > 4096
+    asked = {20, 21, 22, 23, 24, 1 << 20}
+    assert packed.without(asked) == {24, 1 << 20}
+    assert asked == {20, 21, 22, 23, 24, 1 << 20}
+    assert packed.without(set()) == set()
+    assert packed.without({20, PADDING}) == set()
 
 
 def test_full_disk_is_an_error(tmp_path: Path) -> None:

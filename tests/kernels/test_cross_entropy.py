@@ -62,7 +62,7 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
     ("rows", "vocabulary", "scale", "softcap", "weighted", "ignored"),
     [
         (5, 17, 1.0, None, False, 0),
-        (3, 4096, 0.25, None, True, 1),
+        (3, 4096, 0.3, None, True, 1),  # which no narrower type has
         (4, 5000, 1.0, 30.0, False, 2),
         (3, 9001, 2.0, 5.0, True, 3),
         (4, 20_000, 0.5, None, True, 1),
@@ -77,7 +77,7 @@ def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap,
     labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     labels[-1:] = vocabulary - 1  # in the block that is not whole
     labels[:ignored] = -100
-    weights = torch.rand(rows, device=DEVICE) if weighted else None
+    weights = torch.rand(rows, device=DEVICE).to(dtype) if weighted else None
     losses, gradients = expected(logits, labels, scale, softcap, weights)
     kept = logits.clone()
     options = {"scale": scale, "softcap": softcap, "weights": weights}
@@ -88,6 +88,18 @@ def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap,
     torch.testing.assert_close(function(logits, labels, **options), found)
     assert torch.equal(padded[:, vocabulary:], beyond)
     torch.testing.assert_close(logits.double(), gradients, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_references_gradient_is_rounded_once(dtype: torch.dtype, unit: float, weighted: bool) -> None:
+    """Neither the scale nor the weights are rounded to the logits' type before."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 5, device=DEVICE).to(dtype), torch.randint(0, 5, (64,), device=DEVICE)
+    weights = (0.5 + torch.rand(64, device=DEVICE)).to(dtype) if weighted else None
+    _, gradients = expected(logits, labels, 0.3, None, weights)
+    cross_entropy_reference_(logits, labels, scale=0.3, weights=weights)
+    torch.testing.assert_close(logits.double(), gradients, rtol=1.001 * unit, atol=0)
 
 
 @native
@@ -218,15 +230,19 @@ def test_without_gradients() -> None:
     torch.testing.assert_close(total, reference)
 
 
-def test_small_updates_of_a_trained_head_are_not_lost() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_small_updates_of_a_trained_head_are_not_lost(apart: bool) -> None:
     """A token's part of a head's gradient in bf16, added to a sum in bf16, would vanish beside that of others."""
-    torch.manual_seed(0)
     hidden = torch.cat([torch.full((1, 8), 64.0), torch.full((512, 8), 2.0**-4)]).to(DEVICE, torch.bfloat16)
-    weight = torch.zeros(2, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    zeros = torch.zeros(2, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    rows = (torch.tensor([0, 1], device=DEVICE), zeros) if apart else None
+    weight = zeros.detach() if apart else zeros
+    bias = torch.zeros(2, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(513, dtype=torch.int64, device=DEVICE)
-    linear_cross_entropy(hidden, weight, labels, max_logits_bytes=4).backward()
+    linear_cross_entropy(hidden, weight, labels, bias=bias, rows=rows, max_logits_bytes=4).backward()
     expected_sum = -0.5 * (64 + 512 * 2.0**-4)
-    torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected_sum, device=DEVICE), rtol=4e-3, atol=0)
+    torch.testing.assert_close(zeros.grad[0].float(), torch.full((8,), expected_sum, device=DEVICE), rtol=4e-3, atol=0)
+    torch.testing.assert_close(bias.grad.float(), torch.tensor([-256.5, 256.5], device=DEVICE), rtol=4e-3, atol=0)
 
 
 def test_a_second_backward_pass_is_refused() -> None:

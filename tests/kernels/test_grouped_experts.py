@@ -163,6 +163,19 @@ def test_layouts_biases_and_ranks(device: str, dtype: torch.dtype, options: dict
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_scores_alone_have_a_gradient(device: str) -> None:
+    """Of a router above frozen layers; that of a sum, which is one number for all."""
+    case = Case(device, torch.float32, choices(2).int(), rank=0, biased=True)
+    exact, scores = case.scores.double().requires_grad_(), case.scores.to(device).requires_grad_()
+    chosen = case.chosen.to(device)
+    groups = sort_by_expert(chosen, EXPERTS)
+    inner = swiglu(experts_in(case.x.to(device), groups, case.given[0]))
+    experts_out(inner, scores, chosen, groups, case.given[1]).sum().backward()
+    experts_reference(case.x.double(), case.chosen, exact, *case.whole, swiglu).sum().backward()
+    assert float((scores.grad.cpu().double() - exact.grad).norm() / exact.grad.norm()) < ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weights_in_4_bits(device: str, double: bool, transposed: bool) -> None:
