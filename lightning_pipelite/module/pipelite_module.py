@@ -345,12 +345,6 @@ class PipeLiteModule(pl.LightningModule):
             warn_of_data(self._data_module, self._layers.meta_model.config, self.adapter)
 
     @override
-    def teardown(self, stage: str) -> None:
-        # Lightning would keep them, for whichever module the Trainer is given next.
-        trainer: Any = self.trainer
-        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, (MemoryPlan, StepLog))]
-
-    @override
     def on_train_start(self) -> None:
         self._optimization.warn_of_length(self.trainer.estimated_stepping_batches)
 

@@ -15,10 +15,11 @@ from typing_extensions import override
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.module.throughput import Speed, speed_of
 from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.shared.own_callback import OwnCallback
 from lightning_pipelite.strategy import PipeLiteStrategy
 
 
-class StepLog(pl.Callback):
+class StepLog(OwnCallback):
     """Logs ``train/lr``, ``train/tokens_per_s`` and ``train/mfu``, and numbers steps as the terminal does.
 
     Args:

@@ -17,13 +17,14 @@ from lightning_pipelite.planning.before_training import Job, PlannedTraining, co
 from lightning_pipelite.planning.device_speed import measured_speed, relative
 from lightning_pipelite.planning.devices import Devices
 from lightning_pipelite.shared.over_ranks import gathered
+from lightning_pipelite.shared.own_callback import OwnCallback
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.layers import is_built
 
 SETTLED = 2  # steps, by when all has been allocated once
 
 
-class MemoryPlan(pl.Callback):
+class MemoryPlan(OwnCallback):
     """Plans before weights are loaded, on rank 0 for all; after two steps prints what was planned and what is so.
 
     It plans for a PackedDataModule, whose micro-batches are known, and where there is something to decide: on GPUs, or
