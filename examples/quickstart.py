@@ -32,7 +32,7 @@ MODULES = """
 argparse array ast asyncio base64 bz2 calendar cmath cmd collections configparser contextlib copy csv ctypes
 dataclasses datetime decimal difflib dis doctest email enum fileinput fractions functools gc glob gzip hashlib heapq
 html imaplib inspect io ipaddress itertools json linecache locale logging lzma mailbox math multiprocessing numbers
-operator optparse os pathlib pdb pickle platform plistlib pprint profile pstats queue random re sched select shelve
+operator optparse os pathlib pdb pickle plistlib pprint profile pstats queue random re sched select shelve
 shlex shutil signal smtplib socket socketserver sqlite3 ssl statistics string struct subprocess tarfile tempfile
 textwrap threading timeit tokenize trace traceback types typing unittest urllib uuid warnings weakref zipfile zlib
 """
