@@ -54,8 +54,9 @@ def reported_failure(backward: bool) -> str:
 
     class Telling(PipeLiteStrategy):
         def on_exception(self, exception: BaseException) -> None:
-            assert self._watchdog is not None
-            told.append(str(self._watchdog.failure_of(exception)))
+            watchdog = self._job._watchdog
+            assert watchdog is not None
+            told.append(str(watchdog.failure_of(exception)))
 
     torch.manual_seed(3)
     layers = linears(8)
