@@ -4,13 +4,13 @@
 
 DIRECTORY is what `make quickstart` has made (the same each time on one machine, by another Python another one). The
 base has read the documentation of the standard library; the text here is new to it: the library's own source files, cut
-into documents of 4000 characters, and for a Control Adapter beside them (class -1) Python's language reference (class
-+1). Options that only differ in the hardware they are for (devices, stages, the type of the weights) are those of a
-CPU, a step has eight sequences of 256 tokens, and evaluation is on documents that are held out. Exits with 1 unless the
-evaluation loss falls by at least 3 % in each configuration but that of Control Adapters, which only stretch what each
-layer adds along a few directions. They are to make a model write more like the texts of class +1 and less like those of
-class -1, so of these it is asked, held out and all read as class +1: that the loss of the former falls, that of the
-latter rises, and both move apart by at least 0.5 % of the loss.
+into documents of 4000 characters, and for a Control Adapter Python's language reference (class +1) and as much of these
+files (class -1). Options that only differ in the hardware they are for (devices, stages, the type of the weights) are
+those of a CPU, a step has eight sequences of 256 tokens, and evaluation is on documents that are held out. Exits with 1
+unless the evaluation loss falls by at least 3 % in each configuration but that of Control Adapters, which only stretch
+what each layer adds along a few directions. They are to make a model write more like the texts of class +1 and less
+like those of class -1, so of these it is asked, held out and all read as class +1: that the loss of the former falls,
+that of the latter rises, and both move apart by at least 0.5 % of the loss.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ BYTES = 1_000_000
 DOCUMENT = 4000
 FALL = 3.0  # per cent of the evaluation loss, at least
 APART = 0.5  # per cent of the losses of both classes' texts, by which they move apart at least
-CLASSES = {1: "reference", -1: "texts"}  # of a Control Adapter
+CLASSES = {1: "reference", -1: "source"}  # of a Control Adapter
 OF_CLASSES = (", texts of class +1", ", texts of class -1")
 HELD_OUT = 30  # of so many documents one
 
 
 def write_texts(folder: Path) -> None:
-    """Write a megabyte of source code, and the language reference."""
-    left = BYTES
-    (folder / "texts").mkdir(parents=True)
-    (folder / "reference").mkdir()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="ignore")[: 10 * DOCUMENT]
+    """Write a megabyte of source code, the language reference, and as much of the source code as that is."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    sources = {path.stem: path.read_text(encoding="utf-8", errors="ignore")[: 10 * DOCUMENT] for path in paths}
+    write(folder / "texts", sources, BYTES)
+    write(folder / "reference", topics)
+    write(folder / "source", sources, sum(map(len, topics.values())))
+
+
+def write(folder: Path, texts: dict[str, str], most: int | None = None) -> None:
+    """Write documents, of so many characters altogether, and beside the folder those that are held out."""
+    folder.mkdir(parents=True)
+    left = sum(map(len, texts.values())) if most is None else most
+    for name, text in texts.items():
         for number in range(0, min(len(text), left), DOCUMENT):
-            (folder / "texts" / f"{path.stem}-{number}.txt").write_text(text[number : number + DOCUMENT])
-        left -= len(text)
-        if left <= 0:
-            break
-    for name, text in topics.items():
-        for number in range(0, len(text), DOCUMENT):
-            (folder / "reference" / f"{name}-{number}.txt").write_text(text[number : number + DOCUMENT])
-    for kind in CLASSES.values():
-        (folder / f"held_{kind}").mkdir()
-        for path in sorted((folder / kind).glob("*.txt"))[::HELD_OUT]:
-            path.rename(folder / f"held_{kind}" / path.name)
+            (folder / f"{name}-{number}.txt").write_text(text[number : number + DOCUMENT])
+        left = max(0, left - len(text))
+    held = folder.with_name(f"held_{folder.name}")
+    held.mkdir()
+    for path in sorted(folder.glob("*.txt"))[::HELD_OUT]:
+        path.rename(held / path.name)
 
 
 def configuration(name: str, folder: Path, base: Path, steps: int, rate: float | None) -> dict:
