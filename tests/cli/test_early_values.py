@@ -23,6 +23,8 @@ LORA = {"class_path": "lightning_pipelite.adapters.LoRA", "init_args": {"rank": 
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to work in, with a model whose weights are one number."""
     monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):  # that a test before may have left
+        monkeypatch.delenv(name, raising=False)
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llama"}')
