@@ -133,7 +133,7 @@ the adapter, a PEFT directory:   {shown}/adapter
 
 Next, from here (what fit has proposed is for the folder {shown}):
     source .venv/bin/activate
-    pipelite generate --model_dir {shown}/base --adapter {shown}/adapter --prompt "A class is"
+    pipelite generate --model_dir {shown}/base --adapter {shown}/adapter --prompt "A class is" --temperature 0.8
     pipelite merge --model_dir {shown}/base --adapter {shown}/adapter --output {shown}/merged
     pipelite export-gguf --help                      # for llama.cpp
     tensorboard --logdir {shown}/logs                # the curves""")

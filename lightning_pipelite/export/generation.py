@@ -86,7 +86,9 @@ def generate(
 
 def readable(text: str) -> str:
     """Return a written text without the blanks around it; of blanks alone, how many there are."""
-    return text.strip() or (f"({len(text)} blanks and line ends alone)" if text else "(nothing)")
+    if not text:
+        return "(nothing)"
+    return text.strip() or f"({len(text)} blanks and line ends alone; drawn with a temperature of 0.8 it may be more)"
 
 
 def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
