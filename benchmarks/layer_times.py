@@ -6,6 +6,7 @@ import itertools
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,12 @@ import torch.distributed as dist
 
 import tests_support  # noqa: F401
 from lightning_pipelite.shared.protocol import LayerCosts
-from lightning_pipelite.strategy.interleaved_cut import InterleavedCut
-from lightning_pipelite.strategy.partition import balanced_bounds
+from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
+from lightning_pipelite.strategy.partition import balanced_bounds, interleaved_bounds
+from lightning_pipelite.strategy.timeline import simulate as play
 from random_model import random_sequences
 from scaling_jobs import Setting, make_module
-from schedule_simulation import Stage
+from schedule_simulation import Stage, simulate
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ class LayerTimes:
     def bounds(self, layers: int, stages: int, virtual_stages: int, micro_batches: int, balanced: bool) -> list[int]:
         """Where stages of several pieces each are cut: evenly, or by these times."""
         weights = self.weights(layers) if balanced else (1,) * layers
-        bounds = balanced_bounds(weights, stages * virtual_stages)
-        if balanced and virtual_stages > 1:
-            nothing = [0] * layers
-            costs = LayerCosts(weights, nothing, nothing, micro_batches)
-            even = balanced_bounds([1] * layers, stages * virtual_stages)
-            bounds = InterleavedCut(costs, stages, virtual_stages).best(bounds, even)
-        return list(bounds)
+        if not balanced or virtual_stages == 1:
+            return list(balanced_bounds(weights, stages * virtual_stages))
+        nothing = [0] * layers
+        return interleaved_bounds(LayerCosts(weights, nothing, nothing, micro_batches), stages, virtual_stages)
+
+    def efficiency(self, bounds: Sequence[int], stages: int, micro_batches: int, transfer: float) -> float:
+        """The share of a step in which the ranks compute, by the schedule played through with these times."""
+        pieces = self.of_stages(list(bounds))
+        if len(pieces) == stages:
+            return simulate(pieces, micro_batches, transfer, blocking=True).efficiency
+        plan = interleaved_1f1b(stages, len(pieces) // stages, micro_batches)
+        return play(plan, [each.forward for each in pieces], [each.backward for each in pieces], transfer).efficiency
 
 
 def time_layers(setting: Setting, way: str) -> LayerTimes:

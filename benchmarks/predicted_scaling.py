@@ -19,11 +19,9 @@ from pathlib import Path
 
 import tests_support  # noqa: F401
 from layer_times import LayerTimes
-from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
-from lightning_pipelite.strategy.timeline import simulate as play
 from random_model import SHAPES
 from report import RESULTS, Report
-from schedule_simulation import Stage, simulate
+from schedule_simulation import Stage
 
 PAIR = r"([0-9.]+) \+ ([0-9.]+) ms"
 LINE = re.compile(
@@ -60,7 +58,8 @@ def main() -> None:
             for pieces in options.virtual_stages:
                 cells = []
                 for micro_batches in options.micro_batches:
-                    efficiency = predicted(times, layers, stages, pieces, micro_batches, transfer)
+                    bounds = times.bounds(layers, stages, pieces, micro_batches, balanced=True)
+                    efficiency = times.efficiency(bounds, stages, micro_batches, transfer)
                     cells.append(
                         f"{efficiency:.2f} (ideal {micro_batches / (micro_batches + (stages - 1) / pieces):.2f})"
                     )
@@ -68,17 +67,6 @@ def main() -> None:
     report.line(f"Predicted efficiency, from the times in {options.result.name}; cut by these times.")
     if options.write:
         report.write()
-
-
-def predicted(
-    times: LayerTimes, layers: int, stages: int, virtual_stages: int, micro_batches: int, transfer: float
-) -> float:
-    """The share of a step in which the ranks compute, as scaling.py simulates it."""
-    pieces = times.of_stages(times.bounds(layers, stages, virtual_stages, micro_batches, balanced=True))
-    if virtual_stages == 1:
-        return simulate(pieces, micro_batches, transfer, blocking=True).efficiency
-    plan = interleaved_1f1b(stages, virtual_stages, micro_batches)
-    return play(plan, [each.forward for each in pieces], [each.backward for each in pieces], transfer).efficiency
 
 
 if __name__ == "__main__":

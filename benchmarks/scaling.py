@@ -39,9 +39,7 @@ import torch
 
 import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
-from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.partition import balanced_bounds
-from lightning_pipelite.strategy.timeline import simulate as play
 from processes import Workers
 from random_model import SHAPES, write_model
 from report import Report
@@ -229,14 +227,9 @@ class Way:
                 if same := self._alone.get(micro_batches * job.replicas):
                     difference = max(abs(a - b) for a, b in zip(first.losses, same.losses, strict=True))
                     failed |= not difference <= LOSS_LIMIT
-            if job.virtual_stages > 1:
-                pieces = times.of_stages(list(job.bounds))
-                plan = interleaved_1f1b(job.stages, job.virtual_stages, micro_batches)
-                step = play(plan, [p.forward for p in pieces], [p.backward for p in pieces], transfer)
-                simulated = step.efficiency / ideal
-            elif job.stages > 1:
-                bounds = balanced_bounds(job.weights or [1] * self._layers, job.stages)
-                simulated = simulate(times.of_stages(bounds), micro_batches, transfer, blocking=True).efficiency / ideal
+            if job.stages > 1:
+                bounds = job.bounds or balanced_bounds(job.weights or [1] * self._layers, job.stages)
+                simulated = times.efficiency(bounds, job.stages, micro_batches, transfer) / ideal
             failed |= not (math.isfinite(first.losses[-1]) and first.losses[-1] < first.losses[0])
             a_stage = [of_ranks[stage * job.replicas : (stage + 1) * job.replicas] for stage in range(job.stages)]
             idle = " / ".join(f"{sum(run.idle for run in runs) / len(runs):.0%}" for runs in a_stage)

@@ -118,6 +118,20 @@ def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequ
         costs = replace(costs, speeds=speeds)
     if virtual_stages == 1:
         return cheapest_bounds(costs, stages)
+    return interleaved_bounds(costs, stages, virtual_stages)
+
+
+def interleaved_bounds(costs: LayerCosts, stages: int, virtual_stages: int) -> list[int]:
+    """Cut layers into several pieces a stage with which a step is fast, see :class:`InterleavedCut`.
+
+    Args:
+        costs: Of the layers.
+        stages: Of the pipeline.
+        virtual_stages: Pieces of each, no more of all stages than there are layers.
+
+    Returns:
+        ``stages * virtual_stages + 1`` bounds.
+    """
     pieces = range(stages * virtual_stages)
     balanced = balanced_bounds(costs.seconds, len(pieces), speeds=[costs.speed_of(piece % stages) for piece in pieces])
     even = balanced_bounds([1] * len(costs.seconds), len(pieces))
