@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels.combine import sum_copies, weigh
-from lightning_pipelite.kernels.frozen_weight import WHOLE, dequantise
+from lightning_pipelite.kernels.frozen_weight import WHOLE
 from lightning_pipelite.kernels.grouped_outer import grouped_outer
 from lightning_pipelite.kernels.grouped_product import grouped_product
 from lightning_pipelite.kernels.groups import Groups
+from lightning_pipelite.kernels.nf4 import dequantise
 
 
 class Matrices(NamedTuple):

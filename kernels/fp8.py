@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_pipelite.kernels.device import runs_triton
+from lightning_pipelite.kernels.launch import launch
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # that the format has
@@ -69,7 +70,7 @@ def as_numbers(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return dequantise_rows(codes, scales, dtype)
     rows, width = codes.shape
     out = torch.empty_like(codes, dtype=dtype)
-    _as_numbers[(rows, triton.cdiv(width, BLOCK))](codes, scales, out, width, BLOCK=BLOCK)
+    launch(_as_numbers, (rows, triton.cdiv(width, BLOCK), 1), codes, scales, out, width, BLOCK=BLOCK)
     return out
 
 
@@ -79,10 +80,9 @@ def transposed(codes: Tensor) -> Tensor:
         return codes.T.contiguous()
     rows, columns = (size // 4 for size in codes.shape)
     out = codes.new_empty(codes.shape[1], codes.shape[0])
-    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))
-    _transpose[grid](
-        codes.view(torch.int32), out.view(torch.int32), rows, columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
-    )
+    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS), 1)
+    of_four = codes.view(torch.int32), out.view(torch.int32)
+    launch(_transpose, grid, *of_four, rows, columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
     return out
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_pipelite.kernels.device import at_least_16, by_triton, is_traced, precision
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile, slices_of
+from lightning_pipelite.kernels.launch import launch
 
 ADDED_DEPTH = 64  # of the products that are added, at most at once
 
@@ -115,7 +116,8 @@ def _product_by_triton(
     l, r, b = (x if each is None else each for each in (left, right, bias))  # noqa: E741
     r_group, r_out, r_few = (0, 0, 0) if right is None else right.stride()
     w_group, w_out, w_in = weight.stride()
-    _product[(groups.tiles.shape[1] * columns,)](
+    launch(
+        _product, (groups.tiles.shape[1] * columns, 1, 1),
         x, x.stride(0), groups.order, weight, w_group, w_out, w_in, l, r, r_group, r_out, r_few, b, out,
         groups.bounds, groups.tiles, groups.tiles.shape[1], width, depth, few, columns,
         COPIES=groups.copies if gather else 0, BIASED=bias is not None,

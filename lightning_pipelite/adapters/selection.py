@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_pipelite.errors import ConfigurationError
 
@@ -79,6 +79,27 @@ def match_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[st
         if not any(_ends_with(name, target) for name in names):
             raise _no_match(target, names)
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
+
+
+def refuse_vectors(shapes: Mapping[str, Sequence[int]], targets: str | Sequence[str]) -> None:
+    """Refuse a target whose weights in the model's files are all vectors, as those of norms: none has a matrix.
+
+    Args:
+        shapes: Of tensors, by their names.
+        targets: As in `match_modules`; a regular expression is left to it.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    for target in targets if not isinstance(targets, str) else ():
+        matched = [name for name in modules if _ends_with(name, target)]
+        if matched and all(len(modules[name]) == 1 for name in matched):
+            first = min(matched, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
+            raise ConfigurationError(
+                f"target_modules matches {first}, which has no matrix; name linear modules of decoder layers, or fused "
+                "experts, only."
+            )
 
 
 def _ends_with(name: str, target: str) -> bool:

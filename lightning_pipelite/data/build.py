@@ -19,6 +19,7 @@ from lightning_pipelite.data.packed_set import PackedSet, PackingStatistics
 from lightning_pipelite.data.packing import Ints, best_fit, lay_out
 from lightning_pipelite.data.selection import choose_evaluation, class_of, within_tokens, within_weights
 from lightning_pipelite.data.sequence_file import largest_token, write_sequences
+from lightning_pipelite.data.together import nothing_left
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
@@ -137,9 +138,7 @@ class PackBuilder:
             elsewhere = corpus.digests[np.concatenate(eval_groups)]
             groups = [group[~np.isin(corpus.digests[group], elsewhere)] for group in groups]
             if not sum(map(len, groups)):
-                raise ConfigurationError(
-                    "Every document of data.datasets is in data.eval_datasets, too: none is left for training."
-                )
+                raise nothing_left()
         everything = np.concatenate(groups)
         held_out = np.zeros(len(lengths), bool)
         held_out[everything] = choose_evaluation(corpus.digests[everything], options.eval_fraction)

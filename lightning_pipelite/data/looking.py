@@ -17,7 +17,8 @@ from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.data.sources import find_files
 from lightning_pipelite.data.templates import no_template, surely_has_none
-from lightning_pipelite.data.together import read_before, refuse_doubles, remarks
+from lightning_pipelite.data.together import read_before, refuse_doubles, refuse_nothing_left, remarks
+from lightning_pipelite.data.token_ids import first_check
 from lightning_pipelite.errors import ConfigurationError
 
 # What is read before anything else: some tenths of a second. All is read later.
@@ -31,7 +32,8 @@ def find_all(options: PackingOptions) -> list[list[Path]]:
     """Give the files of each of `options.sources`.
 
     Raises:
-        ConfigurationError: If one has none, it is not clear which are meant, or they hold the same data twice.
+        ConfigurationError: If one has none, it is not clear which are meant, they hold the same data twice, or all that
+            are for training are for evaluation, too.
     """
     training = len(options.datasets)
     found = []
@@ -39,6 +41,7 @@ def find_all(options: PackingOptions) -> list[list[Path]]:
         files = find_files(dataset.dataset_path, dataset.split, evaluation=number >= training)
         refuse_doubles(files, dataset.dataset_path)
         found.append(files)
+    refuse_nothing_left(options, found)
     return found
 
 
@@ -90,8 +93,8 @@ def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> No
 
     Raises:
         ConfigurationError: If files cannot be found, it is not clear how their records become documents, or one of
-            those records is bad, unless `PackingOptions.skip_bad_records` is set; or if there are conversations and
-            surely no template.
+            those records is bad, unless `PackingOptions.skip_bad_records` is set; if there are conversations and
+            surely no template; or if an id that is given is surely none of the tokenizer's.
     """
     looked_at = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
@@ -100,6 +103,8 @@ def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> No
     conversations = any(shape.conversation for _, _, shape in looked_at)
     if conversations and options.chat_template is None and tokenizer_dir is not None and surely_has_none(tokenizer_dir):
         raise no_template(tokenizer_dir)
+    if tokenizer_dir is not None:
+        first_check(options, tokenizer_dir)
     if not options.skip_bad_records:
         for dataset, path, shape in looked_at:
             for _ in itertools.islice(read_records(path, dataset, shape=shape), _RECORDS):

@@ -6,9 +6,10 @@ import filecmp
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lightning_pipelite.data.config import DatasetConfig
+from lightning_pipelite.data.config import DatasetConfig, PackingOptions
 from lightning_pipelite.data.folders import folders_not_read, tells_of_data
 from lightning_pipelite.data.formats import TEXT, format_of
 from lightning_pipelite.data.splits import begins_with_split
@@ -53,6 +54,40 @@ def refuse_doubles(files: Sequence[Path], place: str) -> None:
             if original is not None:
                 _refuse(original, file, place)
     _refuse_links(files, place)
+
+
+def refuse_nothing_left(options: PackingOptions, found: Sequence[Sequence[Path]]) -> None:
+    """Refuse evaluation on all files that are trained on, read in the same way; documents that are equal come later.
+
+    Args:
+        options: Which say what is read.
+        found: The files of each of `PackingOptions.sources`.
+
+    Raises:
+        ConfigurationError: If there are files for evaluation, and no others for training.
+    """
+    training = len(options.datasets)
+    wholly = [
+        (_way_of_reading(dataset), {*files})
+        for dataset, files in zip(options.eval_datasets, found[training:], strict=True)
+        if dataset.max_tokens is None
+    ]
+    if all(
+        any(_way_of_reading(dataset) == way and {*files} <= evaluated for way, evaluated in wholly)
+        for dataset, files in zip(options.datasets, found[:training], strict=True)
+    ):
+        raise nothing_left()
+
+
+def _way_of_reading(dataset: DatasetConfig) -> DatasetConfig:
+    return replace(dataset, dataset_path="", split=None, max_tokens=None, weight=None)
+
+
+def nothing_left() -> ConfigurationError:
+    """Return the error of documents for training that are all for evaluation, too."""
+    return ConfigurationError(
+        "Every document of data.datasets is in data.eval_datasets, too: none is left for training."
+    )
 
 
 def _refuse_links(files: Sequence[Path], place: str) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from lightning_pipelite.data.chat import ChatRenderer, Flags
 from lightning_pipelite.data.config import PackingOptions, TokenSpec
 from lightning_pipelite.data.record_errors import naming
+from lightning_pipelite.data.token_ids import check_ids
 from lightning_pipelite.errors import ConfigurationError, first_line
 
 _SAMPLE = ["The quick\n\n  brown fox's 3.14", " é漢字🙂\t<s> </s> [CLS] <|endoftext|>", "", "\r\nDEF foo(x): return x"]
@@ -186,10 +187,5 @@ class DocumentTokenizer:
         return sorted(set(self._checked("mask_tokens", [value] if isinstance(value, int) else value)))
 
     def _checked(self, key: str, ids: list[int]) -> list[int]:
-        size = len(self._tokenizer)
-        for token in ids:
-            if isinstance(token, bool) or not 0 <= token < size:
-                raise ConfigurationError(
-                    f"data.{key} holds {token}, which is no token id of {self._name}: give ids from 0 to {size - 1}."
-                )
+        check_ids(key, ids, len(self._tokenizer), self._name)
         return list(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,11 +17,12 @@ from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.optim.groups import OptimizerFactory
+from lightning_pipelite.optim.state_copies import Place, StateCopies, bytes_in_place
 
 BUCKET = 64 * 2**20
 """Bytes of the parameters that are updated at once; one larger than this is updated alone."""
-BUCKETS = 3
-"""How many have their state on the device at once: one that comes, one that is updated, one that leaves."""
+PLACES = 2
+"""How many have their state on the device at once: while one is updated and leaves, the next one comes."""
 
 UPDATE_EACH_ALONE = (
     torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD,
@@ -34,7 +36,8 @@ class OffloadedOptimizer(Optimizer):
     """Steps another optimizer a few parameters at a time, whose state is brought to the device for that and taken back.
 
     The weights after a step are those that the optimizer itself would give. Copies run beside the computation in both
-    directions; a step ends when all state is in the host's memory again, page-locked. As in ZeRO-Offload
+    directions, and the host does not wait: what is computed after a step is launched while state still leaves, to
+    page-locked memory, and who reads :attr:`state` gets it when it is there. As in ZeRO-Offload
     (https://arxiv.org/abs/2101.06840) but for where the update is computed: on the GPU, whose memory is free of
     activations by then. Parameters on the CPU have their state there anyway.
 
@@ -52,14 +55,23 @@ class OffloadedOptimizer(Optimizer):
                 f"model.offload_optimizer is not known to go with {type(inner).__name__}: leave it out, or use one of "
                 f"{names}."
             )
-        super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         self._host: dict[tuple[Parameter, str], Tensor] = {}  # where the state of a parameter on a GPU waits
-        self._copies: _Copies | None = None
-        self._share()
+        self._copies: StateCopies | None = None
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
 
-    def _share(self) -> None:
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+    @property
+    def state(self) -> Any:
+        """What ``inner`` keeps of each parameter, in the host's memory, once all of it is there."""
+        if self._copies is not None:
+            self._copies.settle()
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state:  # not what torch's constructor begins with
+            self.inner.state = state
 
     @override
     @torch.no_grad()
@@ -70,45 +82,50 @@ class OffloadedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.inner.param_groups
+        buckets = [[*_buckets([p for p in group["params"] if p.grad is not None])] for group in groups]
         device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-        if device.type == "cuda" and self._copies is None:
-            self._copies = _Copies(device)
+        if device.type == "cuda":
+            self._copies = self._copies or StateCopies(device)
+            sizes = (bytes_in_place([value for *_, value in self._away(each)]) for group in buckets for each in group)
+            self._copies.begin(PLACES, max(sizes, default=0))
         try:
-            for group in groups:
-                self._step_group(group, self._copies)
+            for group, of_group in zip(groups, buckets, strict=True):
+                self._step_group(group, of_group)
         finally:
             self.inner.param_groups = groups
-        if self._copies is not None:
-            self._copies.finish()
+            if self._copies is not None:
+                self._copies.end()
         return loss
 
-    def _step_group(self, group: dict[str, Any], copies: _Copies | None) -> None:
+    def _step_group(self, group: dict[str, Any], buckets: list[list[Parameter]]) -> None:
         """Update a group, each bucket by what the group has counted before."""
         everything = group["params"]
         before = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
         changed: dict[str, Any] = {}
-        buckets = [*_buckets([p for p in everything if p.grad is not None])]
         self.inner.param_groups = [group]
+        coming = map(self._bring, buckets)
+        places = deque(itertools.islice(coming, 1))
         try:
-            for number, bucket in enumerate(buckets):
-                if copies is not None:
-                    for each in buckets[number : number + 2]:
-                        self._bring(each, copies)
+            for bucket in buckets:
+                places.extend(itertools.islice(coming, 1))  # the next one comes while this one is updated
+                place = places.popleft()
+                if self._copies is not None and place is not None:
+                    self._copies.await_arrival(place)
                 for key in group.keys() - before.keys() - {"params"}:
                     del group[key]
                 group.update(copy.deepcopy(before), params=bucket)
                 self.inner.step()
                 changed |= {key: group[key] for key in group if key != "params" and _differ(group[key], before, key)}
-                if copies is not None:
-                    self._take_back(bucket, copies)
+                self._take_back(bucket, place)
         finally:
             group.update(changed, params=everything)
 
     def put_away(self, parameter: Parameter, name: str, value: Tensor) -> None:
         """Keep a part of a parameter's state, read from a checkpoint, where it waits for the next step."""
+        state = self.state
         if parameter.is_cuda:
             value = self._waiting(parameter, name, value).copy_(value)
-        self.inner.state[parameter][name] = value
+        state[parameter][name] = value
 
     def _waiting(self, parameter: Parameter, name: str, like: Tensor) -> Tensor:
         held = self._host.get((parameter, name))
@@ -117,75 +134,47 @@ class OffloadedOptimizer(Optimizer):
             self._host[parameter, name] = held
         return held
 
-    def _bring(self, bucket: list[Parameter], copies: _Copies) -> None:
-        """Start to copy the bucket's state to the device, if that has not been done."""
-        away = [
+    def _away(self, bucket: list[Parameter]) -> list[tuple[Parameter, str, Tensor]]:
+        """Return what of the bucket's state waits in the host's memory."""
+        return [
             (parameter, name, value)
             for parameter in bucket
             for name, value in self.inner.state.get(parameter, {}).items()
-            if value is self._host.get((parameter, name)) and value is not None
+            if isinstance(value, Tensor) and value is self._host.get((parameter, name))
         ]
-        if not away:
-            return
-        arrived = copies.bring([value for *_, value in away])
+
+    def _bring(self, bucket: list[Parameter]) -> Place | None:
+        """Start to copy the bucket's state to the device; return its place there, if it has any state."""
+        away = self._away(bucket)
+        if self._copies is None or not away:
+            return None
+        arrived, place = self._copies.bring([value for *_, value in away])
         for (parameter, name, _), value in zip(away, arrived, strict=True):
             self.inner.state[parameter][name] = value
+        return place
 
-    def _take_back(self, bucket: list[Parameter], copies: _Copies) -> None:
+    def _take_back(self, bucket: list[Parameter], place: Place | None) -> None:
+        if self._copies is None:
+            return
         here = [
             (parameter, name, value)
             for parameter in bucket
             for name, value in self.inner.state.get(parameter, {}).items()
             if isinstance(value, Tensor) and value.is_cuda
         ]
+        is_new = any((parameter, name) not in self._host for parameter, name, _ in here)
         waiting = [self._waiting(*each) for each in here]
-        copies.take_back([value for *_, value in here], waiting)
+        self._copies.take_back([value for *_, value in here], waiting, place)
         for (parameter, name, _), held in zip(here, waiting, strict=True):
             self.inner.state[parameter][name] = held
+        if is_new:  # in no place: the host is not to allocate that of the next ones before it has left
+            self._copies.settle()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of the inner optimizer; it leaves the device with the next step."""
         self.inner.load_state_dict(state_dict)
-        self._share()
-
-
-class _Copies:
-    """Copies between a GPU and the host's page-locked memory on two streams of their own.
-
-    They are kept: torch gives memory that was freed to the stream again that it was allocated for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._leaving: deque[torch.cuda.Event] = deque()
-        self._coming: torch.cuda.Event | None = None
-
-    def bring(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return them on the device; what is launched from now on waits until they are there."""
-        while len(self._leaving) > BUCKETS - 2:  # or the host would allocate all of them before the first has left
-            self._leaving.popleft().synchronize()
-        with torch.cuda.stream(self._in):
-            arrived = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
-        current = torch.cuda.current_stream(self._device)
-        for tensor in arrived:
-            tensor.record_stream(current)
-        current.wait_stream(self._in)
-        return arrived
-
-    def take_back(self, tensors: list[Tensor], held: list[Tensor]) -> None:
-        """Copy them to the host once what is launched now is done; their memory is free after that."""
-        self._out.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._out):
-            for tensor, place in zip(tensors, held, strict=True):
-                place.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._out)
-        self._leaving.append(self._out.record_event())
-
-    def finish(self) -> None:
-        """Wait until everything has left: what saves a checkpoint reads it."""
-        self._out.synchronize()
+        self.param_groups = self.inner.param_groups
 
 
 def offload_state(factory: OptimizerFactory) -> OptimizerFactory:

@@ -17,7 +17,7 @@ from lightning_pipelite.models.layer_signature import layer_signature
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.stage import Stage
-from lightning_pipelite.optim.offloaded import BUCKET, BUCKETS, OffloadedOptimizer
+from lightning_pipelite.optim.offloaded import BUCKET, PLACES, OffloadedOptimizer
 from lightning_pipelite.planning.gpus import REFERENCE, Gpu
 from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.trial import Part, Trial
@@ -213,7 +213,8 @@ class Simulation:
         state = sum(_rounded(t) for t in tensors if t.is_meta)
         if not isinstance(optimizer, OffloadedOptimizer):
             return {"optimizer": state}
-        at_once = BUCKETS * max(BUCKET, *(p.nbytes for p in trained)) * state // sum(p.nbytes for p in trained)
+        # And as much again as one for what an update makes in between.
+        at_once = (PLACES + 1) * max(BUCKET, *(p.nbytes for p in trained)) * state // sum(p.nbytes for p in trained)
         return {"optimizer_on_host": state, "optimizer_passing": min(state, at_once)}
 
 

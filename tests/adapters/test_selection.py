@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from lightning_pipelite.adapters.selection import match_modules, parse_layers
+from lightning_pipelite.adapters.selection import match_modules, parse_layers, refuse_vectors
 from lightning_pipelite.errors import ConfigurationError
 
 NAMES = [
@@ -64,3 +64,27 @@ def test_matches_what_peft_matches(targets: str | list[str]) -> None:
 def test_a_target_without_a_match_is_an_error(targets: str | list[str]) -> None:
     with pytest.raises(ConfigurationError, match="target_modules"):
         match_modules(NAMES, targets)
+
+
+SHAPES = {
+    "model.layers.10.input_layernorm.weight": [8],
+    "model.layers.2.input_layernorm.weight": [8],
+    "model.layers.2.mlp.gate.weight": [4, 8],
+    "model.layers.2.mlp.gate.bias": [4],
+    "model.layers.2.norm.weight": [8],
+    "model.layers.10.norm.weight": [8, 8],
+    "model.layers.2.q_norm.scale": [8],
+}
+
+
+def test_a_target_of_vectors_alone_is_told_by_the_first() -> None:
+    for targets in (["gate", "input_layernorm"], ["layers.2.input_layernorm"]):
+        with pytest.raises(
+            ConfigurationError, match=r"matches model\.layers\.2\.input_layernorm, which has no matrix; "
+        ):
+            refuse_vectors(SHAPES, targets)
+
+
+@pytest.mark.parametrize("targets", [["gate"], ["norm"], ["q_norm"], ["layernorm"], ".*input_layernorm", []], ids=str)
+def test_what_may_have_a_matrix_is_left_alone(targets: str | list[str]) -> None:
+    refuse_vectors(SHAPES, targets)

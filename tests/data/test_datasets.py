@@ -145,6 +145,9 @@ def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[st
     assert Counter(train) + Counter(held_out) == Counter(map(encode, texts[:50]))
     with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
         make_data([source], eval_datasets=[source]).prepare_data()
+    copy = write_jsonl(tmp_path / "copy.jsonl", texts[:50])
+    with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
+        make_data([source], eval_datasets=[copy]).prepare_data()
 
 
 def test_weights(tmp_path: Path, make_data: MakeData, texts: list[str], encode: Any) -> None:

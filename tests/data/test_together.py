@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,31 @@ def test_what_is_read_together_is_told(make_data: Callable[..., PackedDataModule
         f"{paths[2]}: {text} (a.jsonl and 1 more) | {pair} (c.jsonl); folders not read: more",
         f"{paths[3]}: {pair}; c.jsonl read by the dataset {paths[2]}, too",
     ]
+
+
+def test_all_files_for_evaluation_too(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "b.txt", "c.txt")
+    everything = DatasetConfig(str(tmp_path))
+    some = DatasetConfig(str(tmp_path / "[ab].txt"))
+    one = DatasetConfig(str(tmp_path / "a.txt"))
+    for datasets, evaluation in (
+        ([everything], [everything]),
+        ([some], [everything]),
+        ([one, replace(some, max_tokens=5, weight=2.0)], [one, everything]),
+    ):
+        with pytest.raises(ConfigurationError, match="none is left for training"):
+            find_all(_reading(datasets, evaluation))
+    for datasets, evaluation in (
+        ([everything], []),
+        ([everything], [some]),
+        ([some, everything], [some]),
+        ([some], [replace(some, max_tokens=5)]),  # these may be others
+        ([some], [replace(some, text_field="story")]),
+    ):
+        assert len(find_all(_reading(datasets, evaluation))) == len(datasets) + len(evaluation)
+
+
+def _reading(datasets: list[DatasetConfig], evaluation: list[DatasetConfig]) -> PackingOptions:
+    weighted = any(dataset.weight for dataset in datasets)
+    datasets = [replace(each, weight=each.weight or 1.0) for each in datasets] if weighted else datasets
+    return PackingOptions(datasets, 64, evaluation)

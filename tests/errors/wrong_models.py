@@ -185,7 +185,7 @@ CASES = {
         edit={"model.adapter.init_args.target_modules": []},
     ),
     "target without a matrix": Case(
-        "target_modules matches model.layers.0.input_layernorm, a LlamaRMSNorm; name linear modules of decoder layers, or fused experts, only.",
+        "target_modules matches model.layers.0.input_layernorm, which has no matrix; name linear modules of decoder layers, or fused experts, only.",
         edit={"model.adapter.init_args.target_modules": ["input_layernorm"]},
     ),
     "targets of a Control Adapter": Case(

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
-from lightning_pipelite.kernels.frozen_weight import bitsandbytes_operations
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_pipelite.kernels.lora import lora_linear
+from lightning_pipelite.kernels.nf4 import bitsandbytes_operations
 from lightning_pipelite.kernels.routing import sort_by_expert
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")

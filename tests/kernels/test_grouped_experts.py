@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_pipelite.kernels.combine import sum_copies
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out, experts_reference
-from lightning_pipelite.kernels.frozen_weight import bitsandbytes_operations
 from lightning_pipelite.kernels.groups import Groups
+from lightning_pipelite.kernels.nf4 import bitsandbytes_operations
 from lightning_pipelite.kernels.routing import sort_by_expert
 
 native = pytest.mark.skipif(torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="native")

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
-from lightning_pipelite.kernels.frozen_weight import BLOCK, bitsandbytes_operations
+from lightning_pipelite.kernels.nf4 import BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.frozen_weight import SCALES_BLOCK, bitsandbytes_operations
+from lightning_pipelite.kernels.nf4 import SCALES_BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.stored.format import (
     Entries,
     Keeps,

@@ -1,0 +1,54 @@
+"""Ids of tokens that a user gives, and whether a tokenizer has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_pipelite.data.config import PackingOptions
+from lightning_pipelite.errors import ConfigurationError
+
+_OPTIONS = ("sequence_prefix", "document_prefix", "document_suffix", "mask_tokens")
+_MAY_BE_ADDED = 256  # tokens that a tokenizer's class adds to those of its file, of which most have none
+
+
+def check_ids(key: str, ids: Sequence[int], size: int, tokenizer_dir: Path, *, beyond: int = 0) -> None:
+    """Refuse what is no id of a tokenizer.
+
+    Args:
+        key: The option of the data, for the sentence.
+        ids: As given.
+        size: How many tokens there are.
+        tokenizer_dir: For the sentence.
+        beyond: How many more there may be.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    for token in ids:
+        if isinstance(token, bool) or not 0 <= token < size + beyond:
+            raise ConfigurationError(
+                f"data.{key} holds {token}, which is no token id of {tokenizer_dir}: give ids from 0 to {size - 1}."
+            )
+
+
+def first_check(options: PackingOptions, tokenizer_dir: Path) -> None:
+    """Refuse ids that a tokenizer surely does not have, by its file alone; nothing long is imported.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    values = {key: getattr(options, key) for key in _OPTIONS}
+    given = {key: [value] if type(value) is int else value for key, value in values.items()}
+    given = {key: value for key, value in given.items() if isinstance(value, list) and value}
+    file = tokenizer_dir / "tokenizer.json"
+    if not given or not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        size = Tokenizer.from_file(str(file)).get_vocab_size()
+    except Exception:  # whatever a damaged file makes the library raise, the tokenizer's own check tells it
+        return
+    for key, ids in given.items():
+        check_ids(key, ids, size, tokenizer_dir, beyond=_MAY_BE_ADDED)

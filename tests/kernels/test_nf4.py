@@ -1,0 +1,72 @@
+"""Frozen weights in nf4: each of its values times the scale of its block of 64, in the order of the rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor
+
+from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, dequantise
+from lightning_pipelite.models.quantization.four_bit import nf4
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Rows of no whole blocks, of an odd number, of whole ones; more scales than one of them has a scale for, some over.
+SHAPES = [(8, 96), (5, 96), (7, 31), (3, 5, 32), (4, 128), (64, 64), (65, 288)]
+
+
+def quantised(shape: tuple[int, ...], *, double: bool) -> tuple[list[Tensor], Tensor]:
+    """Weights whose rows differ much in size, in parts; and what these stand for, by hand."""
+    sizes = torch.logspace(-3, 3, shape[-2]).unsqueeze(1)
+    codes, state = quantize_4bit(torch.randn(shape) * sizes, quant_type="nf4", compress_statistics=double)
+    parts, scales = [codes, state.absmax], state.absmax
+    if double:
+        outer = state.state2
+        parts += [outer.absmax, outer.code, state.offset]
+        each = outer.absmax.repeat_interleave(SCALES_BLOCK)[: len(scales)]
+        scales = outer.code[scales.int()] * each + state.offset
+    numbers = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=-1).flatten().int()
+    count = torch.Size(shape).numel()
+    return parts, (state.code[numbers[:count]] * scales.repeat_interleave(BLOCK)[:count]).view(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("double", [False, True], ids=["scales", "quantised scales"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], double: bool, dtype: torch.dtype) -> None:
+    parts, wanted = quantised(shape, double=double)
+    made = dequantise([part.to(DEVICE) for part in parts], shape, dtype).cpu()
+    if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter does not round but cuts off
+        torch.testing.assert_close(made, wanted.to(dtype), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(made, wanted.to(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run natively")
+def test_under_the_interpreter() -> None:
+    """Triton decides at import whether it interprets, so this takes a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed, 1 skipped" in done.stdout  # this one
+
+
+def test_the_layers_of_bitsandbytes_compute_with_the_same() -> None:
+    nf4([], torch.float32, double_quant=False)  # makes bitsandbytes' operation right
+    layer = Linear4bit(96, 8, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    weight = torch.randn(8, 96) * torch.logspace(-3, 3, 8).unsqueeze(1)
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    state = layer.weight.quant_state
+    x = torch.randn(3, 96, requires_grad=True)
+    wanted = x @ dequantise([layer.weight.data, state.absmax], (8, 96), torch.float32).T
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer(x.detach()), wanted.detach())
