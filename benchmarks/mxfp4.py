@@ -212,7 +212,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=place_for(1.1 * size)) as folder, tempfile.TemporaryDirectory() as compiled:
         found = measure(Path(folder), Path(compiled), shape, options.steps)
         print(f"files were in {folder}")
-    report, held = report_on(found, shape, options.steps, "step_gpt-oss_mxfp4")
+    report, held = report_on(found, shape, options.steps, "mxfp4")
     if options.write:
         report.write()
     return int(not held)

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from lightning_pipelite.adapters.selection import match_modules, parse_layers
+from lightning_pipelite.adapters.selection import match_modules, no_linear, parse_layers
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layer_signature import layer_signature
 from lightning_pipelite.models.meta_model import MetaModel
@@ -38,16 +38,14 @@ def lora_targets(
     if target_modules != "all-linear":
         targets = match_modules([*modules, *experts], target_modules)
         if others := [name for name in targets if name not in known and name not in experts]:
-            kind = type(modules[others[0]]).__name__
+            first = modules[others[0]]
             if others[0] in meta_model.bypassed_in_training:
                 raise ConfigurationError(
                     f"target_modules matches {others[0]}, whose weight this model takes without calling the layer, so "
                     "that nothing would train an adapter on it; leave it out."
                 )
-            raise ConfigurationError(
-                f"target_modules matches {others[0]}, a {kind}; name linear modules of decoder layers, or fused "
-                "experts, only."
-            )
+            has_matrix = any(parameter.ndim > 1 for parameter in first.parameters())
+            raise no_linear(others[0], f"a {type(first).__name__}" if has_matrix else "which has no matrix")
     layers = set(parse_layers(layers_to_transform, len(meta_model.layers)))
     chosen = [name for name in targets if meta_model.layer_of(name) in layers]
     if not chosen:

@@ -96,10 +96,14 @@ def refuse_vectors(shapes: Mapping[str, Sequence[int]], targets: str | Sequence[
         matched = [name for name in modules if _ends_with(name, target)]
         if matched and all(len(modules[name]) == 1 for name in matched):
             first = min(matched, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
-            raise ConfigurationError(
-                f"target_modules matches {first}, which has no matrix; name linear modules of decoder layers, or fused "
-                "experts, only."
-            )
+            raise no_linear(first, "which has no matrix")
+
+
+def no_linear(name: str, what: str) -> ConfigurationError:
+    """Return the error of a target that is no linear module, but ``what``."""
+    return ConfigurationError(
+        f"target_modules matches {name}, {what}; name linear modules of decoder layers, or fused experts, only."
+    )
 
 
 def _ends_with(name: str, target: str) -> bool:

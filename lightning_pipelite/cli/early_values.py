@@ -119,7 +119,9 @@ def _check_model(given: Given) -> None:
     check_weights(Path(model_dir), allow_pickled=options.get("allow_pickled_weights", False))
     if own is not None and adapter == "LoRA" and (targets := own.init_args.get("target_modules")):
         headers = [read_header(file) for file in weight_files(Path(model_dir))]
-        refuse_vectors({name: tensor.get("shape", ()) for header in headers for name, tensor in header.items()}, targets)
+        refuse_vectors(
+            {name: tensor.get("shape", ()) for header in headers for name, tensor in header.items()}, targets
+        )
 
 
 def _our_adapter(given: Given) -> str | None:
