@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from interpreter import INTERPRETED, pass_interpreted
 from lightning_pipelite.kernels.cross_entropy import cross_entropy_, cross_entropy_reference_
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_pipelite.kernels.scale import scale_
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 native = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
@@ -23,12 +18,7 @@ native = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run natively")
 def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this takes a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert " passed, 1 skipped" in done.stdout  # this one
+    pass_interpreted(__file__)
 
 
 def expected(logits, labels, scale, softcap, weights):  # type: ignore[no-untyped-def]

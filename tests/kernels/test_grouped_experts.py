@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +9,15 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
+from interpreter import INTERPRETED, pass_interpreted
 from lightning_pipelite.kernels.combine import sum_copies
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out, experts_reference
 from lightning_pipelite.kernels.groups import Groups
 from lightning_pipelite.kernels.nf4 import bitsandbytes_operations
 from lightning_pipelite.kernels.routing import sort_by_expert
 
-native = pytest.mark.skipif(torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="native")
+native = pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="native")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 if INTERPRETED:
     del ROUNDING[torch.bfloat16]  # the interpreter multiplies its bits
@@ -35,12 +31,7 @@ TOKENS, EXPERTS, HIDDEN, INNER = 40, 5, 64, 96
 @pytest.mark.slow
 @native
 def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this takes a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert " passed, 1 skipped" in done.stdout  # this one
+    pass_interpreted(__file__)
 
 
 def swiglu(values: Tensor) -> Tensor:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
+from interpreter import INTERPRETED, pass_interpreted
 from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, dequantise
 from lightning_pipelite.models.quantization.four_bit import nf4
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows of no whole blocks, of an odd number, of whole ones; more scales than one of them has a scale for, some over.
 SHAPES = [(8, 96), (5, 96), (7, 31), (3, 5, 32), (4, 128), (64, 64), (65, 288)]
@@ -52,12 +47,7 @@ def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], double: b
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run natively")
 def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this takes a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert " passed, 1 skipped" in done.stdout  # this one
+    pass_interpreted(__file__)
 
 
 def test_the_layers_of_bitsandbytes_compute_with_the_same() -> None:
