@@ -40,6 +40,7 @@ import torch
 import tests_support  # noqa: F401
 from layer_times import LayerTimes, time_layers, time_transfer
 from lightning_pipelite.strategy.partition import balanced_bounds
+from lightning_pipelite.strategy.transfers import let_streams_run_beside
 from processes import Workers
 from random_model import SHAPES, write_model
 from report import Report
@@ -55,6 +56,7 @@ HOUR = 3600.0
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
+    let_streams_run_beside()  # a worker uses its GPU before it first has a strategy
     on_gpu = torch.cuda.is_available() and not options.cpu
     ranks = options.ranks or (torch.cuda.device_count() if on_gpu and not options.one_gpu else 4)
     if options.one_gpu:

@@ -85,7 +85,7 @@ class Run:
         losses: of all steps.
         seconds: the median step.
         gib: the most that torch had allocated.
-        instructions: seconds a step by DeepSpeed's names, the mean.
+        instructions: seconds of a step by DeepSpeed's names; one that is not timed, as the host waits for them.
         metadata: messages about shapes in the last step.
         synchronisations: where the host waited for the GPU in the last step, and how often.
     """
@@ -126,13 +126,13 @@ def make_module(setting: Setting, way: str) -> Weighted:
 
 
 class Measure(L.Callback):
-    """Begins with the same values in every training; notes losses and times; looks closely at the last step."""
+    """Begins with the same values in every training; notes losses and times; looks closely at the last two steps."""
 
     def __init__(self, start: dict[str, Tensor], steps: int) -> None:
         self._start, self._last = start, steps - 1
         self.losses: list[float] = []
         self.ends: list[float] = []
-        self.instructions: list[dict[str, float]] = []
+        self.instructions: dict[str, float] = {}
         self.synchronisations: Counter[str] = Counter()
         self.metadata = 0
         self._caught: Any = None
@@ -145,11 +145,11 @@ class Measure(L.Callback):
                 parameter.data.copy_(self._start[name])
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
-        trainer.strategy.measure_stage_times = True
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # not what loading took
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        trainer.strategy.measure_stage_times = trainer.global_step == self._last - 1
         if trainer.global_step == self._last and batch_idx % trainer.accumulate_grad_batches == 0:
             engine = trainer.strategy._run.engine
             for name in ("_send_tensor_meta", "_recv_tensor_meta"):
@@ -174,7 +174,8 @@ class Measure(L.Callback):
             )
         self.ends.append(time.perf_counter())
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        self.instructions.append(trainer.strategy.instruction_times)
+        if trainer.strategy.measure_stage_times:
+            self.instructions = trainer.strategy.instruction_times
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
@@ -199,7 +200,7 @@ def train(job: Job, setting: Setting) -> list[Run]:
     start: dict[str, Tensor] = {}
     # Every step has the same sequences, so that the loss falls.
     data = random_sequences(SEQUENCES, setting.length, setting.vocabulary)
-    runs, steps = [], WARM_UP + setting.steps + 1
+    runs, steps = [], WARM_UP + setting.steps + 2
     for micro_batches in job.micro_batches:
         method = "parameters" if job.weights else method_of(job.bounds) if job.bounds else "uniform"
         strategy = PipeLiteStrategy(job.stages, partition_method=method, virtual_stages=job.virtual_stages)
@@ -214,15 +215,13 @@ def train(job: Job, setting: Setting) -> list[Run]:
         replica_of = strategy.topology.replica_of(int(os.environ["RANK"]))
         mine = [data[(number * job.replicas + replica_of) % SEQUENCES] for number in range(micro_batches)] * steps
         trainer.fit(module, DataLoader(mine, batch_size=None))  # type: ignore[arg-type]
-        timed = slice(WARM_UP, WARM_UP + setting.steps)
         ends = measure.ends[WARM_UP - 1 : WARM_UP + setting.steps]
-        named = measure.instructions[timed]
         runs.append(
             Run(
                 measure.losses,
                 statistics.median(b - a for a, b in itertools.pairwise(ends)),
                 torch.cuda.max_memory_allocated(device) / 2**30 if setting.on_gpu else float("nan"),
-                {name: statistics.fmean(step[name] for step in named) for name in named[0]},
+                measure.instructions,
                 measure.metadata,
                 measure.synchronisations,
             )

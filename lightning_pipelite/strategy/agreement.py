@@ -66,6 +66,13 @@ class Agreement:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest)
 
+    def add_up(self, numbers: list[float]) -> list[float]:
+        """Return the sums of numbers of all ranks, the same on every rank. Collective."""
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        return sums.tolist()
+
     def _explain(self, place: str, micro_batches: str) -> None:
         everyones = [("", "")] * self._topology.world_size
         dist.all_gather_object(everyones, (place, micro_batches), group=self._group)

@@ -15,7 +15,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_pipelite.shared.async_scalar import AsyncScalar
 from lightning_pipelite.shared.protocol import Loss
 from lightning_pipelite.strategy.between_stages import back_propagate, handed_on, other_shapes, with_gradients
 from lightning_pipelite.strategy.deepspeed_compat import engine_config, pipeline_module, quiet
@@ -44,6 +43,7 @@ class PipeLiteEngine(PipelineEngine):
             piece of the stage it is, if there are several.
         layer_rng: What the layers draw random numbers from.
         timeout: How long a rank waits for the others in the process groups that are made here.
+        add_up: Adds up numbers of all ranks, on the host. Collective.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class PipeLiteEngine(PipelineEngine):
         progress: Callable[[str, bool, str], None],
         layer_rng: LayerRNG,
         timeout: timedelta,
+        add_up: Callable[[list[float]], list[float]],
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
@@ -71,10 +72,10 @@ class PipeLiteEngine(PipelineEngine):
         self._stage = stage
         self._progress = progress
         self._layer_rng = layer_rng
+        self._add_up = add_up
         self._shapes: object = None
         self._sent: object = None
         self._step = self._forwarded = 0
-        self._shared: AsyncScalar | None = None
         self._clock: StageTimer | None = None
         self._sums = LossSums(loss, stage_id, stages, self.device)
         self._equalize_replicas()
@@ -103,8 +104,8 @@ class PipeLiteEngine(PipelineEngine):
     def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageTimer | None = None) -> list[float]:
         """Run all micro-batches of a step forward and backward.
 
-        Where one stage is all, it returns when the losses are known, which is before the last backward pass has ended:
-        what the host does next costs a GPU no time.
+        It returns when the losses are known, which is before the last backward pass has ended: what the host does next
+        costs a GPU no time.
 
         The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
 
@@ -127,8 +128,8 @@ class PipeLiteEngine(PipelineEngine):
         try:
             self._run(micro_batches, self._train_schedule(), training=True)
             self.global_steps += 1
-            shared = self._shared or AsyncScalar(self._share(self._sums.tensor))
-            return self._sums.require_same_data(shared.value(), f"step {step + 1}")
+            assert self._sums.on_host is not None
+            return self._shared(self._sums.on_host.value(), f"step {step + 1}")
         finally:
             self._begin("", waits=False)
             self._clock = None
@@ -161,22 +162,22 @@ class PipeLiteEngine(PipelineEngine):
         Raises:
             ConfigurationError: On every rank, if the stages of a pipeline have different micro-batches.
         """
-        return self._sums.require_same_data(self._share(sums).tolist(), place)
+        return self._shared(sums.tolist(), place)
 
     # How the schedule runs
 
     def _run(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         self._sums.begin(micro_batches)
-        self._shared = None
         with self._layer_rng.drawn_from():
             self._execute(micro_batches, steps, training)
 
-    def _share(self, sums: Tensor) -> Tensor:
-        """Add up what the last stages of all replicas have, and give it to every rank. Collective."""
+    def _shared(self, sums: list[float], place: str) -> list[float]:
+        """Add up what the last stages of all replicas have; the other stages' are zeros. Collective.
+
+        On the host, as on a GPU it would wait for all that was begun before it.
+        """
         self._begin("outside of the pipeline", waits=True)
-        if self.is_data_parallel or self.is_pipe_parallel:
-            dist.all_reduce(sums)  # the other stages' are zeros
-        return sums
+        return self._sums.require_same_data(self._add_up(sums), place)
 
     def _execute(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
@@ -233,8 +234,6 @@ class PipeLiteEngine(PipelineEngine):
             return
         self.loss = self._sums.add(outputs, self.pipe_buffers["labels"][buffer_id])
         self.pipe_buffers["labels"][buffer_id] = None
-        if self._forwarded == self.micro_batches and not self.is_pipe_parallel and torch.is_grad_enabled():
-            self._shared = AsyncScalar(self._share(self._sums.tensor))
 
     def _enter(self, micro_batch: int) -> None:
         """Let what is drawn next belong to this micro-batch of the replica."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.async_scalar import AsyncScalar
 from lightning_pipelite.shared.protocol import Loss, names_of_sums
 from lightning_pipelite.strategy.agreement import ADVICE, DIFFERENT
 from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint
@@ -30,13 +31,17 @@ class LossSums:
 
     Attributes:
         tensor: What this rank adds to the sums over all ranks, float64.
+        on_host: A copy of it on its way to the host since the last micro-batch was added; None until then.
     """
 
     def __init__(self, loss: Loss, stage_id: int, stages: int, device: torch.device) -> None:
         self._loss, self._compares = loss, stages > 1
         self._sign = 1 if stage_id == 0 else -1 if stage_id == stages - 1 else 0
         terms = 2 + len(names_of_sums(loss)) + self._compares
+        self._adds = stage_id == stages - 1
+        self._to_come = 0
         self.tensor = torch.zeros(terms, dtype=torch.float64, device=device)
+        self.on_host: AsyncScalar | None = None
 
     @contextlib.contextmanager
     def counted_by(self, loss: Loss) -> Iterator[None]:
@@ -52,6 +57,8 @@ class LossSums:
         self.tensor.zero_()
         if self._compares and self._sign:
             self.tensor[-1] = self._sign * fingerprint(micro_batches, self.tensor.device)
+        self._to_come = len(micro_batches) if self._adds else 0
+        self.on_host = None if self._to_come else AsyncScalar(self.tensor)
 
     def add(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of a micro-batch, and add it, and what is logged beside it, to the sums."""
@@ -59,6 +66,9 @@ class LossSums:
         loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
         stacked = torch.stack([term.detach().to(self.tensor) for term in (loss, *others)])
         self.tensor[: len(stacked)] += stacked
+        self._to_come -= 1
+        if not self._to_come:
+            self.on_host = AsyncScalar(self.tensor)
         return loss
 
     def require_same_data(self, shared: list[float], place: str) -> list[float]:

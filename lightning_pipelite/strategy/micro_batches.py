@@ -47,9 +47,12 @@ def fingerprint(batch: Any, device: torch.device) -> Tensor:
         batch: Tensors, in tuples, lists and mappings.
         device: Where the result lies.
     """
-    total = torch.zeros((), dtype=torch.int64, device=device)
+    alike: dict[Any, list[Tensor]] = {}  # together they take as many kernels as one
     for tensor in _tensors(batch):
-        total = total * _ODD + _number(tensor.detach()).to(device)
+        alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(tensor.detach())
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for tensors in alike.values():
+        total = total * _ODD + _number(torch.stack(tensors)).to(device)
     return ((total * _ODD >> 32) & 0xFFFFFFFF).double()
 
 
@@ -72,7 +75,7 @@ def _number(tensor: Tensor) -> Tensor:
         along = bits.sum(others, dtype=torch.int64).flatten() if others else bits.flatten().long()
         weights = torch.arange(1, size + 1, device=bits.device) * _ODD
         number = number * _ODD + (along * (weights ^ (weights >> 29))).sum()
-    return number if bits.dim() else number * _ODD + bits.long()
+    return number
 
 
 def all_shapes(micro_batches: Sequence[MicroBatch]) -> str:

@@ -117,6 +117,7 @@ class PipelineRun:
                 progress=progress,
                 layer_rng=layer_rng,
                 timeout=group_timeout,
+                add_up=agreement.add_up,
             )
             self.store = CheckpointStore(topology, rank, device, timeout)
         end.callback(see_promises(trainer.callbacks, self.store.promised))  # type: ignore[attr-defined]

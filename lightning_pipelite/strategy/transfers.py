@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_pipelite.strategy.mailboxes import MailboxEnd
+from lightning_pipelite.strategy.post import Link, connect
 from lightning_pipelite.strategy.schedule import Way
 
 
@@ -23,6 +25,26 @@ def let_streams_run_beside() -> None:
     and of offloaded inputs are more: a transfer that waits for its other end would hold up another in the same queue.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+class GroupEnd:
+    """Sends or receives over a process group of two ranks; with NCCL by kernels.
+
+    Args:
+        ranks: Both, the same on both; every rank of the job makes every group.
+        timeout: How long a rank waits for the other.
+    """
+
+    def __init__(self, ranks: list[int], timeout: timedelta) -> None:
+        self._group: Any = dist.new_group(ranks, timeout=timeout, pg_options=_one_thread_block(timeout))
+
+    def send(self, tensor: Tensor) -> Any:
+        """Start to send a contiguous tensor, which must not change until it is sent."""
+        return dist.isend(tensor, group=self._group, group_dst=1 - self._group.rank())
+
+    def receive(self, tensor: Tensor) -> Any:
+        """Start to receive into a contiguous tensor."""
+        return dist.irecv(tensor, group=self._group, group_src=1 - self._group.rank())
 
 
 def _one_thread_block(timeout: timedelta) -> Any:
@@ -78,9 +100,9 @@ class Arrival:
 class Transfers:
     """The ways between the neighbours of a ring of ranks: in each direction one for activations and one for gradients.
 
-    What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. On a GPU
-    each way is a communicator with a stream of its own, as NCCL works off what shares one in order. Building it is
-    collective over all ranks.
+    What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. Between
+    GPUs of one host each way is a mailbox, else a communicator with a stream of its own, as NCCL works off what shares
+    one in order. Building it is collective over all ranks.
 
     Args:
         pipelines: The global ranks of every pipeline, in the order of their stages.
@@ -91,17 +113,24 @@ class Transfers:
 
     def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device, timeout: timedelta) -> None:
         self._device = device
-        self._groups: dict[Way, Any] = {}
+        self._ends: dict[Way, MailboxEnd | GroupEnd] = {}
         self._sent: list[tuple[Any, Tensor]] = []
-        self._ranks = next(ranks for ranks in pipelines if rank in ranks)
-        for ranks in pipelines:
-            for place in range(len(ranks)):
-                for backward in (False, True):
-                    start, end = place, (place + (-1 if backward else 1)) % len(ranks)
-                    ends = sorted([ranks[start], ranks[end]])  # every rank takes part in making every group
-                    group = dist.new_group(ends, timeout=timeout, pg_options=_one_thread_block(timeout))
-                    if rank in (ranks[start], ranks[end]):
-                        self._groups[start, end, backward] = group
+        ways = [
+            ((place, end, backward), (ranks[place], ranks[end], backward))
+            for ranks in pipelines
+            for place in range(len(ranks))
+            for backward in (False, True)
+            for end in [(place + (-1 if backward else 1)) % len(ranks)]
+        ]
+        mine: dict[Link, MailboxEnd] = {}
+        have_one: set[Link] = set()
+        if device.type == "cuda":
+            mine, have_one = connect([link for _, link in ways if rank in link[:2]], rank, device)
+        for way, link in ways:
+            end = mine.get(link) if link in have_one else GroupEnd(sorted(link[:2]), timeout)
+            if rank in link[:2]:
+                assert end is not None
+                self._ends[way] = end
 
     def send_shapes(self, shapes: Shapes, way: Way) -> None:
         """Tell the other end what will come."""
@@ -124,8 +153,7 @@ class Transfers:
         """
         self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         for tensor in tensors:
-            work = dist.isend(tensor.detach(), dst=self._ranks[way[1]], group=self._groups[way])
-            self._sent.append((work, tensor))
+            self._sent.append((self._ends[way].send(tensor.detach()), tensor))
 
     def receive(self, shapes: Shapes, way: Way) -> Arrival:
         """Start to receive.
@@ -138,8 +166,7 @@ class Transfers:
 
     def _receive(self, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], way: Way) -> Arrival:
         tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in shapes]
-        group, source = self._groups[way], self._ranks[way[0]]
-        return Arrival(tensors, [dist.irecv(tensor, src=source, group=group) for tensor in tensors])
+        return Arrival(tensors, [self._ends[way].receive(tensor) for tensor in tensors])
 
     def finish(self) -> None:
         """Wait until all is sent; on a GPU in the stream."""

@@ -1,0 +1,107 @@
+"""What the CUDA driver offers and torch does not: memory shared between processes, and streams that wait for it.
+
+Through cuda.bindings, on which torch's CUDA builds depend. Addresses are integers, valid in this process alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _call(name: str, *args: Any) -> Any:
+    """Call the driver.
+
+    Raises:
+        RuntimeError: If it fails, or there are no bindings.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise RuntimeError(f"the CUDA driver's functions cannot be called: {error}") from error
+    code, *results = getattr(driver, name)(*args)
+    if int(code) != 0:
+        raise RuntimeError(f"{name}: {code.name}")
+    return results[0] if results else None
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that nobody else has; torch deals out the same 32 of a device again and again."""
+    torch.cuda.synchronize(device)  # so that the device's context is this thread's
+    non_blocking = 1
+    return torch.cuda.ExternalStream(int(_call("cuStreamCreate", non_blocking)), device)
+
+
+def allocate(size: int) -> int:
+    """Return the address of new memory of the GPU, beside torch's."""
+    return int(_call("cuMemAlloc", size))
+
+
+def register(memory: Tensor) -> int:
+    """Let the GPU reach memory of the host, and return where."""
+    portable_and_mapped = 3
+    _call("cuMemHostRegister", memory.data_ptr(), memory.nbytes, portable_and_mapped)
+    return int(_call("cuMemHostGetDevicePointer", memory.data_ptr(), 0))
+
+
+def handle_of(address: int) -> bytes:
+    """Return what another process of this host opens a GPU's memory by."""
+    return bytes(_call("cuIpcGetMemHandle", address).reserved)
+
+
+def open_handle(handle: bytes) -> int:
+    """Return the address of another process's memory, of this GPU or one that it reaches."""
+    from cuda.bindings import driver
+
+    given, lazy_peer_access = driver.CUipcMemHandle(), 1
+    given.reserved = handle
+    return int(_call("cuIpcOpenMemHandle", given, lazy_peer_access))
+
+
+def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    """Copy bytes in the order of the stream, by a copy engine where the driver can be asked for one.
+
+    What goes from one place of a GPU to another the driver else copies by a kernel.
+    """
+    if _has_batches():
+        _copy_beside_computation(to, source, size, stream)
+    else:
+        _call("cuMemcpyAsync", to, source, size, stream.cuda_stream)
+
+
+def _copy_beside_computation(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    from cuda.bindings import driver
+
+    how = driver.CUmemcpyAttributes()
+    how.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+    how.flags = int(driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
+    ends = [[driver.CUdeviceptr(address)] for address in (to, source)]
+    _call("cuMemcpyBatchAsync", *ends, [size], 1, [how], [0], 1, stream.cuda_stream)
+
+
+@cache
+def _has_batches() -> bool:
+    """Whether there are copies with such wishes: from CUDA 12.8 on."""
+    source, to = torch.ones(1024, device="cuda"), torch.zeros(1024, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        _copy_beside_computation(to.data_ptr(), source.data_ptr(), source.nbytes, stream)
+    except (AttributeError, RuntimeError):
+        return False
+    torch.cuda.synchronize()
+    return torch.equal(to, source)
+
+
+def write_value(address: int, value: int, stream: torch.cuda.Stream) -> None:
+    """Write a 32-bit number once all that was before it in the stream is done and can be seen everywhere."""
+    _call("cuStreamWriteValue32", stream.cuda_stream, address, value % 2**32, 0)
+
+
+def wait_value(address: int, value: int, stream: torch.cuda.Stream) -> None:
+    """Let the stream wait, without a kernel, until a number has come to a value, or is less than 2**31 beyond it."""
+    at_least = 0
+    _call("cuStreamWaitValue32", stream.cuda_stream, address, value % 2**32, at_least)
