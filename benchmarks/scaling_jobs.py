@@ -27,7 +27,7 @@ from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from random_model import random_sequences
 from shared_layers import read_shared
 
-WARM_UP, SEQUENCES, RANK = 1, 16, 16
+WARM_UP, SEQUENCES, RANK = 2, 16, 16
 
 
 @dataclass(frozen=True)

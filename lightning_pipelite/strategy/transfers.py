@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_pipelite.strategy.mailboxes import MailboxEnd
-from lightning_pipelite.strategy.post import Link, connect
+from lightning_pipelite.strategy.channel_setup import Link, connect
+from lightning_pipelite.strategy.copy_channels import ChannelEnd
 from lightning_pipelite.strategy.schedule import Way
 
 
@@ -101,7 +101,7 @@ class Transfers:
     """The ways between the neighbours of a ring of ranks: in each direction one for activations and one for gradients.
 
     What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. Between
-    GPUs of one host each way is a mailbox, else a communicator with a stream of its own, as NCCL works off what shares
+    GPUs of one host each way is a channel, else a communicator with a stream of its own, as NCCL works off what shares
     one in order. Building it is collective over all ranks.
 
     Args:
@@ -113,24 +113,22 @@ class Transfers:
 
     def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, device: torch.device, timeout: timedelta) -> None:
         self._device = device
-        self._ends: dict[Way, MailboxEnd | GroupEnd] = {}
         self._sent: list[tuple[Any, Tensor]] = []
-        ways = [
+        links = {
             ((place, end, backward), (ranks[place], ranks[end], backward))
             for ranks in pipelines
             for place in range(len(ranks))
-            for backward in (False, True)
-            for end in [(place + (-1 if backward else 1)) % len(ranks)]
-        ]
-        mine: dict[Link, MailboxEnd] = {}
-        have_one: set[Link] = set()
+            for end, backward in (((place + 1) % len(ranks), False), ((place - 1) % len(ranks), True))
+        }
+        channels: dict[Link, ChannelEnd] = {}
+        connected: set[Link] = set()
         if device.type == "cuda":
-            mine, have_one = connect([link for _, link in ways if rank in link[:2]], rank, device)
-        for way, link in ways:
-            end = mine.get(link) if link in have_one else GroupEnd(sorted(link[:2]), timeout)
+            channels, connected = connect([link for _, link in links], rank, device)
+        self._ends: dict[Way, ChannelEnd | GroupEnd] = {}
+        for way, link in sorted(links, key=lambda both: both[1]):  # every rank takes part in making every group
+            group = None if link in connected else GroupEnd(sorted(link[:2]), timeout)
             if rank in link[:2]:
-                assert end is not None
-                self._ends[way] = end
+                self._ends[way] = group or channels[link]
 
     def send_shapes(self, shapes: Shapes, way: Way) -> None:
         """Tell the other end what will come."""

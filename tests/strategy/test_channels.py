@@ -1,0 +1,81 @@
+"""Tensors handed from process to process through channels, over a driver on the CPU, and over a GPU's."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import fake_cuda_driver
+from channel_jobs import round_trips
+from lightning_pipelite.strategy import copy_channels
+from lightning_pipelite.strategy.copy_channels import Channel, ChannelEnd
+from processes import Workers
+
+RINGS = {2: [(0, 1, False), (0, 1, True), (1, 0, False), (1, 0, True)]}
+RINGS[3] = [(a, b, (b - a) % 3 == 2) for a in range(3) for b in range(3) if a != b]
+
+
+@pytest.mark.parametrize("ranks", RINGS)
+@pytest.mark.parametrize("reach", ["each other", "none", "broken"])
+def test_neighbours_hand_each_other_tensors(workers: Workers, ranks: int, reach: str) -> None:
+    for result in workers.run(ranks, round_trips, reach, {}):
+        assert result["connected"] == RINGS[ranks]
+        assert result["right"]
+        assert result["files"] == []
+
+
+def test_without_shared_memory_there_is_no_channel(workers: Workers) -> None:
+    for result in workers.run(2, round_trips, "each other", {"NCCL_SHM_DISABLE": "1"}):
+        assert result["connected"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variables", [{}, {"NCCL_P2P_DISABLE": "1"}], ids=["on the GPU", "on the host"])
+def test_two_processes_hand_each_other_tensors_of_a_gpu(workers: Workers, variables: dict[str, str]) -> None:
+    for result in workers.run(2, round_trips, None, variables):
+        assert result["connected"] == RINGS[2]
+        assert result["right"]
+
+
+@pytest.mark.parametrize("before", [0, 2**32 - 5], ids=["from the start", "where the counts overflow"])
+def test_what_is_in_a_slot_is_taken_out_before_it_is_used_again(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_channels, "SLOT", 64)
+    slots = torch.zeros(2 * 64, dtype=torch.uint8)
+    counts = torch.tensor([before, before], dtype=torch.uint32)
+    channel = Channel(slots.data_ptr(), counts.data_ptr(), counts.data_ptr() + 4)
+    with fake_cuda_driver.installed():
+        ends = [ChannelEnd(channel, fake_cuda_driver.Stream()) for _ in range(2)]  # type: ignore[arg-type]
+        for end in ends:
+            end._count = before
+        sent = [torch.rand(50) for _ in range(20)]
+        got = [torch.zeros(50) for _ in sent]
+        out = [ends[0].send(tensor) for tensor in sent]
+        works = [ends[1].receive(tensor) for tensor in got]
+        for work in [*out, *works]:
+            work.done.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
+
+
+def test_what_is_sent_and_what_is_received_into_waits_for_the_computation_before() -> None:
+    memory, counts = torch.zeros(2 * copy_channels.SLOT, dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
+    channel = Channel(memory.data_ptr(), counts.data_ptr(), counts.data_ptr() + 4)
+    sent, got = torch.zeros(50), torch.ones(50)
+
+    def compute() -> None:
+        time.sleep(0.2)
+        sent.fill_(2.0)
+        got.zero_()  # the memory's last use by another tensor
+
+    with fake_cuda_driver.installed() as current:
+        ends = [ChannelEnd(channel, fake_cuda_driver.Stream()) for _ in range(2)]  # type: ignore[arg-type]
+        current.add(compute)
+        out, come = ends[0].send(sent), ends[1].receive(got)
+        assert not out.is_completed()
+        assert not come.is_completed()
+        used: list[float] = []
+        come.wait()
+        current.add(lambda: used.append(float(got.sum())))
+        current.record_event().synchronize()
+    assert used == [100.0]

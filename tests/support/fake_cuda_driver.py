@@ -1,0 +1,142 @@
+"""A CUDA driver on the CPU: streams are threads, and GPUs' memory is shared memory of the host.
+
+It shows that processes hand each other tensors in order; not that a GPU does what its driver says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from lightning_pipelite.strategy import cuda_driver
+
+_memory: list[torch.Tensor] = []
+
+
+class Event:
+    """Of a stream."""
+
+    def __init__(self) -> None:
+        self._happened = threading.Event()
+        self.happen = self._happened.set
+
+    def query(self) -> bool:
+        return self._happened.is_set()
+
+    def synchronize(self) -> None:
+        assert self._happened.wait(30)
+
+
+class Stream:
+    """Does one thing after the other, each a little late."""
+
+    def __init__(self) -> None:
+        self._todo: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._random = random.Random(0)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def add(self, action: Callable[[], None]) -> None:
+        self._todo.put(action)
+
+    def record_event(self) -> Event:
+        event = Event()
+        self.add(event.happen)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.add(event.synchronize)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def _work(self) -> None:
+        while True:
+            action = self._todo.get()
+            time.sleep(self._random.choice([0, 0, 1e-4, 1e-3]))
+            action()
+
+
+def _number(address: int) -> ctypes.c_uint32:
+    return ctypes.c_uint32.from_address(address)
+
+
+def _write_value(address: int, value: int, stream: Stream) -> None:
+    def write() -> None:
+        _number(address).value = value % 2**32
+
+    stream.add(write)
+
+
+def _wait_value(address: int, value: int, stream: Stream) -> None:
+    def wait() -> None:
+        while (_number(address).value - value) % 2**32 >= 2**31:  # as a difference of signed 32-bit numbers, negative
+            time.sleep(1e-5)
+
+    stream.add(wait)
+
+
+def _copy(to: int, source: int, size: int, stream: Stream) -> None:
+    stream.add(lambda: ctypes.memmove(to, source, size) and None)
+
+
+def _shared(path: str, size: int) -> int:
+    _memory.append(torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
+    return _memory[-1].data_ptr()
+
+
+@contextmanager
+def installed(reach: str = "each other") -> Iterator[Stream]:
+    """Have :mod:`lightning_pipelite.strategy.cuda_driver` and torch use it.
+
+    Args:
+        reach: Whether GPUs reach "each other", "none", or what they write to each other arrives "broken".
+
+    Yields:
+        The stream that is torch's current one.
+    """
+    allocated: dict[int, str] = {}
+
+    def allocate(size: int) -> int:
+        if reach == "none":
+            raise RuntimeError("cuMemAlloc: CUDA_ERROR_NOT_SUPPORTED")
+        path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")[1]
+        address = _shared(path, size)
+        allocated[address] = path
+        return address
+
+    def open_handle(handle: bytes) -> int:
+        path = handle.decode()
+        size = Path(path).stat().st_size
+        if reach == "broken":
+            path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")[1]
+        address = _shared(path, size)
+        Path(path).unlink()
+        return address
+
+    current = Stream()
+    fakes: dict[str, Any] = {
+        "new_stream": lambda device: Stream(),
+        "allocate": allocate,
+        "register": lambda memory: memory.data_ptr(),
+        "handle_of": lambda address: allocated[address].encode(),
+        "open_handle": open_handle,
+        "copy": _copy,
+        "write_value": _write_value,
+        "wait_value": _wait_value,
+    }
+    with (
+        mock.patch.multiple(cuda_driver, **fakes),
+        mock.patch.object(torch.cuda, "current_stream", return_value=current),
+    ):
+        yield current
