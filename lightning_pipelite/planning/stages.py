@@ -11,7 +11,7 @@ from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.timeline import Timeline, simulate
 
 CONTEXT = 600 * 2**20
-"""Bytes of a CUDA context with the kernels that are loaded, and NCCL's buffers: outside of torch's allocator."""
+"""Bytes of a CUDA context with the kernels that are loaded, and buffers of transfers: outside of torch's allocator."""
 WORKSPACE = 32 * 2**20
 """Bytes of cuBLAS' workspace, which torch allocates once on Hopper (8 MiB before)."""
 FRAGMENTATION = 0.04

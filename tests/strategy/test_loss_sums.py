@@ -47,6 +47,27 @@ def test_terms_are_added_up_in_float64_and_begin_anew() -> None:
     assert sums.tensor.tolist() == [0, 0, 0]
 
 
+def test_they_are_on_their_way_to_the_host_once_all_micro_batches_have_been_added() -> None:
+    micro_batches = [(scalar(1.0), scalar(2.0)), (scalar(3.0), scalar(4.0))]
+    first, middle, last = (LossSums(product, stage_id, stages=3, device=CPU) for stage_id in range(3))
+    for sums in (first, middle, last):
+        sums.begin(micro_batches)
+    assert first.on_host is not None
+    assert middle.on_host is not None
+    assert last.on_host is None
+    last.add(scalar(1.0), scalar(2.0))
+    assert last.on_host is None
+    last.add(scalar(3.0), scalar(4.0))
+    assert last.on_host is not None
+    *of_first, mark = first.on_host.value()
+    assert of_first == [0, 0]
+    assert mark > 0
+    assert middle.on_host.value() == [0, 0, 0]
+    assert last.on_host.value() == [14, 2, -mark]
+    last.begin(micro_batches)
+    assert last.on_host is None
+
+
 def test_a_loss_alone_counts_as_one() -> None:
     sums = LossSums(product, stage_id=0, stages=1, device=CPU)
     for outputs in (2.0, 5.0):
