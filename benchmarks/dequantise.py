@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from bitsandbytes.functional import quantize_4bit
-from torch import Tensor
 
 from gpu_time import HEAD_START, milliseconds
 from lightning_pipelite.kernels import nf4
@@ -36,17 +35,6 @@ def memory_rate() -> float:
     """Bytes a millisecond, read and written."""
     source, target = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source))[0]
-
-
-def by_bitsandbytes(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    operations = torch.ops.bitsandbytes
-    codes, scales, *nested = parts
-    if nested:
-        outer, outer_values, offset = nested
-        scales = operations.dequantize_blockwise(scales, outer, outer_values, nf4.SCALES_BLOCK, torch.float32)
-        scales += offset
-    whole: Tensor = operations.dequantize_4bit(codes, scales, nf4.BLOCK, "nf4", shape, torch.bfloat16)
-    return whole
 
 
 def host_time(function: Callable[[], object]) -> float:
@@ -83,7 +71,7 @@ def main() -> None:
             parts = [codes, state.absmax]
             parts += [state.state2.absmax, state.state2.code, state.offset] if nested else []
             ours = partial(nf4.dequantise, parts, shape, torch.bfloat16)
-            theirs = partial(by_bitsandbytes, parts, shape)
+            theirs = partial(nf4.dequantise_by_bitsandbytes, parts, shape, torch.bfloat16)
             equal = torch.equal(ours(), theirs())
             times = milliseconds(ours, theirs)
             floor = (weight.nbytes + sum(part.nbytes for part in parts)) / rate

@@ -27,7 +27,7 @@ class Matrices(NamedTuple):
 
     Attributes:
         parts: [experts, out, in] as one tensor of the computation's dtype, or its parts in nf4 (see
-            :data:`~lightning_pipelite.kernels.frozen_weight.FOUR_BIT`).
+            :func:`~lightning_pipelite.kernels.nf4.dequantise`).
         shape: Experts, out, in; or experts, in, out where they lie the other way.
         transposed: Whether they do.
         bias: [experts, out].

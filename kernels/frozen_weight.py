@@ -6,15 +6,23 @@ from torch import Tensor
 
 from lightning_pipelite.kernels import fp8, nf4
 
-WHOLE, FOUR_BIT, DOUBLE = 1, 2, 5
-"""Of how many tensors a frozen weight is made: itself; nf4 codes and their scales; or scales that are
-quantised themselves, which takes their own scales, values and offset as well."""
+WHOLE = 1
+"""Of how many tensors a frozen weight is made if it is held whole. In FP8 these are codes and scales, in nf4 what
+:func:`~lightning_pipelite.kernels.nf4.dequantise` takes."""
 
 
 def whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
-    """Return the weight [rows, in] in x's dtype."""
+    """Return the weight [rows, in] in x's dtype; of several in nf4, the parts of which follow on each other, all."""
     if len(weight) == WHOLE:
         return weight[0]
     if weight[0].dtype == fp8.DTYPE:
         return fp8.dequantise_rows(weight[0], weight[1], x.dtype)
-    return nf4.dequantise(weight, (rows, x.shape[-1]), x.dtype)
+    members, width = nf4.each_of(weight), x.shape[-1]
+    if len(members) == 1:
+        return nf4.dequantise(weight, (rows, width), x.dtype)
+    out, start = x.new_empty(rows, width), 0
+    for parts in members:
+        stop = start + 2 * parts[0].numel() // width
+        nf4.dequantise(parts, (stop - start, width), x.dtype, out[start:stop])
+        start = stop
+    return out

@@ -24,7 +24,7 @@ BLOCK, SCALES_BLOCK = 64, 256  # of bitsandbytes: how many weights have one scal
 BLOCKS = 64  # that a program of the kernel makes whole
 
 
-def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return a weight from what it is held as.
 
     Args:
@@ -33,9 +33,22 @@ def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
             the 256 values of their codes, and what is added to all, all float32.
         shape: Of the weight.
         dtype: Of the weight: float32, bfloat16 or float16.
+        out: Where it is to be, contiguous, of this shape and type.
     """
     if runs_triton(parts[0]) and not parts[0].is_meta:
-        return _by_triton(parts, shape, dtype)
+        return _by_triton(parts, torch.empty(shape, dtype=dtype, device=parts[0].device) if out is None else out)
+    weight = dequantise_by_bitsandbytes(parts, shape, dtype)
+    return weight if out is None else out.copy_(weight)
+
+
+def each_of(parts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the parts of each weight, where those of several lie one behind the other."""
+    count = 5 if parts[1].dtype == torch.uint8 else 2
+    return [[*parts[start : start + count]] for start in range(0, len(parts), count)]
+
+
+def dequantise_by_bitsandbytes(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the same as :func:`dequantise`, by bitsandbytes on any device."""
     operations = bitsandbytes_operations()  # as its functions take the host several times as long
     codes, scales, *nested = parts
     if nested:
@@ -75,10 +88,9 @@ def bitsandbytes_operations() -> Any:
 _LIBRARY = torch.library.Library("bitsandbytes", "FRAGMENT")
 
 
-def _by_triton(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _by_triton(parts: Sequence[Tensor], out: Tensor) -> Tensor:
     codes, scales, *nested = parts
     outer, outer_values, offset = nested or (scales, scales, scales)
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
     count = out.numel()
     launch(
         _dequantise, (triton.cdiv(count, BLOCK * BLOCKS), 1, 1),

@@ -14,6 +14,9 @@ from lightning_pipelite.models.quantization.four_bit import kernel_parts
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear, join
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
+_SMALL = 2**24
+"""Weights whose products with 4096 tokens take an H200 0.2 ms; the host takes 0.02 to 0.04 for each that it begins."""
+
 
 def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[list[str]]) -> None:
     """Let PEFT's LoRA layers compute by :func:`~lightning_pipelite.kernels.lora.lora_linear` where it covers them.
@@ -90,11 +93,20 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), down.to(x.dtype)))
     in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
-    if in_fp8 and len(members) > 1 and all(scale == scales[0] for scale in scales):
+    alike = len(members) > 1 and all(scale == scales[0] for scale in scales)
+    if in_fp8 and alike:
         weights = [bases[0].joined]  # not all the others as well: the compiler would look at each in every call
     else:
         weights = [cast(list[Tensor], _parts(base)) for base in bases]
+        if alike and _small_in_nf4(weights):
+            weights = [[part for parts in weights for part in parts]]
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
+
+
+def _small_in_nf4(weights: list[list[Tensor]]) -> bool:
+    """Whether a GPU is done with all these weights sooner than the host has begun their products one by one."""
+    codes = [parts[0] for parts in weights]
+    return all(each.dtype == torch.uint8 for each in codes) and sum(2 * each.numel() for each in codes) <= _SMALL
 
 
 def _parts(base: Any) -> list[Tensor] | None:

@@ -20,7 +20,7 @@ from lightning_pipelite.cli.trainer_options import check_seed, check_trainer_opt
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.model_type import check_type
 from lightning_pipelite.models.quantization.exclusive import refuse_both
-from lightning_pipelite.models.weight_files import check_weights, read_header, refuse_adapter_beside, weight_files
+from lightning_pipelite.models.weight_files import check_weights, refuse_adapter_beside
 from lightning_pipelite.module.logged_names import is_logged
 from lightning_pipelite.optim.ranges import check_ranges, check_schedule
 from lightning_pipelite.shared.local_path import refuse_remote
@@ -116,12 +116,10 @@ def _check_model(given: Given) -> None:
     if not given.runs_others_code:
         check_type(Path(model_dir) / "config.json", trust_remote_code=options.get("trust_remote_code", False))
     refuse_adapter_beside(Path(model_dir))
-    check_weights(Path(model_dir), allow_pickled=options.get("allow_pickled_weights", False))
+    headers = check_weights(Path(model_dir), allow_pickled=options.get("allow_pickled_weights", False))
     if own is not None and adapter == "LoRA" and (targets := own.init_args.get("target_modules")):
-        headers = [read_header(file) for file in weight_files(Path(model_dir))]
-        refuse_vectors(
-            {name: tensor.get("shape", ()) for header in headers for name, tensor in header.items()}, targets
-        )
+        tensors = (tensor for header in headers.values() for tensor in header.items())
+        refuse_vectors({name: entry.get("shape", ()) for name, entry in tensors}, targets)
 
 
 def _our_adapter(given: Given) -> str | None:

@@ -72,7 +72,7 @@ def refuse_adapter_beside(model_dir: Path) -> None:
         raise ConfigurationError(f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away.")
 
 
-def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
+def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> dict[str, dict[str, Any]]:
     """Check that every weight file of ``model_dir`` is there and whole, reading headers only.
 
     Args:
@@ -80,20 +80,19 @@ def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
         allow_pickled: Whether pickled weights will do where there are no safetensors.
 
     Returns:
-        Whether the weights are safetensors.
+        The headers of the safetensors files, by their names; none if the weights are pickled.
 
     Raises:
         ConfigurationError: No weights, a missing or truncated shard, or a weight that the index names and its shard
             does not hold.
     """
     if (model_dir / SINGLE_FILE).exists():  # transformers, too, looks for the single file first
-        read_header(model_dir / SINGLE_FILE)
-        return True
+        return {SINGLE_FILE: read_header(model_dir / SINGLE_FILE)}
     index = model_dir / INDEX_FILE
     if not index.exists():
         if any(model_dir.glob("*.bin")):
             _check_pickled(model_dir, allow_pickled)
-            return False
+            return {}
         raise ConfigurationError(f"{model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the model's weights.")
     weight_map = _weight_map(index)
     held = {shard: read_header(model_dir / shard) for shard in sorted(set(weight_map.values()))}
@@ -102,7 +101,7 @@ def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> bool:
             raise ConfigurationError(
                 f"{index} places the weight {weight} in {shard}, which does not hold it; fetch both files again."
             )
-    return True
+    return held
 
 
 def missing_files(model_dir: Path) -> list[str]:

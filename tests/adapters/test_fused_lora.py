@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_pipelite.adapters import fused_lora
 from lightning_pipelite.adapters.fused_lora import _FusedLoRA, fuse
+from lightning_pipelite.kernels.lora import lora_linear
 
 
 def adapted(**options: Any) -> tuple[nn.Module, nn.Module]:
@@ -40,3 +43,52 @@ def test_what_is_not_covered_is_left_to_peft(options: dict[str, Any], fused: boo
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad)
+
+
+class Heads(nn.Module):
+    """Query, key and value in nf4."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        for name, width in (("q", 128), ("k", 64), ("v", 64)):
+            layer = Linear4bit(64, width, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested)
+            layer.load_state_dict({"weight": torch.randn(width, 64) / 8, "bias": torch.randn(width)})
+            setattr(self, name, layer.to("cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("most", "at_once"), [(256 * 64, True), (256 * 64 - 1, False)])
+@pytest.mark.parametrize("ranks", [{}, {"q": 8}], ids=["one scale", "another scale"])
+def test_small_weights_in_four_bits_are_computed_with_at_once(
+    nested: bool, most: int, at_once: bool, ranks: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def counted(x: Tensor, weights: Any, *rest: Any, **named: Any) -> list[Tensor]:
+        counts.append(len(weights))
+        return lora_linear(x, weights, *rest, **named)
+
+    monkeypatch.setattr(fused_lora, "_SMALL", most)
+    monkeypatch.setattr(fused_lora, "lora_linear", counted)
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Heads(nested)
+        inject_adapter_in_model(LoraConfig(r=4, rank_pattern=ranks, target_modules=["q", "k", "v"]), model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter)
+        pair.append(model)
+    theirs, ours = pair
+    fuse({name: getattr(ours, name) for name in ("q", "k", "v")}, "default", [["q", "k", "v"]])
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=2e-5)
+    assert counts == [1 if at_once and not ranks else 3]
+    for model in (theirs, ours):
+        model(x).square().sum().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if "lora_" in name:
+            torch.testing.assert_close(a.grad, b.grad, atol=2e-3, rtol=1e-4)

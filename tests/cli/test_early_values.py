@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,18 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llama"}')
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    (model / "model.safetensors").write_bytes(safetensors(w=[1]))
     return tmp_path
+
+
+def safetensors(**shapes: list[int]) -> bytes:
+    """A file of float32 zeros."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
 
 
 def written(**sections: Any) -> list[str]:
@@ -153,6 +164,41 @@ def test_what_the_model_lacks(job: Path) -> None:
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"w": "1.safetensors"}}')
     with pytest.raises(ConfigurationError, match=r"1.safetensors does not exist; fetch the missing weight file"):
         check_values(words, trains=True)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "two files"])
+def test_targets_are_held_against_headers_that_are_read_once(
+    job: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    model, shapes = job / "model", {"0.norm.weight": [4], "1.q_proj.weight": [4, 4]}
+    files = {"model.safetensors": shapes}
+    if sharded:
+        (model / "model.safetensors").unlink()
+        files = {f"{number}.safetensors": {name: shape} for number, (name, shape) in enumerate(shapes.items())}
+        index = {name: file for file, held in files.items() for name in held}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for file, held in files.items():
+        (model / file).write_bytes(safetensors(**held))
+    opened: Counter[str] = Counter()
+    really_open = Path.open
+
+    def counted(path: Path, *args: Any, **options: Any) -> Any:
+        opened[path.name] += path.suffix == ".safetensors"
+        return really_open(path, *args, **options)
+
+    words = [*written(), "--model.adapter.target_modules"]
+    monkeypatch.setattr(Path, "open", counted)
+    check_values([*words, "[q_proj]"], trains=True)
+    assert +opened == dict.fromkeys(files, 1)
+    with pytest.raises(ConfigurationError, match=r"target_modules matches 0\.norm, which has no matrix; name linear"):
+        check_values([*words, "[q_proj, norm]"], trains=True)
+    assert +opened == dict.fromkeys(files, 2)
+
+
+def test_targets_in_pickled_weights_are_left_alone(job: Path) -> None:
+    (job / "model" / "model.safetensors").rename(job / "model" / "pytorch_model.bin")
+    words = ["--model.allow_pickled_weights=true", "--model.adapter.target_modules", "[w]"]
+    check_values([*written(), *words], trains=True)
 
 
 RIGHT: list[tuple[dict[str, Any], list[str]]] = [

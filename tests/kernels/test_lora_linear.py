@@ -77,6 +77,62 @@ def test_four_bit_weights(device: str, nested: bool) -> None:
         assert relative(ours, exact) < 1e-6
 
 
+class Alike(Case):
+    """Projections of one input whose scales are the same, in nf4."""
+
+    def __init__(self, device: str, nested: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(device, dtype)
+        self.parts, self.stand_for = [], []
+        for weight in self.weights:
+            codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+            self.stand_for.append(dequantize_4bit(codes, state))
+            scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
+            self.parts.append([codes, state.absmax, *scales])
+        self.together = [[part for parts in self.parts for part in parts]]
+
+
+def with_one_scale(function: Any) -> Any:
+    return lambda x, weights, a, b, biases, _, *more: function(x, weights, a, b, biases, (0.5, 0.5, 0.5), *more)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
+def test_four_bit_weights_as_one(device: str, nested: bool, used: tuple[int, ...]) -> None:
+    case = Alike(device, nested)
+    whole = [weight.double() for weight in case.stand_for]
+    wanted = case.run(with_one_scale(lora_linear_reference), whole, exact=True, used=used)
+    found = case.run(with_one_scale(lora_linear), case.together, exact=False, used=used)
+    for number, (ours, exact) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(ours, exact) < 1e-6, number
+        assert ours.shape == exact.shape
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bit_weights_as_one_with_given_projections(nested: bool) -> None:
+    case = Alike("cpu", nested)
+
+    def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
+        return lora_linear(x, weights, a, b, biases, scales, [3.0 * (x @ down.T) for down in a])
+
+    wanted = case.run(
+        lambda x, w, a, b, biases, s: lora_linear_reference(x, w, a, b, biases, [1.5] * 3),
+        [weight.double() for weight in case.stand_for], exact=True,
+    )  # fmt: skip
+    found = case.run(with_one_scale(with_projections), case.together, exact=False)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert relative(ours, exact) < 1e-6
+
+
+def test_four_bit_weights_as_one_are_compiled_into_one_graph() -> None:
+    case = Alike("cpu", nested=True)
+    compiled = torch.compile(lora_linear, backend="aot_eager_decomp_partition", fullgraph=True)
+    for ours, eager in zip(
+        *(case.run(with_one_scale(each), case.together, exact=False) for each in (compiled, lora_linear)), strict=True
+    ):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_unused_output_adds_nothing(device: str) -> None:
     case = Case(device, torch.float32)

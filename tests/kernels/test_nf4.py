@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
 from interpreter import INTERPRETED, pass_interpreted
-from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, dequantise
-from lightning_pipelite.models.quantization.four_bit import nf4
+from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, dequantise, dequantise_by_bitsandbytes
+from lightning_pipelite.models.quantization.four_bit import kernel_parts, nf4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows of no whole blocks, of an odd number, of whole ones; more scales than one of them has a scale for, some over.
@@ -37,11 +38,13 @@ def quantised(shape: tuple[int, ...], *, double: bool) -> tuple[list[Tensor], Te
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], double: bool, dtype: torch.dtype) -> None:
     parts, wanted = quantised(shape, double=double)
-    made = dequantise([part.to(DEVICE) for part in parts], shape, dtype).cpu()
+    parts = [part.to(DEVICE) for part in parts]
+    made = dequantise(parts, shape, dtype).cpu()
     if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter does not round but cuts off
         torch.testing.assert_close(made, wanted.to(dtype), rtol=2**-7, atol=0)
     else:
         assert torch.equal(made, wanted.to(dtype))
+    assert torch.equal(dequantise_by_bitsandbytes(parts, shape, dtype).cpu(), wanted.to(dtype))
 
 
 @pytest.mark.slow
@@ -60,3 +63,21 @@ def test_the_layers_of_bitsandbytes_compute_with_the_same() -> None:
     wanted = x @ dequantise([layer.weight.data, state.absmax], (8, 96), torch.float32).T
     torch.testing.assert_close(layer(x), wanted)
     torch.testing.assert_close(layer(x.detach()), wanted.detach())
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["scales", "quantised scales"])
+def test_codes_are_taken_in_bytes_only(double: bool) -> None:
+    weight = torch.randn(8, 128, device=DEVICE)
+
+    def quantise(kind: str, storage: torch.dtype) -> tuple[Tensor, QuantState]:
+        return quantize_4bit(weight, quant_type=kind, compress_statistics=double, quant_storage=storage)
+
+    held = quantise("nf4", torch.uint8)
+    parts = kernel_parts(*held)
+    assert parts is not None
+    assert torch.equal(dequantise(parts, weight.shape, weight.dtype), dequantize_4bit(*held))
+    for storage in (torch.bfloat16, torch.float32, torch.int8):
+        says = f"^the codes of a weight in nf4 are {storage}; leave out bnb_4bit_quant_storage, or set it to uint8\\.$"
+        with pytest.raises(ConfigurationError, match=says):
+            kernel_parts(*quantise("nf4", storage))
+    assert kernel_parts(*quantise("fp4", torch.bfloat16)) is None  # as any other format

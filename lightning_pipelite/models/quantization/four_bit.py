@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
+from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.kernels.nf4 import BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
@@ -107,7 +108,7 @@ def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBy
 
 
 def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
-    """Return a weight as kernels take it, see :mod:`~lightning_pipelite.kernels.frozen_weight`.
+    """Return a weight as kernels take it, see :func:`~lightning_pipelite.kernels.nf4.dequantise`.
 
     Args:
         codes: Bitsandbytes' codes.
@@ -115,9 +116,16 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
 
     Returns:
         None where it is another format than nf4 in blocks of the usual size.
+
+    Raises:
+        ConfigurationError: The codes are not bytes: bitsandbytes can store them as other types.
     """
     if state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
         return None
+    if codes.dtype != torch.uint8:
+        raise ConfigurationError(
+            f"the codes of a weight in nf4 are {codes.dtype}; leave out bnb_4bit_quant_storage, or set it to uint8."
+        )
     parts = [codes, state.absmax]
     return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
 
