@@ -6,6 +6,7 @@ Every test waits for what is imported here, so that it is next to nothing: torch
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Durations(config))
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as of what a shell runs in the background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
