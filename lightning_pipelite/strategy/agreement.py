@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
 
-_BITS = 40
+_BITS = 32  # products with factors, of thousands of ranks, are exact in float64
 
 
 class Agreement:
@@ -66,12 +66,24 @@ class Agreement:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest)
 
-    def add_up(self, numbers: list[float]) -> list[float]:
-        """Return the sums of numbers of all ranks, the same on every rank. Collective."""
-        sums = torch.tensor(numbers, dtype=torch.float64)
-        if self._group is not None:
-            dist.all_reduce(sums, group=self._group)
-        return sums.tolist()
+    def add_up(self, numbers: list[float], place: str) -> list[float]:
+        """Return the sums of numbers of all ranks, the same on every rank. Collective.
+
+        Args:
+            numbers: As many on all ranks.
+            place: Where this rank is, in words; it must be the same on all ranks.
+
+        Raises:
+            ConfigurationError: On every rank, if they are not at the same place.
+        """
+        if self._group is None:
+            return numbers
+        sums = torch.tensor([*numbers, self._factor * _digest(place)], dtype=torch.float64)
+        dist.all_reduce(sums, group=self._group)
+        *added, parted = sums.tolist()
+        if parted:
+            self._explain(place, "")
+        return added
 
     def _explain(self, place: str, micro_batches: str) -> None:
         everyones = [("", "")] * self._topology.world_size

@@ -14,19 +14,34 @@ SLOTS, SLOT = 2, 16 * 2**20
 """How many parts of tensors a channel holds, and of how many bytes: while one is taken out the next comes in."""
 
 
+_RELEASED: list[object] = []
+"""What a GPU may use at any time that does not do what it was told."""
+
+
 @dataclass(frozen=True)
 class Channel:
     """Memory through which one process's GPU hands tensors to another's, in order; by one process's addresses.
 
     Attributes:
         slots: Where the parts lie: on the receiver's GPU, or on the host.
-        arrived: Where it is counted how many parts have been put in, on the host; 32 bits.
-        taken: Where it is counted how many have been taken out, on the host; 32 bits.
+        counts: Where it is counted, on the host, how many parts have been put in, and 128 bytes behind, as two
+            processes write, how many have been taken out; 32 bits each.
+        host: The same as the host finds it, int32.
     """
 
     slots: int
-    arrived: int
-    taken: int
+    counts: int
+    host: Tensor
+
+    @property
+    def arrived(self) -> int:
+        """Where the first number is."""
+        return self.counts
+
+    @property
+    def taken(self) -> int:
+        """Where the second one is."""
+        return self.counts + 128
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,23 @@ class ChannelEnd:
             cuda_driver.copy(address, slot, size, self._stream)
             cuda_driver.write_value(self._channel.taken, self._count, self._stream)
         return Copies(self._stream.record_event())
+
+    def release(self, *used: Tensor) -> None:
+        """Let the GPU wait no longer, for good: this end has failed, and so the other one is not used either.
+
+        Args:
+            used: Tensors that it may still copy from or to.
+        """
+        self._channel.host[:] = 2**30
+        _RELEASED.append((self._channel, used, self._stream))
+
+    def is_idle(self) -> bool:
+        """Whether the GPU has done all that it was told."""
+        return self._stream.query()
+
+    def close(self) -> None:
+        """Give the stream back, once it is idle."""
+        cuda_driver.destroy_stream(self._stream)
 
     def _parts(self, tensor: Tensor) -> Iterator[tuple[int, int, int]]:
         """Yield where each part of a tensor is, which slot is its own, and how many bytes it has; count it."""

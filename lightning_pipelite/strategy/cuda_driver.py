@@ -16,23 +16,39 @@ def _call(name: str, *args: Any) -> Any:
     """Call the driver.
 
     Raises:
-        RuntimeError: If it fails, or there are no bindings.
+        RuntimeError: If it fails, or there are no bindings, or others.
     """
     try:
         from cuda.bindings import driver
-    except ImportError as error:
-        raise RuntimeError(f"the CUDA driver's functions cannot be called: {error}") from error
-    code, *results = getattr(driver, name)(*args)
+
+        code, *results = getattr(driver, name)(*args)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise RuntimeError(f"{name} of the CUDA driver cannot be called: {error}") from error
     if int(code) != 0:
         raise RuntimeError(f"{name}: {code.name}")
-    return results[0] if results else None
+    return results[0] if len(results) == 1 else results
+
+
+def get_ready(device: torch.device) -> None:
+    """Do what would wait for the whole device later; before any stream waits for another process."""
+    torch.zeros(1, device=device)  # makes the device's context this thread's
+    _has_batches()
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream that nobody else has; torch deals out the same 32 of a device again and again."""
-    torch.cuda.synchronize(device)  # so that the device's context is this thread's
+    """Return a stream that nobody else has, as torch deals out the same 32 again and again.
+
+    It has the highest priority: streams of others, of which a waiting one would hold up those in the same queue of the
+    GPU, have lower ones, and so are in other queues.
+    """
     non_blocking = 1
-    return torch.cuda.ExternalStream(int(_call("cuStreamCreate", non_blocking)), device)
+    _, highest = _call("cuCtxGetStreamPriorityRange")
+    return torch.cuda.ExternalStream(int(_call("cuStreamCreateWithPriority", non_blocking, highest)), device)
+
+
+def destroy_stream(stream: torch.cuda.Stream) -> None:
+    """Undo :func:`new_stream`."""
+    _call("cuStreamDestroy", stream.cuda_stream)
 
 
 def allocate(size: int) -> int:
@@ -47,6 +63,11 @@ def register(memory: Tensor) -> int:
     return int(_call("cuMemHostGetDevicePointer", memory.data_ptr(), 0))
 
 
+def unregister(memory: Tensor) -> None:
+    """Undo :func:`register`."""
+    _call("cuMemHostUnregister", memory.data_ptr())
+
+
 def handle_of(address: int) -> bytes:
     """Return what another process of this host opens a GPU's memory by."""
     return bytes(_call("cuIpcGetMemHandle", address).reserved)
@@ -54,7 +75,7 @@ def handle_of(address: int) -> bytes:
 
 def open_handle(handle: bytes) -> int:
     """Return the address of another process's memory, of this GPU or one that it reaches."""
-    from cuda.bindings import driver
+    from cuda.bindings import driver  # as handle_of has
 
     given, lazy_peer_access = driver.CUipcMemHandle(), 1
     given.reserved = handle
@@ -90,7 +111,7 @@ def _has_batches() -> bool:
     stream.wait_stream(torch.cuda.current_stream())
     try:
         _copy_beside_computation(to.data_ptr(), source.data_ptr(), source.nbytes, stream)
-    except (AttributeError, RuntimeError):
+    except (ImportError, AttributeError, RuntimeError):
         return False
     torch.cuda.synchronize()
     return torch.equal(to, source)

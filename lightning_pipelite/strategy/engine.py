@@ -43,7 +43,7 @@ class PipeLiteEngine(PipelineEngine):
             piece of the stage it is, if there are several.
         layer_rng: What the layers draw random numbers from.
         timeout: How long a rank waits for the others in the process groups that are made here.
-        add_up: Adds up numbers of all ranks, on the host. Collective.
+        add_up: Adds up numbers of all ranks, on the host, at a place that is told in words. Collective.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PipeLiteEngine(PipelineEngine):
         progress: Callable[[str, bool, str], None],
         layer_rng: LayerRNG,
         timeout: timedelta,
-        add_up: Callable[[list[float]], list[float]],
+        add_up: Callable[[list[float], str], list[float]],
     ) -> None:
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
@@ -127,12 +127,18 @@ class PipeLiteEngine(PipelineEngine):
         self._clock = clock
         try:
             self._run(micro_batches, self._train_schedule(), training=True)
+            self._wait_for_others()
             self.global_steps += 1
             assert self._sums.on_host is not None
             return self._shared(self._sums.on_host.value(), f"step {step + 1}")
         finally:
             self._begin("", waits=False)
             self._clock = None
+
+    def _wait_for_others(self) -> None:
+        """Let the device wait until all ranks are done with the step, which is waiting that the clock is to see."""
+        if self._clock is not None and dist.get_world_size() > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch], loss: Loss | None = None) -> Tensor:
         """Run some micro-batches forward, without gradients.
@@ -177,7 +183,7 @@ class PipeLiteEngine(PipelineEngine):
         On the host, as on a GPU it would wait for all that was begun before it.
         """
         self._begin("outside of the pipeline", waits=True)
-        return self._sums.require_same_data(self._add_up(sums), place)
+        return self._sums.require_same_data(self._add_up(sums, place), place)
 
     def _execute(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's

@@ -112,6 +112,12 @@ class InterleavedEngine(PipeLiteEngine):
         self._results: dict[Action, Any] = {}
 
     @override
+    def destroy(self) -> None:
+        if transfers := self.__dict__.pop("_transfers", None):
+            transfers.close()
+        super().destroy()
+
+    @override
     def _train_schedule(self) -> Schedule:
         return _checked(self.num_stages, len(self._stage), self.micro_batches, training=True)
 

@@ -48,12 +48,20 @@ def fingerprint(batch: Any, device: torch.device) -> Tensor:
         device: Where the result lies.
     """
     alike: dict[Any, list[Tensor]] = {}  # together they take as many kernels as one
-    for tensor in _tensors(batch):
-        alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(tensor.detach())
+    places: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(_tensors(batch)):
+        kind = tensor.shape, tensor.dtype, tensor.device
+        alike.setdefault(kind, []).append(tensor.detach())
+        places.setdefault(kind, []).append(place)
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for tensors in alike.values():
-        total = total * _ODD + _number(torch.stack(tensors)).to(device)
+    for kind, tensors in alike.items():
+        weights = torch.tensor([_signed(pow(_ODD, place + 1, 2**64)) for place in places[kind]])
+        total += (_numbers(torch.stack(tensors)).to(device) * weights.to(device, non_blocking=True)).sum()
     return ((total * _ODD >> 32) & 0xFFFFFFFF).double()
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -65,17 +73,20 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _number(tensor: Tensor) -> Tensor:
-    """Of all bits, and of where along each dimension they are: a sample in another place is another number."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
-    number = torch.full((), math.prod(bits.shape), dtype=torch.int64, device=bits.device)
-    for dim, size in enumerate(bits.shape):
-        others = [other for other in range(bits.dim()) if other != dim and bits.shape[other] != 1]
-        along = bits.sum(others, dtype=torch.int64).flatten() if others else bits.flatten().long()
+def _numbers(tensors: Tensor) -> Tensor:
+    """Of each of some tensors [tensors, ...] a number [tensors].
+
+    Of all bits, and of where along each dimension they are: a sample in another place is another number.
+    """
+    tensors = torch.view_as_real(tensors) if tensors.is_complex() else tensors
+    bits = tensors.contiguous().view(_INTEGERS[tensors.element_size()])
+    numbers = torch.full(bits.shape[:1], math.prod(bits.shape[1:]), dtype=torch.int64, device=bits.device)
+    for dim, size in enumerate(bits.shape[1:], start=1):
+        others = [other for other in range(1, bits.dim()) if other != dim and bits.shape[other] != 1]
+        along = bits.sum(others, dtype=torch.int64) if others else bits.long()
         weights = torch.arange(1, size + 1, device=bits.device) * _ODD
-        number = number * _ODD + (along * (weights ^ (weights >> 29))).sum()
-    return number
+        numbers = numbers * _ODD + (along.view(len(bits), size) * (weights ^ (weights >> 29))).sum(1)
+    return numbers if bits.dim() > 1 else numbers * _ODD + bits.long()
 
 
 def all_shapes(micro_batches: Sequence[MicroBatch]) -> str:

@@ -7,14 +7,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lightning_pipelite.strategy import cuda_driver
 
 _FOLDER = "/dev/shm"
-
-_KEPT: list[Tensor] = []
-"""For the life of the process: it must not go while a GPU may wait for it, or another process use it."""
 
 
 class SharedMemory:
@@ -35,7 +31,7 @@ class SharedMemory:
     """
 
     def __init__(self, size: int, path: str | None = None) -> None:
-        self._own = path is None
+        own = path is None
         if path is None:
             descriptor, path = tempfile.mkstemp(prefix="pipelite-", dir=_FOLDER)
             try:
@@ -48,11 +44,19 @@ class SharedMemory:
         elif not Path(path).is_file():  # torch would make one
             raise FileNotFoundError(path)
         self.path = path
-        self.host = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        self.address = cuda_driver.register(self.host)
-        _KEPT.append(self.host)
+        try:
+            self.host = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+            self.address = cuda_driver.register(self.host)
+        except BaseException:
+            if own:
+                self.forget_name()
+            raise
 
     def forget_name(self) -> None:
-        """Let nobody else open it from now on."""
-        if self._own:
-            Path(self.path).unlink(missing_ok=True)
+        """Let nobody else open it from now on; for whoever made it."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give it back; neither this process nor its GPU may use it any more, others may."""
+        cuda_driver.unregister(self.host)
+        del self.host

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_pipelite.strategy.channel_setup import Link, connect
+from lightning_pipelite.strategy.channel_setup import Channels
 from lightning_pipelite.strategy.copy_channels import ChannelEnd
 from lightning_pipelite.strategy.schedule import Way
 
@@ -22,7 +22,7 @@ def let_streams_run_beside() -> None:
     """Give a GPU as many queues as it can have, before it is used.
 
     By default all of a process's streams share eight. With a stream for each way, those of the computation, of replicas
-    and of offloaded inputs are more: a transfer that waits for its other end would hold up another in the same queue.
+    and of offloaded inputs are more: a transfer that waits for its other end would hold up what is in the same queue.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
@@ -101,8 +101,8 @@ class Transfers:
     """The ways between the neighbours of a ring of ranks: in each direction one for activations and one for gradients.
 
     What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. Between
-    GPUs of one host each way is a channel, else a communicator with a stream of its own, as NCCL works off what shares
-    one in order. Building it is collective over all ranks.
+    GPUs of one host each way is a channel, if these work there; else a communicator with a stream of its own, as NCCL
+    works off what shares one in order. Building it is collective over all ranks.
 
     Args:
         pipelines: The global ranks of every pipeline, in the order of their stages.
@@ -120,15 +120,20 @@ class Transfers:
             for place in range(len(ranks))
             for end, backward in (((place + 1) % len(ranks), False), ((place - 1) % len(ranks), True))
         }
-        channels: dict[Link, ChannelEnd] = {}
-        connected: set[Link] = set()
+        self._channels = None
         if device.type == "cuda":
-            channels, connected = connect([link for _, link in links], rank, device)
+            self._channels = Channels([link for _, link in links], rank, device)
         self._ends: dict[Way, ChannelEnd | GroupEnd] = {}
         for way, link in sorted(links, key=lambda both: both[1]):  # every rank takes part in making every group
-            group = None if link in connected else GroupEnd(sorted(link[:2]), timeout)
+            connected = self._channels is not None and link in self._channels.connected
+            group = None if connected else GroupEnd(sorted(link[:2]), timeout)
             if rank in link[:2]:
-                self._ends[way] = group or channels[link]
+                self._ends[way] = group or self._channels.ends[link]  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Let go of memory that processes share."""
+        if self._channels is not None:
+            self._channels.close()
 
     def send_shapes(self, shapes: Shapes, way: Way) -> None:
         """Tell the other end what will come."""

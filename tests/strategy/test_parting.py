@@ -9,7 +9,7 @@ import torch
 
 from lightning_pipelite.strategy.agreement import _factor
 from lightning_pipelite.strategy.micro_batches import all_shapes, described, fingerprint
-from parting_jobs import fit_with, part
+from parting_jobs import add_up, fit_with, part
 from processes import Workers
 
 CPU = torch.device("cpu")
@@ -93,6 +93,40 @@ def test_fingerprints_tell_values_and_places() -> None:
     assert all(number == int(number) and 0 <= number < 2**32 for number in numbers)
     again = (inputs.clone(), {"y": targets.T.contiguous().T})  # other strides, the same values
     assert float(fingerprint(again, CPU)) == numbers[0]
+
+
+def test_fingerprints_tell_micro_batches_that_are_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    permutations = [torch.randperm(64, generator=generator) for _ in range(8)]
+    cases = [
+        [(permutations[i], permutations[i + 1]) for i in range(0, 8, 2)],
+        [(row, row) for row in torch.eye(4)],
+        [(torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 2, 1]))] * 2,
+    ]
+    for micro_batches in cases:
+        inputs, targets = zip(*micro_batches, strict=True)
+        others = [
+            micro_batches[::-1], micro_batches[1:] + micro_batches[:1], list(zip(targets, inputs, strict=True)),
+            list(zip(inputs, targets[::-1], strict=True)), list(zip(inputs[::-1], targets, strict=True)),
+            [(a.flip(0), b) for a, b in micro_batches], [(a, b.roll(1)) for a, b in micro_batches],
+        ]  # fmt: skip
+        number = fingerprint(micro_batches, CPU)
+        for other in others:
+            same = all(
+                torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(micro_batches, other, strict=True)
+            )
+            assert (fingerprint(other, CPU) == number) == same
+
+
+@pytest.mark.parametrize("places", [("step 3", "step 3"), ("step 3", "step 4"), ("step 3", None)], ids=str)
+def test_numbers_are_added_up_at_the_same_place(workers: Workers, places: tuple[str, str | None]) -> None:
+    first, second = workers.run(2, add_up, places)
+    if places[0] == places[1]:
+        assert first == second == [1.5, 6.0]
+    else:
+        said = f"the ranks have parted: rank 0 is at step 3, rank 1 at {places[1] or 'epoch 0'};"
+        assert first == second
+        assert first.startswith(said)
 
 
 def test_fingerprints_take_any_dtype_and_shape() -> None:

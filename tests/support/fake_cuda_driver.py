@@ -6,6 +6,8 @@ It shows that processes hand each other tensors in order; not that a GPU does wh
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
 import queue
 import random
 import tempfile
@@ -22,6 +24,8 @@ import torch
 from lightning_pipelite.strategy import cuda_driver
 
 _memory: list[torch.Tensor] = []
+_files: list[str] = []
+_seeds = itertools.count()
 
 
 class Event:
@@ -43,11 +47,14 @@ class Stream:
 
     def __init__(self) -> None:
         self._todo: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._random = random.Random(0)
+        self._random = random.Random(next(_seeds))
         threading.Thread(target=self._work, daemon=True).start()
 
     def add(self, action: Callable[[], None]) -> None:
         self._todo.put(action)
+
+    def query(self) -> bool:
+        return self._todo.unfinished_tasks == 0
 
     def record_event(self) -> Event:
         event = Event()
@@ -65,6 +72,7 @@ class Stream:
             action = self._todo.get()
             time.sleep(self._random.choice([0, 0, 1e-4, 1e-3]))
             action()
+            self._todo.task_done()
 
 
 def _number(address: int) -> ctypes.c_uint32:
@@ -100,43 +108,61 @@ def installed(reach: str = "each other") -> Iterator[Stream]:
     """Have :mod:`lightning_pipelite.strategy.cuda_driver` and torch use it.
 
     Args:
-        reach: Whether GPUs reach "each other", "none", or what they write to each other arrives "broken".
+        reach: Whether GPUs reach "each other", "none", what they write to each other arrives "broken" or not at all
+            ("fails"); or whether a stream that waits holds up all others ("one queue").
 
     Yields:
         The stream that is torch's current one.
     """
     allocated: dict[int, str] = {}
+    gpus: list[tuple[int, int]] = []
+
+    def new(size: int) -> tuple[int, str]:
+        descriptor, path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")
+        os.close(descriptor)
+        _files.append(path)
+        return _shared(path, size), path
 
     def allocate(size: int) -> int:
         if reach == "none":
             raise RuntimeError("cuMemAlloc: CUDA_ERROR_NOT_SUPPORTED")
-        path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")[1]
-        address = _shared(path, size)
-        allocated[address] = path
+        address, allocated[address] = new(size)
         return address
 
     def open_handle(handle: bytes) -> int:
         path = handle.decode()
         size = Path(path).stat().st_size
-        if reach == "broken":
-            path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")[1]
-        address = _shared(path, size)
-        Path(path).unlink()
+        address = new(size)[0] if reach == "broken" else _shared(path, size)
+        gpus.append((address, address + size))
         return address
+
+    def copy(to: int, source: int, size: int, stream: Stream) -> None:
+        if reach == "fails" and any(start <= to < stop for start, stop in gpus):
+            raise RuntimeError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE")
+        _copy(to, source, size, stream)
+
+    def new_stream(device: Any = None) -> Any:
+        return current if reach == "one queue" else Stream()
 
     current = Stream()
     fakes: dict[str, Any] = {
-        "new_stream": lambda device: Stream(),
+        "get_ready": lambda device: None,
+        "new_stream": new_stream,
+        "destroy_stream": lambda stream: None,
         "allocate": allocate,
         "register": lambda memory: memory.data_ptr(),
+        "unregister": lambda memory: None,
         "handle_of": lambda address: allocated[address].encode(),
         "open_handle": open_handle,
-        "copy": _copy,
+        "copy": copy,
         "write_value": _write_value,
         "wait_value": _wait_value,
     }
     with (
         mock.patch.multiple(cuda_driver, **fakes),
         mock.patch.object(torch.cuda, "current_stream", return_value=current),
+        mock.patch.object(torch.cuda, "Stream", new_stream),
     ):
         yield current
+    for path in _files:
+        Path(path).unlink(missing_ok=True)

@@ -7,15 +7,19 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_jobs import Mlp, data
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.topology import Topology
+from lightning_pipelite.strategy.agreement import Agreement
 from stage_jobs import Catchable, Module, trainer_for
 from stage_models import Model
 
@@ -124,3 +128,18 @@ def fit_with(options: list[dict[str, Any]], rates: list[float], gammas: list[flo
     except ConfigurationError as error:
         return str(error)
     return None
+
+
+def add_up(places: tuple[str, str | None]) -> list[float] | str:
+    """Add numbers up at a place of each rank; one that has none tells where it is instead."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    agreement = Agreement(Topology(2, 1), rank, timedelta(seconds=30))
+    place = places[rank]
+    try:
+        if place is None:
+            agreement.tell("epoch 0")
+            return "nothing"
+        return agreement.add_up([rank * 1.5, 3.0], place)
+    except ConfigurationError as error:
+        return str(error)
