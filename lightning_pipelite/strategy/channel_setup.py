@@ -70,8 +70,10 @@ class Channels:
         """Give the memory back, unless a GPU still waits for what never comes: then the process is about to end."""
         memories = [*self._pages.values(), *self._on_host.values()]
         if all(end.is_idle() for end in self._made):
-            for each in (*self._made, *memories):
-                each.close()
+            for end in self._made:
+                end.close()
+            for memory in memories:
+                memory.close()
         else:
             _IN_USE.extend(memories)
 
