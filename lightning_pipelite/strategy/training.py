@@ -96,7 +96,7 @@ class PipelineTraining:
         loop = trainer.fit_loop.epoch_loop
         place = f"epoch {trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
         self._pipeline.agree(place, micro_batches)
-        # But for measured times, offloaded inputs and the check of the norms, the only time in a step that the host waits
+        # But for measured times, offloaded inputs and the check of norms, the only time in a step that the host waits
         # for the device.
         total, count, *logged = self._engine.train_on(micro_batches, trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
