@@ -10,6 +10,7 @@ import io
 import logging
 import multiprocessing as mp
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -58,9 +59,7 @@ class Workers:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         try:
             for rank, (_, connection) in enumerate(self._workers[:world_size]):
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
@@ -98,6 +97,15 @@ class Workers:
             process.kill()
             process.join()
         self._workers.clear()
+
+
+def _free_port() -> int:
+    """Return a port that nobody has, of those that the system gives no connection before it is listened on."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(connection: Connection) -> None:
