@@ -14,7 +14,8 @@ from lightning_pipelite.strategy.links import Link, gathered, with_both_ends
 SECONDS = 20.0
 """After which what does not come counts as out of order."""
 
-_OTHER_STREAMS = 4
+_POOL = 32
+"""How many streams torch deals out to whoever wants one beside the computation's."""
 
 
 def try_out(ends: Mapping[Link, ChannelEnd], rank: int, device: torch.device) -> set[Link]:
@@ -35,7 +36,7 @@ def try_out(ends: Mapping[Link, ChannelEnd], rank: int, device: torch.device) ->
     for link, tensor in got.items():
         with contextlib.suppress(RuntimeError):
             under_way[link] = ends[link].receive(tensor)
-    streams = [torch.cuda.current_stream(device), *(torch.cuda.Stream(device) for _ in range(_OTHER_STREAMS))]
+    streams = [torch.cuda.current_stream(device), *(torch.cuda.Stream(device) for _ in range(_POOL))]
     events = [stream.record_event() for stream in streams]
     computes = comes(lambda: all(event.query() for event in events))
     expected = set().union(*gathered(set(under_way) if computes else set()))

@@ -161,7 +161,7 @@ def installed(reach: str = "each other") -> Iterator[Stream]:
     with (
         mock.patch.multiple(cuda_driver, **fakes),
         mock.patch.object(torch.cuda, "current_stream", return_value=current),
-        mock.patch.object(torch.cuda, "Stream", new_stream),
+        mock.patch.object(torch.cuda, "Stream", return_value=new_stream()),
     ):
         yield current
     for path in _files:
