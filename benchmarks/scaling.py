@@ -214,9 +214,11 @@ class Way:
     def _train(self, job: Job, cut: str, times: LayerTimes, transfer: float) -> bool:
         world = job.stages * job.replicas
         cuts = job.bounds or balanced_bounds(job.weights or [1] * self._layers, job.stages)
-        planned = self._beside.submit(
-            planned_peaks, self._setting, self._way, cuts, job.virtual_stages, job.micro_batches
-        )
+        planned = None
+        if self._setting.on_gpu:
+            planned = self._beside.submit(
+                planned_peaks, self._setting, self._way, cuts, job.virtual_stages, job.micro_batches
+            )
         everyones = self._workers.run(world, train, job, self._setting, timeout=HOUR)
         failed = False
         for index, micro_batches in enumerate(job.micro_batches):
@@ -244,7 +246,7 @@ class Way:
             a_stage = [of_ranks[stage * job.replicas : (stage + 1) * job.replicas] for stage in range(job.stages)]
             idle = " / ".join(f"{sum(run.idle for run in runs) / len(runs):.0%}" for runs in a_stage)
             peak = "-"
-            if self._setting.on_gpu:
+            if planned is not None:
                 peaks, plans = [max(run.gib for run in runs) for runs in a_stage], planned.result()[index]
                 peak = " / ".join(f"{each:.1f}" for each in peaks)
                 peak += f" ({' / '.join(f'{each:.1f}' for each in plans)})"

@@ -27,9 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Durations(config))
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # as of what a shell runs in the background; children inherit it
+    # As of what a shell runs in the background; children would inherit it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
 
-_BITS = 32  # products with factors, of thousands of ranks, are exact in float64
+_BITS = 32  # products with factors, of up to 2048 ranks, are exact in float64
 
 
 class Agreement:

@@ -7,13 +7,15 @@ import os
 import secrets
 from collections.abc import Collection
 from functools import cache
+from typing import Any
 
 import torch
 
+from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.strategy import cuda_driver
 from lightning_pipelite.strategy.channel_trial import try_out
 from lightning_pipelite.strategy.copy_channels import SLOT, SLOTS, Channel, ChannelEnd
-from lightning_pipelite.strategy.links import Link, gathered, with_both_ends
+from lightning_pipelite.strategy.links import Link, with_both_ends
 from lightning_pipelite.strategy.shared_memory import SharedMemory
 
 _PAGE, _TOKEN = 4096, 16
@@ -56,7 +58,8 @@ class Channels:
         self._share_pages({link[1] for link in mine if link[0] == rank})
         together = with_both_ends(link for link in mine if rank in self._pages and link[1] in self._pages)
         for on_gpu in (True, False):
-            slots = self._share_slots(mine & together - self.connected, on_gpu)
+            wanted = set() if on_gpu and _disabled("NCCL_P2P_DISABLE") else mine & together - self.connected
+            slots = self._share_slots(wanted, on_gpu)
             ends = {}
             for link in with_both_ends(slots) & mine:
                 with _cannot:
@@ -84,11 +87,11 @@ class Channels:
                 page.host[-_TOKEN:] = torch.frombuffer(bytearray(secrets.token_bytes(_TOKEN)), dtype=torch.uint8)
                 self._pages[self._rank] = page
         own = self._pages.get(self._rank)
-        told = gathered(own and (own.path, _token(own)))
+        told = gathered(None if own is None else (own.path, _token(own)))
         for peer in peers:
-            if own and told[peer]:
+            if own and (theirs := told[peer]):
                 with _cannot:
-                    path, token = told[peer]
+                    path, token = theirs
                     page = SharedMemory(_PAGE, path)
                     if _token(page) == token:
                         self._pages[peer] = page
@@ -101,7 +104,7 @@ class Channels:
     def _share_slots(self, links: Collection[Link], on_gpu: bool) -> dict[Link, int]:
         """Return this rank's addresses of the slots of those of its links for which it can have them. Collective."""
         slots: dict[Link, int] = {}
-        told: dict[Link, bytes | str] = {}
+        told: dict[Link, Any] = {}  # a handle, or a path
         for link in links:
             if link[1] == self._rank:
                 with _cannot:
@@ -145,13 +148,9 @@ def _disabled(variable: str) -> bool:
 
 @cache
 def _slots_on_gpu(device: torch.device, gradients: bool) -> int:
-    if _disabled("NCCL_P2P_DISABLE"):
-        raise RuntimeError("other GPUs are not to write into this one's memory")
     return cuda_driver.allocate(SLOTS * SLOT)
 
 
 @cache
 def _opened_on_gpu(handle: bytes) -> int:
-    if _disabled("NCCL_P2P_DISABLE"):
-        raise RuntimeError("this GPU is not to write into another one's memory")
     return cuda_driver.open_handle(handle)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from lightning_pipelite.shared.over_ranks import gathered
 from lightning_pipelite.strategy.copy_channels import SLOT, ChannelEnd, Copies
-from lightning_pipelite.strategy.links import Link, gathered, with_both_ends
+from lightning_pipelite.strategy.links import Link, with_both_ends
 
 SECONDS = 20.0
 """After which what does not come counts as out of order."""

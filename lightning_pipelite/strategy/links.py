@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch.distributed as dist
+from lightning_pipelite.shared.over_ranks import gathered
 
 Link = tuple[int, int, bool]
 """From which global rank to which, and whether gradients travel."""
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return what each rank gives. Collective over all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def with_both_ends(here: Iterable[Link]) -> set[Link]:

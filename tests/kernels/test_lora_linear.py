@@ -45,6 +45,28 @@ class Case:
         return [*outputs, *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, (x, *ab), strict=True))]
 
 
+class InFourBits(Case):
+    """The same with weights in nf4, by themselves and as one."""
+
+    def __init__(self, device: str, nested: bool) -> None:
+        super().__init__(device, torch.float32)
+        self.parts, self.stand_for = [], []
+        for weight in self.weights:
+            codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+            self.stand_for.append(dequantize_4bit(codes, state))
+            scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
+            self.parts.append([codes, state.absmax, *scales])
+        self.together = [[part for parts in self.parts for part in parts]]
+
+
+def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
+    return lora_linear(x, weights, a, b, biases, scales, [3.0 * (x @ down.T) for down in a])
+
+
+def with_one_scale(function: Any) -> Any:
+    return lambda x, weights, a, b, biases, _, *more: function(x, weights, a, b, biases, (0.5, 0.5, 0.5), *more)
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach()
     return float((found - wanted).norm() / wanted.norm()) if wanted.any() else float(found.abs().max())
@@ -65,41 +87,17 @@ def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, ...])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bit_weights(device: str, nested: bool) -> None:
-    case = Case(device, torch.float32)
-    whole, parts = [], []
-    for weight in case.weights:
-        codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
-        whole.append(dequantize_4bit(codes, state).double())
-        scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
-        parts.append([codes, state.absmax, *scales])
-    wanted = case.run(lora_linear_reference, whole, exact=True)
-    for ours, exact in zip(case.run(lora_linear, parts, exact=False), wanted, strict=True):
+    case = InFourBits(device, nested)
+    wanted = case.run(lora_linear_reference, [weight.double() for weight in case.stand_for], exact=True)
+    for ours, exact in zip(case.run(lora_linear, case.parts, exact=False), wanted, strict=True):
         assert relative(ours, exact) < 1e-6
-
-
-class Alike(Case):
-    """Projections of one input whose scales are the same, in nf4."""
-
-    def __init__(self, device: str, nested: bool, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(device, dtype)
-        self.parts, self.stand_for = [], []
-        for weight in self.weights:
-            codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
-            self.stand_for.append(dequantize_4bit(codes, state))
-            scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
-            self.parts.append([codes, state.absmax, *scales])
-        self.together = [[part for parts in self.parts for part in parts]]
-
-
-def with_one_scale(function: Any) -> Any:
-    return lambda x, weights, a, b, biases, _, *more: function(x, weights, a, b, biases, (0.5, 0.5, 0.5), *more)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 def test_four_bit_weights_as_one(device: str, nested: bool, used: tuple[int, ...]) -> None:
-    case = Alike(device, nested)
+    case = InFourBits(device, nested)
     whole = [weight.double() for weight in case.stand_for]
     wanted = case.run(with_one_scale(lora_linear_reference), whole, exact=True, used=used)
     found = case.run(with_one_scale(lora_linear), case.together, exact=False, used=used)
@@ -110,11 +108,7 @@ def test_four_bit_weights_as_one(device: str, nested: bool, used: tuple[int, ...
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bit_weights_as_one_with_given_projections(nested: bool) -> None:
-    case = Alike("cpu", nested)
-
-    def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
-        return lora_linear(x, weights, a, b, biases, scales, [3.0 * (x @ down.T) for down in a])
-
+    case = InFourBits("cpu", nested)
     wanted = case.run(
         lambda x, w, a, b, biases, s: lora_linear_reference(x, w, a, b, biases, [1.5] * 3),
         [weight.double() for weight in case.stand_for], exact=True,
@@ -125,7 +119,7 @@ def test_four_bit_weights_as_one_with_given_projections(nested: bool) -> None:
 
 
 def test_four_bit_weights_as_one_are_compiled_into_one_graph() -> None:
-    case = Alike("cpu", nested=True)
+    case = InFourBits("cpu", nested=True)
     compiled = torch.compile(lora_linear, backend="aot_eager_decomp_partition", fullgraph=True)
     for ours, eager in zip(
         *(case.run(with_one_scale(each), case.together, exact=False) for each in (compiled, lora_linear)), strict=True
@@ -145,10 +139,6 @@ def test_an_unused_output_adds_nothing(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_given_projections(device: str) -> None:
     case = Case(device, torch.float32)
-
-    def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
-        return lora_linear(x, weights, a, b, biases, scales, [3.0 * (x @ down.T) for down in a])
-
     wanted = case.run(
         lambda x, w, a, b, biases, s: lora_linear_reference(x, w, a, b, biases, [3 * each for each in s]),
         [w.double() for w in case.weights], exact=True,
