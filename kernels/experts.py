@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_pipelite.kernels.combine import sum_copies, weigh
 from lightning_pipelite.kernels.frozen_weight import WHOLE
 from lightning_pipelite.kernels.grouped_outer import grouped_outer
-from lightning_pipelite.kernels.grouped_product import grouped_product
+from lightning_pipelite.kernels.grouped_product import grouped_product, product_operation
 from lightning_pipelite.kernels.groups import Groups
 from lightning_pipelite.kernels.nf4 import dequantise
 
@@ -238,8 +238,7 @@ def product_4bit_operation(
 ) -> Tensor:
     """Dequantise the weights and return the grouped product; their memory is free again afterwards."""
     whole = dequantise(parts, shape, x.dtype)
-    weight = whole.mT if flipped else whole
-    return grouped_product(x, weight, Groups(*groups), gather=gather, left=left, right=right, bias=bias)
+    return product_operation(x, whole.mT if flipped else whole, groups, gather, left, right, bias)
 
 
 @torch.library.register_fake("pipelite::grouped_product_4bit", lib=_LIBRARY)

@@ -12,17 +12,9 @@ WHOLE = 1
 
 
 def whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
-    """Return the weight [rows, in] in x's dtype; of several in nf4, the parts of which follow on each other, all."""
+    """Return the weight [rows, in] in x's dtype."""
     if len(weight) == WHOLE:
         return weight[0]
     if weight[0].dtype == fp8.DTYPE:
         return fp8.dequantise_rows(weight[0], weight[1], x.dtype)
-    members, width = nf4.each_of(weight), x.shape[-1]
-    if len(members) == 1:
-        return nf4.dequantise(weight, (rows, width), x.dtype)
-    out, start = x.new_empty(rows, width), 0
-    for parts in members:
-        stop = start + 2 * parts[0].numel() // width
-        nf4.dequantise(parts, (stop - start, width), x.dtype, out[start:stop])
-        start = stop
-    return out
+    return nf4.dequantise(weight, (rows, x.shape[-1]), x.dtype)

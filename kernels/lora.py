@@ -8,7 +8,7 @@ pass adds up one gradient of the input in place. Nothing is kept but the input a
 Frozen weights are whole, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8`). In FP8 the input is cast once for
 all projections, and what is kept of it is its codes: the gradient of A is taken from these. Products in FP8 take a GPU
 half the time, but the host as long as others; so weights that lie one behind the other in memory are computed with as
-one, and all B as one that has them along its diagonal. So are small weights in nf4, made whole one behind the other.
+one, and all B as one that has them along its diagonal. So are small weights in nf4.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def lora_linear(
     Args:
         x: [..., in], the computation's dtype.
         weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or codes in FP8 and
-            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone that holds all Wᵢ one
-            behind the other, in FP8, or the parts in nf4 of one after the other; where all sᵢ are the same.
+            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone, in FP8 or nf4, that
+            holds all Wᵢ one behind the other, where all sᵢ are the same.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.

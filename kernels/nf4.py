@@ -24,27 +24,19 @@ BLOCK, SCALES_BLOCK = 64, 256  # of bitsandbytes: how many weights have one scal
 BLOCKS = 64  # that a program of the kernel makes whole
 
 
-def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a weight from what it is held as.
 
     Args:
         parts: Codes, uint8, two of them a byte, the first in its upper half, and for each :data:`BLOCK` weights a
             scale, float32. Or scales in uint8, and what they stand for: a scale for each :data:`SCALES_BLOCK` of them,
-            the 256 values of their codes, and what is added to all, all float32.
+            the 256 values of their codes, and what is added to all, or to each :data:`SCALES_BLOCK`, all float32.
         shape: Of the weight.
         dtype: Of the weight: float32, bfloat16 or float16.
-        out: Where it is to be, contiguous, of this shape and type.
     """
     if runs_triton(parts[0]) and not parts[0].is_meta:
-        return _by_triton(parts, torch.empty(shape, dtype=dtype, device=parts[0].device) if out is None else out)
-    weight = dequantise_by_bitsandbytes(parts, shape, dtype)
-    return weight if out is None else out.copy_(weight)
-
-
-def each_of(parts: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the parts of each weight, where those of several lie one behind the other."""
-    count = 5 if parts[1].dtype == torch.uint8 else 2
-    return [[*parts[start : start + count]] for start in range(0, len(parts), count)]
+        return _by_triton(parts, shape, dtype)
+    return dequantise_by_bitsandbytes(parts, shape, dtype)
 
 
 def dequantise_by_bitsandbytes(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -54,7 +46,7 @@ def dequantise_by_bitsandbytes(parts: Sequence[Tensor], shape: Sequence[int], dt
     if nested:
         outer, outer_values, offset = nested
         scales = operations.dequantize_blockwise(scales, outer, outer_values, SCALES_BLOCK, torch.float32)
-        scales += offset
+        scales += offset if offset.numel() == 1 else offset.repeat_interleave(SCALES_BLOCK)[: len(scales)]
     whole: Tensor = operations.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
     return whole
 
@@ -88,14 +80,15 @@ def bitsandbytes_operations() -> Any:
 _LIBRARY = torch.library.Library("bitsandbytes", "FRAGMENT")
 
 
-def _by_triton(parts: Sequence[Tensor], out: Tensor) -> Tensor:
+def _by_triton(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     codes, scales, *nested = parts
     outer, outer_values, offset = nested or (scales, scales, scales)
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
     count = out.numel()
     launch(
         _dequantise, (triton.cdiv(count, BLOCK * BLOCKS), 1, 1),
         codes, _values(codes.device), scales, outer, outer_values, offset, out, count,
-        NESTED=bool(nested), WHOLE=count % (BLOCK * BLOCKS) == 0,
+        NESTED=bool(nested), OFFSETS=offset.numel() > 1, WHOLE=count % (BLOCK * BLOCKS) == 0,
         BLOCK=BLOCK, SCALES_BLOCK=SCALES_BLOCK, BLOCKS=BLOCKS,
         enable_fp_fusion=False,  # a scale is rounded before the offset is added
     )  # fmt: skip
@@ -114,7 +107,7 @@ def _values(device: torch.device) -> Tensor:
 @triton.jit
 def _dequantise(  # type: ignore[no-untyped-def]
     codes, values, scales, outer, outer_values, offset, out, count,
-    NESTED: tl.constexpr, WHOLE: tl.constexpr,
+    NESTED: tl.constexpr, OFFSETS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, SCALES_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -122,7 +115,10 @@ def _dequantise(  # type: ignore[no-untyped-def]
     if NESTED:
         code = tl.load(scales + block, mask=there, other=0)
         scale = tl.load(outer_values + code) * tl.load(outer + block // SCALES_BLOCK, mask=there, other=0.0)
-        scale += tl.load(offset)
+        if OFFSETS:
+            scale += tl.load(offset + block // SCALES_BLOCK, mask=there, other=0.0)
+        else:
+            scale += tl.load(offset)
     else:
         scale = tl.load(scales + block, mask=there, other=0.0)
     pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]

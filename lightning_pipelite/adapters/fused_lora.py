@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lightning_pipelite.kernels.lora import lora_linear
-from lightning_pipelite.models.quantization.four_bit import kernel_parts
-from lightning_pipelite.models.quantization.fp8 import Fp8Linear, join
+from lightning_pipelite.models.quantization import four_bit, fp8
+from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 _SMALL = 2**24
@@ -24,7 +24,8 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
     PEFT's own forward remains for its variants (DoRA, a bias of B), for base layers that are trained or in other
     formats, and for adapters that are merged or switched off.
 
-    Weights in FP8 that share their input are held one behind the other from now on, and computed with as one.
+    Weights in FP8 that share their input, and small ones in nf4, are held one behind the other from now on, and
+    computed with as one.
 
     Args:
         layers: PEFT's layers by their names in the model.
@@ -39,9 +40,9 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
         for number, layer in enumerate(members):
             mix_in(layer, _FusedLoRA)
             layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
-            layer._group = members  # type: ignore[assignment]
-        if len(members) > 1 and _in_fp8(members[0]):
-            join([layer.get_base_layer() for layer in members])  # type: ignore[operator]
+            layer._group, layer._joined = members, None  # type: ignore[assignment]
+        if len(members) > 1:
+            members[0]._joined = _join(members)  # type: ignore[assignment]
 
 
 def _covered(layer: Any, adapter: str) -> bool:
@@ -63,6 +64,7 @@ class _FusedLoRA(Mixin):
     _adapter: str
     _number: int
     _group: list[Any]
+    _joined: list[Tensor] | None  # of the first: the parts in nf4 of all weights as of one
     _ready: tuple[Tensor, list[Tensor]] | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,20 +95,23 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), down.to(x.dtype)))
     in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
-    alike = len(members) > 1 and all(scale == scales[0] for scale in scales)
-    if in_fp8 and alike:
-        weights = [bases[0].joined]  # not all the others as well: the compiler would look at each in every call
-    else:
-        weights = [cast(list[Tensor], _parts(base)) for base in bases]
-        if alike and _small_in_nf4(weights):
-            weights = [[part for parts in weights for part in parts]]
+    joined = None
+    if len(members) > 1 and all(scale == scales[0] for scale in scales):
+        joined = bases[0].joined if in_fp8 else members[0]._joined
+    # Not all the others as well: the compiler would look at each in every call.
+    weights = [joined] if joined is not None else [cast(list[Tensor], _parts(base)) for base in bases]
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 
-def _small_in_nf4(weights: list[list[Tensor]]) -> bool:
-    """Whether a GPU is done with all these weights sooner than the host has begun their products one by one."""
-    codes = [parts[0] for parts in weights]
-    return all(each.dtype == torch.uint8 for each in codes) and sum(2 * each.numel() for each in codes) <= _SMALL
+def _join(members: list[Any]) -> list[Tensor] | None:
+    """Hold weights one behind the other if that is of use; return the parts of all as of one, if they are in nf4."""
+    bases = [layer.get_base_layer() for layer in members]
+    if _in_fp8(members[0]):
+        fp8.join(bases)
+        return None
+    # A GPU is done with all these weights sooner than the host has begun their products one by one.
+    small = sum(base.out_features * base.in_features for base in bases) <= _SMALL
+    return four_bit.join([base.weight for base in bases]) if small else None
 
 
 def _parts(base: Any) -> list[Tensor] | None:
@@ -115,4 +120,4 @@ def _parts(base: Any) -> list[Tensor] | None:
         return base.parts
     if type(base) is nn.Linear and base.weight.is_floating_point():
         return [base.weight]
-    return kernel_parts(base.weight, getattr(base.weight, "quant_state", None))
+    return four_bit.kernel_parts(base.weight, getattr(base.weight, "quant_state", None))

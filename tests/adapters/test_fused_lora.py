@@ -48,9 +48,9 @@ def test_what_is_not_covered_is_left_to_peft(options: dict[str, Any], fused: boo
 class Heads(nn.Module):
     """Query, key and value in nf4."""
 
-    def __init__(self, nested: bool) -> None:
+    def __init__(self, nested: bool, unit: int) -> None:
         super().__init__()
-        for name, width in (("q", 128), ("k", 64), ("v", 64)):
+        for name, width in (("q", 2 * unit), ("k", unit), ("v", unit)):
             layer = Linear4bit(64, width, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested)
             layer.load_state_dict({"weight": torch.randn(width, 64) / 8, "bias": torch.randn(width)})
             setattr(self, name, layer.to("cpu"))
@@ -59,12 +59,20 @@ class Heads(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("most", "at_once"), [(256 * 64, True), (256 * 64 - 1, False)])
-@pytest.mark.parametrize("ranks", [{}, {"q": 8}], ids=["one scale", "another scale"])
+# Scales that are quantised have one of their own for 256 each, of 64 weights.
+@pytest.mark.parametrize(
+    ("nested", "unit", "change"),
+    [
+        *((False, 3, change) for change in ("", "many", "rank")),
+        *((True, 256, change) for change in ("", "many", "rank", "odd", "table")),
+    ],
+)
 def test_small_weights_in_four_bits_are_computed_with_at_once(
-    nested: bool, most: int, at_once: bool, ranks: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    nested: bool, unit: int, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    unit += change == "odd"
+    most = 4 * unit * 64 - (change == "many")
+    ranks = {"q": 8} if change == "rank" else {}
     counts = []
 
     def counted(x: Tensor, weights: Any, *rest: Any, **named: Any) -> list[Tensor]:
@@ -76,7 +84,10 @@ def test_small_weights_in_four_bits_are_computed_with_at_once(
     pair = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = Heads(nested)
+        model = Heads(nested, unit)
+        if change == "table":
+            state: Any = model.k.weight.quant_state
+            state.state2.code = state.state2.code * 0.5
         inject_adapter_in_model(LoraConfig(r=4, rank_pattern=ranks, target_modules=["q", "k", "v"]), model)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -86,7 +97,7 @@ def test_small_weights_in_four_bits_are_computed_with_at_once(
     fuse({name: getattr(ours, name) for name in ("q", "k", "v")}, "default", [["q", "k", "v"]])
     x = torch.randn(5, 64)
     torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=2e-5)
-    assert counts == [1 if at_once and not ranks else 3]
+    assert counts == [3 if change else 1]
     for model in (theirs, ours):
         model(x).square().sum().backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):

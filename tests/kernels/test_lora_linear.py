@@ -46,17 +46,17 @@ class Case:
 
 
 class InFourBits(Case):
-    """The same with weights in nf4, by themselves and as one."""
+    """The same with weights in nf4, by themselves or as one."""
 
-    def __init__(self, device: str, nested: bool) -> None:
+    def __init__(self, device: str, nested: bool, *, as_one: bool = False) -> None:
         super().__init__(device, torch.float32)
-        self.parts, self.stand_for = [], []
-        for weight in self.weights:
+        self.parts, stand_for = [], []
+        for weight in [torch.cat(self.weights)] if as_one else self.weights:
             codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
-            self.stand_for.append(dequantize_4bit(codes, state))
+            stand_for.append(dequantize_4bit(codes, state))
             scales = [state.state2.absmax, state.state2.code, state.offset] if nested else []
             self.parts.append([codes, state.absmax, *scales])
-        self.together = [[part for parts in self.parts for part in parts]]
+        self.stand_for = torch.cat(stand_for).split([len(weight) for weight in self.weights])
 
 
 def with_projections(x: Any, weights: Any, a: Any, b: Any, biases: Any, scales: Any) -> list[Tensor]:
@@ -97,10 +97,10 @@ def test_four_bit_weights(device: str, nested: bool) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 def test_four_bit_weights_as_one(device: str, nested: bool, used: tuple[int, ...]) -> None:
-    case = InFourBits(device, nested)
+    case = InFourBits(device, nested, as_one=True)
     whole = [weight.double() for weight in case.stand_for]
     wanted = case.run(with_one_scale(lora_linear_reference), whole, exact=True, used=used)
-    found = case.run(with_one_scale(lora_linear), case.together, exact=False, used=used)
+    found = case.run(with_one_scale(lora_linear), case.parts, exact=False, used=used)
     for number, (ours, exact) in enumerate(zip(found, wanted, strict=True)):
         assert relative(ours, exact) < 1e-6, number
         assert ours.shape == exact.shape
@@ -108,21 +108,21 @@ def test_four_bit_weights_as_one(device: str, nested: bool, used: tuple[int, ...
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bit_weights_as_one_with_given_projections(nested: bool) -> None:
-    case = InFourBits("cpu", nested)
+    case = InFourBits("cpu", nested, as_one=True)
     wanted = case.run(
         lambda x, w, a, b, biases, s: lora_linear_reference(x, w, a, b, biases, [1.5] * 3),
         [weight.double() for weight in case.stand_for], exact=True,
     )  # fmt: skip
-    found = case.run(with_one_scale(with_projections), case.together, exact=False)
+    found = case.run(with_one_scale(with_projections), case.parts, exact=False)
     for ours, exact in zip(found, wanted, strict=True):
         assert relative(ours, exact) < 1e-6
 
 
 def test_four_bit_weights_as_one_are_compiled_into_one_graph() -> None:
-    case = InFourBits("cpu", nested=True)
+    case = InFourBits("cpu", nested=True, as_one=True)
     compiled = torch.compile(lora_linear, backend="aot_eager_decomp_partition", fullgraph=True)
     for ours, eager in zip(
-        *(case.run(with_one_scale(each), case.together, exact=False) for each in (compiled, lora_linear)), strict=True
+        *(case.run(with_one_scale(each), case.parts, exact=False) for each in (compiled, lora_linear)), strict=True
     ):
         torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
 

@@ -18,26 +18,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 96), (5, 96), (7, 31), (3, 5, 32), (4, 128), (64, 64), (65, 288)]
 
 
-def quantised(shape: tuple[int, ...], *, double: bool) -> tuple[list[Tensor], Tensor]:
+def quantised(shape: tuple[int, ...], scaled: str) -> tuple[list[Tensor], Tensor]:
     """Weights whose rows differ much in size, in parts; and what these stand for, by hand."""
     sizes = torch.logspace(-3, 3, shape[-2]).unsqueeze(1)
-    codes, state = quantize_4bit(torch.randn(shape) * sizes, quant_type="nf4", compress_statistics=double)
+    codes, state = quantize_4bit(torch.randn(shape) * sizes, quant_type="nf4", compress_statistics=bool(scaled))
     parts, scales = [codes, state.absmax], state.absmax
-    if double:
+    if scaled:
         outer = state.state2
-        parts += [outer.absmax, outer.code, state.offset]
-        each = outer.absmax.repeat_interleave(SCALES_BLOCK)[: len(scales)]
-        scales = outer.code[scales.int()] * each + state.offset
+        offset = state.offset if scaled == "one offset" else torch.rand(len(outer.absmax))
+        parts += [outer.absmax, outer.code, offset]
+        each, added = (
+            of.expand(len(outer.absmax)).repeat_interleave(SCALES_BLOCK)[: len(scales)] for of in (outer.absmax, offset)
+        )
+        scales = outer.code[scales.int()] * each + added
     numbers = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=-1).flatten().int()
     count = torch.Size(shape).numel()
     return parts, (state.code[numbers[:count]] * scales.repeat_interleave(BLOCK)[:count]).view(shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("double", [False, True], ids=["scales", "quantised scales"])
+@pytest.mark.parametrize("scaled", ["", "one offset", "an offset each"])  # where scales are quantised
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], double: bool, dtype: torch.dtype) -> None:
-    parts, wanted = quantised(shape, double=double)
+def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], scaled: str, dtype: torch.dtype) -> None:
+    parts, wanted = quantised(shape, scaled)
     parts = [part.to(DEVICE) for part in parts]
     made = dequantise(parts, shape, dtype).cpu()
     if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter does not round but cuts off

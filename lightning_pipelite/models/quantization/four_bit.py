@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, Conv1D
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.nf4 import BLOCK, bitsandbytes_operations
+from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, bitsandbytes_operations
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -128,6 +128,43 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
         )
     parts = [codes, state.absmax]
     return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
+
+
+def join(weights: Sequence[Any]) -> list[Tensor] | None:
+    """Let several weights in nf4 be held one behind the other, and return their parts as those of one weight.
+
+    Each is the same as before, a view of what all are held in.
+
+    Args:
+        weights: Bitsandbytes' ``Params4bit`` [out, in], with the same number of columns.
+
+    Returns:
+        None where one weight ends within what has one scale, or they are quantised in different ways: these are left
+        as they are.
+    """
+    states = [getattr(weight, "quant_state", None) for weight in weights]
+    parts = [kernel_parts(weight.data, state) for weight, state in zip(weights, states, strict=True)]
+    if any(each is None or len(each) != len(parts[0] or ()) for each in parts):
+        return None
+    codes, scales, *nested = zip(*(each for each in parts if each is not None), strict=True)
+    step = BLOCK * SCALES_BLOCK if nested else BLOCK
+    tables = [] if not nested or codes[0].is_meta else nested[1]
+    if any(state.shape.numel() % step for state in states) or any(not torch.equal(tables[0], each) for each in tables):
+        return None
+    joined = [_on_end(codes, weights, "data"), _on_end(scales, states, "absmax")]
+    if nested:
+        outer, values, offsets = nested
+        added = [offset.reshape(1).expand(len(each)) for offset, each in zip(offsets, outer, strict=True)]
+        joined += [_on_end(outer, [state.state2 for state in states], "absmax"), values[0], torch.cat(added)]
+    return joined
+
+
+def _on_end(tensors: Sequence[Tensor], holders: Sequence[Any], name: str) -> Tensor:
+    """Return all tensors in one, and let each holder have its part of that."""
+    whole = torch.cat([*tensors])
+    for holder, part in zip(holders, whole.split([len(each) for each in tensors]), strict=True):
+        setattr(holder, name, part)
+    return whole
 
 
 def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:

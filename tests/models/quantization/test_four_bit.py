@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers.modeling_utils as modeling_utils
 from bitsandbytes.functional import dequantize_4bit, name2qmap, quantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import nn
@@ -24,7 +25,9 @@ from transformers import (
 
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.kernels.nf4 import dequantise
 from lightning_pipelite.models import CausalLMLayers
+from lightning_pipelite.models.quantization.four_bit import join
 from tiny_models import (
     CPU,
     CUTS,
@@ -217,3 +220,20 @@ def test_no_adapter_is_merged_into_experts_that_would_not_keep_it(tmp_path: Path
     with pytest.raises(ConfigurationError, match="held in 4 bits, into which no adapter is merged"):
         layer.merge()
     assert not layer.merged
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_joined_weights_are_as_before_and_as_one(nested: bool) -> None:
+    """The scales of the second are much larger than those of the first: so is what is added to them."""
+    weights = [size * torch.randn(rows, 128) for rows, size in ((256, 0.01), (128, 10.0), (384, 1.0))]
+    held = [
+        Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested).to("cpu")
+        for weight in weights
+    ]
+    before = [dequantize_4bit(each.data, each.quant_state) for each in held]
+    joined = join(held)
+    assert joined is not None
+    assert torch.equal(dequantise(joined, (768, 128), torch.float32), torch.cat(before))
+    for each, whole in zip(held, before, strict=True):
+        assert torch.equal(dequantize_4bit(each.data, each.quant_state), whole)
+        assert each.data.untyped_storage().data_ptr() == joined[0].untyped_storage().data_ptr()
