@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pipelite.adapters.peft_compat import QuantisedExperts, expert_factors
 from lightning_pipelite.kernels.experts import Factors
-from lightning_pipelite.models.experts import compute, follows_interface, is_covered, share_class
+from lightning_pipelite.models.experts import compute, follows_interface, is_covered, prepare
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 
@@ -57,7 +57,7 @@ def fuse_experts(model: nn.Module, adapter: str) -> None:
     for wrapper in wrappers:
         experts = wrapper.get_base_layer()
         if id(wrapper) not in inside and follows_interface(experts) and is_covered(experts):
-            share_class(experts)
+            prepare(experts)
             mix_in(wrapper, _GroupedLoRA)
             wrapper.__dict__["_adapter"] = adapter
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lightning_pipelite.adapters.peft_compat import is_switched_off
 from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.models.quantization import four_bit, fp8
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear
@@ -37,19 +38,21 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
     alike = ([n for n in names if in_fp8.get(n) is kind] for names in shared_inputs for kind in (False, True))
     for names in (*alike, *([name] for name in layers)):
         members = [fused.pop(name) for name in names if name in fused]
+        joined = _join(members) if len(members) > 1 else None
         for number, layer in enumerate(members):
             mix_in(layer, _FusedLoRA)
-            layer._adapter, layer._number, layer._ready = adapter, number, None  # type: ignore[assignment]
-            layer._group, layer._joined = members, None  # type: ignore[assignment]
-        if len(members) > 1:
-            members[0]._joined = _join(members)  # type: ignore[assignment]
+            layer.__dict__.update(
+                _adapter=adapter, _number=number, _group=dict(enumerate(members)), _ready=None, _joined=joined,
+                _in_nf4=_nf4_parts(layer.get_base_layer()), _is_merged=layer.merged,
+            )  # fmt: skip
 
 
 def _covered(layer: Any, adapter: str) -> bool:
     base = layer.get_base_layer()
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     plain = adapter not in layer.lora_variant and layer.lora_B[adapter].bias is None
-    return frozen and plain and _parts(base) is not None
+    known = isinstance(base, Fp8Linear) or _is_whole(base) or _nf4_parts(base) is not None
+    return frozen and plain and known
 
 
 def _in_fp8(layer: Any) -> bool:
@@ -57,30 +60,67 @@ def _in_fp8(layer: Any) -> bool:
     return isinstance(base, Fp8Linear) and base.in_fp8
 
 
+def _is_whole(base: Any) -> bool:
+    return type(base) is nn.Linear and base.weight.is_floating_point()
+
+
+def _nf4_parts(base: Any) -> dict[int, nn.Parameter] | None:
+    if isinstance(base, Fp8Linear) or _is_whole(base):
+        return None
+    parts = four_bit.kernel_parts(base.weight, getattr(base.weight, "quant_state", None))
+    return None if parts is None else four_bit.held_parts(parts)
+
+
+def _join(members: list[Any]) -> dict[int, nn.Parameter] | None:
+    """Hold weights one behind the other if that is of use; return the parts of all as of one, if they are in nf4."""
+    bases = [layer.get_base_layer() for layer in members]
+    if _in_fp8(members[0]):
+        fp8.join(bases)
+        return None
+    # A GPU is done with all these weights sooner than the host has begun their products one by one.
+    small = sum(base.out_features * base.in_features for base in bases) <= _SMALL
+    parts = four_bit.join([base.weight for base in bases]) if small else None
+    return None if parts is None else four_bit.held_parts(parts)
+
+
 class _FusedLoRA(Mixin):
-    """Mixed into PEFT's layer. The first layer of a group computes for all; the others take what is theirs."""
+    """Mixed into PEFT's layer. The first layer of a group computes for all; the others take what is theirs.
+
+    What a compiled layer calls here reads plain attributes, dictionaries and modules alone: whether these have changed
+    the compiler sees in passing (from Python 3.12 on), of lists and properties it looks at each anew, in every call.
+    """
 
     mixin_place = MixinPlace.COMPUTATION
     _adapter: str
     _number: int
-    _group: list[Any]
-    _joined: list[Tensor] | None  # of the first: the parts in nf4 of all weights as of one
+    _group: dict[int, Any]
     _ready: tuple[Tensor, list[Tensor]] | None
+    _joined: dict[int, nn.Parameter] | None  # the parts in nf4 of all weights of the group as of one
+    _in_nf4: dict[int, nn.Parameter] | None  # those of this layer's
+    _is_merged: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged:  # type: ignore[attr-defined]
+        if args or kwargs or self._is_merged or is_switched_off(self):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        members = self._group
+        group, count = self._group, len(self._group)
         if self._number == 0:
-            outputs = _compute(members, x, self._adapter)
-            self._ready = (x, outputs) if len(members) > 1 else None
+            outputs = _compute([group[number] for number in range(count)], x, self._adapter)
+            self._ready = (x, outputs) if count > 1 else None
             return outputs[0]
-        ready = members[0]._ready
+        ready = group[0]._ready
         if ready is None or ready[0] is not x:  # called by itself
             return _compute([self], x, self._adapter)[0]
-        if self._number == len(members) - 1:
-            members[0]._ready = None
+        if self._number == count - 1:
+            group[0]._ready = None
         return ready[1][self._number]
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        self._is_merged = self.merged  # type: ignore[attr-defined]
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> None:
+        super().unmerge(*args, **kwargs)  # type: ignore[misc]
+        self._is_merged = self.merged  # type: ignore[attr-defined]
 
 
 def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
@@ -95,29 +135,19 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), down.to(x.dtype)))
     in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
-    joined = None
-    if len(members) > 1 and all(scale == scales[0] for scale in scales):
-        joined = bases[0].joined if in_fp8 else members[0]._joined
+    alike = len(members) > 1 and all(scale == scales[0] for scale in scales)
     # Not all the others as well: the compiler would look at each in every call.
-    weights = [joined] if joined is not None else [cast(list[Tensor], _parts(base)) for base in bases]
+    if alike and in_fp8:
+        weights = [bases[0].joined()]
+    elif alike and members[0]._joined is not None:
+        weights = [four_bit.in_order(members[0]._joined)]
+    else:
+        weights = [_parts(layer, base) for layer, base in zip(members, bases, strict=True)]
     return lora_linear(x, weights, a, b, biases, scales, projected or None, in_fp8=in_fp8)
 
 
-def _join(members: list[Any]) -> list[Tensor] | None:
-    """Hold weights one behind the other if that is of use; return the parts of all as of one, if they are in nf4."""
-    bases = [layer.get_base_layer() for layer in members]
-    if _in_fp8(members[0]):
-        fp8.join(bases)
-        return None
-    # A GPU is done with all these weights sooner than the host has begun their products one by one.
-    small = sum(base.out_features * base.in_features for base in bases) <= _SMALL
-    return four_bit.join([base.weight for base in bases]) if small else None
-
-
-def _parts(base: Any) -> list[Tensor] | None:
-    """Return the weight as the kernel takes it; None if it knows no such layer."""
-    if isinstance(base, Fp8Linear):
-        return base.parts
-    if type(base) is nn.Linear and base.weight.is_floating_point():
-        return [base.weight]
-    return four_bit.kernel_parts(base.weight, getattr(base.weight, "quant_state", None))
+def _parts(layer: Any, base: Any) -> list[Tensor]:
+    """Return the weight as the kernel takes it."""
+    if layer._in_nf4 is not None:
+        return four_bit.in_order(layer._in_nf4)
+    return base.parts() if isinstance(base, Fp8Linear) else [base.weight]

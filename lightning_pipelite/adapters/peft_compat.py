@@ -48,6 +48,15 @@ def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
+def is_switched_off(layer: LoraLayer) -> bool:
+    """Tell whether an adapter's layer is to compute without its adapter.
+
+    As its property ``disable_adapters`` does, which a compiled layer would look at anew in every call: the compiler
+    looks away only from plain attributes. Remove when it does so from properties too.
+    """
+    return bool(layer._disable_adapters)
+
+
 def is_swapped(layer: ParamWrapper) -> bool:
     """Tell whether a layer around a fused weight took [.., in, out] for its layout, and A and B are of the transpose.
 

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
 from lightning_pipelite.kernels.routing import sort_by_expert
-from lightning_pipelite.models.quantization.four_bit import kernel_parts
+from lightning_pipelite.models.quantization.four_bit import held_parts, in_order, kernel_parts
 from lightning_pipelite.models.transformers_compat import gate_of_experts, has_experts_interface
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
@@ -37,7 +37,7 @@ def group_experts(layers: Iterable[nn.Module]) -> None:
     modules = {module: None for layer in layers for module in layer.modules()}  # once, where layers share one
     for module in modules:
         if follows_interface(module) and is_covered(module):
-            share_class(module)
+            prepare(module)
             mix_in(module, _GroupedExperts)
 
 
@@ -52,7 +52,18 @@ def have_single_experts(layers: Iterable[nn.Module]) -> bool:
 def is_covered(experts: nn.Module) -> bool:
     """Tell whether experts that follow the interface are frozen, in full precision or in nf4."""
     frozen = not any(parameter.requires_grad for parameter in experts.parameters())
-    return frozen and all(_parts(experts, name) is not None for name in weight_names(experts))
+    return frozen and all(_is_whole(experts, name) or _in_nf4(experts, name) for name in weight_names(experts))
+
+
+def prepare(experts: nn.Module) -> None:
+    """Get covered experts ready for :func:`compute`."""
+    share_class(experts)
+    for name in weight_names(experts):
+        if not _is_whole(experts, name):
+            chain = experts.parametrizations[name]  # type: ignore[operator, index, union-attr]
+            parts, state = _in_nf4(experts, name), chain[0].quant_state
+            assert parts is not None
+            chain[0].__dict__.update(_held=held_parts(parts), _shape=tuple(state.shape))
 
 
 def compute(
@@ -80,9 +91,13 @@ class _GroupedExperts(Mixin):
     mixin_place = MixinPlace.COMPUTATION
 
     def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-        if any(_parts(self, name) is None for name in weight_names(self)):  # type: ignore[arg-type]
+        if any(len(chain) > 1 for chain in self._chains()):  # PEFT's own forward adds its product to the weight
             return super().__call__(hidden_states, chosen, scores)  # type: ignore[misc]
         return compute(self, hidden_states, chosen, scores, {})
+
+    def _chains(self) -> list[Any]:
+        names: Any = weight_names(self)  # type: ignore[arg-type]
+        return [self.parametrizations[name] for name in names if is_parametrized(self, name)]  # type: ignore[arg-type, attr-defined]
 
 
 _shared: dict[Any, type[nn.Module]] = {}
@@ -115,22 +130,22 @@ def _dimensions(module: Any, name: str) -> int:
     return getattr(getattr(module, name, None), "ndim", 0)
 
 
-def _parts(experts: Any, name: str) -> list[Tensor] | None:
-    """Return the weight as one tensor, or its parts in nf4 (see :mod:`~lightning_pipelite.kernels.frozen_weight`).
+def _is_whole(experts: Any, name: str) -> bool:
+    return not is_parametrized(experts, name) and getattr(experts, name).is_floating_point()
 
-    None if neither.
-    """
+
+def _in_nf4(experts: Any, name: str) -> list[Tensor] | None:
+    """Return the weight's parts in nf4 (see :mod:`~lightning_pipelite.kernels.frozen_weight`), None if it has none."""
     if not is_parametrized(experts, name):
-        weight = getattr(experts, name)
-        return [weight] if weight.is_floating_point() else None
+        return None
     (*others, last) = experts.parametrizations[name]
     return None if others else kernel_parts(experts.parametrizations[name].original, getattr(last, "quant_state", None))
 
 
 def _matrices(experts: Any, name: str) -> Matrices:
-    parts = _parts(experts, name)
-    assert parts is not None
-    whole = is_parametrized(experts, name)
-    shape = experts.parametrizations[name][0].quant_state.shape if whole else parts[0].shape
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return Matrices(parts, tuple(shape), experts.is_transposed, bias)
+    if is_parametrized(experts, name):
+        held = experts.parametrizations[name][0]
+        return Matrices(in_order(held._held), held._shape, experts.is_transposed, bias)
+    weight = getattr(experts, name)
+    return Matrices([weight], tuple(weight.shape), experts.is_transposed, bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,20 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
         )
     parts = [codes, state.absmax]
     return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts
+
+
+def held_parts(parts: Sequence[Tensor]) -> dict[int, nn.Parameter]:
+    """Return the parts of a frozen weight as a compiled module should hold them.
+
+    The compiler looks at each tensor that is no plain parameter, at lists, and at what is no module anew in every call;
+    in bitsandbytes' codes and states this takes the host longer than a small product.
+    """
+    return dict(enumerate(nn.Parameter(part.detach().as_subclass(Tensor), requires_grad=False) for part in parts))
+
+
+def in_order(parts: Mapping[int, Tensor]) -> list[Tensor]:
+    """Return the parts that :func:`held_parts` holds, as kernels take them."""
+    return [parts[number] for number in range(len(parts))]
 
 
 def join(weights: Sequence[Any]) -> list[Tensor] | None:

@@ -67,14 +67,14 @@ class Fp8Linear(nn.Linear):
             raise AttributeError(f"{self.name} has no {name} yet")
         return held if self._first is None else held.narrow(0, self._start, self.out_features)
 
-    @property
-    def parts(self) -> list[Tensor]:
-        """Codes and scales as kernels take them."""
-        return [self.codes.view(DTYPE), self.scales]
+    # Functions, no properties: these the compiler would look at anew in every call of what it has compiled.
 
-    @property
+    def parts(self) -> list[Tensor]:
+        """Return codes and scales as kernels take them."""
+        return [self._rows("codes").view(DTYPE), self._rows("scales")]
+
     def joined(self) -> list[Tensor]:
-        """Codes and scales of all layers whose rows this one holds, see :func:`join`, as kernels take them."""
+        """Return codes and scales of all layers whose rows this one holds, see :func:`join`, as kernels take them."""
         codes, scales = (self._parameters[name] for name in ("codes", "scales"))
         assert codes is not None
         assert scales is not None
@@ -151,7 +151,7 @@ class Fp8Linear(nn.Linear):
     @override
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return fp8_linear(x, self.parts, bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
+        return fp8_linear(x, self.parts(), bias, in_fp8=self.in_fp8 and x.dtype == self.dtype)
 
 
 def join(layers: Sequence[Fp8Linear]) -> None:
