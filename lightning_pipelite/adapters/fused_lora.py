@@ -33,7 +33,7 @@ def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[lis
         adapter: The adapter's name in them.
         shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
     """
-    fused = {name: layer for name, layer in layers.items() if _covered(layer, adapter)}
+    fused: dict[str, Any] = {name: layer for name, layer in layers.items() if _covered(layer, adapter)}
     in_fp8 = {name: _in_fp8(layer) for name, layer in fused.items()}
     alike = ([n for n in names if in_fp8.get(n) is kind] for names in shared_inputs for kind in (False, True))
     for names in (*alike, *([name] for name in layers)):

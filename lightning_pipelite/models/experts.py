@@ -55,12 +55,12 @@ def is_covered(experts: nn.Module) -> bool:
     return frozen and all(_is_whole(experts, name) or _in_nf4(experts, name) for name in weight_names(experts))
 
 
-def prepare(experts: nn.Module) -> None:
+def prepare(experts: Any) -> None:
     """Get covered experts ready for :func:`compute`."""
     share_class(experts)
     for name in weight_names(experts):
         if not _is_whole(experts, name):
-            chain = experts.parametrizations[name]  # type: ignore[operator, index, union-attr]
+            chain = experts.parametrizations[name]
             parts, state = _in_nf4(experts, name), chain[0].quant_state
             assert parts is not None
             chain[0].__dict__.update(_held=held_parts(parts), _shape=tuple(state.shape))

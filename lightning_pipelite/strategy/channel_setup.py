@@ -1,4 +1,4 @@
-"""Which ranks of a job have channels between them, and in whose memory."""
+"""Which ranks of a job have channels between them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import os
 import secrets
 from collections.abc import Collection
-from functools import cache
-from typing import Any
 
 import torch
 
@@ -30,10 +28,11 @@ _cannot = contextlib.suppress(OSError, RuntimeError)  # another host, GPUs out o
 class Channels:
     """Channels between the ranks of a job that share a host, each of which has been tried out.
 
-    The slots are on the receiver's GPU, or else in the host's memory: many consumer GPUs don't reach each other's
-    memory, and on some boards what goes from one to the other arrives broken. As with NCCL, ``NCCL_P2P_DISABLE=1``
-    leaves out the former, and ``NCCL_SHM_DISABLE=1`` all memory that processes share, and so every channel. Building
-    it is collective over all ranks.
+    The slots are in the host's memory, not on the receiver's GPU: many consumer GPUs don't reach each other's memory,
+    and on some boards what goes from one to the other arrives broken. Nor would it be faster, as transfers are hidden:
+    with an H200's links between GPUs awake the rest takes 2 % longer, as its clock is lowered to stay within its power
+    (benchmarks/results/scaling_2_gpus_virtual.md). As with NCCL, ``NCCL_SHM_DISABLE=1`` leaves out memory that
+    processes share, and so every channel. Building it is collective over all ranks.
 
     Args:
         links: Of the whole job; at most one of activations and one of gradients end at a rank.
@@ -48,32 +47,25 @@ class Channels:
     def __init__(self, links: Collection[Link], rank: int, device: torch.device) -> None:
         self._rank, self._device = rank, device
         self._pages: dict[int, SharedMemory] = {}  # with the counts of what a rank receives
-        self._on_host: dict[Link, SharedMemory] = {}  # slots
-        self._made: list[ChannelEnd] = []
-        self.ends: dict[Link, ChannelEnd] = {}
-        self.connected: set[Link] = set()
+        self._slots: dict[Link, SharedMemory] = {}
+        self._made: dict[Link, ChannelEnd] = {}
         with _cannot:
-            cuda_driver.get_ready(device)
+            torch.zeros(1, device=device)  # makes the device's context this thread's
         mine = {link for link in links if rank in link[:2]}
         self._share_pages({link[1] for link in mine if link[0] == rank})
         together = with_both_ends(link for link in mine if rank in self._pages and link[1] in self._pages)
-        for on_gpu in (True, False):
-            wanted = set() if on_gpu and _disabled("NCCL_P2P_DISABLE") else mine & together - self.connected
-            slots = self._share_slots(wanted, on_gpu)
-            ends = {}
-            for link in with_both_ends(slots) & mine:
-                with _cannot:
-                    ends[link] = self._end(link, slots[link], on_gpu)
-            self._made += ends.values()
-            working = try_out(ends, rank, device)
-            self.connected |= working
-            self.ends |= {link: end for link, end in ends.items() if link in working}
+        self._share_slots(mine & together)
+        for link in with_both_ends(self._slots) & mine:
+            with _cannot:
+                self._made[link] = self._end(link)
+        self.connected: set[Link] = try_out(self._made, rank, device)
+        self.ends = {link: end for link, end in self._made.items() if link in self.connected}
 
     def close(self) -> None:
         """Give the memory back, unless a GPU still waits for what never comes: then the process is about to end."""
-        memories = [*self._pages.values(), *self._on_host.values()]
-        if all(end.is_idle() for end in self._made):
-            for end in self._made:
+        memories = [*self._pages.values(), *self._slots.values()]
+        if all(end.is_idle() for end in self._made.values()):
+            for end in self._made.values():
                 end.close()
             for memory in memories:
                 memory.close()
@@ -82,7 +74,7 @@ class Channels:
 
     def _share_pages(self, peers: Collection[int]) -> None:
         with _cannot:
-            if not _disabled("NCCL_SHM_DISABLE"):
+            if os.environ.get("NCCL_SHM_DISABLE", "0").strip() in ("", "0"):
                 page = SharedMemory(_PAGE)
                 page.host[-_TOKEN:] = torch.frombuffer(bytearray(secrets.token_bytes(_TOKEN)), dtype=torch.uint8)
                 self._pages[self._rank] = page
@@ -101,56 +93,29 @@ class Channels:
         if own:
             own.forget_name()
 
-    def _share_slots(self, links: Collection[Link], on_gpu: bool) -> dict[Link, int]:
-        """Return this rank's addresses of the slots of those of its links for which it can have them. Collective."""
-        slots: dict[Link, int] = {}
-        told: dict[Link, Any] = {}  # a handle, or a path
+    def _share_slots(self, links: Collection[Link]) -> None:
+        """Get the slots of those of this rank's links for which it can have them. Collective."""
+        told: dict[Link, str] = {}
         for link in links:
             if link[1] == self._rank:
                 with _cannot:
-                    if on_gpu:
-                        slots[link] = _slots_on_gpu(self._device, link[2])
-                        told[link] = cuda_driver.handle_of(slots[link])
-                    else:
-                        self._on_host[link] = SharedMemory(SLOTS * SLOT)
-                        slots[link], told[link] = self._on_host[link].address, self._on_host[link].path
+                    self._slots[link] = SharedMemory(SLOTS * SLOT)
+                    told[link] = self._slots[link].path
         everyones = gathered(told)
         for link in links:
             if link[0] == self._rank and link in everyones[link[1]]:
                 with _cannot:
-                    if on_gpu:
-                        slots[link] = _opened_on_gpu(everyones[link[1]][link])
-                    else:
-                        self._on_host[link] = SharedMemory(SLOTS * SLOT, everyones[link[1]][link])
-                        slots[link] = self._on_host[link].address
+                    self._slots[link] = SharedMemory(SLOTS * SLOT, everyones[link[1]][link])
         gathered(None)
-        for link, memory in self._on_host.items():
-            if link[1] == self._rank:
-                memory.forget_name()
-        return slots
+        for link in told:
+            self._slots[link].forget_name()
 
-    def _end(self, link: Link, slots: int, on_gpu: bool) -> ChannelEnd:
-        page, start = self._pages[link[1]], 1024 * on_gpu + 256 * link[2]
-        channel = Channel(slots, page.address + start, page.host[start : start + 256].view(torch.int32))
+    def _end(self, link: Link) -> ChannelEnd:
+        page, start = self._pages[link[1]], 256 * link[2]
+        counts = page.host[start : start + 256].view(torch.int32)
+        channel = Channel(self._slots[link].address, page.address + start, counts)
         return ChannelEnd(channel, cuda_driver.new_stream(self._device))
 
 
 def _token(page: SharedMemory) -> bytes:
     return bytes(page.host[-_TOKEN:].tolist())
-
-
-def _disabled(variable: str) -> bool:
-    return os.environ.get(variable, "0").strip() not in ("", "0")
-
-
-# Memory that another process has opened cannot be freed safely; so a process has these once.
-
-
-@cache
-def _slots_on_gpu(device: torch.device, gradients: bool) -> int:
-    return cuda_driver.allocate(SLOTS * SLOT)
-
-
-@cache
-def _opened_on_gpu(handle: bytes) -> int:
-    return cuda_driver.open_handle(handle)

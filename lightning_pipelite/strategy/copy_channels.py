@@ -23,7 +23,7 @@ class Channel:
     """Memory through which one process's GPU hands tensors to another's, in order; by one process's addresses.
 
     Attributes:
-        slots: Where the parts lie: on the receiver's GPU, or on the host.
+        slots: Where the parts lie, on the host.
         counts: Where it is counted, on the host, how many parts have been put in, and 128 bytes behind, as two
             processes write, how many have been taken out; 32 bits each.
         host: The same as the host finds it, int32.

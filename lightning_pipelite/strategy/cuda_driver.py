@@ -5,7 +5,6 @@ Through cuda.bindings, on which torch's CUDA builds depend. Addresses are intege
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,12 +28,6 @@ def _call(name: str, *args: Any) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-def get_ready(device: torch.device) -> None:
-    """Do what would wait for the whole device later; before any stream waits for another process."""
-    torch.zeros(1, device=device)  # makes the device's context this thread's
-    _has_batches()
-
-
 def new_stream(device: torch.device) -> torch.cuda.Stream:
     """Return a stream that nobody else has, as torch deals out the same 32 again and again.
 
@@ -51,11 +44,6 @@ def destroy_stream(stream: torch.cuda.Stream) -> None:
     _call("cuStreamDestroy", stream.cuda_stream)
 
 
-def allocate(size: int) -> int:
-    """Return the address of new memory of the GPU, beside torch's."""
-    return int(_call("cuMemAlloc", size))
-
-
 def register(memory: Tensor) -> int:
     """Let the GPU reach memory of the host, and return where."""
     portable_and_mapped = 3
@@ -68,53 +56,9 @@ def unregister(memory: Tensor) -> None:
     _call("cuMemHostUnregister", memory.data_ptr())
 
 
-def handle_of(address: int) -> bytes:
-    """Return what another process of this host opens a GPU's memory by."""
-    return bytes(_call("cuIpcGetMemHandle", address).reserved)
-
-
-def open_handle(handle: bytes) -> int:
-    """Return the address of another process's memory, of this GPU or one that it reaches."""
-    from cuda.bindings import driver  # as handle_of has
-
-    given, lazy_peer_access = driver.CUipcMemHandle(), 1
-    given.reserved = handle
-    return int(_call("cuIpcOpenMemHandle", given, lazy_peer_access))
-
-
 def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
-    """Copy bytes in the order of the stream, by a copy engine where the driver can be asked for one.
-
-    What goes from one place of a GPU to another the driver else copies by a kernel.
-    """
-    if _has_batches():
-        _copy_beside_computation(to, source, size, stream)
-    else:
-        _call("cuMemcpyAsync", to, source, size, stream.cuda_stream)
-
-
-def _copy_beside_computation(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
-    from cuda.bindings import driver
-
-    how = driver.CUmemcpyAttributes()
-    how.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-    how.flags = int(driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
-    ends = [[driver.CUdeviceptr(address)] for address in (to, source)]
-    _call("cuMemcpyBatchAsync", *ends, [size], 1, [how], [0], 1, stream.cuda_stream)
-
-
-@cache
-def _has_batches() -> bool:
-    """Whether there are copies with such wishes: from CUDA 12.8 on."""
-    source, to = torch.ones(1024, device="cuda"), torch.zeros(1024, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        _copy_beside_computation(to.data_ptr(), source.data_ptr(), source.nbytes, stream)
-    except (ImportError, AttributeError, RuntimeError):
-        return False
-    torch.cuda.synchronize()
-    return torch.equal(to, source)
+    """Copy bytes between a GPU and the host in the order of the stream, by a copy engine."""
+    _call("cuMemcpyAsync", to, source, size, stream.cuda_stream)
 
 
 def write_value(address: int, value: int, stream: torch.cuda.Stream) -> None:

@@ -1,4 +1,4 @@
-"""A CUDA driver on the CPU: streams are threads, and GPUs' memory is shared memory of the host.
+"""A CUDA driver on the CPU: streams are threads.
 
 It shows that processes hand each other tensors in order; not that a GPU does what its driver says.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import queue
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,8 +20,6 @@ import torch
 
 from lightning_pipelite.strategy import cuda_driver
 
-_memory: list[torch.Tensor] = []
-_files: list[str] = []
 _seeds = itertools.count()
 
 
@@ -98,62 +93,37 @@ def _copy(to: int, source: int, size: int, stream: Stream) -> None:
     stream.add(lambda: ctypes.memmove(to, source, size) and None)
 
 
-def _shared(path: str, size: int) -> int:
-    _memory.append(torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
-    return _memory[-1].data_ptr()
-
-
 @contextmanager
-def installed(reach: str = "each other") -> Iterator[Stream]:
+def installed(fault: str = "") -> Iterator[Stream]:
     """Have :mod:`lightning_pipelite.strategy.cuda_driver` and torch use it.
 
     Args:
-        reach: Whether GPUs reach "each other", "none", what they write to each other arrives "broken" or not at all
-            ("fails"); or whether a stream that waits holds up all others ("one queue").
+        fault: Whether no GPU reaches the host's memory ("none"), what is copied arrives "broken" or not at all
+            ("fails"), or a stream that waits holds up all others ("one queue").
 
     Yields:
         The stream that is torch's current one.
     """
-    allocated: dict[int, str] = {}
-    gpus: list[tuple[int, int]] = []
 
-    def new(size: int) -> tuple[int, str]:
-        descriptor, path = tempfile.mkstemp(prefix="fake-gpu-", dir="/dev/shm")
-        os.close(descriptor)
-        _files.append(path)
-        return _shared(path, size), path
-
-    def allocate(size: int) -> int:
-        if reach == "none":
-            raise RuntimeError("cuMemAlloc: CUDA_ERROR_NOT_SUPPORTED")
-        address, allocated[address] = new(size)
-        return address
-
-    def open_handle(handle: bytes) -> int:
-        path = handle.decode()
-        size = Path(path).stat().st_size
-        address = new(size)[0] if reach == "broken" else _shared(path, size)
-        gpus.append((address, address + size))
-        return address
+    def register(memory: torch.Tensor) -> int:
+        if fault == "none":
+            raise RuntimeError("cuMemHostRegister: CUDA_ERROR_NOT_SUPPORTED")
+        return memory.data_ptr()
 
     def copy(to: int, source: int, size: int, stream: Stream) -> None:
-        if reach == "fails" and any(start <= to < stop for start, stop in gpus):
+        if fault == "fails":
             raise RuntimeError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE")
-        _copy(to, source, size, stream)
+        _copy(to, source, size // 2 if fault == "broken" else size, stream)
 
     def new_stream(device: Any = None) -> Any:
-        return current if reach == "one queue" else Stream()
+        return current if fault == "one queue" else Stream()
 
     current = Stream()
     fakes: dict[str, Any] = {
-        "get_ready": lambda device: None,
         "new_stream": new_stream,
         "destroy_stream": lambda stream: None,
-        "allocate": allocate,
-        "register": lambda memory: memory.data_ptr(),
+        "register": register,
         "unregister": lambda memory: None,
-        "handle_of": lambda address: allocated[address].encode(),
-        "open_handle": open_handle,
         "copy": copy,
         "write_value": _write_value,
         "wait_value": _wait_value,
@@ -164,5 +134,3 @@ def installed(reach: str = "each other") -> Iterator[Stream]:
         mock.patch.object(torch.cuda, "Stream", return_value=new_stream()),
     ):
         yield current
-    for path in _files:
-        Path(path).unlink(missing_ok=True)

@@ -156,7 +156,7 @@ def join(weights: Sequence[Any]) -> list[Tensor] | None:
         None where one weight ends within what has one scale, or they are quantised in different ways: these are left
         as they are.
     """
-    states = [getattr(weight, "quant_state", None) for weight in weights]
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in weights]
     parts = [kernel_parts(weight.data, state) for weight, state in zip(weights, states, strict=True)]
     if any(each is None or len(each) != len(parts[0] or ()) for each in parts):
         return None
