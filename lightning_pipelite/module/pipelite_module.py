@@ -160,6 +160,7 @@ class PipeLiteModule(pl.LightningModule):
             keys=tuple(adapter.batch_keys),
             counts_padding=self._layers.router_loss is not None,
         )
+        self._positions_on_host: Tensor | None = None  # of the batch that comes next
         self._evaluation = Evaluation([])
         self._writer = GreedyWriter(
             Path(model_dir),
@@ -184,7 +185,7 @@ class PipeLiteModule(pl.LightningModule):
                 choose=self.hparams["activation_memory"] == "auto",
                 refuse=self.hparams["check_memory"],
             ),
-            StepLog(layers, self._model_parameters),
+            StepLog(layers, self._model_parameters, lambda: self._positions_on_host),
         ]
 
     @property
@@ -207,8 +208,10 @@ class PipeLiteModule(pl.LightningModule):
         # While the host still has them: on a GPU, looking at documents and tokens would make it wait in every
         # micro-batch.
         completed = self._batch_form.complete(batch)
-        if not completed["position_ids"].is_cuda:
-            documents = count_documents(completed["position_ids"])
+        positions = completed["position_ids"]
+        self._positions_on_host = None if positions.is_cuda else positions
+        if not positions.is_cuda:
+            documents = count_documents(positions)
             for piece in self._pieces:
                 piece.expect_documents(documents)
         return completed

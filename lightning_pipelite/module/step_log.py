@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -25,10 +25,16 @@ class StepLog(OwnCallback):
     Args:
         layers: That are trained.
         parameters: Gives this rank's, by the names that the model itself gives them, once there is a stage.
+        positions: Gives the position_ids of the batch that is next as they were before it came to a GPU, if it did.
     """
 
-    def __init__(self, layers: CausalLMLayers, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
-        self._layers, self._own_parameters = layers, parameters
+    def __init__(
+        self,
+        layers: CausalLMLayers,
+        parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]],
+        positions: Callable[[], Tensor | None],
+    ) -> None:
+        self._layers, self._own_parameters, self._positions = layers, parameters, positions
         self._speed = Speed()
 
     @override
@@ -41,7 +47,8 @@ class StepLog(OwnCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         (_, position_ids, *_), _ = batch
-        self._speed.begin(position_ids)
+        before = self._positions()
+        self._speed.begin(position_ids if before is None else before)
 
     @override
     def on_before_optimizer_step(

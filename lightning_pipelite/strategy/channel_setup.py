@@ -49,8 +49,6 @@ class Channels:
         self._pages: dict[int, SharedMemory] = {}  # with the counts of what a rank receives
         self._slots: dict[Link, SharedMemory] = {}
         self._made: dict[Link, ChannelEnd] = {}
-        with _cannot:
-            torch.zeros(1, device=device)  # makes the device's context this thread's
         mine = {link for link in links if rank in link[:2]}
         self._share_pages({link[1] for link in mine if link[0] == rank})
         together = with_both_ends(link for link in mine if rank in self._pages and link[1] in self._pages)
@@ -74,6 +72,7 @@ class Channels:
 
     def _share_pages(self, peers: Collection[int]) -> None:
         with _cannot:
+            cuda_driver.get_ready(self._device)
             if os.environ.get("NCCL_SHM_DISABLE", "0").strip() in ("", "0"):
                 page = SharedMemory(_PAGE)
                 page.host[-_TOKEN:] = torch.frombuffer(bytearray(secrets.token_bytes(_TOKEN)), dtype=torch.uint8)

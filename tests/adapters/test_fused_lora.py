@@ -103,3 +103,20 @@ def test_small_weights_in_four_bits_are_computed_with_at_once(
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if "lora_" in name:
             torch.testing.assert_close(a.grad, b.grad, atol=2e-3, rtol=1e-4)
+
+
+def test_merged_and_switched_off_adapters_are_pefts() -> None:
+    theirs, ours = adapted()
+    x = torch.randn(3, 8)
+    steps: list[Any] = [
+        lambda layer: layer.merge(),
+        lambda layer: layer.unmerge(),
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.enable_adapters(True),
+    ]
+    for step in steps:
+        for model in (theirs, ours):
+            step(model[0])
+            for parameter in model[0].base_layer.parameters():
+                parameter.requires_grad_(False)
+        torch.testing.assert_close(ours(x), theirs(x))

@@ -120,6 +120,7 @@ def installed(fault: str = "") -> Iterator[Stream]:
 
     current = Stream()
     fakes: dict[str, Any] = {
+        "get_ready": lambda device: None,
         "new_stream": new_stream,
         "destroy_stream": lambda stream: None,
         "register": register,
