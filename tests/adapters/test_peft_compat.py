@@ -29,6 +29,7 @@ EXPORTED = {"peft", "peft.tuners.lora", "peft.utils"}
         ("peft.tuners.lora", "ParamWrapper._activate_lora", "LoRA on experts in 4 bits trains"),
         ("peft.tuners.lora", "ParamWrapper.get_param", "LoRA on experts in 4 bits trains"),
         ("peft.tuners.lora", "ParamWrapper.get_delta_factors", "LoRA on experts in 4 bits trains"),
+        ("peft.tuners.lora", "LoraLayer._disable_adapters", "layers see that their adapter is switched off"),
         ("peft.tuners.lora", "Linear.pissa_init", "init_lora_weights pissa"),
         ("peft.tuners.lora.dora", "DoraLinearLayer.update_layer", "use_dora has its magnitudes"),
         ("peft.tuners.lora.variants", "DoraLinearVariant", "norms and decay know DoRA by its class's name"),
