@@ -76,6 +76,7 @@ def _join(members: list[Any]) -> dict[int, nn.Parameter] | None:
     bases = [layer.get_base_layer() for layer in members]
     if _in_fp8(members[0]):
         fp8.join(bases)
+    if any(isinstance(base, Fp8Linear) or _is_whole(base) for base in bases):
         return None
     # A GPU is done with all these weights sooner than the host has begun their products one by one.
     small = sum(base.out_features * base.in_features for base in bases) <= _SMALL
@@ -115,12 +116,30 @@ class _FusedLoRA(Mixin):
         return ready[1][self._number]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        super().merge(*args, **kwargs)  # type: ignore[misc]
-        self._is_merged = self.merged  # type: ignore[attr-defined]
+        try:
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._look_again()
 
     def unmerge(self, *args: Any, **kwargs: Any) -> None:
-        super().unmerge(*args, **kwargs)  # type: ignore[misc]
+        try:
+            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._look_again()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As a module's own: called where it is moved."""
+        applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        self._look_again()
+        return applied
+
+    def _look_again(self) -> None:
+        """Take what has become of the weight; where it lies elsewhere now, it is no longer one with others."""
         self._is_merged = self.merged  # type: ignore[attr-defined]
+        base: Any = self.get_base_layer()  # type: ignore[attr-defined]
+        if self._in_nf4 is not None and self._in_nf4[0].data_ptr() != base.weight.data_ptr():
+            self._in_nf4 = _nf4_parts(base)
+            self._group[0]._joined = None
 
 
 def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:

@@ -91,7 +91,8 @@ class _GroupedExperts(Mixin):
     mixin_place = MixinPlace.COMPUTATION
 
     def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-        if any(len(chain) > 1 for chain in self._chains()):  # PEFT's own forward adds its product to the weight
+        # PEFT's own forward adds its product to the weight, by a parametrization that may be the only one.
+        if any(len(chain) > 1 or not hasattr(chain[0], "_held") for chain in self._chains()):
             return super().__call__(hidden_states, chosen, scores)  # type: ignore[misc]
         return compute(self, hidden_states, chosen, scores, {})
 

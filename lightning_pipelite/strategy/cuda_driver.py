@@ -83,7 +83,7 @@ def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
         how.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         how.flags = int(driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
         ends = [[driver.CUdeviceptr(address)] for address in (to, source)]
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise RuntimeError(f"the CUDA driver's bindings know no batches of copies: {error}") from error
     _call("cuMemcpyBatchAsync", *ends, [size], 1, [how], [0], 1, stream.cuda_stream)
 

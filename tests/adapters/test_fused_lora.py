@@ -45,6 +45,18 @@ def test_what_is_not_covered_is_left_to_peft(options: dict[str, Any], fused: boo
             torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_a_merge_that_fails_halfway_is_no_surprise() -> None:
+    theirs, ours = adapted()
+    for model in (theirs, ours):
+        layer = model[0]
+        layer.update_layer("broken", 2, lora_alpha=2, config=LoraConfig(r=2))
+        layer.lora_B["broken"].weight.data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaNs"):
+            layer.merge(safe_merge=True, adapter_names=["default", "broken"])
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 class Heads(nn.Module):
     """Query, key and value in nf4."""
 
@@ -120,3 +132,22 @@ def test_merged_and_switched_off_adapters_are_pefts() -> None:
             for parameter in model[0].base_layer.parameters():
                 parameter.requires_grad_(False)
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_weights_in_four_bits_that_have_moved_are_computed_with() -> None:
+    """What becomes of them afterwards shows that it is these, and no others."""
+    model = Heads(False, 3)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q", "k", "v"]), model)
+    fuse({name: getattr(model, name) for name in ("q", "k", "v")}, "default", [["q", "k", "v"]])
+    joined: Any = model.q._joined
+    model.to("cpu")  # where they are
+    assert model.q._joined is joined
+    x = torch.randn(5, 64)
+    before = model(x)
+    model._apply(lambda tensor: tensor.clone())
+    torch.testing.assert_close(model(x), before, atol=2e-5, rtol=2e-5)
+    for layer in (model.q, model.k, model.v):
+        weight: Any = layer.get_base_layer().weight  # type: ignore[operator]
+        weight.data.fill_(0x77)  # zeros
+    biases = torch.cat([layer.get_base_layer().bias for layer in (model.q, model.k, model.v)])  # type: ignore[operator]
+    torch.testing.assert_close(model(x), biases.expand(5, -1))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, MixtralConfig, Qwen2MoeConfig
 
@@ -75,6 +76,24 @@ def test_equals_peft(tmp_path: Path, kind: str) -> None:
     for name, gradient in gradients.items():
         wanted = found[name.removeprefix("causal_lm.")] / scale
         assert float((gradient - wanted).norm()) <= 1e-4 * float(wanted.norm()), name
+
+
+@pytest.mark.parametrize("off", ["gate_up_proj", "down_proj"])
+def test_with_one_of_two_adapters_switched_off_equals_peft(tmp_path: Path, off: str) -> None:
+    adapter = LoRA(4, target_modules=EXPERTS)
+    _, _, (layers, stage) = train(write(tmp_path, "mixtral"), adapter)
+    adapter.save(tmp_path / "adapter", [layers.trained_state(stage)], tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for model in (stage, theirs):
+        for module in model.modules():
+            if isinstance(module, ParamWrapper) and module.parameter_name == off:
+                module.enable_adapters(False)
+    (input_ids, _), *_ = micro_batches()
+    with torch.no_grad():
+        ours = stage((input_ids, POSITIONS))
+        output = theirs(input_ids=input_ids, position_ids=POSITIONS, use_cache=False).logits
+    torch.testing.assert_close(ours, output, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

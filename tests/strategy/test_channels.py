@@ -28,8 +28,8 @@ def test_neighbours_hand_each_other_tensors(workers: Workers, ranks: int) -> Non
 
 @pytest.mark.parametrize(
     "variables",
-    [[NO_SHM, NO_SHM], [NO_SHM], [{"HOST": "another host's"}]],
-    ids=["SHM off", "SHM off on one", "two hosts"],
+    [[NO_SHM, NO_SHM], [NO_SHM], [{"HOST": "another host's"}], [{"FAKE_DRIVER": "old"}]],
+    ids=["SHM off", "SHM off on one", "two hosts", "an old driver on one"],
 )
 def test_what_is_left_out(workers: Workers, variables: list[dict[str, str]]) -> None:
     for result in workers.run(2, round_trips, "", variables):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import queue
 import random
 import threading
@@ -99,11 +100,16 @@ def installed(fault: str = "") -> Iterator[Stream]:
 
     Args:
         fault: Whether no GPU reaches the host's memory ("none"), what is copied arrives "broken" or not at all
-            ("fails"), or a stream that waits holds up all others ("one queue").
+            ("fails"), or a stream that waits holds up all others ("one queue"). Where FAKE_DRIVER is "old" in the
+            environment, it has no copies in batches.
 
     Yields:
         The stream that is torch's current one.
     """
+
+    def get_ready(device: torch.device) -> None:
+        if os.environ.get("FAKE_DRIVER") == "old":
+            raise RuntimeError("cuMemcpyBatchAsync of the CUDA driver cannot be called")
 
     def register(memory: torch.Tensor) -> int:
         if fault == "none":
@@ -112,7 +118,7 @@ def installed(fault: str = "") -> Iterator[Stream]:
 
     def copy(to: int, source: int, size: int, stream: Stream) -> None:
         if fault == "fails":
-            raise RuntimeError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE")
+            raise RuntimeError("cuMemcpyBatchAsync: CUDA_ERROR_INVALID_VALUE")
         _copy(to, source, size // 2 if fault == "broken" else size, stream)
 
     def new_stream(device: Any = None) -> Any:
@@ -120,7 +126,7 @@ def installed(fault: str = "") -> Iterator[Stream]:
 
     current = Stream()
     fakes: dict[str, Any] = {
-        "get_ready": lambda device: None,
+        "get_ready": get_ready,
         "new_stream": new_stream,
         "destroy_stream": lambda stream: None,
         "register": register,
