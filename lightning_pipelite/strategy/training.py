@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pipelite.shared.async_scalar import on_host
+from lightning_pipelite.shared.requires_grad import RequiresGradWatch
 from lightning_pipelite.strategy.checkpointing import Checkpointing
 from lightning_pipelite.strategy.checks import check_optimizers
 from lightning_pipelite.strategy.empty_groups import EmptyGroups
@@ -36,6 +37,7 @@ class PipelineTraining:
         self._pipeline, self._trainer, self._engine = pipeline, pipeline.trainer, pipeline.engine
         self._checkpointing, self._logged = checkpointing, logged
         self._gradient_check = GradientCheck(stage, self._engine.pipeline_group)
+        self._requires_grad = RequiresGradWatch(stage)
         self._micro_batches: list[MicroBatch] = []
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
@@ -88,6 +90,7 @@ class PipelineTraining:
         are kept aside.
         """
         trainer, module = self._trainer, self._trainer.lightning_module
+        self._requires_grad.look()
         for parameter in self.parameters:
             parameter.grad = None
         self._checkpointing.step_starts(trainer.optimizers[0])
