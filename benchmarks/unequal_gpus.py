@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -44,6 +43,7 @@ from processes import Workers
 from random_model import SHAPES, write_random
 from report import Report
 from scaling_jobs import Setting, make_module
+from sleeping import Clock
 
 OF_BEST, OF_PLAN, LOSS_LIMIT, WARM_UP, SLOW = 0.93, 0.05, 1e-2, 2, 1
 GIB = 2**30
@@ -62,13 +62,12 @@ class Twice(nn.Module):
         return half
 
 
-class Watch(L.Callback):
+class Watch(Clock):
     """Makes the layers slow, where they are to be; notes the end and the loss of each step, and the peak."""
 
     def __init__(self, slow: bool) -> None:
+        super().__init__()
         self._slow = slow
-        self.ends: list[float] = []
-        self.losses: list[float] = []
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         layers = module.pipeline_stage.causal_lm.model.layers
@@ -78,11 +77,6 @@ class Watch(L.Callback):
     def on_train_start(self, *_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if len(self.ends) < trainer.global_step:
-            self.ends.append(time.perf_counter())
-            self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
 @contextlib.contextmanager

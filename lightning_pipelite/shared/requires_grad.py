@@ -8,10 +8,9 @@ from torch import nn
 class RequiresGradWatch:
     """Lets compiled modules see that parameters have been frozen or thawed.
 
-    From Python 3.12 on the compiler's guards pass over a module whose dictionaries are as they were, and over the
-    tensors in them (``torch._dynamo.config.use_recursive_dict_tags_for_guards``; seen with torch 2.11): a parameter
-    that is thawed then goes without a gradient, and nobody is told. Remove when
-    ``tests/shared/test_requires_grad.py`` passes without it on Python 3.12.
+    From Python 3.12 on the compiler's guards pass over the tensors of a dictionary that is as it was (seen with torch
+    2.11; no setting of its guards by dictionaries' tags turns it off): a parameter that is thawed then goes without a
+    gradient, and nobody is told. Remove when ``tests/shared/test_requires_grad.py`` passes without it on Python 3.12.
 
     Args:
         module: Which holds the parameters, always the same ones.
