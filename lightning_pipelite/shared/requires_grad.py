@@ -18,16 +18,16 @@ class RequiresGradWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._parameters = [*module.parameters()]
+        self._watched = [*module.parameters()]
         self._before: list[bool] = []
 
     def look(self) -> None:
         """Have the modules looked at anew whose parameters have changed; the first time, all of them."""
-        now = [parameter.requires_grad for parameter in self._parameters]
+        now = [parameter.requires_grad for parameter in self._watched]
         if now == self._before:
             return
         before = self._before or [not flag for flag in now]
-        changed = {id(p) for p, flag, was in zip(self._parameters, now, before, strict=True) if flag != was}
+        changed = {id(p) for p, flag, was in zip(self._watched, now, before, strict=True) if flag != was}
         self._before = now
         for module in self._module.modules():
             for name, parameter in module._parameters.items():
