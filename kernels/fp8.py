@@ -30,7 +30,6 @@ MULTIPLE = 16  # of which the sides of a weight must be for tensor cores
 OLDEST = (8, 9)  # compute capability of the first GPUs that have them
 
 ROWS, COLUMNS = 32, 32  # of a block that is transposed, in words of four codes
-BLOCK = 4096  # of codes of a row that become numbers
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -60,18 +59,6 @@ def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
 def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return codes [rows, width] times scales [rows], exact but for the rounding to ``dtype``."""
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
-
-
-def as_numbers(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute :func:`dequantise_rows` in one pass on a GPU: torch's own cast takes several times as long as a copy."""
-    if codes.is_meta:  # no more memory than on a GPU
-        return codes.to(dtype)
-    if not codes.is_cuda or not codes.numel():
-        return dequantise_rows(codes, scales, dtype)
-    rows, width = codes.shape
-    out = torch.empty_like(codes, dtype=dtype)
-    launch(_as_numbers, (rows, triton.cdiv(width, BLOCK), 1), codes, scales, out, width, BLOCK=BLOCK)
-    return out
 
 
 def transposed(codes: Tensor) -> Tensor:
@@ -174,14 +161,6 @@ def product_operation(
 @torch.library.register_fake("pipelite::fp8_product", lib=_LIBRARY)
 def _(rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool, dtype: torch.dtype) -> Tensor:
     return rows[0].new_empty(*rows[0].shape[:-1], weight[0].shape[1 if back else 0], dtype=dtype)
-
-
-@triton.jit
-def _as_numbers(codes, scales, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    places, inside = row.to(tl.int64) * width + column, column < width
-    values = tl.load(codes + places, mask=inside).to(tl.float32) * tl.load(scales + row)
-    tl.store(out + places, values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels.fp8_outer import outer_with_codes
 from lightning_pipelite.kernels.frozen_weight import whole
 from lightning_pipelite.kernels.lora_operands import Operands
 
@@ -194,8 +195,8 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
         of_b.append(of_up)
     if not it.down:
         of_first = back
-    elif it.row_scales:  # x = diag(scales) codes
-        of_first = _precise_product(back.T, fp8.as_numbers(x, it.row_scales[0], back.dtype))
+    elif it.row_scales:
+        of_first = outer_with_codes(back, x, it.row_scales[0])
     else:
         of_first = _precise_product(back.T, x)
     if not to_x:

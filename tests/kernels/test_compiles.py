@@ -16,6 +16,7 @@ from lightning_pipelite.kernels import (
     combine,
     cross_entropy,
     fp8,
+    fp8_outer,
     grouped_outer,
     grouped_product,
     groups,
@@ -59,8 +60,11 @@ def test_scale(dtype: str) -> None:
 
 @pytest.mark.parametrize("capability", [89, 90, 120])
 def test_fp8(capability: int) -> None:
-    arguments = {"codes": "*fp8e4nv", "scales": "*fp32", "out": "*bf16", "width": "i32"}
-    assert compiled(fp8._as_numbers, arguments, {"BLOCK": fp8.BLOCK}, 4, capability).asm["ptx"]
+    arguments = {"u": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "sums": "*fp32"}
+    arguments |= dict.fromkeys(("rows", "part", "width", "few"), "i32")
+    constants = {"FEW": 64, "COLUMNS": fp8_outer.COLUMNS, "DEPTH": fp8_outer.DEPTH, "PRECISION": "tf32"}
+    made = compiled(fp8_outer._outer, arguments, constants, 4, capability, 4)
+    assert made.metadata.shared <= SHARED[capability] * 1024
     arguments = {"source": "*i32", "out": "*i32", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS}
     assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]

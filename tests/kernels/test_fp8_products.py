@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.fp8 import (
     LARGEST,
-    as_numbers,
     dequantise_rows,
     fp8_linear,
     fp8_linear_reference,
@@ -97,14 +96,6 @@ def test_what_is_not_finite_does_not_pass_for_a_number(value: float) -> None:
 def test_transposed(device: str, shape: tuple[int, int]) -> None:
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     assert torch.equal(transposed(codes.view(fp8.DTYPE)).view(torch.uint8), codes.T)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_codes_as_numbers(device: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8, device=device).view(fp8.DTYPE).repeat(3, 19)
-    scales = torch.tensor([1.0, 2.0**-100, 3e6], device=device)
-    wanted = (codes.double() * scales.double().unsqueeze(1)).to(torch.bfloat16)
-    torch.testing.assert_close(as_numbers(codes, scales, torch.bfloat16), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
