@@ -1,4 +1,4 @@
-"""How large the adapters of all layers are."""
+"""Logs the norms of the adapters of all layers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lightning_pipelite.shared.over_ranks import LoggedSteps, gathered, summariz
 from lightning_pipelite.shared.tf32 import full_precision
 
 LAYERS_EVERY = 10
-"""After how many times that the averages are logged the single layers are."""
+"""Every this many times that the averages are logged, the individual layers are logged too."""
 
 
 class AdapterNorms(Callback):
-    """Logs the norms of the adapters of all layers of all ranks, whenever Lightning logs a step.
+    """Logs the norms of the adapters of all layers on all ranks, whenever Lightning logs a step.
 
     ``train/norms_{avg,min,max}``: for LoRA ‖s·B·A‖_F, for Control Adapters ‖W‖₂ = max |expm1(S)|.
     ``train/orthogonality_{avg,min,max}``: for Control Adapters ‖QᵀQ - I‖²_F. The first time and every tenth time
-    after it, a TensorBoard logger also gets the norm of each layer: as a histogram ``train/norms_by_layer`` and as a
-    picture, ``train/norms_map``, of layers (rows) times modules (columns).
+    after it, a TensorBoard logger also gets the norm of each layer: as a histogram ``train/norms_by_layer`` and as an
+    image ``train/norms_map`` of layers (rows) by modules (columns).
 
-    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT, and sees the weights
-    as :class:`CompositeWeightDecay` leaves them. Of a layer with several adapters each counts by itself, whether it is
-    active or not. B·A is never formed. Where there is no adapter it warns once, as training starts.
+    It works with PEFT's LoRA layers under any strategy that does not shard the adapters, and sees the weights as
+    :class:`CompositeWeightDecay` leaves them. If a layer has several adapters, each counts separately, whether active
+    or not. B·A is never formed. If there is no adapter, it warns once when training starts.
 
     Raises:
-        ConfigurationError: By ``Trainer.fit``, if an adapter is more than a product B·A, or sharded.
+        ConfigurationError: From ``Trainer.fit``, if an adapter is more than a product B·A, or sharded.
     """
 
     _steps: LoggedSteps
@@ -69,7 +69,7 @@ class AdapterNorms(Callback):
             self._log_layers(trainer, by_name)
 
     def _log_layers(self, trainer: pl.Trainer, by_name: dict[str, Tensor]) -> None:
-        """Show the norm of every layer. Collective."""
+        """Log the norm of every layer. Collective."""
         numbers = torch.stack(list(by_name.values())).tolist() if by_name else []
         ranks = gathered(dict(zip(by_name, numbers, strict=True)))
         everywhere = {name: value for rank in ranks for name, value in rank.items()}

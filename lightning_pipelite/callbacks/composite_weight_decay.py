@@ -1,4 +1,4 @@
-"""Weight decay on what an adapter amounts to, W = B·A, not on A and B."""
+"""Weight decay on the product W = B·A of an adapter, rather than on A and B."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _Plan = tuple[list[tuple[tuple[int, int], Chunk]], dict[int, list[ControlPair]]]
 class CompositeWeightDecay(Callback):
     """Decays the product W = s·B·A of every LoRA layer after each optimizer step, and S of every Control Adapter.
 
-    Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) of the penalty ½·‖W‖²_F,
-    with the learning rate of that step: A ← A - lr·wd·s²·Bᵀ(BA) and B ← B - lr·wd·s²·(BA)Aᵀ, both from the values
-    before. Decay on A and B apart would depend on how W is split in two.
+    This is decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) for the penalty
+    ½·‖W‖²_F, with the learning rate of that step: A ← A - lr·wd·s²·Bᵀ(BA) and B ← B - lr·wd·s²·(BA)Aᵀ, both from the
+    values before. Decaying A and B separately would depend on how W is factored.
 
-    BA is never formed: with G_B = BᵀB and G_A = AAᵀ, rank x rank, the updates are G_B·A and B·G_A.
+    BA is never formed: with the rank x rank matrices G_B = BᵀB and G_A = AAᵀ, the updates are G_B·A and B·G_A.
 
     For Control Adapters it is S ← S - lr·wd·S.
 
-    It works under any strategy that does not shard the adapters, with the LoRA layers of PEFT: of a layer with several
-    adapters each decays by itself, and of DoRA the magnitude does not. What the step does not train, because it is
-    frozen or has no gradient, keeps its value. It logs ``train/weight_decay_{avg,min,max}``: by how much a step's
-    decay lowered the norms of all layers of all ranks.
+    It works with PEFT's LoRA layers under any strategy that does not shard the adapters. If a layer has several
+    adapters, each decays separately; the magnitude of a DoRA does not decay. Parameters that the step does not train,
+    because they are frozen or have no gradient, keep their values. It logs ``train/weight_decay_{avg,min,max}``: by how
+    much a step's decay lowered the norms of all layers on all ranks.
 
     Example::
 
         Trainer(callbacks=[CompositeWeightDecay(10.0), AdapterNorms()])
 
     Args:
-        weight_decay: The factor wd, 0 or more. Against rates such as 2e-5, values of 1 to 20 are usual.
+        weight_decay: The factor wd, 0 or more. With learning rates such as 2e-5, values of 1 to 20 are usual.
 
     Raises:
-        ConfigurationError: If ``weight_decay`` is negative; by ``Trainer.fit``, if there is no adapter on any rank,
-            one is more than a product, or not in float32, in which so small a change would be rounded away, or if an
-            optimizer has no learning rate.
+        ConfigurationError: If ``weight_decay`` is negative; from ``Trainer.fit``, if no rank has an adapter, one is
+            more than a product or not in float32 (other dtypes would round so small a change away), or an optimizer has
+            no learning rate or is wrapped by the strategy so that its steps cannot be hooked.
     """
 
     def __init__(self, weight_decay: float) -> None:
@@ -63,18 +63,18 @@ class CompositeWeightDecay(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()  # of another fit that an error has ended
+        self._release()  # left over from an earlier fit that ended with an error
         self._pairs, self._controls = find_low_rank(pl_module), find_control(pl_module)
         self._check(trainer, trainer.strategy.root_device)
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
-            # Only once for a step, should an optimizer's step call that of its base class.
+            # Only once per step, even if an optimizer's step calls that of its base class.
             if self._steps:
                 self._steps = False
                 self._after_step(optimizer, logs_now(trainer))
 
-        # Not in on_train_batch_end: here the learning rate is the step's own, a step that a gradient scaler skips is
-        # none, and all other callbacks see the decayed weights.
+        # Not in on_train_batch_end: in the hook the learning rate is still the step's own, steps that a gradient scaler
+        # skips do not count, and all other callbacks see the decayed weights.
         self._hooks = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
 
     def _check(self, trainer: pl.Trainer, device: torch.device) -> None:
@@ -113,7 +113,7 @@ class CompositeWeightDecay(Callback):
             return
         lost: list[Tensor] | None = [] if logs else None
         chunked, controls = self._plan_of(optimizer)
-        # A parameter that this optimizer does not train, group -1, keeps its value.
+        # Index -1 is for parameters that this optimizer does not train, which keep their values.
         decays = [float(group["lr"]) * self.weight_decay for group in optimizer.param_groups] + [0.0]
         with full_precision():
             for (group_a, group_b), chunk in chunked:
@@ -127,9 +127,9 @@ class CompositeWeightDecay(Callback):
             self._lost = (self._lost or []) + lost
 
     def _plan_of(self, optimizer: Optimizer) -> _Plan:
-        """Return the optimizer's plan, made anew when it has a new group or other adapters are trained than before."""
+        """Return the optimizer's plan, rebuilt when its groups or the set of trained adapters have changed."""
         groups = [group["params"] for group in optimizer.param_groups]
-        # Like PyTorch's optimizers, which leave alone what has no gradient; unless they have let go of all of them.
+        # As PyTorch's optimizers do, skip parameters without a gradient, unless all gradients have been freed already.
         released = all(p.grad is None for group in groups for p in group)
 
         def trains(*parameters: Tensor) -> tuple[bool, ...]:
@@ -171,7 +171,7 @@ class CompositeWeightDecay(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()  # Lightning then calls no teardown
+        self._release()  # Lightning does not call teardown then
 
     def _release(self) -> None:
         for hook in self._hooks:
@@ -181,19 +181,19 @@ class CompositeWeightDecay(Callback):
 
 
 def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tensor] | None) -> None:
-    """Decay the products of a chunk of pairs in place, and add to ``lost`` by how much each norm falls.
+    """Decay the products of a chunk of pairs in place, and append to ``lost`` by how much each norm falls.
 
     Args:
         chunk: Pairs of one shape and scale.
         decay_a: lr·wd for A.
         decay_b: lr·wd for B.
-        lost: Float64 scalars ‖W‖_F before minus after are added, one a pair; None if nobody wants to know.
+        lost: Float64 scalars, ‖W‖_F before minus after, are appended, one per pair; None to skip this.
     """
     chunk.refresh()
     a, b = chunk.stack()
     gram_a, gram_b = gram_matrices(a, b)
     square = chunk.scale**2
-    # The larger one last, when the copy of the other is gone: that is when most memory is taken.
+    # The larger one last, once the other's copy is freed, to lower the peak memory.
     if a.shape[2] <= b.shape[1]:
         chunk.write(chunk.downs, torch.baddbmm(a, gram_b, a, alpha=-decay_a * square))
         del a
@@ -203,8 +203,8 @@ def decay_products(chunk: Chunk, decay_a: float, decay_b: float, lost: list[Tens
         del b
         chunk.write(chunk.downs, torch.baddbmm(a, gram_b, a, alpha=-decay_a * square))
     if lost is not None:
-        # A ← (I - c G_B) A turns G_A into (I - c G_B) G_A (I - c G_B): no second pass over A and B, and no difference
-        # of two nearly equal float32 numbers.
+        # A ← (I - c G_B) A turns G_A into (I - c G_B) G_A (I - c G_B). This avoids a second pass over A and B, and the
+        # difference of two nearly equal float32 numbers.
         one = torch.eye(gram_a.shape[1], dtype=torch.float64, device=gram_a.device)
         left, right = (one - decay_a * square * gram_b.double()), (one - decay_b * square * gram_a.double())
         after = chunk.norms(left @ gram_a.double() @ left, right @ gram_b.double() @ right)

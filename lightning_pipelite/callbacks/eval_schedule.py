@@ -1,4 +1,4 @@
-"""Evaluation before the first step, a number of times an epoch, and at its end."""
+"""Evaluates before the first step, a number of times per epoch, and at its end."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 class EvalSchedule(Callback):
-    """Evaluates before the first step and at evenly spaced steps, the last of each epoch and of training among them.
+    """Evaluates before the first step and at evenly spaced steps, including the last of each epoch and of training.
 
     It replaces ``Trainer(val_check_interval=)``, which counts micro-batches and so may fall between two steps;
-    ``check_val_every_n_epoch`` holds beside it. Each evaluation prints one line with the loss and its change in per
-    cent against the one before; where there are several evaluation sets, with those of each, the metrics called
+    ``check_val_every_n_epoch`` still applies. Each evaluation prints one line with the loss and its change in per cent
+    since the last one; with several evaluation sets, it includes those of each set, the metrics called
     ``MONITOR/NAME``.
 
     Args:
-        evals_per_epoch: How many evaluations an epoch has, at most one a step. Where the data has no length, nobody
-            knows what a part of an epoch is, and it must be 1.
+        evals_per_epoch: Evaluations per epoch, at most one per step. Must be 1 for data without a length, as its epochs
+            cannot be divided.
         monitor: The metric whose change is printed.
 
     Raises:
-        ConfigurationError: If ``evals_per_epoch`` is not positive; by ``Trainer.fit``, if the Trainer has another
+        ConfigurationError: If ``evals_per_epoch`` is not positive; from ``Trainer.fit``, if the Trainer has another
             schedule, or if the data has no length and ``evals_per_epoch`` is not 1.
     """
 
@@ -42,8 +42,8 @@ class EvalSchedule(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._last = {}  # that of another fit; a resumed one gets its own back after this
-        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none where it is a time
+        self._last = {}  # of an earlier fit; a resumed one restores its own later
+        interval = getattr(trainer, "val_check_interval", None)  # Lightning leaves it unset if it is a time
         if interval != 1.0 or isinstance(interval, int):
             raise ConfigurationError(
                 "EvalSchedule and Trainer(val_check_interval=) both say when to evaluate; leave one of them out, the "
@@ -58,7 +58,7 @@ class EvalSchedule(Callback):
                 "evals_per_epoch to 1, set Trainer(limit_train_batches=) to a number, or give the data a __len__."
             )
         if trainer.global_step > 0:
-            # Lightning asks whether the evaluation after the last batch is done before it takes another.
+            # On resuming, Lightning checks for an evaluation after the last batch before it fetches another.
             self._schedule(trainer, trainer.global_step)
             return
         if not trainer.enable_validation:
@@ -77,11 +77,11 @@ class EvalSchedule(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not pl_module.automatic_optimization:  # a batch may have been any number of steps
+        if not pl_module.automatic_optimization:  # a batch may take any number of steps
             self._schedule(trainer, trainer.global_step)
 
     def _schedule(self, trainer: pl.Trainer, step: int) -> None:
-        """Have an evaluation after this batch, or none; if it ends a step, that is number ``step``."""
+        """Set whether Lightning evaluates after this batch; if the batch ends a step, its number is ``step``."""
         loop = trainer.fit_loop.epoch_loop
         batch = loop.batch_idx + 1
         ends_epoch = loop._num_ready_batches_reached()
@@ -91,10 +91,10 @@ class EvalSchedule(Callback):
         trainer.val_check_batch = batch if due else batch + 1
 
     def _due(self, trainer: pl.Trainer) -> set[int]:
-        """After how many batches of an epoch to evaluate."""
+        """Return the numbers of batches of an epoch after which to evaluate."""
         batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
         if batches == math.inf:
-            return set()  # at its end alone
+            return set()  # only at the end of the epoch
         steps = math.ceil(batches / accumulate)
         evals = min(self.evals_per_epoch, steps)
         return {min(round(k * steps / evals) * accumulate, int(batches)) for k in range(1, evals + 1)}

@@ -1,4 +1,4 @@
-"""Text that the model writes at each evaluation."""
+"""Logs text that the model generates at each evaluation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_pipelite.shared.protocol import WritesText
 
 
 class Samples(Callback):
-    """Lets the model go on from some prompts at each evaluation, and logs what it writes as text, to TensorBoard.
+    """Generates text from some prompts at each evaluation, and logs it to TensorBoard.
 
-    It takes the most probable token each time, so that what differs is the training's doing. The module must have a
-    method ``write_text(prompt, max_new_tokens)``, called on every rank, as PipeLiteModule has.
+    Decoding is greedy, so differences come from training alone. The module must have a method
+    ``write_text(prompt, max_new_tokens)``, called on every rank, as PipeLiteModule has.
 
     Args:
-        prompts: How the texts begin.
-        max_new_tokens: Tokens to write at most, each of which takes a pass through the model.
+        prompts: The prompts to continue.
+        max_new_tokens: Maximum number of tokens to generate, each of which takes a pass through the model.
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 40) -> None:
@@ -47,5 +47,5 @@ class Samples(Callback):
             text = pl_module.write_text(prompt, self.max_new_tokens)
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 if isinstance(logger, TensorBoardLogger):
-                    shown = "\n".join(f"    {line}" for line in f"{prompt}⟶{text}".splitlines())  # as it is
+                    shown = "\n".join(f"    {line}" for line in f"{prompt}⟶{text}".splitlines())  # shown verbatim
                     logger.experiment.add_text(f"samples/{number}", shown, trainer.global_step)

@@ -1,4 +1,4 @@
-"""Writes what was trained when training ends."""
+"""Saves the trained adapter or model when training ends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from lightning_pipelite.shared.protocol import ChecksSaving, SavesTrained
 class SaveTrained(Callback):
     """Writes the trained adapter (a PEFT directory) or model (a Hugging Face directory) at the end of training.
 
-    The module must have a method ``save_trained(directory)``, called on every rank. If it has ``check_save(directory)``
-    as well, rank 0 calls that before training, so that a place that cannot be written is told then, not hours later.
+    The module must have a method ``save_trained(directory)``, called on every rank. If it also has
+    ``check_save(directory)``, rank 0 calls that before training, so that a directory that cannot be written is reported
+    then, not hours later.
 
-    A training that begins anew is refused where there is an earlier result; one that is resumed replaces it, once the
-    new one is complete.
+    A training started from scratch is refused if there is an earlier result; a resumed one replaces that result once
+    the new one is complete.
 
     Args:
         output_dir: The directory to write.
-        overwrite: Replace an earlier result also when training begins anew.
+        overwrite: Replace an earlier result even if training starts from scratch.
     """
 
     def __init__(self, output_dir: str, overwrite: bool = False) -> None:
@@ -38,7 +39,7 @@ class SaveTrained(Callback):
         self.overwrite = overwrite
 
     def former_result(self) -> str | None:
-        """Say what a training that begins anew would replace, if anything."""
+        """Return an error message if training from scratch would replace an earlier result."""
         directory = Path(self.output_dir)
         if self.overwrite or not directory.is_dir() or not any(directory.iterdir()):
             return None
@@ -48,10 +49,10 @@ class SaveTrained(Callback):
         )
 
     def check(self, module: pl.LightningModule) -> None:
-        """Ask the module whether it could save there.
+        """Check that the module can save to ``output_dir``.
 
         Raises:
-            ConfigurationError: If it cannot save at all, or (its own) not there.
+            ConfigurationError: If it cannot save at all, or (raised by the module) not there.
         """
         if not isinstance(module, SavesTrained):
             raise ConfigurationError(
@@ -77,7 +78,7 @@ class SaveTrained(Callback):
         try:
             assert isinstance(pl_module, SavesTrained)
             pl_module.save_trained(Path(self.output_dir))
-        except Exception as error:  # after the callbacks that come next, which may save a checkpoint
+        except Exception as error:  # raised in on_fit_end: later callbacks may still save a checkpoint
             rank_zero_warn(f"what was trained could not be saved to {self.output_dir}: {error}")
             self._failure = error
         else:

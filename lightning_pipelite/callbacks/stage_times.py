@@ -1,4 +1,4 @@
-"""How long each stage works and waits, and how much memory it takes."""
+"""Logs how long each stage computes and waits, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_pipelite.shared.over_ranks import LoggedSteps, gathered, logs_now
 from lightning_pipelite.shared.protocol import TimesStages
 
 PICTURE_EVERY = 10
-"""After how many times that the numbers are logged the picture is."""
+"""Every this many times that the numbers are logged, the picture is logged too."""
 
 
 @dataclass(frozen=True)
 class StageState:
-    """What a rank says of its stage: seconds of the last step, and bytes."""
+    """What a rank reports about its stage: seconds in the last step, and bytes."""
 
     stage: int
     busy: float | None
@@ -34,15 +34,14 @@ class StageState:
 class StageTimes(Callback):
     """Logs how long each stage was busy and waiting in a step, and its memory, whenever Lightning logs a step.
 
-    ``stage_busy_s/N`` and ``stage_waiting_s/N``: seconds that stage N computed, and waited for other ranks, in this
-    step; the mean over its replicas. ``stage_memory_gib/N``: the most that torch has ever allocated on its GPU, or
-    without a GPU the process's resident memory now; the largest of its replicas.
-    ``train/stage_imbalance``: busy time of the busiest stage by the mean of all, 1 if the split is even. The first
-    time and every tenth time after it, a TensorBoard logger also gets the picture ``train/stages``.
+    ``stage_busy_s/N`` and ``stage_waiting_s/N``: seconds that stage N spent computing, and waiting for other ranks, in
+    this step; the mean over its replicas. ``stage_memory_gib/N``: the peak memory that torch has allocated on its GPU
+    so far, or without a GPU the current resident memory of the process; the largest of its replicas.
+    ``train/stage_imbalance``: busy time of the busiest stage divided by the mean of all, 1 if the split is even. The
+    first time and every tenth time after it, a TensorBoard logger also gets the image ``train/stages``.
 
-    Times come from a strategy that is a :class:`~lightning_pipelite.shared.protocol.TimesStages`. Under any other one
-    each rank counts as a stage of its own, and its memory alone is logged. Ranks speak with each other only in steps
-    that are logged.
+    Times require a strategy that is a :class:`~lightning_pipelite.shared.protocol.TimesStages`. Under any other, each
+    rank counts as a stage of its own, and only its memory is logged. Ranks communicate only in steps that are logged.
     """
 
     _steps: LoggedSteps
@@ -56,7 +55,7 @@ class StageTimes(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(trainer.strategy, TimesStages):
-            trainer.strategy.measure_stage_times = logs_now(trainer)  # of the step that this batch is part of
+            trainer.strategy.measure_stage_times = logs_now(trainer)  # for the step that this batch belongs to
 
     @override
     def on_train_batch_end(
@@ -97,7 +96,7 @@ def _by_stage(states: Sequence[StageState]) -> dict[int, list[StageState]]:
 
 
 def _times(states: Sequence[StageState]) -> tuple[float, float] | None:
-    """Busy and waiting seconds of a stage, the mean over its replicas."""
+    """Return the busy and waiting seconds of a stage, averaged over its replicas."""
     known = [(state.busy, state.waiting) for state in states if state.busy is not None and state.waiting is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""The progress of a training, in optimizer steps."""
+"""Shows the progress of training in optimizer steps."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lightning_pipelite.shared.progress import Style, View, duration, view
 from lightning_pipelite.shared.step_clock import StepClock
 
 STEP, ELAPSED, LEFT, EVALUATING = " step", " elapsed", " left", " evaluating"
-"""Names of what is shown beside the metrics; none of these begins with a space."""
+"""Names of the parts shown beside the metrics; no metric's name begins with a space."""
 LEAST_MISSED = ("lr", "tokens_per_s", ELAPSED)
-"""What a narrow terminal does without, in this order."""
+"""What a narrow terminal leaves out first, in this order."""
 
 
 class StepProgress(ProgressBar):
-    """Shows how far a training is: optimizer steps, the time they took and will take, and what is logged for it.
+    """Shows optimizer steps, elapsed and remaining time, and the metrics logged for the progress bar.
 
-    It takes the place of Lightning's progress bar, which counts micro-batches. Shown are the learning rate of the
-    optimizer's first parameter group and every metric that is logged with ``prog_bar=True``, without a leading
-    ``train/``; of one called ``..._per_s`` the whole number. Neither the elapsed nor the remaining time counts
-    evaluations; the latter is the mean of the last steps (at most 50, without the first, which is slow) times the
-    number of steps to come, where that is known: not for data without a length and no ``max_steps``, nor where a
-    module optimizes by itself, as often as it likes in a batch.
+    It replaces Lightning's progress bar, which counts micro-batches. It shows the learning rate of the optimizer's
+    first parameter group and every metric logged with ``prog_bar=True``, without a leading ``train/``; metrics called
+    ``..._per_s`` are rounded to whole numbers. Neither elapsed nor remaining time includes evaluations. The remaining
+    time is the mean of the last steps (at most 50, without the first, which is slow) times the number of steps left.
+    It is not shown if that number is unknown: for data without a length and no ``max_steps``, or for a module with
+    manual optimization, which may take any number of steps per batch.
 
-    In a terminal it is a bar, on standard error; a narrow one does without learning rate, tokens/s, elapsed time and so
-    on, in this order, but keeps the losses. Where there is none it is a line after the first step and at the
-    end, and in between at most one in ten seconds.
+    In a terminal it is a bar, on standard error; a narrow terminal leaves out learning rate, tokens/s, elapsed time and
+    so on, in this order, but keeps the losses. Without a terminal it prints a line after the first step and at the end,
+    and at most one every ten seconds in between.
 
     Args:
-        style: ``rich``; ``plain`` (tqdm) for terminals that understand little; ``lines``; ``auto`` chooses.
+        style: ``rich``; ``plain`` (tqdm) for terminals with few capabilities; ``lines``; ``auto`` chooses.
 
     Example::
 
@@ -55,7 +55,7 @@ class StepProgress(ProgressBar):
         self._batches = 0
         self._all_batches: int | None = None
 
-    # Lightning's base class asks for these
+    # Required by Lightning's base class
 
     @override
     def disable(self) -> None:
@@ -67,7 +67,7 @@ class StepProgress(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether something is shown."""
+        """Whether anything is shown."""
         return self._enabled
 
     @override
@@ -80,11 +80,11 @@ class StepProgress(ProgressBar):
 
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what to show beside steps and time: override it to show something else."""
+        """Return the metrics to show beside steps and time; override it to show others."""
         metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
         if self._lr is not None:
             metrics["lr"] = self._lr
-        first = [name for name in ("loss", "lr", "tokens_per_s") if name in metrics]  # the last may not find room
+        first = [name for name in ("loss", "lr", "tokens_per_s") if name in metrics]  # the last ones may not fit
         return {name: metrics[name] for name in [*first, *sorted(metrics.keys() - set(first))]}
 
     # Training
@@ -94,7 +94,7 @@ class StepProgress(ProgressBar):
         if not self._enabled:
             return
         self._step, self._clock = trainer.global_step, StepClock()
-        # Where a resumed training stands in its epoch is seen in its first batch.
+        # A resumed training's position in its epoch is known only from its first batch on.
         self._total = total_steps(trainer, batches_done=0) if self._step == 0 else None
         self._view = view("training", style=self._style, stays=True)
 
@@ -144,7 +144,7 @@ class StepProgress(ProgressBar):
             self._view.close()
             self._view = None
 
-    # Evaluation, within a training or alone
+    # Evaluation, within training or on its own
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,13 +209,13 @@ class StepProgress(ProgressBar):
 
 
 def total_steps(trainer: pl.Trainer, batches_done: int) -> int | None:
-    """Return the number of steps when training will have ended, None if nobody knows; as far as no callback stops it.
+    """Return the number of steps at the end of training, None if unknown; callbacks may still stop it earlier.
 
-    Lightning's own estimate takes all epochs to accumulate as much as the present one.
+    Lightning's own estimate assumes that all epochs accumulate as many batches as the current one.
 
     Args:
-        trainer: Within an epoch.
-        batches_done: How many batches of the epoch are done.
+        trainer: The Trainer, within an epoch.
+        batches_done: Number of batches of the epoch that are done.
     """
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     at_most = math.inf if trainer.max_steps == -1 else trainer.max_steps
@@ -236,7 +236,7 @@ def total_steps(trainer: pl.Trainer, batches_done: int) -> int | None:
 
 
 def _shorter_and_shorter(parts: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line of all parts, and lines with ever fewer of them: what is least missed goes first, losses last."""
+    """Yield a line of all parts, then ever shorter ones: the least important parts go first, losses last."""
     kept = dict(parts)
     losses = [name for name in parts if name.rpartition("/")[2] == "loss"]
     others = [name for name in reversed([*parts]) if name not in (*LEAST_MISSED, *losses, STEP, EVALUATING)]

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, at the end of each epoch, and when somebody asks for one."""
+"""Saves checkpoints by the clock, at the end of each epoch, and on request."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ TRIGGER = "save_now"
 class TimedCheckpoint(ModelCheckpoint):
     """Saves ``step=NUMBER.ckpt`` by wall-clock time and at the end of each epoch, and keeps the newest ones.
 
-    At the end of the step it also saves
+    It also saves at the end of the current step
 
-    - on SIGUSR1, and if there is a file ``save_now`` in ``dirpath``, which is then removed; training goes on;
-    - on SIGTERM and Ctrl-C, which then end the training with exit status 143 or 130, as of a process that this signal
-      has killed; a second Ctrl-C ends it at once.
+    - on SIGUSR1, or if there is a file ``save_now`` in ``dirpath``, which is then removed; training continues;
+    - on SIGTERM and Ctrl-C, which then end training with exit status 143 or 130, as if the signal had killed the
+      process; a second Ctrl-C ends it at once.
 
     A signal to any rank counts; rank 0 watches the clock and the file. If the module has a method
-    ``save_trained(directory)``, what is trained is written at the end of each epoch as well, as
-    ``epoch=NUMBER.trained`` beside the checkpoint. Works with any strategy. For Lightning it is a ModelCheckpoint:
-    ``ckpt_path="last"`` and, with a ``monitor``, ``"best"`` find its checkpoints.
+    ``save_trained(directory)``, the trained weights are also written at the end of each epoch, to
+    ``epoch=NUMBER.trained`` beside the checkpoint. It works with any strategy. As a subclass of ModelCheckpoint, it
+    serves ``ckpt_path="last"`` and, with a ``monitor``, ``"best"``.
 
     Args:
         checkpoint_interval_hours: The time between two checkpoints.
-        max_checkpoints: How many to keep, the newest by step; 0 for all. An old one is deleted when the one that takes
-            its place is on the disk, so that there is always a whole one.
-        dirpath: Where they are.
-        monitor: A metric; each evaluation that is the best so far is then saved, and the best kept beside the newest.
+        max_checkpoints: How many to keep, the newest by step; 0 keeps all. An old one is deleted only once its
+            successor is on disk, so there is always a complete one.
+        dirpath: Directory of the checkpoints.
+        monitor: A metric; each evaluation that is the best so far is then saved, and the best is kept in addition to
+            the newest.
         mode: Whether the best is the ``min`` or the ``max``.
-        overwrite: Write into a directory with the checkpoints of another training, which are then deleted as if they
-            were its own; else only a training that is resumed may.
+        overwrite: Start from scratch in a directory with the checkpoints of another training, which are then deleted
+            like its own; otherwise only a resumed training may write there.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -81,10 +82,10 @@ class TimedCheckpoint(ModelCheckpoint):
         self._files = StepCheckpoints(Path(str(self.dirpath)))
         self._signals = Signals()
         self._saved_at = 0.0
-        self._request = 0  # what is to be done after the evaluation that follows
+        self._request = 0  # what to do after the evaluation that follows
         self._unpruned = False
         self._warned = False
-        self._failure: Exception | None = None  # to write what was trained
+        self._failure: Exception | None = None  # of save_trained
 
     @property
     @override
@@ -92,7 +93,7 @@ class TimedCheckpoint(ModelCheckpoint):
         return "TimedCheckpoint"
 
     def former_result(self) -> str | None:
-        """Say what a training that begins anew would replace and delete, if anything."""
+        """Return an error message if training from scratch would replace or delete earlier results."""
         directory = self._files.directory
         found = sorted([*self._files, *directory.glob("epoch=*.trained")])
         if self.overwrite or not found:
@@ -113,7 +114,7 @@ class TimedCheckpoint(ModelCheckpoint):
                 self._require_other_names(callback)
 
     def _require_other_names(self, other: ModelCheckpoint) -> None:
-        """Refuse another callback whose files this one would take for its own, and delete."""
+        """Refuse another callback whose files this one would mistake for its own and delete."""
         directory = self._files.directory
         if other.dirpath is None or Path(str(other.dirpath)).absolute() != directory.absolute():
             return
@@ -153,20 +154,20 @@ class TimedCheckpoint(ModelCheckpoint):
             0 < trainer.max_steps <= trainer.global_step
             and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         ):
-            self._request = max(self._request, SAVE)  # as at its end Lightning takes the epoch for complete
+            self._request = max(self._request, SAVE)  # when training ends, Lightning counts the epoch as complete
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        # Lightning does not make up for an evaluation when it resumes from a checkpoint before it.
+        # A due evaluation goes first: Lightning would skip it on resuming from a checkpoint saved before it.
         if not (fetcher is not None and epoch_loop._should_check_val_fx(fetcher)):
             self._answer(trainer)
 
     @staticmethod
     def _of_any_rank(trainer: pl.Trainer, wish: int) -> int:
-        """Return the largest wish. Collective."""
+        """Return the largest wish of all ranks. Collective."""
         wishes = torch.tensor(wish, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(wishes, reduce_op="max"))
 
     def _wish(self, trainer: pl.Trainer) -> int:
-        """Return what this rank wants to be done."""
+        """Return what this rank requests."""
         wish = self._signals.take()
         if trainer.is_global_zero:
             due = time.monotonic() - self._saved_at >= 3600 * self.checkpoint_interval_hours
@@ -189,10 +190,10 @@ class TimedCheckpoint(ModelCheckpoint):
             return
         if isinstance(pl_module, SavesTrained):
             directory = self._files.directory / f"epoch={trainer.current_epoch}.trained"
-            try:  # before the checkpoint: what resumes from that does not come here again
+            try:  # before the checkpoint: a run resumed from that does not get here again
                 pl_module.save_trained(directory)
                 self._failure = None
-            except Exception as error:  # which must not cost the checkpoint as well
+            except Exception as error:  # must not cost the checkpoint as well
                 rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
                 self._failure = error
         self._request = max(self._request, SAVE)
@@ -201,7 +202,7 @@ class TimedCheckpoint(ModelCheckpoint):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prune(trainer)
-        if (failure := self._failure) is not None:  # of the last epoch
+        if (failure := self._failure) is not None:  # in the last epoch
             self._failure = None
             raise failure
 
@@ -212,13 +213,13 @@ class TimedCheckpoint(ModelCheckpoint):
     # Saving
 
     def _answer(self, trainer: pl.Trainer, ends_epoch: bool = False) -> None:
-        """Do what is requested, if anything; after the last batch of an epoch, at the end of the epoch."""
+        """Carry out the request, if any; after the last batch of an epoch, wait for the end of the epoch."""
         if not self._request or (trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not ends_epoch):
             return
         request, self._request = self._request, 0
         self._save(trainer)
         if trainer.is_global_zero:
-            with contextlib.suppress(OSError):  # a disk that is broken need not end the training
+            with contextlib.suppress(OSError):  # a broken disk need not end training
                 (self._files.directory / TRIGGER).unlink()
         if request == SAVE_AND_PASS_ON:
             self._signals.pass_on()
@@ -236,7 +237,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self._prune(trainer)
 
     def _is_best(self, trainer: pl.Trainer) -> bool:
-        """Whether this evaluation is the best so far; rank 0 decides."""
+        """Return whether this evaluation is the best so far; rank 0 decides."""
         if not self.monitor:
             return False
         current = trainer.callback_metrics.get(self.monitor)
@@ -261,7 +262,7 @@ class TimedCheckpoint(ModelCheckpoint):
     # What is kept
 
     def _prune(self, trainer: pl.Trainer) -> None:
-        """Delete what is one too many, once the newest is there: a strategy may write in the background."""
+        """Delete surplus checkpoints once the newest exists: a strategy may write it in the background."""
         newest = Path(self._last_checkpoint_saved)
         if not self._unpruned or not trainer.is_global_zero or not newest.exists():
             return

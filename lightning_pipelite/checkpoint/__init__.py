@@ -1,12 +1,12 @@
-"""Checkpoints of a training: directories of safetensors and JSON, described in docs/checkpoints.md.
+"""Training checkpoints: directories of safetensors and JSON files, described in docs/checkpoints.md.
 
 - :mod:`.layout`, :mod:`.manifest`, :mod:`.encoding`, :mod:`.tensor_file`: the format,
 - :mod:`.reader`: reads it, without Lightning or DeepSpeed; :func:`read_checkpoint` is for other programs,
-- :mod:`.directory`: whole or absent,
-- :mod:`.find`: which one ``last`` is,
-- :mod:`.writer`: copies at once, writes in the background, on all ranks,
+- :mod:`.directory`: atomic replacement of whole directories,
+- :mod:`.find`: resolves ``last``,
+- :mod:`.writer`: writes in the background, on all ranks together,
 - :mod:`.stage_state`: a stage's parameters and optimizer state by name,
-- :mod:`.store`: what the strategy calls.
+- :mod:`.store`: the interface for the strategy.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Directories that are whole or absent: written under another name, renamed at the end, cleaned up after a crash."""
+"""Directories that are complete or absent: written under a temporary name, renamed, cleaned up after a crash."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.ckpt-(?P<kind>partial|old
 
 
 class PartialDirectory:
-    """A directory that is being written, locked as long as its process lives.
+    """A directory that is being written, locked while its process lives.
 
-    What killed processes left beside it is removed first. Partial directories of living ones are left alone.
+    Leftovers of killed processes beside it are removed first; partial directories of live processes are left alone.
 
     Args:
-        target: The name that it is to have in the end.
+        target: Its final path.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
 
     def __init__(self, target: Path) -> None:
@@ -38,10 +38,10 @@ class PartialDirectory:
         self._lock = make_locked(self.path)
 
     def publish(self) -> None:
-        """Give the directory its name, in place of what had that name before."""
+        """Rename the directory to its final name, replacing what had that name before."""
         os.fsync(self._lock)
         former = self._target.with_name(f".{self._target.name}.{self._unique}.ckpt-old")
-        with alone_in(self._target.parent):  # another one would put the former one back between the two
+        with alone_in(self._target.parent):  # else another process may restore the former one in between
             if replaces := os.path.lexists(self._target):
                 self._target.rename(former)
             self.path.rename(self._target)
@@ -58,7 +58,7 @@ class PartialDirectory:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a published directory so that it is never seen in parts."""
+    """Remove a published directory so that it is never seen half removed."""
     doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.ckpt-partial")
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
@@ -66,7 +66,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes have left in ``parent``; put back what they were about to replace."""
+    """Remove leftovers of killed processes from ``parent``, and restore what they were about to replace."""
     with alone_in(parent):
         for path, target, is_old in _temporaries(parent):
             if is_old and not os.path.lexists(target):
@@ -77,19 +77,19 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def former_of(path: Path) -> Path | None:
-    """Return what had the name ``path`` before a process was killed between the two renames of a replacement."""
+    """Return what was called ``path`` before a process was killed between the two renames of a replacement."""
     if not path.parent.is_dir() or os.path.lexists(path):
         return None
     return next((old for old, target, is_old in _temporaries(path.parent) if is_old and target == path), None)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether ``path`` is one that :func:`remove_leftovers` would see to."""
+    """Return whether ``path`` has a temporary name, which :func:`remove_leftovers` would handle."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def target_of(temporary: Path) -> Path:
-    """Return the name that a temporary directory was to have, or had."""
+    """Return the final path of a temporary directory: its path once published, or before it was replaced."""
     match = _TEMPORARY.fullmatch(temporary.name)
     assert match
     return temporary.with_name(match["name"])

@@ -1,4 +1,4 @@
-"""Python objects as JSON and tensors, and back: a closed set of types, so that reading can never run code."""
+"""Encodes Python objects as JSON and tensors, and back: a closed set of types, so that reading never runs code."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 
 INFORMATION = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Keys of Lightning's checkpoint that nothing is restored from: containers of other kinds become dicts and lists there,
+"""Keys of Lightning's checkpoint that nothing is restored from: containers of other types become dicts and lists there,
 and what cannot be encoded is kept as text."""
 
 
 def encode(value: Any, tensors: dict[str, Tensor], where: str = "") -> Any:
-    """Turn ``value`` into what JSON can hold; tensors and arrays go into ``tensors``.
+    """Encode ``value`` for JSON; tensors and arrays go into ``tensors``.
 
-    None, bools, integers, finite floats, strings, lists and dicts with plain strings as keys stand for themselves. All
-    else is a dict with one key, which begins with ``$``: see docs/checkpoints.md.
+    None, bools, integers, finite floats, strings, lists, and dicts with plain string keys are encoded as themselves.
+    Anything else becomes a dict with one key, which begins with ``$``: see docs/checkpoints.md.
 
     Args:
-        value: Anything made of the types of :func:`_tagged` and those above.
-        tensors: Filled with the tensors found, by the names under which the result refers to them.
-        where: The path to ``value``, for the message.
+        value: Any combination of the types above and those of :func:`_tagged`.
+        tensors: Filled with the tensors found, under the names by which the result refers to them.
+        where: Path to ``value``, for the error message.
 
     Raises:
-        ConfigurationError: If something is of another type; the sentence names where it stands.
+        ConfigurationError: If there is a value of another type; the message names its path.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -69,7 +69,7 @@ def _tagged(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(value, (torch.dtype, torch.device)):
         return {f"${type(value).__name__}": str(value).removeprefix("torch.")}
     if where.startswith(INFORMATION):
-        if isinstance(value, Mapping):  # such as OmegaConf's, which resolves its references as it is read
+        if isinstance(value, Mapping):  # such as OmegaConf's, which resolves references on access
             return encode(_read(value, value.keys(), dict), tensors, where)
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             return encode(_read(value, range(len(value)), lambda pairs: [item for _, item in pairs]), tensors, where)
@@ -78,9 +78,9 @@ def _tagged(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 
 
 def _read(container: Any, keys: Iterable[Any], make: Callable[[list[tuple[Any, Any]]], Any]) -> Any:
-    """Return a plain container of another's items.
+    """Return a plain container with the items of another one.
 
-    One that cannot be read, such as a missing value, is kept as text.
+    An item that cannot be read, such as a missing value, is replaced by the error's text.
     """
     pairs = []
     for key in keys:
@@ -122,7 +122,7 @@ def _keep(tensor: Tensor, tensors: dict[str, Tensor], where: str) -> str:
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Decode what :func:`encode` has made.
+    """Decode the result of :func:`encode`.
 
     Raises:
         ConfigurationError: If there is a tag that this version does not know.

@@ -1,4 +1,4 @@
-"""Which checkpoint the user means, found out before a process is started."""
+"""Finds the checkpoint that the user means, before any process is started."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lightning_pipelite.shared.local_path import refuse_remote
 
 
 def find_checkpoint(trainer: pl.Trainer, ckpt_path: Any, checks: bool) -> Any:
-    """Resolve ``ckpt_path="last"``, and hold what was found or named against its manifest.
+    """Resolve ``ckpt_path="last"``, and check the checkpoint found or named against its manifest.
 
     Args:
-        trainer: Whose ModelCheckpoints tell where to look.
-        ckpt_path: Of ``Trainer.fit``.
-        checks: Whether to read all of the files, which one process of a job is enough for.
+        trainer: Trainer whose ModelCheckpoints say where to look.
+        ckpt_path: Argument of ``Trainer.fit``.
+        checks: Whether to read and hash all files of a named checkpoint; one process of a job is enough for that.
 
     Returns:
-        The newest whole checkpoint instead of "last"; else ``ckpt_path`` as it is.
+        The newest intact checkpoint for "last", if there is one; otherwise ``ckpt_path`` unchanged.
 
     Raises:
-        ConfigurationError: If the checkpoint is not whole, or none of several.
+        ConfigurationError: If the named checkpoint, or every one found, is damaged, or if it is beyond ``max_steps``.
     """
     if ckpt_path is None or str(ckpt_path) in ("best", "hpc"):
-        return ckpt_path  # which Lightning resolves
+        return ckpt_path  # resolved by Lightning
     refuse_remote(ckpt_path, "ckpt_path")
     if ckpt_path != "last":
         path = located(Path(ckpt_path))
@@ -50,10 +50,10 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: Any, checks: bool) -> Any:
 
 
 def require_last(trainer: pl.Trainer) -> None:
-    """Refuse ``last`` where there is no checkpoint; in Python it may mean one if there is one, as in Lightning.
+    """Refuse ``last`` when there is no checkpoint; from Python this is allowed, as in Lightning.
 
     Raises:
-        ConfigurationError: Naming where was looked.
+        ConfigurationError: Naming the directories that were searched.
     """
     directories = _directories(trainer)
     if newest(directories)[0] is None:
@@ -66,7 +66,7 @@ def _directories(trainer: pl.Trainer) -> list[Path]:
 
 
 def _check_limit(trainer: pl.Trainer, path: Path) -> None:
-    """Lightning looks at max_epochs only, and later."""
+    """Refuse a checkpoint beyond ``max_steps``: Lightning checks ``max_epochs`` only, and later."""
     step = read_json(path / META)["step"]
     if trainer.state.fn == TrainerFn.FITTING and -1 < trainer.max_steps < step:
         raise ConfigurationError(

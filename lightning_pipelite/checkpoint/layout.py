@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files, and the version of their format (docs/checkpoints.md describes it)."""
+"""The names of a checkpoint's files, and the version of their format, described in docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ STAGE_TENSORS = "stage-{:02d}.safetensors"
 STAGE_SETTINGS = "stage-{:02d}.json"
 
 PARAMETER, BUFFER, OPTIMIZER, GROUP = "parameter/", "buffer/", "optimizer/", "group/"
-"""What the names of tensors in a stage's file begin with: ``parameter/NAME``, ``optimizer/NAME/KEY``, ..."""
+"""Prefixes of the tensor names in a stage's file: ``parameter/NAME``, ``optimizer/NAME/KEY``, ..."""

@@ -1,4 +1,4 @@
-"""The state of Lightning's fit loop in a checkpoint, put right where Lightning would not resume exactly from it."""
+"""Corrects the state of Lightning's fit loop in a checkpoint where Lightning would not resume exactly from it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _EVALUATED = "epoch_loop.val_loop.batch_progress"
 
 
 def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evaluated: bool) -> dict[str, Any]:
-    """Return the state of the fit loop when the last step ended.
+    """Return the state of the fit loop as of the end of the last step.
 
-    Until the next step ends the weights are what they were then, so that a checkpoint that is asked for in between can
-    still be that of the last step.
+    The weights do not change until the next step ends, so a checkpoint requested in between can still be that of the
+    last step.
 
     Args:
-        fit_loop: Its ``state_dict()``, now.
-        ahead: How many micro-batches have been taken since.
-        loaders: The states of the data loaders at that time.
-        evaluated: Whether there was an evaluation right after that step.
+        fit_loop: Its current ``state_dict()``.
+        ahead: Number of micro-batches fetched since then.
+        loaders: The states of the data loaders at the end of that step.
+        evaluated: Whether an evaluation ran right after that step.
     """
     fit_loop = copy.deepcopy(fit_loop)
     for span in ("total", "current"):
         counts = fit_loop[_BATCHES][span]
         ready = counts["ready"] - ahead
-        # Within the last hook of a batch, or within the evaluation that follows: there Lightning can resume.
+        # As in the last hook of a batch, or in the evaluation that follows it: Lightning can resume from both.
         counts.update(ready=ready, started=ready, processed=ready, completed=ready if evaluated else ready - 1)
-        epoch = fit_loop["epoch_progress"][span]  # under way, though one that is stopped here may have been counted
+        epoch = fit_loop["epoch_progress"][span]  # still under way, though stopping here may have counted it already
         epoch.update(processed=epoch["ready"] - 1, completed=epoch["ready"] - 1)
     fit_loop[_BATCHES]["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts a step after its hooks
@@ -43,11 +43,11 @@ def at_step_end(fit_loop: dict[str, Any], ahead: int, loaders: list[Any], evalua
 def before_training(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
     """Return the state of the fit loop before the first micro-batch.
 
-    Lightning (2.6) would count a step when it resumes.
+    From the uncorrected state, Lightning (2.6) would count a step on resuming.
 
     Args:
         fit_loop: Its ``state_dict()``.
-        loaders: The states of the data loaders if they are others than in ``fit_loop``.
+        loaders: The states of the data loaders, if they differ from those in ``fit_loop``.
     """
     fit_loop = copy.deepcopy(fit_loop)
     if loaders:
@@ -62,11 +62,11 @@ def before_training(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, A
 def before_evaluation(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str, Any]:
     """Return the state of the fit loop between a step and the evaluation right after it, or within that evaluation.
 
-    As one that was stopped within the evaluation, at its first batch: that Lightning (2.6) takes up from the beginning.
+    It is the state of a run stopped at the evaluation's first batch: Lightning (2.6) then starts the evaluation again.
 
     Args:
         fit_loop: Its ``state_dict()``, in the last hook of a batch or later.
-        loaders: The states of the data loaders if they are others than in ``fit_loop``.
+        loaders: The states of the data loaders, if they differ from those in ``fit_loop``.
     """
     fit_loop = copy.deepcopy(fit_loop)
     for span in ("total", "current"):
@@ -80,19 +80,19 @@ def before_evaluation(fit_loop: dict[str, Any], loaders: list[Any]) -> dict[str,
 
 
 def between_batches(fit_loop: dict[str, Any], loaders: list[Any], evaluated: bool, training: bool) -> dict[str, Any]:
-    """Return the state of the fit loop that an error has stopped between a step and the first micro-batch of the next.
+    """Return the state of a fit loop that an error has stopped between a step and the first micro-batch of the next.
 
     Args:
-        fit_loop: Its ``state_dict()``, now.
-        loaders: The states of the data loaders when the step ended.
-        evaluated: Whether there was an evaluation right after that step.
-        training: Whether the error was not in an evaluation.
+        fit_loop: Its current ``state_dict()``.
+        loaders: The states of the data loaders at the end of the step.
+        evaluated: Whether an evaluation ran right after that step.
+        training: Whether the error occurred outside an evaluation.
     """
     fit_loop = copy.deepcopy(fit_loop)
     if loaders:
         fit_loop["state_dict"]["combined_loader"] = loaders
     epoch, batches = fit_loop["epoch_progress"]["current"], fit_loop[_BATCHES]["current"]
-    if epoch["started"] < epoch["ready"]:  # in the first hooks of an epoch, which then has not begun
+    if epoch["started"] < epoch["ready"]:  # in the first hooks of an epoch, so it has not begun
         for span in ("total", "current"):
             fit_loop["epoch_progress"][span]["ready"] -= 1
     elif training and epoch["processed"] < epoch["ready"] and 0 < batches["ready"] == batches["completed"]:
@@ -103,16 +103,16 @@ def between_batches(fit_loop: dict[str, Any], loaders: list[Any], evaluated: boo
 
 
 def after_last_batch(fit_loop: dict[str, Any], by_steps: bool) -> None:
-    """Put the state from ``on_train_epoch_end`` or later right, in place; leave others as they are.
+    """Correct, in place, a state saved in ``on_train_epoch_end`` or later; leave others unchanged.
 
-    If the epoch's data was used up, it is counted as complete, and its last batch as not quite, from which Lightning
-    (2.6) resets the counts of batches. Without, with ``max_steps`` it resumes within the epoch that has ended, and
-    repeats the order of its data; with ``max_epochs`` it takes such a state up as it should. If training was stopped
-    within the epoch, Lightning has counted that all the same; then the state becomes that of the last batch.
+    If the epoch's data was used up, the epoch is counted as complete and its last batch as not yet completed, so that
+    Lightning (2.6) resets the batch counts. Uncorrected, with ``max_steps`` it would resume within the epoch that has
+    ended and repeat the order of its data; with ``max_epochs`` it needs no correction. If training was stopped within
+    the epoch, Lightning has counted the epoch nevertheless; the state then becomes that of the last batch.
 
     Args:
         fit_loop: The state; a second call changes nothing.
-        by_steps: Whether the training that resumes has ``max_steps``.
+        by_steps: Whether the resuming training has ``max_steps``.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop[_BATCHES]
     now, batch = epochs["current"], batches["current"]
@@ -126,20 +126,20 @@ def after_last_batch(fit_loop: dict[str, Any], by_steps: bool) -> None:
         done = number if over else number - 1
         epochs[span].update(ready=number, started=number, processed=done, completed=done)
         batches[span]["completed"] = batches[span]["ready"] - 1
-    batches["is_last_batch"] = False  # else Lightning would count the epoch once more
+    batches["is_last_batch"] = False  # otherwise Lightning would count the epoch again
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[int, int]) -> None:
-    """Adjust the counters of micro-batches, which Lightning counts on one replica.
+    """Adjust the micro-batch counters, which Lightning keeps per replica, to the current number of replicas.
 
     Args:
-        loops: All loops' states, changed in place.
-        before: The numbers of replicas and of micro-batches a step of each, when the checkpoint was written.
+        loops: The states of all loops, changed in place.
+        before: Numbers of replicas and of micro-batches per step on each, when the checkpoint was written.
         after: The same now.
 
     Raises:
-        ConfigurationError: If the global batch is another one.
+        ConfigurationError: If the global batch size differs.
     """
     if before == after:
         return
@@ -159,5 +159,5 @@ def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[in
         )
     progress = loops["fit_loop"][_BATCHES]
     for span in ("total", "current"):
-        # A last round that is not full is filled up.
+        # An incomplete last round counts as a full one.
         recount(progress[span], -(-progress[span]["ready"] * replicas // replicas_now))

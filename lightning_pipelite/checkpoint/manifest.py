@@ -1,4 +1,4 @@
-"""The manifest: which files a checkpoint has, with their sizes and hashes; whatever differs from it is refused."""
+"""The manifest lists the files of a checkpoint with their sizes and hashes; a checkpoint that differs is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADVICE = "name another checkpoint, or `last`, which takes the newest whole one"
 
 
 def write_manifest(directory: Path, files: dict[str, Written]) -> None:
-    """Write the manifest over ``files``, and the hash of the manifest as sha256sum prints it."""
+    """Write the manifest of ``files``, and the manifest's hash in the format of sha256sum."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -31,7 +31,7 @@ def read_manifest(directory: Path) -> dict[str, Written]:
     """Return the files of a checkpoint, from its manifest.
 
     Raises:
-        ConfigurationError: If this is no checkpoint, its manifest is damaged, or its version is another.
+        ConfigurationError: If this is not a checkpoint, its manifest is damaged, or its version differs.
     """
     if directory.is_file() and _is_lightnings(directory):
         raise ConfigurationError(
@@ -60,15 +60,15 @@ def read_manifest(directory: Path) -> dict[str, Written]:
 
 
 def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]) -> None:
-    """Hold files against the manifest.
+    """Check files against the manifest.
 
     Args:
         directory: The checkpoint.
         files: From :func:`read_manifest`.
-        names: Those of them to check; the sizes of all are checked at any rate.
+        names: The files whose hashes are checked; sizes are always checked for all.
 
     Raises:
-        ConfigurationError: For the first that is missing, cut short or altered.
+        ConfigurationError: For the first file that is missing, truncated or altered.
     """
     for name, expected in files.items():
         try:
@@ -85,7 +85,7 @@ def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]
 
 
 def _is_lightnings(file: Path) -> bool:
-    """By what torch.save begins its files with: those of zip archives, and of pickles before them."""
+    """Return whether a file begins as torch.save writes it: as a zip archive or, before those, as a pickle."""
     try:
         with file.open("rb") as opened:
             return opened.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint may be called in place of its directory; nothing long is imported for it."""
+"""Errors about ``best`` and ``last``, which stand for a checkpoint's directory, without slow imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def refuse_best() -> None:
-    """Refuse ``best`` where nothing has been trained yet.
+    """Refuse ``best`` in a process that has not trained anything.
 
     Raises:
         ConfigurationError: Always.
@@ -21,10 +21,10 @@ def refuse_best() -> None:
 
 
 def refuse_last(directories: Sequence[Path]) -> None:
-    """Refuse ``last`` where there is no checkpoint.
+    """Refuse ``last`` when there is no checkpoint.
 
     Args:
-        directories: Where was looked.
+        directories: The directories that were searched.
 
     Raises:
         ConfigurationError: Always.

@@ -1,4 +1,4 @@
-"""The file system as it will be when all that is promised is done."""
+"""A view of the file system as it will be once all pending work is done."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class PromisedFiles:
-    """Stands before a callback's file system (fsspec's), and answers ``exists`` for what is under way.
+    """Wraps a callback's file system (fsspec) so that ``exists`` accounts for pending writes and removals.
 
-    Checkpoints are written and removed in the background. Lightning's ModelCheckpoint takes a name that is not there
-    for free, so that a second one in the same folder would take the first one's name, and each delete the other's.
+    Checkpoints are written and removed in the background. Lightning's ModelCheckpoint considers a name free if it does
+    not exist, so a second one in the same directory would take the first one's name, and each would delete the other's.
 
     Args:
-        files: The callback's own.
-        promised: For a path, whether it will be there; None if nothing is under way with it.
+        files: The callback's own file system.
+        promised: Returns whether a path will exist; None if nothing is pending for it.
     """
 
     def __init__(self, files: Any, promised: Callable[[Path], bool | None]) -> None:
         self._files, self._promised = files, promised
 
     def exists(self, path: Any, **options: Any) -> bool:
-        """Tell whether a path exists, or is a checkpoint that is being written."""
-        promised = self._promised(Path(os.path.realpath(path)))  # of a link: what it leads to
+        """Return whether a path exists, or will once pending work is done."""
+        promised = self._promised(Path(os.path.realpath(path)))  # a link counts as its target
         return bool(self._files.exists(path, **options)) if promised is None else promised
 
     def __getattr__(self, name: str) -> Any:
@@ -35,7 +35,7 @@ class PromisedFiles:
 
 
 def see_promises(callbacks: Iterable[pl.Callback], promised: Callable[[Path], bool | None]) -> Callable[[], None]:
-    """Let all ModelCheckpoints see what is promised, after their ``setup``; return what puts their own back."""
+    """Wrap the file systems of all ModelCheckpoints, after their ``setup``; return a function that undoes this."""
     seeing = [(callback, callback._fs) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     for callback, files in seeing:
         callback._fs = PromisedFiles(files, promised)

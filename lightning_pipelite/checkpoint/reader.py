@@ -27,17 +27,17 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def read_checkpoint(directory: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """Return what a checkpoint is of, and what it has trained.
+    """Return a checkpoint's metadata and its trained parameters.
 
     Args:
-        directory: The checkpoint. Every file is held against its hash first.
+        directory: The checkpoint. Every file is first checked against its hash.
 
     Returns:
         The content of ``meta.json`` (see docs/checkpoints.md), and an iterator over the trained parameters by name, on
-        the CPU, each read from the disk when its turn comes. A parameter that several stages share comes once.
+        the CPU, each read from disk on demand. A parameter that several stages share is yielded once.
 
     Raises:
-        ConfigurationError: If this is not a whole checkpoint.
+        ConfigurationError: If this is not an intact checkpoint.
     """
     path = located(Path(directory))
     meta = check_whole(path)
@@ -45,20 +45,20 @@ def read_checkpoint(directory: str | Path) -> tuple[dict[str, Any], Iterator[tup
 
 
 def located(path: Path) -> Path:
-    """Return the checkpoint of that name, be it that a process was killed while it replaced it."""
+    """Return the checkpoint of that name, even if a process was killed while replacing it."""
     return former_of(path) or path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a directory that was written as a checkpoint, whole or not: other kinds have none of these."""
+    """Return whether a directory was written as a checkpoint, intact or not: others have none of these files."""
     return any((path / name).is_file() for name in (MANIFEST_HASH, STAGE_TENSORS.format(0)))
 
 
 def check_whole(path: Path) -> dict[str, Any]:
-    """Hold every file against its hash, and return the content of ``meta.json``.
+    """Check every file against its hash, and return the content of ``meta.json``.
 
     Raises:
-        ConfigurationError: If this is not a whole checkpoint.
+        ConfigurationError: If this is not an intact checkpoint.
     """
     files = read_manifest(path)
     check_files(path, files, files)
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 def stage_tensors(
     path: Path, stages: int, wanted: Callable[[str], bool], skip: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of all stages whose names are ``wanted``, each once, by names without ``skip`` letters."""
+    """Yield the ``wanted`` tensors of all stages, each once, without the first ``skip`` characters of their names."""
     seen: set[str] = set()
     for stage in range(stages):
         with _opened(path / STAGE_TENSORS.format(stage)) as opened:
@@ -85,7 +85,7 @@ def stage_tensors(
 
 
 def stage_settings(path: Path, stages: int) -> list[dict[str, Any]]:
-    """Return the optimizer's settings, as each stage has them."""
+    """Return the settings of each stage's optimizer."""
     return [read_json(path / STAGE_SETTINGS.format(stage)) for stage in range(stages)]
 
 
@@ -97,13 +97,13 @@ def trainer_state(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def newest(directories: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint in some directories.
+    """Return the newest intact checkpoint in some directories.
 
     Returns:
-        Its path, or None if there is no checkpoint at all; and a sentence for each newer one that is unsound.
+        Its path, or None if there is no checkpoint at all; and a sentence about each newer one that is damaged.
 
     Raises:
-        ConfigurationError: If there are checkpoints, but none is whole: nobody wants to begin anew without a word.
+        ConfigurationError: If there are checkpoints but none is intact: training must not silently start from scratch.
     """
     found = [path for directory in directories if directory.is_dir() for path in _whole_or_replaced(directory)]
     passed_over: list[str] = []
@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Return what has its hash, but is not what it should be: somebody has made it so."""
+    """Report a file that cannot be read although its hash is right: someone has rewritten both."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -150,7 +150,7 @@ def _whole_or_replaced(directory: Path) -> Iterator[Path]:
 
 
 def _written_at(path: Path) -> tuple[float, str]:
-    """When it was written; not the time of the files, which a copy does not keep."""
+    """Return when it was written, by its metadata: copying may change file times, which are only the fallback."""
     try:
         meta = read_json(path / META)
         return float(meta["written_at"]), path.name

@@ -1,4 +1,4 @@
-"""A stage's trained parameters, buffers and optimizer state as tensors by name, and back."""
+"""Saves a stage's trained parameters, buffers and optimizer state as tensors by name, and loads them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_pipelite.optim.offloaded import OffloadedOptimizer, class_of
 
 
 def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what is written of a stage: the tensors of its file, not copied, and its settings, which are JSON.
+    """Return what is saved of a stage: the tensors of its file, not copied, and its settings, ready for JSON.
 
     Raises:
-        ConfigurationError: If the optimizer keeps something that JSON and tensors cannot hold.
+        ConfigurationError: If the optimizer holds something that cannot be expressed as JSON and tensors.
     """
     trained = _trained(stage)
     tensors: dict[str, Tensor] = {PARAMETER + name: p.detach() for name, p in trained.items()}
@@ -31,11 +31,11 @@ def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str
     for index, group in enumerate(optimizer.param_groups):
         kept: dict[str, Any] = {}
         for key, value in group.items():
-            if isinstance(value, Tensor):  # optimi counts its steps in a tensor of the group
+            if isinstance(value, Tensor):  # optimi keeps its step count in a tensor of the group
                 tensors[f"{GROUP}{index}/{key}"] = value.detach()
             elif key != "params":
                 kept[key] = encode(value, {}, f"the optimizer's group {index}, {key}")
-        # optimi completes a group by its parameters: without any, wrongly
+        # optimi infers options of a group from its parameters, and gets them wrong if there are none
         settings["groups"].append(kept if group["params"] else {})
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -47,7 +47,7 @@ def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str
 
 
 def state_names(stage: nn.Module) -> set[str]:
-    """Return the names under which a stage's parameters and buffers stand in a file."""
+    """Return the names of a stage's trained parameters and buffers in a checkpoint file."""
     return {PARAMETER + name for name in _trained(stage)} | {BUFFER + name for name, _ in _persistent_buffers(stage)}
 
 
@@ -59,16 +59,15 @@ def load_parameters(
     Args:
         path: The checkpoint.
         stages: How many stages wrote it.
-        stage: Where to load them.
-        everyones: The :func:`state_names` of all stages.
-        strict: Whether the checkpoint has to have all of them, and no others.
+        stage: The stage to load them into.
+        everyones: The :func:`state_names` of all stages together.
+        strict: Whether the checkpoint must hold exactly these names.
 
     Returns:
-        The names that the checkpoint lacks, and those that it has beside; empty if ``strict``.
+        The names missing from the checkpoint, and the unexpected ones in it; both empty if ``strict``.
 
     Raises:
-        ConfigurationError: If the checkpoint lacks one or has one more, and ``strict``; or has one of another shape or
-            dtype.
+        ConfigurationError: If ``strict`` and a name is missing or unexpected, or if a shape or dtype differs.
     """
     wanted: dict[str, Tensor] = {PARAMETER + name: p.data for name, p in _trained(stage).items()}
     wanted |= {BUFFER + name: b.data for name, b in _persistent_buffers(stage)}
@@ -96,17 +95,17 @@ def load_parameters(
         raise ConfigurationError(
             f"{path} holds the {kind} {name}, which is not trained here: it is of another model or adapter."
         )
-    for key, tensor in wanted.items():  # all or nothing
+    for key, tensor in wanted.items():  # only after all checks: all or nothing
         if key in found:
             tensor.copy_(found[key])
     return missing, more
 
 
 def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of the optimizer's groups in a checkpoint, encoded, if it is of the same optimizer.
+    """Check that a checkpoint is of the same optimizer, and return the settings of its groups, still encoded.
 
     Raises:
-        ConfigurationError: If the checkpoint is of another optimizer, or has none.
+        ConfigurationError: If the checkpoint is of another optimizer, or has none, or has another number of groups.
     """
     settings = stage_settings(path, stages)
     if (saved := settings[0]["optimizer"]) != _kind(optimizer):
@@ -122,10 +121,10 @@ def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[
 
 
 def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimizer) -> None:
-    """Load the optimizer state of this stage's parameters, by name, and the settings of its groups.
+    """Load the optimizer state of this stage's parameters, by name, and the settings of the optimizer's groups.
 
     Raises:
-        ConfigurationError: If the checkpoint is of another optimizer, or has none.
+        ConfigurationError: As :func:`check_optimizer`.
     """
     trained = _trained(stage)
     groups = check_optimizer(path, stages, optimizer)
@@ -142,7 +141,7 @@ def load_optimizer(path: Path, stages: int, stage: nn.Module, optimizer: Optimiz
             group[name] = value.to(group[name].device) if isinstance(group.get(name), Tensor) else value
         elif (parameter := trained.get(_parameter_of(key))) is not None:
             name, group = key.rsplit("/", 1)[1], group_of.get(id(parameter), {})
-            # As torch does it: a count of steps stays on the host, unless the optimizer is to leave it on the device.
+            # As in torch, a step count stays on the host unless the optimizer is capturable or fused.
             on_host = not isinstance(value, Tensor) or (
                 name == "step" and not (group.get("capturable") or group.get("fused"))
             )

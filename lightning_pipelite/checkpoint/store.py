@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as the strategy sees them."""
+"""The strategy's interface to the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class CheckpointStore:
     """Saves and loads checkpoints. All methods but ``wait`` and ``remove`` are collective.
 
     Args:
-        topology: Of the job.
-        rank: Of this process.
-        device: Where its stage is.
+        topology: Topology of the job.
+        rank: Rank of this process.
+        device: Device of its stage.
         timeout: How long a rank may take to write its files.
     """
 
@@ -59,17 +59,17 @@ class CheckpointStore:
         """Copy everything to host memory and return; the files are written in the background.
 
         Args:
-            path: The directory to write; an older checkpoint of that name is replaced.
-            state: Of the Trainer; only rank 0's is written.
-            meta: What ``meta.json`` says of the checkpoint.
+            path: Directory to write; an older checkpoint of that name is replaced.
+            state: State of the Trainer; only rank 0's is written.
+            meta: Content of ``meta.json``, without the time of writing.
             stage: This rank's stage.
-            optimizer: Its optimizer, if its state is to be saved.
+            optimizer: Its optimizer, if the optimizer state is to be saved.
 
         Raises:
-            ConfigurationError: If there is something in ``state`` or of the optimizer that cannot be written.
+            ConfigurationError: If ``state`` or the optimizer state holds something that cannot be written.
             RuntimeError: On every rank, if a trained parameter or the optimizer's state is not finite.
         """
-        self._writer.wait()  # it writes from the memory that is copied to
+        self._writer.wait()  # it reads from the memory that is about to be overwritten
         files: dict[str, Callable[[Path], Written]] = {}
         tensors: dict[str, Tensor] = {}
         if self._writes:
@@ -78,10 +78,9 @@ class CheckpointStore:
             files[layout.STAGE_TENSORS.format(self._stage_id)] = self._copy.write
             files[layout.STAGE_SETTINGS.format(self._stage_id)] = _json_writer(settings)
         if self._leads:
-            with contextlib.suppress(OSError):  # told by what writes
-                path.absolute().parent.mkdir(
-                    parents=True, exist_ok=True
-                )  # at once: ModelCheckpoint may put a link there
+            with contextlib.suppress(OSError):  # reported by the writer
+                # Now rather than in the background: ModelCheckpoint may put a link there.
+                path.absolute().parent.mkdir(parents=True, exist_ok=True)
             kept: dict[str, Tensor] = {}
             encoded = encode(state, kept)
             self._trainer_copy.take(kept)
@@ -89,64 +88,64 @@ class CheckpointStore:
             files[layout.TRAINER_TENSORS] = self._trainer_copy.write
             files[layout.META] = _json_writer({**meta, "written_at": time.time()})
         if self._writes:
-            self._copy.finish()  # late: what is prepared meanwhile does not make the step wait longer
-        kinds = (layout.PARAMETER, layout.OPTIMIZER)  # buffers may be infinite: masks are
+            self._copy.finish()  # late, so that the work above overlaps with the copy
+        kinds = (layout.PARAMETER, layout.OPTIMIZER)  # not buffers: masks hold infinities
         trained = {name.removeprefix(kinds[0]): t for name, t in tensors.items() if name.startswith(kinds)}
         refuse_not_finite(f"the checkpoint {path}", trained, self._topology, self._writer.share)
         self._writer.start(path.absolute(), files)
 
     def reserve(self, stage: nn.Module, optimizer: Optimizer) -> None:
-        """Have the host memory for a checkpoint ready, so that not even the first copy waits for it."""
+        """Allocate the host memory for a checkpoint, so that not even the first save waits for it."""
         if self._writes:
             self._copy.reserve(size_of(stage_state(stage, optimizer)[0]))
 
     def remove(self, path: Path) -> None:
-        """Remove a checkpoint, once all that is being written is safely on the disk; called on rank 0."""
+        """Remove a checkpoint once all pending writes are safely on disk. Called on rank 0."""
         self._writer.remove(path.absolute())
 
     def promised(self, path: Path) -> bool | None:
-        """Whether a checkpoint will be there when all is done; None if nothing is to be done with it. On rank 0."""
+        """Return whether a checkpoint will exist once pending work is done; None if nothing is pending. On rank 0."""
         return self._writer.promised(path.absolute())
 
     @property
     def closed(self) -> bool:
-        """Whether nobody will wait for what is saved now: the training has ended."""
+        """Whether training has ended, so that nothing will wait for what is saved now."""
         return self._writer.closed
 
     @property
     def failure(self) -> str | None:
-        """Why what was written last is not there; not while something is being written."""
+        """Why the last write failed, or None; not to be read while something is being written."""
         return self._writer.failure
 
     def share(self, mine: Any) -> list[Any]:
-        """Return what every rank has."""
+        """Gather ``mine`` from every rank."""
         self._writer.wait()
         return self._writer.share(mine)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when nothing is being written, or after some time."""
+        """Wait until nothing is being written, or for at most ``seconds``."""
         self._writer.wait(seconds)
 
     def close(self) -> None:
-        """Wait, and give the memory back."""
+        """Wait for pending writes, and free the host memory."""
         self._writer.close()
         self._copy.release()
 
     def open(
         self, path: Path, identity: dict[str, Any], may_differ: Mapping[str, tuple[bool, str]] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Hold a checkpoint against its manifest, each rank some of its files, and read what it says of the Trainer.
+        """Check a checkpoint against its manifest, each rank some of the files, and read the Trainer's state.
 
         Args:
-            path: The checkpoint; rank 0's is taken.
-            identity: Of the model and what is trained of it, as in ``meta``.
-            may_differ: Keys of it that may be another's: whether that is allowed, and the option that allows it.
+            path: The checkpoint; rank 0's value counts.
+            identity: Identity of the model and of what is trained, as in ``meta``.
+            may_differ: Keys of it that may differ: whether that is allowed, and the option that allows it.
 
         Returns:
             The Trainer's state and ``meta``.
 
         Raises:
-            ConfigurationError: If it is not whole, or of another model or adapter; the same on every rank.
+            ConfigurationError: If it is damaged, or of another model or adapter; the same on every rank.
         """
         self._writer.wait()
         path = located(self._writer.share(path.absolute())[0])
@@ -167,8 +166,8 @@ class CheckpointStore:
         """Load this rank's trained parameters from the checkpoint that was opened last.
 
         Args:
-            stage: Where to.
-            strict: Whether it has to have all of them, and no others; what differs is told otherwise.
+            stage: The stage to load them into.
+            strict: Whether the checkpoint must hold exactly these; otherwise differences are reported as warnings.
 
         Raises:
             ConfigurationError: If it is of another model or adapter; the same on every rank.
@@ -184,7 +183,7 @@ class CheckpointStore:
                 rank_zero_warn(f"{path} {what.format(', '.join(found))}; strict_loading is False, so this is let pass.")
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse to load what the checkpoint that was opened last has of another optimizer.
+        """Refuse the checkpoint that was opened last if it is of another optimizer.
 
         Raises:
             ConfigurationError: If it is of another class, or has other groups; the same on every rank.
@@ -208,7 +207,7 @@ class CheckpointStore:
         self._together(lambda: load_optimizer(path, meta["stages"], stage, optimizer))
 
     def _together(self, action: Callable[[], None]) -> None:
-        """Do it on every rank, and raise on every rank what one has raised."""
+        """Run ``action`` on every rank; if it fails on one, raise its error on all."""
         failure: str | None = None
         try:
             action()
@@ -221,12 +220,12 @@ class CheckpointStore:
 def refuse_another(
     path: Path, saved: dict[str, Any], ours: dict[str, Any], may_differ: Mapping[str, tuple[bool, str]]
 ) -> None:
-    """Refuse a checkpoint of something else.
+    """Refuse a checkpoint of another model or adapter.
 
     Args:
         path: The checkpoint, for the message.
-        saved: Its identity: whatever JSON the module gives.
-        ours: That of what is to be trained.
+        saved: Its identity: any JSON that the module provides.
+        ours: The identity of what is to be trained.
         may_differ: Keys that may differ: whether that is allowed, and the option that allows it.
 
     Raises:

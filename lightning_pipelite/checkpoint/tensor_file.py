@@ -1,9 +1,9 @@
-"""A safetensors file whose data is gathered in host memory first and written later.
+"""A safetensors file whose data is first copied to host memory and written later.
 
 The format is an unsigned 64-bit little-endian header length, the JSON header, and the data
 (https://github.com/huggingface/safetensors#format). The library's ``save_file`` would copy every tensor once more and
-hold Python's interpreter lock while it writes, which stops the training that goes on beside it, and the file would have
-to be read again to be hashed. It is the library that reads.
+hold the GIL while writing, which would stall the training running in parallel, and the file would have to be read again
+to be hashed. Reading does use the library.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NAMES = {
 class HostCopy:
     """Tensors copied to host memory, in the order in which the file holds them.
 
-    The memory is kept for the next copy. For a GPU's tensors it is page-locked: such a copy runs several times as fast.
+    The memory is reused for the next copy. For a GPU's tensors it is page-locked, so the copy is several times as fast.
 
     Args:
-        device: Where the tensors are.
+        device: Device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,29 +44,29 @@ class HostCopy:
         self._size = 0
 
     def reserve(self, size: int) -> None:
-        """Have ``size`` bytes ready: page-locking takes about as long as several copies."""
+        """Allocate ``size`` bytes in advance: page-locking takes about as long as several copies."""
         if self._memory.numel() >= size:
             return
         self.release()
         self._memory = torch.empty(size, dtype=torch.uint8)
         if self._device.type == "cuda":
-            # Not pin_memory(): that rounds every allocation up to a power of two.
+            # Not pin_memory(), which rounds every allocation up to a power of two.
             result = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)
-            self._locked = int(result) == 0  # else it is merely slower
+            self._locked = int(result) == 0  # otherwise copies are just slower
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._locked:
-            self.finish()  # if what was to be done meanwhile has failed
+            self.finish()  # after a failure a copy may still be in flight
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
             self._locked = False
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to copy ``tensors``; they may be changed after :meth:`finish`.
+        """Start to copy ``tensors``, which must not change before :meth:`finish` returns.
 
         Raises:
-            ConfigurationError: If one is of a dtype that the format does not have.
+            ConfigurationError: If the format does not support the dtype of one of them.
         """
         places, self._size = _layout(tensors)
         self.reserve(self._size)
@@ -79,22 +79,22 @@ class HostCopy:
         self._header = len(header).to_bytes(8, "little") + header
 
     def finish(self) -> None:
-        """Return when all has been copied."""
+        """Wait until everything has been copied."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def write(self, path: Path) -> Written:
-        """Write what was taken, down to the disk."""
+        """Write the copied tensors and sync the file to disk."""
         return write_file(path, self._header, memoryview(self._memory.numpy()[: self._size]))
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the bytes of host memory that a copy of ``tensors`` takes."""
+    """Return the host memory that a copy of ``tensors`` takes, in bytes."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], int]:
-    """Where each tensor stands; those with the widest items first, so that each is aligned."""
+    """Return the header entries of the tensors, widest dtypes first so that each is aligned, and the data's size."""
     places: dict[str, dict[str, Any]] = {}
     end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):

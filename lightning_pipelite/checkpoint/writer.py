@@ -16,17 +16,17 @@ from lightning_pipelite.checkpoint.manifest import write_manifest
 from lightning_pipelite.checkpoint.written_file import Written
 
 Files = Mapping[str, Callable[[Path], Written]]
-"""The files that a rank writes: by name, what writes one to a path."""
+"""The files that a rank writes: for each name, a function that writes the file to a path."""
 
 
 class CheckpointWriter:
-    """One thread a rank, one checkpoint at a time; rank 0 makes the directory and publishes it when all have written.
+    """One thread per rank, one checkpoint at a time; rank 0 creates the directory and publishes it once all are done.
 
-    The ranks talk over a process group of their own, over which nothing else is sent. Building it is collective.
+    The ranks communicate over a process group used for nothing else. Construction is collective.
 
     Args:
-        rank: Of this process.
-        world_size: The number of ranks.
+        rank: Rank of this process.
+        world_size: Number of ranks.
         timeout: How long a rank may take to write its files.
     """
 
@@ -36,14 +36,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._busy, self._path = False, Path()
-        self.failure: str | None = None  # of what was written last
+        self.failure: str | None = None  # of the last write
         self.closed = False
         self._doomed: list[Path] = []
 
     def start(self, path: Path, files: Files) -> None:
-        """Write a checkpoint in the background, once the one before is done. Called on every rank.
+        """Write a checkpoint in the background, once the previous one is done. Called on every rank.
 
-        A failure is reported by a warning: the training goes on, and earlier checkpoints stay.
+        A failure is reported as a warning: training continues, and earlier checkpoints stay.
         """
         self.wait()
         with self._lock:
@@ -53,35 +53,35 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when nothing is being written, or after some time."""
+        """Wait until nothing is being written, or for at most ``seconds``."""
         if self._thread is not None:
             self._thread.join(seconds)
             if not self._thread.is_alive():
                 self._thread = None
 
     def close(self) -> None:
-        """Wait; from now on the ranks talk over the default group: this job's own is about to be destroyed."""
+        """Wait; afterwards the ranks use the default process group, as the writer's own is about to be destroyed."""
         self.wait()
         self.closed = True
         if self._group is not None:
             self._group = dist.group.WORLD
 
     def remove(self, path: Path) -> None:
-        """Remove a checkpoint; while a newer one is not safely on the disk, wait with it. Called on rank 0."""
+        """Remove a checkpoint, but not before a newer one is safely on disk. Called on rank 0."""
         with self._lock:
             self._doomed.append(path)
             if not self._busy and self.failure is None:
                 self._remove_doomed()
 
     def promised(self, path: Path) -> bool | None:
-        """Whether a checkpoint will be there when all is done; None if nothing is to be done with it."""
+        """Return whether a checkpoint will exist once pending work is done; None if nothing is pending for it."""
         with self._lock:
             if path in self._doomed:
                 return False
             return True if self._busy and path == self._path else None
 
     def share(self, mine: Any) -> list[Any]:
-        """Return what every rank has; not while something is being written. Collective."""
+        """Gather ``mine`` from every rank; not to be called while something is being written. Collective."""
         shared: list[Any] = [mine]
         if self._group is not None:
             shared = [None] * dist.get_world_size(self._group)
@@ -92,7 +92,7 @@ class CheckpointWriter:
         error: str | None
         try:
             error = self._write_together(path, files)
-        except Exception as exception:  # another rank is gone
+        except Exception as exception:  # such as: another rank has died
             error = _described(exception)
         with self._lock:
             self._busy, self.failure = False, error
@@ -104,7 +104,7 @@ class CheckpointWriter:
             )
 
     def _write_together(self, path: Path, files: Files) -> str | None:
-        """Write; return what went wrong, the same on every rank."""
+        """Write, and return what went wrong, if anything, the same on every rank."""
         partial: PartialDirectory | None = None
         try:
             made: Path | str = path

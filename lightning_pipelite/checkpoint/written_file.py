@@ -1,4 +1,4 @@
-"""A new file, down to the disk, and what the manifest says of it."""
+"""Writes a file, synced to disk, and returns its entry for the manifest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _CHUNK = 16 * 2**20
 
 @dataclass(frozen=True)
 class Written:
-    """What the manifest says of a file: its size in bytes and its SHA-256."""
+    """The manifest's entry for a file: its size in bytes and its SHA-256."""
 
     size: int
     sha256: str
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> Written:
-    """Write a new file down to the disk, hashed on the way.
+    """Write a new file, hash it on the way, and sync it to disk.
 
     Raises:
-        OSError: If that fails; what was written is left behind.
+        OSError: If that fails; a partial file is left behind.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
         for part in parts:
             view = memoryview(part)
-            while view:  # both calls let other threads run
+            while view:  # write and update both release the GIL
                 written = file.write(view[:_CHUNK])
                 digest.update(view[:written])
                 size += written

@@ -1,4 +1,4 @@
-"""The door: the ``pipelite`` command, its configuration files, and what it says of mistakes."""
+"""The ``pipelite`` command: its entry point, its configuration files and its error messages."""
 
 from typing import TYPE_CHECKING
 

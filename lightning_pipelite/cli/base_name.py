@@ -1,4 +1,4 @@
-"""One name for the base in all commands."""
+"""``--model_dir`` and ``--base`` as synonyms in all commands."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from lightning_pipelite.cli.option_names import parameters_of
 from lightning_pipelite.errors import ConfigurationError
 
 _BASE = ("model_dir", "base")
-"""What the base is called in all commands, and what it was called in some."""
+"""The base model's option in all commands, and its former name in some of them."""
 
 
 def with_own_names(command: str, words: list[str]) -> list[str]:
-    """Give the words of a command line with the base called as the command itself calls it.
+    """Return the arguments with the base model's option renamed to the one that the command itself has.
 
     All commands take ``--model_dir`` and ``--base``.
 
     Args:
-        command: of `pipelite`.
-        words: behind it.
+        command: The subcommand of `pipelite`.
+        words: The arguments after it.
 
     Raises:
-        ConfigurationError: if both are given.
+        ConfigurationError: If both are given.
     """
     given = [number for number, word in enumerate(words) if word.partition("=")[0] in {f"--{name}" for name in _BASE}]
     if len({words[number].partition("=")[0] for number in given}) > 1:

@@ -1,4 +1,4 @@
-"""Whether a model trains as a pipeline exactly as it does whole: ``pipelite check``."""
+"""``pipelite check``: whether a model trains as a pipeline exactly as it does unsplit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.strategy.option_ranges import check_virtual_stages
 
 TAKEN = 4 * 4
-"""Bytes for each weight: float32, of the model and of its stages, and the gradients of both."""
+"""Bytes per weight: float32 weights and gradients, of both the model and its stages."""
 
 
 @dataclass
@@ -42,8 +42,8 @@ class CheckReport:
     """What :func:`check_model` found.
 
     Attributes:
-        stage_bytes: For each split, the bytes of the weights of each stage in bfloat16.
-        differences: What differs between the split and the unsplit model, a sentence each; empty if all is exact.
+        stage_bytes: For each split, the bytes of each stage's weights in bfloat16.
+        differences: Differences between the split and the unsplit model, one sentence each; empty if there are none.
         packing: Whether packed documents are kept apart; if not, train with ``packed: false``.
     """
 
@@ -68,18 +68,18 @@ class CheckReport:
 def check_model(
     model_dir: str | Path, stages: Sequence[Split] = (1, 2, 4), *, tiny: bool = False, trust_remote_code: bool = False
 ) -> CheckReport:
-    """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
+    """Compare a model split into stages with the same model unsplit, on the CPU in float32.
 
-    A tiny one that differs in float32 is tried again in double.
+    A tiny model that differs in float32 is compared again in float64.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM.
-        stages: Numbers of stages to try, or pairs of that and the number of pieces of each.
+        stages: Numbers of stages to try, or pairs of a number of stages and a number of pieces per stage.
         tiny: Try a tiny random model of the same class and depth; the weights of ``model_dir`` are then not read.
         trust_remote_code: Run the model's own code, if it has any.
 
     Raises:
-        ConfigurationError: The model is refused, or has fewer items to deal out than a number of stages.
+        ConfigurationError: The model is refused, does not fit in memory, or has fewer items than a split has pieces.
     """
     meta_model = MetaModel(model_dir, trust_remote_code=trust_remote_code)
     items = len(meta_model.groups) - 1
@@ -104,8 +104,8 @@ def check_model(
         packed = meta_model.isolates_documents
         compare = partial(_differences, directory, stages, packed=packed, trust_remote_code=trust_remote_code)
         differences = compare(torch.float32)
-        if differences and tiny:  # rounding grows with the depth: in double, what is left of them is none
-            with contextlib.suppress(RuntimeError):  # a class may have parts in float32 whatever it is asked for
+        if differences and tiny:  # rounding errors grow with depth, and should vanish in float64
+            with contextlib.suppress(RuntimeError):  # some classes keep parts in float32 regardless of dtype
                 differences = compare(torch.float64)
     sizes = meta_model.parameter_counts()
     stage_bytes: dict[Split, list[int]] = {}
@@ -114,7 +114,7 @@ def check_model(
         pieces = [2 * sum(sizes[start:stop]) for start, stop in cuts]
         number = split if isinstance(split, int) else split[0]
         stage_bytes[split] = [sum(pieces[stage::number]) for stage in range(number)]
-        if meta_model.tied and number == 1:  # one stage has both ends, and their weight once
+        if meta_model.tied and number == 1:  # a single stage holds both ends, and their tied weight once
             stage_bytes[split][0] -= 2 * meta_model.model.get_submodule(meta_model.head_name).weight.numel()
     return CheckReport(stage_bytes, differences, packed)
 
@@ -139,18 +139,18 @@ def _whole(meta_model: MetaModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remote_code: bool = False) -> CheckReport:
-    """Hold a model, split into stages, against the same model unsplit, on the CPU in float32.
+    """Compare a model split into stages with the same model unsplit, on the CPU in float32.
 
-    The exit status is 1 where they differ.
+    The exit status is 1 if they differ.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM.
-        stages: Numbers of stages to try; 2x4 is two stages of four pieces each (virtual_stages).
+        stages: Numbers of stages to try; 2x4 means two stages of four pieces each (virtual_stages).
         tiny: Try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
         trust_remote_code: Run the model's own Python code, if it has any.
     """
     counts = read_splits(stages)
-    disable_progress_bar()  # one for each stage of each partition tells nothing
+    disable_progress_bar()  # one bar per stage of each split would be noise
     report = check_model(model_dir, counts, tiny=tiny, trust_remote_code=trust_remote_code)
     if report.differences:
         print(report, flush=True)
@@ -159,7 +159,7 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
 
 
 def _check_memory(meta_model: MetaModel) -> None:
-    """Refuse at once what would run out of memory after minutes of loading."""
+    """Refuse a model that would run out of memory only after minutes of loading."""
     weights = sum(parameter.numel() for parameter in meta_model.model.parameters())
     needed, free = TAKEN * weights, psutil.virtual_memory().available
     if needed > free:

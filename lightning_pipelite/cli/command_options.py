@@ -1,18 +1,18 @@
-"""What some options of the commands beside fit may be; nothing long is imported for it."""
+"""Checks of some options of the commands other than fit, without slow imports."""
 
 from __future__ import annotations
 
 from lightning_pipelite.errors import ConfigurationError
 
 Split = int | tuple[int, int]
-"""A number of stages; or that and the number of pieces of each."""
+"""A number of stages, or a number of stages and a number of pieces per stage."""
 
 
 def read_splits(stages: str) -> list[Split]:
-    """Read ``1,2,2x4``: numbers of stages, or of stages and of the pieces of each.
+    """Parse ``1,2,2x4``: numbers of stages, each optionally with a number of pieces per stage.
 
     Raises:
-        ConfigurationError: It is written in another way.
+        ConfigurationError: If it is malformed.
     """
     try:
         return [_read(text) for text in stages.strip("[]").split(",")]
@@ -21,10 +21,10 @@ def read_splits(stages: str) -> list[Split]:
 
 
 def check_sequences(sequences: int) -> None:
-    """Refuse to show nothing.
+    """Refuse to show no sequences.
 
     Raises:
-        ConfigurationError: If no sequence is asked for.
+        ConfigurationError: If ``sequences`` is less than 1.
     """
     if sequences < 1:
         raise ConfigurationError(f"sequences is {sequences}: give a positive number.")

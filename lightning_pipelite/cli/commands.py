@@ -1,4 +1,4 @@
-"""The commands of ``pipelite`` beside fit and validate: each is a function, whose signature gives the options."""
+"""The ``pipelite`` commands other than fit and validate: each is a function whose signature defines its options."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_pipelite.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's function is; it is imported when the command is called.
+    """Where to find a command's function, which is imported only when the command runs.
 
     Args:
-        module: That holds the function.
-        function: Whose docstring is the help; what it returns is printed, unless None.
-        summary: A line for ``pipelite --help``.
-        positional: The parameters without a default are arguments, not options.
+        module: Module of the function.
+        function: Name of the function. Its docstring is the help; its result is printed unless it is None.
+        summary: One line for ``pipelite --help``.
+        positional: Whether parameters without a default are positional arguments rather than options.
     """
 
     module: str
@@ -38,23 +38,23 @@ class Command:
 
     @property
     def reads_configuration(self) -> bool:
-        """Whether all options that are not its own are those of ``pipelite fit``: it has an option ``config``."""
+        """Whether it has an option ``config``, and so takes all options of ``pipelite fit`` besides its own."""
         return "config" in self.options
 
     @property
     def options(self) -> list[str]:
-        """The names of its own options; for these its module is not imported."""
+        """The names of its own options, found without importing its module."""
         parameters = parameters_of(self.module, self.function)
         return [name for name, is_required in parameters.items() if not (self.positional and is_required)]
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
-        """Call the function with what the command line says.
+        """Call the function with the options on the command line.
 
-        One that reads a configuration gets that, and all options that are not its own, as a
+        A command that reads a configuration receives it, together with all options that are not its own, as a
         :class:`~lightning_pipelite.cli.configuration.Configuration`.
 
         Raises:
-            ConfigurationError: An option is wrong, or the function refuses what it was given.
+            ConfigurationError: An option is wrong, or the function refuses its arguments.
         """
         function = getattr(importlib.import_module(self.module), self.function)
         parser = ArgumentParser(prog=f"pipelite {name}", description=self.summary, exit_on_error=False)
@@ -82,36 +82,36 @@ class Command:
 
 
 def _print(result: object) -> None:
-    """Print for somebody who may not read all of it, as ``head`` does."""
+    """Print to a reader that may close the pipe early, as ``head`` does."""
     try:
         print(result, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(UNREAD)
 
 
 UNREAD = 128 + signal.SIGPIPE
-"""The exit status where nobody read to the end, as shells have it."""
+"""The exit status after a broken pipe, by shell convention."""
 _CONFIG_HELP = """A configuration of pipelite fit, a YAML or JSON file; of several the later ones replace options of the
 former. Further options are those of pipelite fit, such as --trainer.devices, and are read as it reads them, as is the
 environment (PIPELITE_FIT__TRAINER__DEVICES)."""
 
 
 def _split(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Part the words of a command's own options, with their values, from all others."""
+    """Separate a command's own options and their values from all other arguments."""
     mine = {"-h", "--help", *(f"--{name}" for name in options if name != "config")}
     own: list[str] = []
     others: list[str] = []
     part = others
     for word in arguments:
-        if word.startswith("-") and not word[1:2].isdigit():  # else it is a value
+        if word.startswith("-") and not word[1:2].isdigit():  # otherwise it is a value
             part = own if word.partition("=")[0] in mine else others
         part.append(word)
     return own, others
 
 
 def _with_values(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """Let a switch stand alone: ``--tiny`` is ``--tiny=true``."""
+    """Expand bare switches: ``--tiny`` becomes ``--tiny=true``."""
     switches = {f"--{name}" for name, each in inspect.signature(function).parameters.items() if each.default is False}
     following = itertools.chain(arguments[1:], [""])
     return [

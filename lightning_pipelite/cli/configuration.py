@@ -1,4 +1,4 @@
-"""The configuration of a training, as the commands beside fit are given it."""
+"""The configuration of a training run, as the commands other than fit receive it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Configuration:
     """Options of ``pipelite fit`` for a command that needs some of them, read as fit reads them.
 
     Attributes:
-        words: As on the command line of fit: ``--config FILE``, once or several times, and single options.
-        parsers: Of the command, by its name; their options are proposed for misspelt ones, too.
+        words: Arguments as for fit: ``--config FILE``, once or several times, and single options.
+        parsers: The command's own parser by its name; its options are also suggested for misspelt ones.
     """
 
     words: tuple[str, ...]
@@ -26,7 +26,7 @@ class Configuration:
 
     @classmethod
     def of(cls, given: str | Configuration) -> Configuration:
-        """Take the name of a file for the configuration that it holds."""
+        """Wrap the name of a configuration file; return a configuration as it is."""
         return given if isinstance(given, Configuration) else cls(("--config", given))
 
     @property
@@ -36,10 +36,10 @@ class Configuration:
         return [(*word.split("=", 1), then)[1] for word, then in pairs if word.split("=")[0] in ("-c", "--config")]
 
     def require_files(self) -> None:
-        """Look for the configuration files.
+        """Check that the configuration files exist.
 
         Raises:
-            ConfigurationError: If one is not there.
+            ConfigurationError: If one does not.
         """
         for file in self.files:
             if not Path(file).expanduser().is_file():
@@ -49,13 +49,13 @@ class Configuration:
         return " and ".join(self.files) or "the options"
 
     def read(self) -> dict[str, Any]:
-        """Read all of it, by sections: what is given, and the defaults of the rest.
+        """Read all options by section, with defaults for those not given.
 
-        What fit needs and the command may not is None where it is missing.
+        Missing options that fit requires, but the command may not, are None.
 
         Raises:
-            ConfigurationError: If fit would not take an option.
+            ConfigurationError: If fit would refuse an option.
         """
-        from lightning_pipelite.cli.fit_options import read_options  # which takes Lightning along
+        from lightning_pipelite.cli.fit_options import read_options  # imports Lightning
 
         return read_options(self.words, self.parsers)

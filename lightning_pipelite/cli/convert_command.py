@@ -1,4 +1,4 @@
-"""``pipelite convert``: what a training checkpoint holds, as an adapter or a model."""
+"""``pipelite convert``: converts a training checkpoint to an adapter or a model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lightning_pipelite.export.checkpoint_place import is_former
 def convert(
     checkpoint: str, output: str, config: str | Configuration | None = None, allow_another_base: bool = False
 ) -> str:
-    """Write what a training checkpoint holds as a PEFT directory, or as a whole model if its own weights were trained.
+    """Convert a training checkpoint to a PEFT directory, or to a whole model if the model's own weights were trained.
 
     Args:
-        checkpoint: Directory of the checkpoint: one of this project's, or one of qlora-pipe-lite's with its
-            layer_NN-model_states.pt files (or the directory of a run, for its latest one).
-        output: Directory to write; must not exist, or be empty.
-        config: Configuration of the training: that of pipelite fit, or the TOML of qlora-pipe-lite. The model is found
-            where it says. A checkpoint of this project says it all itself, unless the model has moved; also whether the
-            model's own code was trusted, which is then run again.
-        allow_another_base: Convert though the model is not the one of the training any more.
+        checkpoint: Directory of the checkpoint: this project's, or qlora-pipe-lite's with its layer_NN-model_states.pt
+            files (or the directory of a run, for its latest checkpoint).
+        output: Directory to write; must be empty or not exist.
+        config: Configuration of the training: that of pipelite fit, or the TOML of qlora-pipe-lite. It says where the
+            model is. A checkpoint of this project records all of this, so it needs none unless the model has moved; if
+            the model's own code was trusted in training, it is run again.
+        allow_another_base: Convert even if the model is no longer the one that was trained on.
 
     Raises:
-        ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
+        ConfigurationError: This is not a checkpoint, is damaged, or does not fit the configuration.
     """
     if config is None or not Path(checkpoint).is_dir():
         return conversion.convert(checkpoint, output, allow_another_base=allow_another_base)

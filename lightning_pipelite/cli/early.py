@@ -1,4 +1,4 @@
-"""What can be told of a command line before torch is imported: names that are none, and files that are not there."""
+"""Checks of a command line before torch is imported: unknown options and missing files."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 _OUR_ADAPTERS = ("ControlAdapter", "Full", "LoRA")
 _REQUIRED = ("model.model_dir", "model.adapter", "data.datasets", "data.sequence_len")
-_UNKNOWN = ""  # the class of an adapter that is named where it is not read here
-_OUR_FOLDERS = ("models", "output", "quickstart")  # of the examples
+_UNKNOWN = ""  # stands for an adapter class that is given in a way that is not read here
+_OUR_FOLDERS = ("models", "output", "quickstart")  # used by the examples
 
 
 def check_early(words: list[str]) -> None:
-    """Refuse what fit or validate would refuse after long imports.
+    """Refuse early what fit or validate would refuse after slow imports.
 
-    All that is not known to be wrong is left to them.
+    Whatever is not known to be wrong is left to them.
 
     Args:
-        words: of the command line behind the subcommand.
+        words: The arguments after the subcommand.
 
     Raises:
-        ConfigurationError: if an option is none, or its value none of the few that it takes; if a configuration is not
-            there, or the model is not.
+        ConfigurationError: If an option is unknown, a value is not one of the few that its option takes, or a
+            configuration file or the model does not exist.
     """
     check_no_other_words(words)
     elsewhere = [variable for variable in os.environ if variable.startswith("PIPELITE_")]
@@ -60,13 +60,13 @@ def check_early(words: list[str]) -> None:
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
             model = content.get("model")
             if not isinstance(model, dict):
-                # where it is not read here, it may name others
+                # a file that is not read here may name others
                 model = {} if content else {"model_dir": None, "adapter": _UNKNOWN}
             model_dir, adapter = model.get("model_dir", model_dir), model.get("adapter", adapter)
         else:
             names.append((name, "--"))
             values[name] = str(value)
-            if name in ("model", "model.model_dir"):  # the first gives a file
+            if name in ("model", "model.model_dir"):  # the value of --model is a file
                 model_dir = value if name != "model" else None
             if name in ("model", "model.adapter", "model.adapter.class_path"):
                 adapter = value
@@ -84,7 +84,7 @@ def check_early(words: list[str]) -> None:
 
 
 def _check_file(given: str | None) -> None:
-    """Refuse a configuration file that holds none."""
+    """Refuse a file that does not hold a configuration."""
     from jsonargparse import ArgumentError
 
     from lightning_pipelite.cli.error_messages import check_config_file, explain
@@ -97,13 +97,13 @@ def _check_file(given: str | None) -> None:
 
 
 def check_all_there(words: list[str]) -> None:
-    """Refuse a command line that lacks what fit and validate need, where all that it says is read here.
+    """Refuse a command line without the options that fit and validate require, if all its options are read here.
 
     Args:
-        words: as `check_early` has passed them.
+        words: Arguments that `check_early` has accepted.
 
     Raises:
-        ConfigurationError: if something is missing; the sentence names all of it.
+        ConfigurationError: If options are missing; the message names all of them.
     """
     contents = [content_of(value) for name, value in options_of(words) if name in ("c", "config")]
     names = [name for name, _ in options_of(words) if name not in ("c", "config")]
@@ -119,15 +119,15 @@ def check_all_there(words: list[str]) -> None:
 
 
 def check_command(name: str, command: Command, words: list[str]) -> None:
-    """Refuse an option that a command beside fit does not have, before its module is imported.
+    """Refuse unknown and missing options of a command other than fit, before its module is imported.
 
     Args:
-        name: of the command.
-        command: whose options are known by its function's source.
-        words: of the command line behind the command.
+        name: Name of the command.
+        command: The command; its options are read from its function's source.
+        words: The arguments after the command.
 
     Raises:
-        ConfigurationError: if an option is none.
+        ConfigurationError: If an option is unknown or missing, or given a name on Hugging Face's hub as a directory.
     """
     own = command.options
     for given, value in options_of(words):
@@ -147,7 +147,7 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
 
 
 def _check_parameters(command: Command, words: list[str]) -> None:
-    """Refuse a command without an option that it needs."""
+    """Refuse a command line without the options that the command requires."""
     if command.positional:
         return
     given = {"config" if name == "c" else name for name, _ in options_of(words)}
@@ -161,11 +161,11 @@ def _check_parameters(command: Command, words: list[str]) -> None:
 
 
 def check_model_dir(model_dir: str) -> None:
-    """Refuse a model that is not there.
+    """Refuse a model directory that does not exist.
 
     Raises:
-        ConfigurationError: if there is no such directory; for a name of Hugging Face's hub with the command to
-            download it.
+        ConfigurationError: If there is no such directory; for a name on Hugging Face's hub, the message has the
+            download command.
     """
     if Path(model_dir).expanduser().is_dir():
         return
@@ -184,7 +184,7 @@ def _may_be_of_the_hub(name: str) -> bool:
 
 
 def _check_hub(option: str, given: str) -> None:
-    """Refuse a name of Hugging Face's hub where a directory is needed, with the command to download it."""
+    """Refuse a name on Hugging Face's hub where a directory is required, and give the download command."""
     if not Path(given).exists() and _may_be_of_the_hub(given):
         folder = f"{'adapters' if option == 'adapter' else 'models'}/{given.rpartition('/')[2]}"
         raise ConfigurationError(
@@ -206,7 +206,7 @@ def _keys(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_ours(adapter: Any) -> bool:
-    """Tell whether an adapter's class, as given, is of this package: others have options of their own."""
+    """Return whether an adapter class, as given, is one of this package's; others have options of their own."""
     path = adapter.get("class_path") if isinstance(adapter, dict) else adapter
     if path is None:
         return True
@@ -214,14 +214,14 @@ def _is_ours(adapter: Any) -> bool:
 
 
 def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
-    """Refuse an option that there is not; what stands below one is left to its class."""
-    name = given.replace("+", "")  # jsonargparse's mark to append to a list
+    """Refuse an unknown option; options nested below a known one are left to its class."""
+    name = given.replace("+", "")  # jsonargparse's suffix to append to a list
     parts = name.split(".")
     last = parts[-1]
     known = option_names()
     if name in known or parts[0] in OWN or last == "help" or name == "h":
         return
-    if parts[0] in ("optimizer", "lr_scheduler"):  # which a LightningCLI has elsewhere
+    if parts[0] in ("optimizer", "lr_scheduler"):  # options of a standard LightningCLI
         from lightning_pipelite.cli.error_messages import explain
 
         raise ConfigurationError(explain(f"unrecognized arguments: {dashes}{name}", {}))
@@ -233,7 +233,7 @@ def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
                 return
             raise ConfigurationError(f"{dashes}{name} is not an option; did you mean {dashes}{near}?")
     elif parts[0] not in SECTIONS and not dashes and len(parts) > 1:
-        return  # a section that is none
+        return  # an unknown section in a file
     told = meant_by(name, {*known, *others, *names_of_classes()})
     if told is not None and dashes:
         told = told.replace("did you mean ", "did you mean --")
@@ -241,7 +241,7 @@ def _check_name(given: str, dashes: str, others: Iterable[str] = ()) -> None:
 
 
 def _misspelt(parts: list[str]) -> str | None:
-    """Give the option of this package's adapters that is nearly named."""
+    """Return the option of this package's adapters that is closest to a misspelt one; None if none is close."""
     rest = [part for part in parts[2:] if part != "init_args"]
     there = {each.rpartition(".")[2]: each for each in names_of_classes() if each.startswith("model.adapter.")}
     if parts[:2] != ["model", "adapter"] or len(rest) != 1 or rest[0] in there:

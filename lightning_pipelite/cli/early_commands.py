@@ -1,4 +1,4 @@
-"""What the commands beside fit refuse before torch is imported: their options, and what these name on the disk."""
+"""Checks of the other commands' options, and of the files that they name, before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def check_command_values(name: str, command: Command, words: Sequence[str]) -> None:
-    """Refuse what a command would refuse after long imports, by the same rules.
+    """Refuse early, by the same rules, what a command would refuse after slow imports.
 
     Args:
-        name: Of the command.
-        command: Whose options are known by its function's source.
-        words: Of the command line behind the command, whose names are known to be right.
+        name: Name of the command.
+        command: The command; its options are read from its function's source.
+        words: The arguments after the command, whose option names have been checked.
 
     Raises:
-        ConfigurationError: If a value is of another type, or what it names on the disk is not what it should be.
+        ConfigurationError: If a value has the wrong type, or names a file or directory that is not what it should be.
     """
     from lightning_pipelite.cli.configuration import Configuration
 
@@ -43,16 +43,16 @@ def check_command_values(name: str, command: Command, words: Sequence[str]) -> N
     options = _own_options(name, command, words, types)
     if name == "preview":
         Configuration(tuple(words)).require_files()
-    if name in ("preview", "plan"):  # which read the options of fit in any case
+    if name in ("preview", "plan"):  # they always read the options of fit
         check_types(words, may_lack=True)
     check = _CHECKS.get(name)
     needed = {each for each in (signature.required if signature else ()) if types[each] is not None}
-    if check is not None and needed <= {*options}:  # else it is told what is missing
+    if check is not None and needed <= {*options}:  # otherwise the missing ones are reported later
         check(options)
 
 
 def _own_options(name: str, command: Command, words: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the values of the command's own options, but for switches."""
+    """Parse the values of the command's own options, except switches."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from lightning_pipelite.cli.error_messages import explain

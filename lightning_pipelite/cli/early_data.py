@@ -1,4 +1,4 @@
-"""What can be told of the data before torch is imported: their options, whether they are there, and what they hold."""
+"""Checks of the data before torch is imported: their options, whether they exist, and what they hold."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_pipelite.cli.option_words import content_of, model_dir_of, option
 from lightning_pipelite.errors import ConfigurationError
 
 _SECTION = "data"
-# Of the data module, and of no matter to what is packed.
+# Options of the data module that do not affect packing.
 _ELSEWHERE = ("tokenizer_dir", "eval_gradient_accumulation_steps", "isolate_documents", "cache_dir")
 
 
 def check_data(words: Sequence[str]) -> None:
-    """Refuse data that fit or validate would refuse after long imports, by the same functions.
+    """Refuse early, by the same functions, data that fit or validate would refuse after slow imports.
 
-    What is not read here as they read it (variables of the environment, options within options) is left to them, as is
-    what is missing.
+    What is not read here as they read it (environment variables, options within options) is left to them, as are
+    missing options.
 
     Args:
-        words: Of the command line behind the subcommand, whose names are known to be right.
+        words: The arguments after the subcommand, whose option names have been checked.
 
     Raises:
-        ConfigurationError: If an option is out of its range, files are not there or cannot be told apart, or their
-            first records cannot be read.
+        ConfigurationError: If an option is out of range, files are missing or ambiguous, or their first records cannot
+            be read.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of the host looks for all
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of the host checks for all
         return
     own = _of_data(words)
     given_elsewhere = any(name.startswith("PIPELITE_") and ("DATA" in name or "CONFIG" in name) for name in os.environ)
@@ -52,7 +52,7 @@ def check_data(words: Sequence[str]) -> None:
     except ArgumentError as error:
         if re.search("Parser key .*arguments are required|^(?!.*arguments are required)", str(error), re.DOTALL):
             raise ConfigurationError(explain(str(error), {"fit": parser})) from None
-        return  # fit lists all that is missing
+        return  # fit lists everything that is missing
     refuse_nulls(_SECTION, PackingOptions, given[_SECTION].as_dict())
     options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
     if options.chat_template is not None:
@@ -62,7 +62,7 @@ def check_data(words: Sequence[str]) -> None:
 
 
 def _of_data(words: Sequence[str]) -> list[str]:
-    """Give the options of the data as they are given; none where they are given in a way that is not read here."""
+    """Return the data options as given; none if they are given in a way that is not read here."""
     found: list[str] = []
     for name, value in options_of(words):
         section, _, key = name.partition(".")
@@ -85,7 +85,7 @@ def _of_data(words: Sequence[str]) -> list[str]:
 
 
 def _names_files(given: dict[str, Any], folder: Path) -> bool:
-    """Tell whether a file of options gives others the place of its datasets; they are looked for beside it."""
+    """Return whether a file's options name other files for its datasets, which are looked up relative to it."""
     named = [each for key, value in given.items() if "datasets" in key for each in (value, *_listed(value))]
     return any(isinstance(each, str) and (folder / each).is_file() for each in named)
 

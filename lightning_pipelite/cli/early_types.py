@@ -1,4 +1,4 @@
-"""What can be told of the types of values before torch is imported, by jsonargparse, which fit asks later, too."""
+"""Checks of the types of values before torch is imported, with jsonargparse, as fit does later."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _SHORT_NAMES = {
     "trainer.callbacks": ("lightning_pipelite.callbacks", "lightning.pytorch.callbacks"),
 }
 OUR_ADAPTERS = ("LoRA", "ControlAdapter", "Full")
-_MADE_ELSEWHERE = {"model.optimizer": ("params", "lr")}  # by the module
+_MADE_ELSEWHERE = {"model.optimizer": ("params", "lr")}  # supplied by the module
 
 
 def check_types(words: Sequence[str], *, may_lack: bool = False) -> Given | None:
-    """Refuse values that are not of their option's type, and options that a class does not have.
+    """Refuse values of the wrong type, and options that a class does not have.
 
     Args:
-        words: Of the command line behind the subcommand, whose names are known to be right.
-        may_lack: Whether options that fit needs may be missing.
+        words: The arguments after the subcommand, whose option names have been checked.
+        may_lack: Whether options that fit requires may be missing.
 
     Returns:
-        What is given, plain values as their types have them; None where more may be given elsewhere.
+        The given options, with plain values converted to their types; None if more may be given elsewhere.
 
     Raises:
-        ConfigurationError: If fit would refuse it, too.
+        ConfigurationError: If fit would refuse an option too.
     """
     from lightning_pipelite.cli.error_messages import explain
 
@@ -51,7 +51,7 @@ def check_types(words: Sequence[str], *, may_lack: bool = False) -> Given | None
         if made is not None:
             given.values[option] = ClassOptions(made.class_path, _typed_of_class(option, made, may_lack))
     adapter = given.with_class("model.adapter")
-    name = OUR_ADAPTERS[0] if adapter is None or given.runs_others_code else adapter.class_path  # which may have more
+    name = OUR_ADAPTERS[0] if adapter is None or given.runs_others_code else adapter.class_path  # it may add more
     if "." not in name and name not in OUR_ADAPTERS:
         message = f'Parser key "model.adapter":\n  Expected a dot import path string: {name}'
         raise ConfigurationError(explain(message, {}))
@@ -61,18 +61,18 @@ def check_types(words: Sequence[str], *, may_lack: bool = False) -> Given | None
 
 
 def _typed(place: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Give values as their types have them, by jsonargparse, which says what is wrong.
+    """Convert values to their types with jsonargparse, which reports what is wrong.
 
     Args:
-        place: What the options stand under.
-        path: Of the class that they are of.
+        place: Dotted name that the options are nested under.
+        path: Import path of the class that has them.
         given: Their values, by name.
 
     Returns:
-        Those that are certain; of types that are not read here, as they are.
+        The values that are certain, converted, and those whose types are not read here, as they are.
 
     Raises:
-        ConfigurationError: If one is of another type.
+        ConfigurationError: If one has the wrong type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -101,7 +101,7 @@ def _typed(place: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_certain(value: Any, kind: Any) -> bool:
-    """Tell whether a value of a file is to jsonargparse what it is to PyYAML: not so ``no``, ``2:4`` and dates."""
+    """Return whether jsonargparse reads a file's value as PyYAML does, unlike ``no``, ``2:4`` and dates."""
     kinds = {kind, *get_args(kind)}
     if kind is None or value is None:
         return False
@@ -132,7 +132,7 @@ def _typed_of_class(option: str, made: ClassOptions, may_lack: bool) -> dict[str
 
 
 def path_of(option: str, made: ClassOptions) -> str | None:
-    """Give the whole path of a class of a known package, where it is certain."""
+    """Return the full import path of a class of a known package; None if it is not certain."""
     if option == "trainer.strategy" and made.class_path in _STRATEGIES:
         return STRATEGY
     places = _SHORT_NAMES.get(option, ())

@@ -1,4 +1,4 @@
-"""What can be told of the values of options before torch is imported, by the rules that are asked later, too."""
+"""Checks of the values of options before torch is imported, by the rules that are applied again later."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _PRECISIONS = ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 
 def check_values(words: Sequence[str], *, trains: bool) -> None:
-    """Refuse what fit or validate would refuse after long imports, by the same rules.
+    """Refuse early, by the same rules, what fit or validate would refuse after slow imports.
 
     What is not read here is left to them.
 
     Args:
-        words: Of the command line behind the subcommand, whose names are known to be right.
-        trains: Whether it is fit.
+        words: The arguments after the subcommand, whose option names have been checked.
+        trains: Whether the command is fit.
 
     Raises:
-        ConfigurationError: If a value is of another type or out of its range, values exclude each other, or what they
-            name on the disk is not what it should be.
+        ConfigurationError: If a value has the wrong type or is out of range, values exclude each other, or one names a
+            file or directory that is not what it should be.
     """
-    later = any(os.environ.get(name, "0") != "0" for name in _RANKS)  # the first process of a job looks for all
+    later = any(os.environ.get(name, "0") != "0" for name in _RANKS)  # the first process of a job checks for all
     if later or any(word.startswith("--print_config") for word in words):
         return
     given = check_types(words)
@@ -72,7 +72,7 @@ def _check_trainer(given: Given) -> None:
         options["strategy"] = strategy.class_path
     if not re.fullmatch(r"[a-z_\d]+", str(options.get("accelerator"))):
         options.pop("accelerator", None)
-    if given.runs_others_code:  # which may register names
+    if given.runs_others_code:  # it may register names
         options = {name: value for name, value in options.items() if name not in ("strategy", "accelerator")}
     check_trainer_options(options)
     precision = options.get("precision")
@@ -96,7 +96,7 @@ def _check_trainer(given: Given) -> None:
 def _check_model(given: Given) -> None:
     options = given.section("model")
     refuse_both(options.get("load_in_4bit", False), options.get("load_in_fp8", False))
-    defaults = {"lr": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}  # that are in their ranges
+    defaults = {"lr": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}  # all in range
     lr, beta1, beta2, eps = (options.get(name, default) for name, default in defaults.items())
     of_default = given.values.get("model.optimizer") is None
     check_ranges(lr, (beta1, beta2), eps, of_default=of_default or "model.optimizer" in given.unread)
@@ -123,7 +123,7 @@ def _check_model(given: Given) -> None:
 
 
 def _our_adapter(given: Given) -> str | None:
-    """Give the name of the adapter's class if it is one of this package."""
+    """Return the name of the adapter's class if it is one of this package's."""
     adapter = given.with_class("model.adapter")
     path = path_of("model.adapter", adapter) if adapter else None
     module, _, name = (path or "").rpartition(".")
@@ -131,7 +131,7 @@ def _our_adapter(given: Given) -> str | None:
 
 
 def _check_callbacks(given: Given, trains: bool) -> None:
-    if not given.runs_others_code:  # which may log what it likes
+    if not given.runs_others_code:  # it may log anything
         for callback in given.callbacks or ():
             name = callback.class_path.rpartition(".")[2]
             monitor, strict = callback.init_args.get("monitor"), callback.init_args.get("strict", True)
@@ -148,7 +148,7 @@ def _check_callbacks(given: Given, trains: bool) -> None:
         if name == "SaveTrained" and isinstance(output, str) and output and trains:
             refuse_remote(output, "SaveTrained: output_dir")
             if _our_adapter(given) in ("LoRA", "ControlAdapter"):
-                refuse_other_content(Path(os.path.abspath(output)), KNOWN_FILES)  # noqa: PTH100  (a link stays)
+                refuse_other_content(Path(os.path.abspath(output)), KNOWN_FILES)  # noqa: PTH100  (keeps symlinks)
 
 
 def _check_checkpoint(given: Given) -> None:

@@ -1,4 +1,4 @@
-"""What a user gave wrongly on the command line, in a file or in the environment, in one sentence."""
+"""One-sentence messages for mistakes on the command line, in a file or in the environment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ELSEWHERE = {
     "--lr_scheduler": "choose a course of the learning rate by --model.schedule",
     "lr_scheduler": "choose a course of the learning rate by model.schedule",
 }
-"""What a LightningCLI has elsewhere, and what is here instead."""
+"""Options of a standard LightningCLI, and what replaces them here."""
 
 _DATASETS = ("data.datasets", "data.eval_datasets")
 
@@ -58,8 +58,8 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     """Turn jsonargparse's message, an indented tree of lines, into a sentence.
 
     Args:
-        message: What jsonargparse says.
-        parsers: The parsers of the subcommands, whose options are proposed for misspelt ones.
+        message: The message of jsonargparse.
+        parsers: The parsers of the subcommands, whose options are suggested for misspelt ones.
     """
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     text = " ".join(lines)
@@ -70,7 +70,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         match = re.search(pattern, text)
         return match[1] if match else None
 
-    # What is most precise comes first: a union of types says for each of them why it is not that.
+    # The most specific patterns come first: for a union of types, the message has a reason for each of them.
     if name := found(r"unrecognized arguments: (\S+)") or found(r"does not accept option '([^']+)'"):
         if "convert" in parsers and Path(name).is_dir():
             return f"{name} stands alone; give a directory as --checkpoint {name}, and where to write as --output."
@@ -83,7 +83,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
         missing = [f"{key}.{name}" if key else name for name in missing]
         return f"{', '.join(missing)} must be given, in the configuration file or on the command line."
     reason = _after(lines, "Problem with given class_path")
-    if reason and "Parser key" not in reason:  # else it is an option of that class
+    if reason and "Parser key" not in reason:  # otherwise an option of that class is wrong
         name = found(r"Problem with given class_path '([^']+)'")
         option = f"{key}: " if key else ""
         return f"{option}class_path {name} cannot be imported ({reason}); correct it, or install what it needs."
@@ -115,7 +115,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     if factory := re.search(r"Callable\[.*?(\w+)\] expects .*?class: (.*?)\.* Got value: .*class_path='([^']+)'", text):
         return f"{key}: class_path {factory[3]} makes no {factory[1]} ({factory[2]}); correct it."
     if told := next((line for line in _errors(lines) if not line.startswith(_TYPE_ERRORS)), None):
-        return told  # by a class that was given what it cannot take
+        return told  # by a class that refused its arguments
     inner = _innermost(message)
     shown = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", inner, re.MULTILINE)
     expected = list(dict.fromkeys(words for each in shown if (words := _type(each))))
@@ -132,13 +132,13 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
 
 
 def _default_of(key: str, parsers: Mapping[str, ArgumentParser]) -> object:
-    """Return what an option is if it is not given; None where it must be, or may be null."""
+    """Return the default of an option; None if it is required or may be null."""
     defaults = [action.default for parser in parsers.values() for action in options_of(parser) if action.dest == key]
     return next((each for each in defaults if each is not None), None)
 
 
 def _sibling(key: str, name: str) -> str | None:
-    """Give the option beside which a misspelt one would stand, of this package's classes."""
+    """Suggest the option of the same class of this package that is closest to a misspelt one."""
     place = f"{key.removesuffix('.init_args')}."
     there = {each.rpartition(".")[2]: each for each in names_of_classes() if each.startswith(place)}
     near = [] if name in there else difflib.get_close_matches(name, there, 1, cutoff=0.75)
@@ -159,7 +159,7 @@ def _proposal(name: str, parsers: Mapping[str, ArgumentParser]) -> str:
 
 
 def _errors(lines: list[str]) -> list[str]:
-    """Return what a union of types says of each."""
+    """Return the reasons given for the members of a union of types."""
     if not {"Errors:"} <= {*lines}:
         return []
     end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
@@ -167,7 +167,7 @@ def _errors(lines: list[str]) -> list[str]:
 
 
 def _innermost(message: str) -> str:
-    """Return the part of the tree that is about the innermost option."""
+    """Return the part of the tree below the innermost option."""
     lines = message.splitlines()
     last = max((number for number, line in enumerate(lines) if "Parser key" in line), default=0)
     depth = lines[last].index("Parser key") if "Parser key" in lines[last] else -1
@@ -176,7 +176,7 @@ def _innermost(message: str) -> str:
 
 
 def _after(lines: list[str], start: str) -> str | None:
-    """Return what follows the line's start, or its colon, on that line or on the next."""
+    """Return what follows ``start``, or the colon after it, on that line or else the next line."""
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith(start):
             return (line.removeprefix(start).strip() if start.endswith(":") else line.partition(": ")[2]) or following
@@ -184,8 +184,8 @@ def _after(lines: list[str], start: str) -> str | None:
 
 
 def _type(shown: str) -> str | None:
-    """Return a type as jsonargparse shows it, in words."""
-    if shown.startswith(("path but", "dot import")):  # of two further ways to give a value
+    """Put into words a type as jsonargparse shows it."""
+    if shown.startswith(("path but", "dot import")):  # alternative ways to give a value
         return None
     if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", shown):
         return f"one of {literal[1]}"
@@ -199,10 +199,10 @@ def options_of(parser: ArgumentParser) -> Iterator[Action]:
 
 
 def check_config_file(given: str) -> None:
-    """Refuse what is no configuration file, by its name.
+    """Refuse a file that does not hold a configuration.
 
     Args:
-        given: As on the command line; what is no file is left to jsonargparse, which takes YAML itself, too.
+        given: File name as on the command line; anything else is left to jsonargparse, which also takes inline YAML.
 
     Raises:
         ArgumentError: If the file does not hold options in YAML or JSON.
@@ -222,10 +222,11 @@ def check_config_file(given: str) -> None:
 
 
 def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
-    """Refuse variables that look like options and are none, as nobody would ever read them.
+    """Refuse environment variables that look like options but are not, as they would be silently ignored.
 
     Raises:
-        ConfigurationError: If a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` names no option.
+        ConfigurationError: If a variable such as ``PIPELITE_FIT__TRAINER__MAX_STEP`` does not name an option, or the
+            configuration file that one names is wrong.
     """
     known = {
         f"{ENV_PREFIX}_{name}__{action.dest.replace('.', '__')}".upper()

@@ -1,4 +1,4 @@
-"""A command that is over in seconds, most of which would be Python's own."""
+"""Faster start and exit for commands that take only seconds, most of them in Python itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNCOMPILED = "TORCHDYNAMO_DISABLE"
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Look for no garbage: imports make none, but are looked through again and again, a fifth of their time."""
+    """Disable garbage collection: it finds nothing during imports, but takes a fifth of their time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -26,10 +26,10 @@ def without_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def short_lived() -> Iterator[None]:
-    """Run without what pays off only later.
+    """Run without what pays off only in longer runs.
 
-    Garbage is not looked for. And what libraries compile as they are imported (bitsandbytes some functions for CPUs) is
-    not compiled: torch's compiler is itself a long import.
+    Garbage is not collected. Functions that libraries compile on import (bitsandbytes has some for CPUs) are not
+    compiled, as torch's compiler is itself a slow import.
     """
     before = os.environ.get(_UNCOMPILED)
     try:
@@ -44,7 +44,7 @@ def short_lived() -> Iterator[None]:
 
 
 def end_at_once() -> NoReturn:
-    """End the process without taking apart what was imported, which takes a second; memory goes back all the same."""
+    """Exit without tearing down imported modules, which takes a second; the memory is freed all the same."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

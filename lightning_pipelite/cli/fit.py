@@ -1,4 +1,4 @@
-"""``pipelite fit`` and ``pipelite validate``: LightningCLI, with everything checked before any process is started."""
+"""``pipelite fit`` and ``pipelite validate``: LightningCLI, with everything checked before any process starts."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ its order. {OPTION} prints all that the libraries say. Further commands: \
 
 
 class TrainerCLI(ConfiguredCLI):
-    """Parses ``sys.argv``, checks, and runs the Trainer.
+    """Parses ``sys.argv``, checks the options and runs the Trainer.
 
     Raises:
-        ConfigurationError: If anything is wrong that can be told before training.
-        MisconfigurationException: Lightning's own of that kind.
+        ConfigurationError: If anything is wrong that can be detected before training.
+        MisconfigurationException: Lightning's equivalent.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class TrainerCLI(ConfiguredCLI):
 
     @staticmethod
     def _missing(given: list[Callback], *, shows_progress: bool) -> list[Callback]:
-        """Return the callbacks of every run, unless the user has given others of their kind."""
+        """Return the callbacks that every run has, unless the user has given others of their kind."""
         missing: list[Callback] = []
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in given):
             missing.append(StepProgress())
@@ -99,17 +99,17 @@ class TrainerCLI(ConfiguredCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse's of a union of types, which hides what a class has said
+        except ValueError as error:  # jsonargparse's for a union of types, which hides the class's own error
             if "Union subtypes" not in str(error):
                 raise
             raise ConfigurationError(explain(str(error), self._subcommand_parsers)) from error
         model, data = self.model, self.datamodule
-        model._log_hyperparams = data._log_hyperparams = False  # SaveConfig does, of all sections
+        model._log_hyperparams = data._log_hyperparams = False  # SaveConfig logs all sections
         strategy = model.check_strategy(self.trainer.strategy)
         check_options(self.trainer, model)
         _check_environment_of(strategy)
         _check_loggers(self.trainer)
-        # What layers cost is planned by the processes that train.
+        # Only the processes that train find the costs of the layers, which auto needs.
         strategy.cutter("uniform" if strategy.partition_method == "auto" else None)(model.pipeline_layers()[0])
         if self.config_init[self.subcommand].ckpt_path == "last":
             require_last(self.trainer)
@@ -130,7 +130,7 @@ class TrainerCLI(ConfiguredCLI):
             print("\n".join(data.summary()), flush=True)
 
     def after_fit(self) -> None:
-        """Tell what to do next; LightningCLI calls it when a training has ended well."""
+        """Print what to do next; LightningCLI calls this after successful training."""
         if not self.trainer.is_global_zero:
             return
         options, data = self.config.fit, self.datamodule
@@ -142,7 +142,7 @@ class TrainerCLI(ConfiguredCLI):
 
 
 def _check_environment_of(strategy: PipeLiteStrategy) -> None:
-    """Refuse what Lightning and torch refuse when the processes meet."""
+    """Refuse what Lightning and torch would refuse only at the rendezvous."""
     backend = strategy._process_group_backend
     if backend is not None and backend not in dist.Backend.backend_list:
         names = ", ".join(name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED)

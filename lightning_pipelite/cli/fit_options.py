@@ -1,4 +1,4 @@
-"""What a training is told by configuration files, the command line, the environment and links."""
+"""The options of a training run, from configuration files, the command line, the environment and links."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class ConfiguredCLI(LightningCLI):
     """The options of ``pipelite fit`` and ``pipelite validate``, as LightningCLI reads them.
 
     Args:
-        description: For ``--help``.
-        arguments: The words of the command line; those of ``sys.argv`` if not given.
+        description: Description for ``--help``.
+        arguments: Command-line arguments; those of ``sys.argv`` if None.
 
     Raises:
         ConfigurationError: If an option is wrong.
     """
 
     may_lack = False
-    """Whether options that fit needs may be missing."""
+    """Whether options that fit requires may be missing."""
 
     def __init__(self, description: str = "", arguments: Sequence[str] | None = None) -> None:
-        for package in (adapters, callbacks):  # whose classes jsonargparse then knows by their short names
+        for package in (adapters, callbacks):  # so that jsonargparse knows their classes by short names
             import_names(package)
         super().__init__(
             PipeLiteModule,
@@ -76,8 +76,8 @@ class ConfiguredCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target, source in LINKS.items():
-            # Not when parsing: jsonargparse applies such links before it has seen the command line, if the environment
-            # is parsed too, and then refuses the model_dir that is not there yet.
+            # Not on parse: if the environment is parsed too, jsonargparse applies such links before it reads the
+            # command line, and refuses the model_dir that is still missing.
             parser.link_arguments(source, target, apply_on="instantiate")
 
     @override
@@ -95,7 +95,7 @@ class ConfiguredCLI(LightningCLI):
 
     @property
     def _known_to(self) -> Mapping[str, ArgumentParser]:
-        """The parsers of the commands, whose options are proposed for misspelt ones."""
+        """The parsers of the commands, whose options are suggested for misspelt ones."""
         return self._subcommand_parsers
 
     @override
@@ -120,7 +120,7 @@ class ConfiguredCLI(LightningCLI):
 
 
 class _PartialParser(LightningArgumentParser):
-    """Takes options of which some are missing."""
+    """Accepts options even if required ones are missing."""
 
     @override
     def validate(self, *args: Any, **kwargs: Any) -> None:
@@ -128,17 +128,17 @@ class _PartialParser(LightningArgumentParser):
 
 
 def read_options(words: Sequence[str], others: Mapping[str, ArgumentParser]) -> dict[str, Any]:
-    """Read all options of ``pipelite fit``: what is given, and the defaults of the rest, by sections.
+    """Read all options of ``pipelite fit`` by section, with defaults for those not given.
 
     Args:
-        words: Of the command line behind ``pipelite fit``.
-        others: Parsers whose options are proposed for misspelt ones, too.
+        words: The arguments after ``pipelite fit``.
+        others: Further parsers whose options are suggested for misspelt ones.
 
     Returns:
-        The sections, with links followed. What is missing and has no default is None.
+        The sections, with links resolved. Missing options without a default are None.
 
     Raises:
-        ConfigurationError: If fit would not take an option.
+        ConfigurationError: If fit would refuse an option.
     """
     content: dict[str, Any] = _Reader(words, others).config.fit.as_dict()
     for target, source in LINKS.items():
@@ -148,7 +148,7 @@ def read_options(words: Sequence[str], others: Mapping[str, ArgumentParser]) -> 
 
 
 class _Reader(ConfiguredCLI):
-    """Reads, and runs nothing."""
+    """Reads the options and runs nothing."""
 
     may_lack = True
 
@@ -163,19 +163,19 @@ class _Reader(ConfiguredCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Nothing: no checkpoint is resumed from."""
+        """Do nothing: no checkpoint is resumed from."""
 
     @override
     def _set_seed(self) -> None:
-        """Nothing: nothing is drawn."""
+        """Do nothing: no random numbers are drawn."""
 
     @override
     def instantiate_classes(self) -> None:
-        """Nothing: the command makes what it needs."""
+        """Do nothing: the command instantiates what it needs."""
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing: the command runs."""
+        """Do nothing: the command itself runs."""
 
 
 class _ConfigFile(ActionConfigFile):

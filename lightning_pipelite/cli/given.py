@@ -1,4 +1,4 @@
-"""What configuration files and the command line say together, as far as that is certain before torch is imported."""
+"""The options given in files and on the command line, as far as they are certain before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_pipelite.cli.sections import SECTIONS
 from lightning_pipelite.shared.verbosity import VARIABLE
 
 _WITH_CLASS = ("trainer.strategy", "model.adapter", "model.optimizer")
-"""Options that are a class with options of its own."""
+"""Options whose value is a class with options of its own."""
 _KNOWN_PACKAGES = {"lightning", "lightning_pipelite", "torch", "optimi"}
 STRATEGY = "lightning_pipelite.PipeLiteStrategy"
-"""The strategy if none is given."""
+"""The default strategy."""
 NULLS = (None, "null", "Null", "NULL", "~")
 
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """A class and what it is made with.
+    """A class and its arguments.
 
     Attributes:
-        class_path: As given, which may be a short name.
-        init_args: By name.
+        class_path: Import path or short name, as given.
+        init_args: Arguments by name.
     """
 
     class_path: str
@@ -36,19 +36,19 @@ class ClassOptions:
 
 @dataclass
 class Given:
-    """Options as given: values of files as they are there, those of the command line as text.
+    """Options as given: values from files as they are there, those from the command line as text.
 
     Attributes:
-        values: By the option's dotted name, ``trainer.devices``; of one with a class, a :class:`ClassOptions`. What is
-            given in a way that is not read here is not in it.
-        unread: What that is of.
+        values: Values by the option's dotted name, such as ``trainer.devices``; for a class, a :class:`ClassOptions`.
+            Options given in a way that is not read here are left out.
+        unread: The names of the options that are left out.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
 
     def section(self, name: str) -> dict[str, Any]:
-        """Give the plain values of a section, by the names that they have in it."""
+        """Return the plain values of a section, by their names within it."""
         return {
             key.partition(".")[2]: value
             for key, value in self.values.items()
@@ -56,7 +56,7 @@ class Given:
         }
 
     def with_class(self, name: str) -> ClassOptions | None:
-        """Give an option that is a class, if it is read here."""
+        """Return the class given for an option; None if it is not read here."""
         found = self.values.get(name)
         return found if isinstance(found, ClassOptions) else None
 
@@ -71,7 +71,7 @@ class Given:
 
     @property
     def runs_others_code(self) -> bool:
-        """Whether classes of the user's own may be imported, which may register what they like."""
+        """Whether the user's own classes may be imported, which may register anything."""
         named = [
             [value.class_path, value.init_args] if isinstance(value, ClassOptions) else value
             for name, value in self.values.items()
@@ -83,7 +83,7 @@ class Given:
         return bool(self.unread) or not packages <= _KNOWN_PACKAGES
 
     def put(self, name: str, value: Any) -> None:
-        """Add what is given later than all before."""
+        """Add an option that comes after all previous ones, and so overrides them."""
         first, *rest = [part for part in name.replace("+", "").split(".") if part != "init_args"] or [""]
         option = ".".join([first, *rest[:1]])
         below = rest[1:]
@@ -119,13 +119,13 @@ class Given:
 
 
 def given_options(words: Sequence[str]) -> Given | None:
-    """Read what is given.
+    """Read the given options.
 
     Args:
-        words: Of the command line behind the subcommand.
+        words: The arguments after the subcommand.
 
     Returns:
-        It; None where more may be given elsewhere, in the environment or in files that are not read here.
+        The options; None if more may be given elsewhere, in the environment or in files that are not read here.
     """
     if any(name.startswith(("PIPELITE_", "PL_")) and name != VARIABLE for name in os.environ):
         return None
@@ -149,7 +149,7 @@ def given_options(words: Sequence[str]) -> Given | None:
 
 
 def _class_options(value: Any) -> ClassOptions | None:
-    """Read a class as it is given: by its name, or with its options; None where that is not read here."""
+    """Read a class given by its name or with its options; None if it is given in a way that is not read here."""
     if isinstance(value, str):
         is_name = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", value) and not Path(value).exists()
         return ClassOptions(value) if is_name and not value.endswith((".yaml", ".yml", ".json")) else None
@@ -160,7 +160,7 @@ def _class_options(value: Any) -> ClassOptions | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in nested options."""
+    """Yield all strings in nested options."""
     if isinstance(value, str):
         yield value
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""The first two layers of help, which need no long imports: all commands, and the options that most need."""
+"""The first two levels of help, without slow imports: all commands, and the options that most users need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FIT = {
     "validate": "Evaluate what a configuration holds out, without training.",
 }
 
-# What most need, in the order in which it is thought of.
+# The options that most users need, in the order in which one thinks of them.
 OPTIONS = {
     "--config FILE": "a YAML or JSON file of these options; configs/ has one for each kind of training",
     "--model.model_dir DIR": "the base model: config.json, safetensors and tokenizer",
@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def overview() -> str:
-    """List all commands with a line each."""
+    """List all commands, one line each."""
     from lightning_pipelite.cli.commands import COMMANDS
 
     lines = {**_FIT, **{name: command.summary for name, command in COMMANDS.items()}}
@@ -50,7 +50,7 @@ def overview() -> str:
 
 
 def short_help(command: str) -> str:
-    """Tell the options of fit or validate that most need."""
+    """Describe the options of fit or validate that most users need."""
     width = 34
     lines = []
     for option, meaning in OPTIONS.items():

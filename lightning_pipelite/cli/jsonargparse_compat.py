@@ -1,4 +1,4 @@
-"""What of jsonargparse has to be put right."""
+"""Workarounds for jsonargparse."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jsonargparse import ArgumentParser
 
 
 def take_integers_first(parser: ArgumentParser) -> None:
-    """Let options that take an integer or a float take ``1`` for the integer.
+    """Make options that take an int or a float read ``1`` as an int.
 
     To Lightning, ``limit_train_batches`` is one batch if it is 1, and all of them if it is 1.0. jsonargparse tries the
-    types in the order in which they are written, but for ``Union[int, float, None]`` typing gives whatever it was asked
-    for first of all that are equal to it, ``Union[float, int, None]`` too: by what came first, ``1`` was 1.0.
-    ``int | float`` is made anew each time. To be removed when jsonargparse takes an integer for one in any order.
+    types in the order of the union. But ``typing`` has a cache in which unions of another order are equal:
+    ``Optional[Union[int, float]]`` returns ``Optional[Union[float, int]]`` if that was created first, and ``1`` is then
+    read as 1.0. ``int | float`` is not cached. Remove when jsonargparse reads an integer as an int in any order.
     """
     for action in parser._actions:
         kinds = get_args(getattr(action, "_typehint", None))

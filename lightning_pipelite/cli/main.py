@@ -1,4 +1,4 @@
-"""The ``pipelite`` command: what it prints, and how it ends."""
+"""The ``pipelite`` command: what it prints, and its exit status."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lightning_pipelite.shared.verbosity import be_quiet, take_option
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
 INTERRUPTED = 128 + signal.SIGINT
-"""The exit status after Ctrl-C, as shells have it."""
+"""The exit status after Ctrl-C, by shell convention."""
 
 
 def main() -> None:
-    """Run the command that ``sys.argv`` names; errors of configuration are one sentence, and exit status 2.
+    """Run the command that ``sys.argv`` names; report configuration errors in one sentence, with exit status 2.
 
-    With ``--verbose``, or ``PIPELITE_VERBOSE=1`` in the environment, everything is printed that the libraries say.
+    With ``--verbose``, or ``PIPELITE_VERBOSE=1`` in the environment, all messages of the libraries are printed.
     """
     if sys.argv[1:] == ["--version"]:  # at once, without ten seconds of imports
         print(f"pipelite {__version__}")
@@ -38,7 +38,7 @@ def main() -> None:
         return
     _before_imports(sys.argv[1], sys.argv[2:])
     guard_against_parent_death()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers fork after the tokenizer was used
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizer has been used
     be_quiet()
     try:
         with short_lived() if _plans() else contextlib.nullcontext():
@@ -48,13 +48,13 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's end of it
+        if isinstance(stop.__context__, KeyboardInterrupt):  # how Lightning ends after Ctrl-C
             _interrupted()
         raise
 
 
 def _before_imports(command: str, words: list[str]) -> None:
-    """Answer at once what can be answered without long imports."""
+    """Answer at once what can be answered without slow imports."""
     from lightning_pipelite.cli.base_name import with_own_names
     from lightning_pipelite.cli.commands import COMMANDS
     from lightning_pipelite.cli.early_commands import check_command_values
@@ -87,7 +87,7 @@ def _before_imports(command: str, words: list[str]) -> None:
             message = f"argument subcommand: invalid choice: '{command}'"
             raise ConfigurationError(explain(message, dict.fromkeys(_RUNS, none)))
     except ConfigurationError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would all say the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would all print the same
             print(f"pipelite: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -96,7 +96,7 @@ _RUNS: tuple[str, ...] = ("fit", "validate")
 
 
 def start() -> None:
-    """Run :func:`main` as the whole of a process."""
+    """Run :func:`main` as the entry point of the process."""
     main()
     if _plans():
         end_at_once()
@@ -131,7 +131,7 @@ def _run() -> None:
 def _refuse(sentence: str) -> NoReturn:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    # The processes that another one started, or a launcher, would all say the same.
+    # Processes started by another one or by a launcher would all print the same.
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(f"pipelite: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""What to type after a training: commands with the paths of what it has written."""
+"""What to run after training: commands with the paths of what it has written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_pipelite.models.weight_files import read_json
 
 
 def next_steps(trainer: Trainer, base: list[str], asks: Sequence[str]) -> list[str]:
-    """Tell what can be done with what a training has left on the disk.
+    """Suggest commands for what a training run has written to disk.
 
     Args:
-        trainer: That has ended.
-        base: Options that name the base, for all commands.
-        asks: Options of generate by which a prompt is a question, if conversations were learnt.
+        trainer: The Trainer after its run.
+        base: Options that name the base model, for all commands.
+        asks: Options of generate that make the prompt a question, if conversations were learnt; otherwise empty.
 
     Returns:
-        A heading and commands; nothing where nothing was written.
+        A heading and commands; empty if nothing was written.
     """
     if trainer.fast_dev_run or not trainer.state.finished:  # type: ignore[attr-defined]
         return []
@@ -34,7 +34,7 @@ def next_steps(trainer: Trainer, base: list[str], asks: Sequence[str]) -> list[s
 
 
 def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield what for, and the command."""
+    """Yield the purpose and the text of each command."""
     saved = [Path(each.output_dir) for each in callbacks if isinstance(each, SaveTrained)]
     if not saved:
         checkpoints = [each.last_model_path for each in callbacks if isinstance(each, TimedCheckpoint)]
@@ -45,7 +45,7 @@ def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: Sequence
     for directory in saved:
         adapter, kind = ["--adapter", str(directory)], _kind(directory)
         if kind == "model":
-            chat = ["--chat"] if asks else []  # with the template that is saved with it
+            chat = ["--chat"] if asks else []  # with the template saved with the model
             yield "see what it writes", _command("generate", "--model_dir", str(directory), *base[2:], *chat)
         elif kind == "LORA":
             merged, gguf = _free(directory.with_name(f"{directory.name}-merged")), _free(directory.with_suffix(".gguf"))
@@ -62,32 +62,32 @@ def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: Sequence
 
 
 def _kind(directory: Path) -> str | None:
-    """Tell what lies there: the type of an adapter, "model", or nothing that these commands take."""
+    """Return what a directory holds: the type of an adapter, "model", or None if these commands cannot take it."""
     if (directory / "adapter_config.json").is_file():
         return str(read_json(directory / "adapter_config.json").get("peft_type"))
     return "model" if (directory / "config.json").is_file() else None
 
 
 def _has_products_alone(directory: Path) -> bool:
-    """Whether a LoRA is one that llama.cpp takes beside its base: others are merged first."""
+    """Return whether llama.cpp can apply a LoRA beside its base; others must be merged first."""
     config = read_json(directory / "adapter_config.json")
     return not (config.get("use_dora") or config.get("trainable_token_indices"))
 
 
 def _is_known_to_llama_cpp(model_dir: Path) -> bool:
-    from lightning_pipelite.export.architectures import PERMUTED, PLAIN  # whose library others need not have read
+    from lightning_pipelite.export.architectures import PERMUTED, PLAIN  # imports gguf, which nothing else here needs
 
     return read_json(model_dir / "config.json").get("model_type") in {*PLAIN, *PERMUTED}
 
 
 def _curves(loggers: Iterable[Logger]) -> dict[str, str]:
-    """Give the command for TensorBoard, once for all runs below a directory."""
+    """Return the TensorBoard command, one for all runs below a directory."""
     logs = [each.root_dir for each in loggers if isinstance(each, TensorBoardLogger) and Path(each.log_dir).is_dir()]
     return {"the curves": shlex.join(["tensorboard", "--logdir", logs[0]])} if logs else {}
 
 
 def _free(path: Path) -> Path:
-    """Give a path that the command will write, as it writes over nothing."""
+    """Return a path that is not taken, as the commands overwrite nothing."""
     number, free = 1, path
     while free.exists():
         number += 1

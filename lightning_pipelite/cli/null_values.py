@@ -1,4 +1,4 @@
-"""Options that are given as null and have no such value, which jsonargparse takes for any option."""
+"""Refusal of null for options that cannot be null; jsonargparse accepts it for any option."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def refuse_nulls(section: str, made: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse null for what has a default that is another, and no use for it; also in the classes that options name.
+    """Refuse null for options that have another default and do not take it; also in the classes that options name.
 
     Args:
-        section: Of the options, for the message.
-        made: The class that they are the parameters of.
+        section: Section of the options, for the message.
+        made: Class whose parameters they are.
         given: Their values.
 
     Raises:
-        ConfigurationError: If one is null; the sentence names it.
+        ConfigurationError: If one is null; the message names it.
     """
     hints = _hints(made)
     for name, parameter in inspect.signature(made).parameters.items():
@@ -36,13 +36,13 @@ def refuse_nulls(section: str, made: Callable[..., Any], given: Mapping[str, Any
 
 
 def is_null(name: str, default: object) -> str:
-    """Say that an option is null and what it would be without."""
+    """Return the message that an option is null, with the default that it would otherwise have."""
     return f"{name} is null: leave it out for {str(default).lower()}, or give a value."
 
 
 def _refuse_within(name: str, given: Any) -> None:
-    """Refuse nulls among the options of a class that is named with them, if it can be imported."""
-    if isinstance(given, Namespace):  # in a list
+    """Refuse nulls among the arguments of a class, if the class can be imported."""
+    if isinstance(given, Namespace):  # an element of a list
         given = given.as_dict()
     path, options = (given.get(key) if isinstance(given, dict) else None for key in ("class_path", "init_args"))
     if not (isinstance(path, str) and isinstance(options, dict)):
@@ -51,7 +51,7 @@ def _refuse_within(name: str, given: Any) -> None:
     try:
         made = getattr(importlib.import_module(module), kind)
         inspect.signature(made)
-    except (ImportError, AttributeError, TypeError, ValueError):  # who makes it says so
+    except (ImportError, AttributeError, TypeError, ValueError):  # reported when it is instantiated
         return
     refuse_nulls(f"{name}.{kind}" if name == "trainer.callbacks" else name, made, options)
 
@@ -59,5 +59,5 @@ def _refuse_within(name: str, given: Any) -> None:
 def _hints(made: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(made.__init__ if inspect.isclass(made) else made)
-    except (NameError, TypeError, AttributeError):  # of names that are there for type checkers alone
+    except (NameError, TypeError, AttributeError):  # for names imported under TYPE_CHECKING only
         return {}

@@ -1,4 +1,4 @@
-"""The names of the options of fit, read from the source files, and what is meant by names that are none."""
+"""The names of the options of fit, read from the source files, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_pipelite.cli.sections import SECTIONS
 
 OWN = ("config", "seed_everything", "ckpt_path", "weights_only", "overwrite", "print_config", "verbose", "help")
-"""Options of fit that are in no section."""
+"""Options of fit outside the sections."""
 
 _LORA = "model.adapter.init_args."
 FOREIGN = {
@@ -63,7 +63,7 @@ FOREIGN = {
     "use_double_quant": "model.bnb_4bit_use_double_quant",
     "pipeline_parallel_size": "trainer.strategy.init_args.pipeline_stages",
 }
-"""What other trainers call an option, and what it is called here."""
+"""Names of options in other trainers, and their names here."""
 
 SENTENCES = {
     "lora_alpha": f"a LoRA's scale is 1 here, as with an alpha that equals the rank: leave it out, and set {_LORA}rank "
@@ -91,12 +91,12 @@ SENTENCES |= {
     "micro_batch_size": SENTENCES["per_device_train_batch_size"],
     "fp16": SENTENCES["bf16"],
 }
-"""What other trainers have, and what to do here."""
+"""Options of other trainers, and what to do here instead."""
 
 
 @functools.cache
 def option_names() -> frozenset[str]:
-    """Give the dotted names of all options of fit but those of classes that are chosen; nothing long is imported."""
+    """Return the dotted names of all options of fit, except those of classes chosen by name; no slow imports."""
     package = Path(__file__).parent.parent
     lightning = importlib.util.find_spec("lightning")
     assert lightning is not None
@@ -114,7 +114,7 @@ def option_names() -> frozenset[str]:
 
 @functools.cache
 def names_of_classes() -> frozenset[str]:
-    """Give the dotted names of the options of this package's adapters and strategy, which are chosen by their class."""
+    """Return the dotted names of the options of this package's adapters and strategy, which are chosen by name."""
     package = Path(__file__).parent.parent
     sources = [
         ("model.adapter", package / "adapters" / "lora.py", "LoRA"),
@@ -128,7 +128,7 @@ def names_of_classes() -> frozenset[str]:
 
 
 def parameters_of(module: str, function: str) -> dict[str, bool]:
-    """Give a function's parameters, and whether they must be given, without importing its module, only its packages."""
+    """Return a function's parameters and whether each is required; only the module's packages are imported."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -147,11 +147,11 @@ def _parameters_of(path: Path, name: str) -> list[str]:
 
 
 def meant_by(name: str, known: Iterable[str]) -> str | None:
-    """Give what to do in place of an option that there is not, a part of a sentence; None if nothing is near.
+    """Return what to do instead of giving an unknown option, as part of a sentence; None if nothing is close.
 
     Args:
-        name: As given, dotted, without dashes before and a value behind.
-        known: The options that there are.
+        name: The dotted name as given, without leading dashes or a value.
+        known: The options that exist.
     """
     known = sorted({*known})
     last = name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The values of options that have a few, read from the source files, and what is meant by one that is none of them."""
+"""The values of options that take one of a few words, read from the source files, and suggestions for wrong ones."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NAMED_OTHERWISE = {
     "best_fit": ("bfd", "best_fit_decreasing", "ffd"),
     "drop": ("truncate",),
 }
-"""What other trainers call a value."""
+"""Names of a value in other trainers."""
 
 
 @functools.cache
 def choices() -> dict[str, tuple[str | None, ...]]:
-    """Give the options of model and data that take one of a few words, by their dotted names, with these; None last."""
+    """Return the dotted names of the model and data options that take one of a few words, with the words; None last."""
     found: dict[str, tuple[str | None, ...]] = {}
     for section, (module, name) in _CLASSES.items():
         tree = _tree(module)
@@ -43,11 +43,11 @@ def choices() -> dict[str, tuple[str | None, ...]]:
 
 
 def refused_value(name: str, value: str) -> str | None:
-    """Give the sentence that refuses a value, as it was written; None where it is not known to be wrong.
+    """Return the message that refuses a value; None if the value is not known to be wrong.
 
     Args:
-        name: Of the option, dotted.
-        value: Of it.
+        name: Dotted name of the option.
+        value: Its value as written.
     """
     known = choices().get(name)
     if known is None or value in (*known, "null", "Null", "NULL", "~", "None") or not re.fullmatch(r"[\w.+-]+", value):
@@ -57,13 +57,13 @@ def refused_value(name: str, value: str) -> str | None:
 
 
 def proposed(value: str, known: Iterable[str]) -> str:
-    """End the sentence that refuses a value."""
+    """Return the end of a message that refuses a value: a suggestion, or a full stop."""
     meant = meant_value(value, known)
     return "." if meant is None else f"; did you mean {meant}?"
 
 
 def meant_value(value: str, known: Iterable[str]) -> str | None:
-    """Give the one of several values that is meant by another; None if none is near."""
+    """Return the known value that a wrong one most likely means; None if none is close."""
     known = [*known]
     lower = value.strip().lower()
     for own, others in _NAMED_OTHERWISE.items():
@@ -74,7 +74,7 @@ def meant_value(value: str, known: Iterable[str]) -> str | None:
 
 
 def _words(annotation: ast.expr | None, tree: ast.Module) -> tuple[str | None, ...]:
-    """Give the words of a Literal, or of a name for one; nothing where there may be others."""
+    """Return the words of a Literal or of an alias of one; empty if other values are possible."""
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
         sides = [annotation.left, annotation.right]
         rest = [side for side in sides if not (isinstance(side, ast.Constant) and side.value is None)]

@@ -1,4 +1,4 @@
-"""The words of a command line, and the configuration files that they name, before torch is imported."""
+"""Command-line arguments, and the configuration files that they name, read before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def options_of(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield the options with their values; of a short one that is joined with its value, none."""
+    """Yield the options with their values; the value is None for a short option joined with it (``-cFILE``)."""
     for word, then in zip(words, [*words[1:], ""], strict=False):
         if re.match(r"--?[A-Za-z]", word):
             if re.match(r"-c(?!onfig\b)[^=]", word):
@@ -23,10 +23,10 @@ def options_of(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def check_no_other_words(words: Sequence[str]) -> None:
-    """Refuse a word that is neither an option nor the value of one.
+    """Refuse an argument that is neither an option nor the value of one.
 
     Raises:
-        ConfigurationError: If there is one; of a file, with what may be meant.
+        ConfigurationError: If there is one; for a file, the message suggests what may be meant.
     """
     for before, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or (re.match(r"--?[A-Za-z]", before) and "=" not in before):
@@ -40,19 +40,19 @@ def check_no_other_words(words: Sequence[str]) -> None:
 
 
 def without_value(option: str) -> str:
-    """Refuse an option, with its dashes, behind which there is nothing."""
+    """Return the message that refuses an option, named with its dashes, that has no value."""
     return f"{option} is given without a value; write one behind it."
 
 
 def check_values_there(words: Sequence[str], names: Collection[str]) -> None:
-    """Refuse an option behind which another option comes, or nothing.
+    """Refuse an option that is followed by another option, or by nothing, instead of its value.
 
     Args:
-        words: Of the command line.
-        names: Of the options that take a value.
+        words: The command-line arguments.
+        names: Names of the options that take a value.
 
     Raises:
-        ConfigurationError: Naming it.
+        ConfigurationError: If there is one; the message names it.
     """
     for word, then in zip(words, [*words[1:], "--end"], strict=False):
         if word.startswith("--") and word[2:] in names and re.match("--[a-z]", then):
@@ -60,8 +60,8 @@ def check_values_there(words: Sequence[str], names: Collection[str]) -> None:
 
 
 def content_of(file: str | None) -> dict[str, Any]:
-    """Read what a configuration file holds; nothing where it is told later what is wrong with it."""
-    if file is None or "\n" in file or ":" in file:  # YAML itself may be given
+    """Read a configuration file; return nothing if its content is wrong, which is reported later."""
+    if file is None or "\n" in file or ":" in file:  # inline YAML
         return {}
     path = Path(file).expanduser()
     if not path.exists():
@@ -78,7 +78,7 @@ def content_of(file: str | None) -> dict[str, Any]:
 
 
 def _nested(content: dict[Any, Any]) -> dict[str, Any]:
-    """Put what a file says as ``data.seed: 1`` into its section."""
+    """Move dotted keys of a file, such as ``data.seed: 1``, into their sections."""
     made: dict[str, Any] = {}
     for name, value in content.items():
         section, _, key = str(name).partition(".")
@@ -92,7 +92,7 @@ def _nested(content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def model_dir_of(words: Sequence[str]) -> str | None:
-    """Give the directory of the model, which is its tokenizer's, too; None where it is not read here."""
+    """Return the directory of the model and its tokenizer; None if it is given in a way that is not read here."""
     found: str | None = None
     for name, value in options_of(words):
         if name in ("c", "config"):

@@ -1,4 +1,4 @@
-"""``pipelite plan``: what a training will take, before it is started, without a GPU and without its weights."""
+"""``pipelite plan``: what a training run will take, before it starts, without a GPU or the model's weights."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def plan(
     device: str | None = None,
     picture: str | None = None,
 ) -> Report:
-    """Say what a training will take of each GPU, whether it fits, and on which split.
+    """Show what a training run will take of each GPU, whether it fits, and with which split.
 
-    Of the model config.json is enough: the weight files need not be there. No GPU is needed either.
+    The model's config.json is enough: neither its weight files nor a GPU are needed.
 
     Args:
-        config: The configuration of pipelite fit: a file, as --config several of them, and options of fit besides.
-        devices: GPUs of a host; the configuration's if not given.
-        memory: Of each GPU, such as 24GiB (or 24 for the same), or one for each where they differ, such as
-            24GiB,24GiB,16GiB, in the order of their ranks; if not given that of --device, or of the GPU here, and
-            unknown without one.
-        speeds: How fast each GPU is beside the others, such as 1,1,0.6; the configuration's if not given.
-        hosts: How many hosts there are; the configuration's if not given.
-        model_dir: The model, in place of the configuration's.
-        sequence_len: Tokens of a sequence, in place of the configuration's.
-        device: Which GPU, for its speed and its memory: 3090, 4090, 5090, a6000, l40s, a100, h100 or h200. Times are
-            estimates, from its maker's figures but for an H100's, which were measured.
-        picture: A PNG file to draw the stages into.
+        config: The configuration of pipelite fit: a file; on the command line, several --config and options of fit.
+        devices: GPUs per host; the configuration's if not given.
+        memory: Memory of each GPU, such as 24GiB (or 24, which means the same), or one value per GPU in rank order if
+            they differ, such as 24GiB,24GiB,16GiB. If not given, that of --device, or of the smallest GPU here;
+            unknown if there is none.
+        speeds: Relative speed of each GPU, such as 1,1,0.6; the configuration's if not given.
+        hosts: Number of hosts; the configuration's if not given.
+        model_dir: Model directory, instead of the configuration's.
+        sequence_len: Tokens per sequence, instead of the configuration's.
+        device: Type of GPU, for its speed and memory: 3090, 4090, 5090, a6000, l40s, a100, h100 or h200. Times are
+            estimates from the maker's figures, or for the H100 from measured rates.
+        picture: PNG file to draw the stages into.
     """
-    torch.set_num_threads(1)  # what is computed is tiny
+    torch.set_num_threads(1)  # the computations are tiny
     for name, value in (("devices", devices), ("hosts", hosts), ("sequence_len", sequence_len)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}; give a number of at least 1.")
@@ -81,7 +81,7 @@ def plan(
     on_each = devices or settings.devices or max(1, settings.stages // (hosts or settings.hosts))
     settings.hosts = hosts or settings.hosts
     total = on_each * settings.hosts
-    if settings.devices != on_each:  # which fit would otherwise take from the machine that it runs on
+    if settings.devices != on_each:  # otherwise fit would use those of the machine that it runs on
         asked["trainer.devices"] = on_each
     given_speeds = settings.speeds if relative is None else relative
     for name, row in (("memory", sizes if len(sizes) > 1 else []), ("speeds", given_speeds)):
@@ -102,7 +102,7 @@ def plan(
         )
     except ConfigurationError:
         raise
-    except Exception as error:  # of a model that cannot be run without weights
+    except Exception as error:  # the model cannot run without weights
         told = str(error).splitlines() or [""]
         raise ConfigurationError(
             f"{settings.model['model_dir']} cannot be planned: its layers cannot be tried without weights "
@@ -116,13 +116,13 @@ def plan(
 
 
 def _smallest_here() -> list[int]:
-    """Return the bytes of this machine's smallest GPU; nothing without one."""
+    """Return the bytes of this machine's smallest GPU in a list; empty without a GPU."""
     sizes = (device_memory(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
     return sorted(size for size in sizes if size is not None)[:1]
 
 
 def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
-    """Make the layers, the loss and the optimizer that the configuration asks for."""
+    """Build a simulation of the layers, the loss and the optimizer in the configuration."""
     model = settings.model
     adapter_class, options = class_of(model["adapter"], "model.adapter", "lightning_pipelite.adapters")
     taken = inspect.signature(CausalLMLayers.__init__).parameters

@@ -25,16 +25,16 @@ _CLASSES = {1: "\x1b[32m", -1: "\x1b[35m"}
 
 
 def preview(config: str | Configuration, sequences: int = 3) -> str:
-    """Pack the data of a configuration as fit would, and show the sequences that training begins with.
+    """Pack the data of a configuration as fit would, and show the sequences that training starts with.
 
-    Each document begins with a line, which tells its control class where there are others than +1. What is not learnt
-    (questions, masked tokens, and the first token of a document, which nothing comes before) is dim in colour, and
-    stands in « » where there is none: on a terminal there is, unless NO_COLOR is set, and elsewhere if FORCE_COLOR is.
-    The model is not loaded.
+    Each document starts with a header line, which gives its control class if there are classes other than +1. Text
+    that is not learnt (questions, masked tokens, and the first token of each document, which has no context) is dim if
+    colour is used, and in « » if not. Colour is used on terminals, and elsewhere if FORCE_COLOR is set, unless NO_COLOR
+    is set. The model is not loaded.
 
     Args:
-        config: The configuration of `pipelite fit`: a file, as --config several of them, and options of fit besides.
-        sequences: How many to show.
+        config: The configuration of `pipelite fit`: a file; on the command line, several --config and options of fit.
+        sequences: Number of sequences to show.
     """
     check_sequences(sequences)
     data = data_of(config)
@@ -48,10 +48,10 @@ def preview(config: str | Configuration, sequences: int = 3) -> str:
 
 
 def data_of(config: str | Configuration) -> PackedDataModule:
-    """Make the data module of a configuration for `pipelite fit`.
+    """Build the data module of a configuration for `pipelite fit`.
 
     Raises:
-        ConfigurationError: If the configuration, or what it says about the data, is not usable.
+        ConfigurationError: If the configuration or its data options are not usable.
     """
     given = Configuration.of(config)
     given.require_files()
@@ -81,7 +81,7 @@ class _Writer:
         self._has_classes = has_classes
 
     def legend(self) -> str:
-        """Say what the marks mean."""
+        """Explain the marks."""
         hidden = self._in(_MASKED, "dim") if self._colour else "« »"
         line = f"marks: {hidden} is read and not learnt (questions, masked, the first token), the rest is learnt"
         if self._has_classes and self._colour:
@@ -92,7 +92,7 @@ class _Writer:
         return line
 
     def lines(self, dataset: PackedSequences, index: int, number: int) -> Iterator[str]:
-        """Show one sequence."""
+        """Yield the lines that show one sequence."""
         item = {name: tensor.tolist() for name, tensor in dataset[index].items()}
         borders, length = dataset.borders(index)
         labels = item["labels"]

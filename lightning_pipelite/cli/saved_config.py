@@ -1,4 +1,4 @@
-"""The configuration of a run, kept wherever it may be looked for."""
+"""Saves the configuration of a run in its checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
 COMPARED = ("eval/loss", "train/loss")
-"""What TensorBoard's page of hyper-parameters shows beside them."""
+"""Metrics that TensorBoard's page of hyper-parameters shows with them."""
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in every checkpoint and beside the logs, there never over another file.
+    """Saves the configuration in every checkpoint, and next to the logs, where it overwrites no file.
 
-    Without a logger it saves none: the log directory is then the working directory, and the file there called
-    config.yaml may well be the user's own. Each logger gets as hyper-parameters all options of the model, such as
-    ``model.adapter`` and ``model.adapter.rank``, and of the rest those that are not at their default; TensorBoard also
-    the whole file as text.
+    Without a logger it writes no file: the log directory is then the working directory, and a config.yaml there may
+    well be the user's own. Each logger receives as hyper-parameters all options of the model, such as
+    ``model.adapter`` and ``model.adapter.rank``, and the other options that differ from their defaults; TensorBoard
+    also receives the whole file as text.
     """
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.logger is None:
             return
-        directory = Path(trainer.log_dir or ".")  # on every rank: it is broadcast
+        directory = Path(trainer.log_dir or ".")  # on every rank, as it is broadcast
         number = 1
         while trainer.is_global_zero and (directory / self.config_filename).exists():
             number += 1
@@ -46,7 +46,7 @@ class SaveConfig(SaveConfigCallback):
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(chosen)
                 continue
-            logger.log_hyperparams(chosen, metrics={})  # to its file; with a metric it would draw that one as a curve
+            logger.log_hyperparams(chosen, metrics={})  # to its file only; a metric would be drawn as a curve
             for summary in hparams(chosen, dict.fromkeys(COMPARED, 0.0)):
                 logger.experiment._get_file_writer().add_summary(summary)
             logger.experiment.add_text("configuration", f"```yaml\n{self._text()}```")
@@ -63,11 +63,11 @@ class SaveConfig(SaveConfigCallback):
 
 
 def hyper_parameters(options: Any, name: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """Yield the options that have a value by their dotted names; a class by the name of what it is given for.
+    """Yield the dotted names and values of the options that have one; a class has the name of its option.
 
     Args:
         options: A configuration: nested dicts and lists.
-        name: The name of ``options`` themselves.
+        name: The dotted name of ``options`` themselves.
     """
     if isinstance(options, dict):
         for key, value in options.items():

@@ -1,4 +1,4 @@
-"""The sections of a configuration, and what is the same in two of them."""
+"""The sections of a configuration, and the options that are linked between them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lightning_pipelite.errors import ConfigurationError
 SECTIONS = ("trainer", "model", "data")
 
 LINKS = {"data.tokenizer_dir": "model.model_dir"}
-"""Options that are always another one's value."""
+"""Options that always have the value of another one."""
 
 
 def is_linked(target: str, source: str) -> str:
-    """Refuse an option that is always another one's value."""
+    """Return the message that refuses an option which always has the value of another one."""
     return f"{target} is always {source}; leave it out."
 
 
 def is_no_section(name: str, given: object) -> str:
-    """Refuse what stands where a section's options should."""
+    """Return the message that refuses a section without options."""
     instead = ", or the name of a file that holds them" if isinstance(given, str) else ""
     return f"{name} is {given!r}; put the options of {name} there{instead}."
 
 
 def check_sections(content: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a section that holds no options, nor the name of a file with them.
+    """Refuse a section that is neither options nor the name of a file with them.
 
     Args:
-        content: Of a configuration file.
-        folder: Where the file is.
+        content: Content of a configuration file.
+        folder: Directory of the file.
 
     Raises:
-        ConfigurationError: Naming the section.
+        ConfigurationError: If there is one; the message names it.
     """
     for name in SECTIONS:
         given = content.get(name, {})

@@ -1,4 +1,4 @@
-"""Parameters and their types, read from the source files: nothing long is imported for them."""
+"""Parameters and their types, read from the source files without slow imports."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _GENERIC = ("Optional", "Union", "Literal", "list", "dict")
 
 @dataclass(frozen=True)
 class Signature:
-    """What may be given.
+    """The parameters of a function or class.
 
     Attributes:
-        types: Of each parameter; None where it is not read here.
-        required: Those without a default.
-        takes_others: Whether there are further ones, by ``*args`` or ``**kwargs``.
+        types: Type of each parameter by name; None if it is not read here.
+        required: Names of the parameters without a default.
+        takes_others: Whether it takes further ones through ``*args`` or ``**kwargs``.
     """
 
     types: dict[str, Any]
@@ -32,10 +32,10 @@ class Signature:
 
 @functools.cache
 def signature_of(path: str) -> Signature | None:
-    """Give the signature of a function, or of a class that has an ``__init__`` of its own; None for all others.
+    """Return the signature of a function, or of a class with an ``__init__`` of its own; None for anything else.
 
     Args:
-        path: As of a class: ``package.module.name``; a package may have it from a module.
+        path: Import path, ``package.module.name``; a package may re-export the name from a module.
     """
     module, _, name = path.rpartition(".")
     found = _definition(module, name)
@@ -59,7 +59,7 @@ def signature_of(path: str) -> Signature | None:
 
 
 def _definition(module: str, name: str, depth: int = 5) -> tuple[ast.ClassDef | ast.FunctionDef, ast.Module] | None:
-    """Find a class or a function in the source of its module, or of the one that this has it from."""
+    """Find a class or a function in the source of its module, or of the module that this one imports it from."""
     tree = _tree(module)
     if tree is None or depth == 0:
         return None
@@ -72,15 +72,15 @@ def _definition(module: str, name: str, depth: int = 5) -> tuple[ast.ClassDef | 
 
 
 def _imported(tree: ast.Module, module: str, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the module that a name comes from, and its name there."""
-    for node in ast.walk(tree):  # also what is imported for type checkers alone
+    """Yield the module that a name is imported from, and its name there."""
+    for node in ast.walk(tree):  # includes imports under TYPE_CHECKING
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield from ((node.module, alias.name) for alias in node.names if (alias.asname or alias.name) == name)
 
 
 @functools.cache
 def _tree(module: str) -> ast.Module | None:
-    """Read a module's source; its packages are not imported, as finding a spec of it would."""
+    """Parse a module's source without importing its packages, as ``find_spec`` of the module would."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top) if top else None
     if spec is None or spec.origin is None or not spec.origin.endswith("__init__.py"):
@@ -105,7 +105,7 @@ def _type_or_none(annotation: ast.expr | None, tree: ast.Module) -> Any:
 
 def _type(node: ast.expr | None, tree: ast.Module) -> Any:
     """Evaluate an annotation of plain types."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # an annotation in quotes
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a quoted annotation
         return _type(ast.parse(node.value, mode="eval").body, tree)
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
@@ -123,14 +123,14 @@ def _type(node: ast.expr | None, tree: ast.Module) -> Any:
             return Literal[tuple(each.value for each in inner)]  # type: ignore[attr-defined]
         kinds = [_type(each, tree) for each in inner]
         if node.value.id in ("Optional", "Union"):
-            # Not typing's, which would give the first order of its types to all that ask for them in another.
+            # Not typing's, whose cache may return an equal union with its types in another order.
             return functools.reduce(operator.or_, [*kinds, *[type(None)] * (node.value.id == "Optional")])
         return _PLAIN[node.value.id][tuple(kinds)]
     raise _UnknownTypeError
 
 
 def _alias(name: str, tree: ast.Module) -> ast.expr:
-    """Give what a name stands for in its module."""
+    """Return the value assigned to a name in its module."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return node.value

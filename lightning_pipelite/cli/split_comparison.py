@@ -1,4 +1,4 @@
-"""A model in stages held against the same model unsplit: weights, logits, every gradient, and packed documents."""
+"""Compares a model in stages with the same model unsplit: weights, logits, every gradient, and packed documents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.models.stage import Stage
 
-LIMIT = 1e-5  # of the largest value where that is more than 1
-DOCUMENTS = (5, 7)  # tokens of the documents that are packed
+LIMIT = 1e-5  # of the largest value if that is more than 1
+DOCUMENTS = (5, 7)  # tokens of each packed document
 
 
 def exact_layers(
     model_dir: Path, *, packed: bool, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
 ) -> CausalLMLayers:
-    """Return the layers of a model in float32 or double, all trained, that recompute if their class can."""
+    """Return the layers of a model in float32 or float64, all trained, with recomputation if their class allows it."""
     options: dict[str, Any] = {"packed": packed, "trust_remote_code": trust_remote_code}
     try:
         return CausalLMLayers(model_dir, dtype=dtype, adapter=Full(), **options)
@@ -35,28 +35,28 @@ def exact_layers(
 
 
 def tokens() -> tuple[Tensor, Tensor]:
-    """Return input ids and labels, [2, 12]."""
+    """Return input ids and labels, int64 [2, 12] each."""
     return torch.randint(3, 120, (2, 2, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(1)).unbind()  # type: ignore[return-value]
 
 
 def build(layers: CausalLMLayers, stages: Split) -> list[Stage]:
-    """Build the stages of an even cut, or all of their pieces in the model's order, on the CPU."""
+    """Build the stages of an even split on the CPU, or all of their pieces in the model's order."""
     cuts = itertools.pairwise(even_cuts(len(layers), pieces_of(stages)))
     return [layers.build_stage(start, stop, torch.device("cpu")) for start, stop in cuts]
 
 
 def even_cuts(items: int, stages: int) -> list[int]:
-    """Return where each of so many stages begins, and where the last ends."""
+    """Return the first item of each of ``stages`` stages of even size, and the end of the last."""
     return [-(-items * i // stages) for i in range(stages + 1)]
 
 
 def pieces_of(split: Split) -> int:
-    """Return the number of pieces of the whole model."""
+    """Return the total number of pieces of a split."""
     return split if isinstance(split, int) else split[0] * split[1]
 
 
 def in_words(split: Split) -> str:
-    """Return a split as messages tell it."""
+    """Return a split in words, for messages."""
     return f"{split} stage{'s' * (split > 1)}" if isinstance(split, int) else f"{split[0]} stages of {split[1]} pieces"
 
 
@@ -68,10 +68,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def compare_split(
     layers: CausalLMLayers, whole: PreTrainedModel, counts: Sequence[Split], *, train: bool = False
 ) -> list[str]:
-    """Compare weights, logits and gradients of every partition with the unsplit model's; return what differs."""
+    """Compare weights, logits and gradients of every split with the unsplit model's; return up to three differences."""
     input_ids, labels = tokens()
     positions = torch.arange(sum(DOCUMENTS)).expand(2, -1)
-    whole.train(train)  # in training mode stages recompute, and dropout draws differ between stages
+    whole.train(train)  # in training mode stages recompute, and dropout masks differ between stages
     named = dict(whole.named_parameters(remove_duplicate=False))
     buffers = dict(whole.named_buffers())
     expected = whole(input_ids=input_ids, use_cache=False).logits
@@ -109,7 +109,7 @@ def compare_split(
 def run_backward(
     stages: list[Stage], input_ids: Tensor, positions: Tensor, labels: Tensor
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """Run forward and backward as a pipeline does; return the logits, and the gradients with the parameters' names."""
+    """Run forward and backward as a pipeline does; return the logits, and the gradients with parameter names."""
     tape: list[tuple[Tensor, Tensor]] = []
     received = input_ids
     for stage in stages:
@@ -147,7 +147,7 @@ def compare_packed(layers: CausalLMLayers, whole: PreTrainedModel) -> list[str]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of ``b`` where that is more than 1."""
+    """Return the largest difference, relative to the largest value of ``b`` if that is more than 1."""
     if a.shape != b.shape or not bool(torch.isfinite(b).all()):
         return float("inf")
     a, b = a.detach(), b.detach()

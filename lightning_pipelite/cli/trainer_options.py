@@ -1,4 +1,4 @@
-"""Options of the Trainer that Lightning takes and nobody can mean, or refuses without naming them."""
+"""Checks of Trainer options that make no sense but Lightning accepts, or that it refuses without naming them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what is no seed.
+    """Refuse a seed that is out of range.
 
     Raises:
-        ConfigurationError: If it is out of its range.
+        ConfigurationError: If it is.
     """
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed_everything is {seed}; give an integer from 0 to {2**32 - 1}.")
@@ -27,15 +27,15 @@ def check_seed(seed: int) -> None:
 def check_trainer_options(
     options: Mapping[str, Any], strategies: Collection[str] = STRATEGIES, accelerators: Collection[str] = ACCELERATORS
 ) -> None:
-    """Refuse a value that is out of its range.
+    """Refuse values that are out of range.
 
     Args:
-        options: Of the Trainer, by their names; those that are missing or None are not looked at.
+        options: Options of the Trainer by name; those that are missing or None are not checked.
         strategies: The names of strategies that can train the module.
-        accelerators: The names that Lightning knows.
+        accelerators: The names of accelerators that Lightning knows.
 
     Raises:
-        ConfigurationError: Naming the option.
+        ConfigurationError: If one is out of range; the message names the option.
     """
 
     def refuse(name: str, remedy: str) -> None:
@@ -44,7 +44,7 @@ def check_trainer_options(
         raise ConfigurationError(f"trainer.{name} is {shown}; {remedy}.")
 
     given = {name: value for name, value in options.items() if value is not None}
-    for name in _POSITIVE:  # Lightning takes all
+    for name in _POSITIVE:  # Lightning accepts any value
         if name in given and given[name] <= 0:
             refuse(name, "give a number above 0, or leave it out")
     if given.get("log_every_n_steps", 0) < 0:

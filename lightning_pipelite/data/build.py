@@ -1,4 +1,4 @@
-"""From files to the packed sequences of a cache entry."""
+"""Build a cache entry of packed sequences from data files."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
 FORMAT_VERSION = 7
-"""Part of the cache key: raise it whenever the same options give other sequences, or files of another form."""
+"""Part of the cache key: raise it whenever the same options yield different sequences or a different file format."""
 
 META = "meta.json"
 
 
 def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -> Path:
-    """Give the cache entry of these options, files and tokenizer, and build it if it is missing.
+    """Return the cache entry for these options, files and tokenizer, building it if it is missing.
 
     Args:
-        cache_dir: Where entries live.
-        options: What to build, looked at.
-        tokenizer_dir: The directory of the tokenizer.
+        cache_dir: Directory of all cache entries.
+        options: What to build, as returned by `look_at`.
+        tokenizer_dir: Directory of the tokenizer.
 
     Returns:
         The entry's directory; see `PackBuilder`.
 
     Raises:
-        ConfigurationError: If files, tokenizer or cache directory are not usable; the sentence names them.
+        ConfigurationError: If files, tokenizer or cache directory are unusable; the message names them.
     """
     if not tokenizer_dir.is_dir():
         raise ConfigurationError(f"data.tokenizer_dir {tokenizer_dir} is no directory: name one with a tokenizer.")
@@ -69,14 +69,14 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
 
 
 class PackBuilder:
-    """Tokenises each document once, then chooses, orders and packs.
+    """Tokenises each document once, then selects, orders and packs the documents.
 
-    In memory stay a few batches of text and some numbers for each document; the tokens go through a file.
+    Only a few batches of text and a few numbers per document are held in memory; the tokens go through a file.
 
     Args:
         options: What to build.
         files: The files of each dataset in ``options.sources``.
-        tokenizer: Turns documents into ids.
+        tokenizer: Turns documents into token ids.
     """
 
     def __init__(self, options: PackingOptions, files: list[list[Path]], tokenizer: DocumentTokenizer) -> None:
@@ -92,7 +92,8 @@ class PackBuilder:
             folder: An empty directory.
 
         Raises:
-            ConfigurationError: If a document cannot be read, a dataset yields none, or evaluation no sequence.
+            ConfigurationError: If a document cannot be read, a dataset has no documents, or an evaluation set fills no
+                sequence.
         """
         scratch = folder / "documents.u32"
         corpus = tokenise(self._options, self._files, self._tokenizer, scratch)
@@ -127,10 +128,10 @@ class PackBuilder:
         }
         (folder / META).write_text(json.dumps(meta, indent=1))
 
-    # Which documents
+    # Selection of documents
 
     def _splits(self, corpus: Corpus) -> list[PackedSet]:
-        """Return the training set, what is held out from it, and the datasets for evaluation."""
+        """Return the training set, the set held out from it (if not empty), and the evaluation datasets."""
         options, lengths = self._options, corpus.lengths
         chosen = [self._within_max_tokens(number, corpus) for number in range(len(corpus.ends))]
         groups, eval_groups = chosen[: len(options.datasets)], chosen[len(options.datasets) :]
@@ -143,7 +144,7 @@ class PackBuilder:
         held_out = np.zeros(len(lengths), bool)
         held_out[everything] = choose_evaluation(corpus.digests[everything], options.eval_fraction)
 
-        # What is held out first: what it takes of max_sequences is its share, training gets the rest.
+        # The held-out set is packed first, limited to its share of max_sequences; training gets the rest.
         limit = options.max_sequences
         share = None if limit is None else min(max(1, round(limit * options.eval_fraction)), max(1, limit - 1))
         held = self._pack(HELD_OUT, self._mixed([group[held_out[group]] for group in groups]), lengths, share)
@@ -168,7 +169,7 @@ class PackBuilder:
         return splits
 
     def _within_max_tokens(self, number: int, corpus: Corpus) -> Ints:
-        """Return a dataset's documents in shuffled order, as many as its max_tokens allows."""
+        """Return as many of a dataset's documents as its max_tokens allows, in shuffled order."""
         dataset, documents = self._options.sources[number], corpus.documents(number)
         order = documents[np.random.default_rng((self._options.seed, number)).permutation(len(documents))]
         count = within_tokens(corpus.lengths[order], dataset.max_tokens)
@@ -206,7 +207,7 @@ class PackBuilder:
             classes[documents] = dataset.control_class or class_of(corpus.digests[documents])
         return classes
 
-    # Where they lie
+    # Packing
 
     def _pack(self, name: str, groups: list[Ints], lengths: Ints, max_sequences: int | None) -> PackedSet:
         options = self._options

@@ -1,4 +1,4 @@
-"""A directory that is there whole or not at all, however its making ends."""
+"""Cache entries: directories that either exist complete or not at all, even if a build is interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", 
 
 
 def default_cache_dir() -> Path:
-    """Give this package's folder in the user's cache directory."""
+    """Return this package's folder in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_pipelite"
 
 
@@ -32,14 +32,14 @@ def content_key(contents: dict[str, Any]) -> str:
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:
-    """Identify a data file without reading it: path, bytes, nanoseconds of its last change."""
+    """Identify a data file without reading it: its path, size in bytes, and modification time in nanoseconds."""
     stat = path.stat()
     return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def tokenizer_stamp(directory: Path) -> dict[str, str]:
-    """Hash the files from which a tokenizer is loaded, by name; weights and their index do not count."""
-    folders = (directory, directory / "additional_chat_templates")  # where transformers keeps all but the default one
+    """Hash each file that a tokenizer is loaded from, by name; weights and their index are ignored."""
+    folders = (directory, directory / "additional_chat_templates")  # transformers keeps non-default templates there
     return {
         str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
         for folder in folders
@@ -50,21 +50,21 @@ def tokenizer_stamp(directory: Path) -> dict[str, str]:
 
 
 def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Give the entry of a key, and make it first where it is missing.
+    """Return the entry for a key, building it first if it is missing.
 
-    `build` fills a temporary directory, which gets its name by one rename when it is complete. Processes of one host
-    wait for each other, so that one builds; should two hosts build at once, the first to finish counts.
+    `build` fills a temporary directory, which an atomic rename moves into place once it is complete. A file lock
+    ensures that only one process per host builds; if two hosts build at once, the first to finish wins.
 
     Args:
-        cache_dir: Where entries live; it is created.
+        cache_dir: Directory of all entries; created if missing.
         key: The entry's name.
-        build: Writes the entry into the empty directory that it is given.
+        build: Writes the entry into the empty directory that it is passed.
 
     Returns:
         The entry's directory.
 
     Raises:
-        ConfigurationError: If the directory cannot be written, or its disk is full. Other entries stay as they are.
+        ConfigurationError: If the directory cannot be written, or its disk is full. Other entries are left untouched.
     """
     entry = cache_dir / key
     if entry.is_dir():
@@ -89,7 +89,7 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
     ours = f"{entry.name}.{socket.gethostname()}."
     for leftover in entry.parent.iterdir():
-        # Of a build that was killed: this host's lock is ours, so nobody works there any more.
+        # Left by a build that was killed: we hold this host's lock, so no process is using it.
         if leftover.name.startswith(ours):
             shutil.rmtree(leftover, ignore_errors=True)
     temporary = entry.parent / f"{ours}{uuid.uuid4().hex}"
@@ -101,7 +101,7 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         try:
             temporary.rename(entry)
         except OSError:
-            if not entry.is_dir():  # else another host was first, with the same content
+            if not entry.is_dir():  # otherwise another host finished first, with the same content
                 raise
         fsync(entry.parent)
     finally:
@@ -111,5 +111,5 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
+        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel when the process ends, even if it is killed
         yield

@@ -1,4 +1,4 @@
-"""Conversations as token ids, by the tokenizer's own chat template."""
+"""Conversations as token ids, rendered with a chat template."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Flags = npt.NDArray[np.bool_]
 
 
 class ChatRenderer:
-    """Renders conversations, and tells which tokens the assistant said.
+    """Renders conversations and determines which tokens are the assistant's.
 
-    A template that marks the assistant's words with ``{% generation %}`` says so itself. Otherwise a conversation is
-    rendered up to each of the assistant's turns, with and without that turn: what the turn adds behind the prompt for
-    a reply is the assistant's, the mark that ends the turn included. Where a template renders a turn otherwise when
-    others follow (some then leave the reasoning out), the turn's content is looked for in the whole conversation
-    instead, and a special token right behind it counts as the mark. Replies with a weight of 0 are not learnt.
+    If the template marks the assistant's words with ``{% generation %}``, those marks are used. Otherwise a
+    conversation is rendered up to each assistant turn, with and without that turn: whatever the turn adds after the
+    generation prompt is the assistant's, including the end-of-turn token. If a template renders a turn differently when
+    others follow (some then omit the reasoning), the turn's content is located in the full conversation instead, and a
+    special token directly after it counts as the end-of-turn token. Replies with a weight of 0 are not learnt.
 
     Args:
-        tokenizer: A fast tokenizer of `transformers`, loaded without options that change what it does.
+        tokenizer: A fast tokenizer of `transformers`, loaded without options that change its behaviour.
         name: Its directory, for errors.
 
     Raises:
-        ConfigurationError: If the tokenizer has no chat template or no offsets.
+        ConfigurationError: If the tokenizer has no tokenizer.json or no chat template.
     """
 
     def __init__(self, tokenizer: Any, name: object) -> None:
@@ -61,18 +61,19 @@ class ChatRenderer:
         """Render and tokenise a conversation.
 
         Args:
-            messages: Each with a ``role``.
-            place: Where it stands, for errors.
-            arguments: Of `apply_chat_template`, such as ``tools``.
-            others: Other keys of the record.
-            passed_over: Gets the names of what the record has and the template does not show.
+            messages: The messages, each with a ``role``.
+            place: Location of the conversation, for errors.
+            arguments: Arguments for `apply_chat_template`, such as ``tools``.
+            others: The record's other keys.
+            passed_over: Set to which the names of what the template does not show are added.
 
         Returns:
-            The ids, those of `apply_chat_template`, and of the same length which of them are to be learnt.
+            The token ids, as `apply_chat_template` yields them, and a mask of the same length that is true for tokens
+            to be learnt.
 
         Raises:
-            ConfigurationError: If the template refuses it, passes over what it says, or does not tell which words are
-                the assistant's.
+            ConfigurationError: If the template refuses the conversation or omits part of it, if the assistant's words
+                cannot be identified, or if there is nothing to learn.
         """
         arguments = arguments or {}
         replies = [number for number, message in enumerate(messages) if learnt(message)]
@@ -108,7 +109,7 @@ class ChatRenderer:
         said = np.zeros(len(ids), bool)
         starts, ends = offsets[:, 0], offsets[:, 1]
         for begin, end, has_mark in spans:
-            # A token that begins before the reply counts: where a prompt ends with a space, it is the first word.
+            # A token that begins before the reply counts: a space at the end of the prompt may be part of it.
             said |= (starts < end) & (ends > begin)
             behind = int(np.searchsorted(starts, end))
             if not has_mark and behind < len(ids) and ids[behind] in self._special:
@@ -123,12 +124,12 @@ class ChatRenderer:
         return ids, said
 
     def _template(self, arguments: dict[str, Any]) -> ChatTemplate:
-        """Return the template, of which some tokenizers have one of its own for conversations with tools."""
+        """Return the template; some tokenizers have a separate one for conversations with tools."""
         tools = arguments.get("tools")
         if (tools is not None) not in self._templates:
             try:
                 source = self._tokenizer.get_chat_template(tools=tools)
-            except ValueError as error:  # several named ones, none the default
+            except ValueError as error:  # several named templates, none of them the default
                 raise ConfigurationError(
                     f"The tokenizer of {self._name} has no default chat template: {error}"
                 ) from error
@@ -155,7 +156,7 @@ class ChatRenderer:
         marked: list[Span],
         place: str,
     ) -> list[Span]:
-        """Return the marked parts that belong to some of the messages."""
+        """Return the marked spans that belong to the messages in ``replies``."""
         counts = [0]
         for end in range(1, len(messages) + 1):
             counts.append(len(template.render_marked(messages[:end], arguments)[1]))
@@ -170,10 +171,10 @@ class ChatRenderer:
 
 
 def _with_whole_offsets(tokenizer: Any) -> Tokenizer | None:
-    """Return a copy that tells of spaces where they are, if the tokenizer takes them off the places of its tokens.
+    """Return a copy whose offsets include spaces, or None if the tokenizer does not trim its offsets.
 
-    ByteLevel and Roberta do that for their tasks of finding answers in texts. A token of spaces alone would then lie
-    behind itself, on the wrong side of a turn's end.
+    The ByteLevel and Roberta post-processors trim spaces from offsets, for extractive question answering. A token that
+    consists only of spaces would then get an empty span after its actual position, on the wrong side of a turn's end.
     """
     backend = tokenizer.backend_tokenizer
     if '"trim_offsets":true' not in backend.to_str():

@@ -1,4 +1,4 @@
-"""The values of columns as records have them."""
+"""Conversion of column values to the plain values of JSON records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pyarrow.types as kinds
 
 
 def plain(scalar: pa.Scalar) -> Any:
-    """Give a value of a column as JSON would hold it.
+    """Return a column's value as JSON would represent it.
 
-    Columns give every object the keys of all: those that hold nothing are taken out again. So a null that a record
-    had in an object is lost, too, as nothing tells one from the other. In a map, each record has keys of its own.
+    A struct column gives every object the union of all keys, so keys whose value is null are removed. An explicit null
+    in a record's object is lost as well, because the two cannot be told apart. Maps keep each record's own keys.
     """
     return _plain(scalar.as_py(), scalar.type)
 

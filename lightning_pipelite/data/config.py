@@ -1,4 +1,4 @@
-"""What a user sets about the data, checked before any file is read."""
+"""User-facing data options, checked before any file is read."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.errors import ConfigurationError
 
 TokenSpec = int | str | list[int] | None
-"""Tokens as a user writes them: an id, a text, a list of ids, or none for the option's default."""
+"""Tokens as the user specifies them: an id, a text, a list of ids, or None for the option's default."""
 
 MaskSpec = bool | int | list[int] | None
-"""Tokens to mask: true for all special tokens, an id, a list of ids; none or false for no token."""
+"""Tokens to mask: true for all special tokens, an id, or a list of ids; None or false for no tokens."""
 
 
 HELD_OUT = "held_out"
 """The name of the evaluation set that `eval_fraction` holds out."""
 
 Packing = Literal["concatenate", "best_fit"]
-"""How documents fill sequences."""
+"""How documents are packed into sequences."""
 
 Format = Literal[
     "text", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "question_answer"
 ]  # fmt: skip
-"""What records may be."""
+"""Record formats that a user can name."""
 
 LongConversations = Literal["keep", "drop", "split"]
-"""What becomes of conversations that are longer than a sequence."""
+"""How to handle conversations that are longer than a sequence."""
 
 
 @dataclass
@@ -39,30 +39,32 @@ class DatasetConfig:
 
     Args:
         dataset_path: A file, a directory (the files directly in it, or in its ``data``) or a glob (``**`` crosses
-            directories) of ``.txt`` and ``.md`` (a document a file), ``.json`` (a list, or a record a line), ``.jsonl``
-            (a record a line), ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, all but the last two also with ``.gz``,
-            ``.bz2``, ``.xz`` or ``.zst`` behind; or a directory that was downloaded from Hugging Face, or that its
-            datasets saved.
-        split: Of a directory whose files are of several splits by their names, the one to read, as in "train" or
-            "train_sft"; null is that for training, for an evaluation the only other one.
-        format: What records are: "text", "messages", "sharegpt", "alpaca" (instruction, input, output),
-            "prompt_completion", "prompt_response" or "question_answer". Null finds it out from the first records.
-        max_tokens: At most this many tokens of it, in whole documents, taken in shuffled order until one does not fit.
-        control_class: The class of its documents for Control Adapters: 1, -1, or 0 for either, about half and half,
-            decided by a document's content.
-        weight: Its share of the training tokens beside the other datasets' weights. The dataset that runs out first
-            sets the total; of the others, whole documents are left out. Null everywhere: all tokens of all datasets.
-        text_field: The field or column of records that holds the text.
-        messages_field: The field or column of records that holds a conversation, a list of messages with ``role`` and
-            ``content`` or ``from`` and ``value``, in place of a text. The chat template renders it, with the record's
-            ``tools``, ``documents`` and ``chat_template_kwargs``, and only the assistant's turns are labels, without
-            those whose ``weight`` is 0 and those before the first question.
-        question_field: The field or column that holds what is asked, beside `answer_field`. Both become a conversation;
-            where there is a field ``input`` or ``context``, it is shown behind the question.
-        answer_field: The field or column that holds the answer, which alone is learnt.
-        system_field: The field or column that holds the system prompt of a conversation; null is ``system``,
-            ``system_prompt`` or ``system_message`` where there is one.
-        last_turn_only: Learn only what the assistant says behind the last question.
+            directories) of ``.txt`` and ``.md`` (one document per file), ``.json`` (a list, or one record per line),
+            ``.jsonl`` (one record per line), ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, all but the last two
+            optionally compressed (``.gz``, ``.bz2``, ``.xz`` or ``.zst``); or a dataset directory downloaded from
+            Hugging Face or saved by its datasets library.
+        split: The split to read from a directory whose file names indicate several, such as "train" or "train_sft".
+            Null selects the training split, or for evaluation the only other one.
+        format: The format of the records: "text", "messages", "sharegpt", "alpaca" (instruction, input, output),
+            "prompt_completion", "prompt_response" or "question_answer". Null detects it from the first records.
+        max_tokens: Use at most this many tokens, as whole documents in shuffled order up to the first that does not
+            fit.
+        control_class: The class of its documents for Control Adapters: 1, -1, or 0 to assign each document one of the
+            two by its content, about half each.
+        weight: Its share of the training tokens, relative to the other datasets' weights. The dataset that runs out
+            first determines the total; the others leave out whole documents. If no dataset has a weight, all tokens of
+            all datasets are used.
+        text_field: The field or column that holds the text.
+        messages_field: The field or column that holds a conversation instead of a text: a list of messages with
+            ``role`` and ``content``, or ``from`` and ``value``. The chat template renders it, with the record's
+            ``tools``, ``documents`` and ``chat_template_kwargs``. Only the assistant's turns are labels, except those
+            whose ``weight`` is 0 and those before the first question.
+        question_field: The field or column that holds the question; requires `answer_field`. The two become a
+            conversation, in which fields named ``input`` or ``context`` follow the question.
+        answer_field: The field or column that holds the answer; only the answer is learnt.
+        system_field: The field or column that holds the system prompt of a conversation. Null uses ``system``,
+            ``system_prompt`` or ``system_message`` if the records have one of them.
+        last_turn_only: Learn only what the assistant says after the last question.
     """
 
     dataset_path: str
@@ -79,19 +81,19 @@ class DatasetConfig:
     last_turn_only: bool = False
 
     def __post_init__(self) -> None:
-        # "text" was the default, and stands beside messages_field in configurations that were saved with it.
+        # "text" used to be the default, so configurations saved back then have it alongside messages_field.
         if self.text_field == "text" and self.messages_field is not None:
             self.text_field = None
 
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """The options that decide what the packed arrays hold: two equal ones on equal files give equal bytes.
+    """The options that determine the packed arrays: equal options and equal files produce identical bytes.
 
     The fields and their defaults are those of `PackedDataModule`, which documents them.
 
     Raises:
-        ConfigurationError: If a value is out of its range; the sentence names the key.
+        ConfigurationError: If a value is out of range; the message names the key.
     """
 
     datasets: list[DatasetConfig]
@@ -113,7 +115,7 @@ class PackingOptions:
     chat_template: str | None = None
     long_conversations: LongConversations = "split"
     shapes: tuple[tuple[Shape, ...], ...] | None = None
-    """Of each file of each of `sources`, once they were looked at."""
+    """The shape of each file's records, per dataset in `sources`; None until `look_at` has determined them."""
 
     def __post_init__(self) -> None:
         if not self.datasets:
@@ -173,12 +175,12 @@ class PackingOptions:
 
     @property
     def sources(self) -> list[DatasetConfig]:
-        """All datasets, those for evaluation last."""
+        """All datasets, the evaluation datasets last."""
         return [*self.datasets, *self.eval_datasets]
 
     @property
     def eval_names(self) -> list[str]:
-        """A name for each of `eval_datasets`, from its path, no two the same."""
+        """A unique name for each of `eval_datasets`, derived from its path."""
         names: list[str] = []
         for dataset in self.eval_datasets:
             name = _name_of(dataset.dataset_path)
@@ -189,7 +191,7 @@ class PackingOptions:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether any document is one; of records that were not looked at yet, only those count that are named so."""
+        """Whether any dataset has conversations; before `look_at`, only explicitly configured ones count."""
         return any(self._conversations)
 
     @property
@@ -207,12 +209,12 @@ class PackingOptions:
 
     @property
     def best_fit(self) -> bool:
-        """Whether documents are kept whole; null chooses that for conversations."""
+        """Whether best-fit packing is used; if `packing` is None, it is for conversations."""
         return self.has_conversations if self.packing is None else self.packing == "best_fit"
 
 
 def _check_fields(dataset: DatasetConfig) -> None:
-    """Refuse options that name the fields of two formats, or half of one."""
+    """Refuse options that name fields of two formats, or only one field of a pair."""
     where = dataset.dataset_path
     if dataset.format not in (None, *get_args(Format)):
         raise ConfigurationError(f"format of {where} is {dataset.format}: give one of {', '.join(get_args(Format))}.")
@@ -230,9 +232,9 @@ def _check_fields(dataset: DatasetConfig) -> None:
 
 
 def _name_of(dataset_path: str) -> str:
-    """Return the last part of a path that is no glob, without endings.
+    """Return the last part of a path that is not a glob pattern, without its file extensions.
 
-    "wiki" of wiki.jsonl.gz, "texts" of texts/*.txt.
+    For example "wiki" for wiki.jsonl.gz, "texts" for texts/*.txt.
     """
     plain = [part for part in PurePath(dataset_path).parts if not re.search(r"[*?\[]", part)]
     return re.sub(r"[^\w-]+", "_", plain[-1].split(".")[0] if plain else "").strip("_") or "eval"

@@ -1,4 +1,4 @@
-"""What a record says beside its words, and what is refused of it: nothing that means something is passed over."""
+"""Checks of conversations and of the other keys in a record: nothing meaningful is silently ignored."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from lightning_pipelite.errors import ConfigurationError
 Message = dict[str, Any]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which transformers hands a message's reasoning to a template, whichever of them it has."""
+"""The keys that may hold a message's reasoning; transformers passes whichever is present to the template."""
 
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
-"""What others call a role."""
+"""Alternative names of roles, and the role that each stands for."""
 
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
-"""Keys of a record, beside the conversation, that are for the chat template."""
+"""Keys of a record, besides the conversation, that are passed to the chat template."""
 
-# What other trainers take as "count this record otherwise, or not at all", and the value by which it counts as others.
+# Keys by which other trainers weight or exclude a record, each with the value that makes it count like any other.
 _RECORD_WEIGHTS = {
     "weight": 1, "weights": 1, "loss_weight": 1, "sample_weight": 1, "loss_mask": 1, "completion_mask": 1,
     "train_on": 1, "train_on_turn": 1, "trainable": 1, "is_trained": 1,
     "mask": None, "masked": 0, "ignore": 0, "ignored": 0, "skip": 0,
 }  # fmt: skip
-# What other trainers take as "learn from this message, or do not". One form is enough: OpenAI's.
+# Keys by which other trainers include or exclude a message. Only OpenAI's form, "weight", is supported.
 _MESSAGE_FLAGS = (
     "train", "training", "train_on_turn", "train_detail", "training_detail", "loss", "loss_weight", "loss_mask",
     "mask", "masked",
 )  # fmt: skip
-# Parameters of apply_chat_template, and what a record has elsewhere.
+# Parameters of apply_chat_template, and values that a record specifies elsewhere.
 _RESERVED = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
-_DEEPEST = 64  # of JSON Schemas people write by hand none is deeper
+_DEEPEST = 64  # no JSON Schema written by hand is nested deeper
 
 
 def check_weights(record: Mapping[str, Any], place: str) -> None:
-    """Refuse a record that asks to count more or less than others, which it would not.
+    """Refuse a record with a weight of its own, because all records count alike.
 
     Args:
-        record: What is known of its keys.
-        place: Where it stands, for errors.
+        record: The record.
+        place: Location of the record, for errors.
 
     Raises:
-        ConfigurationError: If a key for that is there and does not say that it counts as the others.
+        ConfigurationError: If a weighting key has a value that would make the record count differently from others.
     """
     for key, as_others in _RECORD_WEIGHTS.items():
         if (value := record.get(key)) is not None and value != as_others:
@@ -59,20 +59,20 @@ def check_weights(record: Mapping[str, Any], place: str) -> None:
 
 
 def known_keys(conversations: bool) -> tuple[str, ...]:
-    """Give the keys of a record that mean something beside the field of the text or the conversation."""
+    """Return the record keys that have a meaning, besides the fields that hold the text or the conversation."""
     return (*_RECORD_WEIGHTS, *ARGUMENTS, "functions") if conversations else (*_RECORD_WEIGHTS,)
 
 
 def check_messages(value: Any, place: str, what: str) -> list[Message]:
-    """Give the messages of a conversation without the keys that hold nothing.
+    """Check the messages of a conversation and return them without empty keys.
 
     Args:
-        value: What the record holds.
-        place: Where it stands, for errors.
-        what: What holds it, for errors.
+        value: The value in the record.
+        place: Location of the record, for errors.
+        what: The field that holds the value, for errors.
 
     Raises:
-        ConfigurationError: If it is no conversation, or no message of it is the assistant's.
+        ConfigurationError: If the value is not a valid conversation, or the assistant says nothing in it.
     """
     if not isinstance(value, list) or not value:
         raise ConfigurationError(f"{place}: {what} is no list of messages; give one.")
@@ -91,7 +91,7 @@ def check_messages(value: Any, place: str, what: str) -> list[Message]:
                 role = message["role"]
                 raise ConfigurationError(f"{place}: the role of message {number} is {role!r}; write {meant}.")
         raise ConfigurationError(f"{place}: {what} has no message of the assistant, so nothing to learn; remove it.")
-    # For a chat template, a key that holds nothing is not there. Columns leave none out, so content is always there.
+    # Templates take an empty key for a missing one. Columnar files always have every key, so content is always kept.
     return [
         {
             **{key: each for key, each in message.items() if not _is_nothing(key, each)},
@@ -102,17 +102,17 @@ def check_messages(value: Any, place: str, what: str) -> list[Message]:
 
 
 def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Give what a record has for the chat template beside the messages.
+    """Return a record's arguments for the chat template, besides the messages.
 
     Args:
-        record: With the keys `ARGUMENTS`, any of which may be missing, null or empty.
-        place: Where it stands, for errors.
+        record: The record; each of the keys `ARGUMENTS` may be missing, null or empty.
+        place: Location of the record, for errors.
 
     Returns:
-        Arguments of `apply_chat_template`.
+        Keyword arguments for `apply_chat_template`.
 
     Raises:
-        ConfigurationError: If one of them is not what chat templates take.
+        ConfigurationError: If one of them is not of the type that chat templates take.
     """
     if record.get("functions"):
         raise ConfigurationError(
@@ -122,7 +122,7 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key in ARGUMENTS:
         value = record.get(key)
-        if isinstance(value, str) and value.strip():  # in columns, text is the way to keep what differs by record
+        if isinstance(value, str) and value.strip():  # columnar files store values that vary in structure as JSON text
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
@@ -144,11 +144,11 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def check_value(value: Any, place: str, what: str, depth: int = 0) -> None:
-    """Refuse what is no JSON, or would not come through a template as it is.
+    """Refuse values that are not JSON, or that a template would not render faithfully.
 
     Raises:
-        ConfigurationError: If there is a number that is not finite, text that is none, another type than those of
-            JSON, or a nesting deeper than any that is meant.
+        ConfigurationError: If the value contains a non-finite number, text that cannot be encoded, or a type that JSON
+            does not have, or is nested too deeply.
     """
     if isinstance(value, str):
         check_text(value, place, what)
@@ -164,7 +164,7 @@ def check_value(value: Any, place: str, what: str, depth: int = 0) -> None:
 
 
 def check_text(value: str, place: str, what: str) -> None:
-    """Refuse text that no tokenizer takes."""
+    """Refuse text that no tokenizer accepts: text that cannot be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -172,7 +172,7 @@ def check_text(value: str, place: str, what: str) -> None:
 
 
 def learnt(message: Message) -> bool:
-    """Tell whether a message is to be learnt: the assistant's, unless its weight is 0."""
+    """Return whether a message is learnt: the assistant's messages are, unless their weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -211,7 +211,7 @@ def _check_flags(message: Message, place: str, what: str) -> None:
 
 
 def _is_nothing(key: str, value: Any) -> bool:
-    """Whether a key says nothing: many templates take a message with tool_calls for one that calls, be they none."""
+    """Return whether a key is empty; many templates treat even an empty tool_calls as a call, so it is removed."""
     return value is None or (key == "tool_calls" and not value)
 
 

@@ -1,4 +1,4 @@
-"""The documents of all datasets as tokens in one file, made by parallel processes."""
+"""Tokenises the documents of all datasets into one file, in parallel processes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.progress import Progress
 from lightning_pipelite.shared.wording import counted
 
-# A batch takes a process some fifty times its size while it is tokenised, and costs a message there and back.
+# While it is tokenised, a batch takes about fifty times its size in memory; each also costs a message there and back.
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 1 << 18
 
 UNLABELLED = np.uint32(1 << 31)
-"""Set in a stored token that is never a label, such as one of a user's turn; the other bits are the token's id."""
+"""Flag bit of a stored token that is never a label, such as one in a user's turn; the other bits are the token id."""
 
 
 @dataclass
 class LeftOut:
-    """What of a dataset is not trained on.
+    """The parts of a dataset that are not trained on.
 
     Args:
-        count: How many records `skip_bad_records` left out.
-        first: What was wrong with the first.
-        files: What was wrong with files that it left out, wholly or from some place on.
-        keys: Of records, what is neither the text or the conversation nor shown by the chat template.
-        long: Of conversations that are longer than a sequence, what became.
+        count: Number of records that `skip_bad_records` left out.
+        first: The error of the first of them.
+        files: The errors of files that it left out, entirely or from some point on.
+        keys: Keys of records that are neither part of the document nor shown by the chat template.
+        long: How conversations longer than a sequence were handled.
     """
 
     count: int = 0
@@ -47,7 +47,7 @@ class LeftOut:
     long: Long = field(default_factory=Long)
 
     def add(self, error: ConfigurationError) -> None:
-        """Count a record, or keep what is wrong with a file."""
+        """Count a bad record, or keep the error of a file."""
         if isinstance(error, UnreadableFileError):
             self.files.append(str(error))
             return
@@ -57,14 +57,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is kept in memory of the documents; those of a dataset follow each other.
+    """What is kept in memory about the documents; those of each dataset are contiguous.
 
     Args:
-        tokens: A file of the tokens of all documents, uint32, one after the other; see `UNLABELLED`.
-        lengths: Shape [documents], tokens of each, at least 1.
+        tokens: A file with the concatenated tokens of all documents, uint32; see `UNLABELLED`.
+        lengths: Shape [documents], the number of tokens of each document, at least 1.
         digests: Shape [documents], a hash of each document's token ids, keyed by the seed.
-        ends: For each dataset, the number of documents of it and of those before it.
-        left_out: For each dataset.
+        ends: For each dataset, the cumulative number of documents up to its end.
+        left_out: For each dataset, what is not trained on.
     """
 
     tokens: Path
@@ -74,7 +74,7 @@ class Corpus:
     left_out: list[LeftOut]
 
     def documents(self, dataset: int) -> npt.NDArray[np.int64]:
-        """Give the indices of a dataset's documents."""
+        """Return the indices of a dataset's documents."""
         return np.arange(self.ends[dataset - 1] if dataset else 0, self.ends[dataset])
 
 
@@ -82,7 +82,7 @@ class Corpus:
 class _Batch:
     dataset: int
     records: list[Record]
-    read: int  # bytes of the files of all datasets up to here, about
+    read: int  # approximate number of bytes read so far, over the files of all datasets
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
     """Read and tokenise each document once, in order.
 
     Args:
-        options: Says which datasets.
+        options: The datasets, and how to handle bad records and long conversations.
         files: The files of each of ``options.sources``.
-        tokenizer: Turns documents into ids.
+        tokenizer: Turns documents into token ids.
         path: The file to write the tokens to.
 
     Returns:
-        The documents that have a token.
+        The documents that have at least one token.
 
     Raises:
-        ConfigurationError: If a record is bad and not to be skipped, or a dataset yields no token.
+        ConfigurationError: If a record is bad and must not be skipped, or a dataset yields no tokens.
     """
     lengths, digests = array("q"), array("Q")
     counts = [0] * len(files)
@@ -162,7 +162,7 @@ def _batches(options: PackingOptions, files: list[list[Path]], left_out: list[Le
 
 
 class _Encoder:
-    """What a process does with a batch."""
+    """Encodes a batch in a worker process."""
 
     def __init__(self, tokenizer: DocumentTokenizer, options: PackingOptions) -> None:
         self._tokenizer = tokenizer
@@ -184,8 +184,8 @@ class _Encoder:
             digest = None
             for ids, flags in result:
                 if len(ids):
-                    tokens = np.frombuffer(array("I", ids), np.uint32)  # three times as fast as by numpy alone
-                    if digest is None:  # one for all parts of a document: they stay on one side of an evaluation
+                    tokens = np.frombuffer(array("I", ids), np.uint32)  # three times as fast as numpy alone
+                    if digest is None:  # one digest for all parts of a document, so that the split keeps them together
                         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=self._key).digest()
                     data.append((tokens | flags).tobytes())
                     lengths.append(len(ids))

@@ -1,4 +1,4 @@
-"""Packed sequences for the Lightning Trainer."""
+"""A LightningDataModule that provides packed sequences."""
 
 from __future__ import annotations
 
@@ -34,70 +34,71 @@ from lightning_pipelite.shared.protocol import DealsData
 from lightning_pipelite.shared.wording import counted
 
 MUCH = 0.2
-"""Share of the tokens from which on it is told that so many are held out, if it is more than was asked for."""
+"""The summary reports a held-out share of tokens above this, if it is also more than twice `eval_fraction`."""
 
 
 class PackedDataModule(LightningDataModule):
-    """Packs documents into sequences of fixed length, once, into a cache on disk, and deals them to replicas.
+    """Packs documents into fixed-length sequences, cached on disk, and distributes them over data-parallel replicas.
 
-    A sequence is `sequence_prefix` and then documents, each followed by `document_suffix`: a slice of all of them in a
-    row, or with best-fit packing as many as it has room for. A micro-batch is one sequence: a dict of int64 tensors of
+    A sequence consists of `sequence_prefix` and then documents, each followed by `document_suffix`: a slice of their
+    concatenation, or with best-fit packing as many as fit. A micro-batch is one sequence: a dict of int64 tensors of
     shape [1, sequence_len] with
 
     - ``input_ids``;
-    - ``labels``: ``labels[t]`` is the token to be predicted from position t, so that the loss is the cross-entropy of
+    - ``labels``: ``labels[t]`` is the token to be predicted from position t, so the loss is the cross-entropy of
       ``logits[t]`` against it; -100 at the end of the sequence, on padding, for masked tokens, and where the next
-      token belongs to another document that `isolate_documents` keeps apart;
-    - ``control_classes``: ``control_classes[t]`` is the class of the document that ``labels[t]`` belongs to, 1 or -1,
-      and 0 where there is no label and for the sequence prefix;
+      token belongs to another document and `isolate_documents` is set;
+    - ``control_classes``: ``control_classes[t]`` is the class of the document that ``labels[t]`` belongs to, 1 or -1;
+      0 where there is no label, and for the sequence prefix;
     - ``position_ids``: restart at 0 at each document, at a document's continuation in the next sequence and at
       padding, so that attention stays within a document; the sequence prefix belongs to the first document.
 
-    Train and evaluation share no document: they are split before slicing, equal documents stay on one side, and what is
-    in a dataset for evaluation is left out of training. Every token of a document that is kept is packed exactly once,
-    unless an option drops it. Padding and empty micro-batches (all labels -100) make the data fit; nothing is dropped
-    for that.
+    Training and evaluation share no documents: they are split before packing, identical documents stay on one side, and
+    documents that occur in an evaluation dataset are excluded from training. Every token of a document that is kept is
+    packed exactly once, unless an option drops it. Padding and empty micro-batches (all labels -100) fill up sequences
+    and steps; nothing is dropped to make them even.
 
     Args:
         datasets: The sources of documents.
-        sequence_len: Tokens of a sequence, a multiple of 64.
-        tokenizer_dir: Directory of the tokenizer; the command line takes it from the model's.
-        eval_datasets: Sources of documents for evaluation alone, each with a loader of its own. Beside them,
-            `eval_fraction` still holds documents of `datasets` out.
-        max_sequences: At most this many sequences of `datasets`, training and held out together.
-        drop_tails: Drop the rest of a document that a sequence has no room for, so that every sequence begins with a
-            fresh document, and the last, partial sequence.
+        sequence_len: Tokens per sequence, a multiple of 64.
+        tokenizer_dir: Directory of the tokenizer; on the command line, the model's directory by default.
+        eval_datasets: Sources of documents for evaluation only, each with its own loader. `eval_fraction` still holds
+            out documents of `datasets` in addition.
+        max_sequences: Pack at most this many sequences of `datasets`, training and held out together.
+        drop_tails: Drop the rest of a document that does not fit into its sequence, so that every sequence begins with
+            a new document, and drop the last, partial sequence.
         mix_datasets: Shuffle the documents of all datasets together. Otherwise no sequence mixes two datasets.
-        packing: "concatenate" fills every sequence and splits documents at its end. "best_fit" splits no document that
-            fits into a sequence, and pads. Null is best_fit where there are conversations, else concatenate.
-        chat_template: What renders conversations, in place of the tokenizer's own template: a file, such as a
-            chat_template.jinja; "alpaca" or "chatml", which are known by name; or a template itself.
-        long_conversations: What becomes of conversations that are longer than a sequence. "split" cuts them before
-            questions, so that each answer is learnt with its question, behind the system prompt; an answer that is too
-            long by itself is cut at the end of the sequence. "drop" leaves them out. "keep" goes on in the next
-            sequence, where the answer is learnt without its question.
-        sequence_prefix: Tokens that begin each sequence: null is the tokenizer's BOS if it has one (nothing where there
-            are conversations, whose template writes it), "" nothing; or a text, an id, a list of ids.
-        document_prefix: Tokens before each document but conversations: null or "" is nothing; or a text (joined to the
-            document before tokenising), an id, a list of ids.
-        document_suffix: Tokens after each document but conversations: null is the tokenizer's EOS if it has one, ""
-            nothing; or a text (joined to the document before tokenising), an id, a list of ids.
-        mask_tokens: Tokens that are no labels and have no control class: true is all special tokens; or an id, a list
-            of ids.
-        eval_fraction: Share of documents held out for evaluation, at least one of two or more; 0 for no evaluation.
-        eval_gradient_accumulation_steps: Micro-batches of an evaluation step: each replica's share of the evaluation
-            set is filled up to a multiple of it with empty ones.
-        isolate_documents: Keep documents apart by ``position_ids``. Otherwise they count from 0 to sequence_len - 1,
-            and labels cross borders, as documents may then see each other.
-        add_prefix_space: Whether the tokenizer puts a space before a text. Conversations are always tokenised as the
-            tokenizer does by itself.
+        packing: "concatenate" fills every sequence and splits documents at its end. "best_fit" pads instead, and splits
+            only documents that are longer than a sequence. Null is best_fit if there are conversations, else
+            concatenate.
+        chat_template: The template that renders conversations, instead of the tokenizer's own: a file, such as
+            chat_template.jinja; "alpaca" or "chatml", which are built in; or the template itself.
+        long_conversations: How to handle conversations that are longer than a sequence. "split" cuts them before
+            questions, so that each answer is learnt with its question and the system prompt; an answer that is too
+            long on its own is cut off at the end of the sequence. "drop" leaves them out. "keep" continues them in the
+            next sequence, where the answer is learnt without its question.
+        sequence_prefix: Tokens at the start of each sequence: a text, an id or a list of ids. Null is the tokenizer's
+            BOS if it has one (nothing if there are conversations, because the template writes it); "" is nothing.
+        document_prefix: Tokens before each document except conversations: a text (joined to the document before
+            tokenising), an id or a list of ids. Null or "" is nothing.
+        document_suffix: Tokens after each document except conversations: a text (joined to the document before
+            tokenising), an id or a list of ids. Null is the tokenizer's EOS if it has one; "" is nothing.
+        mask_tokens: Tokens that are not labels and have no control class: true for all special tokens, or an id or a
+            list of ids.
+        eval_fraction: Share of documents held out for evaluation, at least one of two or more; 0 for none.
+        eval_gradient_accumulation_steps: Micro-batches per evaluation step; each replica's share of an evaluation set
+            is filled up to a multiple of it with empty micro-batches.
+        isolate_documents: Isolate documents from each other by restarting ``position_ids``. Otherwise positions count
+            from 0 to sequence_len - 1, documents may attend to each other, and labels cross their borders.
+        add_prefix_space: Whether the tokenizer puts a space before a text. Conversations always use the tokenizer's own
+            setting.
         trust_remote_code: Whether the tokenizer may run Python code from its directory.
-        skip_bad_records: Leave out and count records that cannot be read, in place of an error.
-        seed: Of the order of documents, of the split and of each epoch's order.
-        cache_dir: Where packed data is kept; by default ``lightning_pipelite`` in the user's cache directory.
+        skip_bad_records: Leave out and count records that cannot be read, instead of raising an error.
+        seed: Seed for the order of documents, the split, and the order of each epoch.
+        cache_dir: Directory for packed data; by default ``lightning_pipelite`` in the user's cache directory.
 
     Attributes:
-        eval_gradient_accumulation_steps: As given; whoever runs evaluation may take that many micro-batches at once.
+        eval_gradient_accumulation_steps: As given; an evaluation loop may take that many micro-batches at once.
         statistics: Documents, tokens, sequences and padding of all sets, after `prepare_data` or `setup`; else None.
 
     Raises:
@@ -169,13 +170,13 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def control_classes(self) -> set[int]:
-        """The classes that training documents have, for Control Adapters: 1, -1, or both."""
+        """The classes of the training documents for Control Adapters: 1, -1, or both."""
         given = {dataset.control_class for dataset in self._options.datasets}
         return {1, -1} if 0 in given else set(given)
 
     @property
     def statistics(self) -> DataStatistics | None:
-        """What was packed; None before ``setup``."""
+        """Statistics of what was packed; None before ``prepare_data`` or ``setup``."""
         return None if self._cache is None else self._cache.statistics
 
     @property
@@ -188,21 +189,21 @@ class PackedDataModule(LightningDataModule):
         """Build the cache entry if it is missing, and open it.
 
         Raises:
-            ConfigurationError: If files, tokenizer or cache directory are not usable; the sentence names them.
+            ConfigurationError: If files, tokenizer or cache directory are unusable; the message names them.
         """
         self._open()
 
     @override
     def setup(self, stage: str) -> None:
-        """Open the cache entry, on a node that does not share the cache after building it there."""
+        """Open the cache entry, building it first on a node that does not share the cache."""
         self._open()
 
     def check(self, replicas: int, micro_batches_per_step: int) -> None:
-        """Refuse a training set that does not fill one optimizer step.
+        """Refuse a training set that is too small for one optimizer step.
 
         Args:
-            replicas: Data-parallel replicas.
-            micro_batches_per_step: Micro-batches of each replica a step.
+            replicas: Number of data-parallel replicas.
+            micro_batches_per_step: Micro-batches per replica and step.
 
         Raises:
             ConfigurationError: If there are fewer sequences than one step takes.
@@ -220,10 +221,10 @@ class PackedDataModule(LightningDataModule):
         """Refuse tokens that a model has no embedding for.
 
         Args:
-            rows: Of the embedding.
+            rows: Number of rows in the embedding.
 
         Raises:
-            ConfigurationError: If a token of the packed data is none of them; the sentence names it.
+            ConfigurationError: If a token id in the packed data is outside the embedding; the message names it.
         """
         largest = self._open().largest_token
         if largest >= rows:
@@ -235,11 +236,11 @@ class PackedDataModule(LightningDataModule):
             )
 
     def without(self, tokens: set[int]) -> set[int]:
-        """Return those of some tokens that stand nowhere in the training set."""
+        """Return those of ``tokens`` that do not occur in the training set."""
         return self._open().train.without(tokens)
 
     def summary(self) -> list[str]:
-        """Tell in lines what was packed."""
+        """Return lines that describe what was packed."""
         cache, options = self._open(), self._options
         lines = [f"train: {cache.statistics.train.describe(options.sequence_len)}"]
         for name, held_out in cache.statistics.evals.items():
@@ -256,25 +257,25 @@ class PackedDataModule(LightningDataModule):
         return [*lines, f"packed data: {cache.directory}"]
 
     def found(self) -> list[str]:
-        """Tell in a line for each dataset what its records are, and what of them is learnt.
+        """Return one line per dataset with the format of its records, and what is learnt from them.
 
         Raises:
-            ConfigurationError: If files cannot be found, or it is not clear what their records are.
+            ConfigurationError: If files cannot be found, or the format of their records is ambiguous.
         """
         return what_is_found(self._look())
 
     @property
     def has_conversations(self) -> bool:
-        """Whether any dataset is of conversations, so that replies are learnt."""
+        """Whether any dataset has conversations, of which only the replies are learnt."""
         return any(shape.conversation for shapes in self._look().shapes or () for shape in shapes)
 
     @property
     def own_template(self) -> str | None:
-        """The chat template by which conversations are rendered, if it is not the tokenizer's."""
+        """The chat template that renders conversations, if it is not the tokenizer's own; else None."""
         return self._options.chat_template if self.has_conversations else None
 
     def tokenizer(self) -> DocumentTokenizer:
-        """Load the tokenizer as it is used for packing.
+        """Load the tokenizer with the options that packing uses.
 
         Raises:
             ConfigurationError: If it cannot be loaded, or an option does not fit it.
@@ -283,7 +284,7 @@ class PackedDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Give this replica's micro-batches, in an order of its own each epoch."""
+        """Return a loader of this replica's micro-batches, in a new order each epoch."""
         cache = self._open()
         sampler = self._sampler(cache.train, shuffle=True, round_to=1)
         trainer = self.trainer if isinstance(self.trainer, Trainer) else None
@@ -291,9 +292,9 @@ class PackedDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
-        """Give this replica's evaluation micro-batches: a loader for each of `eval_names`, in a list unless it is one.
+        """Return this replica's evaluation loaders, one for each of `eval_names`: a list, unless there is only one.
 
-        Each is filled up with empty micro-batches, to a multiple of `eval_gradient_accumulation_steps`.
+        Each is filled up with empty micro-batches to a multiple of `eval_gradient_accumulation_steps`.
         """
         loaders: list[DataLoader[dict[str, Tensor]]] = []
         for dataset in self._open().evals:
@@ -316,7 +317,7 @@ class PackedDataModule(LightningDataModule):
         return PackedSampler(dataset, shuffle=shuffle, seed=self._options.seed, round_to=round_to, **replica)
 
     def _on_gpu(self) -> dict[str, Any]:
-        """Return the loader's options: for a GPU a process of its own puts the next sequences into pinned memory."""
+        """Return the loader's options: on a GPU, a worker process reads ahead and batches are pinned."""
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         if device is None or device.type != "cuda":
             return {}

@@ -1,4 +1,4 @@
-"""A cache entry of packed sequences, opened."""
+"""Reads a cache entry of packed sequences."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 class CacheEntry:
-    """What `build_entry` has made, opened.
+    """An opened cache entry, as built by `build_entry`.
 
     Args:
-        directory: Of the entry.
-        isolate_documents: Whether documents are kept apart by their positions.
+        directory: Directory of the entry.
+        isolate_documents: Whether documents are isolated by their positions.
 
     Attributes:
-        statistics: Of what was packed.
-        fingerprint: Of the training set.
-        largest_token: Of all sets.
+        statistics: Statistics of what was packed.
+        fingerprint: Hash of the training set.
+        largest_token: Largest token id in all sets.
         train: The training set.
         evals: The evaluation sets, in the order of the statistics.
 
     Raises:
-        ConfigurationError: If it is damaged.
+        ConfigurationError: If the entry is damaged.
     """
 
     def __init__(self, directory: Path, isolate_documents: bool) -> None:

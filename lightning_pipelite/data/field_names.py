@@ -1,4 +1,4 @@
-"""What the fields of records are commonly called."""
+"""Common field names of records, by what they hold."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from lightning_pipelite.errors import ConfigurationError
 TEXTS = ("text", "content")
 MESSAGES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
-MORE = ("input", "context")  # of a question
+MORE = ("input", "context")  # what a question is about
 ANSWERS = ("output", "completion", "response", "answer", "solution", "reply")
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
-REJECTED = ("rejected", "chosen")  # of two answers, one is not to be learnt
-CHOICES = ("choices", "options")  # without which a question is none
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # which no text shows
-VERDICTS = ("true", "false", "1", "0", "1.0", "0.0")  # of a label that tells good answers from bad ones
+REJECTED = ("rejected", "chosen")  # preference data: one of the two answers must not be learnt
+CHOICES = ("choices", "options")  # a multiple-choice question is incomplete without them
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # cannot be shown as text
+VERDICTS = ("true", "false", "1", "0", "1.0", "0.0")  # values of a label that tells good answers from bad ones
 
 
 def vocabulary() -> Iterable[str]:
-    """Give all field names that mean something, so that no column that would change the format is left unread."""
+    """Return all field names with a meaning, so that every column that would change the format is read."""
     marks = (*REJECTED, *CHOICES, *MEDIA, "label")
     return {*TEXTS, *MESSAGES, *QUESTIONS, *MORE, *ANSWERS, *SYSTEMS, *HISTORIES, *REASONING, *marks}
 
 
 def one_of(record: Mapping[str, Any], names: tuple[str, ...], what: str, option: str | None, place: str) -> str | None:
-    """Return the field of these that is there; of several, the one that holds something.
+    """Return which of these fields the record has; if it has several, the one that is not empty.
 
     Args:
-        record: That has them.
-        names: Of the fields.
-        what: They stand for, for the message.
-        option: That would name one; None if there is none.
-        place: Where the record stands, for the message.
+        record: The record.
+        names: Names of the fields.
+        what: What the fields stand for, for the message.
+        option: The option that would select one of them; None if there is none.
+        place: Location of the record, for the message.
 
     Raises:
-        ConfigurationError: If several hold something.
+        ConfigurationError: If several of them are not empty.
     """
     there = [name for name in names if name in record]
     if len(there) > 1:
@@ -50,16 +50,16 @@ def one_of(record: Mapping[str, Any], names: tuple[str, ...], what: str, option:
 
 
 def having(record: Mapping[str, Any]) -> str:
-    """Return what a record has, for a message."""
+    """Return a list of a record's fields, for a message."""
     return f"it has: {', '.join(sorted(map(readable, record)))}"
 
 
 def said_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that hold something."""
+    """Return the fields that are not empty."""
     return {key: value for key, value in record.items() if value is not None and value != "" and value != []}
 
 
 def readable(name: str) -> str:
-    """Give a key as it can be shown: on one line, short, and without half a surrogate pair, which no terminal takes."""
+    """Return a key in printable form: short, on one line, and without lone surrogates, which cannot be printed."""
     shown = name if name.isprintable() else name.encode("unicode_escape").decode()
     return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -1,4 +1,4 @@
-"""The records of a file of any format, one after the other, each with its place."""
+"""Iterates over the records of a file of any format, each with its location."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_pipelite.data.json_text import UnreadableError, elements, is_line
 from lightning_pipelite.errors import ConfigurationError
 
 Choose = Callable[[list[str]], list[str]]
-"""Gives the columns to read of those that a file has."""
+"""Selects the columns to read from those that a file has."""
 
-_INDEX = "unnamed"  # the first column without a name: pandas writes the rows' numbers there
-_LONGEST_CELL = 1 << 30  # Python's own limit for CSV is 128 KiB, less than many a document
+_INDEX = "unnamed"  # stands for an unnamed first column, in which pandas writes the row numbers
+_LONGEST_CELL = 1 << 30  # Python's default limit for CSV is 128 KiB, less than many documents
 
 
 class UnreadableFileError(ConfigurationError):
-    """A file, or all that follows in it, is not read."""
+    """A file, or the rest of it, cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A record that is yet to be read.
+    """A record that has not been parsed yet.
 
     Args:
-        read: Gives what it holds, or raises an error of this record alone.
+        read: Returns its value, or raises an error that concerns only this record.
         place: File and line, record or row.
         others: Columns that are not read.
-        columns: Of CSV, all columns, as the record is without those that are empty in its row.
+        columns: All columns of a CSV file, because the record omits those that are empty in its row.
     """
 
     read: Callable[[], Any]
@@ -48,11 +48,12 @@ class Raw:
 
 
 def raw_records(path: Path, choose: Choose | None = None) -> Iterator[Raw]:
-    r"""Give the records of one file, in order.
+    r"""Iterate over the records of one file, in order.
 
     A text file is one record, with universal newlines (``\r\n`` and ``\r`` become ``\n``). A byte order mark is
-    dropped, blank lines of .jsonl are passed over, and .json that has a record a line is read as .jsonl is. The first
-    row of .csv and .tsv names the fields; commas, semicolons or tabs stand between them, by what the first row has.
+    dropped, blank lines in .jsonl are skipped, and .json with one record per line is read like .jsonl. The first row of
+    .csv and .tsv names the fields; the delimiter is the comma, semicolon or tab, whichever is most frequent in that
+    row.
 
     Args:
         path: A file with one of the `FORMATS`.
@@ -133,7 +134,7 @@ def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[Raw]:
 def _csv(path: Path) -> Iterator[Raw]:
     csv.field_size_limit(_LONGEST_CELL)
     with open_bytes(path) as file:
-        # Whole lines are decoded, so that what is no UTF-8 is told by its line.
+        # Decoded line by line, so that an error about invalid UTF-8 names the line.
         numbered = enumerate(file, start=1)
         lines = (_decode(path, line, number) for number, line in numbered)
         try:
@@ -167,7 +168,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    bare = re.sub(r'"(?:[^"]|"")*"', "", header)  # what stands within quotes separates nothing
+    bare = re.sub(r'"(?:[^"]|"")*"', "", header)  # delimiters within quotes do not count
     return max(",;\t", key=bare.count)
 
 
@@ -177,7 +178,7 @@ def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
             f"{place}: {len(row)} cells where the first row names {len(names)} columns; put quotes around cells that "
             "hold the character between cells."
         )
-    return {name: cell for name, cell in zip(names, row, strict=True) if cell}  # CSV cannot tell "" from nothing
+    return {name: cell for name, cell in zip(names, row, strict=True) if cell}  # CSV cannot tell "" from null
 
 
 def _columns(path: Path, choose: Choose) -> Iterator[Raw]:
@@ -203,7 +204,7 @@ def _values(names: list[str], row: tuple[pa.Scalar, ...], place: str) -> dict[st
 def _parquet(path: Path, choose: Choose) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
     with pq.ParquetFile(path) as file:
         names, others = _chosen(file.schema_arrow.names, choose)
-        # In small batches: a row group of web pages may hold more than a gigabyte.
+        # In small batches, because a row group of web pages may exceed a gigabyte.
         for batch in file.iter_batches(batch_size=256, columns=names, use_threads=False):
             yield batch, others
 

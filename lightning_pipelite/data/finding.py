@@ -1,4 +1,4 @@
-"""Which of the common formats records have, found out from the first of them or as the user has named it."""
+"""Determines the format of records, from the user's options or from the first records."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_pipelite.data.marks import check_marks, check_no_answer, check_re
 from lightning_pipelite.data.shapes import Shape
 from lightning_pipelite.errors import ConfigurationError
 
-_FIRST = 20  # records, which are enough to see every field that is not rare
+_FIRST = 20  # records to look at: enough to see every field that is not rare
 
 _NAMES = {
     ("instruction", "output"): "alpaca",
@@ -48,19 +48,19 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_response": (("prompt",), ("response",)),
     "question_answer": (("question",), ("answer",)),
 }
-"""By `DatasetConfig.format`: the fields that may hold the text, the messages or the question, and the answer."""
+"""For each `DatasetConfig.format`: the fields that may hold the text, messages or question, and the answer fields."""
 
 
 def find_shape(path: Path, dataset: DatasetConfig) -> Shape:
-    """Tell how the records of a file become documents.
+    """Determine how the records of a file become documents.
 
     Args:
-        path: The file. Of records, the first that can be read are looked at.
-        dataset: What the user has named.
+        path: The file; its first readable records are examined.
+        dataset: The user's options.
 
     Raises:
-        ConfigurationError: If it does not fit the file, or nothing is named and the fields could mean two things, or
-            nothing. The sentence names what to set.
+        ConfigurationError: If the options do not fit the file, or no fields are configured and those of the records are
+            ambiguous or unknown. The message names the options to set.
     """
     if format_of(path) in TEXT:
         return Shape("text", text="text", given=True)
@@ -70,7 +70,7 @@ def find_shape(path: Path, dataset: DatasetConfig) -> Shape:
         for raw in itertools.islice(raw_records(path), _FIRST):
             try:
                 record = raw.read()
-            except Exception:  # it is told when the record's turn comes
+            except Exception:  # reported later, when the record itself is read
                 continue
             if isinstance(record, dict):
                 place = raw.place if not first else place
@@ -89,10 +89,10 @@ def find_shape(path: Path, dataset: DatasetConfig) -> Shape:
 
 
 def check_text_file(path: Path, dataset: DatasetConfig) -> None:
-    """Refuse a text file where the user has named what only records have.
+    """Refuse a text file if the user has set options that apply only to records.
 
     Raises:
-        UnreadableFileError: If so.
+        UnreadableFileError: If one is set.
     """
     if dataset.messages_field is not None:
         raise UnreadableFileError(f"{path} is text and holds no messages: remove messages_field.")
@@ -105,13 +105,12 @@ def check_text_file(path: Path, dataset: DatasetConfig) -> None:
 
 
 def shape_of(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Shape:
-    """Tell how records with these fields become documents.
+    """Determine how records with these fields become documents.
 
     Args:
-        record: A record, or what several have together. A field that holds nothing counts where nothing else could
-            have its place.
-        dataset: What the user has named.
-        place: Where it stands, for errors.
+        record: A record, or the combined fields of several. Empty fields are ignored if they would make it ambiguous.
+        dataset: The user's options.
+        place: Location of the record, for errors.
 
     Raises:
         ConfigurationError: See `find_shape`.
@@ -140,7 +139,7 @@ def shape_of(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> S
 
 
 def _named(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Shape | None:
-    """Return the shape by what the user has named."""
+    """Return the shape that the user's options determine, or None if they leave it open."""
     if dataset.messages_field is not None:
         return Shape("messages", messages=dataset.messages_field, given=True)
     if dataset.question_field is not None and dataset.answer_field is not None:
@@ -163,8 +162,8 @@ def _named(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Sha
 
 
 def _found(record: Mapping[str, Any], place: str) -> Shape:
-    """Return the shape by the fields alone."""
-    if not record:  # texts without fields, or nothing at all
+    """Return the shape that the fields alone determine."""
+    if not record:  # bare strings, or no readable record at all
         return Shape("text", text="text")
     question = one_of(record, QUESTIONS, "the question", "question_field", place)
     answers = [name for name in ANSWERS if name in record]
@@ -204,7 +203,7 @@ def _found(record: Mapping[str, Any], place: str) -> Shape:
             f"{place}: only one side of question and answer is known by its name ({having(record)}); set "
             "question_field and answer_field to the fields that hold them, or text_field to the one that holds a text."
         )
-    if not ways:  # what it has in place of a text is told when it is read
+    if not ways:  # the error about the missing field is raised when the record is read
         return Shape("text", text="text")
     return ways[0][1]
 

@@ -1,4 +1,4 @@
-"""What of a folder is data."""
+"""Which files in a folder are data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from lightning_pipelite.data.formats import FORMATS, TEXT, format_of
 from lightning_pipelite.data.splits import split_of
 from lightning_pipelite.errors import ConfigurationError
 
-# What lies beside data and tells of it. The second are of Hugging Face's libraries, the last its cache of what was
-# made of the data.
+# Files that accompany data: documentation, and those that Hugging Face's libraries write, including their cache files.
 _ABOUT = re.compile(
     r"(readme|licen[sc]e|copying|changelog|contributing|citation|notice|authors|requirements|data(set)?[\W_]?card|"
     r"data[\W_]?sheet)(?![a-z]).*\.(md|txt)",
@@ -20,12 +19,12 @@ _OF_LIBRARIES = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json
 
 
 def data_of(path: Path) -> list[Path]:
-    """Return the data in a directory, or in its `data`, or in its folders if they are splits.
+    """Return the data files in a directory, or in its `data` folder, or in its folders if they are all splits.
 
-    What else lies there (a README, a cache) is not meant as data; what a glob names is.
+    Other files there (a README, a cache) are not taken as data, but those that a glob names are.
 
     Raises:
-        ConfigurationError: If there is some in the directory, and in the folder of a split.
+        ConfigurationError: If there are data files both in the directory and in a split's folder.
     """
     folders = _folders(path)
     splits = [folder for folder in folders if split_of(Path(folder.name)) is not None]
@@ -48,12 +47,12 @@ def data_of(path: Path) -> list[Path]:
 
 
 def tells_of_data(file: Path) -> bool:
-    """Tell whether a file, by its name, tells of the data that it lies beside, as a README does."""
+    """Return whether a file, by its name, accompanies data instead of being data, such as a README."""
     return _ABOUT.fullmatch(file.name) is not None or _OF_LIBRARIES.fullmatch(file.name) is not None
 
 
 def nothing_in(dataset_path: str, path: Path) -> str:
-    """Give the sentence that refuses a path where no data was found."""
+    """Return the error message for a path where no data was found."""
     if path.is_dir():
         folders = [each.name for each in _folders(path)]
         if folders:
@@ -70,11 +69,11 @@ def nothing_in(dataset_path: str, path: Path) -> str:
 
 
 def not_read(dataset_path: str, files: list[Path]) -> list[str]:
-    """Give the names of files in a directory that are not among these; hidden ones are not meant at all.
+    """Return the names of files in a directory that are not among these, except hidden ones.
 
     Args:
         dataset_path: As in `DatasetConfig`.
-        files: What was found in it.
+        files: The files to be read, as found in it.
     """
     path = Path(dataset_path).expanduser()
     there = {file.absolute() for folder in _looked_at(path, files) for file in folder.iterdir() if file.is_file()}
@@ -83,21 +82,21 @@ def not_read(dataset_path: str, files: list[Path]) -> list[str]:
 
 
 def folders_not_read(dataset_path: str, files: list[Path]) -> list[str]:
-    """Give the names of folders in a directory that hold data which is not read, as `not_read`."""
+    """Return the names of folders in a directory that hold data but are not read; arguments as in `not_read`."""
     path = Path(dataset_path).expanduser()
     looked_at = {folder.absolute() for folder in _looked_at(path, files)}
     return [folder.name for folder in _folders(path) if folder.absolute() not in looked_at] if looked_at else []
 
 
 def _looked_at(path: Path, files: list[Path]) -> set[Path]:
-    """Give the folders of a dataset whose files are read or told; none of what a library has saved."""
+    """Return the folders of a dataset whose files are read or reported; none for one that `datasets` has saved."""
     if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return set()
     return {path, *(file.parent for file in files), *([path / "data"] if (path / "data").is_dir() else [])}
 
 
 def _folders(path: Path) -> list[Path]:
-    """Give the folders with data; not those that programs keep for themselves, as .ipynb_checkpoints and __MACOSX."""
+    """Return the folders with data, except those that programs create, such as .ipynb_checkpoints and __MACOSX."""
     folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
     return [each for each in folders if _data_in(each)]
 
@@ -108,6 +107,6 @@ def _data_in(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.is_file() and not file.name.startswith(".") and format_of(file) is not None and not tells_of_data(file)
     ]
-    if any(format_of(file) not in TEXT for file in files):  # .md beside records tells of them
+    if any(format_of(file) not in TEXT for file in files):  # .md files next to records are documentation
         files = [file for file in files if format_of(file) != ".md"]
     return files

@@ -1,4 +1,4 @@
-"""The formats of files that can be read, by their names, and their bytes."""
+"""Supported file formats and compressions, by file extension."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import pyarrow as pa
 
 TEXT = (".txt", ".md")
 READ_WHOLE = (*TEXT, ".json")
-"""What is in memory as a whole before its first record is there."""
+"""Formats that are read into memory as a whole before their first record is available."""
 COLUMNS = (".csv", ".tsv", ".parquet", ".arrow")
 FORMATS = (*TEXT, ".json", ".jsonl", *COLUMNS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def format_of(path: Path) -> str | None:
-    """Give the ending that says how to read a file, without that of its compression; None for an unknown one."""
+    """Return the extension that determines a file's format, ignoring that of its compression; None if unknown."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         inner = path.with_suffix("").suffix.lower()
-        return inner if inner in FORMATS[:-2] else None  # parquet and arrow compress inside
+        return inner if inner in FORMATS[:-2] else None  # parquet and arrow compress internally
     return suffix if suffix in FORMATS else None
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed by what its name ends in."""
+    """Open a file for reading, decompressing it according to its extension."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path))

@@ -1,4 +1,4 @@
-"""The records of JSON text, one after the other, each with its line."""
+"""Iterates over the records of JSON text, each with its line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _decode = json.JSONDecoder().raw_decode
 
 
 class UnreadableError(Exception):
-    """JSON that is not read; the message says why.
+    """JSON that cannot be read; the message says why.
 
     Args:
         reason: What is wrong, and what to do.
-        line: Where, from 0.
+        line: Line of the error, from 0.
     """
 
     def __init__(self, reason: str, line: int) -> None:
@@ -31,8 +31,8 @@ class Element:
     """An element of a list.
 
     Args:
-        line: Where it begins, from 0.
-        parse: Gives its value, or raises `UnreadableError`.
+        line: Line where it begins, from 0.
+        parse: Returns its value, or raises `UnreadableError`.
     """
 
     line: int
@@ -40,10 +40,10 @@ class Element:
 
 
 def parse(text: str) -> Any:
-    """Give the value of JSON text.
+    """Parse JSON text.
 
     Raises:
-        UnreadableError: If it is no JSON, or JSON that Python does not read.
+        UnreadableError: If it is not JSON, or JSON that Python cannot parse.
     """
     try:
         return json.loads(text)
@@ -52,15 +52,15 @@ def parse(text: str) -> Any:
 
 
 def is_lines(text: str) -> bool:
-    """Tell whether text is JSON lines, not one JSON value: a line is a value, and other lines are beside it."""
+    """Return whether text is JSON Lines, not a single JSON value: several lines, one of which is a value on its own."""
     first, _, rest = text.strip().partition("\n")
     if not rest:
         return False
     if _is_value(first):
         return True
-    try:  # a value of several lines
+    try:  # a single value that spans several lines
         _decode(text.strip())
-    except json.JSONDecodeError:  # or one that is damaged; or lines of which the first is
+    except json.JSONDecodeError:  # either that value is damaged, or these are JSON Lines whose first line is damaged
         return first.startswith("{") and any(map(_is_value, rest.split("\n", 8)[:8]))
     except (ValueError, RecursionError):
         pass
@@ -68,13 +68,13 @@ def is_lines(text: str) -> bool:
 
 
 def elements(text: str) -> Iterator[Element]:
-    """Give the elements of a list one by one, so that one that is not read does not hide the others.
+    """Iterate over the elements of a list, so that one unreadable element does not hide the others.
 
     Args:
         text: JSON that begins with a bracket.
 
     Raises:
-        UnreadableError: If it is no JSON; what is behind is lost, as nobody can tell where the next one begins.
+        UnreadableError: If it is not JSON; the rest is lost, because the start of the next element is unknown.
     """
     at, line = _after_blank(text, text.index("[") + 1), text.count("\n", 0, text.index("["))
     counted = text.index("[")
@@ -119,7 +119,7 @@ def _unreadable(error: Exception, line: int = 0) -> UnreadableError:
 
 
 def _end_of(text: str, at: int) -> int | None:
-    """Where an element that is JSON, but not read, ends: at the comma or the bracket behind it, if there is one."""
+    """Return the end of an element that Python cannot parse: the next comma or bracket, or None if there is none."""
     depth = 0
     for match in _BRACKETS_AND_STRINGS.finditer(text, at):
         token = match[0]
@@ -145,7 +145,7 @@ def _is_blank(text: str, at: int) -> bool:
 
 
 def _is_value(line: str) -> bool:
-    """Whether a line is an object, a list or a text by itself, also one that is not read."""
+    """Return whether a line on its own is an object, a list or a string, even one that Python cannot parse."""
     if line.lstrip()[:1] not in ("{", "[", '"'):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What becomes of conversations that are longer than a sequence."""
+"""Handles conversations that are longer than a sequence."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Encoded = tuple[list[int], Flags]
 
 @dataclass
 class Long:
-    """Counts of them.
+    """Counts of conversations that are longer than a sequence, and how they were handled.
 
     Args:
-        limit: Tokens of a sequence that documents have.
-        conversations: How many are longer.
-        dropped: How many of these are left out.
-        parts: What others were cut into, before questions.
-        cut: Answers that end with the sequence.
-        unanswered: Questions that alone fill a sequence, left out with their answers.
-        kept: How many go on in the next sequence.
+        limit: Document tokens that a sequence has room for.
+        conversations: Conversations that are longer.
+        dropped: Those that were left out.
+        parts: Parts that others were cut into, before questions.
+        cut: Answers that were cut off at the end of a sequence.
+        unanswered: Questions that fill a sequence on their own, left out with their answers.
+        kept: Conversations that continue in the next sequence.
     """
 
     limit: int = 0
@@ -37,13 +37,13 @@ class Long:
     kept: int = 0
 
     def add(self, other: Long) -> None:
-        """Add the counts of another one."""
+        """Add the counts of ``other``."""
         for each in fields(self)[1:]:
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         self.limit = max(self.limit, other.limit)
 
     def __str__(self) -> str:
-        """Say it in a part of a line; nothing if there are none."""
+        """Return a summary as part of a line; empty if there are none."""
         if not self.conversations:
             return ""
         what = [
@@ -61,9 +61,9 @@ class Cutter:
     """Encodes conversations, and cuts those that are longer than a sequence.
 
     Args:
-        tokenizer: Encodes.
-        limit: Tokens of a sequence that documents have.
-        way: See `PackedDataModule`.
+        tokenizer: Encodes them.
+        limit: Document tokens that a sequence has room for.
+        way: How to handle longer ones; see ``long_conversations`` of `PackedDataModule`.
     """
 
     def __init__(self, tokenizer: DocumentTokenizer, limit: int, way: LongConversations) -> None:
@@ -72,12 +72,12 @@ class Cutter:
         self._way = way
 
     def encode(self, record: Record, passed_over: set[str], counts: Long) -> list[Encoded]:
-        """Give the tokens of a conversation, in as many parts as it takes.
+        """Encode a conversation, in as many parts as needed; none if it is dropped.
 
         Args:
-            record: With a conversation.
+            record: A record with a conversation.
             passed_over: See `DocumentTokenizer.encode_conversation`.
-            counts: Gets what became of it, if it is long.
+            counts: Updated with how the conversation was handled, if it is long.
 
         Raises:
             ConfigurationError: If it cannot be encoded.
@@ -97,7 +97,7 @@ class Cutter:
         return self._split(record, record.document, counts)
 
     def _split(self, record: Record, messages: list[Message], counts: Long) -> list[Encoded]:
-        """From the end, as many exchanges as a sequence has room for: the last answer keeps most of what led to it."""
+        """Cut off as many exchanges as fit, from the end, so that the last answer keeps as much context as possible."""
         head, exchanges = _exchanges(messages)
         parts: list[Encoded] = []
         stop = len(exchanges)
@@ -112,13 +112,13 @@ class Cutter:
                     break
                 part, begin = tokens, start
             else:
-                start = -1  # all that is left fits, or there is nothing to learn in it
+                start = -1  # all that is left fits, or has nothing to learn
             if part is not None:
                 parts.append(part)
                 stop = begin
-            elif start < stop - 1:  # behind it is nothing to learn
+            elif start < stop - 1:  # the exchanges after `start` have nothing to learn, so they are left out
                 stop = start + 1
-            else:  # an exchange that is too long by itself
+            else:  # an exchange that is too long on its own
                 ids, flags = tokens
                 if flags[: self._limit].any():
                     counts.cut += 1
@@ -134,7 +134,7 @@ class Cutter:
 
 
 def _exchanges(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """Return what stands before the first question, and what begins with each."""
+    """Return the system messages at the start, and the exchanges, each of which begins with a question."""
     first = next((n for n, each in enumerate(messages) if each["role"] not in ("system", "developer")), 0)
     exchanges: list[list[Message]] = []
     for message in messages[first:]:

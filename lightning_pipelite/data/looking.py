@@ -1,6 +1,6 @@
-"""A look at the data: which files there are, what their records are, and whether the first of them can be read.
+"""Examines the data: which files there are, their record formats, and whether the first records can be read.
 
-Nothing long is imported for it, so that the command line looks before it imports torch.
+Imports nothing slow, so that the command line can run it before importing torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lightning_pipelite.data.together import read_before, refuse_doubles, refuse
 from lightning_pipelite.data.token_ids import first_check
 from lightning_pipelite.errors import ConfigurationError
 
-# What is read before anything else: some tenths of a second. All is read later.
+# Limits of the first look, which takes some tenths of a second. Everything is read later.
 _FILES = 20
 _RECORDS = 50
-_BYTES = 1 << 24  # of a file that is read as a whole
-_COMPRESSED_BYTES = 1 << 19  # of one that is more when it is opened
+_BYTES = 1 << 24  # size of a file that is read as a whole
+_COMPRESSED_BYTES = 1 << 19  # its size if compressed
 
 
 def find_all(options: PackingOptions) -> list[list[Path]]:
-    """Give the files of each of `options.sources`.
+    """Return the files of each of `options.sources`.
 
     Raises:
-        ConfigurationError: If one has none, it is not clear which are meant, they hold the same data twice, or all that
-            are for training are for evaluation, too.
+        ConfigurationError: If a dataset has no files, it is ambiguous which are meant, they hold the same data twice,
+            or all training files are evaluation files, too.
     """
     training = len(options.datasets)
     found = []
@@ -46,10 +46,10 @@ def find_all(options: PackingOptions) -> list[list[Path]]:
 
 
 def look_at(options: PackingOptions) -> PackingOptions:
-    """Give options that know what the records of their files are; the first of each file are read.
+    """Return the options with `shapes` set, by reading the first records of each file.
 
     Raises:
-        ConfigurationError: If files cannot be found, or it is not clear how their records become documents.
+        ConfigurationError: If files cannot be found, or it is ambiguous how their records become documents.
     """
     if options.shapes is not None:
         return options
@@ -58,10 +58,10 @@ def look_at(options: PackingOptions) -> PackingOptions:
 
 
 def what_is_found(options: PackingOptions) -> list[str]:
-    """Tell in a line for each dataset what its records are, and what of its files may not be meant.
+    """Return one line per dataset with its record formats, and remarks on files that may be unintended.
 
     Args:
-        options: Looked at.
+        options: As returned by `look_at`.
     """
     assert options.shapes is not None
     found = find_all(options)
@@ -74,7 +74,7 @@ def what_is_found(options: PackingOptions) -> list[str]:
 
 
 def _kinds(shapes: Sequence[Shape], paths: list[Path]) -> str:
-    """Say what files hold; if it is not one thing, in which."""
+    """Return the record format of files; if there are several, each with the files that have it."""
     names: dict[str, list[str]] = {}
     for shape, path in zip(shapes, paths, strict=True):
         names.setdefault(str(shape), []).append(path.name)
@@ -85,16 +85,16 @@ def _kinds(shapes: Sequence[Shape], paths: list[Path]) -> str:
 
 
 def first_look(options: PackingOptions, tokenizer_dir: Path | None = None) -> None:
-    """Read the first records of the first files as they will be read; not of files that take long to open.
+    """Check the first records of the first files, skipping files that are slow to open.
 
     Args:
         options: What will be packed.
-        tokenizer_dir: Where the tokenizer is, if that is known.
+        tokenizer_dir: Directory of the tokenizer, if known.
 
     Raises:
-        ConfigurationError: If files cannot be found, it is not clear how their records become documents, or one of
-            those records is bad, unless `PackingOptions.skip_bad_records` is set; if there are conversations and
-            surely no template; or if an id that is given is surely none of the tokenizer's.
+        ConfigurationError: If files cannot be found, or it is ambiguous how their records become documents; if one of
+            those records is bad, unless `PackingOptions.skip_bad_records` is set; if there are conversations but
+            certainly no template; or if a given id is certainly not one of the tokenizer's.
     """
     looked_at = []
     for dataset, paths in zip(options.sources, find_all(options), strict=True):
@@ -117,7 +117,7 @@ def _opens_soon(path: Path) -> bool:
 
 
 def _shapes(dataset: DatasetConfig, paths: Iterable[Path], all_paths: list[Path]) -> tuple[Shape, ...]:
-    # What a text file holds is called text here, too; so it may be named.
+    # The content of a text file counts as the field "text", so that name is allowed.
     if dataset.text_field not in (None, "text") and all(format_of(path) in TEXT for path in all_paths):
         raise ConfigurationError(
             f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."

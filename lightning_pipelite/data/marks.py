@@ -1,4 +1,4 @@
-"""Fields that say that a record is not to be learnt as it is, or not without them."""
+"""Checks for fields which show that a record must not be learnt as it is, or not without them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def check_marks(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig, place: str) -> None:
-    """Refuse a conversation with fields that say that it is not to be learnt as it is, unless its own are named.
+    """Refuse a conversation if other fields of the record show that it must not be learnt as it is.
+
+    Nothing is checked if the user has configured the fields of the conversation.
 
     Args:
-        record: Without fields that hold nothing.
+        record: The record, without empty fields.
         shape: How it becomes a document.
-        dataset: What the user has named.
-        place: Where it stands, for errors.
+        dataset: The user's options.
+        place: Location of the record, for errors.
 
     Raises:
-        ConfigurationError: If it marks good and bad answers, or has words that the conversation would be without.
+        ConfigurationError: If it marks good and bad answers, or has content that the conversation would lack.
     """
     if not shape.conversation or dataset.messages_field is not None or dataset.question_field is not None:
         return
@@ -69,10 +71,10 @@ def check_marks(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig,
 
 
 def check_prompt(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig, place: str) -> None:
-    """Refuse a conversation that has a question beside it which is not the first one in it.
+    """Refuse a record with a question field that differs from the first question of its conversation.
 
     Raises:
-        ConfigurationError: If so, unless `DatasetConfig.messages_field` is set.
+        ConfigurationError: If it has one, unless `DatasetConfig.messages_field` is set.
     """
     if shape.messages is None or dataset.messages_field is not None:
         return
@@ -80,7 +82,7 @@ def check_prompt(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig
     if isinstance(said, str):
         try:
             said = json.loads(said)
-        except (ValueError, RecursionError):  # it is told when it is read
+        except (ValueError, RecursionError):  # reported when the messages are read
             return
     turns = [each for each in said if isinstance(each, dict)] if isinstance(said, list) else []
     asked = (each for each in turns if (each.get("role") or each.get("from")) in ("user", "human"))
@@ -96,10 +98,10 @@ def check_prompt(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig
 
 
 def check_rejected(record: Mapping[str, Any], place: str) -> None:
-    """Refuse records with answers to avoid.
+    """Refuse preference data, whose records also have answers to avoid.
 
     Raises:
-        ConfigurationError: If it has one.
+        ConfigurationError: If the record has a field for preferred or rejected answers.
     """
     if any(name in record for name in REJECTED):
         raise ConfigurationError(
@@ -109,10 +111,10 @@ def check_rejected(record: Mapping[str, Any], place: str) -> None:
 
 
 def check_no_answer(record: Mapping[str, Any], text: str, place: str) -> None:
-    """Refuse to take the answers for texts: they would be learnt without their questions.
+    """Refuse answers as texts, because they would be learnt without their questions.
 
     Raises:
-        ConfigurationError: If ``text``, the field that is to be taken, is one by its name.
+        ConfigurationError: If the record has a question, and ``text``, the field to be used, is named like an answer.
     """
     question = next((name for name in (*QUESTIONS, "input") if name in record), None)
     if question is not None and text in (*ANSWERS, *REJECTED):

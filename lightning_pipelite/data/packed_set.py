@@ -1,4 +1,4 @@
-"""The sets of packed sequences, and what there is to say of them in numbers."""
+"""Sets of packed sequences and their statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_pipelite.data.statistics import DatasetStatistics, DataStatistics
 
 @dataclass
 class PackedSet:
-    """The training set, or one for evaluation: its documents, by groups that share no sequence, and where they lie."""
+    """The training set or an evaluation set: its documents, in groups that share no sequence, and their layout."""
 
     name: str
     groups: list[Ints]
@@ -25,20 +25,20 @@ class PackedSet:
 
 
 class PackingStatistics:
-    """Counts what was packed.
+    """Computes statistics of what was packed.
 
     Args:
-        options: By which it was.
+        options: The options used for packing.
         files: The files of each dataset in ``options.sources``.
         corpus: Their documents.
-        capacity: The positions of a sequence behind its prefix.
+        capacity: Positions in a sequence after its prefix.
     """
 
     def __init__(self, options: PackingOptions, files: list[list[Path]], corpus: Corpus, capacity: int) -> None:
         self._options, self._files, self._corpus, self._capacity = options, files, corpus, capacity
 
     def of(self, sets: Sequence[PackedSet]) -> DataStatistics:
-        """Count all of it; the training set is the first of ``sets``."""
+        """Return the statistics of all sets and datasets; the training set is the first of ``sets``."""
         train, *evals = map(self._of_set, sets)
         names = [each.name for each in sets[1:]]
         datasets = [self._of_dataset(number, sets) for number in range(len(self._corpus.ends))]

@@ -1,4 +1,4 @@
-"""Where each document lies in the packed sequences: arithmetic on lengths alone."""
+"""Computes where each document goes in the packed sequences, from the documents' lengths alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where documents lie, in segments. All arrays have shape [segments] and list them in order of position.
+    """The positions of documents, as segments. All arrays have shape [segments] and are sorted by position.
 
-    A segment is a run of one document's tokens in one sequence. Positions count the slots of all sequences that hold
-    document tokens: position p lies in sequence p // capacity.
+    A segment is a run of one document's tokens in one sequence. Positions count only the slots for document tokens,
+    over all sequences: position p is in sequence p // capacity.
 
     Attributes:
         documents: Index of each segment's document.
-        sources: Which of the document's tokens is its first.
-        starts: Position of its first token.
-        sizes: Its tokens, at least 1.
+        sources: Offset of the segment within its document, in tokens.
+        starts: Position of the segment's first token.
+        sizes: Number of tokens, at least 1.
         sequences: Number of sequences.
     """
 
@@ -35,16 +35,16 @@ class Layout:
 def lay_out(groups: list[Ints], lengths: Ints, capacity: int, *, drop_tails: bool, max_sequences: int | None) -> Layout:
     """Concatenate documents and slice them into sequences.
 
-    Each group begins a fresh sequence. The last sequence of a group is usually partial: it stays, to be padded, unless
-    `drop_tails`. With `drop_tails`, what a sequence has no room for is dropped with its document, so that every
-    sequence begins with a fresh document.
+    Each group begins a new sequence. The last sequence of a group is usually partial; it is kept, to be padded, unless
+    `drop_tails` is set. With `drop_tails`, the rest of a document that does not fit into its sequence is dropped, so
+    that every sequence begins with a new document.
 
     Args:
-        groups: Per group the indices of its documents in order.
-        lengths: Shape [all documents], tokens of each document by index, at least 1.
-        capacity: Document tokens in a sequence.
-        drop_tails: Whether documents are cut at the end of a sequence.
-        max_sequences: Keep this many leading sequences; None for all.
+        groups: For each group, the indices of its documents in order.
+        lengths: Shape [all documents], the number of tokens of each document, at least 1.
+        capacity: Document tokens per sequence.
+        drop_tails: Whether documents are cut off at the end of a sequence.
+        max_sequences: Keep at most this many leading sequences; None for all.
 
     Returns:
         The layout.
@@ -89,18 +89,18 @@ def _without_tails(lengths: Ints, capacity: int) -> Ints:
 
 
 def best_fit(groups: list[Ints], lengths: Ints, capacity: int, *, max_sequences: int | None, seed: int) -> Layout:
-    """Put documents into sequences so that none that fits into a sequence is split.
+    """Pack documents into sequences without splitting any that fits into a sequence.
 
     Best-fit decreasing: the longest first, each into the fullest sequence that has room for it. A document that is
-    longer than a sequence fills sequences of its own, and its rest is placed like a document. No sequence holds
-    documents of two groups.
+    longer than a sequence fills whole sequences, and the remainder is placed like a document of its own. No sequence
+    mixes documents of two groups.
 
     Args:
-        groups: Per group the indices of its documents.
-        lengths: Shape [all documents], tokens of each document by index, at least 1.
-        capacity: Document tokens in a sequence.
-        max_sequences: Keep this many sequences, taken at random; None for all.
-        seed: Of the sequences' order.
+        groups: For each group, the indices of its documents.
+        lengths: Shape [all documents], the number of tokens of each document, at least 1.
+        capacity: Document tokens per sequence.
+        max_sequences: Keep at most this many sequences, chosen at random; None for all.
+        seed: Seed for the order of the sequences.
 
     Returns:
         The layout.
@@ -121,7 +121,7 @@ def best_fit(groups: list[Ints], lengths: Ints, capacity: int, *, max_sequences:
         sequences += count
 
     start = np.concatenate(starts)
-    # In the order of placement the first sequences hold the longest documents.
+    # Shuffled, because in order of placement the first sequences hold the longest documents.
     place = np.random.default_rng((seed, sequences)).permutation(sequences)
     start = place[start // capacity] * capacity + start % capacity
     if max_sequences is not None:
@@ -138,10 +138,10 @@ def best_fit(groups: list[Ints], lengths: Ints, capacity: int, *, max_sequences:
 
 
 def _fit(sizes: Ints, capacity: int) -> tuple[Ints, int]:
-    """Give each size, in this order, its position, and the number of sequences."""
+    """Place the sizes in this order; return the position of each, and the number of sequences."""
     positions = np.empty_like(sizes)
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room: sequences
-    rooms = 0  # bit r is set where with_room[r] is not empty
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # sequences, indexed by their free positions
+    rooms = 0  # bit r is set if with_room[r] is not empty
     count = 0
     for index, size in enumerate(sizes.tolist()):
         fitting = rooms >> size

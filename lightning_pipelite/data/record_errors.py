@@ -1,4 +1,4 @@
-"""Whatever goes wrong with a record, as one sentence that says where."""
+"""Turns any failure of a record into a one-sentence error that names the record."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from lightning_pipelite.errors import ConfigurationError, first_line
 
 
 def reason(error: BaseException) -> str:
-    """Give the first line of what an exception says, or what it is."""
+    """Return the first line of an exception's message, or its type if it has none."""
     return first_line(error)[:200]
 
 
 @contextmanager
 def naming(place: str, what: str) -> Iterator[None]:
-    """Let whatever is raised within become an error of the record.
+    """Convert exceptions raised inside the context into configuration errors that name the record.
 
     Args:
-        place: Where the record stands.
-        what: What did not go.
+        place: Location of the record.
+        what: What failed.
 
     Raises:
-        ConfigurationError: In place of anything but the end of the program, and of itself.
+        ConfigurationError: Instead of any exception that does not end the program.
     """
     try:
         yield
     except (ConfigurationError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
+    except BaseException as error:  # a panic in tokenizers' Rust code is not an Exception
         raise ConfigurationError(f"{place}: {what} ({reason(error)}); correct it.") from error

@@ -1,4 +1,4 @@
-"""Documents from files, each error with its file and line."""
+"""Reads documents from files; every error names the file and line."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OnBad = Callable[[ConfigurationError], None]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document and where it stands.
+    """A document and its location.
 
     Args:
         document: A text, or a conversation: messages, each with a ``role``.
         place: File and line, record or row.
-        arguments: Of a conversation, what the record has for the chat template beside the messages.
-        others: Keys of the record that are not known to mean anything.
+        arguments: For a conversation, the record's arguments for the chat template besides the messages.
+        others: Keys of the record without a known meaning.
     """
 
     document: Document
@@ -40,14 +40,14 @@ class Record:
     others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Characters of the document."""
+        """Return the number of characters of the document."""
         if isinstance(self.document, str):
             return len(self.document)
         return sum(len(message.get("content") or "") for message in self.document)
 
 
 def refuse(error: ConfigurationError) -> None:
-    """Let a bad record end the reading."""
+    """Raise the error, so that a bad record ends the reading."""
     raise error
 
 
@@ -58,18 +58,18 @@ def read_records(
 
     Args:
         path: A file with one of the `FORMATS`.
-        dataset: What the user has said of its records.
-        on_bad: Called with what is wrong with a record: if it is malformed, lacks a field or holds something else in
-            it. The sentence names the file and the line or record. The record is left out unless `on_bad` raises.
-            Called for a file without a document, too, and with an `UnreadableFileError` for a file, or the rest
-            of one, that cannot be read, is not UTF-8 or is malformed.
-        shape: How its records become documents; found out by default.
+        dataset: The user's options for its records.
+        on_bad: Called with the error of each record that is malformed, lacks a field or has a field of the wrong type.
+            The message names the file and the line or record. The record is left out unless `on_bad` raises. Also
+            called for a file without documents, and with an `UnreadableFileError` for a file, or the rest of one, that
+            cannot be read, is not UTF-8 or is malformed.
+        shape: How its records become documents; by default, `find_shape` determines it.
 
     Yields:
-        Each document; a text may be the empty string where a record says so.
+        Each document; a text may be empty if the record's field is.
 
     Raises:
-        ConfigurationError: By default, what `on_bad` is called with.
+        ConfigurationError: By default, the errors that `on_bad` is called with.
     """
     records = 0
     try:
@@ -86,9 +86,9 @@ def read_records(
                 on_bad(ConfigurationError(f"{raw.place}: cannot be read ({reason(error)}); correct it."))
             else:
                 yield record
-    except ConfigurationError as error:  # of a record that is not to be skipped, or of the file as a whole
+    except ConfigurationError as error:  # from a record that must not be skipped, or from the file as a whole
         on_bad(error)
-    except Exception as error:  # decompressors and pyarrow raise whatever they do
+    except Exception as error:  # decompressors and pyarrow raise many types of exceptions
         said = getattr(error, "strerror", None) or reason(error)
         on_bad(UnreadableFileError(f"{path} cannot be read ({said}): check the file."))
     else:
@@ -105,7 +105,7 @@ class _Reader:
         self._names: dict[tuple[tuple[str, ...], ...], tuple[str, ...]] = {}
 
     def choose(self, names: list[str]) -> list[str]:
-        """Return the columns to read: also those that would make something else of a record."""
+        """Return the columns to read, including those that would change how a record is interpreted."""
         for name in self._shape.needed:
             if name not in names:
                 raise UnreadableFileError(
@@ -125,7 +125,7 @@ class _Reader:
             check_text(record, place, "the record")
             return Record(record, place)
         if shape.question and shape.question[0] in raw.columns:
-            record.setdefault(shape.question[0], "")  # an input alone may be the question
+            record.setdefault(shape.question[0], "")  # the input may be the whole question
         others = self._checked(record, place) + raw.others
         check_weights(record, place)
         for name in shape.needed:
@@ -143,7 +143,7 @@ class _Reader:
         return f"set {option} to the {'column' if format_of(self._path) in COLUMNS else 'field'} that holds it{others}"
 
     def _checked(self, record: Mapping[str, Any], place: str) -> tuple[str, ...]:
-        """Return the keys that mean nothing, of a record whose fields do not make it something else."""
+        """Refuse a record whose fields give it another shape; return its keys without a known meaning."""
         shape, said = self._shape, said_fields(record)
         check_marks(said, shape, self._dataset, place)
         check_prompt(said, shape, self._dataset, place)
@@ -165,4 +165,4 @@ class _Reader:
                         "give the first record one, if only an empty one."
                     )
             self._names[there] = tuple(map(readable, names))
-        return self._names[there]  # one for all records: they are sent to other processes
+        return self._names[there]  # one shared tuple for all records, because they are sent to other processes

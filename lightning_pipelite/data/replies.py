@@ -1,15 +1,15 @@
-"""Which replies of a conversation are learnt: those that answer something, and say something."""
+"""Determines which replies of a conversation are learnt: those that answer a question and are not empty."""
 
 from __future__ import annotations
 
 from lightning_pipelite.data.conversation import REASONING, Message, learnt
 from lightning_pipelite.errors import ConfigurationError
 
-_ASKS_NOTHING = ("assistant", "system", "developer", "tool", "function")  # any other role is one who asks
+_ASKS_NOTHING = ("assistant", "system", "developer", "tool", "function")  # any other role asks questions
 
 
 def last_turn(messages: list[Message]) -> list[Message]:
-    """Leave all unlearnt that the assistant says before the last question."""
+    """Give the assistant's messages before the last question a weight of 0."""
     last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
     return [
         {**message, "weight": 0} if number < last and message["role"] == "assistant" else message
@@ -18,10 +18,10 @@ def last_turn(messages: list[Message]) -> list[Message]:
 
 
 def without_greeting(messages: list[Message], place: str, what: str) -> list[Message]:
-    """Leave unlearnt with what the assistant begins, before anything is asked.
+    """Give the assistant's greeting, before anything is asked, a weight of 0.
 
     Raises:
-        ConfigurationError: If a reply would be learnt without a question: it is empty, or there is none.
+        ConfigurationError: If a reply would be learnt without a question: the question is empty, or there is none.
     """
     made: list[Message] = []
     asked: bool | None = None  # whether the last question says anything; None before there is one
@@ -29,7 +29,7 @@ def without_greeting(messages: list[Message], place: str, what: str) -> list[Mes
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in _ASKS_NOTHING:
-            asked = _says(message) or (bool(asked) and before == role)  # one may ask in several messages
+            asked = _says(message) or (bool(asked) and before == role)  # a question may span several messages
         elif learnt(message) and not asked:
             if asked is None and message.get("weight") is None:
                 message = {**message, "weight": 0}
@@ -50,7 +50,7 @@ def without_greeting(messages: list[Message], place: str, what: str) -> list[Mes
 
 
 def check_replies(messages: list[Message], place: str, what: str) -> None:
-    """Refuse replies that are learnt and say nothing: the model would learn to end at once.
+    """Refuse empty replies that would be learnt: the model would learn to end its turn at once.
 
     Raises:
         ConfigurationError: If there is one.

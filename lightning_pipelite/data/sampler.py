@@ -1,4 +1,4 @@
-"""Which data-parallel replica sees which sequence, and when."""
+"""Determines which data-parallel replica sees which sequence, and when."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing_extensions import override
 class PackedSampler(DistributedSampler):
     """Deals micro-batches to replicas in turn: number k of the epoch goes to replica ``k % num_replicas``.
 
-    The order depends on the seed and the epoch alone, so that another number of replicas trains on the same data. All
-    replicas get the same number of micro-batches: the last round is filled with None, which stands for the empty
-    micro-batch. No sequence is dropped, none is seen twice. It is a `DistributedSampler` so that Lightning keeps it.
+    The order depends only on the seed and the epoch, so a different number of replicas trains on the same data. All
+    replicas get the same number of micro-batches: the last round is filled up with None, which stands for the empty
+    micro-batch. No sequence is dropped or seen twice. Subclasses `DistributedSampler` so that Lightning keeps it.
 
     Args:
-        dataset: What is sampled; only its length counts.
+        dataset: The dataset to sample; only its length is used.
         num_replicas: Number of data-parallel replicas.
         rank: This process's replica.
-        shuffle: Whether the order changes from epoch to epoch; without, it is that of the dataset.
-        seed: Of the shuffle.
+        shuffle: Whether to shuffle anew each epoch; otherwise the order is that of the dataset.
+        seed: Seed of the shuffle.
         round_to: Fill each replica's share up to a multiple of this.
 
     Attributes:
-        start: How many sequences of the epoch have been seen already, by whatever number of replicas: they are left
-            out of the next iteration. The length stays that of a whole epoch.
+        start: How many sequences of the epoch have been seen already, by any number of replicas; the next iteration
+            skips them. The length stays that of a whole epoch.
 
     Example:
         >>> list(PackedSampler(range(5), num_replicas=2, rank=1, shuffle=False))
@@ -46,18 +46,18 @@ class PackedSampler(DistributedSampler):
 
     @property
     def sequences(self) -> int:
-        """Sequences of an epoch, over all replicas."""
+        """Number of sequences per epoch, over all replicas."""
         return self._size
 
     def rounds_left(self, start: int) -> int:
-        """Count the micro-batches of each replica that are left when `start` sequences have been seen."""
+        """Return the number of micro-batches left for each replica after `start` sequences have been seen."""
         return -(-(self._size - start) // (self.num_replicas * self._round_to)) * self._round_to
 
     @override
     def __iter__(self) -> Iterator[int | None]:
         order = np.arange(self._size)
         if self.shuffle:
-            # Both numbers seed the generator, not their sum: epoch 1 of seed 0 is not epoch 0 of seed 1.
+            # Seeded with the pair, not the sum: epoch 1 of seed 0 must differ from epoch 0 of seed 1.
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self._size)
         share: list[int | None] = order[self.start :][self.rank :: self.num_replicas].tolist()
         return iter(share + [None] * (self.rounds_left(self.start) - len(share)))

@@ -1,4 +1,4 @@
-"""Packed sequences on disk: how they are written."""
+"""Writes packed sequences to disk."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def write_sequences(
     prefix: list[int],
     padding_id: int,
 ) -> str:
-    """Write the sequences of a layout to an Arrow file, with memory for a megabyte of them.
+    """Write the sequences of a layout to an Arrow file, in batches of about 1 MiB of tokens.
 
-    A row is a sequence: ``tokens`` uint32 [sequence_len], ids with the flag `UNLABELLED`; ``length`` int32, where
+    Each row is a sequence: ``tokens`` uint32 [sequence_len], ids with the flag `UNLABELLED`; ``length`` int32, where
     padding begins; ``borders`` list of int32, the columns at which another document begins; ``classes`` list of int8,
     the control class of each document in it.
 
     Args:
         path: The file to write.
-        layout: Where documents lie; its capacity is ``sequence_len - len(prefix)``.
-        scratch: A file of the tokens of all documents, uint32, one after the other.
-        offsets: Shape [documents], where each begins in it.
-        classes: Shape [documents], the control class of each.
-        sequence_len: Tokens of a sequence.
-        prefix: Token ids that begin every sequence.
-        padding_id: Token id behind the last document.
+        layout: The layout of the documents; its capacity is ``sequence_len - len(prefix)``.
+        scratch: A file with the concatenated tokens of all documents, uint32.
+        offsets: Shape [documents], the index in it at which each document begins, in tokens.
+        classes: Shape [documents], the control class of each document.
+        sequence_len: Tokens per sequence.
+        prefix: Token ids at the start of every sequence.
+        padding_id: Token id that fills a sequence after its last document.
 
     Returns:
-        A hash of all that was written.
+        A hash of everything that was written.
     """
     capacity = sequence_len - len(prefix)
     begins = offsets[layout.documents] + layout.sources
@@ -58,8 +58,8 @@ def write_sequences(
         {"tokens": tokens_type, "length": pa.int32(), "borders": list_type, "classes": pa.list_(pa.int8())}
     )
     fingerprint = hashlib.blake2b(digest_size=16)
-    # Written and read by ordinary calls: on a full disk that is an error, with a memory map it were a SIGBUS, and
-    # mapped pages count as memory of the process.
+    # Ordinary reads and writes, no memory map: on a full disk they raise an error where a map would raise SIGBUS, and
+    # mapped pages count as the process's memory.
     with scratch.open("rb") as source, path.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for first in track(range(0, layout.sequences, rows), "packing", "blocks"):
             count = min(rows, layout.sequences - first)
@@ -71,7 +71,7 @@ def write_sequences(
             for r, c, n, b in zip(row.tolist(), column.tolist(), size.tolist(), begins[low:high].tolist(), strict=True):
                 block[r, c : c + n] = np.frombuffer(os.pread(source.fileno(), 4 * n, 4 * b), np.uint32)
             lengths = np.zeros(count, np.int32)
-            lengths[row] = column + size  # of segments in the same row the last one counts
+            lengths[row] = column + size  # for several segments in a row, the last one is kept
             segments = np.searchsorted(row, np.arange(count + 1)).astype(np.int32)
             inner = column > len(prefix)
             borders = np.concatenate(([0], np.cumsum(inner)))[segments].astype(np.int32)
@@ -89,7 +89,7 @@ def write_sequences(
 
 
 def largest_token(path: Path) -> int:
-    """Give the largest token id, prefixes and padding included, in what `write_sequences` wrote; -1 if it is empty."""
+    """Return the largest token id in a file of `write_sequences`, including prefixes and padding; -1 if it is empty."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
     columns = (file.get_batch(number).column("tokens") for number in range(file.num_record_batches))
     return max((int((column.values.to_numpy() & ~UNLABELLED).max(initial=0)) for column in columns), default=-1)

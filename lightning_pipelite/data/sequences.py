@@ -1,4 +1,4 @@
-"""Packed sequences as training items: the torch dataset that reads them from the disk."""
+"""A torch dataset that reads packed sequences from disk."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lightning_pipelite.data.corpus import UNLABELLED
 from lightning_pipelite.data.packing import Ints
 
 IGNORED = -100
-"""The label that torch's cross-entropy leaves out."""
+"""The label that torch's cross-entropy ignores."""
 
 
 class PackedSequences(Dataset[dict[str, Tensor]]):
     """Memory-mapped sequences as training items.
 
     Args:
-        path: What :func:`~lightning_pipelite.data.sequence_file.write_sequences` wrote.
-        isolate_documents: Restart ``position_ids`` at each document and mask the label across a border.
+        path: A file written by :func:`~lightning_pipelite.data.sequence_file.write_sequences`.
+        isolate_documents: Restart ``position_ids`` at each document and mask labels across document borders.
         masked_ids: Token ids that are never a label.
-        padding_id: The token id of the empty item.
-        prefix_len: Tokens of the sequence prefix, which have no control class.
+        padding_id: The token id that fills the empty micro-batch.
+        prefix_len: Length of the sequence prefix in tokens; it has no control class.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], Any]:
-        return _open, self._arguments  # another process maps the file itself
+        return _open, self._arguments  # another process maps the file on its own
 
     @override
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
-        """Give one sequence.
+        """Return one sequence.
 
         Args:
-            index: Which one; None for the empty micro-batch, which no label counts in.
+            index: Its index; None for the empty micro-batch, all of whose labels are -100.
 
         Returns:
             ``input_ids``, ``labels``, ``position_ids`` and ``control_classes``, int64 of shape [sequence_len].
@@ -95,7 +95,7 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         return _tensors(ids, labels, positions, classes)
 
     def without(self, tokens: set[int]) -> set[int]:
-        """Return those of some tokens that stand in no sequence."""
+        """Return those of ``tokens`` that occur in no sequence."""
         left = tokens
         for block in self._tokens:
             wanted = np.fromiter(left, np.int64, len(left))
@@ -103,13 +103,13 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         return left
 
     def borders(self, index: int) -> tuple[Ints, int]:
-        """Give the columns at which documents begin after another one in a sequence, and that of its padding."""
+        """Return the columns at which the second and later documents of a sequence begin, and that of its padding."""
         batch, row = divmod(index, self._rows)
         offsets, values = self._borders[batch]
         return values[offsets[row] : offsets[row + 1]].astype(np.int64), int(self._lengths[batch][row])
 
     def classes(self, index: int) -> Ints:
-        """Give the control class of each document in a sequence."""
+        """Return the control class of each document in a sequence."""
         batch, row = divmod(index, self._rows)
         offsets, values = self._classes[batch]
         return values[offsets[row] : offsets[row + 1]].astype(np.int64)

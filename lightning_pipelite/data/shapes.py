@@ -1,4 +1,4 @@
-"""How a record becomes a document: as text, as messages, or as a question and its answer."""
+"""Turns a record into a document: a text, messages, or a question and its answer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
-"""What ShareGPT and its relatives call the speakers, and what chat templates do."""
+"""Speaker names of ShareGPT and similar formats, and the corresponding roles in chat templates."""
 
 Document = str | list[Message]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Which fields of a record make its document. Exactly one of `text`, `messages` and `answer` is set.
+    """The fields of a record that make up its document. Exactly one of `text`, `messages` and `answer` is set.
 
     Args:
-        name: What the format is commonly called.
+        name: Common name of the format.
         text: The field that holds a text.
         messages: The field that holds the messages of a conversation.
-        question: The fields that the question is put together from, with a blank line between.
-        answer: The field of the answer.
-        history: The field with what was said before, pairs of a question and an answer.
-        system: The field of the system prompt.
-        reasoning: The field of what was thought before the answer.
-        last_turn_only: Whether only what is said behind the last question is learnt.
-        speaker: In what the words are said to be of the assistant, for the line that tells what was found.
-        given: Whether the user has named it.
-        seen: Which fields the first records have, for that line.
+        question: The fields that make up the question, joined by blank lines.
+        answer: The field that holds the answer.
+        history: The field that holds earlier turns, as pairs of a question and an answer.
+        system: The field that holds the system prompt.
+        reasoning: The field that holds the reasoning before the answer.
+        last_turn_only: Whether only what is said after the last question is learnt.
+        speaker: What is learnt from messages, for the one-line description.
+        given: Whether the user has configured the fields.
+        seen: Fields that the first records have, for the one-line description.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Shape:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The fields without which there is no document."""
+        """The fields that a record must have."""
         return tuple(name for name in (self.text, self.messages, *self.question[:1], self.answer) if name)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All fields that are read, in the order in which they are told."""
+        """All fields that are read, in the order in which they are listed."""
         names = (self.text, self.messages, self.system, self.history, *self.question, self.reasoning, self.answer)
         return tuple(name for name in names if name)
 
@@ -81,10 +81,10 @@ class Shape:
         return f"{self.name}: {', '.join(shown)}; loss on {learnt}{last}"
 
     def document(self, record: dict[str, Any], place: str) -> Document:
-        """Make a record's document.
+        """Make the document of a record that has all `needed` fields.
 
         Raises:
-            ConfigurationError: If a field is not there, or does not hold what it has to.
+            ConfigurationError: If a field holds something invalid.
         """
         if self.text is not None:
             value = record[self.text]
@@ -99,7 +99,7 @@ class Shape:
         else:
             what = "the record"
             messages = [*self._history(record, place), *self._question(record, place), *self._answer(record, place)]
-        if isinstance(messages, list):  # else it is refused
+        if isinstance(messages, list):  # otherwise check_messages refuses it
             messages = [*self._system(record, messages, place), *messages]
         checked = check_messages(messages, place, what)
         checked = last_turn(checked) if self.last_turn_only else checked
@@ -135,12 +135,12 @@ class Shape:
             )
         for question, answer in pairs:
             yield {"role": "user", "content": question}
-            yield {"role": "assistant", "content": answer, "weight": 0}  # as the loss is on the answer field
+            yield {"role": "assistant", "content": answer, "weight": 0}  # only the answer field is learnt
 
     def _question(self, record: dict[str, Any], place: str) -> list[Message]:
         first, *more = self.question
         value = record[first]
-        if isinstance(value, list):  # as TRL has it: the messages before the answer, none of which is learnt
+        if isinstance(value, list):  # TRL's format: the messages before the answer, none of them learnt
             if about := next((name for name in more if record.get(name)), None):
                 raise ConfigurationError(
                     f"{place}: the field {first!r} is a list of messages, and {about!r} stands beside it and would not "
@@ -175,8 +175,8 @@ class Shape:
 
 
 def _conversation(value: Any, place: str, what: str) -> Any:
-    """Messages with a role, of whatever form; what is no message is left as it is, to be refused."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":  # in columns, text is the way to keep what differs
+    """Convert messages of any supported form to those with a role; anything else is left to be refused later."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":  # columnar files store varying structures as JSON text
         value = _json(value, place, what)
     if not isinstance(value, list):
         return value
@@ -184,7 +184,7 @@ def _conversation(value: Any, place: str, what: str) -> Any:
 
 
 def _message(message: Any, place: str, number: int, what: str) -> Any:
-    """Give a message its role and content, which ShareGPT calls from and value; converted data mix the names."""
+    """Convert ShareGPT's from and value to role and content; converted datasets may mix both pairs of names."""
     if not isinstance(message, dict):
         return message
     speaker, value = message.get("from"), message.get("value")

@@ -1,4 +1,4 @@
-"""Which files a dataset is made of."""
+"""Finds the files of a dataset."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
 
     Args:
         dataset_path: As in `DatasetConfig`; ``~`` stands for the home directory.
-        split: Of several in a directory, the one to read; None chooses if there is no doubt.
-        evaluation: Whether they are to evaluate on, so that train is not what is meant.
+        split: The split to read if a directory has several; None chooses one if that is unambiguous.
+        evaluation: Whether the files are for evaluation, so that the training split is not meant.
 
     Returns:
-        Absolute paths, each once: in order of name, for a Hugging Face dataset in that of its records.
+        Absolute paths without duplicates, sorted by name; for a saved Hugging Face dataset, in the order of its
+        records.
 
     Raises:
-        ConfigurationError: If nothing is found, or a file named by it has none of the formats.
+        ConfigurationError: If nothing is found, it is ambiguous which split is meant, or a file has an unknown format.
     """
     path = Path(dataset_path).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -55,12 +56,12 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """Give the folder that all matches of a glob are in."""
+    """Return the folder that contains all matches of a glob."""
     return next((each for each in reversed(pattern.parents) if glob.has_magic(each.name)), pattern).parent
 
 
 def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path]:
-    """Return the Arrow files of what `datasets` writes by save_to_disk."""
+    """Return the Arrow files of a dataset that `datasets` has written with save_to_disk."""
     try:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]

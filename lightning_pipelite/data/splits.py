@@ -1,4 +1,4 @@
-"""Of which split files are, by their names: what is for training is never mixed with what is for testing."""
+"""Determines the split of files from their names, so that training data is never mixed with test data."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _WORDS = {
     "holdout": "holdout", "heldout": "holdout",
 }  # fmt: skip
 _WORD = re.compile(rf"({'|'.join(_WORDS)})(s|sets?|data|splits?|files?)?")
-# What stands between two words of a name; also the change of case in testSet.
+# Separators between the words of a name, including the change of case in testSet.
 _BETWEEN = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 _TITLED = re.compile(r"\.(txt|md)(\.\w+)?$", re.IGNORECASE)
 _HELD_OUT = re.compile(r"(hold|held)[\W_]+out(?![a-z])", re.IGNORECASE)
 
 
 def split_of(file: Path) -> str | None:
-    """Give the split that names tell, as ``train`` of ``train-00000-of-00002.parquet``; None if they tell none.
+    """Return the split that a path indicates, or None: ``train`` for ``train-00000-of-00002.parquet``.
 
-    Every word of a name counts. What a folder tells goes before what the file's name does.
+    Every word of a name counts. Folder names take precedence over the file's name.
 
     Args:
-        file: Below what the user has named, so that the names of folders around that tell nothing.
+        file: Path relative to what the user has named, so that the names of parent folders do not count.
 
     Raises:
-        ConfigurationError: If a name, or its folders, tell of two.
+        ConfigurationError: If the file's name or its folders indicate two splits.
     """
     folder = _one_of("/".join(file.parts[:-1]), file)
     if folder is not None:
@@ -56,7 +56,7 @@ def _splits_in(name: str) -> set[str]:
 
 
 def begins_with_split(name: str) -> bool:
-    """Tell whether the first word of a name is a split, as that of ``train_sft.txt``, not of ``my train.txt``."""
+    """Return whether the first word of a name is a split, as in ``train_sft.txt``, but not in ``my train.txt``."""
     return _BETWEEN.split(_HELD_OUT.sub("holdout", name))[0].lower() in _WORDS
 
 
@@ -66,15 +66,15 @@ def of_one_split(
     """Choose the files of one split.
 
     Args:
-        files: All of a dataset.
-        split: The one to read; None for that for training, or for the only other one in an evaluation.
-        place: What holds them, for errors.
-        root: The folder that the user has named; the names below it tell of splits.
-        evaluation: Whether they are to evaluate on.
-        named: Whether the user has named the files, by a glob, so that those left out would be missed.
+        files: All files of a dataset.
+        split: The split to read; None for the training split, or for evaluation the only other one.
+        place: What holds the files, for errors.
+        root: The folder that the user has named; names below it may indicate splits.
+        evaluation: Whether the files are for evaluation.
+        named: Whether the user has named the files with a glob, so that none may be left out silently.
 
     Raises:
-        ConfigurationError: If it is not clear which are meant.
+        ConfigurationError: If it is ambiguous which files are meant.
     """
     if split is None and len(files) == 1:
         return list(files)
@@ -110,15 +110,15 @@ def of_one_split(
 
 
 def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None, list[Path]]]:
-    """Give the files by what their names tell: the split, and which set of it."""
+    """Group files by what their names indicate: the split, and the set within it."""
     sets: dict[str | None, dict[str | None, list[Path]]] = {}
     first: dict[tuple[str | None, tuple[str, ...]], str | None] = {}
-    titles = not all(begins_with_split(file.name) for file in files)  # else texts are sets, too
+    titles = not all(begins_with_split(file.name) for file in files)  # else texts are named after sets, too
     for file in files:
         below = file.relative_to(root)
         told = split_of(below)
         telling = next((part for part in below.parts if _splits_in(part)), None)
-        title = titles and telling == below.name and _TITLED.search(telling)  # of a document, not of a set
+        title = titles and telling == below.name and _TITLED.search(telling)  # names a document, not a set
         name = told if telling is None or title else set_of(telling)
         known = first.setdefault((told, set_key(name or "")), name)
         sets.setdefault(told, {}).setdefault(known, []).append(file)
@@ -126,10 +126,10 @@ def _sets(files: Sequence[Path], root: Path) -> dict[str | None, dict[str | None
 
 
 def choose_split(names: Sequence[str], place: str, *, evaluation: bool) -> str:
-    """Choose one of several splits, if there is no doubt.
+    """Choose one of several splits, if that is unambiguous.
 
     Raises:
-        ConfigurationError: If there is; the sentence names them.
+        ConfigurationError: If it is ambiguous; the message names the splits.
     """
     fitting = [name for name in names if ("train" in _splits_in(name)) != evaluation]
     if len(fitting) == 1:

@@ -1,4 +1,4 @@
-"""What packing made of the documents, in numbers."""
+"""Statistics of packed documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_pipelite.shared.wording import counted
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """The training set, or an evaluation set.
+    """Statistics of the training set or an evaluation set.
 
     Args:
         documents: Documents of which at least one token is packed.
-        tokens: Their packed tokens, document prefixes and suffixes included, sequence prefixes and padding not.
+        tokens: Their packed tokens, including document prefixes and suffixes, but not sequence prefixes or padding.
         sequences: Packed sequences.
         padding: Share of padding in all positions of the sequences, 0 to 1.
         dropped_tokens: Tokens of this set that `drop_tails` or `max_sequences` left out.
@@ -29,7 +29,7 @@ class SplitStatistics:
 
     @classmethod
     def total(cls, parts: Iterable[SplitStatistics]) -> SplitStatistics:
-        """Add sets up; all zero if there is none."""
+        """Sum up several sets; all zero if there are none."""
         parts = list(parts)
         sequences = sum(part.sequences for part in parts)
         return cls(
@@ -41,7 +41,7 @@ class SplitStatistics:
         )
 
     def describe(self, sequence_len: int) -> str:
-        """Say it in a line."""
+        """Return a one-line description."""
         line = (
             f"{counted(self.documents, 'document')}, {counted(self.tokens, 'token')} in "
             f"{counted(self.sequences, 'sequence')} of {sequence_len:,} "
@@ -52,7 +52,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """One of the datasets.
+    """Statistics of one dataset.
 
     Args:
         dataset_path: As in its `DatasetConfig`.
@@ -60,14 +60,14 @@ class DatasetStatistics:
         tokens: Their packed tokens.
         sequences: Sequences that hold any of them.
         padding: Share of padding in those sequences, 0 to 1.
-        unused_documents: Documents that `max_tokens`, `weight`, `max_sequences` or `drop_tails` left out, or that are
-            in a dataset for evaluation, too.
+        unused_documents: Documents that `max_tokens`, `weight`, `max_sequences` or `drop_tails` left out, or that also
+            occur in an evaluation dataset.
         skipped: Records that `skip_bad_records` left out.
-        first_skipped: What was wrong with the first of them.
-        broken_files: What was wrong with files that it left out, wholly or from some place on.
-        ignored_keys: Keys of records that mean nothing here.
-        ignored_files: Files of its directory that are not read: of another split, or with none of the formats.
-        long: What became of conversations that are longer than a sequence.
+        first_skipped: The error of the first of them.
+        broken_files: The errors of files that it left out, entirely or from some point on.
+        ignored_keys: Keys of records that are ignored.
+        ignored_files: Files in its directory that are not read, because of another split or an unknown format.
+        long: How conversations longer than a sequence were handled.
     """
 
     dataset_path: str
@@ -84,7 +84,7 @@ class DatasetStatistics:
     long: str = ""
 
     def describe(self) -> str:
-        """Say it in a line."""
+        """Return a one-line description."""
         line = (
             f"{self.dataset_path}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')} in "
             f"{counted(self.sequences, 'sequence')} ({self.padding:.1%} padding)"
@@ -106,12 +106,12 @@ class DatasetStatistics:
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """All sets, and all datasets.
+    """Statistics of all sets and all datasets.
 
     Args:
         train: The training set.
-        evals: The evaluation sets by name, in the order of their loaders; there may be none.
-        datasets: In the order of `datasets` and `eval_datasets`.
+        evals: The evaluation sets by name, in the order of their loaders; may be empty.
+        datasets: The datasets, in the order of `datasets` and then `eval_datasets`.
     """
 
     train: SplitStatistics
@@ -124,15 +124,15 @@ class DataStatistics:
         return SplitStatistics.total(self.evals.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataStatistics:
-        """Take what `as_dict` gave.
+        """Create statistics from the result of `as_dict`.
 
         Raises:
-            TypeError, KeyError: If it is something else.
+            TypeError, KeyError: If it is anything else.
         """
         return cls(
             train=SplitStatistics(**values["train"]),
@@ -142,6 +142,6 @@ class DataStatistics:
 
 
 def _some(names: list[str], separator: str) -> str:
-    """As many as a line has room for."""
+    """Join as many names as fit in a line."""
     shown = separator.join(names[:12])
     return f"{shown} and {len(names) - 12:,} more" if len(names) > 12 else shown

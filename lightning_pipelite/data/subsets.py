@@ -1,23 +1,23 @@
-"""Which files of a split belong together, by their names: parts of one set do, train_sft and train_gen do not."""
+"""Determines by name which files of a split belong to one set: its parts do, train_sft and train_gen do not."""
 
 from __future__ import annotations
 
 import re
 
-# As the libraries of Hugging Face name the files of a split; older ones put a hash behind.
+# How Hugging Face's libraries name the files of a split; older versions append a hash.
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?P<hash>-[0-9a-f]{16})?(\.[A-Za-z]\w*)*")
 
 _ENDINGS = re.compile(r"(\.(txt|md|jsonl?|csv|tsv|parquet|arrow|gz|bz2|xz|zst))+$", re.IGNORECASE)
-# What only counts the parts of a set, as 0001, part3 or 2-of-4, also by a hash.
+# Words that merely number the parts of a set, such as 0001, part3 or 2-of-4, or identify them by a hash.
 _COUNTS = re.compile(r"(part|shard|chunk|split|file|batch|vol|no|n)?\d*|of|[0-9a-f]{16,}", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<=[A-Za-z]{4})\d+$")  # train2 is the second part of train, while v2 is another set than v1
+_NUMBER = re.compile(r"(?<=[A-Za-z]{4})\d+$")  # train2 is the second part of train, but v1 and v2 are different sets
 
 
 def set_of(name: str) -> str:
-    """Give the name of the set that a file or folder is of: without its ending, and without what counts parts.
+    """Return the name of the set that a file or folder belongs to: its name without extensions and part numbers.
 
     Args:
-        name: Of the file or folder alone.
+        name: Name of the file or folder, without its path.
     """
     if shard := SHARD.fullmatch(name):
         return shard["split"]
@@ -26,17 +26,17 @@ def set_of(name: str) -> str:
 
 
 def without_endings(name: str) -> str:
-    """Give a file's name without what tells of its format and compression."""
+    """Return a file's name without the extensions for its format and compression."""
     return _ENDINGS.sub("", name)
 
 
 def same_set(name: str, other: str) -> bool:
-    """Tell whether two names are of one set: capitals, and what stands between words, do not count."""
+    """Return whether two names denote the same set, ignoring case and the separators between words."""
     return set_key(name) == set_key(other)
 
 
 def set_key(name: str) -> tuple[str, ...]:
-    """Give what all names of one set have in common, see `same_set`."""
+    """Return a key that is equal for all names of a set; see `same_set`."""
     return tuple(_words(name.lower()))
 
 

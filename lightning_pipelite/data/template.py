@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, and what of a conversation it shows."""
+"""A tokenizer's chat template, with checks of what it shows of a conversation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_pipelite.data.conversation import OTHER_ROLES, REASONING, Message
 from lightning_pipelite.errors import ConfigurationError
 
 MARKER = "QZJXKVWQ"
-"""A word that stands in no conversation."""
+"""A word that occurs in no conversation."""
 
 Span = tuple[int, int]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Keys of a message that say something. Others (an id, a name) may be left out by a template. The first are commonly of
-# the record, which is where a template knows them from.
+# Keys of a message that must be shown; a template may omit others (an id, a name). Those in _OF_RECORDS usually belong
+# to the record, so a template that reads them need not read them from messages.
 _OF_RECORDS = ("tools", "functions", "documents")
 _WORDS = (
     "tool_calls",
@@ -34,7 +34,7 @@ _WORDS = (
     "video",
     *_OF_RECORDS,
 )
-# Numbers and booleans beside these say something of a message, as what is learnt of it.
+# Other keys with numbers or booleans qualify a message, for example whether it is learnt.
 _NUMBERS_THAT_SAY_NOTHING = ("id", "index", "timestamp", "created_at")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         source: The template.
 
     Attributes:
-        marks: Whether it marks what the assistant says by ``{% generation %}``.
+        marks: Whether it marks the assistant's words with ``{% generation %}``.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
@@ -61,8 +61,8 @@ class ChatTemplate:
         self._shown: dict[str, bool] = {}
 
     def render(self, messages: list[Message], arguments: dict[str, Any], prompt: bool = False) -> str:
-        """Give the text of messages, with the beginning of a reply behind them if `prompt`; of none, that alone."""
-        if not messages:  # which apply_chat_template refuses
+        """Render messages as text, followed by the generation prompt if `prompt`; the messages may be empty."""
+        if not messages:  # apply_chat_template refuses an empty conversation
             given: dict[str, Any] = {**self._tokenizer.special_tokens_map, **arguments}
             texts, _ = render_jinja_template(
                 conversations=[[]], chat_template=self._source, add_generation_prompt=prompt, **given
@@ -73,10 +73,10 @@ class ChatTemplate:
         )
 
     def render_marked(self, messages: list[Message], arguments: dict[str, Any]) -> tuple[str, list[Span]]:
-        """Give the text, and where what the template marks as the assistant's begins and ends.
+        """Return the text, and the spans that the template marks as the assistant's.
 
-        `apply_chat_template` gives a mask of tokens in place of that, which is wrong where a token's offsets leave out
-        the spaces that it begins or ends with, as those of Llama 3 do.
+        `apply_chat_template` would return a token mask instead, which is wrong if a token's offsets exclude its leading
+        or trailing spaces, as Llama 3's do.
         """
         given: dict[str, Any] = {**self._tokenizer.special_tokens_map, **arguments}
         texts, spans = render_jinja_template(
@@ -84,13 +84,13 @@ class ChatTemplate:
         )
         return texts[0], list(spans[0])
 
-    # What it shows
+    # Checks of what the template shows
 
     def plain(self, messages: list[Message], place: str) -> list[Message]:
-        """Give messages with their contents as the template reads them: parts of text, or text.
+        """Return messages with their contents in the form that the template reads: text parts, or plain text.
 
         Raises:
-            ConfigurationError: If it reads no parts, and a message has several.
+            ConfigurationError: If the template does not read parts, and a message has several.
         """
         plain = []
         for number, message in enumerate(messages, start=1):
@@ -106,7 +106,7 @@ class ChatTemplate:
         return plain
 
     def check_roles(self, messages: list[Message], place: str) -> None:
-        """Refuse a role that is neither common nor the template's own.
+        """Refuse a role that is neither a common one nor one of the template's own.
 
         Raises:
             ConfigurationError: If there is one.
@@ -123,20 +123,21 @@ class ChatTemplate:
     def check_arguments(
         self, messages: list[Message], arguments: dict[str, Any], others: Iterable[str], text: str, place: str
     ) -> set[str]:
-        """Refuse what the record has for the template, and the template passes over.
+        """Refuse arguments in the record that the template ignores.
 
         Args:
             messages: The conversation.
-            arguments: Of `apply_chat_template`.
+            arguments: Arguments for `apply_chat_template`.
             others: The record's other keys.
             text: The rendered conversation.
-            place: Where it stands, for errors.
+            place: Location of the conversation, for errors.
 
         Returns:
-            Names of what is passed over and says nothing.
+            Names of keys that are ignored, but carry no content.
 
         Raises:
-            ConfigurationError: If something that does is passed over.
+            ConfigurationError: If something with content is ignored, or a variable of the template is a key of the
+                record outside of ``chat_template_kwargs``.
         """
         passed_over = {*others}
         special = {"messages", "add_generation_prompt", *self._tokenizer.special_tokens_map}
@@ -164,7 +165,7 @@ class ChatTemplate:
         return passed_over
 
     def check_messages(self, messages: list[Message], arguments: dict[str, Any], text: str, place: str) -> set[str]:
-        """Refuse what messages say and the template passes over; as `check_arguments`."""
+        """Refuse content of messages that the template ignores; otherwise like `check_arguments`."""
         passed_over = set()
         self._check_calls(messages, arguments, place)
         for number, message in enumerate(messages):
@@ -195,14 +196,14 @@ class ChatTemplate:
                         f"{place}: the chat template does not show message {number + 1}, whose role is "
                         f"{message['role']}; use one that does, or take the message out."
                     )
-                passed_over.add("content beside tool_calls")  # many templates do
+                passed_over.add("content beside tool_calls")  # many templates omit it
             for call in message.get("tool_calls") or []:
                 if _quoted_twice(call, text):
                     passed_over.add("that arguments of tool calls are JSON (they are text, quoted once more)")
         return passed_over
 
     def _check_calls(self, messages: list[Message], arguments: dict[str, Any], place: str) -> None:
-        """Refuse calls that are not shown: some templates show the first of a message alone, or none beside content."""
+        """Refuse tool calls that are not shown: some templates show only a message's first, or none next to content."""
         for number, message in enumerate(messages):
             calls = range(len(message.get("tool_calls") or []))
             others = [*messages[:number], with_calls(message), *messages[number + 1 :]]
@@ -221,16 +222,16 @@ class ChatTemplate:
         return self._reads_parts
 
     def _shows(self, key: str, messages: list[Message], arguments: dict[str, Any]) -> bool:
-        """Whether a key of messages, which the last of these has, shows in the text."""
-        # A template may know a word as what the record has, or for its own options.
+        """Return whether the template shows a key that the last of these messages has."""
+        # The excluded words may also refer to a key of the record or an option of the template.
         if key in self._words and key not in (*_OF_RECORDS, *REASONING):
             return True
-        if key not in self._shown:  # some show whatever a message has
+        if key not in self._shown:  # some templates show every key of a message
             *before, last = messages
             without = [*before, {name: value for name, value in last.items() if name != key}]
             texts = [self._rendered(each, arguments) for each in (messages, without)]
             shown = None in texts or texts[0] != texts[1]
-            if not shown and key in REASONING:  # it may be shown in other places
+            if not shown and key in REASONING:  # it may be shown elsewhere, so this is not cached
                 return False
             self._shown[key] = shown
         return self._shown[key]
@@ -241,7 +242,7 @@ class ChatTemplate:
         return rendered is None or MARKER in rendered or rendered != text
 
     def _rendered(self, messages: list[Message], arguments: dict[str, Any]) -> str | None:
-        """Return the text, or None where the template refuses what is only tried."""
+        """Return the text, or None if the template refuses a conversation that is only tried."""
         try:
             return self.render(messages, arguments)
         except Exception:
@@ -249,7 +250,7 @@ class ChatTemplate:
 
 
 def with_calls(message: Message) -> Message:
-    """Give a message that calls functions of other names: the first `MARKER` and 0, and so on."""
+    """Return the message with the function names in its tool calls replaced: the first by `MARKER` and 0, and so on."""
     calls: list[dict[str, Any]] = []
     for number, call in enumerate(message.get("tool_calls") or []):
         function, name = call.get("function"), f"{MARKER}{number}."

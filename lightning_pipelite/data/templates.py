@@ -1,4 +1,4 @@
-"""Chat templates for models that have none, and the reading of others."""
+"""Built-in chat templates for models that have none, and functions to read and write others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_pipelite.errors import ConfigurationError
 
 TEMPLATES = {
-    # The words of https://github.com/tatsu-lab/stanford_alpaca, in plain text: it needs no tokens of its own.
+    # The wording of https://github.com/tatsu-lab/stanford_alpaca, in plain text: it needs no special tokens.
     "alpaca": (
         "{% for message in messages %}"
         "{% if message.role == 'system' %}{{ message.content }}\n\n"
@@ -26,10 +26,10 @@ TEMPLATES = {
 
 
 def read_template(given: str) -> str:
-    """Give a chat template by its name, from a file, or as it is given.
+    """Return the chat template that is given by name, by file, or as its source.
 
     Raises:
-        ConfigurationError: If it is none of these.
+        ConfigurationError: If it is none of these, or the file cannot be read.
     """
     if given in TEMPLATES:
         return TEMPLATES[given]
@@ -46,26 +46,26 @@ def read_template(given: str) -> str:
 
 
 def refuse_without_tokenizer(directory: Path) -> None:
-    """Refuse a model without a tokenizer, where a chat template is to go with it.
+    """Refuse a model without a tokenizer if a chat template is to be saved with it.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If there is no tokenizer.
     """
     if not any(directory.glob("tokenizer*")):
         raise ConfigurationError(f"{directory} has no tokenizer that chat_template could go with; leave it out.")
 
 
 def write_template(directory: Path, template: str) -> None:
-    """Give the tokenizer in a saved model's directory a chat template, in place of its own."""
+    """Replace the chat template of the tokenizer in a saved model's directory."""
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = directory / "tokenizer_config.json"
     written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if written.pop("chat_template", None) is not None:  # where older versions of transformers have it
+    if written.pop("chat_template", None) is not None:  # older versions of transformers store it there
         path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def no_template(directory: object) -> ConfigurationError:
-    """Give the error of a tokenizer without a template, where there are conversations."""
+    """Return the error for conversations with a tokenizer that has no chat template."""
     return ConfigurationError(
         f"The tokenizer of {directory} has no chat template, which conversations need: set data.chat_template to "
         "alpaca, chatml or a .jinja file, or use an instruction-tuned model's tokenizer."
@@ -73,7 +73,7 @@ def no_template(directory: object) -> ConfigurationError:
 
 
 def surely_has_none(directory: Path) -> bool:
-    """Tell, by its files alone, whether a tokenizer has no chat template; where that is not sure, it may have one."""
+    """Return whether a tokenizer certainly has no chat template, by its files alone; False if in doubt."""
     try:
         written = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Files that would be read together although it may not be meant: the same data twice, or sets that only look alike."""
+"""Finds files that may be read together unintentionally: the same data twice, or different sets with similar names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_pipelite.data.splits import begins_with_split
 from lightning_pipelite.data.subsets import SHARD, set_of, without_endings
 from lightning_pipelite.errors import ConfigurationError
 
-# What browsers, file managers and people put behind the name of a copy, or before it.
+# What browsers, file managers and people append or prepend to the name of a copy.
 _COPIES = (
     re.compile(
         r"(?P<of>.+?)(( -)? ?\(\d+\)|[\W_]+(copy|kopie|copie|copia|backup|bak|old|orig)([\W_]*\d+\)?)?)", re.IGNORECASE
@@ -26,17 +26,17 @@ _COPIES = (
 
 
 def refuse_doubles(files: Sequence[Path], place: str) -> None:
-    """Refuse files that by their names hold the same data.
+    """Refuse files that, by their names, hold the same data.
 
-    That are two of a name in different formats or compressions, copies, links to another of them, and parts that were
-    counted twice.
+    These are files of the same name in different formats or compressions, copies, links to one another, and shards of
+    one set in two numberings.
 
     Args:
-        files: All that are to be read.
+        files: All files to be read.
         place: What holds them, for the message.
 
     Raises:
-        ConfigurationError: If there are two; the sentence names them.
+        ConfigurationError: If there are two; the message names them.
     """
     first: dict[tuple[Path, str], tuple[str, Path]] = {}
     for file in files:
@@ -57,14 +57,16 @@ def refuse_doubles(files: Sequence[Path], place: str) -> None:
 
 
 def refuse_nothing_left(options: PackingOptions, found: Sequence[Sequence[Path]]) -> None:
-    """Refuse evaluation on all files that are trained on, read in the same way; documents that are equal come later.
+    """Refuse training files if all of them are evaluation files, too, and are read in the same way.
+
+    Identical documents in different files are checked later, when they are packed.
 
     Args:
-        options: Which say what is read.
+        options: The datasets, and how they are read.
         found: The files of each of `PackingOptions.sources`.
 
     Raises:
-        ConfigurationError: If there are files for evaluation, and no others for training.
+        ConfigurationError: If no file is left that is only for training.
     """
     training = len(options.datasets)
     wholly = [
@@ -84,17 +86,20 @@ def _way_of_reading(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def nothing_left() -> ConfigurationError:
-    """Return the error of documents for training that are all for evaluation, too."""
+    """Return the error for training documents that are all evaluation documents, too."""
     return ConfigurationError(
         "Every document of data.datasets is in data.eval_datasets, too: none is left for training."
     )
 
 
 def _refuse_links(files: Sequence[Path], place: str) -> None:
-    """Refuse files that are one, by a link to it or to its folder; two links to what is not read itself are told."""
+    """Refuse files that are the same file, by a link to it or to its folder.
+
+    Two links to a file that is not read itself are not refused; `remarks` reports them.
+    """
     folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
     first: dict[Path, Path] = {}
-    for file in sorted(files, key=Path.is_symlink):  # what is no link itself is first
+    for file in sorted(files, key=Path.is_symlink):  # files that are not links come first
         real = file.resolve() if (is_link := file.is_symlink()) else folders[file.parent] / file.name
         other = first.get(real) if is_link else first.setdefault(real, file)
         if other not in (None, file):
@@ -116,15 +121,15 @@ def _refuse(
 
 
 def remarks(dataset_path: str, files: list[Path]) -> list[str]:
-    """Tell of files that are read with others, or of folders that are not, where something else may be meant.
+    """Return remarks on files that are read, and folders that are not, although that may be unintended.
 
     Args:
         dataset_path: As in `DatasetConfig`.
-        files: All that are read of it.
+        files: All its files that are read.
 
     Returns:
-        Parts of a sentence: texts of several sets of a split, what tells of data, files of records that are equal, and
-        folders with data that is not read.
+        Parts of a sentence, on text files of several sets, documentation that is read as data, record files with
+        identical content, and folders whose data is not read.
     """
     told = []
     texts = [file for file in files if format_of(file) in TEXT]
@@ -153,11 +158,11 @@ def remarks(dataset_path: str, files: list[Path]) -> list[str]:
 
 
 def read_before(files: list[Path], before: Iterable[tuple[DatasetConfig, list[Path]]]) -> list[str]:
-    """Tell of files that other datasets read, too.
+    """Return remarks on files that other datasets read, too.
 
     Args:
-        files: Of one.
-        before: Other datasets, with theirs.
+        files: Files of one dataset.
+        before: Other datasets with their files.
     """
     told = []
     for dataset, others in before:

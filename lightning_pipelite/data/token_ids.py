@@ -1,4 +1,4 @@
-"""Ids of tokens that a user gives, and whether a tokenizer has them."""
+"""Checks that a tokenizer has the token ids that a user gives."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lightning_pipelite.data.config import PackingOptions
 from lightning_pipelite.errors import ConfigurationError
 
 _OPTIONS = ("sequence_prefix", "document_prefix", "document_suffix", "mask_tokens")
-_MAY_BE_ADDED = 256  # tokens that a tokenizer's class adds to those of its file, of which most have none
+_MAY_BE_ADDED = 256  # upper bound on tokens that a tokenizer's class adds to those of its file; most add none
 
 
 def check_ids(key: str, ids: Sequence[int], size: int, tokenizer_dir: Path, *, beyond: int = 0) -> None:
-    """Refuse what is no id of a tokenizer.
+    """Refuse values that are not token ids of a tokenizer.
 
     Args:
-        key: The option of the data, for the sentence.
-        ids: As given.
-        size: How many tokens there are.
-        tokenizer_dir: For the sentence.
-        beyond: How many more there may be.
+        key: The data option, for the message.
+        ids: The ids that the user has given.
+        size: Number of tokens in the tokenizer.
+        tokenizer_dir: Directory of the tokenizer, for the message.
+        beyond: Number of further tokens that it may have.
 
     Raises:
-        ConfigurationError: If there is one.
+        ConfigurationError: If a value is not an id.
     """
     for token in ids:
         if isinstance(token, bool) or not 0 <= token < size + beyond:
@@ -33,7 +33,7 @@ def check_ids(key: str, ids: Sequence[int], size: int, tokenizer_dir: Path, *, b
 
 
 def first_check(options: PackingOptions, tokenizer_dir: Path) -> None:
-    """Refuse ids that a tokenizer surely does not have, by its file alone; nothing long is imported.
+    """Refuse ids that a tokenizer certainly does not have, by its file alone; imports nothing slow.
 
     Raises:
         ConfigurationError: If there is one.
@@ -48,7 +48,7 @@ def first_check(options: PackingOptions, tokenizer_dir: Path) -> None:
 
     try:
         size = Tokenizer.from_file(str(file)).get_vocab_size()
-    except Exception:  # whatever a damaged file makes the library raise, the tokenizer's own check tells it
+    except Exception:  # a damaged file may raise anything; it is reported when the tokenizer is loaded
         return
     for key, ids in given.items():
         check_ids(key, ids, size, tokenizer_dir, beyond=_MAY_BE_ADDED)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory, with what goes before and after each document."""
+"""The tokenizer of a model directory, with the tokens that go before and after each document."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class DocumentTokenizer:
     """Turns texts into the token ids that are packed.
 
     Args:
-        tokenizer_dir: A directory that holds a tokenizer as `transformers` saves it.
-        options: Says what goes before and after documents and sequences, and what is masked.
+        tokenizer_dir: Directory of a tokenizer as `transformers` saves it.
+        options: Determine what goes before and after documents and sequences, and what is masked.
 
     Attributes:
-        sequence_prefix: Ids that begin every sequence.
+        sequence_prefix: Ids at the start of every sequence.
         masked_ids: Ids that are never a label.
-        padding_id: The id that fills a sequence behind its last document.
+        padding_id: The id that fills a sequence after its last document.
 
     Raises:
         ConfigurationError: If the tokenizer cannot be loaded or an option does not fit it.
@@ -40,7 +40,7 @@ class DocumentTokenizer:
             self._check_prefix_space(options.trust_remote_code)
 
         self._backend = self._fast_backend()
-        # A chat template writes BOS itself, where the model wants one.
+        # A chat template writes BOS itself if the model needs it.
         bos = None if options.has_conversations else self._tokenizer.bos_token_id
         self.sequence_prefix = self._resolve("sequence_prefix", options.sequence_prefix, bos)
         if len(self.sequence_prefix) >= options.sequence_len:
@@ -49,11 +49,11 @@ class DocumentTokenizer:
                 f"of {options.sequence_len}: shorten it, or raise data.sequence_len."
             )
         self.masked_ids = self._resolve_mask(options)
-        # Not the tokenizer's pad token: some models add one that lies beyond their embedding.
+        # Not the tokenizer's pad token: some models' pad token is outside their embedding.
         eos = self._tokenizer.eos_token_id
         self.padding_id: int = 0 if eos is None else eos
 
-        # Text joins the document before tokenising, so that tokens may span the join; ids are set beside it.
+        # Text is joined to the document before tokenising, so that tokens may span the join; ids are added afterwards.
         prefix, suffix = options.document_prefix, options.document_suffix
         self._text_before = prefix if isinstance(prefix, str) else ""
         self._text_after = suffix if isinstance(suffix, str) else ""
@@ -61,7 +61,7 @@ class DocumentTokenizer:
         self._ids_after = [] if self._text_after else self._resolve("document_suffix", suffix, eos)
         self._chat = None
         if options.has_conversations:
-            # As the model was trained with: add_prefix_space, even false, changes what some tokenizers make of a text.
+            # Loaded as in the model's training: setting add_prefix_space, even to false, changes some tokenizers.
             tokenizer = self._load(None, options.trust_remote_code)
             if options.chat_template is not None:
                 tokenizer.chat_template = options.chat_template
@@ -74,7 +74,7 @@ class DocumentTokenizer:
             texts: The documents.
 
         Returns:
-            The ids of each, with the document's prefix and suffix; a list is empty where there is no token at all.
+            The ids of each document, with its prefix and suffix; an empty list if there are no tokens at all.
         """
         if self._text_before or self._text_after:
             texts = [self._text_before + text + self._text_after for text in texts]
@@ -86,20 +86,20 @@ class DocumentTokenizer:
         if self._ids_before:
             return [self._ids_before + ids + self._ids_after for ids in documents]
         for ids in documents:
-            ids += self._ids_after  # in place: a copy of every document costs two per cent of the time
+            ids += self._ids_after  # in place: copying every document would cost two per cent of the time
         return documents
 
     def encode_each(self, texts: Sequence[str], places: Sequence[str]) -> list[list[int] | ConfigurationError]:
-        """Tokenise documents as `encode` does, with an error for each that cannot be.
+        """Tokenise documents as `encode` does, with an error in place of each that cannot be tokenised.
 
         Args:
             texts: The documents.
-            places: Where each stands, for errors.
+            places: Location of each, for errors.
         """
         try:
             with naming("", "some text is refused"):
                 return list(self.encode(texts))
-        except ConfigurationError:  # look for it
+        except ConfigurationError:  # find out which text it is
             return [self._encode_one(text, place) for text, place in zip(texts, places, strict=True)]
 
     def _encode_one(self, text: str, place: str) -> list[int] | ConfigurationError:
@@ -117,24 +117,24 @@ class DocumentTokenizer:
         others: tuple[str, ...] = (),
         passed_over: set[str] | None = None,
     ) -> tuple[list[int], Flags]:
-        """Tokenise a conversation, as `ChatRenderer.encode` does; document prefix and suffix are not for it."""
+        """Tokenise a conversation as `ChatRenderer.encode` does, without document prefix and suffix."""
         assert self._chat is not None
         return self._chat.encode(messages, place, arguments, others, passed_over)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of token ids, special tokens included."""
+        """Return the text of token ids, including special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _fast_backend(self) -> Any:
-        """Return the Rust tokenizer behind a plain one, which does not compute where in the text each token lies."""
+        """Return the Rust tokenizer, whose fast encoding omits offsets, or None if its results would differ."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "encode_batch_fast"):
             return None
-        expected = self._ids_of(self._tokenizer, _SAMPLE)  # also switches padding and truncation off
+        expected = self._ids_of(self._tokenizer, _SAMPLE)  # also disables padding and truncation
         backend.no_truncation()
         backend.no_padding()
         same = [e.ids for e in backend.encode_batch_fast(_SAMPLE, add_special_tokens=False)] == expected
-        return backend if same else None  # a class of its own may do more than its backend
+        return backend if same else None  # a custom tokenizer class may do more than its backend
 
     def _load(self, add_prefix_space: bool | None, trust_remote_code: bool) -> Any:
         if not self._name.is_dir():
@@ -154,7 +154,7 @@ class DocumentTokenizer:
             ) from error
 
     def _check_prefix_space(self, trust_remote_code: bool) -> None:
-        """Refuse an option that the tokenizer class passes over in silence, as several do."""
+        """Refuse add_prefix_space if the tokenizer class silently ignores it, as several do."""
         with_space = self._ids_of(self._tokenizer, ["a", " a"])
         without = self._ids_of(self._load(False, trust_remote_code), ["a"])
         if with_space[0] == without[0] and with_space[0] != with_space[1]:
@@ -165,7 +165,7 @@ class DocumentTokenizer:
 
     @staticmethod
     def _ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-        # Padding and truncation that tokenizer.json may ask for are switched off by the call itself.
+        # The call itself disables padding and truncation, which tokenizer.json may enable.
         encoded = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )

@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in a conversation, for templates that do not mark them."""
+"""Locates the assistant's turns in a rendered conversation, for templates that do not mark them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 class Turns:
-    """Where the assistant's turns are in a rendered conversation.
+    """Locates the assistant's turns in a rendered conversation.
 
     Args:
-        template: What rendered it.
-        messages: All of it.
-        arguments: Of `apply_chat_template`.
+        template: The template that rendered it.
+        messages: All its messages.
+        arguments: Arguments for `apply_chat_template`.
         text: The rendered conversation.
     """
 
@@ -31,7 +31,7 @@ class Turns:
             self._messages = said
 
     def _said(self, number: int) -> Message:
-        """Return a message without what the template leaves out of it where others follow."""
+        """Return a message without the parts that the template omits when other messages follow."""
         message = self._messages[number]
         without = {key: value for key, value in message.items() if key not in REASONING}
         if message.get("tool_calls") and message.get("content"):
@@ -39,26 +39,26 @@ class Turns:
         return without if without != message and self._whole(number, without) == self._text else message
 
     def span(self, number: int, place: str) -> tuple[int, int, bool]:
-        """Give where a turn begins and ends, and whether the mark that ends it is within.
+        """Return the begin and end of a turn, and whether they include the mark that ends it.
 
-        It is empty for a reply that begins the conversation, if the template does not tell how such a one begins.
+        The span is empty for a reply at the start of the conversation if the template cannot render a prompt for it.
 
         Args:
-            number: Of the message.
-            place: Where the conversation stands, for errors.
+            number: Index of the message.
+            place: Location of the conversation, for errors.
 
         Raises:
-            ConfigurationError: If the template does not let it be told.
+            ConfigurationError: If the turn cannot be located.
         """
         if number == 0 and self._prompt(0) is None:
             return 0, 0, True
         return self._turn(number) or self._content(number, place)
 
     def _turn(self, number: int) -> tuple[int, int, bool] | None:
-        """If it is rendered as the last one would be."""
+        """Return the span of a turn if it is rendered as it would be at the end of a conversation, else None."""
         before = self._prompt(number)
         until = self._render(self._messages[: number + 1])
-        if before is None or until is None or not until.startswith(before):  # it may refuse to end there
+        if before is None or until is None or not until.startswith(before):  # a template may refuse to end there
             return None
         if self._text.startswith(until):
             return len(before), len(until), True
@@ -66,9 +66,9 @@ class Turns:
         return None if begin is None else (begin, begin + len(until) - len(before), True)
 
     def _found(self, number: int, before: str, until: str) -> int | None:
-        """Where a turn begins that is as the last one, behind others that are not as they are without what follows.
+        """Return where a turn begins that is rendered as at the end, although messages before it are not; else None.
 
-        So it is where a template shows tools with the last question. A word in the turn's place tells where that is.
+        This happens if a template shows the tools with the last question. A marker in the turn's place locates it.
         """
         message = self._messages[number]
         for other in (_with_content(message), with_calls(message)):
@@ -88,7 +88,7 @@ class Turns:
         return None
 
     def _content(self, number: int, place: str) -> tuple[int, int, bool]:
-        """Return what does not stay the same with another content in the place of all that it says is it."""
+        """Return the span of a turn's content: the text that changes if a marker replaces all that the turn says."""
         text, message = self._text, self._messages[number]
         bare = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call", *REASONING)}
         every = with_calls({**message, **{key: MARKER for key in REASONING if message.get(key)}})
@@ -106,22 +106,22 @@ class Turns:
         )
 
     def _behind_prompt(self, number: int, begin: int) -> int:
-        """Where the model begins to write, if that is before its words: some templates name a channel in between."""
+        """Return where the model begins to generate: some templates name a channel before the turn's words."""
         prompt = self._prompt(number)
         return len(prompt) if prompt is not None and self._text[:begin].startswith(prompt) else begin
 
     def _prompt(self, number: int) -> str | None:
-        """Return what the model is given to write a message."""
+        """Return the prompt from which the model generates a message."""
         return self._render(self._messages[:number], prompt=True)
 
     def _whole(self, number: int, message: Message) -> str | None:
-        """Return the conversation with another message in a place."""
+        """Return the rendered conversation with one message replaced."""
         return self._render([*self._messages[:number], message, *self._messages[number + 1 :]])
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str | None:
         try:
             return self._template.render(messages, self._arguments, prompt)
-        except (TemplateError, TypeError, KeyError, ValueError):  # of what is only tried
+        except (TemplateError, TypeError, KeyError, ValueError):  # the template may refuse a trial
             return None
 
 

@@ -1,4 +1,4 @@
-"""One function over many batches, in parallel processes, in order, with few batches in memory."""
+"""Maps a function over batches in parallel processes, in order, with few batches in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_FEW = 4  # batches that are done before a process is worth its start
+_FEW = 4  # up to this many batches, starting processes does not pay off
 
 _function: Callable[[Any], Any] | None = None
 
@@ -25,23 +25,23 @@ _function: Callable[[Any], Any] | None = None
 def map_in_order(function: Callable[[In], Out], batches: Iterable[In]) -> Iterator[Out]:
     """Apply a function to each batch.
 
-    Processes are forked, one a core, so the function may hold anything, such as a tokenizer; batches and results are
-    sent to them and back. Two batches a process are under way at most. They end with this process, even if it is
-    killed.
+    Worker processes are forked, one per core, so the function may hold anything, such as a tokenizer; only batches and
+    results are sent between processes. At most two batches per worker are in flight. The workers end with this process,
+    even if it is killed.
 
     Args:
-        function: What to apply; it must not use threads.
-        batches: What to apply it to; read in this process.
+        function: The function; it must not use threads.
+        batches: The batches; read in this process.
 
     Yields:
         The results in the order of the batches.
 
     Raises:
-        RuntimeError: If a process was killed, for example for want of memory.
+        RuntimeError: If a worker was killed, for example for lack of memory.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, _FEW + 1))
-    # Elsewhere a fork is not safe, and nothing ends a process with its parent.
+    # On other systems, forking is not safe, and a process cannot be made to end with its parent.
     processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if len(first) <= _FEW or processes == 1:
         yield from map(function, itertools.chain(first, batches))
@@ -49,7 +49,7 @@ def map_in_order(function: Callable[[In], Out], batches: Iterable[In]) -> Iterat
 
     global _function
     _function = function
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns of the fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer warns about the fork
     executor = ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("fork"), initializer=_start, initargs=(os.getpid(),)
     )
@@ -69,7 +69,7 @@ def map_in_order(function: Callable[[In], Out], batches: Iterable[In]) -> Iterat
 
 
 def _start(parent: int) -> None:
-    # A process that outlived its parent would wait for work for ever, and hold the parent's lock on the cache.
+    # A process that outlived its parent would wait for work forever, holding the parent's lock on the cache.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)

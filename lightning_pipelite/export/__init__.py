@@ -1,6 +1,6 @@
-"""From trained to used: merge, convert, GGUF, Control Adapter to LoRA, analysis, migration.
+"""What follows training: merging, conversion, GGUF, Control Adapter to LoRA, analysis, migration.
 
-Each is a command of ``pipelite`` as well. Nothing here needs Lightning or DeepSpeed.
+Each is also a ``pipelite`` command. Nothing here needs Lightning or DeepSpeed.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Says in figures and pictures what an adapter has learned."""
+"""Analyses what an adapter has learned, in figures and plots."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def analyze(
     trust_remote_code: bool = False,
     allow_another_base: bool = False,
 ) -> str:
-    """Print and draw the figures of a LoRA or a Control Adapter.
+    """Print and plot the figures of a LoRA or a Control Adapter.
 
-    Writes ``analysis.json``, a PNG for each picture, and ``analysis.html``, which holds all and needs no other file.
-    Everything is computed from the small factors. Of a LoRA, only its products B·A are looked at: what else there is,
-    such as the magnitudes of a DoRA, is named.
+    Writes ``analysis.json``, one PNG per plot, and a self-contained ``analysis.html`` with all of them. Everything is
+    computed from the small factors. Only the products B·A of a LoRA are analysed; anything else in it, such as the
+    magnitudes of a DoRA, is listed as not shown.
 
     Args:
         adapter: Directory of the adapter.
-        base: Directory of the model that it was trained on; gives norms relative to those of its weights.
-        output: Directory to write; must not exist, or be empty. By default, the adapter's name with "-analysis".
+        base: Directory of the model that it was trained on; adds norms relative to those of the base's weights.
+        output: Directory to write; must be empty or not exist. Defaults to the adapter's name with "-analysis" added.
         trust_remote_code: Run the base's own Python code, if it has any.
-        allow_another_base: Go on with a base that the adapter was not trained on.
+        allow_another_base: Continue with a base that the adapter was not trained on.
     """
     source = Path(adapter)
     target = Path(output) if output is not None else source.resolve().with_name(f"{source.resolve().name}-analysis")
@@ -106,7 +106,7 @@ def analyze(
 
 
 def _lora(adapter: Path, model: BaseModel | None) -> tuple[dict[str, Product], list[str]]:
-    """Return the figures of each product, and what else the adapter has."""
+    """Return the figures of each product, and a list of what else the adapter contains."""
     if model is None:
         factors, rest = saved_factors(adapter)
         return {name: product(each) for name, each in track(list(factors.items()), "analyzing", "modules")}, rest

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's architectures a Hugging Face model is, and what its conversion does to the weights."""
+"""Maps Hugging Face models to llama.cpp's architectures, with what its conversion does to the weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import PretrainedConfig
 
 from lightning_pipelite.errors import ConfigurationError
 
-# The library knows tensor names but not model types. Each entry was read in llama.cpp's conversion: the architecture,
-# and whether the rows of q and k are permuted there. Types whose conversion does more to linear layers (fused q, k and
-# v that are taken apart, split latent projections, interleaved experts) are not listed, and refused.
+# The gguf library knows tensor names but not model types. Each entry was taken from llama.cpp's conversion code: the
+# architecture, and whether the rows of q and k are permuted. Types whose conversion does more to linear layers (splits
+# fused q, k and v or latent projections, reorders interleaved experts) are not listed, and so are refused.
 PLAIN = {
     "apertus": "apertus",
     "cohere": "command-r",
@@ -48,12 +48,12 @@ NUMBERS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's architectures for a model of a given depth.
+    """A llama.cpp architecture, for a model of a given depth.
 
     Attributes:
-        name: What GGUF calls it.
-        names: The library's map from Hugging Face's tensor names to GGUF's.
-        heads: For "q_proj" and "k_proj" the number of heads whose rows are permuted; empty if they are not.
+        name: Its name in GGUF.
+        names: The gguf library's map from Hugging Face's tensor names to GGUF's.
+        heads: For "q_proj" and "k_proj", the number of heads whose rows are permuted; empty if none are.
     """
 
     name: str
@@ -65,7 +65,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     """Return the architecture of a model.
 
     Raises:
-        ConfigurationError: Llama.cpp does not know it, or its conversion does what is not done here.
+        ConfigurationError: The model type is unknown to llama.cpp, or its conversion does more than is supported here.
     """
     kind = config.model_type
     name = PLAIN.get(kind) or PERMUTED.get(kind)

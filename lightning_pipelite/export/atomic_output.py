@@ -1,4 +1,4 @@
-"""Where results go: files and directories that appear whole or not at all and never replace anything."""
+"""Output files and directories that appear complete or not at all, and never replace anything."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def check_new_directory(output: Path, inputs: Sequence[Path]) -> None:
-    """Check, before the work, that ``output`` can be written without replacing anything.
+    """Check up front that ``output`` can be written without replacing anything.
 
     Args:
-        output: Where the result is to be: nothing, or an empty directory.
-        inputs: What is read; ``output`` must not lie in one of these directories, nor one of them in it.
+        output: Directory to write; must be empty or not exist.
+        inputs: Directories that are read; none of them may equal, contain or lie in ``output``.
 
     Raises:
         ConfigurationError: ``output`` holds something or overlaps an input.
@@ -32,11 +32,11 @@ def check_new_directory(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def new_directory(output: Path, inputs: Sequence[Path]) -> AbstractContextManager[Path]:
-    """Give a directory to write in, which becomes ``output`` once it is complete and on disk.
+    """Return a context manager with a directory to write in, which becomes ``output`` once it is complete and on disk.
 
     Args:
-        output: Where the result is to be: nothing, or an empty directory.
-        inputs: What is read; ``output`` must not lie in one of these directories, nor one of them in it.
+        output: Directory to write; must be empty or not exist.
+        inputs: Directories that are read; none of them may equal, contain or lie in ``output``.
 
     Raises:
         ConfigurationError: ``output`` holds something or overlaps an input.
@@ -46,7 +46,7 @@ def new_directory(output: Path, inputs: Sequence[Path]) -> AbstractContextManage
 
 
 def check_new_file(output: Path) -> None:
-    """Check, before the work, that ``output`` can be written without replacing anything.
+    """Check up front that ``output`` can be written without replacing anything.
 
     Raises:
         ConfigurationError: ``output`` exists.
@@ -57,7 +57,7 @@ def check_new_file(output: Path) -> None:
 
 @contextmanager
 def new_file(output: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which becomes ``output`` once it is complete and on disk.
+    """Yield the path of a file to write, which becomes ``output`` once it is complete and on disk.
 
     Raises:
         ConfigurationError: ``output`` exists.

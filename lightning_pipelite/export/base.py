@@ -1,4 +1,4 @@
-"""The weights of a causal LM on disk, one at a time, by the names that the model in memory gives them."""
+"""Reads the weights of a causal LM from disk one at a time, by their names in the model in memory."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-}  # of the safetensors format; what an adapter can be added to
+}  # by their safetensors names: the dtypes that an adapter can be added to
 
 
 @dataclass
 class Group:
-    """Tensors of the files and parameters of the model that transformers turns into each other together.
+    """Tensors in the files and parameters of the model that transformers converts into each other as a unit.
 
-    Mostly one of each; or, for fused experts, many tensors and one parameter.
+    Usually one of each; for fused experts, many tensors and one parameter.
 
     Attributes:
-        files: For each tensor of the files its name after transformers' renamings, and the pattern that matched it.
+        files: For each tensor in the files, its name after transformers' renamings and the converter pattern that
+            matched it, if any.
         parameters: Names of the parameters.
-        converter: What turns one into the other; None if that is a matter of names.
+        converter: Converts one into the other; None if only the names differ.
     """
 
     files: dict[str, tuple[str, str | None]] = field(default_factory=dict)
@@ -64,21 +65,21 @@ class Group:
 class BaseModel:
     """A Hugging Face causal LM on disk whose weights are read one at a time.
 
-    transformers renames, fuses and splits weights as it loads them. This holds its mapping in both directions, so
-    that a parameter of the model, by its name there, can be read from the files and written back in their layout.
+    transformers renames, fuses and splits weights as it loads them. This class applies that mapping in both
+    directions: a parameter can be read from the files by its name in the model, and written back in their layout.
 
     Args:
         directory: Directory with ``config.json`` and safetensors weights.
         trust_remote_code: Run the model's own code, if it has any.
 
     Attributes:
-        build: Makes a model of the class of a configuration.
-        config: Of the causal LM; of a multimodal model, its text model's.
+        build: Builds a model of this class from a configuration.
+        config: Configuration of the causal LM; for a multimodal model, that of its text model.
         model: The model on the meta device.
         shapes: Shape of each parameter of the model.
-        stored: The format in which the files hold quantised weights; None if they hold none.
-        weights: The weights of the files, dequantised.
-        headers: For each weight file, what its header says of each tensor, or would if it were not quantised.
+        stored: The quantisation format of the files; None if they are not quantised.
+        weights: The weights in the files, dequantised.
+        headers: For each weight file, the header entry of each tensor, as it would be without quantisation.
         groups: The :class:`Group` of each parameter that the files hold.
 
     Raises:
@@ -92,9 +93,9 @@ class BaseModel:
         self.config, auto = read_config(self.directory, trust_remote_code)
         self.build = partial(auto.from_config, trust_remote_code=trust_remote_code)
         if attention_of(self.config) not in (None, *OF_TRANSFORMERS):
-            set_attention(self.config, "eager")  # whatever it trains with, which need not be installed
+            set_attention(self.config, "eager")  # what it was trained with need not be installed
         if getattr(self.config, "output_router_logits", False):
-            self.config.output_router_logits = False  # a matter of training
+            self.config.output_router_logits = False  # only needed in training
         if not weight_files(self.directory) and any(self.directory.glob("*.bin")):
             raise ConfigurationError(
                 f"{directory} has pickled weights (.bin) only; save it by transformers' save_pretrained, which writes "
@@ -119,13 +120,13 @@ class BaseModel:
 
     @cached_property
     def whole(self) -> WholeModel:
-        """What transformers makes of the directory: of a multimodal model, more than the text model alone."""
+        """The model that transformers loads from the directory; a multimodal one has more than the text model."""
         if not self.is_text_part:
             return WholeModel(self.model, self.model)
         return whole_model(self.directory, self.model, self.trust_remote_code)
 
     def whole_of(self, names: Iterable[str]) -> WholeModel | None:
-        """Return the whole model whose parts are called ``names``; None if those are the text model's own."""
+        """Return the whole model that ``names`` come from; None if they are the text model's own names."""
         names = list(names)
         wholes = whole_models(self.directory, self.model, self.trust_remote_code) if self.is_text_part else ()
         return next((whole for whole in wholes if whole.is_meant(names)), None)
@@ -136,7 +137,7 @@ class BaseModel:
             return self.build(self.config, dtype=torch.float32)
 
     def read(self, group: Group, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """Return the parameters of ``group`` in float32 by name, made from the files."""
+        """Return the parameters of ``group`` by name, read from the files, in float32."""
         return self._join(group, {name: self._read_tensor(name, device) for name in group.files})
 
     def read_parameter(self, name: str, device: str | torch.device = "cpu") -> Tensor:
@@ -151,7 +152,7 @@ class BaseModel:
         """Return the group of the parameter ``name``.
 
         Raises:
-            ConfigurationError: The files do not hold it, so that it must be tied to another one.
+            ConfigurationError: The files do not hold it, so it must be tied to another one.
         """
         if name not in self.groups:
             raise ConfigurationError(
@@ -160,7 +161,7 @@ class BaseModel:
         return self.groups[name]
 
     def split(self, group: Group, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the files that the ``parameters`` of ``group`` stand for, by their names there."""
+        """Convert the ``parameters`` of ``group`` back into the tensors of the files, by their names there."""
         if group.converter is None:
             (file,), (parameter,) = group.files, group.parameters
             return {file: parameters[parameter]}
@@ -181,10 +182,10 @@ class BaseModel:
         return {files[name]: value for name, value in split.items()}
 
     def check_round_trip(self, group: Group) -> None:
-        """Check on the values of ``group`` that what is read and written back is what the files hold.
+        """Check that reading ``group`` and writing it back reproduces the values in the files.
 
         Raises:
-            ConfigurationError: It is not.
+            ConfigurationError: It does not.
         """
         tensors = {name: self._read_tensor(name, "cpu") for name in group.files}
         for name, value in self.split(group, self._join(group, tensors)).items():
@@ -201,7 +202,7 @@ class BaseModel:
         return self.weights.read(name, device=device).float()
 
     def _match(self) -> dict[str, Group]:
-        """Sort the files' tensors into groups, as transformers does when it loads them."""
+        """Group the files' tensors as transformers does when it loads them."""
         wanted = dict.fromkeys(self.shapes, True)
         prefix = self.model.base_model_prefix
         groups: dict[str, Group] = {}
@@ -211,7 +212,7 @@ class BaseModel:
             if first not in wanted and name in wanted:
                 first, pattern, renamed = name, None, name
             if first not in wanted:
-                continue  # images, sound, buffers: nothing of the causal LM
+                continue  # not part of the causal LM: vision, audio, buffers
             group = groups.setdefault(first, Group())
             group.files[name] = (renamed, pattern)
             if pattern is not None:
@@ -237,7 +238,7 @@ class BaseModel:
         return tuple(self.headers[self._file_of[name]][name]["shape"])
 
     def _join(self, group: Group, tensors: dict[str, Tensor], first: str | None = None) -> dict[str, Tensor]:
-        """Return the parameters that ``tensors``, all those of ``group``, make."""
+        """Return the parameters built from ``tensors``, which must be all those of ``group``."""
         first = first or group.parameters[0]
         if group.converter is None:
             return {first: _only(list(tensors.values()))}

@@ -1,4 +1,4 @@
-"""Whether there is a base model, by its directory alone; nothing long is imported for it."""
+"""Checks for a base model by its directory alone, without slow imports."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def check_base(directory: Path) -> None:
-    """Refuse what is no directory of a model, or one with an adapter in it, which transformers would load as well.
+    """Refuse a path that is not a directory, or one that also holds an adapter, which transformers would load too.
 
     Raises:
-        ConfigurationError: Naming it.
+        ConfigurationError: Either is the case.
     """
     if not directory.is_dir():
         raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")

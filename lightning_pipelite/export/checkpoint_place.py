@@ -1,4 +1,4 @@
-"""Whether there is a checkpoint to convert, by its files' names; nothing long is imported for it."""
+"""Checks for a checkpoint to convert, without slow imports."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_pipelite.checkpoint.manifest import read_manifest
 from lightning_pipelite.errors import ConfigurationError
 
 FORMER_FILE = re.compile(r"layer_(\d+)(?:-model_00)?-model_states\.pt")
-"""Of qlora-pipe-lite: one for each item of its pipeline."""
+"""Files of a qlora-pipe-lite checkpoint: one for each item of its pipeline."""
 
 
 def directory_of(checkpoint: str) -> Path:
     """Return the directory of a checkpoint.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: It is not a directory.
     """
     directory = Path(checkpoint)
     if not directory.is_dir():
@@ -26,7 +26,7 @@ def directory_of(checkpoint: str) -> Path:
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Refuse what is no checkpoint, of this project or of qlora-pipe-lite; its content is not looked at.
+    """Refuse what is not a checkpoint of this project or of qlora-pipe-lite; reads its manifest at most.
 
     Raises:
         ConfigurationError: Naming what it lacks.
@@ -40,7 +40,7 @@ def check_checkpoint(checkpoint: str) -> None:
 
 
 def of_option(error: ConfigurationError, checkpoint: Path) -> ConfigurationError:
-    """Say of the option ``--checkpoint`` what reading has said of ``ckpt_path``."""
+    """Reword an error about ``ckpt_path`` as one about the option ``--checkpoint``."""
     found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
     advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
     said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
@@ -48,12 +48,12 @@ def of_option(error: ConfigurationError, checkpoint: Path) -> ConfigurationError
 
 
 def is_former(directory: Path) -> bool:
-    """Tell whether a directory holds a checkpoint of qlora-pipe-lite."""
+    """Return whether a directory holds a checkpoint of qlora-pipe-lite."""
     return any(FORMER_FILE.fullmatch(path.name) for path in latest(directory).iterdir())
 
 
 def latest(directory: Path) -> Path:
-    """Return the checkpoint that the directory of a run of qlora-pipe-lite names as its latest."""
+    """Return the checkpoint that a qlora-pipe-lite run directory names as its latest, else the directory itself."""
     marker = directory / "latest"
     if marker.is_file() and (directory / marker.read_text(encoding="utf-8").strip()).is_dir():
         return directory / marker.read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""YAML with comments before the keys that they are about."""
+"""Writes YAML with comments above the keys that they describe."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import yaml  # type: ignore[import-untyped]
 
 
 class CommentedYaml:
-    """Collects the comments, and writes them with the content."""
+    """Collects comments and writes them with the content."""
 
     def __init__(self) -> None:
         self._comments: dict[tuple[str, ...], list[str]] = {}
 
     def say(self, comment: str, *place: str) -> None:
-        """Add a comment to the key that the names of ``place`` lead to, which stands in dicts alone."""
+        """Add a comment above the key at the path ``place``, which leads through dicts only."""
         self._comments.setdefault(place, []).append(comment)
 
     def text(self, content: dict[str, Any]) -> str:

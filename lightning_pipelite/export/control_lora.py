@@ -1,4 +1,4 @@
-"""Makes a LoRA of a Control Adapter: exact factors of what is multiplied into the weights, without an SVD."""
+"""Converts a Control Adapter to a LoRA: exact factors of its multiplicative change to the weights, without an SVD."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ def control_to_lora(
     writers: Literal["nearer", "last", "all"] = "nearer",
     trust_remote_code: bool = False,
 ) -> str:
-    """Make a LoRA of a Control Adapter.
+    """Convert a Control Adapter to a LoRA.
 
     For each matrix W that writes into the residual stream of a transformed layer, B = Q diag(λ) and A = Qᵀ W with
-    λ = expm1(±S): W + B A is W multiplied by what the Control Adapter multiplies the layer's delta with. Where
-    attention and MLP are parallel, or in general where the delta is the sum of these products, the LoRA does exactly
-    what the Control Adapter does. Where the MLP comes after the attention it only comes near: with the MLP's matrix
-    alone ("last") the attention's part of the delta is left out; with the attention's as well ("all") the MLP sees
-    another input. Both are then measured against the Control Adapter on the base, layer by layer.
+    λ = expm1(±S), so that W + B A is W multiplied by the matrix that the Control Adapter applies to the layer's delta.
+    If attention and MLP are parallel, or more generally if the delta is the sum of these products, the LoRA is
+    equivalent to the Control Adapter. If the MLP follows the attention, the LoRA is an approximation: adapting only
+    the MLP's matrix ("last") leaves out the attention's part of the delta; adapting the attention's too ("all") changes
+    the MLP's input. Both are then measured against the Control Adapter on the base, layer by layer.
 
-    A merge of such a LoRA is undone by the inverse LoRA, made on the merged model with the same ``writers``.
+    Merging such a LoRA is undone by merging its inverse, made on the merged model with the same ``writers``.
 
     Args:
         base: Directory of the Hugging Face model that the adapter was trained on.
         adapter: Directory of the Control Adapter.
-        output: Directory to write, as PEFT saves a LoRA; must not exist, or be empty.
-        inverse: Of class -1, the exact inverse, in place of class +1.
-        writers: The matrices to adapt: "last" or "all" that write into a layer's output, or the "nearer" of the two.
+        output: Directory to write, in PEFT's LoRA format; must be empty or not exist.
+        inverse: Use class -1, the exact inverse, instead of class +1.
+        writers: Which matrices that write into a layer's output to adapt: only the "last", "all", or the "nearer" of
+            the two.
         trust_remote_code: Run the base's own Python code, if it has any.
 
     Raises:
-        ConfigurationError: The adapter does not fit the base, or no LoRA does what it does on such a model.
+        ConfigurationError: The adapter does not fit the base, or no LoRA can do what it does on such a model.
     """
     with new_directory(Path(output), [Path(base), Path(adapter)]) as partial:
         control = ControlAdapterFile(adapter)
@@ -63,7 +64,7 @@ def control_to_lora(
         found = find_writers(model.config, list(layers), model.build)
         chosen, told = _choose(found, writers, model, control, inverse)
         _save(partial, model, {name: chosen(each) for name, each in found.items()}, layers, inverse)
-        LoRAOfBase(model, partial)  # PEFT finds a place for each weight
+        LoRAOfBase(model, partial)  # checks that PEFT finds a place for each weight
     return told
 
 
@@ -71,7 +72,7 @@ def layers_of(base: BaseModel, control: ControlAdapterFile) -> dict[str, Transfo
     """Return the transform of each transformed layer, by the layer's full name.
 
     Raises:
-        ConfigurationError: The base has no such layer, or one of another width.
+        ConfigurationError: The base lacks one of the layers, or its layers have another width.
     """
     name = control.layers_name
     whole = base.whole_of([name])
@@ -109,7 +110,7 @@ def _choose(
     control: ControlAdapterFile,
     inverse: bool,
 ) -> tuple[_Last | _All, str]:
-    """Return which writers of each layer are adapted, and what to tell about it."""
+    """Return which writers of each layer to adapt, and a report on the choice."""
     if not any(each.first for each in found.values()):
         return _Last(), f"Exact: every matrix that writes into the {len(found)} transformed layers is adapted."
     near = measure(base, control, found, inverse=inverse)

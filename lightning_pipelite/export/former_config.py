@@ -1,4 +1,4 @@
-"""A configuration of qlora-pipe-lite as it is read: key by key, until none is left."""
+"""A configuration of qlora-pipe-lite, consumed key by key until none is left."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ else:
 
 
 class FormerConfig:
-    """The keys of a TOML file that nobody has taken yet.
+    """The keys of a TOML file that have not been taken yet.
 
     Args:
         path: The file.
 
     Raises:
-        ConfigurationError: It is no TOML.
+        ConfigurationError: It cannot be read as TOML.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class FormerConfig:
         return key in self._left
 
     def pop(self, key: str) -> Any:
-        """Take the value of a key that is there, of whatever type."""
+        """Take the value of an existing key, whatever its type."""
         return self._left.pop(key)
 
     def take(self, key: str, kind: type | tuple[type, ...], *default: Any) -> Any:
@@ -44,10 +44,10 @@ class FormerConfig:
         Args:
             key: Its name.
             kind: The types that the value may have.
-            default: What holds where the key is not there; without one it must be.
+            default: Value if the key is absent; without a default the key is required.
 
         Raises:
-            ConfigurationError: The key is missing, or its value of another type.
+            ConfigurationError: The key is missing, or its value has another type.
         """
         if key not in self._left:
             if not default:
@@ -64,7 +64,7 @@ class FormerConfig:
         """Refuse keys that qlora-pipe-lite never had.
 
         Raises:
-            ConfigurationError: There is a key that nobody has taken.
+            ConfigurationError: A key has not been taken.
         """
         if self._left:
             raise ConfigurationError(

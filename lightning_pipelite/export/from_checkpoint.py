@@ -1,4 +1,4 @@
-"""Takes what was trained out of a checkpoint of this project."""
+"""Extracts what was trained from a checkpoint of this project."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.shared.progress import track
 
 CPU = torch.device("cpu")
-# What the training was told of how the base is loaded, and saving must know. That it was in FP8 changes no adapter.
+# Options on loading the base that saving needs as well. FP8 is not among them, as it changes no adapter.
 LOADING = ("load_in_4bit", "bnb_4bit_use_double_quant", "allow_pickled_weights", "trust_remote_code")
 
 
 def convert_own(
     checkpoint: Path, output: Path, config: Mapping[str, Any] | None, *, allow_another_base: bool = False
 ) -> str:
-    """Write what ``checkpoint`` has trained as the training itself would have.
+    """Save the trained weights of ``checkpoint`` as the training itself would have.
 
-    Each decoder layer is built as a stage of its own, gets the checkpoint's values, and is saved: adapters see what
-    they saw in training, and the memory is that of one layer.
+    Each decoder layer is built as a stage of its own, filled with the checkpoint's values, and saved: adapters see
+    what they saw in training, and only one layer is in memory at a time.
 
     Args:
         checkpoint: Directory of the checkpoint.
         output: Directory to write.
-        config: Options of the training, by sections; if not given, what the checkpoint says of them counts.
-        allow_another_base: Take a model that is not the one of the training.
+        config: Options of the training, by section; by default, those that the checkpoint records.
+        allow_another_base: Accept a model other than the one that was trained on.
 
     Raises:
-        ConfigurationError: This is no checkpoint, is damaged, or does not fit the configuration.
+        ConfigurationError: This is not a checkpoint, is damaged, or does not fit the configuration.
     """
     try:
         meta, parameters = read_checkpoint(checkpoint)
@@ -50,7 +50,7 @@ def convert_own(
     values = dict(parameters)
     settings = _said_by(meta, checkpoint) if config is None else _checked(config, "the configuration")
     model_dir = Path(settings["model"]["model_dir"])
-    with new_directory(output, [checkpoint, model_dir]):  # checked here; the adapter writes it whole
+    with new_directory(output, [checkpoint, model_dir]):  # only a check; the adapter writes it atomically
         pass
     output.rmdir()
     trained_on = meta.get("identity", {}).get("base_model")
@@ -99,7 +99,7 @@ def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
         identity, model_dir = meta["identity"], meta["hyper_parameters"]["model_dir"]
         own = {f"{getattr(adapters, name).__module__}.{name}" for name in adapters.__all__}
-        if identity["adapter"]["class_path"] not in own:  # else reading a checkpoint could run any code
+        if identity["adapter"]["class_path"] not in own:  # otherwise reading a checkpoint could run arbitrary code
             raise TypeError(f"adapter {identity['adapter']['class_path']}")
         model = {"model_dir": str(model_dir), "adapter": identity["adapter"], "dtype": identity["dtype"]}
         model |= {key: meta["hyper_parameters"].get(key, identity.get(key)) for key in LOADING}

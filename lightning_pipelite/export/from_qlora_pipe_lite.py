@@ -1,4 +1,4 @@
-"""Takes what was trained out of DeepSpeed checkpoints of qlora-pipe-lite."""
+"""Extracts what was trained from DeepSpeed checkpoints of qlora-pipe-lite."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lightning_pipelite.models.fingerprint import fingerprint, record_base
 from lightning_pipelite.shared.progress import track
 from lightning_pipelite.shared.wording import counted
 
-BEFORE_LAYERS = 2  # its pipelines begin with the inputs' preparation and the embedding
+BEFORE_LAYERS = 2  # pipeline items before the decoder layers: input preparation and embedding
 
 
 class FormerCheckpoint:
-    """A checkpoint of qlora-pipe-lite: a file for each item of its pipeline, loaded without running code from it.
+    """A checkpoint of qlora-pipe-lite: one file per pipeline item, loaded without running code from it.
 
-    The items are the inputs' preparation, the embedding, the decoder layers, the final norm, the head and the loss.
+    The items are the input preparation, the embedding, the decoder layers, the final norm, the head and the loss.
 
     Args:
-        directory: Holds the files, or is a run's directory with a file ``latest``.
-        config: TOML of the training.
+        directory: Directory of the files, or of a run with a file ``latest``.
+        config: TOML file of the training.
 
     Raises:
         ConfigurationError: The files or the configuration are missing, damaged, or do not fit each other.
@@ -95,7 +95,7 @@ class FormerCheckpoint:
         suffixes = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
         modules = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in tensors}
         layers = {int(re.findall(r"\.layers\.(\d+)\.", key)[0]) for key in tensors}
-        # Beside a text model there may be modules of the same names.
+        # A multimodal model may have other modules with the same names.
         whole = len(modules) == len(suffixes) * len(layers) and not base.is_text_part
         config = LoraConfig(
             r=rank,
@@ -138,7 +138,7 @@ class FormerCheckpoint:
 
 
 class _Trained:
-    """The trained weights of the whole model by their names in its files, one layer's in memory at a time."""
+    """The trained weights by their names in the base's files; one checkpoint file is loaded at a time."""
 
     def __init__(self, base: BaseModel, files: dict[int, Path]) -> None:
         self._where: dict[str, tuple[Path, str]] = {}
@@ -151,8 +151,8 @@ class _Trained:
             for key, tensor in _load(path).items():
                 name = prefix + key.removeprefix("orig.").removeprefix("lm_head.")
                 if name == "lm_head.weight" and base.config.tie_word_embeddings:
-                    continue  # the embedding once more
-                if base.is_text_part and name in base.groups:  # whose files call it otherwise
+                    continue  # tied to the embedding
+                if base.is_text_part and name in base.groups:  # the files use another name
                     (name,) = base.groups[name].files
                 if name not in held or held[name]["shape"] != list(tensor.shape):
                     raise ConfigurationError(

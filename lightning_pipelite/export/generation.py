@@ -1,4 +1,4 @@
-"""Text of a base and of an adapter on it, side by side: for looking, not for serving."""
+"""Generates text from a base and from an adapter on it, side by side: for inspection, not for serving."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def generate(
     trust_remote_code: bool = False,
     allow_another_base: bool = False,
 ) -> str:
-    """Write how a base goes on from prompts, and how it does with an adapter, through transformers on one device.
+    """Continue prompts with a base model, and with an adapter on it, using transformers on one device.
 
     Args:
         base: Directory of the Hugging Face model.
-        adapter: PEFT directory of a LoRA that was trained on it; without one the model of ``base`` writes alone.
-        prompt: The beginning, or a list of them.
-        max_new_tokens: Tokens to write at most.
-        chat: Take each prompt for a question, by the chat template.
-        chat_template: In place of the tokenizer's, as data.chat_template; implies chat.
-        temperature: 0 takes the most probable token each time; above, tokens are drawn.
-        seed: Of what is drawn.
-        device: Where to compute: cpu, or cuda.
-        dtype: Of the weights, such as bfloat16; auto is that of the files.
+        adapter: PEFT directory of a LoRA that was trained on it; by default, only the base generates.
+        prompt: The prompt, or a list of prompts.
+        max_new_tokens: Maximum number of tokens to generate.
+        chat: Treat each prompt as a user's message, formatted by the chat template.
+        chat_template: Used instead of the tokenizer's, as data.chat_template; implies chat.
+        temperature: 0 takes the most probable token each time; above 0, tokens are sampled.
+        seed: Random seed for sampling.
+        device: Where to compute: cpu or cuda.
+        dtype: Dtype of the weights, such as bfloat16; auto takes that of the files, bfloat16 if they are quantised.
         trust_remote_code: Run the base's own Python code, if it has any.
-        allow_another_base: Go on with an adapter that was trained on another base.
+        allow_another_base: Continue with an adapter that was trained on another base.
 
     Raises:
-        ConfigurationError: If one of them cannot be loaded.
+        ConfigurationError: The base or the adapter cannot be loaded, or an option is invalid.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigurationError("max_new_tokens must be at least 1, and temperature at least 0.")
@@ -85,7 +85,7 @@ def generate(
 
 
 def readable(text: str) -> str:
-    """Return a written text without the blanks around it; of blanks alone, how many there are."""
+    """Return a generated text without surrounding whitespace, or a note if it contains nothing else."""
     if not text:
         return "(nothing)"
     return text.strip() or f"({len(text)} blanks and line ends alone; drawn with a temperature of 0.8 it may be more)"
@@ -109,7 +109,7 @@ def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[
         model = model.to(device).eval()
     except ConfigurationError:
         raise
-    except Exception as error:  # whatever damaged files or remote code raise
+    except Exception as error:  # damaged files and remote code may raise anything
         raise ConfigurationError(
             f"{base} cannot be loaded ({first_line(error)}); check the directory and the device."
         ) from error

@@ -1,4 +1,4 @@
-"""Writes adapters as GGUF files, for llama.cpp."""
+"""Writes adapters as GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def export_gguf(
     trust_remote_code: bool = False,
     allow_another_base: bool = False,
 ) -> str:
-    """Write an adapter as a GGUF file, for llama.cpp's --lora.
+    """Write an adapter as a GGUF file for llama.cpp's --lora.
 
     Names come from the ``gguf`` library's map for the base's architecture, and rows of q and k are permuted where
-    llama.cpp's conversion of that architecture does it. A Control Adapter goes by way of the LoRA that control-to-lora
-    makes of it. An activated LoRA (aLoRA) has its invocation tokens in the file. Tensors whose rows cannot be cut into
-    the blocks of 32 that q8_0 needs are f16.
+    llama.cpp's conversion of that architecture permutes them. A Control Adapter is first converted to a LoRA, as by
+    control-to-lora. The invocation tokens of an activated LoRA (aLoRA) are written to the file. Tensors whose rows
+    cannot be split into the blocks of 32 that q8_0 needs are written in f16.
 
     Args:
         adapter: Directory of the LoRA or Control Adapter.
         base: Directory of the Hugging Face model that it was trained on.
         output: File to write; must not exist.
         outtype: Type of the tensors.
-        inverse: Of a Control Adapter, class -1 in place of class +1.
+        inverse: For a Control Adapter, use class -1 instead of class +1.
         trust_remote_code: Run the base's own Python code, if it has any.
-        allow_another_base: Go on with an adapter that was trained on another base.
+        allow_another_base: Continue with an adapter that was trained on another base.
 
     Raises:
-        ConfigurationError: The adapter does not fit the base, does more than a LoRA in llama.cpp can, or the base's
-            architecture is none of those that are known.
+        ConfigurationError: The adapter does not fit the base or does more than a LoRA in llama.cpp can, or the base's
+            architecture is not supported.
     """
     check_new_file(Path(output))
     control = is_control_adapter(adapter)
@@ -81,7 +81,7 @@ def export_gguf(
                 )
             try:
                 return f"{told}\n{export_gguf(lora_of_it, base, output, outtype, False, trust_remote_code, True)}"
-            except ConfigurationError as error:  # of a folder that nobody gave, and that is gone
+            except ConfigurationError as error:  # names a temporary directory that the user never gave
                 message = str(error).replace(lora_of_it, f"the LoRA that control-to-lora makes of {adapter}")
                 raise ConfigurationError(message) from error
     if inverse:
@@ -90,7 +90,7 @@ def export_gguf(
     target = architecture(model.config)
     lora = LoRAOfBase(model, adapter, invoked=True)
     factors = dict(lora.factors())
-    # llama.cpp multiplies by alpha / rank, with one alpha for all and each tensor's own rank; by 1 if alpha is 0.
+    # llama.cpp scales by alpha / rank, with one alpha for the file and each tensor's own rank; by 1 if alpha is 0.
     products = Counter(each.scaling * each.a.shape[-2] for each in factors.values() if each.scaling)
     alpha = float(np.float32(products.most_common(1)[0][0])) if products else 1.0
     kind, file_type = TYPES[outtype]
@@ -118,7 +118,7 @@ def export_gguf(
 
 
 def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Give the GGUF tensors that the parameter ``name`` becomes, with the A and B of each."""
+    """Yield the GGUF tensors that the parameter ``name`` becomes, with the A and B of each."""
     group = base.group_of(name)
     if factors.a.ndim == 3:
         pieces = _experts(base, group, name)
@@ -131,7 +131,7 @@ def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) 
     ((file, (renamed, _)),) = group.files.items()
     tensor = _name(base, target, renamed if base.is_text_part else file)
     a, b = factors.a, factors.b
-    if tensor == "token_embd.weight":  # rows of A are looked up there, by token
+    if tensor == "token_embd.weight":  # llama.cpp looks up rows of A by token
         yield tensor, a.mT, b
         return
     for module, heads in target.heads.items():
@@ -141,18 +141,18 @@ def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) 
 
 
 def permute(b: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head as llama.cpp's rotary embedding wants them: first half and second half in turn.
+    """Interleave the two halves of each head's rows, as llama.cpp's rotary embedding expects them.
 
     Args:
-        b: [heads * head size, ..].
-        heads: How many heads the rows are for.
+        b: [heads * head size, ...].
+        heads: Number of heads that the rows belong to.
     """
     halves = b.reshape(heads, 2, b.shape[0] // heads // 2, *b.shape[1:])
     return halves.swapaxes(1, 2).reshape(b.shape)
 
 
 def _experts(base: BaseModel, group: Group, name: str) -> list[str]:
-    """Return the names, without the expert's number, of the weights whose rows make up the fused weight ``name``."""
+    """Return the names, without the expert numbers, of the weights whose rows make up the fused weight ``name``."""
     operations = [] if group.converter is None else group.converter.operations
     merge_first = operations and isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
     concatenate_then = len(operations) == 2 and isinstance(operations[1], Concatenate) and operations[1].dim == 1

@@ -1,4 +1,4 @@
-"""How near LoRAs come to a Control Adapter: both on the base, one decoder layer in memory at a time."""
+"""Measures how close LoRAs come to a Control Adapter on the base, with one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class KLDivergence:
-    """How near a LoRA comes to a Control Adapter.
+    """How close a LoRA comes to a Control Adapter.
 
     Attributes:
-        divergence: Kullback-Leibler divergence of the LoRA's next-token probabilities from the Control Adapter's, mean
+        divergence: Kullback-Leibler divergence KL(Control Adapter ‖ LoRA) of the next-token probabilities, averaged
             over the tokens, in nats.
-        without: The same of the base alone.
-        tokens: How many tokens.
+        without: The same for the base without an adapter.
+        tokens: Number of tokens.
     """
 
     divergence: float
@@ -45,14 +45,14 @@ def measure(
 ) -> dict[str, KLDivergence]:
     """Run the base, the Control Adapter, and the LoRAs on "last" and on "all" writers, on the same text.
 
-    The text is a page of Python's documentation where the base has a tokenizer that can be read, else random tokens.
-    Each layer is read once, in float32, and runs for all four.
+    The text is from Python's documentation if the base has a tokenizer that can be read, else random tokens. Each layer
+    is read once, in float32, and run for all four.
 
     Args:
         base: The base.
         control: The Control Adapter.
         writers: The writers of each transformed layer.
-        inverse: Of class -1 in place of +1.
+        inverse: Use class -1 instead of class +1.
     """
     meta_model = MetaModel(base.directory, trust_remote_code=base.trust_remote_code)
     limit = getattr(meta_model.config, "max_position_embeddings", None) or LENGTH
@@ -114,7 +114,7 @@ def _text(base: BaseModel, vocabulary: int, length: int) -> Tensor:
             str(base.directory), local_files_only=True, trust_remote_code=base.trust_remote_code
         )
         tokens = tokenizer("\n".join(topics[name] for name in ("objects", "types")), add_special_tokens=False).input_ids
-    except Exception:  # transformers raises nearly anything here; the measure needs tokens, not this text
+    except Exception:  # transformers raises nearly anything here; the measurement needs tokens, not this text
         tokens = []
     if len(tokens) < SEQUENCES * length or max(tokens) >= vocabulary:
         generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def _transform(transform: Transform, inverse: bool) -> Any:
 
 
 def _multiply(model: nn.Module, writer: Writer, transform: Transform, inverse: bool) -> None:
-    """Multiply the writer's weight and bias by what the transform multiplies the layer's delta by."""
+    """Multiply the writer's weight and bias by the matrix that the transform applies to the layer's delta."""
     left, right = transform.factors(inverse=inverse)
     weight = model.get_parameter(writer.weight).data
     weight = weight.mT if writer.transposed else weight

@@ -1,4 +1,4 @@
-"""A LoRA of a base model, with PEFT's own code for what it does to each weight."""
+"""A saved LoRA on its base model, with PEFT's own code for what it does to each weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Factors:
         a: [rank, in], or [experts, rank, in] for fused experts, float32.
         b: [out, rank] or [experts, out, rank], float32.
         scaling: Factor of the product.
-        transposed: Whether W is kept as [.., in, out].
+        transposed: Whether W is stored as [..., in, out].
     """
 
     a: Tensor
@@ -49,19 +49,19 @@ class LoRAOfBase:
     """A saved LoRA on a base model on the meta device: PEFT places it, reads it, and merges it one weight at a time.
 
     Args:
-        base: The model that it is for.
+        base: The model that it was trained on.
         directory: PEFT directory of the adapter.
-        scale: Factor on what it adds.
+        scale: Factor applied to what it adds.
         device: Where it is held and merged.
-        invoked: Whether it may be an activated LoRA (aLoRA), which counts from certain tokens on.
+        invoked: Whether to accept an activated LoRA (aLoRA), which takes effect only from certain tokens on.
 
     Attributes:
         config: PEFT's configuration.
         changed: Names of the base's parameters that it changes.
-        sets: Those of them in which it puts values in the place of the base's, all or some.
+        sets: Those of them whose values it replaces, wholly or in part.
 
     Raises:
-        ConfigurationError: The directory is no LoRA, does not fit the base, or a weight of it would go unused.
+        ConfigurationError: The directory is not a LoRA, does not fit the base, or one of its weights would go unused.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LoRAOfBase:
         tensors = read_tensors(self.directory)
         check_tensors(self.config, tensors, self.directory)
         names = [name.removeprefix(PREFIX) for name in tensors]
-        # Former adapters of this project go by the text model's names, those of PEFT by the whole model's.
+        # Older adapters of this project use the text model's names, those of PEFT the whole model's.
         whole = base.whole_of(names)
         self._model = self._place(base.meta_model() if whole is None else whole.copy(), base, device)
         self._layers: dict[str, LoraLayer] = {}
@@ -103,11 +103,11 @@ class LoRAOfBase:
                 for parameter, value in module.named_parameters(recurse=False):
                     if value.device.type != "meta" and not inside:
                         self._replaced[f"{plain}.{parameter}"] = value.detach()
-        for name, value in list(self._replaced.items()):  # with an embedding, PEFT saves its unchanged weight as well
+        for name, value in list(self._replaced.items()):  # PEFT also saves an adapted embedding's unchanged weight
             if name in base.groups and torch.equal(value.cpu(), base.read_parameter(name)):
                 del self._replaced[name]
         shared = _shared_rows(rows, getattr(base.model, "all_tied_weights_keys", {}))
-        # Of two tied weights the files mostly hold one.
+        # The files usually hold only one of two tied weights.
         self._rows = {name: _rows(each) for name, each in rows.items() if name not in shared or name in base.groups}
         self.sets = {*self._replaced, *self._rows}
         self.changed = {*self._layers, *self._biases, *self.sets}
@@ -146,12 +146,12 @@ class LoRAOfBase:
                 )
 
     def products(self) -> Iterator[tuple[str, Factors]]:
-        """Give, in the model's order, the name of each parameter that a product B·A is for, and its factors."""
+        """Yield the name of each parameter that a product B·A is added to, with its factors, in the model's order."""
         for name, layer in self._layers.items():
             yield name, _factors(layer)
 
     def factors(self) -> Iterator[tuple[str, Factors]]:
-        """Give what :meth:`products` gives, where that is all that the adapter does.
+        """Yield what :meth:`products` yields, provided that the adapter does nothing else.
 
         Raises:
             ConfigurationError: The adapter does more than add products of factors.
@@ -164,14 +164,14 @@ class LoRAOfBase:
         yield from self.products()
 
     def apply(self, name: str, value: Tensor) -> Tensor:
-        """Return the parameter ``name`` with the adapter in it.
+        """Return the parameter ``name`` with the adapter merged into it.
 
         Args:
             name: One of the base's parameters.
-            value: It, float32; may be changed in place.
+            value: Its value, in float32; may be changed in place.
 
         Raises:
-            ConfigurationError: The sum is not finite.
+            ConfigurationError: The result is not finite.
         """
         if name in self._replaced:
             value = self._replaced[name].to(value)
@@ -192,7 +192,7 @@ class LoRAOfBase:
         before = dict(holder._parameters)
         try:
             holder._parameters[parameter] = nn.Parameter(value, requires_grad=False)
-            if layer.lora_bias.get(ADAPTER):  # PEFT merges it as well, here into nothing: see _biases
+            if layer.lora_bias.get(ADAPTER):  # PEFT merges it too; discarded here, see _biases
                 holder._parameters["bias"] = nn.Parameter(
                     torch.zeros_like(layer.lora_B[ADAPTER].bias), requires_grad=False
                 )
@@ -212,7 +212,7 @@ class LoRAOfBase:
             )
 
     def _check_variant(self, layer: LoraLayer) -> None:
-        """Check that PEFT takes a layer for what its configuration says here."""
+        """Refuse a layer that PEFT has made a LoRA variant of that is not supported here."""
         variant = layer.lora_variant.get(ADAPTER)
         if variant is not None and not self.config.use_dora and not self.config.alora_invocation_tokens:
             raise ConfigurationError(
@@ -235,7 +235,7 @@ class LoRAOfBase:
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(f"{self.directory} cannot be read ({error}); fetch it again.") from None
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            told = str(error).split("\n\t")  # of many sizes that do not match, the first
+            told = str(error).split("\n\t")  # only the first of many size mismatches
             reason = " ".join(told[min(1, len(told) - 1)].split()).rstrip(".")
             raise ConfigurationError(f"{self.directory} does not fit {base.directory}: {reason}.") from error
         if loaded.unexpected_keys:
@@ -266,7 +266,7 @@ def _factors(layer: Any) -> Factors:
         if layer.num_experts > 1:
             a, b = expert_factors(a, b, layer.num_experts)
         return Factors(a, b, scaling, transposed=not is_swapped(layer) and layer.num_experts > 1)
-    if ADAPTER in layer.lora_embedding_A:  # the embedding's weight is [in, out] of the map from one-hot to hidden
+    if ADAPTER in layer.lora_embedding_A:  # as a map from one-hot to hidden, its weight is [in, out]
         return Factors(
             layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach(), scaling, True
         )
@@ -279,7 +279,7 @@ def _rows(adapter: Any) -> tuple[list[int], Tensor]:
 
 
 def _shared_rows(rows: dict[str, Any], tied: dict[str, str]) -> set[str]:
-    """Return the weights that are tied, and of which PEFT has put the same rows into all."""
+    """Return the tied weights to which PEFT applies the same rows."""
     shared: set[str] = set()
     for name, source in tied.items():
         if name in rows and source in rows and rows[name].tied_adapter is rows[source]:

@@ -1,4 +1,4 @@
-"""Adds adapters to the weights of their base model."""
+"""Merges adapters into the weights of their base model."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def merge(
     allow_another_base: bool = False,
     chat_template: str | None = None,
 ) -> str:
-    """Add one or several LoRAs to the weights of their base model.
+    """Merge one or more LoRAs into the weights of their base model.
 
-    The output has the base's files: the same names, tensors, types and metadata, with tokenizer, configuration and
-    templates copied. Sums are in float32. Beside the adapter, the memory is that of one tensor at a time (of the
-    experts of one layer, where transformers fuses them). What a base has in fewer bits (MXFP4, FP8, GPTQ and so on) is
-    dequantised, and written in bfloat16.
+    The output has the base's files: the same names, tensors, dtypes and metadata; tokenizer, configuration and
+    templates are copied. Sums are computed in float32. Apart from the adapter, only one tensor is in memory at a time
+    (the experts of one layer, where transformers fuses them). Quantised weights of a base (MXFP4, FP8, GPTQ and so on)
+    are dequantised and written in bfloat16.
 
     Args:
         base: Directory of the Hugging Face model that the adapters were trained on.
         adapter: PEFT directory of the adapter, or a list of them.
-        output: Directory to write; must not exist, or be empty.
+        output: Directory to write; must be empty or not exist.
         scale: Factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.
-        device: Where to compute: cpu, or cuda.
+        device: Where to compute: cpu or cuda.
         trust_remote_code: Run the base's own Python code, if it has any.
-        allow_another_base: Go on with an adapter that was trained on another base.
-        chat_template: That of the training (data.chat_template), to be written with the tokenizer in place of its own.
+        allow_another_base: Continue with an adapter that was trained on another base.
+        chat_template: The training's (data.chat_template), to write with the tokenizer instead of its own.
 
     Raises:
-        ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is in use.
+        ConfigurationError: An adapter does not fit the base, a scale is out of range, or ``output`` is not empty.
     """
     _check_device(device)
     template = None if chat_template is None else read_template(chat_template)
@@ -88,7 +88,7 @@ def merge(
 
 
 def _check_apart(loras: list[LoRAOfBase]) -> None:
-    """Check that none puts its own values where another one has changed some: the order would tell."""
+    """Check that no adapter sets values in a parameter that another changes: the result would depend on the order."""
     for one, other in itertools.permutations(loras, 2):
         if both := sorted(one.sets & other.changed):
             raise ConfigurationError(
@@ -105,10 +105,10 @@ def _check_device(device: str) -> None:
 
 
 class _Changed:
-    """The tensors of the files that adapters change, each made when it is asked for.
+    """The tensors of the files that adapters change, each computed on access.
 
-    Those that belong together (the experts of a layer in one parameter) are made together and kept until the last of
-    them was asked for.
+    Tensors that belong together (the experts of a layer in one parameter) are computed together and kept until the last
+    of them has been read.
     """
 
     def __init__(self, base: BaseModel, loras: list[LoRAOfBase], device: str) -> None:
@@ -146,16 +146,16 @@ class _Changed:
 
 
 class Tensors(Protocol):
-    """Tensors by name, which may be made when they are asked for."""
+    """Tensors by name, which may be computed on access."""
 
     def __contains__(self, name: str, /) -> bool: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 def write_model(base: BaseModel, directory: Path, changed: Tensors, what: str) -> None:
-    """Write the base with the ``changed`` tensors in place of its own, and all that lies beside its weights.
+    """Write the base with the ``changed`` tensors in place of its own, and copy everything beside its weights.
 
-    Files like its own; of a quantised one, files like those that it would have in bfloat16.
+    The files match the base's own; for a quantised base, those that it would have in bfloat16.
     """
     with Progress(what, sum(map(len, base.headers.values())), "tensors") as progress:
         for name in base.headers:
@@ -173,10 +173,10 @@ def write_model(base: BaseModel, directory: Path, changed: Tensors, what: str) -
 
 
 def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress) -> None:
-    """Write a safetensors file like ``source``, of the same header, with the ``changed`` tensors in place of its own.
+    """Write a copy of a safetensors file, with the same header and the ``changed`` tensors in place of its own.
 
     Raises:
-        ConfigurationError: A changed tensor is not finite in the file's type.
+        ConfigurationError: A changed tensor is not finite in the file's dtype.
     """
     header = read_header(source)
     with source.open("rb") as before, target.open("wb") as after:
@@ -202,10 +202,10 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress
 
 
 def write_dequantised(weights: StoredWeights, name: str, directory: Path, changed: Tensors, progress: Progress) -> None:
-    """Write the file ``name`` of a quantised model as it would be without, the ``changed`` weights in place of its own.
+    """Write the file ``name`` of a quantised model dequantised, with the ``changed`` weights in place of its own.
 
     Raises:
-        ConfigurationError: A weight is not finite in the file's type.
+        ConfigurationError: A weight is not finite in the file's dtype.
     """
     entries, end = {}, 0
     for tensor, entry in weights.headers[name].items():
@@ -235,6 +235,6 @@ def _index_of(weights: StoredWeights) -> dict[str, object]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy all of a model's directory but weights; config.json last: without it, an unfinished model does not load."""
+    """Copy a model's directory except weights, config.json last: without it, an unfinished model does not load."""
     paths = {path.relative_to(source) for path in everything_else(source)} | set(own_code(source))
     copy_to(target, source, sorted(paths, key=lambda path: path.name == "config.json"))

@@ -1,4 +1,4 @@
-"""Turns a configuration of qlora-pipe-lite into one of this project."""
+"""Converts a configuration of qlora-pipe-lite to one of this project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_pipelite.export.former_config import FormerConfig
 CALLBACKS = "lightning_pipelite.callbacks"
 ADAPTERS = "lightning_pipelite.adapters"
 DATASET_KEYS = {"dataset_path", "control_class", "max_tokens", "max_sequences", "drop_tails", "document_suffix"}
-# Keys of older versions whose only value that can be kept is the one that does nothing.
+# Keys of older versions with no counterpart: only the value that changes nothing is accepted.
 ONLY = {
     "lora_weight_decay_type": ("l2", "weight decay is that of ½‖BA‖²_F"),
     "lora_max_norm": (0, "norms are held by weight decay alone"),
@@ -25,17 +25,17 @@ SAME = ("max_sequences", "drop_tails", "mix_datasets", "sequence_prefix", "docum
 
 
 def migrate(config: str, output: str | None = None) -> str | None:
-    """Turn a configuration of qlora-pipe-lite into the YAML of `pipelite fit --config`.
+    """Convert a configuration of qlora-pipe-lite to the YAML of `pipelite fit --config`.
 
-    Every key is carried over; a comment says where a meaning changed. What this project cannot do, and keys that
-    qlora-pipe-lite never had, are errors.
+    Every key is carried over, with a comment where its meaning has changed. Settings that this project does not
+    support, and keys that qlora-pipe-lite never had, are errors.
 
     Args:
         config: The TOML file.
         output: File to write; must not exist. By default, the YAML is printed.
 
     Raises:
-        ConfigurationError: The file is no TOML, or a key is unknown, of a wrong kind, or cannot be carried over.
+        ConfigurationError: The file is not TOML, or a key is unknown, of the wrong type, or cannot be carried over.
     """
     if output is not None:
         check_new_file(Path(output))
@@ -48,7 +48,7 @@ def migrate(config: str, output: str | None = None) -> str | None:
 
 
 class Migration:
-    """One configuration on its way.
+    """The conversion of one configuration.
 
     Args:
         path: The TOML file.
@@ -126,7 +126,7 @@ class Migration:
         if decay and self.full:
             raise ConfigurationError(f"{self.path}: lora_weight_decay is for adapters; remove it with full_fine_tune.")
         if not self.full:
-            if decay or self.control:  # it also keeps the directions of Control Adapters orthogonal
+            if decay or self.control:  # listed for Control Adapters even at 0, where it does nothing
                 callbacks.append(self._class(f"{CALLBACKS}.CompositeWeightDecay", {"weight_decay": float(decay)}))
             callbacks.append({"class_path": f"{CALLBACKS}.AdapterNorms"})
         timed = {

@@ -1,4 +1,4 @@
-"""One HTML page of tables and pictures that stands alone."""
+"""A self-contained HTML page of plots and a table."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def page(
     rows: Sequence[Sequence[str]],
     terms: Mapping[str, str],
 ) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
         title: Heading.
-        about: A line below it.
-        pictures: For each picture its PNG and its caption.
+        about: Line below the heading.
+        pictures: PNG and caption of each plot.
         head: Heading of each column of the table.
-        rows: Cells of the table.
+        rows: Cells of the table, row by row.
         terms: What each column means.
     """
     figures = "".join(

@@ -1,4 +1,4 @@
-"""Pictures of an adapter's figures, one matplotlib figure each."""
+"""Plots the measured values of an adapter, each plot a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STYLE: Any = {
     "mathtext.fontset": "cm",
 }
 COLOURS = "viridis"
-WIDTH = 6.75  # inches: the text of a two-column page
+WIDTH = 6.75  # inches: text width of a two-column page
 FLOW = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "dense", "gate_proj", "up_proj", "gate_up", "down_proj")
 SHORT = {"self_attn.": "", "mlp.": "", ".weight": "", "attention.": "", "attn.": ""}
 
 
 def lora_pictures(products: Mapping[str, Product]) -> dict[str, Figure]:
-    """Return the pictures of a LoRA by name: norms, effective ranks and spectra, by layer and module."""
+    """Return the plots of a LoRA by name: norms, effective ranks and spectra, by layer and module."""
     with matplotlib.rc_context(STYLE):
         pictures = {"norms": _maps(products, r"$\|\Delta W\|_F$", lambda each: each.frobenius)}
         if all(each.relative is not None for each in products.values()):
@@ -48,7 +48,7 @@ def lora_pictures(products: Mapping[str, Product]) -> dict[str, Figure]:
 
 
 def control_pictures(layers: Mapping[int, Control]) -> dict[str, Figure]:
-    """Return the pictures of a Control Adapter by name: eigenvalues, norms, and how well-formed each layer is."""
+    """Return the plots of a Control Adapter by name: eigenvalues, norms, and the conditioning of each layer."""
     with matplotlib.rc_context(STYLE):
         pictures = {"eigenvalues": _eigenvalues(layers), "norms": _control_norms(layers)}
         pictures["conditioning"] = _conditioning(layers)
@@ -56,7 +56,7 @@ def control_pictures(layers: Mapping[int, Control]) -> dict[str, Figure]:
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """Return the number of the layer that a parameter is in, if any, and what it is called there, shortened."""
+    """Return the number of the layer that a parameter is in, if any, and its shortened name within that layer."""
     match = re.search(r"\.(\d+)\.(.+)$", name)
     layer, short = (int(match[1]), match[2]) if match else (None, name)
     for long, by in SHORT.items():
@@ -65,14 +65,14 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def _in_order(modules: Iterable[str]) -> list[str]:
-    """Return the modules, each once: attention before MLP, as the data flows; the rest by name."""
+    """Return the distinct modules in data-flow order, attention before MLP; the rest last, by name."""
     return sorted(
         set(modules), key=lambda name: (next((i for i, e in enumerate(FLOW) if name.startswith(e)), 99), name)
     )
 
 
 def _maps(products: Mapping[str, Product], title: str, figure_of: Callable[[Product], float]) -> Figure:
-    """Draw one figure of each matrix as a map, modules by layers."""
+    """Draw one value per matrix as a heat map of modules by layers."""
     values = {place(name): figure_of(each) for name, each in products.items()}
     layers = sorted({layer for layer, _ in values if layer is not None})
     modules = _in_order(short for layer, short in values if layer is not None)
@@ -101,7 +101,7 @@ def _maps(products: Mapping[str, Product], title: str, figure_of: Callable[[Prod
 
 
 def _spectra(products: Mapping[str, Product]) -> Figure:
-    """Draw the singular values of each kind of module, a line for each layer."""
+    """Plot the singular values of each kind of module, one line per layer."""
     places = {name: place(name) for name in products}
     modules = _in_order(short for _, short in places.values())
     columns = min(4, len(modules))
@@ -136,7 +136,7 @@ def _layer_bar(figure: Figure, axes: Any, norm: Normalize) -> None:
 
 
 def _eigenvalues(layers: Mapping[int, Control]) -> Figure:
-    """Draw the eigenvalues of both classes: as a cloud by layer, and in order, a line for each layer."""
+    """Plot the eigenvalues of both classes by layer, and those of class +1 in order, one line per layer."""
     figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
     by_layer, in_order = figure.subplots(1, 2, width_ratios=(1.25, 1), sharey=True)
     numbers = list(layers)
@@ -163,7 +163,7 @@ def _eigenvalues(layers: Mapping[int, Control]) -> Figure:
 
 
 def _control_norms(layers: Mapping[int, Control]) -> Figure:
-    """Draw the norms, with what they would be if Q were orthogonal, and the error of that."""
+    """Plot the norms, their approximations for an orthogonal Q, and the errors of these; without Q, ‖W‖_F."""
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     spectral, nuclear, error = figure.subplots(1, 3)
     numbers = list(layers)
@@ -193,7 +193,7 @@ def _control_norms(layers: Mapping[int, Control]) -> Figure:
 
 
 def _conditioning(layers: Mapping[int, Control]) -> Figure:
-    """Draw how orthogonal Q is, how much of its rank is used, and the condition number."""
+    """Plot how orthogonal Q is, the effective rank, and the condition number."""
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     orthogonality, rank, condition = figure.subplots(1, 3)
     numbers = list(layers)

@@ -1,4 +1,4 @@
-"""Which weights of a decoder layer write into the residual stream, found by trying a tiny model of the class."""
+"""Finds the weights of a decoder layer that write into the residual stream, by probing a tiny model of its class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Writer:
 
     Attributes:
         weight: Name of the parameter in the model.
-        transposed: Whether it is kept as [.., in, out].
+        transposed: Whether it is stored as [..., in, out].
         bias: Name of the bias that is added to the product, or None.
     """
 
@@ -38,9 +38,9 @@ class LayerWriters:
     """The writers of one decoder layer with input h and output y.
 
     Attributes:
-        last: Those whose product reaches y directly: M y - M h where each product is multiplied by M.
-        first: Those whose product the last ones see as well; without any, the layer is parallel, and y - h is the sum
-            of the products of ``last``.
+        last: Those whose product reaches y directly: multiplying it by a matrix M multiplies its part of y - h by M.
+        first: Those whose product is also seen by the last ones; if there are none, the layer is parallel, and y - h is
+            the sum of the products of ``last``.
     """
 
     last: tuple[Writer, ...]
@@ -52,18 +52,18 @@ def find_writers(
     layer_names: list[str],
     build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config,
 ) -> dict[str, LayerWriters]:
-    """Find the writers of each of some decoder layers.
+    """Find the writers of some decoder layers.
 
-    No table of models. A module with weights of its own is a writer if a vector v added to its output comes out of
-    the layer as v itself, times a number that may differ from token to token: residual factors, gates and routers
-    only scale, norms do not. ``last`` are those that pass on the layer as it is, ``first`` those that pass once all of
-    ``last`` are silent. Together they must make up all of y - h, and multiplying the weight found in each by a matrix
-    must multiply its output.
+    This uses no table of models. A module with weights of its own is a writer if a vector v added to its output leaves
+    the layer as v times a number, which may differ from token to token: residual factors, gates and routers only scale
+    v, norms do not. ``last`` are the modules that pass this test in the unchanged layer, ``first`` those that pass it
+    with the outputs of ``last`` zeroed. Together they must make up all of y - h, and multiplying the weight found in
+    each by a matrix must multiply its output by that matrix.
 
     Args:
         config: The model's configuration.
         layer_names: Full names of the layers.
-        build: Makes a model of a configuration.
+        build: Builds a model from a configuration.
 
     Raises:
         ConfigurationError: What a layer adds is not linear in the products of its weights.
@@ -89,7 +89,7 @@ def _keep(calls: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 class _Trial:
-    """A decoder layer of the tiny model and an input of it."""
+    """A decoder layer of the tiny model, with a recorded input."""
 
     def __init__(self, layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layer, self.name, self.args, self.kwargs = layer, name, args, kwargs
@@ -123,7 +123,7 @@ class _Trial:
 
     @contextmanager
     def changing(self, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Change what the module ``name`` returns."""
+        """Apply ``change`` to the output of the module ``name``."""
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -144,7 +144,7 @@ class _Trial:
             yield
 
     def _passes(self, name: str) -> bool:
-        """Tell whether a vector added to the module's output comes out of the layer as itself, scaled by token."""
+        """Return whether a vector added to the module's output leaves the layer unchanged up to a scale per token."""
         before = self.run()
         scales: list[Tensor] = []
         for seed in (0, 1):
@@ -157,12 +157,12 @@ class _Trial:
         return torch.allclose(scales[0], scales[1], rtol=1e-3, atol=1e-4)
 
     def _unwritten(self, names: list[str], delta: Tensor) -> Tensor:
-        """Return what is left of ``delta`` without the outputs of ``names``."""
+        """Return what the layer still adds to its input with the outputs of ``names`` zeroed."""
         with self.silent(names):
             return self.run() - self.input
 
     def _writer(self, name: str) -> Writer:
-        """Find the parameter of the module ``name`` by which a matrix on its output can be multiplied in."""
+        """Find the parameter of the module ``name`` that a matrix applied to its output can be folded into."""
         module = self.layer.get_submodule(name)
         generator = torch.Generator().manual_seed(2)
         matrix = torch.eye(self.hidden) + 0.3 * torch.randn(self.hidden, self.hidden, generator=generator)
@@ -199,7 +199,7 @@ class _Trial:
 
 
 def _matrices(module: nn.Module, hidden: int) -> Iterator[tuple[str, bool]]:
-    """Give the module's own weights that can have ``hidden`` outputs, and whether they would be [.., in, out]."""
+    """Yield the module's own weights that can have ``hidden`` outputs, and whether they would be [..., in, out]."""
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.ndim in (2, 3) and "bias" not in name:
             for dimension in (-2, -1):

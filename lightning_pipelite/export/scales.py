@@ -1,4 +1,4 @@
-"""The factors that adapters are merged with; nothing long is imported for them."""
+"""Checks the factors that adapters are merged with, without slow imports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def scales_of(scale: Sequence[float] | float | None, count: int) -> list[float]:
     """Return the factor of each adapter.
 
     Args:
-        scale: One for one adapter, or a list of one for each; 1 by default.
-        count: How many adapters there are.
+        scale: A factor for one adapter, or a list with one for each; 1 by default.
+        count: Number of adapters.
 
     Raises:
-        ConfigurationError: They are not as many, or one is out of its range.
+        ConfigurationError: Their number differs from ``count``, or one is out of range.
     """
     if scale is None:
         scales = [1.0] * count

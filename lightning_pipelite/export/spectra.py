@@ -1,4 +1,4 @@
-"""Figures of adapters, from their small factors: a product B·A is never formed."""
+"""Measures adapters from their small factors; a product B·A is never formed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lightning_pipelite.models.transformers_compat import dot_natural_key
 
 @dataclass(frozen=True)
 class Product:
-    """Figures of a matrix ΔW = scaling · B A, or of the stack of those of fused experts.
+    """Figures of a matrix ΔW = scaling · B A, or of the stack of such matrices of fused experts.
 
     Attributes:
-        singular_values: Of ΔW, in order; of fused experts their mean over the experts.
-        frobenius: ‖ΔW‖_F, of fused experts of the stack.
-        spectral: ‖ΔW‖₂, of fused experts the largest.
-        effective_rank: ‖ΔW‖²_* / ‖ΔW‖²_F, between 1 and the rank; of fused experts their mean. 0 if ΔW is 0.
-        relative: ‖ΔW‖_F / ‖W‖_F of the base's weight; None without a base.
+        singular_values: Singular values of ΔW, in descending order; for fused experts, their mean over the experts.
+        frobenius: ‖ΔW‖_F; for fused experts, that of the stack.
+        spectral: ‖ΔW‖₂; for fused experts, the largest.
+        effective_rank: ‖ΔW‖²_* / ‖ΔW‖²_F, between 1 and the rank; for fused experts, their mean. 0 if ΔW is 0.
+        relative: ‖ΔW‖_F / ‖W‖_F with W the base's weight; None without a base.
     """
 
     singular_values: list[float]
@@ -44,14 +44,14 @@ class Control:
     """Figures of what a Control Adapter does to a decoder layer's delta: d becomes d + W d, W = Q diag(λ) Qᵀ.
 
     Attributes:
-        orthogonality: ‖QᵀQ - I‖²_F; None where the file holds B and A.
-        eigenvalues: Of W for class +1, in falling order; without Q, their real parts.
+        orthogonality: ‖QᵀQ - I‖²_F; None if the file holds B and A instead of Q and S.
+        eigenvalues: Eigenvalues of W for class +1, in descending order; without Q, their real parts.
         eigenvalues_inverse: The same for class -1.
         frobenius: ‖W‖_F.
         spectral: ‖W‖₂.
         nuclear: ‖W‖_*, the sum of the singular values.
         effective_rank: ‖W‖²_* / ‖W‖²_F, between 1 and the rank. 0 if W is 0.
-        condition: Largest over smallest of the singular values on the rank; None if that is 0.
+        condition: Largest over smallest singular value among the first ``rank``; None if the smallest is 0.
         spectral_approximated: Max |λ|, which is ‖W‖₂ if Q is orthogonal; None without Q.
         spectral_error: (approximated - true) / true.
         nuclear_approximated: Σ |λ|, which is ‖W‖_* if Q is orthogonal; None without Q.
@@ -73,13 +73,13 @@ class Control:
 
 
 def singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """Return the singular values of B A, float64 [.., rank], from the QR decompositions of B and Aᵀ.
+    """Return the singular values of B A, float64 [..., rank], from the QR decompositions of B and Aᵀ.
 
-    With B = U R and Aᵀ = V T, B A = U (R Tᵀ) Vᵀ, so that they are those of R Tᵀ, square and of the rank's size.
+    With B = U R and Aᵀ = V T, B A = U (R Tᵀ) Vᵀ, so they are those of the rank x rank matrix R Tᵀ.
 
     Args:
-        b: [.., out, rank].
-        a: [.., rank, in].
+        b: [..., out, rank].
+        a: [..., rank, in].
     """
     r = torch.linalg.qr(b.double(), mode="r")[1]
     t = torch.linalg.qr(a.double().mT, mode="r")[1]
@@ -129,12 +129,12 @@ def control(transform: Transform) -> Control:
 
 
 def saved_factors(directory: Path) -> tuple[dict[str, Factors], list[str]]:
-    """Return the factors of each product of a saved LoRA by name, from its directory alone, and what else it has.
+    """Return the factors of each product of a saved LoRA by name, from its directory alone, and what else it contains.
 
-    Fused experts have the name of their module, as the file does not say which of its weights is meant.
+    Fused experts go by the name of their module, as the file does not say which of its weights they belong to.
 
     Raises:
-        ConfigurationError: The directory holds no LoRA, or one of a kind that is not known here.
+        ConfigurationError: The directory holds no LoRA, or one of an unsupported kind.
     """
     config = read_lora_config(directory)
     tensors = read_tensors(directory)
@@ -160,7 +160,7 @@ def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor, directory: Path)
 
 
 def _is_fused(config: LoraConfig, name: str) -> bool:
-    """Tell whether a module may be one of which parameters are adapted: fused experts."""
+    """Return whether a module may be fused experts, whose parameters are adapted directly."""
     plain = name.replace(".base_layer", "")
     targets = config.target_parameters or []
     return any(plain.endswith(each.rpartition(".")[0]) or not re.fullmatch(r"[\w.]+", each) for each in targets)
@@ -172,9 +172,9 @@ def _effective_rank(values: Tensor) -> Tensor:
 
 
 def _eigenvalues(transform: Transform, *, inverse: bool) -> list[float]:
-    """Return the eigenvalues of L R that can differ from 0, in falling order.
+    """Return the eigenvalues of L R that can be non-zero, in descending order.
 
-    They are those of R L, square and of the rank's size; with Q = U T, those of T diag(λ) Tᵀ, which is symmetric.
+    They are those of the rank x rank matrix R L; with Q = U T, those of T diag(λ) Tᵀ, which is symmetric.
     """
     left, right = (each.double() for each in transform.factors(inverse=inverse))
     if transform.log_scales is None:

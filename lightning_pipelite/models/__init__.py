@@ -1,4 +1,4 @@
-"""A causal LM from disk, as layers: split, load one stage, quantise."""
+"""Causal LMs on disk as pipeline layers: splitting, loading one stage, quantisation."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Which implementation of attention a stage runs."""
+"""Chooses the attention implementation of a stage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Attention = Literal["auto", "varlen", "sdpa", "eager"]
 
 
 def check_attention(meta_model: MetaModel, asked: Attention) -> None:
-    """Refuse varlen for a model that attends otherwise.
+    """Refuse varlen for a model whose attention it does not support.
 
     Raises:
-        ConfigurationError: It does.
+        ConfigurationError: ``asked`` is varlen for such a model.
     """
     if asked == varlen.NAME and not meta_model.fits_varlen():
         raise ConfigurationError(
@@ -32,8 +32,8 @@ def attention_on(
 ) -> str | None:
     """Return the ``attn_implementation`` of a stage on ``device``; None for transformers' choice.
 
-    "auto" is varlen for packed documents, where torch has the kernel and the model attends in no other way: where it
-    does, this warns that masks are slow.
+    "auto" is varlen for packed documents if torch has the kernel and the kernel supports the model's attention. If
+    only the model is the obstacle, this warns that masks are slow.
     """
     if asked != "auto":
         return asked
@@ -41,7 +41,7 @@ def attention_on(
         return None
     if meta_model.fits_varlen():
         return varlen.NAME
-    if device.type == "meta":  # a plan, of which every trial would say so
+    if device.type == "meta":  # planning: every trial would repeat the warning
         return None
     warnings.warn(
         f"{meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a model "

@@ -1,8 +1,8 @@
-"""Lets a model run on the CPU and the meta device where kernels of other packages are installed for it.
+"""Keeps models runnable on the CPU and the meta device when GPU-only kernel packages are installed.
 
-flash-linear-attention, mamba-ssm and causal-conv1d know GPUs alone. transformers takes them for a model's linear
-attention, state-space scans and convolutions as soon as they can be imported, whatever device the tensors are on; but
-the trial of a tiny model is on the CPU, and a plan on the meta device.
+flash-linear-attention, mamba-ssm and causal-conv1d support GPUs only. transformers uses them for a model's linear
+attention, state-space scans and convolutions whenever they can be imported, whatever device the tensors are on; but the
+trial of a tiny model runs on the CPU, and a plan on the meta device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from lightning_pipelite.models.transformers_compat import torch_path
 
-TOLD = ("cu_seqlens", "seq_idx")  # how kernels are told where documents begin; torch's ways would pass it over
+TOLD = ("cu_seqlens", "seq_idx")  # these tell kernels where documents begin; the torch fallbacks ignore them
 
 
 def lend_to_gpus_alone(model: nn.Module) -> None:
-    """Let what the code of ``model`` borrows from other packages run where tensors are on a GPU, and torch's elsewhere.
+    """Make the code of ``model`` call kernels of other packages for GPU tensors only, and torch fallbacks elsewhere.
 
-    For all models of this code in this process: it calls such functions by their names in its module.
+    The functions are replaced in the modules that define the model, so this affects all models of that code in the
+    process.
     """
     for code in {type(module).__module__ for module in model.modules()}:
         functions = vars(sys.modules[code])
@@ -33,7 +34,7 @@ def lend_to_gpus_alone(model: nn.Module) -> None:
 
 
 def _by_device(kernel: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(own).parameters  # a kernel may take more
+    parameters = inspect.signature(own).parameters  # the kernel may accept more
 
     @functools.wraps(own)
     def run(*args: Any, **kwargs: Any) -> Any:

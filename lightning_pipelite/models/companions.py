@@ -1,4 +1,4 @@
-"""What a model's directory holds beside configuration and weights: tokenizer, templates, code of its own."""
+"""The files of a model directory besides configuration and weights: tokenizer, templates, custom code."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PLAIN = (
     "chat_template*",
     "additional_chat_templates",
 )
-FOLDERS = ("additional_chat_templates", "custom_generate")  # that transformers looks for by these names
+FOLDERS = ("additional_chat_templates", "custom_generate")  # names that transformers looks for
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 
 
 def own_code(model_dir: Path) -> list[Path]:
-    """Return the Python files that ``auto_map`` names in a JSON file of ``model_dir``, and what those import of it.
+    """Return the Python files that ``auto_map`` names in a JSON file of ``model_dir``, and the files they import.
 
-    Of configuration, model, tokenizer, processor. Code of another repository ("other/repo--file.Class") is none of
-    them: transformers loads it from there, wherever the model lies.
+    Covers configuration, model, tokenizer and processor. Code of another repository ("other/repo--file.Class") is
+    excluded: transformers loads it from there, wherever the model is.
 
     Returns:
         Paths relative to ``model_dir``, sorted.
@@ -41,16 +41,16 @@ def own_code(model_dir: Path) -> list[Path]:
         todo = [model_dir / f"{reference.rpartition('.')[0]}.py" for reference in _references(_auto_map(path))]
         while todo:
             file = todo.pop()
-            if file.is_file() and file not in found:  # what is missing is missing to the model as well
+            if file.is_file() and file not in found:  # a file missing here is missing for the model too
                 found.add(file)
                 todo += [file.parent / f"{name}.py" for name in get_relative_imports(file)]
     return sorted(file.relative_to(model_dir) for file in found)
 
 
 def companions(model_dir: Path) -> list[Path]:
-    """Return what a model that is saved anew needs of ``model_dir`` beside configuration and weights.
+    """Return what a newly saved copy of a model needs from ``model_dir`` besides configuration and weights.
 
-    Code of a model's own may read files of any name: all are taken then.
+    Custom code may read files of any name, so for a model that has some, everything is included.
 
     Returns:
         Files and folders, relative to ``model_dir``, sorted.
@@ -63,7 +63,7 @@ def companions(model_dir: Path) -> list[Path]:
 
 
 def everything_else(model_dir: Path) -> list[Path]:
-    """Return all that lies in ``model_dir`` but weights and what is hidden."""
+    """Return the files of ``model_dir`` that are neither weights nor hidden, and the folders in ``FOLDERS``."""
     return [
         path
         for path in sorted(model_dir.iterdir())
@@ -82,13 +82,13 @@ def copy_to(target: Path, model_dir: Path, paths: list[Path]) -> None:
 def _auto_map(path: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever needs the file says so
+    except (OSError, ValueError):  # reported by the code that needs the file
         return None
     return content.get("auto_map") if isinstance(content, dict) else None
 
 
 def _references(auto_map: Any) -> Iterator[str]:
-    """Yield the classes "file.Class" in the model's own directory; a tokenizer has two, of which one may be null."""
+    """Yield the classes "file.Class" in the model's own directory; a tokenizer has two, one of which may be null."""
     if isinstance(auto_map, str) and "." in auto_map and "--" not in auto_map:
         yield auto_map
     elif isinstance(auto_map, (dict, list)):

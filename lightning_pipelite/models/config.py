@@ -18,10 +18,10 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
     """Read a model directory's config.json.
 
     Returns:
-        The configuration of its causal LM, and what builds and loads that, as transformers' auto classes do.
+        The configuration of the causal LM, and the class that builds and loads it like transformers' auto classes.
 
     Raises:
-        ConfigurationError: It is not there, or transformers refuses it.
+        ConfigurationError: The file is missing, rejected by transformers, or not that of a trainable causal LM.
     """
     path = model_dir / "config.json"
     type_of(path)
@@ -36,7 +36,7 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
         ) from error
     whole, text_config = config, config.get_text_config(decoder=True)
     if text_config is not config and text_config.model_type != config.model_type:
-        # Beside images or sound: the text model alone, with the outer word on whether its ends are tied.
+        # A multimodal model: use its text model, but take tie_word_embeddings from the outer configuration.
         if "tie_word_embeddings" in read_json(path):
             text_config.tie_word_embeddings = config.tie_word_embeddings
         config = text_config
@@ -52,7 +52,7 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
             ) from error
     if auto is None:
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")
-    for key in KEYS:  # a matter of the files, see stored_format: the model in memory is not quantised by transformers
+    for key in KEYS:  # they describe the files, see stored_format: transformers must not quantise the model in memory
         for described in (whole, config, config.get_text_config(decoder=True)):
             if hasattr(described, key):
                 delattr(described, key)

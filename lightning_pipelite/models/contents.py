@@ -1,4 +1,4 @@
-"""Whether the files hold the model that config.json describes, told from their headers before a weight is read."""
+"""Checks from the file headers, before any weight is read, that the files hold the model of config.json."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lightning_pipelite.models.weight_files import FLOATS
 
 
 def check_contents(meta_model: MetaModel) -> None:
-    """Check that the safetensors files hold each of the model's weights, in its shape, and no decoder layers more.
+    """Check that the safetensors files hold all of the model's weights in the right shapes, and no extra layers.
 
-    The load is rehearsed by transformers' own code with tensors on the meta device, of the shapes in the headers: that
-    renames and fuses them as the real load does.
+    transformers' own code rehearses the load with meta tensors of the shapes in the headers, so that these are renamed
+    and fused as in the real load.
 
     Raises:
-        ConfigurationError: A weight that is missing, has another shape, does not belong to config.json's model, or is
-            stored in a type that is not a plain floating one.
+        ConfigurationError: A weight is missing, has another shape, does not belong to config.json's model, or is not
+            stored in a plain floating-point dtype.
     """
     weights = StoredWeights(meta_model.model_dir, meta_model.stored)
     entries = weights.entries
     parameters = dict(meta_model.model.named_parameters(remove_duplicate=False))
     for name, entry in entries.items():
-        # Fused experts have no .weight in their name; whatever else is in FP8 or less are codes, too.
+        # Names of fused experts do not end in .weight. Any tensor in FP8 or less holds codes, so it counts too.
         is_weight = name.endswith(".weight") or name in parameters or entry["dtype"].startswith("F")
         if is_weight and entry["dtype"] not in FLOATS:
             raise ConfigurationError(
@@ -52,7 +52,7 @@ def check_contents(meta_model: MetaModel) -> None:
     for name in sorted(report.unexpected_keys):
         layer, (module, _, own) = meta_model.layer_of(name), name.rpartition(".")
         if layer is None or layer in heads or weights.adds_nothing(name):
-            continue  # of a multimodal model what is left out, or what predicts several tokens ahead
+            continue  # left-out parts of a multimodal model, or multi-token prediction heads
         if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
             raise ConfigurationError(
                 f"{meta_model.model_dir} holds the weight {name}, which the model that its config.json describes does "
@@ -66,10 +66,10 @@ def refuse_misfits(model_dir: Path, missing: Iterable[str], mismatched: Iterable
     Args:
         model_dir: Directory of the model.
         missing: Names of weights that no file holds.
-        mismatched: Names, shapes in the files, shapes that config.json asks for.
+        mismatched: Names, shapes in the files, shapes that config.json requires.
 
     Raises:
-        ConfigurationError: There is one.
+        ConfigurationError: ``missing`` or ``mismatched`` is not empty.
     """
     if names := sorted(missing):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -84,10 +84,10 @@ def refuse_misfits(model_dir: Path, missing: Iterable[str], mismatched: Iterable
 
 
 class _Report:
-    """What transformers found in a load, before it turns some of it into errors of its own."""
+    """What transformers found in a load, before it raises errors of its own."""
 
     missing_keys: set[str]
-    unforgiven_keys: set[str]  # those of them that the class does not declare to be no loss
+    unforgiven_keys: set[str]  # the missing ones that the class does not declare dispensable
     unexpected_keys: set[str]
     mismatched_keys: set[tuple[str, Any, Any]]
     conversion_errors: dict[str, str]
@@ -99,7 +99,7 @@ def _rehearse(meta_model: MetaModel, state: dict[str, torch.Tensor]) -> _Report:
     found = _Report()
 
     def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        with no_init_weights():  # there are none
+        with no_init_weights():  # meta tensors have nothing to initialise
             whole_class.__init__(self, config, *args, **kwargs)
         embedding_first(self)
 

@@ -1,4 +1,4 @@
-"""Which modules of a causal LM are its decoder layers, and between which of them it can be cut, found by a trial."""
+"""Finds by a trial run which modules of a causal LM are its decoder layers, and where it can be cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_IN_ORDER = "its decoder layers do not run once each in order"
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """The decoder layers of a model and what lies around them; see :class:`~lightning_pipelite.models.MetaModel`."""
+    """The decoder layers of a model and the modules around them; see :class:`~lightning_pipelite.models.MetaModel`."""
 
     layers_name: str
     layers: list[nn.Module]
@@ -32,7 +32,8 @@ class DecoderLayers:
 def find_decoder_layers(model: PreTrainedModel, probe: Probe, embedding_name: str, head_name: str) -> DecoderLayers:
     """Find the list of modules that run once each, in order, between the embedding and the head.
 
-    Where no list does, or all its layers need each other's state, the model stays whole: ``one_stage_only`` says why.
+    If there is no such list, or all its layers need each other's state, the model cannot be cut, and
+    ``one_stage_only`` says why.
 
     Args:
         model: The real model; may be on the meta device.
@@ -64,7 +65,7 @@ def find_decoder_layers(model: PreTrainedModel, probe: Probe, embedding_name: st
 def _try_layers(
     model: PreTrainedModel, probe: Probe, layers_name: str, weighted: list[str], ends: tuple[str, str]
 ) -> DecoderLayers:
-    """Take the list ``layers_name`` for the decoder layers.
+    """Treat the list ``layers_name`` as the decoder layers, and examine it.
 
     Args:
         model: The real model.
@@ -81,7 +82,7 @@ def _try_layers(
     start = [name for name in outside if name in trace.order[:first]]
     tail = [name for name in outside if name not in start]
     unfit = _why_unfit(trace, names, start, tail, ends)
-    if getattr(model.get_submodule(layers_name.rpartition(".")[0]), "layerdrop", 0):  # what transformers calls it
+    if getattr(model.get_submodule(layers_name.rpartition(".")[0]), "layerdrop", 0):  # transformers' name for it
         unfit = (
             unfit or "layerdrop leaves decoder layers out at random in training (set it to 0 in config.json to cut it)"
         )
@@ -106,7 +107,7 @@ def _try_layers(
 
 
 def _why_unfit(trace: Trace, names: list[str], start: list[str], tail: list[str], ends: tuple[str, str]) -> str | None:
-    """Return why the modules ``names`` are not layers that hand on hidden states from start to tail; None if so."""
+    """Return why the modules ``names`` do not pass hidden states from start to tail; None if they do."""
     order = trace.order
     if [name for name in order if name in names] != names:
         return NOT_IN_ORDER

@@ -1,4 +1,4 @@
-"""How many bytes the weight files of a model have, whether they are here, or are still to be fetched."""
+"""The size of a model's weight files, whether they are on disk or still to be downloaded."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class DiskSize:
     """The bytes of a model's weight files.
 
     Attributes:
-        size: Of all of them.
-        here: Of those that are there.
-        exact: Whether the files or their index say so; else it is what config.json comes to.
+        size: Of all files.
+        here: Of the files on disk.
+        exact: Whether ``size`` comes from the files or their index; otherwise it is estimated from config.json.
     """
 
     size: int
@@ -33,7 +33,7 @@ class DiskSize:
 
 
 def disk_size(meta_model: MetaModel) -> DiskSize:
-    """Return how large the weight files are: by themselves, by their index, or by the shapes in config.json."""
+    """Return the size of the weight files: from the files, from their index, or from the shapes in config.json."""
     directory = meta_model.model_dir
     files = weight_files(directory) or [path for path in pickled_files(directory) if path.exists()]
     here = sum(path.stat().st_size for path in files if path.exists())
@@ -47,14 +47,14 @@ def disk_size(meta_model: MetaModel) -> DiskSize:
             return DiskSize(total, min(here, total - 1), exact=True)
     weights = sum(p.numel() for p in meta_model.model.parameters())
     size = weights * _element_size(read_json(directory / "config.json"))
-    if meta_model.stored is not None:  # mostly the matrices of the layers, as far as can be told before the files
+    if meta_model.stored is not None:  # mostly the layers' matrices: an estimate, as the files are missing
         matrices = sum(p.numel() for layer in meta_model.layers for p in layer.parameters() if p.ndim > 1)
         size = int(size - matrices * (2 - meta_model.stored.bits / 8))
     return DiskSize(size, min(here, size - 1), exact=False)
 
 
 def _element_size(config: dict[str, Any]) -> int:
-    """Return the bytes of a weight as the files hold it, by what config.json says; two, mostly, where it does not."""
+    """Return the bytes per weight in the files, as config.json gives it; if it does not, two, the usual size."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         name = part.get("dtype") or part.get("torch_dtype")
@@ -65,5 +65,5 @@ def _element_size(config: dict[str, Any]) -> int:
 
 
 def _gigabytes(size: int) -> str:
-    """As downloads are told: in units of a thousand."""
+    """Format a size in decimal units, as is usual for downloads."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

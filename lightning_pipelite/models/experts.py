@@ -1,8 +1,8 @@
-"""Frozen experts of a mixture, computed by grouped products over tokens that are sorted by expert.
+"""Frozen mixture-of-experts layers, computed by grouped products over tokens sorted by expert.
 
-What transformers calls an experts implementation, for the classes that follow its interface: their weights are fused,
-[experts, ., .], in one of two layouts, and their activation is a method. It knows 4-bit weights and adapters, which
-transformers' own do not.
+This is what transformers calls an experts implementation, for classes that follow its interface: the weights are fused,
+[experts, ., .], in one of two layouts, and the activation is a method. Unlike transformers' own implementations, it
+supports 4-bit weights and adapters.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SECOND = "down_proj"
 
 
 def follows_interface(module: nn.Module) -> bool:
-    """Tell whether ``module`` holds experts that transformers computes in several ways, in fused weights."""
+    """Return whether ``module`` holds experts with fused weights that follow transformers' experts interface."""
     return has_experts_interface(module) and all(_dimensions(module, name) == 3 for name in weight_names(module))
 
 
 def weight_names(experts: nn.Module) -> tuple[str, str]:
-    """Return the names of the first and of the second weights of experts that follow the interface."""
+    """Return the names of the first and the second weight of experts that follow the interface."""
     return "gate_up_proj" if experts.has_gate else "up_proj", SECOND
 
 
 def group_experts(layers: Iterable[nn.Module]) -> None:
-    """Let the experts of ``layers`` compute by grouped products where they are frozen and covered."""
-    modules = {module: None for layer in layers for module in layer.modules()}  # once, where layers share one
+    """Make the experts of ``layers`` compute by grouped products where they are covered, see :func:`is_covered`."""
+    modules = {module: None for layer in layers for module in layer.modules()}  # each once, even if layers share it
     for module in modules:
         if follows_interface(module) and is_covered(module):
             prepare(module)
@@ -42,7 +42,7 @@ def group_experts(layers: Iterable[nn.Module]) -> None:
 
 
 def have_single_experts(layers: Iterable[nn.Module]) -> bool:
-    """Tell whether one of ``layers`` goes through its experts one by one: in a list, or fused in a way of its own."""
+    """Return whether any of ``layers`` loops over its experts: in a list, or fused outside of the interface."""
     modules = [module for layer in layers for module in layer.modules()]
     others = [module for module in modules if not follows_interface(module)]
     fused = any(p.ndim > 2 for module in others for p in module.parameters(recurse=False))
@@ -50,13 +50,13 @@ def have_single_experts(layers: Iterable[nn.Module]) -> bool:
 
 
 def is_covered(experts: nn.Module) -> bool:
-    """Tell whether experts that follow the interface are frozen, in full precision or in nf4."""
+    """Return whether experts that follow the interface are frozen, in full precision or in nf4."""
     frozen = not any(parameter.requires_grad for parameter in experts.parameters())
     return frozen and all(_is_whole(experts, name) or _in_nf4(experts, name) for name in weight_names(experts))
 
 
 def prepare(experts: Any) -> None:
-    """Get covered experts ready for :func:`compute`."""
+    """Prepare covered experts for :func:`compute`."""
     share_class(experts)
     for name in weight_names(experts):
         if not _is_whole(experts, name):
@@ -69,13 +69,13 @@ def prepare(experts: Any) -> None:
 def compute(
     experts: Any, hidden_states: Tensor, chosen: Tensor, scores: Tensor, factors: Mapping[str, Factors]
 ) -> Tensor:
-    """Return what the experts make of each token, weighted and added up: [tokens, hidden].
+    """Return the weighted sum of the experts' outputs for each token: [tokens, hidden].
 
     Args:
-        experts: Covered ones.
+        experts: Covered experts that :func:`prepare` has prepared.
         hidden_states: [tokens, hidden].
         chosen: Int [tokens, copies], the experts of each token.
-        scores: [tokens, copies].
+        scores: [tokens, copies], the weights in that sum.
         factors: The adapters, by the name of the weight that each adapts.
     """
     first, second = weight_names(experts)
@@ -86,12 +86,12 @@ def compute(
 
 
 class _GroupedExperts(Mixin):
-    """Mixed into experts. In ``__call__``: what bitsandbytes hooks to the module is not needed here."""
+    """Mixed into experts. Overrides ``__call__`` to skip the hooks of bitsandbytes, which are not needed here."""
 
     mixin_place = MixinPlace.COMPUTATION
 
     def __call__(self, hidden_states: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-        # PEFT's own forward adds its product to the weight, by a parametrization that may be the only one.
+        # PEFT's own forward adds B·A to the weight by a parametrization, which may be the only one.
         if any(len(chain) > 1 or not hasattr(chain[0], "_held") for chain in self._chains()):
             return super().__call__(hidden_states, chosen, scores)  # type: ignore[misc]
         return compute(self, hidden_states, chosen, scores, {})
@@ -105,10 +105,10 @@ _shared: dict[Any, type[nn.Module]] = {}
 
 
 def share_class(module: nn.Module) -> None:
-    """Give parametrised modules of one class one class again, so that one compiled graph serves them all.
+    """Give parametrised modules of one original class a common class again, so that they share a compiled graph.
 
-    torch makes a class for each, all alike, with properties that hold the module: one that is kept for others, of
-    later models too, would keep the first one's weights. So the properties are made anew.
+    torch creates a class for each module, whose properties hold a reference to it. Sharing that class with other
+    modules, also of later models, would keep the first module's weights alive, so the properties are replaced.
     """
     kind = type(module)
     if is_parametrized(module) and kind.__base__ is not None:
@@ -136,7 +136,7 @@ def _is_whole(experts: Any, name: str) -> bool:
 
 
 def _in_nf4(experts: Any, name: str) -> list[Tensor] | None:
-    """Return the weight's parts in nf4 (see :mod:`~lightning_pipelite.kernels.frozen_weight`), None if it has none."""
+    """Return the weight's parts in nf4, see :mod:`~lightning_pipelite.kernels.frozen_weight`; None if not in nf4."""
     if not is_parametrized(experts, name):
         return None
     (*others, last) = experts.parametrizations[name]

@@ -1,4 +1,4 @@
-"""What tells one base model from another, by a little of its files, and what an adapter says of its own."""
+"""Fingerprints of base models, from a small part of their files, and the check of an adapter against its base."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from lightning_pipelite.models.companions import own_code
 from lightning_pipelite.models.weight_files import BASE_FILE, pickled_files, read_header, read_json, weight_files
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that do not change what weights mean. One more, and no checkpoint of before would be known."""
+"""Keys of config.json that do not change the meaning of weights. Adding one would invalidate existing checkpoints."""
 SAMPLES, SAMPLE_BYTES = 64, 64
-"""Beside an adapter. Not in its other files: PEFT warns of keys that it does not know, and safetensors writes its
-metadata in an order that differs from time to time."""
+"""Roughly how many weights are sampled, and how many bytes of each are read at most."""
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Described = tuple[list[object], Callable[[], bytes]]
-"""Of a weight: its type, shape and size; and what reads its first bytes."""
+"""A weight's dtype, shape and size, and a function that reads its first bytes."""
 
 
 def fingerprint(model_dir: Path) -> str:
-    """Hash config.json, the names, shapes, dtypes and sizes of all weights, and code of the model's own, by SHA-256.
+    """Hash config.json, names, shapes, dtypes and sizes of all weights, and custom code with SHA-256.
 
-    Models that were fine-tuned from one another agree in all of these, so the first bytes of some weights are read too.
-    Where the model lies, and how it is cut into files, makes no difference; nor do files that its index does not name.
+    Models that were fine-tuned from one another agree in all of these, so the first bytes of some weights are hashed
+    too. The location of the model and its split into files make no difference, nor do files that its index omits.
 
     Raises:
         ConfigurationError: If a file is missing or damaged.
@@ -52,15 +51,15 @@ def fingerprint(model_dir: Path) -> str:
 
 
 def refuse_another_base(adapter: Path, base: Path) -> None:
-    """Refuse an adapter that was trained on another base, as far as it tells.
+    """Refuse an adapter that was trained on another base, as far as this is known.
 
-    It does so by the fingerprint that this project writes beside it; else by the directory that its adapter_config.json
-    names, if that is still there.
+    The base is known from the fingerprint that this project writes beside the adapter, otherwise from the directory
+    that adapter_config.json names, if it still exists.
 
     Raises:
-        ConfigurationError: It was.
+        ConfigurationError: The adapter was trained on another base.
     """
-    if not (adapter / "adapter_config.json").is_file():  # no adapter: who reads it says so
+    if not (adapter / "adapter_config.json").is_file():  # not an adapter: reported by the code that reads it
         return
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     path = adapter / BASE_FILE
@@ -75,18 +74,22 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
 
 
 def record_base(adapter: Path, base: str) -> None:
-    """Write the fingerprint ``base`` of what an adapter was trained on into the adapter's directory."""
+    """Write the fingerprint ``base`` of the model that an adapter was trained on into the adapter's directory.
+
+    It has a file of its own because PEFT warns of unknown keys in its configuration, and safetensors does not always
+    write its metadata in the same order.
+    """
     (adapter / BASE_FILE).write_text(json.dumps({"fingerprint": base}) + "\n", encoding="utf-8")
 
 
 def _fingerprint_if_whole(model_dir: Path) -> str | None:
-    """Return the fingerprint of a model, or of what was one, if all its files are there and can be read."""
+    """Return the fingerprint of the model in ``model_dir``, or None unless all its files exist and can be read."""
     if not (model_dir / "config.json").is_file():
         return None
     try:
         files = weight_files(model_dir) or pickled_files(model_dir)
         return fingerprint(model_dir) if all(path.is_file() for path in files) else None
-    except ConfigurationError:  # whoever needs that model says so
+    except ConfigurationError:  # reported by the code that needs that model
         return None
 
 
@@ -106,7 +109,7 @@ def _in_safetensors(path: Path) -> dict[str, Described]:
 
 
 def _pickled(path: Path) -> dict[str, Described]:
-    """Compute the same of a pickled file, without reading more of it than needed, unless it is of the oldest format."""
+    """Describe the weights of a pickled file, which is memory-mapped and read only in part unless its format is old."""
     try:
         try:
             state = torch.load(path, "cpu", weights_only=True, mmap=True)

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step asks for, and how much a device can do: model FLOPs utilisation (MFU).
+"""The arithmetic that a training step requires and that a device can do: model FLOPs utilisation (MFU).
 
 Chowdhery et al. 2022, "PaLM" (https://arxiv.org/abs/2204.02311), appendix B.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_pipelite.models.meta_model import MetaModel
 
-# Dense bf16 products with fp32 accumulation, TFLOP/s, by a part of the device's name; the first that is found counts.
+# Dense bf16 products with fp32 accumulation, TFLOP/s, by a part of the device's name; the first match counts. From
 # NVIDIA's data sheets (H200, H100, A100, L40S, L40, L4, A10, A40, A6000) and the appendices of its architecture
-# papers (Ampere GA102, Ada, Blackwell RTX); half of what they give "with sparsity".
+# papers (Ampere GA102, Ada, Blackwell RTX); half of the figures that they give "with sparsity".
 PEAK_BF16 = {
     "H200": 989.4,
     "H100 NVL": 835.5,
@@ -41,11 +41,11 @@ PEAK_BF16 = {
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Return a device's peak rate of dense matrix products in FLOP/s, or None if it is not known.
 
-    That in bf16 counts for trainings on weights in FP8 or 4 bits too, so that they can be compared.
+    The bf16 rate also applies to training with weights in FP8 or 4 bits, so that results can be compared.
 
     Args:
-        device_name: As ``torch.cuda.get_device_name()`` gives it.
-        dtype: Of the products; only that of bfloat16 is known.
+        device_name: As ``torch.cuda.get_device_name()`` returns it.
+        dtype: Of the products; only the rate of bfloat16 is known.
     """
     if dtype != torch.bfloat16:
         return None
@@ -57,42 +57,43 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """The floating-point operations of a model that is trained, without any that are done twice.
+    """The floating-point operations of training a model, without recomputation.
 
     Args:
-        per_token: In products with weights.
-        per_pair: In attention, for each pair of tokens of a document (in either order).
+        per_token: In products with weights, for each token.
+        per_pair: In attention, for each ordered pair of tokens of a document.
     """
 
     per_token: float
     per_pair: float
 
     def of(self, tokens: float, pairs: float) -> float:
-        """Return the operations for so many tokens and so many pairs of tokens within a document."""
+        """Return the operations for ``tokens`` tokens and ``pairs`` ordered pairs of tokens within a document."""
         return self.per_token * tokens + self.per_pair * pairs
 
 
 def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> TrainingFlops | None:
-    """Count the operations of training as the PaLM paper does (appendix B), but only those that this one needs.
+    """Count the operations of training as the PaLM paper does (appendix B), but only those that this training needs.
 
-    A token costs 2 for each weight in the forward pass, 2 in the backward pass for the gradient of what the weight is
-    multiplied with, and 2 for its own gradient if it is trained: 6N where all N weights are trained, 4N + 6A where N
-    are frozen and A weights of an adapter are trained, and 2 for those in layers below the lowest trained one, which
-    have no backward pass. Weights are those of matrices, the head's among them, the embedding's not; of experts, as
-    many as a token is sent to. Attention costs 12 for each layer, dimension of all heads and pair of tokens of a
-    document, whether one sees the other or not. Recomputed activations do not count.
+    A token costs 2 for each weight in the forward pass, 2 in the backward pass for the gradient of the weight's input,
+    and 2 for the weight's own gradient if it is trained: 6N if all N weights are trained, 4N + 6A if N weights are
+    frozen and A weights of an adapter are trained, and 2 for each weight in layers below the lowest trained one, which
+    have no backward pass. Only weights of matrices count, including the head's but not the embedding's; of experts,
+    only as many as a token is sent to. Attention costs 12 for each layer, dimension of all heads and ordered pair of
+    tokens of a document, whether one sees the other or not, or 4 in layers without a backward pass. Recomputed
+    activations do not count.
 
     Args:
         meta_model: The model.
-        trained: The trained parameters of all stages by their names, on any device.
+        trained: The trained parameters of all stages by name, on any device.
 
     Returns:
-        None for a model with experts whose configuration does not tell how many are used, or without attention heads.
+        None for a model without attention heads, or with experts whose configuration does not say how many are used.
     """
     configs = _layer_configs(meta_model)
     matrices = dict(_matrices(meta_model.model))
     layers = [layer for name in trained if (layer := meta_model.layer_of(name)) is not None]
-    # What is before the layers can only be trained through all of them; the tail alone needs none.
+    # Training anything before the layers takes a backward pass through all of them; training the tail alone, none.
     before = any(name.rpartition(".")[0] in meta_model.start_names for name in trained)
     lowest = 0 if before else min(layers, default=len(meta_model.layers))
     own = {name for name, _ in meta_model.model.named_parameters()}
@@ -123,7 +124,7 @@ def training_flops(meta_model: MetaModel, trained: Mapping[str, Tensor]) -> Trai
 
 
 def _layer_configs(meta_model: MetaModel) -> list[Any]:
-    """Return the configuration of each layer: what differs between layers, the model's own refuses to tell."""
+    """Return each layer's configuration: the model's own raises an error for attributes that differ between layers."""
     config: Any = meta_model.config
     return (
         list(config.per_layer_config)
@@ -138,7 +139,7 @@ def _width_of_heads(config: Any) -> int | None:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights that tokens are multiplied with. Over modules, as a tied head has a parameter that is the embedding's."""
+    """Yield the weights that tokens are multiplied with, module by module, as a tied head shares the embedding's."""
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2 and not isinstance(module, nn.Embedding):

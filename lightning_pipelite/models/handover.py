@@ -1,4 +1,4 @@
-"""What a stage of a causal LM receives and hands on: hidden states, and what later layers are given beside them."""
+"""What a stage of a causal LM receives and hands on: hidden states, and further inputs of later layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LeaveStage(Exception):  # noqa: N818 (control flow, not an error)
-    """Ends a stage's forward where the next stage's first layer would run, with what that is handed."""
+    """Ends a stage's forward where the next stage's first layer would run; carries what is handed on to that stage."""
 
     def __init__(self, handed_on: Tensor) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class LeaveStage(Exception):  # noqa: N818 (control flow, not an error)
 
 
 class Handover:
-    """Puts what was received in place of what a stage's model has made of no tokens, and collects what is handed on.
+    """Replaces the placeholders that a stage's model computes without tokens by received values; collects what to send.
 
-    Where layers are given nothing but hidden states, these travel as they are. Otherwise one tensor [values] holds the
-    hidden states and then, layer by layer up to the last one, those of its inputs that only the first stage can make
-    (of Gemma 3n, what it embeds for each layer); what several layers are given travels once. The model's own code makes
-    the same arguments on every stage, of other values: they say what shape the next values have.
+    If layers take hidden states only, these are sent as they are. Otherwise one tensor [values] holds the hidden states
+    and then, layer by layer up to the last one, the layer's inputs that only the first stage can compute (Gemma 3n's
+    embeddings for each layer); an input of several layers is sent once. On later stages the model's own code computes
+    these arguments too, with meaningless values but the right shapes, by which the received tensor is split.
 
     Args:
         start_inputs: For each decoder layer, the positions or names of such arguments.
@@ -36,12 +36,12 @@ class Handover:
         self.hidden_states_only = not any(start_inputs)
         self._received: Tensor | None = None
         self._taken = 0
-        self._known: list[tuple[Tensor, Tensor]] = []  # what the model made, and what stands for it
+        self._known: list[tuple[Tensor, Tensor]] = []  # placeholders, and what replaces them
         self._handed_on: list[Tensor] = []
         self._measuring = False
 
     def begin(self, received: Tensor | None, *, measuring: bool = False) -> None:
-        """Start a forward: with what was received, None on the first stage, or to find out how much that is."""
+        """Start a forward with ``received`` (None on the first stage), or one that measures how much is received."""
         self._received, self._measuring = received, measuring
         self._taken, self._known, self._handed_on = 0, [], []
 
@@ -49,7 +49,7 @@ class Handover:
         """Check that the layers were given all that was received.
 
         Raises:
-            RuntimeError: They were not: the model's code made something else here than on the stage before.
+            RuntimeError: They were not: the model's code computed other arguments here than on the stage before.
         """
         if self._received is not None and not self.hidden_states_only and self._taken != self._received.numel():
             raise RuntimeError(
@@ -57,17 +57,17 @@ class Handover:
             )
 
     def end(self) -> int:
-        """Forget the micro-batch, and return how many values were taken of what was received."""
+        """Forget the micro-batch, and return how many of the received values were used."""
         self._received, self._known, self._handed_on = None, [], []
         return self._taken
 
     def arrive(self, number: int, arguments: Arguments, *, entry: bool) -> Arguments:
-        """Return the arguments of a layer as the whole model would give them.
+        """Return the arguments of a layer as the whole model would pass them.
 
         Args:
-            number: Of the layer.
+            number: The layer's number.
             arguments: What this stage's model calls it with.
-            entry: Whether it is the stage's first one, which receives hidden states.
+            entry: Whether it is the stage's first layer, which receives hidden states.
         """
         if self._received is None and not self._measuring:
             return arguments
@@ -84,15 +84,15 @@ class Handover:
         return tuple(args), kwargs
 
     def depart(self, number: int, first: bool, arguments: Arguments) -> None:
-        """Add what a layer of a later stage is given to what is handed on.
+        """Add the inputs of a later stage's layer to what is handed on.
 
         Args:
-            number: Of the layer.
-            first: Whether it is the first one after this stage's, which receives hidden states.
+            number: The layer's number.
+            first: Whether it is the first layer after this stage's, which receives hidden states.
             arguments: What this stage's model calls it with.
 
         Raises:
-            LeaveStage: It is the last one of which something is handed on.
+            LeaveStage: It is the last layer for which something is handed on.
         """
         args, kwargs = self.arrive(number, arguments, entry=False)
         if first:
@@ -110,10 +110,9 @@ class Handover:
             raise LeaveStage(torch.cat([tensor.flatten().to(dtype) for tensor in self._handed_on]))
 
     def _take_once(self, made: Tensor) -> Tensor:
-        """Return what stands for a tensor that this stage's model has made, and gives to several layers perhaps.
+        """Return the received values for a placeholder, which may be an argument of several layers.
 
-        Hidden states are not among those: as no layer has changed them here, they may be the very tensor that layers
-        are given beside them.
+        Not for hidden states: as no layer has changed them here, they may be the same tensor as another argument.
         """
         for known, value in self._known:
             if known is made:
@@ -123,7 +122,7 @@ class Handover:
         return value
 
     def _take(self, made: Tensor) -> Tensor:
-        """Return what was received next, in the shape of what this stage's model has made."""
+        """Return the next received values, in the shape and dtype of the placeholder ``made``."""
         if self._measuring and self.hidden_states_only:
             raise LeaveStage(made)
         if self._measuring:

@@ -1,4 +1,4 @@
-"""The output head left to the loss, which computes both in one without ever holding all logits."""
+"""Leaves the output head to the loss, which fuses the two and never holds all logits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_pipelite.models.rows_apart import rows_of
 
 
 class HeadInputs(NamedTuple):
-    """What the logits are made of: ``f(hidden @ weight.T + bias)``, where f scales and then limits.
+    """What the logits are computed from: ``f(hidden @ weight.T + bias)``, where f scales and then soft-caps.
 
     Attributes:
         hidden: [batch, seq, size].
         weight: [vocabulary, size].
         bias: [vocabulary], or None.
-        scale: What the logits are multiplied with.
+        scale: Factor of the logits.
         softcap: The limit c of ``c * tanh(logits / c)``, or None.
-        rows: Numbers of the weight's rows that are held apart, and their values; or None.
+        rows: Indices and values of the weight's rows that are held separately, or None.
     """
 
     hidden: Tensor
@@ -34,7 +34,7 @@ class HeadInputs(NamedTuple):
 
 
 class LeaveHead(Exception):  # noqa: N818 (control flow, not an error)
-    """Ends a model's forward where its head would run, with the head's input."""
+    """Ends a model's forward where its head would run; carries the head's input."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class FusedHead:
 
     Args:
         head: The head.
-        scale: What the model's code multiplies its logits with.
-        softcap: What it limits them to.
+        scale: What the model's code multiplies the logits by.
+        softcap: The limit of their soft cap in the model's code, or None.
     """
 
     head: nn.Linear
@@ -69,17 +69,17 @@ class FusedHead:
 
 
 def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
-    """Find what a model does to its head's output; None if the head is not linear, or more is done to it.
+    """Find out what a model does to its head's output; None if the head is not linear, or the model does more to it.
 
-    The model runs once over two tokens, with known values in place of the head's output.
+    The model runs once on two tokens, with known values in place of the head's output.
 
     Args:
-        model: The last stage's, in training mode, so that nothing is done to 4-bit weights.
+        model: The last stage's, in training mode, so that bitsandbytes does not repack 4-bit weights.
         head: Its output head.
     """
-    if type(head) is not nn.Linear or not head.weight.is_floating_point():  # an adapter's, or in 4 bits
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():  # wrapped by an adapter, or in 4 bits
         return None
-    if head.weight.is_meta:  # no values to tell by; a scale and a limit take no memory
+    if head.weight.is_meta:  # no values to compare; scale and soft cap take no memory
         return FusedHead(head, 1.0, None)
     small = 2.0**-10
     values = torch.linspace(-40.0, 40.0, head.out_features, device=head.weight.device)
@@ -89,7 +89,7 @@ def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:
     ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
     devices = [head.weight.device] if head.weight.is_cuda else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout draws nothing from the run
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout must not advance the run's RNG
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Which decoder layers are alike, so that what is found out about one holds for all of its kind."""
+"""Identifies decoder layers of one kind, so that a finding about one holds for all of them."""
 
 from __future__ import annotations
 

@@ -38,50 +38,50 @@ from lightning_pipelite.shared.protocol import LayerCosts
 
 
 class CausalLMLayers:
-    """A Hugging Face causal LM whose decoder layers can be dealt out to pipeline stages.
+    """A Hugging Face causal LM whose decoder layers can be distributed over pipeline stages.
 
-    Everything that can be told from configuration and file headers is checked here, before any weight is read.
+    Everything that configuration and file headers reveal is checked here, before any weight is read.
 
     Args:
         model_dir: Directory with ``config.json`` and safetensors weights.
-        dtype: Type of the weights (other than 4-bit ones) and of the computation.
+        dtype: Dtype of the weights (other than quantised ones) and of the computation.
         load_in_4bit: Hold the linear layers and the fused experts of the decoder in nf4; embedding, head, norms and
             routers keep ``dtype``.
         load_in_fp8: Hold the linear layers of the decoder in FP8, and compute with them in FP8 where the device can.
-        adapter: What is trained.
+        adapter: Defines what is trained.
         activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
-            checkpointing), ``"offload"`` that in the host's memory; ``"auto"`` is recompute where the model can do so,
-            until somebody chooses better.
-        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers that go
-            through their experts one by one.
+            checkpointing), ``"offload"`` that input in host memory; ``"auto"`` is recompute if the model supports it,
+            else keep, until a plan sets a better policy.
+        compile_layers: Compile each decoder layer (``torch.compile``); by default on GPUs, but not layers that loop
+            over their experts.
         seed: Seed of the adapter's initial values, which do not depend on the partition.
         packed: Whether sequences may hold several documents. Layers that carry a state from token to token then run on
-            each by itself, uncompiled. Some models, those that count positions in their own way for one, cannot keep
-            documents apart; they train with one document a sequence, and ``packed`` must be false.
+            each document separately, uncompiled. Some models cannot keep documents apart, such as those that count
+            positions in their own way; they train with one document per sequence, and ``packed`` must be false.
         attn_implementation: ``"varlen"`` is FlashAttention over packed documents (:mod:`~lightning_pipelite.models.
-            attention`), ``"sdpa"`` and ``"eager"`` are transformers'. ``"auto"`` is varlen on GPUs that have it, for
-            models that attend in no other way, else transformers' choice.
+            attention`), ``"sdpa"`` and ``"eager"`` are transformers'. ``"auto"`` is varlen for packed documents on GPUs
+            that have it, if it supports the model's attention, else transformers' choice.
         bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too.
-        allow_pickled_weights: Load ``.bin`` files where there are no safetensors.
+        allow_pickled_weights: Load ``.bin`` files if there are no safetensors.
         trust_remote_code: Run the model's own code from ``model_dir``.
-        fuse_head: Leave the head to the loss where it is linear: the last stage then returns its inputs,
+        fuse_head: Leave the head to the loss if it is linear: the last stage then returns the head's inputs,
             :class:`~lightning_pipelite.models.head.HeadInputs`.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, config.json decides, by ``output_router_logits`` and its own coefficient.
-        needs_weights: Whether all weight files must be there. Without, layers are for a plan: no stage can be loaded,
-            and of the files those are checked that are there.
+        needs_weights: Whether all weight files must exist. If not, the layers only serve a plan: stages cannot be
+            loaded, and only the files that exist are checked.
 
     Attributes:
-        names: Class name of each item that is dealt out, in order: a decoder layer, or the first of a group of layers
+        names: Class name of each item of a partition, in order: a decoder layer, or the first of a group of layers
             that need each other (``meta_model.groups``).
         meta_model: The whole model on the meta device.
-        one_stage_only: Why all layers are one item; None where they can be dealt out.
+        one_stage_only: Why all layers are one item; None if they can be split.
         compile_layers: As given; like ``activation_memory``, it may be changed before a stage is built.
 
     Raises:
-        ConfigurationError: The model is missing, damaged, not a causal LM or does something that is not known here, or
-            the adapter does not fit it.
+        ConfigurationError: The model is missing, damaged, not a causal LM or not supported, or the adapter does not fit
+            it.
 
     Example::
 
@@ -125,7 +125,7 @@ class CausalLMLayers:
             )
         activation_memory = choose_activation_memory(activation_memory, meta_model)
         has_weights = needs_weights or not missing_files(meta_model.model_dir)
-        # Of quantised weights, only safetensors are read.
+        # Quantised weights are read from safetensors only.
         allow_pickled = allow_pickled_weights and meta_model.stored is None
         self._pickled = has_weights and not check_weights(meta_model.model_dir, allow_pickled=allow_pickled)
         check_quantisation(meta_model, adapter, load_in_4bit=load_in_4bit, load_in_fp8=load_in_fp8)
@@ -135,7 +135,7 @@ class CausalLMLayers:
             self.router_loss = meta_model.router_loss()
             if router_aux_loss_coef is not None:
                 self.router_loss = replace(self.router_loss, coefficient=router_aux_loss_coef)
-        if has_weights and not self._pickled:  # those have no headers; what is wrong with them shows in loading
+        if has_weights and not self._pickled:  # pickled files have no headers; loading will show errors
             check_contents(meta_model)
         self.adapter = adapter
         self.dtype = dtype
@@ -152,25 +152,25 @@ class CausalLMLayers:
 
     @property
     def skeleton(self) -> MetaModel:
-        """The former name of ``meta_model``, for programs that know it."""
+        """The former name of ``meta_model``, kept for existing programs."""
         return self.meta_model
 
     def __len__(self) -> int:
-        """Return the number of items that can be dealt out: of decoder layers, unless some need each other."""
+        """Return the number of items of a partition: of decoder layers, unless some need each other."""
         return len(self.names)
 
     @property
     def vocabulary(self) -> tuple[int, int]:
-        """The rows of the embedding and of the head: how many tokens there are to read, and to say."""
+        """The rows of the embedding and of the head: how many tokens can be read, and how many predicted."""
         model = self.meta_model.model
         embedding, head = (model.get_submodule(n) for n in (self.meta_model.embedding_name, self.meta_model.head_name))
         return embedding.weight.shape[0], head.weight.shape[0]
 
     @cached_property
     def lighter_weights(self) -> list[str]:
-        """The options that would hold the weights in fewer bits than now, the fastest first, on the GPU that is here.
+        """The options that would hold the weights in fewer bits than now, the fastest first.
 
-        Without one, or for a plan, on one that has products in FP8.
+        FP8 is among them if the local GPU has FP8 products, or if there is no GPU.
         """
         if self.load_in_4bit or self.adapter.changes_weights:
             return []
@@ -180,7 +180,7 @@ class CausalLMLayers:
 
     @property
     def weights_told(self) -> str | None:
-        """What becomes of weights that the files hold quantised, in a few words; None if they hold none."""
+        """How weights that are quantised on disk are held, in a few words; None if none are."""
         if self.meta_model.stored is None:
             return None
         stored = self.meta_model.stored
@@ -194,7 +194,7 @@ class CausalLMLayers:
         return f"weights: {stored.title} on disk, held in {held}{anew}"
 
     def parameter_counts(self) -> list[int]:
-        """Return the number of parameters (frozen ones too, 4-bit ones as one each) that come with each item.
+        """Return the number of parameters of each item, including frozen ones; a 4-bit weight counts as one.
 
         The embedding is counted in the first item, final norm and head in the last; a weight that ties embedding and
         head is counted in both, as both stages hold it.
@@ -202,19 +202,19 @@ class CausalLMLayers:
         return self.meta_model.parameter_counts()
 
     def layer_costs(self) -> LayerCosts | None:
-        """Return what the items cost to train, if somebody has found it out and set ``costs``."""
+        """Return what the items cost to train; None unless a plan has set ``costs``."""
         return self.costs
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> Stage:
-        """Load items [start, stop) to ``device``, adapt them and return them as a stage, in training mode.
+        """Load items [start, stop) to ``device``, apply the adapter, and return them as a stage in training mode.
 
         The first stage has the embedding, the last the final norm and the head. ``Stage.named_parameters()`` gives
-        each parameter the same name in every partition, and a weight that ties embedding and head one name on both
-        stages.
+        each parameter the same name in every partition, and a weight that ties embedding and head the same name on
+        both stages.
 
         Raises:
             ConfigurationError: A weight of the stage is missing from the files or has another shape there.
-            ValueError: ``start`` and ``stop`` are no range of items.
+            ValueError: ``[start, stop)`` is not a range of items.
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
@@ -238,10 +238,10 @@ class CausalLMLayers:
         apart = [name for name in self.meta_model.by_document if self.packed and self.meta_model.layer_of(name) in mine]
         run_by_document(model, apart)
         leaves_head = self._fuse_head and stop == len(self.meta_model.layers)
-        # Before the adapter's layers, which may need more than tokens.
+        # Before the adapter adds layers, which may need more inputs than tokens.
         fused_head = find_fused_head(model, model.get_submodule(self.meta_model.head_name)) if leaves_head else None
         layers = list(model.get_submodule(self.meta_model.layers_name))[start:stop]
-        # Documents of other lengths are other shapes in each micro-batch.
+        # Not compiled: the documents' lengths, and so the shapes, change with every micro-batch.
         by_document = {self.meta_model.layer_of(name) for name in apart}
         compiled = [
             layer for n, layer in zip(mine, layers, strict=True) if self.compiles_on(device) and n not in by_document
@@ -267,17 +267,17 @@ class CausalLMLayers:
         ).train()
 
     def compiles_on(self, device: torch.device) -> bool:
-        """Tell whether layers are compiled on ``device``.
+        """Return whether layers are compiled on ``device``.
 
-        If nothing else is asked for, on GPUs, where each layer is one graph: not if it goes through its experts one by
-        one, when every layer would be several.
+        By default, on GPUs if each layer is a single graph: not if layers loop over their experts, which would break
+        each into several graphs, or share more than the hidden states.
         """
         if self.compile_layers is not None:
             return self.compile_layers
-        # Else layers share more than the hidden states.
+        # Otherwise layers share more than the hidden states.
         whole = self.meta_model.one_stage_only is None and not any(self.meta_model.start_inputs)
         return device.type == "cuda" and whole and not have_single_experts(self.meta_model.layers)
 
     def trained_state(self, stage: Stage) -> dict[str, Tensor]:
-        """Return what ``adapter.save`` wants of ``stage``: tensors on the CPU by their names in the saved file."""
+        """Return what ``adapter.save`` needs from ``stage``: CPU tensors by their names in the saved file."""
         return self.adapter.state_dict(stage.causal_lm)

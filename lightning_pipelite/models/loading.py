@@ -1,4 +1,4 @@
-"""Loads the weights of one stage with transformers' own ``from_pretrained``, and nothing of the others."""
+"""Loads the weights of one stage, and of no other, with transformers' own ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def load_trimmed(
     pickled: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Return the model trimmed to decoder layers [start, stop), its weights loaded straight to ``device``.
+    """Return the model trimmed to decoder layers [start, stop), with its weights loaded directly to ``device``.
 
-    The model keeps the list of decoder layers at full length, so parameters have their global names whatever the
-    partition. A weight that ties embedding and head is held, under the embedding's name, by the first and the last
-    stage. On the meta device no weight is read: the model has its shapes and types alone.
+    The list of decoder layers keeps its full length, so parameters have their global names in every partition. A weight
+    that ties embedding and head is held, under the embedding's name, by the first and the last stage. On the meta
+    device no weight is read: the model only has shapes and dtypes.
 
     Raises:
         ConfigurationError: A weight of this stage is missing from the files or has another shape there.
@@ -110,7 +110,7 @@ def load_trimmed(
             attn_implementation=attn_implementation,
             key_mapping=meta_model.key_mapping,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, in one sentence
+            ignore_mismatched_sizes=True,  # reported below as a single error
             output_loading_info=True,
         )
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -127,7 +127,7 @@ def load_dequantised(
 ) -> PreTrainedModel:
     """Return the whole model on the CPU, its quantised weights dequantised to ``dtype``.
 
-    By the same reader for all formats: transformers' needs another package for each, and for some a GPU.
+    One reader handles all formats; transformers needs an extra package for each, and a GPU for some.
     """
     with one_at_a_time():
         model: PreTrainedModel = whole_class.from_pretrained(
@@ -139,7 +139,7 @@ def load_dequantised(
 def _without_weights(
     meta_model: MetaModel, start: int, stop: int, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """Return a trimmed copy of the meta model's model; the layers of other stages are not copied before they go."""
+    """Return a trimmed copy of the meta model's model; layers of other stages are not even copied."""
     others = {id(layer): layer for number, layer in enumerate(meta_model.layers) if not start <= number < stop}
     model: PreTrainedModel = copy.deepcopy(meta_model.model, others)
     set_attention(model.config, attn_implementation)
@@ -148,11 +148,11 @@ def _without_weights(
 
 
 def _untie(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, device: torch.device) -> None:
-    """Check that the ends are tied where they must be, and let the first stage keep no more of the head than that."""
+    """Check that embedding and head are tied if they must be, and drop the head from the first stage."""
     is_first, is_last = start == 0, stop == len(meta_model.layers)
     if meta_model.tied and (is_first or is_last):
         embedding, head = (model.get_submodule(name) for name in (meta_model.embedding_name, meta_model.head_name))
-        if head.weight is not embedding.weight:  # transformers only warns, and does not tie them
+        if head.weight is not embedding.weight:  # transformers then only warns, and leaves them untied
             raise ConfigurationError(
                 f"{meta_model.model_dir} ties {meta_model.head_name} to {meta_model.embedding_name} but its files hold "
                 "two different weights; set tie_word_embeddings to false in config.json."
@@ -170,9 +170,9 @@ def _trimming_class(
     device: torch.device,
     quantise: Callable[[PreTrainedModel], None],
 ) -> type[PreTrainedModel]:
-    """Return the model's class, but building itself trimmed: ``from_pretrained`` reads only what a model asks for.
+    """Return the model's class, changed to build a trimmed model, so that ``from_pretrained`` reads only its weights.
 
-    ``quantise`` then lets it quantise what will be loaded.
+    ``quantise`` then prepares the trimmed model to quantise its weights as they are loaded.
     """
     whole_class = type(meta_model.model)
 
@@ -183,7 +183,7 @@ def _trimming_class(
         quantise(self)
 
     def adjust_keys(self: PreTrainedModel, report: Any) -> None:
-        # The other stages' weights are no surprise. That a weight is missing always is: some classes forgive it.
+        # Other stages' weights are expected. Missing weights are errors, also for classes that would ignore them.
         report.unexpected_keys = set()
 
     return loading_class(whole_class, build, adjust_keys)
@@ -195,7 +195,7 @@ def _trim(model: PreTrainedModel, meta_model: MetaModel, start: int, stop: int, 
         if not start <= number < stop:
             layers[number] = RemoteLayer(layer, tuple_length=meta_model.tuple_lengths[number])
     is_first, is_last = start == 0, stop == len(layers)
-    # Where they are tied, both ends are loaded together: transformers then finds the weight under either name.
+    # If they are tied, both ends are loaded together, so that transformers finds the weight under either name.
     keeps_ends = meta_model.tied and (is_first or is_last)
     for name in meta_model.start_names:
         nested = any(_holds(outer, name) for outer in meta_model.start_names if outer != name)
@@ -219,7 +219,7 @@ def _replace(model: PreTrainedModel, name: str, substitute: nn.Module) -> None:
 
 
 def _drop(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    """Take out a module that never runs on this stage; of one with modules inside, its own weights alone."""
+    """Remove a module that never runs on this stage; if it has submodules, only its own weights."""
     module = model.get_submodule(name)
     if next(module.children(), None) is None:
         _replace(model, name, EmptyStub(module, model.dtype, device))

@@ -1,4 +1,4 @@
-"""Whether a class of models runs a document in the same way whatever its length and that of others, found by trial."""
+"""Finds by trial whether a class of models runs a document alike, whatever its length and that of others."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_pipelite.models.probe import equal
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.tiny import build_tiny
 
-LIMIT = 6  # tokens that the tiny model is made for: of two documents, one is longer
+LIMIT = 6  # tokens that the tiny model is made for; one of the two documents is longer
 DOCUMENTS = (5, 7)
 LONGER = 12
 
 
 @dataclass(frozen=True)
 class LongDocuments:
-    """What becomes of documents that are longer than the model was made for.
+    """How a model treats documents that are longer than it was made for.
 
     Attributes:
-        apart: Whether each of two packed documents, of which one is that long, has the logits that it has alone.
+        apart: Whether each of two packed documents, one of them that long, has the same logits as alone.
         forgets: Whether a document has the same logits before and after a longer one.
     """
 
@@ -42,13 +42,13 @@ def try_long_documents(
     takes_positions: bool,
     by_document: Sequence[str] = (),
 ) -> LongDocuments:
-    """Compare packed documents in a tiny model, run as a stage is, with each alone in a fresh one.
+    """Compare packed documents in a tiny model, run like a stage, with each document alone in a fresh model.
 
     Args:
         config: The real model's configuration.
         build: Builds a model from a configuration.
-        takes_positions: Whether its forward is told of documents by ``position_ids``.
-        by_document: Names of the modules that run on each document by itself.
+        takes_positions: Whether documents are passed to its forward as ``position_ids``.
+        by_document: Names of the modules that run on each document separately.
 
     Raises:
         Exception: Whatever the class raises on a document that is short enough.
@@ -70,7 +70,7 @@ def try_long_documents(
     short = run(copy.deepcopy(fresh), documents[0], counts[0])
     try:
         long = run(copy.deepcopy(fresh), documents[1], counts[1])
-    except Exception:  # it is the class that runs no longer document
+    except Exception:  # the class itself does not support longer documents
         return LongDocuments(apart=True, forgets=True)
     before = run(stage, documents[1], counts[1])
     run(stage, documents[2], counts[2])

@@ -12,13 +12,13 @@ from lightning_pipelite.models.head import HeadInputs
 
 
 class CausalLMLoss:
-    """Cross-entropy of the next token, and the load-balancing loss of routers where it is trained.
+    """Cross-entropy of the next token, plus the routers' load-balancing loss if that is trained.
 
     Args:
-        router_aux_loss_coef: What the routers' loss is multiplied with; 0 if the stages hand on none.
+        router_aux_loss_coef: Factor of the routers' loss; 0 if the stages do not compute it.
 
     Attributes:
-        logged: The names of what is returned beside the loss, for the strategy to log.
+        logged: Names of the values that are returned besides the loss, for the strategy to log.
     """
 
     def __init__(self, router_aux_loss_coef: float = 0.0) -> None:
@@ -26,14 +26,14 @@ class CausalLMLoss:
         self.logged = ("router_aux_loss",) if router_aux_loss_coef else ()
 
     def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the summed loss of a micro-batch, float32, the number of tokens in it, and sums of what is logged.
+        """Return the summed float32 loss of a micro-batch, its number of tokens, and the sums of logged values.
 
-        A micro-batch's routers weigh as much as its tokens, as they do where the unsplit model's loss of each
-        micro-batch counts by its tokens. In evaluation there is the cross-entropy alone.
+        The routers' loss is multiplied by the number of tokens, as if the unsplit model's loss of each micro-batch were
+        weighted by its tokens. In evaluation only the cross-entropy is computed.
 
         Args:
             outputs: Logits (batch, sequence, vocabulary), any floating dtype, or a head's inputs; in a pair with the
-                routers' loss, a scalar, if there is one.
+                routers' loss, a scalar, if it is trained.
             labels: (batch, sequence), int64; the token to predict at each position, or -100.
         """
         scores, *routers = (outputs,) if isinstance(outputs, (Tensor, HeadInputs)) else outputs

@@ -1,4 +1,4 @@
-"""What is kept of a decoder layer's activations until its backward pass."""
+"""Which activations of a decoder layer are kept until its backward pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 ActivationMemory = Literal["auto", "keep", "selective", "recompute", "offload"]
 
-# What is worth keeping, beside what torch counts the arithmetic of: products with adapters, those of experts and where
-# tokens go, and FlashAttention.
+# Operators whose results are worth keeping, besides those for which torch counts FLOPs: products with adapters and with
+# experts, the routing of tokens to experts, and FlashAttention.
 KEPT_NAMES = (
     "pipelite::lora_linear",
     "pipelite::fp8_product",
@@ -36,17 +36,17 @@ KEPT_NAMES = (
     "aten::_grouped_mm",
     "transformers::grouped_mm_fallback",
 )
-# Where a product sums over so few, computing it again takes no longer than what lies between products, and the two
-# that it is made of are smaller. B·A of all experts, where PEFT adds it to their weights, is as large as these.
+# A product whose inner dimension is at most this takes no longer to recompute than the operations between products, and
+# its factors are smaller than its result. B·A of all experts, which PEFT adds to their weights, is as large as those.
 SHORT_SUM = 256
-LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of torch's products is the left matrix
+LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # position of the left matrix in the arguments of torch's products
 
 
 def choose_activation_memory(asked: ActivationMemory, meta_model: MetaModel) -> ActivationMemory:
-    """Return the policy ``asked`` for; for "auto", recompute where the model's code can do so, else keep.
+    """Return the policy ``asked``; for "auto", recompute if the model's code supports it, else keep.
 
     Raises:
-        ConfigurationError: There is no such policy, or the model's code cannot follow it.
+        ConfigurationError: There is no such policy, or the model's code does not support it.
     """
     if asked not in get_args(ActivationMemory):
         choices = ", ".join(get_args(ActivationMemory))
@@ -62,20 +62,20 @@ def choose_activation_memory(asked: ActivationMemory, meta_model: MetaModel) -> 
 
 
 def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torch.device, *, compiled: bool) -> None:
-    """Let decoder layers keep no more than ``policy`` says, from now on.
+    """Make decoder layers keep only what ``policy`` says, from now on.
 
-    Not transformers' gradient_checkpointing_enable: that also makes the embedding's output require grad, which only
-    reentrant checkpoints need and which sends gradients below the lowest trained weight; and since 5.23 it stands in a
-    layer's forward, which is compiled.
+    transformers' ``gradient_checkpointing_enable`` is not used because it also makes the embedding's output require
+    grad. Only reentrant checkpoints need that, and it propagates gradients below the lowest trained weight. Since 5.23
+    its checkpoint is also inside a layer's forward, which is compiled here.
 
     Args:
-        layers: A stage's.
-        policy: ``keep`` (everything), ``selective`` (the results of matrix products and of attention, but for products
-            of low rank; the rest is computed again), ``recompute`` (the layer's input), or ``offload`` (that, in the
-            host's memory).
+        layers: The decoder layers of a stage.
+        policy: ``keep`` (everything), ``selective`` (the results of matrix products and attention, except low-rank
+            products; the rest is recomputed), ``recompute`` (the layer's input), or ``offload`` (that input, in host
+            memory).
         device: Where the stage is.
-        compiled: Whether layers are compiled. The compiler chooses what to keep of a layer as ``selective`` does, and
-            keeps nothing that it can make anew from that in passing; the two are then the same.
+        compiled: Whether layers are compiled. The compiler itself chooses what to keep, much like ``selective``: it
+            recomputes what it can fuse into other kernels. ``keep`` and ``selective`` are then the same.
     """
     run: Callable[..., Any] | None
     if policy == "keep" or (policy == "selective" and compiled):
@@ -95,7 +95,7 @@ def set_activation_memory(layers: Iterable[nn.Module], policy: str, device: torc
 
 
 class _MemoryPolicy(Mixin):
-    """Mixed into a decoder layer, outside of what is compiled."""
+    """Mixed into a decoder layer, outside of the compiled code."""
 
     mixin_place = MixinPlace.MEMORY
     _run: Callable[..., Any] | None
@@ -108,19 +108,19 @@ class _MemoryPolicy(Mixin):
 
 
 def _compiled_keeping_inputs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Let the compiler, should it compile now, keep nothing but inputs.
+    """Make the compiler, if it compiles during this call, keep nothing but inputs.
 
-    Unlike a checkpoint around a compiled layer, what it computes again is what the backward pass needs: not the last
-    product, a quarter of the layer.
+    Unlike a checkpoint around a compiled layer, it recomputes only what the backward pass needs: not the last product,
+    a quarter of the layer.
     """
     with functorch_config.patch(activation_memory_budget=0.0):
         return call(*args, **kwargs)
 
 
 def compile_layers(layers: list[nn.Module]) -> None:
-    """Compile each decoder layer by itself: one graph for all of a kind, with the shapes of the first micro-batch."""
+    """Compile each decoder layer separately: one graph for all of a kind, with the shapes of the first micro-batch."""
     leave_functions_to_autograd()
-    # Layers of different kinds (attention windows, say), in training and evaluation, for a ragged last batch as well.
+    # Graphs for each kind of layer (attention windows, say), for training and evaluation, and for a ragged last batch.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in layers:
         layer.compile(dynamic=False)
@@ -131,7 +131,7 @@ def _offloaded(run: Callable[..., Any], copies: HostCopies, call: Callable[..., 
     version = hidden_states._version
     with copies.of(hidden_states):
         returned = run(call, *args, **kwargs)
-    if hidden_states._version != version:  # while it was being copied; autograd does not look at what hooks keep
+    if hidden_states._version != version:  # overwritten during the copy; autograd does not check what hooks keep
         raise RuntimeError("a decoder layer overwrites its input; set activation_memory to keep")
     return returned
 

@@ -1,4 +1,4 @@
-"""The whole causal LM without its weights: what the parts are called and whether they can be told apart."""
+"""The whole causal LM without its weights: the names of its parts, and where it can be cut."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lightning_pipelite.models.whole_model import WholeModel, whole_model
 
 
 class MetaModel:
-    """A causal LM on the meta device, with the names of the parts that a pipeline deals out.
+    """A causal LM on the meta device, with the names of the parts that a pipeline distributes.
 
-    No table of models: the decoder layers are a ``ModuleList`` whose modules run once each, in order, and a trial of a
-    tiny model of the same class shows what runs before, in and after them and what passes between them.
+    There is no table of models: the decoder layers are a ``ModuleList`` whose modules run once each, in order, and a
+    trial of a tiny model of the same class shows what runs before, in and after them and what passes between them.
 
     Args:
         model_dir: Directory of a Hugging Face causal LM; only ``config.json`` is read.
@@ -38,34 +38,34 @@ class MetaModel:
         attn_implementation: How attention is computed; transformers' choice if not given.
 
     Attributes:
-        config: The model's configuration, with ``use_cache`` off; of a multimodal model, its text model's.
+        config: The model's configuration, with ``use_cache`` off; for a multimodal model, its text model's.
         stored: The format in which the files hold quantised weights; None if they hold none.
-        model: The whole model on the meta device. Tied weights are one and the same parameter in it.
-        auto: What builds and loads it, as transformers' auto classes do.
+        model: The whole model on the meta device. Tied weights are a single parameter.
+        auto: The class that builds and loads it, like transformers' auto classes.
         is_text_part: Whether this is the text model of a multimodal one; images and sound are left out.
-        key_mapping: How the names of a multimodal checkpoint become those of a text model by itself; None if they stay.
+        key_mapping: Maps a multimodal checkpoint's names to those of a separate text model; None if they do not change.
         layers_name: Name of the list of decoder layers, such as ``model.layers``.
         layers: The decoder layers, in order.
         embedding_name: Name of the input embedding, such as ``model.embed_tokens``.
         head_name: Name of the output projection, such as ``lm_head``.
-        start_names: Modules with weights that run before the first decoder layer, the embedding among them.
+        start_names: Modules with weights that run before the first decoder layer, including the embedding.
         tail_names: Modules with weights that run after the last decoder layer: final norm and head.
         tied: Whether head and embedding share one weight.
         groups: Bounds of the groups of decoder layers that share more than hidden states, and so must share a stage:
-            group g has the layers from ``groups[g]`` to ``groups[g + 1]``, exclusive. Mostly one layer each.
-        tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns none.
-        start_inputs: For each decoder layer, which of its arguments beside the hidden states, by position or name, are
-            made before the layers, by the first stage alone: Gemma 3n's inputs of each layer.
-        shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
+            group g has the layers from ``groups[g]`` to ``groups[g + 1]``, exclusive. Usually one layer each.
+        tuple_lengths: For each decoder layer, how many values it returns in a tuple; 0 if it returns no tuple.
+        start_inputs: For each decoder layer, which of its arguments besides the hidden states, by position or name, are
+            computed before the layers, by the first stage alone: Gemma 3n's inputs of each layer.
+        shared_inputs: Groups of linear layers, by name, that are called consecutively with the same tensor.
         takes_positions: Whether the model's forward takes ``position_ids``.
-        isolates_documents: Whether packed documents, told by their positions, do not see each other.
-        by_document: Names of the modules in the layers that must run on each packed document by itself for that.
+        isolates_documents: Whether packed documents, given by their positions, do not see each other.
+        by_document: Names of the modules in the layers that must run on each packed document separately for that.
         one_stage_only: Why the model cannot be cut, so that all its layers are one group; None if it can.
-        balances_routers: Whether config.json asks for the routers' auxiliary loss (``output_router_logits``).
+        balances_routers: Whether config.json enables the routers' auxiliary loss (``output_router_logits``).
 
     Raises:
-        ConfigurationError: No readable ``config.json``, not a causal LM that transformers ships, or a model that
-            cannot be cut between its decoder layers.
+        ConfigurationError: ``config.json`` is missing or unreadable, the model is not a causal LM that can be built,
+            or a trial of its class fails or shows something that is not supported.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class MetaModel:
             self._build = partial(self._build, attn_implementation=attn_implementation)
         self.balances_routers = bool(getattr(self.config, "output_router_logits", False))
         if self.balances_routers:
-            self.config.output_router_logits = False  # a stage has the routers of its own layers only: see router.py
+            self.config.output_router_logits = False  # a stage only has the routers of its own layers: see router.py
         self.is_text_part = self.config.model_type != read_json(self.model_dir / "config.json")["model_type"]
         self.key_mapping = TEXT_MODEL_NAMES if self.is_text_part and self.auto is AutoModelForCausalLM else None
         try:
             with torch.device("meta"):
-                # bfloat16 as some kernels (grouped matrix products) exist for no other type; only shapes matter here.
+                # bfloat16: some kernels (grouped matrix products) support no other dtype, and only shapes matter here.
                 self.model: PreTrainedModel = self._build(self.config, dtype=torch.bfloat16)
         except Exception as error:
             raise ConfigurationError(
@@ -129,7 +129,7 @@ class MetaModel:
             raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
         try:
             self.isolates_documents = probe.isolates_documents() or probe.isolate_documents(self.layer_names)
-        except Exception:  # the class cannot run packed documents at all: they are refused
+        except Exception:  # the class cannot run packed documents at all, so they are refused
             self.isolates_documents = False
         self.by_document = probe.by_document
         if not is_static(self.model):
@@ -139,7 +139,7 @@ class MetaModel:
 
     @cached_property
     def bypassed_in_training(self) -> set[str]:
-        """The names of linear layers whose weights training takes directly, so that no adapter on them would train."""
+        """Names of linear layers whose weights training uses without calling them; adapters on them would not train."""
         return self._probe.bypassed_in_training()
 
     @property
@@ -159,7 +159,7 @@ class MetaModel:
         raise self._refusal(f"it names no {what}")
 
     def parameter_counts(self) -> list[int]:
-        """Return the number of parameters that come with each group; see ``CausalLMLayers.parameter_counts``."""
+        """Return the number of parameters of each group; see ``CausalLMLayers.parameter_counts``."""
         counts = [
             sum(p.numel() for layer in self.layers[first:after] for p in layer.parameters())
             for first, after in itertools.pairwise(self.groups)
@@ -173,9 +173,9 @@ class MetaModel:
         return counts
 
     def _attend_exactly(self, probe: Probe, *, asked: str | None) -> Probe:
-        """Attend in plain operations ("eager") if the class's faster code leaves out something of its attention.
+        """Switch to plain operations ("eager") if the class's faster attention code omits part of its attention.
 
-        Before transformers 5.23, scaled dot-product attention drops the soft cap of Gemma 2's scores without a word.
+        Before transformers 5.23, scaled dot-product attention silently drops the soft cap of Gemma 2's scores.
 
         Returns:
             A probe that attends as the model will.
@@ -186,7 +186,7 @@ class MetaModel:
         try:
             eager = Probe(self.config, build, probe)
             same = probe.layers_attend_as(eager, self.layer_names)
-        except Exception:  # the class has no other code, or none that can be tried
+        except Exception:  # the class has no eager code, or none that can be tried
             return probe
         if same:
             return probe
@@ -201,19 +201,19 @@ class MetaModel:
 
     @cache  # noqa: B019  (meta_models are few, and live as long as the job)
     def fits_varlen(self) -> bool:
-        """Tell whether the class attends as :func:`varlen_attention` does: with it, a tiny model gives the same."""
-        varlen.register()  # nobody attends by it who has not asked here
+        """Return whether a tiny model of the class gives the same logits with :func:`varlen_attention`."""
+        varlen.register()  # affects only models that select it by name
         try:
             probe = Probe(self.config, partial(self._build, attn_implementation=varlen.NAME), self._probe)
             return probe.attends_as(self._probe)
-        except Exception:  # whatever the class asks for that it does not do
+        except Exception:  # whatever the class requires that varlen does not support
             return False
 
     def router_loss(self) -> RouterLoss:
         """Return how the class balances its routers.
 
         Raises:
-            ConfigurationError: It has no routers, or balances them in a way of its own.
+            ConfigurationError: It has no routers, or balances them in an unknown way.
         """
         try:
             probe = Probe(self.config, self._build)
@@ -226,12 +226,12 @@ class MetaModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells the directory's model from others, as it was when it was first asked for."""
+        """The fingerprint of the directory's model, as of the first access."""
         return fingerprint(self.model_dir)
 
     @cached_property
     def whole(self) -> WholeModel:
-        """What transformers makes of the directory: of a multimodal model, more than the text model alone.
+        """The model that transformers loads from the directory: a multimodal one has more than the text model.
 
         Raises:
             ConfigurationError: It cannot be built, or the text model is not found in it.
@@ -251,7 +251,7 @@ class MetaModel:
         return switch and self.model.supports_gradient_checkpointing
 
     def _check_long_documents(self) -> None:
-        """Try documents that are longer than the model was made for, if its positions are not known to be static."""
+        """Try documents longer than the model was made for, as its rotary frequencies are not known to be static."""
         try:
             tried = try_long_documents(
                 self.config, self._build, takes_positions=self.takes_positions, by_document=self.by_document
@@ -270,7 +270,7 @@ class MetaModel:
 
 
 def embedding_first(model: PreTrainedModel) -> None:
-    """Put the part of ``model`` that holds the embedding first, so that a tied weight is called after the embedding."""
+    """Move the part of ``model`` with the embedding to the front, so that a tied weight is named after the latter."""
     embedding = model.get_input_embeddings()
     for name, child in list(model.named_children()):
         if not any(module is embedding for module in child.modules()):

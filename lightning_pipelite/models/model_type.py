@@ -1,4 +1,4 @@
-"""Whether transformers knows a model by its config.json, read without importing transformers."""
+"""Checks whether transformers supports a model's config.json, without importing transformers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from lightning_pipelite.models.weight_files import read_json
 
 
 def check_type(path: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a configuration of a type that nobody knows.
+    """Reject a configuration whose model type is unknown.
 
     Args:
         path: The model's config.json.
-        trust_remote_code: Whether its own code may be run.
+        trust_remote_code: Whether the model's own code may run.
 
     Raises:
-        ConfigurationError: It is not there, says no type, or one that is neither transformers' nor of the model's code.
+        ConfigurationError: The file is missing, names no type or an unknown one, or needs code of the model's own that
+            is not trusted.
     """
     kind = type_of(path)
     if f'"{kind}"' in _sources():
@@ -33,10 +34,10 @@ def check_type(path: Path, *, trust_remote_code: bool) -> None:
 
 
 def type_of(path: Path) -> str:
-    """Return the type that a config.json says.
+    """Return the ``model_type`` of a config.json.
 
     Raises:
-        ConfigurationError: It is not there, or says none.
+        ConfigurationError: The file is missing or has no ``model_type``.
     """
     kind = read_json(path).get("model_type")
     if not kind:
@@ -45,10 +46,10 @@ def type_of(path: Path) -> str:
 
 
 def refuse_own_code(path: Path) -> None:
-    """Refuse a configuration that needs code which nobody has said to trust.
+    """Reject a configuration that needs code of the model's own, for when such code is not trusted.
 
     Raises:
-        ConfigurationError: It does.
+        ConfigurationError: It needs such code.
     """
     if _has_own_code(path):
         raise ConfigurationError(
@@ -62,7 +63,7 @@ def _has_own_code(path: Path) -> bool:
 
 @functools.cache
 def _sources() -> str:
-    """Return the source text of transformers' tables of types: what is nowhere in them is no type."""
+    """Return the source of transformers' auto-class tables: a type that does not appear in it is unknown."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None

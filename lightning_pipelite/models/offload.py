@@ -1,4 +1,4 @@
-"""Keeps what the backward pass needs in the host's memory, copied beside the computation in both directions."""
+"""Offloads tensors saved for the backward pass to host memory; copies overlap with computation in both directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AHEAD = 3  # layers
+AHEAD = 3  # layers that the host may be ahead of the GPU
 
 
 @dataclass(eq=False)
@@ -18,10 +18,10 @@ class _Copy:
     """One tensor on its way to the host or back.
 
     Attributes:
-        host: page-locked.
-        written: When it is there.
-        device: What has been brought back.
-        back: When it is.
+        host: Page-locked buffer.
+        written: Recorded after the copy to the host.
+        device: The copy brought back to the GPU; None if there is none.
+        back: Recorded after the copy back.
     """
 
     host: Tensor
@@ -33,12 +33,11 @@ class _Copy:
 class HostCopies:
     """Keeps chosen tensors that autograd saves in page-locked host memory.
 
-    The copies run on two streams of their own, one for each direction, so that they hide behind the computation.
-    As one is used in the backward pass, the copy of the one saved before it is already started: the backward pass
-    goes through them in the opposite order. Host buffers are used again; there are as many as were needed at once, and
-    on the GPU no more than two tensors that have been brought back. Beside these there is what waits to be copied or
-    used: memory that a second stream uses is free again when the GPU, not the host, is done with it. So the host may
-    not be ahead of the GPU by more than a few layers.
+    Copies run on two streams of their own, one for each direction, so that they overlap with computation. The backward
+    pass uses the tensors in reverse order: when it unpacks one, the copy of the one saved before it is started too.
+    Host buffers are reused; there are as many as were needed at once. The GPU holds no more than two tensors that have
+    been brought back, plus those that wait to be copied or used: memory that a second stream uses is freed only when
+    the GPU, not the host, is done with it. The host is therefore kept from running more than a few layers ahead.
 
     Args:
         device: The GPU.
@@ -48,16 +47,16 @@ class HostCopies:
         self._device = device
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._kept: list[_Copy] = []  # in the order in which they were saved
-        self._free: list[tuple[Tensor, torch.cuda.Event]] = []  # buffers, and when they have been read
-        self._leaving: deque[torch.cuda.Event] = deque()  # when the last few will have been copied
-        self._used: deque[torch.cuda.Event] = deque()  # when those before the last few will have been used
+        self._free: list[tuple[Tensor, torch.cuda.Event]] = []  # buffers, and events recorded after they were read
+        self._leaving: deque[torch.cuda.Event] = deque()  # recorded after each of the last few copies to the host
+        self._used: deque[torch.cuda.Event] = deque()  # recorded as each of the last few was unpacked
 
     def of(self, chosen: Tensor) -> AbstractContextManager[Any]:
-        """Keep ``chosen`` in host memory, within this context, where autograd saves it."""
-        place, shape, dtype = chosen.data_ptr(), chosen.shape, chosen.dtype  # and not itself: autograd keeps the hook
+        """Return a context in which ``chosen`` is kept in host memory if autograd saves it."""
+        place, shape, dtype = chosen.data_ptr(), chosen.shape, chosen.dtype  # not the tensor: autograd keeps the hook
 
         def pack(tensor: Tensor) -> Any:
-            # By its place, as autograd hands over another tensor of the same memory; it is asked of every tensor saved.
+            # By address, as autograd passes another tensor on the same memory. This runs for every saved tensor.
             found = tensor.data_ptr() == place and tensor.shape == shape and tensor.dtype == dtype
             return self._keep(tensor) if found else tensor
 
@@ -70,7 +69,7 @@ class HostCopies:
         with torch.cuda.stream(self._out):
             copy.host.copy_(tensor, non_blocking=True)
             copy.written.record()
-        tensor.record_stream(self._out)  # its memory is not used again before that
+        tensor.record_stream(self._out)  # its memory is not reused before the copy is done
         self._kept.append(copy)
         self._leaving.append(copy.written)
         return copy

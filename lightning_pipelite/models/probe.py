@@ -1,4 +1,4 @@
-"""What a class of models does, found out by running a tiny model of it."""
+"""Finds out what a model class does by running a tiny model of it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_pipelite.models.attention.document_mask import document_mask
 from lightning_pipelite.models.tiny import build_tiny
 from lightning_pipelite.models.trace import Trace, trace_forward
 
-DOCUMENTS = (5, 7)  # tokens of the packed documents of the trial
-CLOSE = 1e-2  # by how much, of the largest value, logits differ at most if it may be by rounding
-STRONG = 8.0  # what weights are multiplied with so that attention scores reach the caps and sinks of real models
+DOCUMENTS = (5, 7)  # lengths of the packed documents of a trial, in tokens
+CLOSE = 1e-2  # largest difference between logits, relative to the largest one, that may be due to rounding
+STRONG = 8.0  # factor for weights, so that attention scores reach the caps and sinks of real models
 
 
 class Probe:
-    """Runs a tiny model with the kinds of layers and the depth of the real one, on the CPU in float32.
+    """Runs a tiny model with the depth and the kinds of layers of the real one, on the CPU in float32.
 
     Args:
         config: The real model's configuration.
         build: Builds a model from a configuration.
-        known: A probe of the same class that attends by other code; what does not depend on that is not tried again.
+        known: A probe of the same class with another attention implementation; results independent of it are reused.
 
     Attributes:
         model: The tiny model, in evaluation mode.
-        by_document: Names of the modules that run on each packed document by itself.
+        by_document: Names of the modules that run on each packed document separately.
 
     Raises:
-        Exception: Whatever the class raises where a tiny model cannot be built.
+        Exception: Whatever the class raises if a tiny model cannot be built.
     """
 
     def __init__(
@@ -52,25 +52,25 @@ class Probe:
         if known is None and takes_positions(self.model):
             counted_by_itself = self._logits(self.input_ids)
             self.takes_positions = True
-            # Some classes, RoBERTa's for one, begin to count elsewhere: there, positions from 0 are another model.
+            # Some classes, such as RoBERTa's, do not count from 0: explicit positions from 0 change what they compute.
             self.takes_positions = equal(self._logits(self.input_ids, _count(self.input_ids)), counted_by_itself)
 
     def trace(self, layer_names: Sequence[str], other_names: Sequence[str]) -> Trace:
-        """Return what one forward shows of the named decoder layers and other modules."""
+        """Trace one forward through the named decoder layers and other modules."""
         positions = _count(self.input_ids)
         return trace_forward(
             self.model, layer_names, other_names, lambda ids: self._run(ids, positions), self.input_ids
         )
 
     def sees_the_future(self) -> bool:
-        """Tell whether a token's logits depend on later tokens."""
+        """Return whether a token's logits depend on later tokens."""
         changed = self.input_ids.clone()
         changed[:, DOCUMENTS[0] :] = (changed[:, DOCUMENTS[0] :] + 1) % 120
         logits = [self._logits(ids)[:, : DOCUMENTS[0]] for ids in (self.input_ids, changed)]
         return not equal(*logits)
 
     def isolates_documents(self) -> bool:
-        """Tell whether each of two packed documents has the logits that it has alone."""
+        """Return whether each of two packed documents gets the same logits as alone."""
 
         def alone_and_packed() -> list[tuple[Tensor, Tensor]]:
             packed = self._logits(self.input_ids, _packed_positions()).split(DOCUMENTS, dim=1)
@@ -80,13 +80,13 @@ class Probe:
         return _equal_exactly(alone_and_packed, self)
 
     def isolate_documents(self, layer_names: Sequence[str]) -> bool:
-        """Let what leaks from one packed document into the next run on each by itself; tell whether that is enough."""
+        """Run modules that leak between packed documents on each one separately; return whether that is enough."""
         self.by_document = self._leaking_modules(layer_names)
         run_by_document(self.model, self.by_document)
         self._seen.clear()
         try:
             isolated = self.isolates_documents()
-        except NotImplementedError:  # the class hands its layers something by token that is not known
+        except NotImplementedError:  # the class passes its layers per-token arguments of an unknown layout
             isolated = False
         if not isolated:
             run_as_it_is(self.model, self.by_document)
@@ -117,8 +117,8 @@ class Probe:
     def bypassed_in_training(self) -> set[str]:
         """Return the names of linear layers whose weights get a gradient in training though they are not called.
 
-        Gemma 3n takes some directly to clip them. An adapter on such a layer would be passed by. Layers that merely do
-        not run, such as experts without tokens and those that ``layerdrop`` leaves out, have no gradient.
+        Gemma 3n uses some weights directly, to clip them. An adapter on such a layer would be bypassed. Layers that
+        merely do not run, such as experts without tokens and those that ``layerdrop`` skips, get no gradient.
         """
         called: set[str] = set()
         linear = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -142,7 +142,7 @@ class Probe:
         return {name for (name, _), gradient in zip(uncalled, gradients, strict=True) if gradient is not None}
 
     def attends_as(self, other: Probe) -> bool:
-        """Tell whether packed documents have the logits that they have in a model that attends by other code."""
+        """Return whether packed documents get the same logits as with ``other``'s attention implementation."""
 
         def of_both() -> list[tuple[Tensor, Tensor]]:
             ours, theirs = (each._logits(each.input_ids, _packed_positions()) for each in (self, other))
@@ -152,10 +152,10 @@ class Probe:
 
     @torch.no_grad()
     def layers_attend_as(self, other: Probe, layer_names: Sequence[str]) -> bool:
-        """Tell whether each decoder layer gives what it gives in a model that attends by other code.
+        """Return whether each decoder layer has the same output as with ``other``'s attention implementation.
 
-        With strong weights, and each layer by itself: all get what the first one gets, so that neither rounding errors
-        nor the size of the hidden states grow from layer to layer.
+        Weights are scaled up, and every layer gets the input of the first one, so that neither rounding errors nor the
+        magnitude of the hidden states grow from layer to layer.
         """
         outputs: list[list[Tensor]] = []
         for probe in (self, other):
@@ -193,12 +193,12 @@ class Probe:
         return outputs
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give the model another type."""
+        """Cast the model to ``dtype``."""
         self.model.to(dtype)
         self._seen.clear()
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Return what the model gives, which several questions ask for: run once."""
+        """Return the model's logits, cached because several checks use the same ones."""
         values = [None if tensor is None else tuple(tensor.flatten().tolist()) for tensor in (input_ids, position_ids)]
         asked = (*values, self.takes_positions and position_ids is not None)
         if asked not in self._seen:
@@ -217,10 +217,10 @@ class Probe:
 
 
 def _equal_exactly(pairs: Callable[[], list[tuple[Tensor, Tensor]]], *probes: Probe) -> bool:
-    """Tell whether logits that different code, or code for other shapes, computes are equal.
+    """Return whether logits that were computed by different code, or in other shapes, are equal.
 
-    Rounding grows from layer to layer: sixty layers of some classes in float32 come to what a leak might be. What is
-    close is computed again in double.
+    Rounding errors grow from layer to layer: in float32, sixty layers of some classes differ by as much as a leak
+    might. Logits that are merely close are computed again in float64.
     """
     found = pairs()
     if all(equal(a, b) for a, b in found):
@@ -231,7 +231,7 @@ def _equal_exactly(pairs: Callable[[], list[tuple[Tensor, Tensor]]], *probes: Pr
         for probe in probes:
             probe.cast(torch.float64)
         return all(equal(a, b) for a, b in pairs())
-    except RuntimeError:  # the class has parts in float32 whatever it is asked for
+    except RuntimeError:  # the class keeps parts in float32 whatever dtype is requested
         return False
     finally:
         for probe in probes:
@@ -239,7 +239,7 @@ def _equal_exactly(pairs: Callable[[], list[tuple[Tensor, Tensor]]], *probes: Pr
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Tell whether a causal LM's forward has ``position_ids`` among its arguments, or passes them on."""
+    """Return whether a causal LM's forward takes ``position_ids``, or passes them on."""
     outer = inspect.signature(type(model).forward).parameters
     inner = inspect.signature(type(model.base_model).forward).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer.values())
@@ -255,5 +255,5 @@ def _count(input_ids: Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Tell whether ``a`` is finite and equals ``b`` up to rounding in float32."""
+    """Return whether ``a`` is finite and equals ``b`` up to rounding in float32."""
     return bool(torch.isfinite(a).all()) and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1))

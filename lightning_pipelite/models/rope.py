@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies follow the length of the sequence: here, that of each document by itself.
+"""Rotary embeddings whose frequencies depend on the sequence length: here, on that of each document separately.
 
 transformers computes the frequencies of dynamic and long RoPE from the largest position that it is given, and leaves
-them in the module. A short document packed behind a long one, or a micro-batch after another, would be turned by the
-frequencies of what it has nothing to do with.
+them in the module. A short document packed with a long one, or a later micro-batch, would be rotated with frequencies
+of tokens that it has nothing to do with.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from transformers import PreTrainedModel
 from lightning_pipelite.models.attention.document_mask import starts
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
-# Of transformers (``modeling_rope_utils``), the types whose frequencies follow from the configuration alone. One that
-# is not listed, of a later version or of a model's own code, is tried: see ``long_documents.py``. What to watch for:
-# ``dynamic_rope_update`` there, which decides what is done anew in each forward.
+# RoPE types of transformers (``modeling_rope_utils``) whose frequencies follow from the configuration alone. A type
+# that is not listed, from a later version or a model's own code, is tried out: see ``long_documents.py``. What to watch
+# for: ``dynamic_rope_update`` in ``modeling_rope_utils``, which decides what each forward recomputes.
 STATIC = {"default", "linear", "yarn", "llama3", "proportional", "ntk_alpha"}
 
 
 def is_static(model: PreTrainedModel) -> bool:
-    """Tell whether a position's rotary angles are known not to depend on the other positions."""
+    """Return whether the rotary angles of a position are known not to depend on other positions."""
     if not type(model).__module__.startswith("transformers."):
         return False
     return all(kind in STATIC for module in model.modules() for kind in _types(module))
 
 
 def follow_documents(model: nn.Module) -> None:
-    """Rotate each document by the frequencies that it has alone, and let no micro-batch change the next one's."""
+    """Rotate each document with the frequencies that it has alone, independently of earlier micro-batches."""
     for module in model.modules():
         if any(_follows(kind) for kind in _types(module)):
             mix_in(module, _RopeByDocument)
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
-    """Return for each token the length of its document.
+    """Return the length of each token's document.
 
     Args:
-        position_ids: Int64 [.., seq], starting again at 0 where a document starts.
+        position_ids: Int64 [.., seq], restarting at 0 where a document starts.
     """
     rows = position_ids.flatten(0, -2)
     numbers = starts(rows).cumsum(dim=1) - 1
@@ -51,7 +51,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 
 def _types(module: nn.Module) -> list[str]:
-    """Return the types of RoPE of a rotary embedding: one, or one for each type of layer; empty of other modules."""
+    """Return a rotary embedding's RoPE types: one, or one for each type of layer; none for other modules."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return []
     kinds = getattr(module, "rope_type", None)
@@ -63,14 +63,14 @@ def _follows(kind: str) -> bool:
 
 
 class _RopeByDocument(Mixin):
-    """Mixed into a rotary embedding: its own code runs on documents of one length at a time, then is as before."""
+    """Mixed into a rotary embedding: runs its code on documents of one length at a time, then restores its state."""
 
     mixin_place = MixinPlace.COMPUTATION
     rope_type: str | dict[str, str]
     config: Any
     original_max_seq_len: int
 
-    @torch.compiler.disable  # how often it runs depends on the lengths
+    @torch.compiler.disable  # the number of iterations depends on the lengths
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         kinds = self.rope_type
         kind = kinds if isinstance(kinds, str) else kinds[layer_type]  # type: ignore[index]
@@ -101,7 +101,7 @@ class _RopeByDocument(Mixin):
 
 @contextmanager
 def _as_before(module: nn.Module) -> Iterator[None]:
-    """Put back all that a module holds: attributes, buffers, and the values of these, which may change in place."""
+    """Restore all that a module holds on exit: attributes, buffers, and buffer values, which may change in place."""
     attributes, buffers = dict(vars(module)), dict(module._buffers)
     values = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
     try:
@@ -115,7 +115,7 @@ def _as_before(module: nn.Module) -> Iterator[None]:
 
 
 def _choose(chosen: Tensor, one: Any, other: Any) -> Any:
-    """Take ``one`` where ``chosen`` [.., seq], else ``other``: cosines and sines [.., seq, size], or both in one."""
+    """Select ``one`` where ``chosen`` [.., seq], else ``other``: tensors [.., seq, size], or tuples of cos and sin."""
     if isinstance(one, Tensor):
         return torch.where(chosen[..., None], one, other)
     return type(one)(_choose(chosen, a, b) for a, b in zip(one, other, strict=True))

@@ -1,12 +1,13 @@
-"""The load-balancing loss of mixtures of experts, whose layers stand in several stages.
+"""The load-balancing loss of a mixture of experts whose layers are spread over several stages.
 
 Fedus et al. 2021, "Switch Transformers" (https://arxiv.org/abs/2101.03961), equations 4 to 6. Transformers averages
 over all layers before it multiplies,
 
     aux = E * sum_e f_e * P_e,   f_e = assignments to expert e / N,   P_e = probabilities of expert e / N,
 
-with E experts and N = layers * tokens, so the loss is not a sum over layers or stages. Both sums are: they travel
-with the hidden states, each stage adds its own, and the last one has the loss. Its gradient comes back by the same way.
+with E experts and N = layers * tokens, so the loss is not a sum over layers or stages. But f_e and P_e are: their sums
+travel with the hidden states, each stage adds its own, and the last one computes the loss. Its gradient comes back the
+same way.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """Where a model's routers are, and what its loss makes of them.
+    """Where a model's routers are, and how its loss is computed from them.
 
     Args:
-        places: By module name, in which item of its output the router's logits are; None if they are the output.
+        places: For each router's module name, the index of its logits in its output; None if they are the output.
         experts: The number of experts E.
         top_k: The number of experts that a token is sent to.
-        coefficient: What the loss is multiplied with before it is added to the cross-entropy.
+        coefficient: Factor of the loss when it is added to the cross-entropy.
     """
 
     places: dict[str, int | None]
@@ -38,10 +39,10 @@ class RouterLoss:
     coefficient: float
 
     def sums(self, logits: Tensor) -> Tensor:
-        """Return the assignments and the probabilities of each expert, float32 [2, experts].
+        """Return each expert's number of assignments and sum of probabilities, float32 [2, experts].
 
         Args:
-            logits: Of one router, [..., experts].
+            logits: Logits of one router, [..., experts].
         """
         probabilities = logits.reshape(-1, self.experts).softmax(dim=-1)
         chosen = probabilities.topk(self.top_k, dim=-1).indices.flatten()
@@ -51,26 +52,26 @@ class RouterLoss:
         return torch.stack([assigned, probabilities.float().sum(dim=0)])
 
     def loss(self, sums: Tensor, tokens: int) -> Tensor:
-        """Return the loss of a micro-batch, a float32 scalar, not yet multiplied with the coefficient.
+        """Return the loss of a micro-batch, a float32 scalar, not yet multiplied by the coefficient.
 
         Args:
-            sums: Over all routers, [2, experts].
-            tokens: How many the micro-batch has.
+            sums: Sums over all routers, [2, experts].
+            tokens: Number of tokens in the micro-batch.
         """
         assigned, probabilities = sums / (tokens * len(self.places))
         return self.experts * (assigned * probabilities).sum()
 
 
 def find_router_loss(model: PreTrainedModel, tiny: PreTrainedModel, input_ids: Tensor) -> RouterLoss:
-    """Find out, by running a tiny model, how its class balances its routers.
+    """Find out how a class balances its routers by running a tiny model.
 
     Args:
         model: The real model; may be on the meta device.
         tiny: A model of the same class and depth, in evaluation mode.
-        input_ids: Int64 [batch, seq], to run it on.
+        input_ids: Int64 [batch, seq], the input to run it on.
 
     Raises:
-        ValueError: If the class has no such loss, or another one.
+        ValueError: The class has no such loss, or a different one.
     """
     outputs: dict[str, Any] = {}
     hooks = [
@@ -117,12 +118,12 @@ def _places(recorded: tuple[Tensor, ...], outputs: dict[str, Any]) -> dict[str, 
 
 
 class RouterSums:
-    """Adds up, during a stage's forward, what its routers choose.
+    """Accumulates the sums of a stage's routers during its forward.
 
     Args:
         causal_lm: The stage's model.
-        loss: What to add up.
-        names: Of the routers that this stage has.
+        loss: The loss that defines these sums.
+        names: Names of the routers that this stage has.
     """
 
     def __init__(self, causal_lm: nn.Module, loss: RouterLoss, names: list[str]) -> None:
@@ -139,7 +140,7 @@ class RouterSums:
         self.gathers = True
 
     def finish(self, received: Tensor) -> Tensor:
-        """End the forward; return its sums and those ``received`` from the stages before, float32 [2, experts]."""
+        """End the forward; return its sums plus those ``received`` from earlier stages, float32 [2, experts]."""
         self.gathers = False
         for router in self._routers:
             assert router._sums is not None
@@ -148,7 +149,7 @@ class RouterSums:
 
 
 class _CountedRouter(Mixin):
-    """Mixed into a router. Each keeps its own sums, as one graph is to do for all layers that are compiled."""
+    """Mixed into a router. Each router keeps its own sums, so that one compiled graph serves all layers."""
 
     mixin_place = MixinPlace.RECORD
     _all: RouterSums
@@ -158,7 +159,7 @@ class _CountedRouter(Mixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if self.training:  # type: ignore[attr-defined]
-            # Also when a layer is recomputed: the recomputation must save the same tensors as the first forward.
+            # In recomputation too, which must save the same tensors as the first forward.
             sums = self._all.loss.sums(output if self._place is None else output[self._place])
             if self._all.gathers:
                 self._sums = sums

@@ -1,4 +1,4 @@
-"""Some rows of the embedding and the head held apart from the rest, so that they alone can be trained."""
+"""Holds some rows of the embedding and the head in a separate parameter, so that only they are trained."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn.functional import linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 ROWS = "trainable_tokens_delta"
-"""The parameter's name, PEFT's; it holds the rows themselves, and no difference."""
+"""The parameter's name, as in PEFT; it holds the rows themselves, not a difference."""
 
 
 def hold_apart(module: nn.Module, numbers: Sequence[int], dtype: torch.dtype) -> None:
-    """Let an embedding or a linear layer take some rows from a trained parameter that begins with their values.
+    """Make an embedding or a linear layer take some rows from a trained parameter, initialised with their values.
 
-    Nothing of the whole weight's size is made in either pass, as in PEFT's way, which copies it in each.
+    Neither pass allocates anything of the whole weight's size, unlike PEFT, which copies the weight in each.
 
     Args:
-        module: Its weight stays what it is, the rows in it too.
-        numbers: Of the rows, each once.
-        dtype: Of the parameter.
+        module: The layer; its weight is left unchanged, including these rows.
+        numbers: Indices of the rows, without duplicates.
+        dtype: Dtype of the parameter.
     """
     mix_in(module, _EmbeddingRows if isinstance(module, nn.Embedding) else _LinearRows)
     weight: Any = module.weight
@@ -34,14 +34,14 @@ def hold_apart(module: nn.Module, numbers: Sequence[int], dtype: torch.dtype) ->
 
 
 def share(module: nn.Module, embedding: nn.Module) -> None:
-    """Let a linear layer, the head, take its rows from those of ``embedding``, to which it is tied."""
+    """Make a linear layer, the head, use the rows held by ``embedding``, to which it is tied."""
     mix_in(module, _LinearRows)
-    module._shared_with = [embedding]  # type: ignore[assignment]  # in a list, so that it is no submodule
+    module._shared_with = [embedding]  # type: ignore[assignment]  # in a list, so that it is not a submodule
     _number(module, embedding.row_numbers)  # type: ignore[arg-type]
 
 
 def rows_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the numbers of the rows that a layer takes from elsewhere, and these; None if it takes none."""
+    """Return the indices and the values of the rows that a layer takes from a separate parameter; None if none."""
     if not isinstance(module, (_EmbeddingRows, _LinearRows)):
         return None
     owner: Any = module._shared_with[0] if module._shared_with else module
@@ -68,7 +68,7 @@ class _EmbeddingRows(_Rows):
 
     def forward(self, input: Tensor) -> Tensor:
         places = self.row_places[input]
-        apart: Any = copy.copy(self)  # by the class's own code, as some scale what they look up
+        apart: Any = copy.copy(self)  # to run the class's own code, as some scale what they look up
         apart._parameters = {"weight": self.get_parameter(ROWS).to(self.weight.dtype)}  # type: ignore[attr-defined]
         apart.padding_idx = None
         theirs = super(_EmbeddingRows, apart).forward(places.clamp(min=0))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Small sizes for a configuration, of which its class makes a model of the same kind."""
+"""Shrinks the sizes in a configuration, so that its class builds a small model of the same kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Small values by the names that configurations give their sizes. Not a table of models: a name that a configuration
-# does not have is left out. Heads times head size is the hidden size, and everything in 4 bits is a multiple of 64.
+# Small values for the names that configurations give their sizes. Not a table of models: names that a configuration
+# lacks are skipped. Heads times head size is the hidden size, and the sizes of all 4-bit weights are multiples of 64.
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "n_embd": 64,
@@ -118,7 +118,7 @@ WIDTHS = (
     "lru_width",
     "attention_hidden_size",
 )
-# Pairs of which some classes know, or are something else, where both are equal.
+# Pairs of sizes whose equality matters: some classes detect it, or build something else then.
 ALIKE = (
     ("num_attention_heads", "num_key_value_heads"),
     ("swa_num_attention_heads", "swa_num_key_value_heads"),
@@ -127,35 +127,35 @@ ALIKE = (
     ("head_dim", "global_head_dim"),
     ("intermediate_size", "moe_intermediate_size"),
 )
-# How wide the layers of a state-space model are is some times the hidden size, which some classes compute again.
+# Widths of state-space layers: a multiple of the hidden size, which some classes compute again.
 EXPANDED = ("intermediate_size", "mamba_d_ssm")
 
 
 def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the sizes among ``config``'s values, made small; the number of layers and their kinds stay."""
+    """Return small values for the sizes in ``config``; the number of layers and their kinds stay."""
     return _small(config.to_dict())
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the values that change.
+    """Return the values that change.
 
-    What says that there is none of a thing, or one, stays: 0, None, an empty list. So do equal sizes where a class can
-    tell them from different ones.
+    Values that mean none or one of a thing stay: 0, 1, None, an empty list. Sizes that are equal stay equal where a
+    class can tell the difference.
     """
     small: dict[str, Any] = {}
     for name, size in SIZES.items():
         value = values.get(name)
         if _is_size(value):
             small[name] = min(size, value) if "per_tok" in name or "group" in name else size
-        elif isinstance(value, list) and value and all(type(each) is int for each in value):  # one for each layer
+        elif isinstance(value, list) and value and all(type(each) is int for each in value):  # one per layer
             small[name] = [_smaller(size, each, max(value)) if each > 1 else each for each in value]
     _keep_relations(values, small)
     small.update({name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if _is_token(values.get(name))})
     for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
         if _is_size(values.get(name)):
-            small[name] = 4  # shorter than the texts of a trial, so that it matters
+            small[name] = 4  # shorter than the sequences of a trial, so that it has an effect
     for name, value in values.items():
-        if name == "per_layer_config" and value:  # what is otherwise in single layers
+        if name == "per_layer_config" and value:  # overrides for single layers
             small[name] = {layer: _small_layer(own, values, small) for layer, own in value.items()}
         elif isinstance(value, dict) and name not in ROPE and (inner := _small(value)):
             small[name] = {**value, **inner}
@@ -163,7 +163,7 @@ def _small(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small_layer(own: dict[str, Any], values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """Return what a layer has otherwise than the rest, made small as that is."""
+    """Return a layer's overrides, shrunk in proportion to the model's values."""
     made = {**own, **{k: _smaller(small[k], own[k], values[k]) for k in own.keys() & small.keys()}}
     parts, real = ("qk_nope_head_dim", "qk_rope_head_dim"), {**values, **own}
     if parts[0] in made and real.get("head_dim") == sum(real[part] for part in parts):
@@ -172,7 +172,7 @@ def _small_layer(own: dict[str, Any], values: dict[str, Any], small: dict[str, A
 
 
 def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
-    """Let sizes be equal, different, or one the sum of others, as the real ones are."""
+    """Keep sizes equal, different, or sums of others, as the real ones are."""
     widths = [name for name in WIDTHS if type(small.get(name)) is int]
     for name in widths[1:]:
         small[name] = _smaller(small[widths[0]], values[name], values[widths[0]])
@@ -188,13 +188,13 @@ def _keep_relations(values: dict[str, Any], small: dict[str, Any]) -> None:
         for name in EXPANDED:
             if expand and name in small and values[name] == expand * values.get("hidden_size", 0):
                 small[name] = int(expand * small["hidden_size"])
-        # A size that is one shape more than the hidden size says so by a ratio.
+        # Here these are the heads of the state-space layers: together they are as wide as the expanded hidden size.
         if expand and "mamba_num_heads" not in small and "num_heads" in small:
             small["num_heads"], small["head_dim"] = 8, int(expand * small["hidden_size"]) // 8
 
 
 def _keep_latent_heads(values: dict[str, Any], small: dict[str, Any]) -> None:
-    """Keep whether values are as long as queries and keys, which are a part that is rotated and one that is not."""
+    """Keep the value heads' size equal to, or different from, that of queries and keys or of their unrotated part."""
     rope, nope, value = values["qk_rope_head_dim"], values["qk_nope_head_dim"], values.get("v_head_dim")
     small["qk_nope_head_dim"] = 16 if nope == value else 8
     whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
@@ -207,7 +207,7 @@ def _keep_latent_heads(values: dict[str, Any], small: dict[str, Any]) -> None:
 
 
 def _smaller(size: int, value: int, reference: int) -> int:
-    """Return what is to ``size`` as ``value`` is to ``reference``: as large, half, or twice as large."""
+    """Return ``size``, half of it, or twice it: as ``value`` is equal to ``reference``, smaller, or larger."""
     return size if value == reference else size // 2 if value < reference else 2 * size
 
 

@@ -28,14 +28,14 @@ class Stage(nn.Module):
     Args:
         causal_lm: The model trimmed to this stage: a :class:`RemoteLayer` stands for each layer of another stage.
         layers_name: Name of the list of decoder layers in ``causal_lm``.
-        start: Number of the first decoder layer that this stage owns.
-        stop: Number after the last one.
-        start_inputs: For each decoder layer of the model, which of its arguments the first stage alone can make;
+        start: Index of the first decoder layer that this stage owns.
+        stop: Index after the last one.
+        start_inputs: For each decoder layer of the model, which of its arguments only the first stage can compute;
             see :class:`~lightning_pipelite.models.MetaModel`.
         takes_positions: Whether ``causal_lm`` is called with ``position_ids``.
-        packed: Whether inputs may hold several documents. If not, one that does is an error.
-        router_loss: The load-balancing loss of the model's routers, if it is trained.
-        fused_head: The head, if it is left to the loss.
+        packed: Whether a sequence may hold several documents. If not, one that does is an error.
+        router_loss: The load-balancing loss of the model's routers, if they are balanced.
+        fused_head: The head, if it is fused with the loss.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Stage(nn.Module):
             layers[number].hand_on_to(self._handover, number, first=number == stop)
 
     def expect_documents(self, count: int) -> None:
-        """Tell how many documents a micro-batch has, which spares the host of a GPU a wait for it.
+        """Announce how many documents a micro-batch has, which saves a host synchronisation on a GPU.
 
-        Where it is told of one, it must be told of all before they run.
+        If it is announced for one micro-batch, it must be announced for all of them before they run.
         """
         self._most_documents = max(self._most_documents or 0, count)
 
@@ -84,17 +84,17 @@ class Stage(nn.Module):
         Args:
             inputs: ``(input_ids, position_ids, *extra)`` on the first stage, ``(hidden_states, position_ids, *extra)``
                 on the others; ``input_ids`` and ``position_ids`` int64 [batch, seq], ``hidden_states`` [batch, seq,
-                hidden] in the model's dtype (some models have several streams; where layers are given more that the
-                first stage makes, one tensor of all of it). Positions start again at 0 where a
-                packed document starts; attention then stays inside each document. ``extra`` are small integer tensors
-                passed on untouched; while the stage runs, its model has them as ``extra_inputs``. Where routers are
-                balanced in training, the sums over the routers of the stages before follow last.
+                hidden] in the model's dtype (some models have several streams; if layers have other inputs that only
+                the first stage can compute, one flat tensor holds everything). Positions restart at 0 where a packed
+                document starts; attention then stays inside each document. ``extra`` are small integer tensors, passed
+                on unchanged; while the stage runs, its model has them as ``extra_inputs``. If routers are balanced in
+                training, the last tensor holds the sums over the routers of earlier stages.
 
         Returns:
-            The logits [batch, seq, vocabulary] in the model's dtype, or :class:`~lightning_pipelite.models.head.
-            HeadInputs` where the head is left to the loss, on the last stage, otherwise
-            ``(hidden_states, position_ids, *extra)`` for the next. Where routers are balanced in training,
-            ``(logits, loss)`` with their loss, a float32 scalar, or one more tensor for the next stage.
+            On the last stage the logits [batch, seq, vocabulary] in the model's dtype, or
+            :class:`~lightning_pipelite.models.head.HeadInputs` if the head is fused with the loss; on the others
+            ``(hidden_states, position_ids, *extra)`` for the next stage. If routers are balanced in training, the last
+            stage returns ``(logits, loss)`` with their loss, a float32 scalar, and the others append their sums.
 
         Raises:
             ConfigurationError: Packed documents reach a stage that cannot keep them apart.
@@ -131,10 +131,10 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def received_like(self, position_ids: Tensor) -> Tensor:
-        """Return an empty tensor of the shape and dtype of what this stage receives, if it is not the first.
+        """Return an empty tensor of the shape and dtype that this stage, not the first one, receives.
 
         Args:
-            position_ids: As :meth:`forward` gets them.
+            position_ids: As passed to :meth:`forward`.
         """
         self._handover.begin(None, measuring=True)
         try:
@@ -151,10 +151,11 @@ class Stage(nn.Module):
         return torch.empty(count, dtype=self.causal_lm.dtype, device=position_ids.device)
 
     def _arguments(self, position_ids: Tensor, input_ids: Tensor | None) -> dict[str, Any]:
-        """Return what the model is called with.
+        """Return the arguments that the model is called with.
 
-        No attention mask and no cache: with either, transformers no longer tells packed documents apart. On a stage
-        without tokens, token 0 everywhere only gives the model a shape and a device: what it makes of it is put aside.
+        No attention mask and no cache: with either, transformers no longer keeps packed documents apart. On a stage
+        without tokens, token 0 everywhere only gives the model a shape and a device; what it computes from it is
+        discarded.
         """
         arguments: dict[str, Any] = {"use_cache": False}
         if self._takes_positions:
@@ -164,21 +165,21 @@ class Stage(nn.Module):
 
 
 class RemoteLayer(nn.Module):
-    """Stands, without parameters, for a decoder layer that another stage owns.
+    """Stands in, without parameters, for a decoder layer that another stage owns.
 
     Args:
-        layer: The layer, which answers where the model's code asks for an attribute such as ``attention_type``.
-        tuple_length: How many values the layer returns in a tuple; 0 if it returns the hidden states alone.
+        layer: The layer, from which the model's code can still read attributes such as ``attention_type``.
+        tuple_length: How many values the layer returns in a tuple; 0 if it returns only the hidden states.
     """
 
     def __init__(self, layer: nn.Module, *, tuple_length: int) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not as a submodule: its weights, on the meta device, are nobody's
+        self.__dict__["layer"] = layer  # not a submodule: its weights stay on the meta device
         self.tuple_length = tuple_length
         self.__dict__["handover"] = None
 
     def hand_on_to(self, handover: Handover, number: int, *, first: bool) -> None:
-        """Hand on what the layer is called with, as layer ``number``; the ``first`` one, hidden states too."""
+        """Hand on the arguments of layer ``number``; for the ``first`` one, hidden states too."""
         self.__dict__["handover"] = handover
         self.number, self.first = number, first
 
@@ -189,20 +190,20 @@ class RemoteLayer(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        """Pass the hidden states on; after the stage's own layers, hand on and at last leave the model."""
+        """Return the hidden states unchanged; after the stage's own layers, hand arguments on and finally leave."""
         if self.handover is not None:
             self.handover.depart(self.number, self.first, ((hidden_states, *args), kwargs))
         return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
 
 
 class EmptyStub(nn.Module):
-    """Stands, without parameters, for a module that another stage owns and that this one never runs.
+    """Stands in, without parameters, for a module that another stage owns and this one never runs.
 
     Args:
-        module: The module; its weights become plain empty tensors, as the model's code may initialise them or ask for
+        module: The module; its weights become plain empty tensors, as the model's code may initialise them or read
             their device.
-        dtype: Type of the empty tensors.
-        device: Where they are.
+        dtype: Dtype of the empty tensors.
+        device: Device of the empty tensors.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -212,12 +213,12 @@ class EmptyStub(nn.Module):
 
 
 class ZeroStub(EmptyStub):
-    """Stands for a module before the layers: gives zeros of the same shape.
+    """Stands in for a module before the layers: returns zeros of the same shape.
 
     Args:
         module: An embedding (``weight`` [count, size], called with indices), a linear layer, or a norm.
-        dtype: Type of the zeros.
-        device: Where they are.
+        dtype: Dtype of the zeros.
+        device: Device of the zeros.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -228,24 +229,25 @@ class ZeroStub(EmptyStub):
         self._dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros of the shape that the module's own result has."""
+        """Return zeros of the shape of the module's own result."""
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         kept = first.shape if self._embeds else first.shape[:-1]
         return first.new_zeros(*kept, self._size or first.shape[-1], dtype=self._dtype)
 
 
 class _StageEntry(Mixin):
-    """Mixed into the layers of a stage that receives: swaps what they are called with for what was received.
+    """Mixed into the layers of a stage that receives: replaces their arguments with what was received.
 
-    Into all of them, though mostly the first alone has something to swap: layers of one class are compiled once. Not a
-    forward pre-hook: transformers before 5.23 checkpoints a layer's ``__call__``, hooks included, so a hook would run
-    again in the recomputation, by when another micro-batch has been received. This runs outside the checkpoint.
+    Mixed into all of them, though usually only the first has anything to replace, so that layers of one class are
+    compiled once. Not a forward pre-hook: transformers before 5.23 checkpoints a layer's ``__call__``, hooks included,
+    so a hook would run again in the recomputation, by which time another micro-batch has been received. This runs
+    outside the checkpoint.
     """
 
     mixin_place = MixinPlace.STAGE_ENTRY
 
     def receive_from(self, handover: Handover, number: int, *, entry: bool) -> None:
-        """Receive as layer ``number``; the first one of a stage (``entry``), hidden states too."""
+        """Receive as layer ``number``; the first one of a stage (``entry``) receives hidden states too."""
         self._arrive = partial(handover.arrive, number, entry=entry)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The text part of a model with images or sound: what builds and loads it.
+"""Builds and loads the text part of a model with images or sound.
 
-Either it is a causal LM of its own to transformers, and a tiny one, loaded from what the tiny whole model saves, has
-given the same logits. Or it is the whole model's own class built without its towers: masks, positions and what is done
-to the logits are then its own code, and names are those of the whole checkpoint. Whatever is left out raises an error
-if it is called, which the trial of a tiny model shows.
+Either transformers has it as a causal LM of its own, and a tiny one, loaded from what the tiny whole model saves, gives
+the same logits. Or it is the whole model's own class, built without its towers: masks, positions and the processing of
+logits are then its own code, and names are those of the whole checkpoint. Modules that are left out raise an error if
+they are called, which the trial of a tiny model reveals.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lightning_pipelite.models.transformers_compat import (
     revert_weight_conversion,
 )
 
-AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # in order
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)  # tried in order
 
-# What multimodal checkpoints, old and new, call the weights of a text model that is a causal LM of its own.
+# Prefixes, in old and new multimodal checkpoints, of the weights of a text model that is a causal LM of its own.
 TEXT_MODEL_NAMES = {
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.(?!model\.)": "model.",
@@ -42,20 +42,20 @@ TEXT_MODEL_NAMES = {
 
 
 class LeftOut(nn.Module):
-    """Stands where images or sound would be encoded; some classes ask it where it is before they see that none come."""
+    """Stands in for an encoder of images or sound; some classes read its device before they see that there are none."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple, so that it is not registered as its part
+        self._model = (model,)  # in a tuple, so that it is not registered as a submodule
 
     @property
     def device(self) -> torch.device:
-        """The device of the rest."""
+        """The device of the rest of the model."""
         return self._model[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the rest."""
+        """The dtype of the rest of the model."""
         return self._model[0].dtype
 
     @override
@@ -64,15 +64,16 @@ class LeftOut(nn.Module):
 
 
 def auto_class(whole: PretrainedConfig, config: PretrainedConfig, trust_remote_code: bool) -> Any:
-    """Return what builds and loads a causal LM, with ``from_config`` and ``from_pretrained``; None if nothing does.
+    """Return the class that builds and loads a causal LM (``from_config``, ``from_pretrained``); None if none does.
 
     Args:
         whole: Configuration of the directory.
-        config: That of the causal LM: ``whole``, or a part of it.
-        trust_remote_code: Whether code of the model's own may run.
+        config: Configuration of the causal LM: ``whole``, or a part of it.
+        trust_remote_code: Whether the model's own code may run.
 
     Raises:
-        Exception: Whatever the whole model's class raises where its text part cannot be built.
+        Exception: Whatever the whole model's class raises if its text part cannot be built; a ValueError if tokens of
+            the text part see later ones.
     """
     brought = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     causal_class = class_of(AutoModelForCausalLM, config)
@@ -84,10 +85,10 @@ def auto_class(whole: PretrainedConfig, config: PretrainedConfig, trust_remote_c
     try:
         reference = build_tiny(config, part_class.from_config)
     except Exception:
-        if class_of(AutoModelForCausalLM, whole) is not None:  # transformers itself takes the one for the other
+        if class_of(AutoModelForCausalLM, whole) is not None:  # transformers itself loads it as a causal LM
             return AutoModelForCausalLM
         raise
-    if _sees_the_future(reference):  # which depends on how it attends, among other things
+    if _sees_the_future(reference):  # depends on how it attends, among other things
         raise ValueError("its tokens see later tokens")
     return AutoModelForCausalLM if _does_the_same(causal_class, reference) else part_class
 
@@ -105,7 +106,7 @@ def _sees_the_future(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _does_the_same(causal_class: Any, reference: PreTrainedModel) -> bool:
-    """Tell whether a text model by itself, loaded from what ``reference`` saves, has its logits."""
+    """Return whether a standalone text model, loaded from what ``reference`` saves, gives the same logits."""
     try:
         model = causal_class.from_pretrained(
             None,
@@ -121,10 +122,9 @@ def _does_the_same(causal_class: Any, reference: PreTrainedModel) -> bool:
 
 
 def text_part_class(whole: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class that builds the text part of models of ``whole``, or None if no auto class knows them.
+    """Return a class that builds the text part of models of ``whole``, or None if no auto class knows them.
 
-    It is built from the text model's configuration as well as from the whole one's, and has ``from_config`` as auto
-    classes do.
+    It accepts the text model's configuration as well as the whole one, and has ``from_config`` as auto classes do.
     """
     classes = filter(None, (class_of(auto, whole) for auto in AUTO_CLASSES))
     text = whole.get_text_config(decoder=True)
@@ -143,7 +143,7 @@ def text_part_class(whole: PretrainedConfig) -> type[PreTrainedModel] | None:
     def from_config(config: PretrainedConfig, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
         return made._from_config(copy.deepcopy(config), **kwargs)
 
-    # Name and module stay: transformers looks up by them how weights are renamed.
+    # Name and module stay: transformers uses them to look up how weights are renamed.
     members = {"__init__": build, "__module__": whole_class.__module__, "from_config": staticmethod(from_config)}
     made: Any = type(whole_class.__name__, (whole_class,), members)
     return made
@@ -162,7 +162,7 @@ def _around(text: PretrainedConfig, whole: PretrainedConfig) -> PretrainedConfig
 
 
 def _leave_out_towers(model: PreTrainedModel) -> None:
-    """Keep of ``model`` the text model and the head, made anew where models are made now, and what has no weights."""
+    """Keep only modules without weights, and the text model and head, rebuilt on the current default device."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or type(head) is not nn.Linear:
         raise ValueError("it has no head of plain kind over its text model")
@@ -183,7 +183,7 @@ def _leave_out_towers(model: PreTrainedModel) -> None:
     for name in towers:
         _put(model, name, LeftOut(model))
     for name, module in model.named_modules():
-        if not name or path.startswith(f"{name}."):  # what images bring along, such as the mark of a row's end
+        if not name or path.startswith(f"{name}."):  # what images need, such as the end-of-row embedding
             for held in (module._parameters, module._buffers):
                 held.update(dict.fromkeys(held))
             mark_initialised(module)

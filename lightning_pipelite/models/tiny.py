@@ -1,4 +1,4 @@
-"""A tiny model of a class, to try on it what the class does."""
+"""Builds a tiny model of a class, to try out what the class does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_pipelite.models.borrowed_kernels import lend_to_gpus_alone
 from lightning_pipelite.models.small_sizes import ROPE, small_sizes
 from lightning_pipelite.models.transformers_compat import no_init_weights
 
-# What configurations call the number of positions that a model is made for.
+# Names that configurations give to the number of positions that a model is made for.
 LIMITS = (
     "max_position_embeddings",
     "original_max_position_embeddings",
@@ -22,7 +22,7 @@ LIMITS = (
     "max_sequence_length",
     "seq_length",
 )
-NOISE = 0.1  # added to every weight: as they are initialised, norms, biases and gates would hide much
+NOISE = 0.1  # added to every weight: the initial values of norms, biases and gates would hide much
 
 
 def build_tiny(
@@ -31,11 +31,11 @@ def build_tiny(
     known: PreTrainedModel | None = None,
     limit: int | None = None,
 ) -> PreTrainedModel:
-    """Build a tiny model; with the weights of ``known`` if names and shapes agree, which takes half as long.
+    """Build a tiny model, with the weights of ``known`` if names and shapes agree, which takes half as long.
 
-    If not, both have those of one seed. With a ``limit`` it is made for documents of so many tokens.
+    Otherwise both are initialised with the same seed. With a ``limit``, it is made for documents of that many tokens.
     """
-    # As a context, even torch's own default device makes each operation slower.
+    # A device context slows down every operation, even for the device that is the default anyway.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), on_cpu:
         if known is not None:
@@ -50,17 +50,17 @@ def build_tiny(
                 return model
         torch.manual_seed(0)
         model = build(tiny_config(config, limit), dtype=torch.float32)
-        lend_to_gpus_alone(model)  # before anything runs of its code: whatever is trained or planned is tried first
+        lend_to_gpus_alone(model)  # before any of its code runs: models are tried before they are trained or planned
         for parameter in model.parameters():
             parameter.data += NOISE * torch.randn_like(parameter)
         return model
 
 
 def tiny_config(config: PretrainedConfig, limit: int | None = None) -> PretrainedConfig:
-    """Return a configuration of the class, depth and kinds of layers of ``config`` with small sizes.
+    """Return a configuration with small sizes, but with the class, depth and kinds of layers of ``config``.
 
     Args:
-        config: The real model's.
+        config: The real model's configuration.
         limit: How many positions the tiny model is made for; if not given, more than any trial has.
 
     Raises:
@@ -76,14 +76,14 @@ def tiny_config(config: PretrainedConfig, limit: int | None = None) -> Pretraine
 
 
 def _tiny_rope(rope: dict[str, Any], real: dict[str, Any], tiny: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """Make the parameters of rotary embeddings small, also those for each type of layer."""
+    """Shrink the parameters of rotary embeddings, including those for each type of layer."""
     made = dict(rope)
     for name, value in rope.items():
         if isinstance(value, dict):
             made[name] = _tiny_rope(value, real, tiny, limit)
-        elif name in ("long_factor", "short_factor"):  # one for each pair of the head's dimensions that is turned
+        elif name in ("long_factor", "short_factor"):  # one per rotated pair of the head's dimensions
             made[name] = value[: round(len(value) * _head_size(tiny) / _head_size(real))]
-        elif name == "mrope_section" and value:  # a part of those pairs for each of time, height and width
+        elif name == "mrope_section" and value:  # how many of those pairs are for time, height and width
             made[name] = _tiny_parts(value, round(sum(value) * _head_size(tiny) / _head_size(real)))
         elif name in LIMITS and limit is not None:
             made[name] = limit
@@ -91,7 +91,7 @@ def _tiny_rope(rope: dict[str, Any], real: dict[str, Any], tiny: dict[str, Any],
 
 
 def _tiny_parts(parts: list[int], total: int) -> list[int]:
-    """Return parts in about the same ratio whose sum is ``total``; equal ones stay equal where that can be."""
+    """Return parts in about the same ratio whose sum is ``total``; equal ones stay equal where possible."""
     made = [max(1, part * total // sum(parts)) for part in parts]
     for part in sorted(set(parts), key=lambda part: -(part * total % sum(parts))):
         if parts.count(part) <= total - sum(made):

@@ -1,10 +1,10 @@
-"""What torch's compiler does wrong, and how layers are kept from it: with the versions, and what to watch for.
+"""Workarounds for bugs of torch's compiler, with the affected versions and when to remove them.
 
-* ``leave_functions_to_autograd``: up to 2.12 Dynamo traces an ``autograd.Function`` such that gradients can be wrong,
-  without a word. With 2.11 they are zeros where its forward ends in a call that returns what it is given (``to`` of the
-  same dtype, ``contiguous``, a sum in place), and a part is missing where it is given one tensor twice, or where it
-  writes in place and what it returns is not used. 2.12 has mended the first; with 2.13 all are right. Remove with the
-  support of 2.12.
+* ``leave_functions_to_autograd``: up to 2.12, Dynamo can trace an ``autograd.Function`` so that its gradients are
+  silently wrong. With 2.11 they are zeros if its forward ends in a call that returns its own input (``to`` of the same
+  dtype, ``contiguous``, an in-place sum), and part of them is missing if it gets one tensor twice, or if it writes in
+  place and its output is not used. 2.12 fixed the first bug; with 2.13 all are fixed. Remove when 2.12 is no longer
+  supported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch.torch_version import TorchVersion
 
 TRACES_RIGHTLY = "2.13"  # the first version that does
-# Whose compiled gradients tests hold to those without: torch's, and tests/kernels/test_compiled_gradients.py.
+# Functions whose compiled gradients are tested against eager ones: by torch's tests, and by
+# tests/kernels/test_compiled_gradients.py.
 TESTED = ("torch.", "lightning_pipelite.", "bitsandbytes.autograd._functions.MatMul4Bit")
 
 
 def leave_functions_to_autograd(version: str = torch.__version__) -> None:
-    """Let what is compiled from now on call each untested ``autograd.Function`` as it is, if it may be traced wrongly.
+    """Keep untested ``autograd.Function`` classes out of all graphs compiled from now on, if tracing may be wrong.
 
-    The graph is cut in two there, which is slower, and right. A warning names each.
+    Each causes a graph break, which is slower but correct, and a warning that names it.
 
     Args:
-        version: Of torch.
+        version: The version of torch.
     """
     from torch._dynamo.exc import unimplemented
     from torch._dynamo.variables.misc import AutogradFunctionVariable

@@ -1,4 +1,4 @@
-"""What a causal LM does in one forward: which parts run where, and what passes from layer to layer."""
+"""Traces one forward of a causal LM: which parts run where, and what passes from layer to layer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-START = -1  # what the first stage alone has: the tokens, and what is made of them and of weights before the layers
+START = -1  # what only the first stage has: the tokens, and what is computed from them and weights before the layers
 
 
 @dataclass
 class Trace:
-    """What was seen.
+    """The result of a trace.
 
     Attributes:
         order: Names of the watched modules and layers, in the order of their calls.
-        tuple_lengths: For each layer, how many values it returns in a tuple; 0 if it returns the hidden states alone.
-        carried: Pairs ``(i, j)``: layer j, or what follows it, uses what layer i (or :data:`START`) made, other than
-            through the hidden states and ``start_inputs``. Both must be on one stage.
-        start_inputs: For each layer, which of its arguments beside the hidden states, by position or name, are tensors
-            of floating type that :data:`START` made: they can travel with the hidden states.
+        tuple_lengths: For each layer, how many values it returns in a tuple; 0 if it returns only the hidden states.
+        carried: Pairs ``(i, j)``: layer j, or what follows it, uses what layer i (or :data:`START`) computed, other
+            than through the hidden states and ``start_inputs``. Both must be on one stage.
+        start_inputs: For each layer, which of its arguments besides the hidden states, by position or name, are
+            floating-point tensors from :data:`START`: they can travel with the hidden states.
         hidden_missing: Whether a layer got no tensor of hidden states as its first argument.
         without_tensors: Names of other modules that were called with no tensor, so that their stubs know no shape.
-        shared_inputs: Names of linear layers that were called one after the other with one and the same tensor.
+        shared_inputs: Names of linear layers, grouped where consecutive calls got the same tensor.
     """
 
     order: list[str] = field(default_factory=list)
@@ -47,12 +47,12 @@ def trace_forward(
     run: Callable[[Tensor], Tensor],
     input_ids: Tensor,
 ) -> Trace:
-    """Watch ``run(input_ids)``, a forward of ``model`` that returns the logits.
+    """Trace ``run(input_ids)``, a forward of ``model`` that returns the logits.
 
     Args:
         model: A causal LM.
         layer_names: Names of its decoder layers.
-        other_names: Names of further modules whose calls are of interest.
+        other_names: Names of other modules whose calls are recorded.
         run: Calls the model.
         input_ids: Int64 [batch, seq].
 
@@ -63,7 +63,7 @@ def trace_forward(
     flow = _Flow(trace, len(layer_names))
     flow.mark([input_ids], {START})
     flow.mark(model.parameters(), {START})
-    owners: dict[nn.Parameter, set[int]] = {}  # several, of weights that layers share
+    owners: dict[nn.Parameter, set[int]] = {}  # several if layers share a weight
     for number, name in enumerate(layer_names):
         for parameter in model.get_submodule(name).parameters():
             owners.setdefault(parameter, set()).add(number)
@@ -119,11 +119,11 @@ def trace_forward(
 
 
 class _SharedInputs:
-    """Notes which linear layers get the same tensor."""
+    """Records which linear layers get the same tensor in consecutive calls."""
 
     def __init__(self, groups: list[list[str]]) -> None:
         self._groups = groups
-        self._input: tuple[Tensor, int] | None = None  # and its version: it may be written to in between
+        self._input: tuple[Tensor, int] | None = None  # and its version, as it may be written to in between
 
     def called(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -138,7 +138,7 @@ class _SharedInputs:
 
 
 class _Flow(TorchDispatchMode):
-    """Follows through every operation where its inputs come from: the layers' numbers, or :data:`START`."""
+    """Tracks through every operation where its inputs come from: layer numbers, or :data:`START`."""
 
     def __init__(self, trace: Trace, count: int) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ class _Flow(TorchDispatchMode):
         self.count = count
         self.last = START  # the layer that was entered last
         self.inside = False
-        self.received: list[Tensor] = []  # the arguments of the layer that runs which are sent from stage to stage
+        self.received: list[Tensor] = []  # those arguments of the running layer that travel between stages
         self.sources: dict[int, frozenset[int]] = {}
-        self.alive: list[Tensor] = []  # so that no id is given twice
+        self.alive: list[Tensor] = []  # so that no id is reused
 
     def mark(self, tensors: Iterable[Tensor], sources: Iterable[int]) -> None:
         for tensor in tensors:
@@ -158,12 +158,12 @@ class _Flow(TorchDispatchMode):
     def enter(self, number: int, hidden: Tensor, occurrences: int) -> None:
         # What runs between two layers runs on the earlier one's stage.
         self._use(self._sources_of(hidden), self.last)
-        if occurrences > 1:  # a stage puts the received hidden states in the first place only
+        if occurrences > 1:  # a stage replaces only the first argument with the hidden states that it received
             self._use({self.last}, number)
         self.last, self.inside, self.received = number, True, [hidden]
 
     def give(self, arguments: Iterable[tuple[int | str, Any]]) -> list[int | str]:
-        """Return the places of the arguments that the first stage makes, which the layer that was entered receives."""
+        """Return which arguments of the entered layer only the first stage computes; count them as received."""
         (hidden,) = self.received
         tensors = [(place, value) for place, value in arguments if isinstance(value, Tensor) and value is not hidden]
         made = [(place, t) for place, t in tensors if t.is_floating_point() and self._sources_of(t) == {START}]
@@ -171,13 +171,13 @@ class _Flow(TorchDispatchMode):
         return [place for place, _ in made]
 
     def leave(self, beside: Iterable[Tensor]) -> None:
-        """Leave the layer, which returns ``beside`` with the hidden states: of it, or passed through."""
+        """Leave the layer, which returns ``beside`` with the hidden states, whether computed or passed through."""
         self.inside = False
         self.mark(beside, {self.last})  # a stage without the layer has None there
 
     def _sources_of(self, tensor: Tensor) -> frozenset[int]:
         if self.inside and any(tensor is each for each in self.received):
-            return frozenset()  # sent from stage to stage; used outside the layer, it is the earlier stage's
+            return frozenset()  # travels between stages; outside the layer, it belongs to the earlier stage
         return self.sources.get(id(tensor), frozenset())
 
     def finish(self, logits: Tensor) -> None:
@@ -192,10 +192,10 @@ class _Flow(TorchDispatchMode):
         output = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         sources: frozenset[int] = frozenset()
-        if not name.endswith("_like") and not name.startswith("new_"):  # those take shapes, not values
+        if not name.endswith("_like") and not name.startswith("new_"):  # these use shapes, not values
             weights = self.last == self.count - 1 and not self.inside
             for tensor in tensors_in((args, kwargs)):
-                # Weights after the last layer (norm, head, the embedding that is tied to it) are on its stage.
+                # Weights used after the last layer (norm, head, tied embedding) are on its stage.
                 if not (weights and isinstance(tensor, nn.Parameter)):
                     sources |= self._sources_of(tensor)
         if self.inside:
@@ -206,9 +206,9 @@ class _Flow(TorchDispatchMode):
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors among the arguments or the results of an operation, in lists, tuples and dictionaries.
+    """Return the tensors among the arguments or results of an operation, also in lists, tuples and dictionaries.
 
-    What torch._pytree does for more kinds of containers takes longer than the operations themselves.
+    torch._pytree knows more kinds of containers, but takes longer than the operations themselves.
     """
     if isinstance(value, Tensor):
         return [value]

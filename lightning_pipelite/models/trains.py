@@ -1,4 +1,4 @@
-"""What a causal LM's layers ask of what is trained of them; ``lightning_pipelite.adapters`` has classes that answer."""
+"""The interface of what trains a causal LM's layers, implemented by the classes in ``lightning_pipelite.adapters``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Trains(Protocol):
 
     @property
     def changes_weights(self) -> str:
-        """What of it changes the model's own weights; empty if nothing does."""
+        """The class or option that changes the model's own weights, for messages; empty if none does."""
         ...
 
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
@@ -29,5 +29,5 @@ class Trains(Protocol):
         ...
 
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return what is to be saved of a stage's model."""
+        """Return the tensors to save of a stage's model."""
         ...

@@ -1,17 +1,17 @@
-"""Every part of transformers that it does not document: what it is for, and what to watch for its removal.
+"""All uses of undocumented parts of transformers: what each is for, and when it can be removed.
 
-Tested with transformers 5.17 to 5.23; pyproject.toml allows more, of which ``tests/models/test_transformers_compat.py``
-names what is gone. Other files use what is documented, and some attributes
-of modules, without which the class of a model is refused or tried out: those of rotary embeddings (``rope.py``) and of
-routers (``router.py``). The data room, which knows no models, has its own (``data/template.py``).
+Tested with transformers 5.17 to 5.23; pyproject.toml allows later versions, for which
+``tests/models/test_transformers_compat.py`` names what is gone. Other files use what is documented, and some attributes
+of modules: without those of rotary embeddings (``rope.py``) and routers (``router.py``), a model's class is refused or
+tried out. The data package, which knows nothing of models, has its own (``data/template.py``).
 
-* The rules by which weights on disk become parameters (``conversion_mapping``, ``core_model_loading``) and back: their
-  names, fused experts, split projections. Export reads and writes one weight at a time, in the layout of the files,
-  where transformers' own loading and saving hold a whole model. Remove when it loads single parameters by name.
+* The rules that turn weights on disk into parameters (``conversion_mapping``, ``core_model_loading``) and back: names,
+  fused experts, split projections. Export reads and writes one weight at a time, in the layout of the files, whereas
+  transformers' own loading and saving hold a whole model. Remove when transformers loads single parameters by name.
 * ``no_init_weights``: models on the meta device, and those whose weights are about to be copied in, need no initial
-  values, which take longer than all the rest. Remove when ``from_config`` has an option for it.
-* ``convert_moe_packed_tensors``: MXFP4 to floating point. Remove when it is one of torch's own types.
-* ``get_relative_imports``: which files a model's own code imports, so that a copy of the model has them.
+  values; computing them takes longer than all the rest. Remove when ``from_config`` has an option for it.
+* ``convert_moe_packed_tensors``: converts MXFP4 to floating point. Remove when torch has a dtype for it.
+* ``get_relative_imports``: finds the files that a model's own code imports, so that a copy of the model includes them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ __all__ = [
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
-    """Return by which implementation models of ``config`` attend; None if nothing has been chosen yet.
+    """Return the attention implementation of models of ``config``; None if none has been chosen yet.
 
     Remove when a configuration has a public attribute for what ``attn_implementation`` sets.
     """
@@ -86,7 +86,7 @@ def attention_of(config: PretrainedConfig) -> str | None:
 
 
 def set_attention(config: PretrainedConfig, name: str | None) -> None:
-    """Let models of ``config`` attend by the implementation ``name``, unchecked: one that exists on a GPU alone, too.
+    """Set the attention implementation of models of ``config``, unchecked: it may be one that only GPUs have.
 
     Remove when there is a setter, or ``PreTrainedModel.set_attn_implementation`` works on the meta device.
     """
@@ -94,17 +94,17 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
 
 
 def loads_by(auto: Any, config: PretrainedConfig) -> bool:
-    """Tell whether an auto class has a model for ``config``, by transformers' table or by the model's own code.
+    """Return whether an auto class has a model for ``config``, in transformers' table or in the model's own code.
 
-    Remove when auto classes tell it: ``from_config`` builds the model, or raises an error that means other things too.
+    Remove when auto classes report it: ``from_config`` builds the model, or raises an error that has other causes too.
     """
     return type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class of transformers' own that an auto class builds for ``config``; None if it has none.
+    """Return transformers' own class that an auto class builds for ``config``; None if it has none.
 
-    Remove when auto classes tell it.
+    Remove when auto classes report it.
     """
     if type(config) not in auto._model_mapping:
         return None
@@ -115,16 +115,16 @@ def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | Non
 def loading_class(
     whole_class: type[PreTrainedModel], build: Callable[..., None], adjust_keys: Callable[[Any, Any], None]
 ) -> type[PreTrainedModel]:
-    """Return ``whole_class`` with another ``__init__``, whose ``from_pretrained`` hands over what it found.
+    """Return ``whole_class`` with another ``__init__``, and with a hook on what ``from_pretrained`` reports.
 
-    Name and module stay: transformers looks them up to find a class's loss and its weight conversions. Remove when
-    ``from_pretrained`` takes a model that is built, and reports what it loaded before it forgives or refuses.
+    Name and module stay: transformers uses them to look up a class's loss and its weight conversions. Remove when
+    ``from_pretrained`` takes a model that is already built, and reports what it loaded before it accepts or refuses it.
 
     Args:
         whole_class: The model's class.
-        build: In place of ``__init__``.
-        adjust_keys: In place of ``_adjust_missing_and_unexpected_keys(self, report)``: may change what of the load
-            (``missing_keys``, ``unexpected_keys``, ``mismatched_keys``, ``conversion_errors``) is an error.
+        build: Replaces ``__init__``.
+        adjust_keys: Replaces ``_adjust_missing_and_unexpected_keys(self, report)``: may change which keys in the report
+            (``missing_keys``, ``unexpected_keys``, ``mismatched_keys``, ``conversion_errors``) count as errors.
     """
     members = {
         "__init__": build,
@@ -135,12 +135,12 @@ def loading_class(
 
 
 def forgive_keys(whole_class: type[PreTrainedModel], model: PreTrainedModel, report: Any) -> None:
-    """Take out of a load's report what ``whole_class`` declares to be no loss, as it does by itself."""
+    """Remove from a loading report the keys that ``whole_class`` declares harmless, as ``from_pretrained`` would."""
     whole_class._adjust_missing_and_unexpected_keys(model, report)
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what MXFP4 codes [experts, out, blocks, 16] and exponents [experts, out, blocks] stand for, transposed."""
+    """Dequantise MXFP4 codes [experts, out, blocks, 16] with exponents [experts, out, blocks], and transpose."""
     weight: Tensor = convert_mxfp4(blocks, scales, dtype=dtype)
     return weight
 
@@ -149,10 +149,10 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 def one_at_a_time() -> Iterator[None]:
     """Load models, within this context, one weight at a time and without reserving memory beforehand.
 
-    Left alone, transformers reserves on a GPU what a model takes before it loads it, in full precision where it does
-    not quantise itself (FP8, fused experts in 4 bits): several times what a stage then holds, on a card that may just
-    fit the stage. And threads of its read weights on while those before are being quantised, all of the model if they
-    are fast enough. Remove when a model, and not only a quantiser, can say what it will take.
+    By default, transformers reserves a model's size on a GPU before loading it, in full precision where it does not
+    quantise the weights itself (FP8, fused experts in 4 bits): several times what a stage then holds, on a card that
+    the stage may just fit. Its threads also keep reading weights while earlier ones are being quantised, the whole
+    model if they are fast enough. Remove when a model, and not only a quantiser, can say how much it will take.
     """
     variable, reserve = "HF_DEACTIVATE_ASYNC_LOAD", modeling_utils.caching_allocator_warmup
     former = os.environ.get(variable)
@@ -170,9 +170,9 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_to_quantise() -> Iterator[None]:
-    """Let transformers' 4-bit quantiser find no linear layers, within this context, without a warning of a bug.
+    """Silence, within this context, the 4-bit quantiser's warning that a model without linear layers may be a bug.
 
-    There are none where all are held as the files have them. Remove when its warning can be turned off by itself.
+    There are none if all are held as stored in the files. Remove when this warning can be turned off separately.
     """
     logger = logging.getLogger("transformers.integrations.bitsandbytes")
     level = logger.level
@@ -184,20 +184,21 @@ def nothing_to_quantise() -> Iterator[None]:
 
 
 def mark_initialised(parameter: nn.Parameter | nn.Module) -> None:
-    """Tell transformers, while it loads a model, that a parameter has its values though no file held it by this name.
+    """Mark a parameter as loaded, though no file holds it under this name, while transformers loads a model.
 
-    Of a module, that its own parameters do.
+    For a module, this applies to its own parameters.
 
-    Remove when what is quantised as it is assigned is no missing weight.
+    Remove when weights that are quantised on assignment no longer count as missing.
     """
     parameter._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 def has_experts_interface(module: nn.Module) -> bool:
-    """Tell whether ``module`` holds experts that follow transformers' experts interface.
+    """Return whether ``module`` holds experts that follow transformers' experts interface.
 
-    By what its decorator ``use_experts_implementation`` leaves on an instance. A norm after each expert, which one
-    class has, is not covered, nor are experts spread over processes. Remove when the decorator marks its classes.
+    Recognised by the attributes that the decorator ``use_experts_implementation`` leaves on an instance. A norm after
+    each expert, which one class has, is not covered, nor are experts spread over processes. Remove when the decorator
+    marks its classes.
     """
     known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
     special = any(getattr(module, name, False) for name in ("has_post_expert_norm", "_is_expert_parallel"))
@@ -205,16 +206,16 @@ def has_experts_interface(module: nn.Module) -> bool:
 
 
 def gate_of_experts(experts: Any, inner: Tensor) -> Tensor:
-    """Return the activation of experts of that interface: gated or plain, [.., inner or 2·inner] to [.., inner]."""
+    """Apply the activation of experts of that interface, plain or gated: [.., inner or 2·inner] to [.., inner]."""
     output: Tensor = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return output
 
 
 def torch_path(function: Any) -> Callable[..., Any] | None:
-    """Return what transformers does in torch where the package that ``function`` takes a kernel from is missing.
+    """Return the torch implementation to which ``function`` would fall back if its kernel's package were missing.
 
-    None if it takes none, by what the decorator ``use_kernel_func_from_hub_with_fallback`` knows; with the package
-    ``kernels`` there is another one around it. Remove when transformers chooses by the device of the tensors.
+    None if it uses no kernel, according to the decorator ``use_kernel_func_from_hub_with_fallback``; if the package
+    ``kernels`` is installed, another decorator is around that. Remove when transformers chooses by the tensors' device.
     """
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         if getattr(function, "__globals__", None) is vars(hub_kernels):
@@ -228,12 +229,12 @@ def torch_path(function: Any) -> Callable[..., Any] | None:
 def mask_documents(numbers: Callable[[], Tensor | None]) -> None:
     """Make the masks that transformers builds from now on keep apart the documents that ``numbers`` returns.
 
-    Models hand their positions to transformers' mask builders, or forget to (gpt-oss and others then attend across
-    documents without a word). Remove when the positions reach the builders from every model.
+    Models pass their positions to transformers' mask builders, or forget to (gpt-oss and others then silently attend
+    across documents). Remove when every model passes its positions to the builders.
 
     Args:
-        numbers: Returns which document each token is in, int64 [batch, seq]; None if masks are to be as ever. They also
-            are where a mask is of another length.
+        numbers: Returns which document each token is in, int64 [batch, seq], or None to leave masks unchanged. Masks of
+            another length are unchanged too.
     """
     for name in ("sdpa", "eager"):
         AttentionMaskInterface.register(name, _document_mask(ALL_MASK_ATTENTION_FUNCTIONS[name], numbers))

@@ -10,11 +10,11 @@ from lightning_pipelite.errors import ConfigurationError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BASE_FILE = "base_model.json"  # of an adapter: what it was trained on
+BASE_FILE = "base_model.json"  # in an adapter's directory: what it was trained on
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors call them
-# The safetensors format caps its header at 100 MB; a larger length is a damaged file, not a larger header.
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
+# The safetensors format caps its header at 100 MB; a larger length means a damaged file, not a larger header.
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -63,30 +63,30 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def refuse_adapter_beside(model_dir: Path) -> None:
-    """Refuse a model beside which there is an adapter: transformers' from_pretrained would quietly load it as well.
+    """Reject a model directory that also holds an adapter: transformers' from_pretrained would silently load it too.
 
     Raises:
-        ConfigurationError: There is one.
+        ConfigurationError: It holds one.
     """
     if (model_dir / "adapter_config.json").exists():
         raise ConfigurationError(f"{model_dir} also holds an adapter_config.json; merge that adapter or move it away.")
 
 
 def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> dict[str, dict[str, Any]]:
-    """Check that every weight file of ``model_dir`` is there and whole, reading headers only.
+    """Check that every weight file of ``model_dir`` exists and is complete, reading headers only.
 
     Args:
         model_dir: Directory of the model.
-        allow_pickled: Whether pickled weights will do where there are no safetensors.
+        allow_pickled: Whether pickled weights are accepted if there are no safetensors.
 
     Returns:
-        The headers of the safetensors files, by their names; none if the weights are pickled.
+        The headers of the safetensors files, by file name; none if the weights are pickled.
 
     Raises:
-        ConfigurationError: No weights, a missing or truncated shard, or a weight that the index names and its shard
-            does not hold.
+        ConfigurationError: There are no weights, a shard is missing or truncated, or a shard does not hold a weight
+            that the index places in it.
     """
-    if (model_dir / SINGLE_FILE).exists():  # transformers, too, looks for the single file first
+    if (model_dir / SINGLE_FILE).exists():  # transformers also looks for the single file first
         return {SINGLE_FILE: read_header(model_dir / SINGLE_FILE)}
     index = model_dir / INDEX_FILE
     if not index.exists():
@@ -105,12 +105,12 @@ def check_weights(model_dir: Path, *, allow_pickled: bool = False) -> dict[str, 
 
 
 def missing_files(model_dir: Path) -> list[str]:
-    """Return the names of the weight files that belong to a model and are not there, as while it is downloaded.
+    """Return the names of a model's weight files that do not exist, as during a download.
 
-    Those that are there are checked. Without any file that would name them it is the single file that is missing.
+    Existing files are checked. Without an index or any weight file, the single file counts as missing.
 
     Raises:
-        ConfigurationError: A file that is there is damaged.
+        ConfigurationError: An existing file is damaged.
     """
     files = weight_files(model_dir)
     if not files:
@@ -122,10 +122,10 @@ def missing_files(model_dir: Path) -> list[str]:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Return the safetensors files that belong to the model, which need not be all of its directory; none if pickled.
+    """Return the model's safetensors files, not always all those in its directory; none if weights are pickled.
 
     Raises:
-        ConfigurationError: The index cannot be used.
+        ConfigurationError: The index is unusable.
     """
     if (model_dir / SINGLE_FILE).exists():
         return [model_dir / SINGLE_FILE]
@@ -134,7 +134,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def pickled_files(model_dir: Path) -> list[Path]:
-    """Return the files of pickled weights that belong to the model."""
+    """Return the model's files of pickled weights."""
     index = model_dir / PICKLED_INDEX_FILE
     shards = set(_weight_map(index).values()) if index.exists() else {PICKLED_FILE}
     return [model_dir / shard for shard in sorted(shards)]

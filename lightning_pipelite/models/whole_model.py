@@ -1,4 +1,4 @@
-"""What transformers makes of a model's directory, of which the causal LM may be a part: where PEFT puts an adapter."""
+"""The model that transformers loads from a directory, and PEFT adapts; the causal LM may be only a part of it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_pipelite.models.transformers_compat import loads_by
 
 
 class WholeModel:
-    """The class that ``from_pretrained`` gives for a directory, and what the parts of the causal LM are called in it.
+    """The whole model that ``from_pretrained`` returns for a directory, and the names of the causal LM's parts in it.
 
-    With images or sound beside the text it is the class of all; of three auto classes, of the first that knows the
-    configuration. The names of an adapter's file are this class's.
+    A model with images or sound besides text has a class of its own for the whole. If several of the three auto classes
+    know the configuration, :func:`whole_model` takes the first. An adapter's file has the names of the whole model.
 
     Args:
-        model: It, on the meta device.
-        causal_lm: The text model by itself, on the meta device; ``model`` where there is nothing else.
+        model: The whole model, on the meta device.
+        causal_lm: The text model alone, on the meta device; ``model`` if there is nothing else.
 
     Attributes:
-        model: It.
+        model: The whole model.
 
     Raises:
-        ConfigurationError: The text model is not found in it.
+        ConfigurationError: The text model is not found in the whole model.
     """
 
     def __init__(self, model: PreTrainedModel, causal_lm: PreTrainedModel) -> None:
@@ -36,38 +36,38 @@ class WholeModel:
         self._places = _places(model, causal_lm)
 
     def name(self, own: str) -> str:
-        """Return what the causal LM's module or parameter ``own`` is called in the whole model."""
+        """Return the whole model's name for the causal LM's module or parameter ``own``."""
         for place, there in self._places.items():
             if own.startswith(place):
                 return there + own.removeprefix(place)
         raise KeyError(own)
 
     def module_name(self, own: str) -> str:
-        """Return what the causal LM's module ``own``, with a weight, is called in the whole model."""
+        """Return the whole model's name for the causal LM's module ``own``, which has a weight."""
         return self.name(f"{own}.weight").removesuffix(".weight")
 
     def own_name(self, name: str) -> str | None:
-        """Return what the whole model's module or parameter ``name`` is called in the causal LM; None if not there."""
+        """Return the causal LM's name for the whole model's module or parameter ``name``; None if it has none."""
         for place, there in self._places.items():
             if name.startswith(there):
                 return place + name.removeprefix(there)
         return None
 
     def is_meant(self, names: Iterable[str]) -> bool:
-        """Tell whether ``names`` are those of the whole model, not of a causal LM that is only a part of it."""
+        """Return whether ``names`` are those of the whole model, not of a causal LM that is only a part of it."""
         own, there = next(iter(self._places.items()))
         return own != there and any(name.startswith(there) for name in names)
 
     def copy(self) -> PreTrainedModel:
-        """Return a model of its class on the meta device, in float32."""
+        """Return a copy of the whole model on the meta device, in float32."""
         return copy.deepcopy(self.model).float()
 
 
 def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: bool) -> Iterator[WholeModel]:
-    """Yield the whole models that ``causal_lm`` is the text model of, one for each auto class that knows them.
+    """Yield the whole models that have ``causal_lm`` as their text model, one for each auto class that knows them.
 
     Raises:
-        ConfigurationError: It cannot be built, or the text model is not found in it.
+        ConfigurationError: One cannot be built, or the text model is not found in it.
     """
     config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     for auto in AUTO_CLASSES:
@@ -76,7 +76,7 @@ def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code:
                 with torch.device("meta"):
                     given = copy.deepcopy(config)
                     model = auto.from_config(given, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
-            except Exception as error:  # whatever the class asks for that is not there
+            except Exception as error:  # whatever the class requires that is missing
                 reason = f"the class that its directory loads as cannot be built ({first_line(error)})"
                 raise _refusal(config, reason) from error
             yield WholeModel(model, causal_lm)
@@ -94,8 +94,8 @@ def whole_model(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code: 
 
 
 def _places(model: PreTrainedModel, causal_lm: PreTrainedModel) -> dict[str, str]:
-    """Return what the names of the causal LM's parts begin with, and what in the whole model in place of that."""
-    if isinstance(causal_lm, type(model)):  # or it without its towers
+    """Return the prefixes of the causal LM's names, each with its counterpart in the whole model."""
+    if isinstance(causal_lm, type(model)):  # the whole model, or its class without towers
         return {"": ""}
     for own, module in (("", causal_lm), (f"{causal_lm.base_model_prefix}.", causal_lm.base_model)):
         found = [f"{name}." for name, each in model.named_modules() if type(each) is type(module)]

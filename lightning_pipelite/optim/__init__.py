@@ -1,4 +1,4 @@
-"""Learning-rate schedules, parameter groups, and state on the host; the optimizers are optimi's and torch's."""
+"""Learning-rate schedules, parameter groups, and optimizer state offload; the optimizers are optimi's and torch's."""
 
 from typing import TYPE_CHECKING
 

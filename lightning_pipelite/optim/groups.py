@@ -1,4 +1,4 @@
-"""Parameter groups by patterns of names."""
+"""Parameter groups, selected by patterns of parameter names."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 from lightning_pipelite.errors import ConfigurationError
 
 OptimizerFactory = Callable[[Iterable[Any], float], Optimizer]
-"""Makes an optimizer of parameter groups and the learning rate, as the classes of torch and optimi do."""
+"""Makes an optimizer from parameter groups and a learning rate, as the classes of torch and optimi do."""
 
 
 def check_patterns(patterns: Mapping[str, Mapping[str, float]]) -> None:
-    """Refuse a pattern that is no regular expression, and a group without options.
+    """Refuse patterns that are not regular expressions, and groups without options.
 
     Raises:
-        ConfigurationError: The sentence names it.
+        ConfigurationError: If there is one; the message names it.
     """
     for pattern, options in patterns.items():
         try:
@@ -37,14 +37,14 @@ def check_patterns(patterns: Mapping[str, Mapping[str, float]]) -> None:
 def group_parameters(
     named: Iterable[tuple[str, Parameter]], patterns: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """Put the trainable parameters into groups: the rest first, then one group a pattern, also where it is empty.
+    """Put the trainable parameters into groups: first those that match no pattern, then one group per pattern.
 
-    Every stage then has the same groups, whatever it trains.
+    Groups may be empty, so every stage has the same groups, whatever it trains.
 
     Args:
-        named: Parameters and their names.
-        patterns: By a regular expression that is searched in the names, what the optimizer is to do otherwise. A
-            parameter belongs to the first that matches.
+        named: Names and parameters.
+        patterns: For each regular expression, which is searched for in the names, the optimizer options that its group
+            overrides. A parameter belongs to the first pattern that matches.
     """
     groups: list[dict[str, Any]] = [{"params": []}, *({"params": [], **options} for options in patterns.values())]
     for name, parameter in named:
@@ -57,10 +57,10 @@ def group_parameters(
 def make_optimizer(
     factory: OptimizerFactory, lr: float, groups: list[dict[str, Any]], patterns: Iterable[str]
 ) -> Optimizer:
-    """Make the optimizer, and see that it knows all that the groups ask for.
+    """Make the optimizer, and check that it knows all options of the groups.
 
     Raises:
-        ConfigurationError: If it does not: torch would ignore an unknown option.
+        ConfigurationError: If it cannot be made, or does not know an option, which torch would ignore.
     """
     try:
         optimizer = factory(groups, lr)

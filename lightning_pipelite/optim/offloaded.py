@@ -1,4 +1,4 @@
-"""An optimizer whose state waits in the host's memory between its steps."""
+"""An optimizer whose state is kept in host memory between steps."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lightning_pipelite.optim.groups import OptimizerFactory
 from lightning_pipelite.optim.state_copies import Place, StateCopies, bytes_in_place
 
 BUCKET = 64 * 2**20
-"""Bytes of the parameters that are updated at once; one larger than this is updated alone."""
+"""Bytes of parameters that are updated at once; a larger parameter is updated alone."""
 PLACES = 2
-"""How many have their state on the device at once: while one is updated and leaves, the next one comes."""
+"""Number of buckets whose state is on the device at once: the next is copied in while one is updated and copied out."""
 
 UPDATE_EACH_ALONE = (
     torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD,
     torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adafactor,
     optimi.Adam, optimi.AdamW, optimi.Adan, optimi.Lion, optimi.RAdam, optimi.SGD, optimi.StableAdamW,
 )  # fmt: skip
-"""Optimizers that update a parameter by its own gradient and state, and by what its group counts, alone."""
+"""Optimizers that update a parameter only from its own gradient and state, and its group's options and counters."""
 
 
 class OffloadedOptimizer(Optimizer):
-    """Steps another optimizer a few parameters at a time, whose state is brought to the device for that and taken back.
+    """Steps another optimizer a few parameters at a time, copying their state to the device and back.
 
-    The weights after a step are those that the optimizer itself would give. Copies run beside the computation in both
-    directions, and the host does not wait: what is computed after a step is launched while state still leaves, to
-    page-locked memory, and who reads :attr:`state` gets it when it is there. As in ZeRO-Offload
-    (https://arxiv.org/abs/2101.06840) but for where the update is computed: on the GPU, whose memory is free of
-    activations by then. Parameters on the CPU have their state there anyway.
+    The weights after a step are the same as without offload. Copies in both directions overlap with computation, and
+    the host does not wait: work after the step is launched while state is still being copied out to page-locked memory;
+    only reading :attr:`state` waits until all of it has arrived. As in ZeRO-Offload (https://arxiv.org/abs/2101.06840),
+    except that the update is computed on the GPU, whose memory is free of activations by then. The state of parameters
+    on the CPU stays there.
 
     Args:
-        inner: The optimizer. What it keeps is shared: its groups are this one's, and its state.
+        inner: The optimizer; its parameter groups and state are shared with this one.
 
     Raises:
-        ConfigurationError: If it is none that is known to update each parameter alone.
+        ConfigurationError: If it is not known to update each parameter independently of the others.
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -56,21 +56,21 @@ class OffloadedOptimizer(Optimizer):
                 f"{names}."
             )
         self.inner = inner
-        self._host: dict[tuple[Parameter, str], Tensor] = {}  # where the state of a parameter on a GPU waits
+        self._host: dict[tuple[Parameter, str], Tensor] = {}  # host buffers for the state of parameters on a GPU
         self._copies: StateCopies | None = None
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups = inner.param_groups
 
     @property
     def state(self) -> Any:
-        """What ``inner`` keeps of each parameter, in the host's memory, once all of it is there."""
+        """The state of ``inner``, in host memory; waits until all of it has arrived there."""
         if self._copies is not None:
             self._copies.settle()
         return self.inner.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        if state:  # not what torch's constructor begins with
+        if state:  # ignores the empty dict that torch's constructor sets
             self.inner.state = state
 
     @override
@@ -98,7 +98,7 @@ class OffloadedOptimizer(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], buckets: list[list[Parameter]]) -> None:
-        """Update a group, each bucket by what the group has counted before."""
+        """Update a group bucket by bucket, each with the values that the group had before the step."""
         everything = group["params"]
         before = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
         changed: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class OffloadedOptimizer(Optimizer):
         places = deque(itertools.islice(coming, 1))
         try:
             for bucket in buckets:
-                places.extend(itertools.islice(coming, 1))  # the next one comes while this one is updated
+                places.extend(itertools.islice(coming, 1))  # copied in while this bucket is updated
                 place = places.popleft()
                 if self._copies is not None and place is not None:
                     self._copies.await_arrival(place)
@@ -121,7 +121,7 @@ class OffloadedOptimizer(Optimizer):
             group.update(changed, params=everything)
 
     def put_away(self, parameter: Parameter, name: str, value: Tensor) -> None:
-        """Keep a part of a parameter's state, read from a checkpoint, where it waits for the next step."""
+        """Store a part of a parameter's state, read from a checkpoint, in host memory until the next step."""
         state = self.state
         if parameter.is_cuda:
             value = self._waiting(parameter, name, value).copy_(value)
@@ -135,7 +135,7 @@ class OffloadedOptimizer(Optimizer):
         return held
 
     def _away(self, bucket: list[Parameter]) -> list[tuple[Parameter, str, Tensor]]:
-        """Return what of the bucket's state waits in the host's memory."""
+        """Return the part of the bucket's state that is in its host buffers."""
         return [
             (parameter, name, value)
             for parameter in bucket
@@ -144,7 +144,7 @@ class OffloadedOptimizer(Optimizer):
         ]
 
     def _bring(self, bucket: list[Parameter]) -> Place | None:
-        """Start to copy the bucket's state to the device; return its place there, if it has any state."""
+        """Start copying the bucket's state to the device; return its place there, or None if there is none to copy."""
         away = self._away(bucket)
         if self._copies is None or not away:
             return None
@@ -167,18 +167,18 @@ class OffloadedOptimizer(Optimizer):
         self._copies.take_back([value for *_, value in here], waiting, place)
         for (parameter, name, _), held in zip(here, waiting, strict=True):
             self.inner.state[parameter][name] = held
-        if is_new:  # in no place: the host is not to allocate that of the next ones before it has left
+        if is_new:  # new state takes memory outside the places: wait until it has left before the next is allocated
             self._copies.settle()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the inner optimizer; it leaves the device with the next step."""
+        """Load the state of the inner optimizer; the next step moves it off the device."""
         self.inner.load_state_dict(state_dict)
         self.param_groups = self.inner.param_groups
 
 
 def offload_state(factory: OptimizerFactory) -> OptimizerFactory:
-    """Return what makes the same optimizers, with their state in the host's memory."""
+    """Return a factory for the same optimizers with their state in host memory."""
 
     def make(*args: Any, **kwargs: Any) -> Optimizer:
         return OffloadedOptimizer(factory(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What an optimizer and a schedule may be told; nothing long is imported for it."""
+"""Checks the options of optimizer and schedule; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ SCHEDULES = ("rms_ratio", "constant", "cosine")
 
 
 def check_ranges(lr: float, betas: tuple[float, float], eps: float, *, of_default: bool) -> None:
-    """Refuse numbers that no Adam takes, and those that nobody would ask for.
+    """Refuse values that are invalid for Adam, or implausible.
 
     Args:
         lr: The learning rate.
-        betas: Of the default optimizer.
-        eps: Of the default optimizer.
-        of_default: Whether that is the one.
+        betas: The betas of the default optimizer.
+        eps: The epsilon of the default optimizer.
+        of_default: Whether the default optimizer is used.
 
     Raises:
-        ConfigurationError: If one is out of its range, or is given for another optimizer.
+        ConfigurationError: If a value is out of range, or betas or eps are given for another optimizer.
     """
     for name, value, high in (("beta1", betas[0], 1), ("beta2", betas[1], 1), ("lr", lr, 1e3)):
         if not 0 <= value < high or (name == "beta2" and value == 0):
@@ -32,10 +32,10 @@ def check_ranges(lr: float, betas: tuple[float, float], eps: float, *, of_defaul
 
 
 def check_schedule(schedule: str, warmup_steps: int) -> None:
-    """Refuse what can be told before training.
+    """Refuse an invalid schedule or warm-up, as far as known before training.
 
     Raises:
-        ConfigurationError: If there is no such schedule, or it takes no such warm-up.
+        ConfigurationError: If the schedule does not exist, or cannot have such a warm-up.
     """
     if schedule not in SCHEDULES:
         raise ConfigurationError(f"model.schedule is {schedule!r}; set it to one of {', '.join(SCHEDULES)}.")

@@ -12,25 +12,25 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def rms_ratio(step: int, beta2: float) -> float:
-    """Return the factor sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) of step t, counted from 1.
+    """Return the factor sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) for step t, counted from 1.
 
-    It is the ratio by which the root mean square of Adam's second-moment average of t uncorrelated gradients falls
-    short of its value in the long run: steps start small while the average rests on few gradients, and grow to the
-    full learning rate by themselves, with no warm-up to choose.
+    For uncorrelated gradients, this is the standard deviation of Adam's bias-corrected second-moment average in the
+    long run, divided by that after t steps. Steps are small while the average rests on few gradients and grow to the
+    full learning rate on their own, with no warm-up to choose.
     """
     decayed = beta2**step
     return ((1 - decayed) / (1 + decayed)) ** 0.5
 
 
 def constant(step: int, warmup_steps: int) -> float:
-    """Return the factor of step t, counted from 1: t / warmup_steps, then 1."""
+    """Return the factor for step t, counted from 1: t / warmup_steps, then 1."""
     return min(1.0, step / max(1, warmup_steps))
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the factor of step t, counted from 1.
+    """Return the factor for step t, counted from 1.
 
-    ``t / warmup_steps``, then half a cosine that would reach 0 a step too late.
+    ``t / warmup_steps``, then half a cosine period that would reach 0 one step after the last.
 
     Loshchilov and Hutter 2017, "SGDR" (https://arxiv.org/abs/1608.03983), without restarts.
     """
@@ -41,7 +41,9 @@ def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
-    """Set lr · sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) in step t, see :func:`rms_ratio`; to be stepped once an optimizer step.
+    """Return a schedule with lr · sqrt((1 - β₂ᵗ) / (1 + β₂ᵗ)) in step t; step it once per optimizer step.
+
+    See :func:`rms_ratio`.
 
     Raises:
         ValueError: If not 0 < beta2 < 1.
@@ -52,12 +54,12 @@ def rms_ratio_schedule(optimizer: Optimizer, beta2: float) -> LambdaLR:
 
 
 def rise_of(schedule: str, warmup_steps: int, beta2: float) -> tuple[int, int]:
-    """Give the steps at which the rate has reached a half, and, all but a tenth, the whole.
+    """Return the steps at which the rate has reached half, and the whole (nine tenths with ``rms_ratio``).
 
     Args:
         schedule: ``rms_ratio``, ``constant`` or ``cosine``.
-        warmup_steps: Of the latter two.
-        beta2: Of the first.
+        warmup_steps: Warm-up steps of ``constant`` and ``cosine``.
+        beta2: The second beta, for ``rms_ratio``.
     """
     if schedule != "rms_ratio":
         return math.ceil(warmup_steps / 2), warmup_steps
@@ -67,16 +69,16 @@ def rise_of(schedule: str, warmup_steps: int, beta2: float) -> tuple[int, int]:
 
 
 def make_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, total_steps: float) -> LambdaLR:
-    """Return the schedule of that name; to be stepped once an optimizer step.
+    """Return the schedule of that name; step it once per optimizer step.
 
     Args:
-        optimizer: Its groups' learning rates are what the factors multiply; ``rms_ratio`` takes its second beta.
+        optimizer: The optimizer, whose groups' learning rates are scaled; ``rms_ratio`` uses its second beta.
         schedule: ``rms_ratio``, ``constant`` or ``cosine``.
-        warmup_steps: The steps of a linear rise from 0 to the full rate, for ``constant`` and ``cosine``.
-        total_steps: All steps of the training, for ``cosine``.
+        warmup_steps: Steps of a linear rise from 0 to the full rate, for ``constant`` and ``cosine``.
+        total_steps: Total training steps, for ``cosine``.
 
     Raises:
-        ConfigurationError: If these do not go together.
+        ConfigurationError: If these are incompatible.
     """
     if schedule == "rms_ratio":
         beta2 = optimizer.defaults.get("beta2", (optimizer.defaults.get("betas") or (None,))[-1])  # optimi's, torch's

@@ -1,4 +1,4 @@
-"""Copies of an optimizer's state between a GPU and the host's memory, beside the computation."""
+"""Asynchronous copies of optimizer state between a GPU and host memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIGNMENT = 512  # bytes, as torch's allocator aligns
 
 
 class Place(NamedTuple):
-    """Memory of the device that holds the state of some parameters after others."""
+    """A device buffer that holds the state of one bucket of parameters after another."""
 
     memory: Tensor
     came: torch.cuda.Event
@@ -22,9 +22,9 @@ class Place(NamedTuple):
 
 
 class StateCopies:
-    """Brings state to a GPU, and takes it back, on two streams of its own.
+    """Copies state to a GPU and back, on two streams of its own.
 
-    The host waits for nothing but :meth:`settle`: copies wait on the device, for places and for what is computed there.
+    The host waits only in :meth:`settle`: copies wait on the device, for a free place and for the computation.
 
     Args:
         device: The GPU.
@@ -36,17 +36,17 @@ class StateCopies:
         self._places: Iterator[Place] = iter(())
 
     def begin(self, places: int, size: int) -> None:
-        """Start a step: make so many places of ``size`` bytes, see :func:`bytes_in_place`."""
+        """Start a step: allocate ``places`` places of ``size`` bytes each; see :func:`bytes_in_place`."""
         memory = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(places)]
-        self._in.wait_stream(torch.cuda.current_stream(self._device))  # whose memory it may have been
-        self._in.wait_stream(self._out)  # what has left in the step before comes again
+        self._in.wait_stream(torch.cuda.current_stream(self._device))  # which may still use this memory
+        self._in.wait_stream(self._out)  # state must have left in the last step before it is copied in again
         for each in memory:
             each.record_stream(self._in)
             each.record_stream(self._out)
         self._places = itertools.cycle([Place(each, torch.cuda.Event(), torch.cuda.Event()) for each in memory])
 
     def bring(self, held: Sequence[Tensor]) -> tuple[list[Tensor], Place]:
-        """Start to copy state into the next place, once what was there has left; return it, and the place."""
+        """Start copying state into the next place once that is free; return the state there, and the place."""
         place = next(self._places)
         self._in.wait_event(place.left)
         arrived = []
@@ -60,11 +60,11 @@ class StateCopies:
         return arrived, place
 
     def await_arrival(self, place: Place) -> None:
-        """Make what is launched from now on wait until the state is there."""
+        """Make work launched from now on wait until the state has arrived."""
         torch.cuda.current_stream(self._device).wait_event(place.came)
 
     def take_back(self, tensors: Sequence[Tensor], held: Sequence[Tensor], place: Place | None) -> None:
-        """Copy state to the host once what is launched now is done; its place, if it had one, is free after that."""
+        """Copy state to the host after all work launched so far; its place, if it has one, is free after that."""
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._out):
             for tensor, waiting in zip(tensors, held, strict=True):
@@ -74,16 +74,16 @@ class StateCopies:
                 place.left.record()
 
     def end(self) -> None:
-        """Give the places back, for what is computed after the last of the state has left."""
+        """Release the places; their memory is reused once the last state has left."""
         self._places = iter(())
 
     def settle(self) -> None:
-        """Wait until everything has left, as the host must before it reads state."""
+        """Block the host until everything has left, as it must before it reads state."""
         self._out.synchronize()
 
 
 def bytes_in_place(tensors: Sequence[Tensor]) -> int:
-    """Return how many bytes a place of all of them has."""
+    """Return the size in bytes of a place for these tensors."""
     return sum(map(_aligned, tensors))
 
 

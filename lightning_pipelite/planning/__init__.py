@@ -1,1 +1,1 @@
-"""What a training will take, told before it is started: its memory, its split, its time."""
+"""Plans a training run before it starts: its memory, its split and its time."""

@@ -1,4 +1,4 @@
-"""A plan of the training that is about to start: what to keep of activations, what layers cost, and whether it fits."""
+"""Plans the training run that is about to start: which activations to keep, what layers cost, and whether it fits."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lightning_pipelite.shared.protocol import LayerCosts
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on what.
+    """How to train, and on which devices.
 
     Attributes:
-        stages: Of the pipeline.
-        virtual_stages: Pieces of each stage.
+        stages: Number of pipeline stages.
+        virtual_stages: Pieces per stage.
         method: The strategy's ``partition_method``.
-        micro_batches: Of a step.
-        sequence_len: Tokens of a micro-batch.
-        devices: Of all ranks.
+        micro_batches: Micro-batches per step.
+        sequence_len: Tokens per micro-batch.
+        devices: The devices of all ranks.
     """
 
     stages: int
@@ -42,12 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """What a training will take.
+    """What a training run will take.
 
     Attributes:
-        activation_memory: The policy: the first that fits, if it was to be chosen.
-        costs: Of the layers, with it.
-        peaks: What torch will have allocated in each stage, bytes.
+        activation_memory: The policy; if it was to be chosen, the first that fits, or the last if none does.
+        costs: The costs of the layers with this policy.
+        peaks: Bytes that torch will have allocated at the peak, for each stage.
         refusal: Why it does not fit, and what to do; empty if it fits.
         advice: What would be faster; empty if nothing is known.
     """
@@ -60,11 +60,11 @@ class PlannedTraining:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU that this process may take, its context's included; None of a CPU."""
+    """Return the bytes of a GPU that this process may take, including its context; None for a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    used = torch.cuda.memory_allocated(device)  # by the process for something else
+    used = torch.cuda.memory_allocated(device)  # by this process, for something else
     mine = free + torch.cuda.memory_reserved(device) - used + CONTEXT
     return min(mine, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
 
@@ -72,21 +72,21 @@ def device_memory(device: torch.device) -> int | None:
 def plan_training(
     layers: CausalLMLayers, loss: Callable[[Any, Any], Any], make_optimizer: Callable[..., Any], job: Job, choose: bool
 ) -> PlannedTraining | str:
-    """Plan a training, on the meta device.
+    """Plan a training run, on the meta device.
 
     Args:
-        layers: That are to be trained.
-        loss: On what the last stage returns.
-        make_optimizer: Makes the optimizer of some parameters.
-        job: What they are trained on.
-        choose: Whether to choose the policy of activation memory; else it is that of ``layers``.
+        layers: The layers to train.
+        loss: The loss on the last stage's output.
+        make_optimizer: Creates the optimizer of the given parameters.
+        job: How to train, and on which devices.
+        choose: Whether to choose the activation memory policy; otherwise it is that of ``layers``.
 
     Returns:
-        The plan; or why it could not be made, which need not keep anybody from training.
+        The plan, or the reason why it could not be made, which need not prevent training.
     """
     try:
         return _plan(layers, loss, make_optimizer, job, choose)
-    except Exception as error:  # the plan's own, or of a model or optimizer that cannot be tried without weights
+    except Exception as error:  # a bug of the planner, or a model or optimizer that cannot run without weights
         return f"{type(error).__name__}: {error}"
 
 
@@ -128,7 +128,7 @@ def _advice(planner: Planner, job: Job) -> str:
             options["virtual_stages"] = 1
         *others, last = (f"{name} to {value}" for name, value in options.items())
         further = {"model.activation_memory": recommended.policy}
-        if recommended.micro_batches != job.micro_batches:  # for the same sequences a step
+        if recommended.micro_batches != job.micro_batches:  # for the same number of sequences per step
             further = {"trainer.accumulate_grad_batches": str(recommended.micro_batches), **further}
         rest = " and ".join(f"{name} to {value}" for name, value in further.items())
         return f"set the strategy's {', '.join(others)} and {last}, and {rest}"
@@ -137,7 +137,7 @@ def _advice(planner: Planner, job: Job) -> str:
 
 
 def compared(planned: Sequence[int], measured: Sequence[int]) -> str:
-    """Return a line that holds what torch has allocated at most in each stage, in bytes, against the plan."""
+    """Return a line that compares the peak bytes that torch has allocated in each stage with the plan."""
     each = (
         f"stage {number}: {gib(most)} (planned {gib(peak)})"
         for number, (peak, most) in enumerate(zip(planned, measured, strict=True))

@@ -1,4 +1,4 @@
-"""How fast a GPU is beside others, measured in a moment."""
+"""Measures the speed of a GPU relative to others in a moment."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 
 ALIKE = 0.05
-"""Share by which the speeds of devices of one kind may differ: by their clocks and what else runs."""
+"""Share by which the speeds of devices of one kind may differ, because of their clocks and other load."""
 SECONDS = 0.3
 _SIZE = 4096
 
 
 def measured_speed(device: torch.device) -> float:
-    """Return the operations a second of products in bfloat16, of which training mostly consists.
+    """Return the operations per second of bfloat16 matrix products, which dominate training.
 
-    All ranks measure at once, so that of those that share a GPU each has its share.
+    All ranks measure at the same time, so that ranks which share a GPU each measure their share.
 
     Args:
         device: A GPU.
@@ -35,10 +35,10 @@ def measured_speed(device: torch.device) -> float:
 
 
 def relative(speeds: Sequence[float]) -> tuple[float, ...]:
-    """Return speeds relative to the fastest, to two digits; empty if they are alike.
+    """Return speeds relative to the fastest, to two decimals; empty if they are alike.
 
     Args:
-        speeds: As measured.
+        speeds: The measured speeds.
     """
     fastest = max(speeds)
     if min(speeds) >= (1 - ALIKE) * fastest:

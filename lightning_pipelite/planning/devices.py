@@ -1,4 +1,4 @@
-"""The devices that a training is planned for, which need not be alike."""
+"""The devices that training is planned for; they may differ."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Devices:
     """Devices in the order of their ranks.
 
     Attributes:
-        memory: Bytes of each; empty if not known.
-        speeds: Of each, in any unit; empty if they are alike.
-        count: How many there are.
-        column_major: Whether neighbours are the stages of one pipeline, as the strategy's
+        memory: Bytes of each device; empty if not known.
+        speeds: Speed of each device, in any unit; empty if they are alike.
+        count: Number of devices.
+        column_major: Whether neighbouring ranks are the stages of one pipeline; the strategy's
             ``use_column_major_topology``.
     """
 
@@ -27,10 +27,10 @@ class Devices:
 
     @classmethod
     def alike(cls, count: int, memory: int | None = None) -> Devices:
-        """Make devices that do not differ.
+        """Create identical devices.
 
         Args:
-            count: How many there are.
+            count: Number of devices.
             memory: Bytes of each; None if not known.
         """
         return cls(count, () if memory is None else (memory,) * count)
@@ -40,7 +40,7 @@ class Devices:
         return Devices(count, self.memory[:count], self.speeds[:count], self.column_major)
 
     def without_stage(self, stage: int, stages: int) -> Devices:
-        """Return the others, when those of one stage are left out."""
+        """Return the devices without those of one stage."""
         topology = Topology(self.count, stages, self.column_major)
         kept = [rank for rank in range(self.count) if topology.stage_of(rank) != stage]
         memory, speeds = (tuple(row[rank] for rank in kept) if row else () for row in (self.memory, self.speeds))
@@ -55,6 +55,6 @@ class Devices:
         return tuple(speed / max(self.speeds) for speed in self._least(self.speeds, stages))
 
     def _least(self, of_ranks: Sequence[float], stages: int) -> list[float]:
-        if len(set(of_ranks)) < 2:  # however many of them are a stage
+        if len(set(of_ranks)) < 2:  # all alike, whatever the topology
             return [of_ranks[0]] * stages if of_ranks else []
         return Topology(self.count, stages, self.column_major).least_of_stages(of_ranks)

@@ -1,4 +1,4 @@
-"""The command that trains as it was planned."""
+"""The command that trains as planned."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ STRATEGY = "trainer.strategy.init_args"
 
 
 def fit_command(words: Sequence[str], options: Mapping[str, object]) -> str:
-    """Return ``pipelite fit`` with options besides those that were given, in place of which they stand.
+    """Return a ``pipelite fit`` command with ``options`` added to the given ones, which they override.
 
     Args:
-        words: That were given, as on the command line.
-        options: By their names.
+        words: The given options, as on the command line.
+        options: Values to add, by option name.
     """
     kept: list[str] = []
     names = {f"--{name}" for name in options}
     dropping = False
     for word in words:
-        if re.match("--?[A-Za-z]", word):  # -c, too, but no negative number
+        if re.match("--?[A-Za-z]", word):  # also -c, but not a negative number
             dropping = word.partition("=")[0] in names
             if dropping and "=" in word:
                 continue
@@ -32,7 +32,7 @@ def fit_command(words: Sequence[str], options: Mapping[str, object]) -> str:
 
 
 def _lines(words: Sequence[str]) -> list[str]:
-    """Return lines, each an option with its values."""
+    """Return one line per option, with its values."""
     lines: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not lines:

@@ -1,4 +1,4 @@
-"""GPUs whose speed is known well enough to estimate a step: by their makers' figures, and what is reached of these."""
+"""GPUs whose speed is known well enough to estimate a step: makers' figures, and the share of them that is reached."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_pipelite.errors import ConfigurationError
 
 GIB = 2**30
 REACHED = {1: 0.53, 2: 0.607, 4: 0.67}
-"""Share of the peak rate that training reaches, by the bytes of an element, and"""
+"""Share of the peak rate that training reaches, by element size in bytes; measured on one H100, assumed for all."""
 REACHED_BANDWIDTH = 0.716
-"""of the memory's bandwidth; measured on one H100, and taken for all."""
+"""Share of the memory bandwidth that training reaches; measured on one H100, assumed for all."""
 REACHED_LINK = 0.78
-"""Of the link between two GPUs."""
+"""Share of the bandwidth between two GPUs that is reached."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: As people call it.
-        memory: Bytes that torch reports of it, which are less than are sold.
-        tflops: Peak rate of dense matrix products in bfloat16 with sums in float32, in 1e12 operations a second.
-        fp8: The same in FP8; None where tensor cores do not know it.
+        name: Common name.
+        memory: Bytes that torch reports, which are fewer than advertised.
+        tflops: Peak rate of dense bfloat16 matrix products with float32 accumulation, in 1e12 operations per second.
+        fp8: The same in FP8; None if the tensor cores do not support it.
         fp32: The same in float32.
-        bandwidth: Of its memory, GB/s.
-        link: To another GPU, GB/s one way: PCIe with 16 lanes, or NVLink.
+        bandwidth: Memory bandwidth, GB/s.
+        link: Bandwidth to another GPU, GB/s one way: PCIe with 16 lanes, or NVLink.
     """
 
     name: str
@@ -40,26 +40,26 @@ class Gpu:
     link: float
 
     def flops(self, width: int) -> float:
-        """Return the operations a second that are reached, by the bytes of an element."""
+        """Return the operations per second that are reached, for an element size in bytes."""
         if width == 1 and self.fp8 is not None:
             return self.fp8 * 1e12 * REACHED[1]
-        if width <= 2:  # without tensor cores for it, FP8 becomes bfloat16 first
+        if width <= 2:  # without tensor cores for it, FP8 is first converted to bfloat16
             return self.tflops * 1e12 * REACHED[2]
         return self.fp32 * 1e12 * REACHED[4]
 
     @property
     def measured(self) -> bool:
-        """Whether what is reached was measured on it."""
+        """Whether the rates that are reached were measured on it."""
         return self.name == "H100"
 
     @property
     def bytes_a_second(self) -> float:
-        """What is reached of its memory's bandwidth."""
+        """Memory bandwidth that is reached, in bytes per second."""
         return self.bandwidth * 1e9 * REACHED_BANDWIDTH
 
     @property
     def link_a_second(self) -> float:
-        """Bytes a second that reach another GPU."""
+        """Bandwidth to another GPU that is reached, in bytes per second."""
         return self.link * 1e9 * REACHED_LINK
 
 
@@ -67,7 +67,7 @@ def _gib(size: float) -> int:
     return int(size * GIB)
 
 
-# Sources, without sparsity. "Peak BF16 (FP8) Tensor TFLOPS with FP32 Accumulate", of pairs dense/sparse the first, in:
+# Sources, all without sparsity. "Peak BF16 (FP8) Tensor TFLOPS with FP32 Accumulate", dense of dense/sparse, in:
 #   "NVIDIA Ampere GA102 GPU Architecture" V2, appendices A (GeForce RTX 3090: 71/142; 936 GB/s) and C (RTX A6000:
 #       154.8/309.6; 768 GB/s);
 #   "NVIDIA Ada GPU Architecture" v2.02, appendix A (GeForce RTX 4090: 165.2/330.4, FP8 330.3/660.6; 1008 GB/s);
@@ -75,11 +75,11 @@ def _gib(size: float) -> int:
 # "Tensor Core" rows of the data sheets:
 #   L40S: BFLOAT16 362.05 | 733*, FP8 733 | 1,466*; 864 GB/s; PCIe 4 x16, 64 GB/s both ways;
 #   A100 80GB SXM: BFLOAT16 312 | 624*; 2,039 GB/s; NVLink 600 GB/s both ways;
-#   H100 SXM and H200 SXM: BFLOAT16 1,979*, FP8 3,958*, which are halved, as * is with sparsity; 3.35 and 4.8 TB/s;
+#   H100 SXM and H200 SXM: BFLOAT16 1,979*, FP8 3,958*, halved here, as * means with sparsity; 3.35 and 4.8 TB/s;
 #       NVLink 900 GB/s both ways.
-# They were read as others quote them, not in NVIDIA's own files. Of the 3090's 71 no quotation names its table,
-# but 82 SMs of 512 multiply-adds a clock at 1.695 GHz, of which sums in float32 halve the rate, come to it.
-# The memory is the least "total capacity" that torch was seen to report; recent drivers keep more for themselves.
+# The figures are taken from quotations, not from NVIDIA's own files. No quotation names the table of the 3090's 71,
+# but 82 SMs with 512 multiply-adds per clock at 1.695 GHz give it, at half rate for float32 accumulation.
+# The memory is the smallest "total capacity" that torch was seen to report; recent drivers reserve more.
 GPUS = {
     "3090": Gpu("RTX 3090", _gib(23.56), 71.0, None, 35.6, 936, 32),
     "4090": Gpu("RTX 4090", _gib(23.51), 165.2, 330.3, 82.6, 1008, 32),
@@ -90,16 +90,16 @@ GPUS = {
     "h100": Gpu("H100", _gib(79.10), 989.0, 1979.0, 67.0, 3350, 450),
     "h200": Gpu("H200", _gib(139.72), 989.0, 1979.0, 67.0, 4800, 450),
 }
-"""By short name."""
+"""The GPUs by short name."""
 REFERENCE = replace(GPUS["h100"], link=32)
-"""What a plan goes by where no device is named: an H100, of which rates were measured, but linked by PCIe."""
+"""The GPU that plans assume if none is named: an H100, whose rates were measured, but linked by PCIe."""
 
 
 def gpu_named(name: str) -> Gpu:
-    """Return a device by its name, such as ``4090``, ``RTX 4090`` or ``rtx-a6000``.
+    """Return a GPU by its name, such as ``4090``, ``RTX 4090`` or ``rtx-a6000``.
 
     Raises:
-        ConfigurationError: If it is none of the table.
+        ConfigurationError: If it is not in the table.
     """
     short = re.sub(r"nvidia|geforce|rtx|80gb|sxm\d?|[\s_-]", "", name.lower())
     if short in GPUS:

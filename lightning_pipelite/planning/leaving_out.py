@@ -7,15 +7,15 @@ from lightning_pipelite.planning.stages import step
 
 
 def faster_without(planner: Planner, stages: int, policy: str, virtual_stages: int) -> str:
-    """Return a sentence if a step would be faster without one stage's devices; an empty text if not.
+    """Return a sentence if a step would be faster without the slowest stage's devices, else an empty string.
 
-    What is compared are cuts of ``partition_method`` auto, for the same micro-batches a step in as many replicas.
+    Both splits are by ``partition_method`` auto, with the same number of micro-batches per step and of replicas.
 
     Args:
-        planner: Of the training, on all devices.
-        stages: Of the pipeline.
-        policy: Of activation memory with all devices; without one the first that fits.
-        virtual_stages: Pieces of each stage.
+        planner: Planner of the training on all devices.
+        stages: Number of pipeline stages.
+        policy: Activation memory policy with all devices; without some, it is the first that fits.
+        virtual_stages: Pieces per stage.
     """
     speeds = planner.devices.speed_of_stages(stages)
     if stages < 2 or not speeds:

@@ -1,4 +1,4 @@
-"""The most of something that fits, found in few trials where what it takes grows in nearly a straight line."""
+"""Finds the largest size that fits in few trials, if what it takes grows almost linearly."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping
 def find_longest(excess: Callable[[int], float], known: Mapping[int, float], most: int, step: int) -> int:
     """Return the largest multiple of ``step`` that fits; 0 if none does.
 
-    What is returned was tried, and fits. That nothing longer fits is told by the line through the two longest that fit:
-    it meets the limit where the curve does, or beyond, as what grows faster and faster lies above it.
+    The returned length was tried and fits. That nothing longer fits follows from the line through the two longest
+    lengths that fit: the curve is convex and so lies above that line, which meets the limit where the curve does, or
+    beyond.
 
     Args:
-        excess: Tries a length; returns by how much it is too much, nothing or less if it fits. It grows with the
+        excess: Tries a length and returns by how much it exceeds the limit: 0 or less if it fits. It grows with the
             length.
-        known: The same of some lengths, 0 among them and one more.
-        most: No longer one is tried.
-        step: What lengths are multiples of.
+        known: The excess of some lengths: of 0 and at least one more.
+        most: The largest length to try.
+        step: Lengths are multiples of it.
     """
     tried = dict(known)
     while True:
@@ -29,7 +30,7 @@ def find_longest(excess: Callable[[int], float], known: Mapping[int, float], mos
         bottom = min(low, most) // step * step
         top = int(min(most, high - 1)) // step * step
         meets = _root(tried, *fitting[-2:]) if len(fitting) > 1 else math.inf
-        sure = len(fitting) > 2 and meets < high  # what little lengths take may grow faster at first
+        sure = len(fitting) > 2 and meets < high  # for short lengths it may grow faster at first
         if meets >= high and high in tried:
             meets = _root(tried, low, int(high))
         guess = int(min(meets, top)) // step * step
@@ -41,6 +42,6 @@ def find_longest(excess: Callable[[int], float], known: Mapping[int, float], mos
 
 
 def _root(points: Mapping[int, float], a: int, b: int) -> float:
-    """Where the line through two points meets 0; infinitely far away if it does not rise."""
+    """Return where the line through two points meets 0; infinity if it does not rise."""
     rise = points[b] - points[a]
     return a - points[a] * (b - a) / rise if rise > 0 else math.inf

@@ -1,4 +1,4 @@
-"""The plan in a training: it decides what it was left to, refuses what does not fit, and is held against what is so."""
+"""The plan in training: makes the choices left to it, refuses what does not fit, and is compared with measurements."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lightning_pipelite.shared.own_callback import OwnCallback
 from lightning_pipelite.strategy import PipeLiteStrategy
 from lightning_pipelite.strategy.layers import is_built
 
-SETTLED = 2  # steps, by when all has been allocated once
+SETTLED = 2  # steps after which everything has been allocated once
 
 
 class MemoryPlan(OwnCallback):
-    """Plans before weights are loaded, on rank 0 for all; after two steps prints what was planned and what is so.
+    """Plans on rank 0 for all ranks before weights are loaded; after two steps prints planned and measured memory.
 
-    It plans for a PackedDataModule, whose micro-batches are known, and where there is something to decide: on GPUs, or
-    with ``partition_method`` auto.
+    It plans only for a PackedDataModule, whose micro-batches are known, and only if there is something to decide: on
+    GPUs, or with ``partition_method`` auto.
 
     Args:
-        layers: That are to be trained; their ``costs`` are set, and if it is to be chosen ``activation_memory``. Of a
-            module whose stage is there already, from an earlier run, nothing is planned anew: it stays as it is.
-        loss: On what the last stage returns.
-        make_optimizer: Makes the optimizer of some parameters.
-        choose: Whether to choose what is kept of activations.
-        refuse: Whether to refuse a training that does not fit its GPUs.
+        layers: The layers to train. Sets their ``costs``, and their ``activation_memory`` if it is to be chosen. If the
+            module's stage was already built in an earlier run, nothing is planned and it stays as it is.
+        loss: The loss on the last stage's output.
+        make_optimizer: Creates the optimizer of the given parameters.
+        choose: Whether to choose the activation memory policy.
+        refuse: Whether to refuse training that does not fit its GPUs.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class MemoryPlan(OwnCallback):
     ) -> None:
         self._layers, self._loss, self._make_optimizer = layers, loss, make_optimizer
         self._choose, self._refuse = choose, refuse
-        self._peaks: Sequence[int] = ()  # that are to be compared
+        self._peaks: Sequence[int] = ()  # to compare with measured ones
         self._first_step = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Plan, and go by it. Collective.
+        """Plan, and apply the plan. Collective.
 
         Raises:
-            ConfigurationError: If a stage does not fit its GPU; it says what would. Or if the layers are to be cut by
-                a plan that cannot be made.
+            ConfigurationError: If a stage does not fit its GPU (the message says what would), or if the layers are to
+                be cut by a plan that cannot be made.
         """
         self._peaks = ()
         strategy, data = trainer.strategy, trainer.datamodule  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ class MemoryPlan(OwnCallback):
         cuts, fits = strategy.partition_method == "auto", stage == "fit" and strategy.root_device.type == "cuda"
         if not (cuts or fits):
             return
-        memory = gathered(device_memory(strategy.root_device))  # to validate, too: what is cut then is fitted later
+        memory = gathered(device_memory(strategy.root_device))  # also to validate: a later fit keeps the split
         speeds = tuple(strategy.speeds or ())
         if cuts and not speeds and strategy.pipeline_stages > 1 and strategy.root_device.type == "cuda":
             speeds = relative(gathered(measured_speed(strategy.root_device)))
@@ -110,7 +110,7 @@ class MemoryPlan(OwnCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_step = trainer.global_step
-        if self._peaks:  # what loading and quantising took is not what was planned
+        if self._peaks:  # the plan excludes loading and quantising
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     @override
@@ -119,6 +119,6 @@ class MemoryPlan(OwnCallback):
             strategy = trainer.strategy
             assert isinstance(strategy, PipeLiteStrategy)
             mine = strategy.stage_id, torch.cuda.max_memory_allocated(strategy.root_device)
-            most = dict(sorted(gathered(mine)))  # of the ranks with the same stage, which take the same, the most
+            most = dict(sorted(gathered(mine)))  # the largest of each stage's ranks, which take the same
             trainer.print(compared(self._peaks, [*most.values()]))
             self._peaks = ()

@@ -1,4 +1,4 @@
-"""What a computation takes, found out by running it: on the meta device, where tensors have no memory."""
+"""Measures what a computation takes by running it on the meta device, where tensors have no memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_pipelite.models.attention import flash
 from lightning_pipelite.models.trace import tensors_in
 from lightning_pipelite.planning.products import flops, is_product
 
-BLOCK = 512  # bytes: the CUDA allocator gives out multiples of it
+BLOCK = 512  # bytes: the CUDA allocator rounds up to multiples of it
 ATEN = torch.ops.aten
-FREE = ("aten::empty", "aten::_unsafe_view")  # what moves no bytes, beside views
-_simple: set[Any] = set()  # operations that are not made of others: torch looks that up anew each time
+FREE = ("aten::empty", "aten::_unsafe_view")  # operations that move no bytes, besides views
+_simple: set[Any] = set()  # operations that do not decompose, cached as torch looks this up each time
 
 
 class _Held:
-    """Memory that is taken as long as this object lives."""
+    """Memory that is held as long as this object lives."""
 
     def __init__(self, meter: Meter, size: int) -> None:
         self._meter, self.size = meter, size
@@ -37,16 +37,16 @@ class _Held:
 
 
 class Meter(TorchDispatchMode):
-    """Follows every tensor from when it is made until its storage is freed, and adds up what the operations do.
+    """Tracks every tensor from its creation until its storage is freed, and adds up the work of the operations.
 
-    On the meta device this is the memory that the same computation takes on a GPU but for what kernels allocate for
-    themselves, of which the large ones are in :data:`WORKSPACES`. Where a computation asks for a value, as the
-    meta device has none, it is told 0.
+    On the meta device this gives the memory that the same computation takes on a GPU, except what kernels allocate
+    internally; large allocations of that kind are in :data:`WORKSPACES`. If the computation reads a value, which the
+    meta device does not have, it gets 0.
 
-    While :attr:`fused` is set it follows what is compiled: matrix products and attention run as they are; what lies
-    between them takes no memory of its own, but keeps the results that it is computed from, as the compiler keeps these
-    for the backward pass and computes the rest anew (``torch._functorch.partitioners``). It is made real for a product
-    that reads it, and where the compiled part ends.
+    While :attr:`fused` is set, operations count as compiled: matrix products and attention run as they are. The tensors
+    between them take no memory of their own, but keep alive the results that they are computed from, as the compiler
+    saves these for the backward pass and recomputes the rest (``torch._functorch.partitioners``). Such a tensor is
+    materialised for a product that reads it, and where the compiled part ends.
 
     Args:
         device: The type of the device whose tensors are counted: "meta", or "cpu" in the tests.
@@ -54,9 +54,8 @@ class Meter(TorchDispatchMode):
     Attributes:
         live: Bytes of the tensors that are held.
         peak: The most bytes since :meth:`mark`.
-        fused: Whether what runs is compiled.
-        flops: Floating-point operations of the matrix products and of attention, by the size of their elements in
-            bytes.
+        fused: Whether operations count as compiled.
+        flops: Floating-point operations of matrix products and attention, by element size in bytes.
         moved: Bytes read and written by all other operations.
     """
 
@@ -71,12 +70,12 @@ class Meter(TorchDispatchMode):
         self._real: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def mark(self) -> int:
-        """Return the peak since the last mark, and begin a new one."""
+        """Return the peak since the last mark, and start a new one."""
         peak, self.peak = self.peak, self.live
         return peak
 
     def hold(self, *tensors: Tensor) -> None:
-        """Count tensors as real: those made outside, and where a compiled part ends."""
+        """Count tensors as materialised: those made outside, and those where a compiled part ends."""
         for tensor in tensors:
             if tensor.device.type == self._device:
                 storage = tensor.untyped_storage()
@@ -93,7 +92,7 @@ class Meter(TorchDispatchMode):
             return 0
         if func not in _simple:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
-                with self:  # an operation that is only made of others
+                with self:  # a composite operation
                     output = func.decompose(*args, **kwargs)
                 if output is not NotImplemented:
                     return output
@@ -109,7 +108,7 @@ class Meter(TorchDispatchMode):
             self.moved += READ[name](*args)
         if name in WORKSPACES:
             self.peak = max(self.peak, self.live + WORKSPACES[name](*args))
-        if ours:  # count what an operation of ours does within, where its shapes alone would do
+        if ours:  # run the body to count what it does; its meta kernel would only give shapes
             fused, self.fused = self.fused, False
             with self:
                 output = OURS[name](*args, **kwargs)
@@ -125,14 +124,14 @@ class Meter(TorchDispatchMode):
             return output
         if not product and made and not func.is_view and not name.startswith(FREE):
             self.moved += sum(t.numel() * t.element_size() for t in (*given, *made))
-        self.hold(*(t for t in made if t.untyped_storage() not in self._known))  # not a view of what is not real
+        self.hold(*(t for t in made if t.untyped_storage() not in self._known))  # no views of unmaterialised ones
         return output
 
     def _read(self, given: list[Tensor]) -> None:
-        """Make real what a product reads.
+        """Materialise what a product reads.
 
-        For good: the compiler does not compute anew what a product reads in the backward pass (the option
-        ``ban_recompute_materialized_backward`` of its partitioner), and products keep for theirs what they read.
+        It stays materialised: the compiler does not recompute what a product reads in the backward pass (the option
+        ``ban_recompute_materialized_backward`` of its partitioner), and products save their inputs for their own.
         """
         for tensor in given:
             storage = tensor.untyped_storage()
@@ -141,7 +140,7 @@ class Meter(TorchDispatchMode):
                 self.hold(tensor)
 
     def _derive(self, given: list[Tensor], made: list[Tensor]) -> None:
-        """Let what lies between products keep the results that it is computed from."""
+        """Make tensors between products keep alive the results that they are computed from."""
         sources = frozenset(held for t in given for held in self._known.get(t.untyped_storage(), ()))
         for tensor in made:
             storage = tensor.untyped_storage()
@@ -156,7 +155,7 @@ def _size(storage: Any) -> int:
 def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
     """Return what FlashAttention 2's backward pass allocates (flash_api.cpp, mha_varlen_bwd).
 
-    The query's gradient in float32; and for grouped heads a key and a value gradient for each query head.
+    The query's gradient in float32 and, for grouped heads, a key and a value gradient for each query head.
     """
     workspace = 4 * query.numel()
     if query.shape[-2] != key.shape[-2]:
@@ -176,15 +175,15 @@ OURS: dict[str, Callable[..., Any]] = {
     "pipelite::sink_attention": flash.forward_operation,
     "pipelite::sink_attention_backward": flash.backward_operation,
 }
-"""Operations of this package that are looked into, in place of a formula in ``products.py``."""
+"""Operations of this package whose bodies are measured, instead of a formula in ``products.py``."""
 
 
 READ: dict[str, Callable[..., int]] = {
     "pipelite::grouped_product": lambda x, weight, *_: weight.numel() * weight.element_size(),
 }
-"""Bytes of weights that products of few rows each wait for, by the name of the operation.
+"""Bytes of weights whose reading bounds products of few rows each, by the name of the operation.
 
-Each expert's weight is read for the tokens that come to it; a single weight's product takes longer than its reading.
+Each expert's weight is read for just the tokens routed to it; a single weight's product takes longer than reading it.
 """
 
 
@@ -192,15 +191,15 @@ WORKSPACES: dict[str, Callable[..., int]] = {
     "torch_attn::_varlen_attn": lambda *_: 0,
     "torch_attn::_varlen_attn_backward": _flash_backward,
 }
-"""What kernels allocate for themselves, in bytes, by the name of the operation."""
+"""Bytes that kernels allocate internally, by the name of the operation."""
 
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Let the meta device compute scaled dot-product attention by what a GPU computes it by, and know autocast.
+    """Make the meta device run scaled dot-product attention as a GPU does, and accept autocast.
 
-    Left alone, it takes the plain products, which keep a matrix of sequence x sequence. Not a TorchFunctionMode: none
-    is active in what the backward pass computes again. Autocast, which PEFT turns off for fused experts, it refuses.
+    By default it uses plain products, which save a matrix of sequence x sequence, and refuses autocast, which PEFT
+    turns off for fused experts. Not a TorchFunctionMode, as none is active during recomputation in the backward pass.
     """
     before, autocast = nn.functional.scaled_dot_product_attention, torch.autocast
 

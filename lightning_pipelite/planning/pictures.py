@@ -1,4 +1,4 @@
-"""The stages of a plan as bars."""
+"""Draws the stages of a plan as bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_pipelite.planning.stage_table import GIB, KINDS
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw what each stage holds, a bar a stage, and the memory of its device, into a PNG file."""
+    """Draw into a PNG file what each stage holds, as one bar, and the memory of its device."""
     stages = report.shown
     figure = Figure(figsize=(6.75, 1.4 + 0.4 * len(stages)), layout="constrained")
     axes = figure.add_subplot()
@@ -23,7 +23,7 @@ def draw(report: Report, path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for number, size in enumerate(report.planner.devices.memory_of_stages(len(stages))):
         (line,) = axes.plot([size / GIB] * 2, [number - 0.5, number + 0.5], color="black", linestyle="--", linewidth=1)
-        line.set_label("device" if number == 0 else "_")  # of one of them in the legend
+        line.set_label("device" if number == 0 else "_")  # one of them in the legend
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.set_title(

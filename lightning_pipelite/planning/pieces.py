@@ -1,4 +1,4 @@
-"""What consecutive layers take: the sum of them, with what is held at once."""
+"""What consecutive layers take: sums over them, and the peak of what they hold at once."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from lightning_pipelite.planning.gpus import Gpu
 from lightning_pipelite.planning.simulation import Simulation
 from lightning_pipelite.planning.trial import Part, Trial
 
-HELD = ("parameters", "trained", "weights", "gradients", "optimizer", "optimizer_on_host")  # of a Part, at all times
+# Attributes of a Part that are held at all times.
+HELD = ("parameters", "trained", "weights", "gradients", "optimizer", "optimizer_on_host")
 
 
 @dataclass(frozen=True)
 class PieceMemory:
-    """What consecutive items take: a stage's piece, or all that it has.
+    """What consecutive items take: one piece of a stage, or a whole stage.
 
     Attributes:
         parameters: The number of weights of the base model.
         trained: The number of trained parameters.
         weights: Bytes of all parameters and buffers.
         gradients: Bytes of the gradients.
-        optimizer: Bytes of the optimizer's state.
-        optimizer_on_host: Bytes of it that wait in the host's memory between steps, and are not in ``optimizer``.
-        optimizer_passing: Bytes of these that are on the device at once within a step.
+        optimizer: Bytes of the optimizer state on the device.
+        optimizer_on_host: Bytes of optimizer state in host memory between steps, not included in ``optimizer``.
+        optimizer_passing: Bytes of the latter that are on the device at once within a step.
         everything: Bytes that a micro-batch retains between its passes.
-        forward: The most bytes at once in the forward pass, beside what other micro-batches retain.
-        backward: The same in the backward pass.
-        loss: Bytes that head and loss retain and take for themselves.
-        hidden: Bytes that are handed on for a micro-batch; nothing at the end of the model.
-        received: Bytes that are received.
-        offloaded: Bytes that a micro-batch keeps in the host's memory between its passes.
+        forward: Peak bytes of the forward pass, on top of what other micro-batches retain.
+        backward: The same for the backward pass.
+        loss: Bytes that the head and the loss retain and use temporarily.
+        hidden: Bytes sent on per micro-batch; 0 at the end of the model.
+        received: Bytes received per micro-batch.
+        offloaded: Bytes that a micro-batch keeps in host memory between its passes.
         seconds: The time of a micro-batch, forward and backward, on the simulation's GPU.
     """
 
@@ -55,20 +56,20 @@ def piece_memory(
 ) -> PieceMemory:
     """Return what items ``start`` to ``stop`` (exclusive) take.
 
-    The largest of these moments counts: in the forward pass inside an item, with what those before it retained; and in
-    the backward pass inside an item, with what those up to it retained.
+    The peak of each pass is its largest moment: in the forward pass inside an item, with what the items before it
+    retained; in the backward pass inside an item, with what the items up to and including it retained.
 
     Args:
-        simulation: Knows the items.
+        simulation: Simulation of the items.
         start: The first item.
         stop: The item after the last.
-        policy: Of activation memory.
-        sequence_len: Tokens of a micro-batch.
-        first: Whether the gradients are made in this backward pass.
+        policy: Activation memory policy.
+        sequence_len: Tokens per micro-batch.
+        first: Whether this backward pass allocates the gradients.
     """
     trials = stage_trials(simulation, start, stop, policy, sequence_len, first=first)
     entry, tail = trials[0].entry, trials[-1].tail
-    # What the entry holds only while the stage runs forward is seen where nothing follows the item.
+    # What the entry holds only during the stage's forward pass shows in a trial where nothing follows the item.
     middle = trials[0] if trials[0].hidden else _middle(simulation, policy, sequence_len, first=first)
     passing = min(0, middle.tail.retained) if middle else 0
     last = trials[-1] if trials[-1].hidden else _middle(simulation, policy, sequence_len, first=first)
@@ -78,7 +79,7 @@ def piece_memory(
     retained = [items[0].retained, *(trial.item.retained - trial.unsaved for trial in trials[1:])]
     everything = entry.retained + passing + sum(retained) + kept_by_tail
     parts = [entry, *items, tail]
-    tied = trials[-1].tied if start == 0 else Part()  # held once by a stage that has both ends
+    tied = trials[-1].tied if start == 0 else Part()  # a stage with both ends holds it once
 
     def held_by_all(name: str) -> int:
         return int(sum(getattr(part, name) for part in parts) - getattr(tied, name))
@@ -93,7 +94,7 @@ def piece_memory(
     if not trials[-1].hidden:
         handover -= passed
     level = everything - kept_by_tail
-    if not first:  # autograd adds the embedding's to the head's before it adds both to the gradient that is there
+    if not first:  # autograd sums the embedding's and the head's before it accumulates into the existing gradient
         level += tied.gradients
     made = 0
     for part, kept in zip(reversed(items), reversed(retained), strict=True):
@@ -116,14 +117,14 @@ def piece_memory(
 
 
 def _middle(simulation: Simulation, policy: str, sequence_len: int, *, first: bool) -> Trial | None:
-    """Return an item that is neither the first nor the last, if there is one."""
+    """Return the trial of an item that is neither the first nor the last, if there is one."""
     return simulation.trial(1, policy, sequence_len, first=first) if len(simulation.layers) > 2 else None
 
 
 def stage_trials(
     simulation: Simulation, start: int, stop: int, policy: str, sequence_len: int, *, first: bool
 ) -> list[Trial]:
-    """Return the trial of each item of a stage; the backward pass goes on to the lowest that is trained."""
+    """Return the trial of each item of a stage; the backward pass continues down to the lowest trained one."""
     trials: list[Trial] = []
     goes_on = start > 0
     for number in range(start, stop):
@@ -134,6 +135,6 @@ def stage_trials(
 
 
 def seconds(part: Part, gpu: Gpu) -> float:
-    """Return the seconds that a part takes, forward and backward, by what it computes and what it moves."""
+    """Return the seconds that a part takes, forward and backward, for its operations and the bytes that it moves."""
     computed = sum(count / gpu.flops(width) for width, count in part.flops.items())
     return computed + part.moved / gpu.bytes_a_second

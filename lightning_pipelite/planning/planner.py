@@ -1,4 +1,4 @@
-"""Whether a training fits, on which split, with which policy of activation memory."""
+"""Plans whether training fits, with which split and which activation memory policy."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lightning_pipelite.planning.stages import CONTEXT, WORKSPACE, StageMemory, 
 from lightning_pipelite.shared.protocol import LayerCosts
 from lightning_pipelite.strategy.partition import method_of, partition, spans_of
 
-MARGIN = 0.03  # of a device's memory, kept free as predictions may be that much too low
-POLICIES = ("keep", "selective", "recompute", "offload")  # the fastest first
+MARGIN = 0.03  # share of a device's memory kept free, as predictions may be that much too low
+POLICIES = ("keep", "selective", "recompute", "offload")  # fastest first
 LONGEST = 2**20  # tokens, for a model that sets no limit
 STEP = 256  # tokens: the largest sequence is a multiple of it
 VIRTUAL_STAGES = (1, 2, 4)
-WORTH = 0.02  # of a step's time, which more pieces a stage must gain
+WORTH = 0.02  # share of a step's time that more pieces per stage must save
 
 
 @dataclass(frozen=True)
 class Recommended:
-    """With what a step is fastest.
+    """The settings with which a step is fastest.
 
     Attributes:
-        stages: Of the pipeline.
-        virtual_stages: Pieces of each.
-        policy: Of activation memory.
-        bounds: Of all pieces.
-        method: The ``partition_method`` that cuts so: auto where devices differ in speed, which alone goes by that.
-        micro_batches: Of a step, for the sequences that were asked for.
-        seconds: Of a step.
+        stages: Number of pipeline stages.
+        virtual_stages: Pieces per stage.
+        policy: Activation memory policy.
+        bounds: The bounds of all pieces.
+        method: The ``partition_method`` that gives this split: auto if devices differ in speed, as only auto heeds it.
+        micro_batches: Micro-batches per step, for the requested number of sequences.
+        seconds: The time of a step.
     """
 
     stages: int
@@ -53,7 +53,7 @@ class Recommended:
 
     @property
     def options(self) -> dict[str, int | str]:
-        """Of the strategy."""
+        """The options of the strategy."""
         virtual = {"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {}
         return {"pipeline_stages": self.stages, **virtual, "partition_method": self.method}
 
@@ -62,10 +62,10 @@ class Planner:
     """Plans how to train a model.
 
     Args:
-        simulation: Knows what the layers take.
-        micro_batches: Of a step.
-        sequence_len: Tokens of a micro-batch.
-        devices: That it is trained on.
+        simulation: Simulation of the layers.
+        micro_batches: Micro-batches per step.
+        sequence_len: Tokens per micro-batch.
+        devices: Devices to train on; if not given, one with unknown memory.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Planner:
         self.policies = [p for p in POLICIES if p == "keep" or meta_model.can_recompute]
 
     def on(self, devices: Devices) -> Planner:
-        """Return the planner of the same training on other devices; what the layers take is not tried again."""
+        """Return a planner of the same training on other devices; the layers are not tried again."""
         other = copy(self)
         other.devices = devices
         return other
 
     def of(self, micro_batches: int) -> Planner:
-        """Return the planner of the same training with another number of micro-batches a step."""
+        """Return a planner of the same training with another number of micro-batches per step."""
         if micro_batches == self.micro_batches:
             return self
         other = copy(self)
@@ -94,11 +94,11 @@ class Planner:
         return self._others.setdefault((micro_batches, self.devices), other)
 
     def with_layers(self, layers: CausalLMLayers) -> Planner:
-        """Return a planner that plans other layers for the same."""
+        """Return a planner of the same training with other layers."""
         return self._of_simulation(self._simulation.on(layers))
 
     def with_offloaded_optimizer(self) -> Planner | None:
-        """Return a planner with the optimizer's state in the host's memory; None if it is there, or cannot be."""
+        """Return a planner with the optimizer state in host memory; None if it already is there, or cannot be."""
         simulation = self._simulation.with_offloaded_optimizer()
         return None if simulation is None else self._of_simulation(simulation)
 
@@ -109,7 +109,7 @@ class Planner:
 
     @property
     def gpu(self) -> Gpu:
-        """Whose speed is gone by."""
+        """The GPU whose speed is assumed."""
         return self._simulation.gpu
 
     @property
@@ -125,7 +125,7 @@ class Planner:
     def stages(
         self, bounds: Sequence[int], policy: str, sequence_len: int | None = None, virtual_stages: int = 1
     ) -> list[StageMemory]:
-        """Return what each stage of a split takes, on its device; the bounds are those of all pieces."""
+        """Return what each stage of a split takes on its device; ``bounds`` are those of all pieces."""
         length, stages = sequence_len or self.sequence_len, (len(bounds) - 1) // virtual_stages
         each = [self._stage(bounds, number, policy, length, virtual_stages) for number in range(stages)]
         if not (speeds := self.devices.speed_of_stages(stages)):
@@ -150,20 +150,20 @@ class Planner:
         )
 
     def fits(self, stages: Sequence[StageMemory]) -> bool:
-        """Tell whether every stage fits its device, with a margin; True if the memory is not known."""
+        """Return whether every stage fits its device, with a margin; True if the memory is not known."""
         limits = self.limits(len(stages))
         return all(stage.total <= limit for stage, limit in zip(stages, limits, strict=False))
 
     def limits(self, stages: int) -> list[int]:
-        """Return the bytes that each stage may take of its device: all but the margin; none if not known."""
+        """Return the bytes of its device that each stage may take: all but the margin; empty if not known."""
         return [int((1 - MARGIN) * size) for size in self.devices.memory_of_stages(stages)]
 
     def costs(self, policy: str, stages: int) -> LayerCosts:
-        """Return the time and the bytes of each item, alone in the middle of a pipeline.
+        """Return the time and the bytes of each item, on its own in the middle of a pipeline.
 
         Args:
-            policy: Of activation memory.
-            stages: Of the pipeline, of whose devices it tells too.
+            policy: Activation memory policy.
+            stages: Number of pipeline stages, for the memory and the speeds of their devices.
         """
         if policy not in self._costs:
             self._costs[policy] = self._find_costs(policy)
@@ -188,14 +188,14 @@ class Planner:
             seconds.append(cost.seconds)
             held.append(cost.weights + cost.gradients + cost.optimizer)
             trial = self._simulation.trial(number, policy, length)
-            received = trial.entry.retained if number == 0 else 0  # by the others once a stage, not once an item
+            received = trial.entry.retained if number == 0 else 0  # the others: once per stage, not once per item
             retained.append(received + trial.item.retained - trial.unsaved + max(0, trial.tail.retained))
         return LayerCosts(seconds, held, retained, self.micro_batches)
 
     def _beside(self, policy: str) -> int:
-        """Return what a stage takes beside the sum over its layers.
+        """Return the bytes that a stage takes in addition to the sum over its layers.
 
-        The largest of what comes and goes, and the reserve.
+        These are the largest transient memory, the exchange buffers and the reserve.
         """
         single = self._stage([0, len(self.layers)], 0, policy, self.sequence_len)
         return single.transient + single.exchange + single.reserve
@@ -216,13 +216,13 @@ class Planner:
         return None
 
     def recommend(self, sequences: int) -> Recommended | None:
-        """Return with what a step of so many sequences is fastest; None if nothing fits.
+        """Return the settings with which a step of ``sequences`` is fastest; None if nothing fits.
 
-        Stages must divide the devices, and replicas the sequences: more stages mean fewer replicas, which take more
-        micro-batches each. More pieces a stage are recommended only where they gain what can be measured.
+        Stages must divide the devices, and replicas the sequences: more stages mean fewer replicas, with more
+        micro-batches each. More pieces per stage are recommended only for a gain that can be measured.
 
         Args:
-            sequences: That all replicas take in a step.
+            sequences: Sequences per step over all replicas.
         """
         best: Recommended | None = None
         for stages, policy in itertools.product(self.stage_counts(sequences), self.policies):
@@ -230,7 +230,7 @@ class Planner:
             for virtual_stages in VIRTUAL_STAGES if stages > 1 else (1,):
                 if stages * virtual_stages > len(self.layers):
                     continue
-                # Without a bubble it would be the work.
+                # A lower bound: the work alone, without a bubble.
                 work, speeds = planner.costs(policy, stages).seconds, self.devices.speed_of_stages(stages)
                 least = sum(work) * planner.micro_batches / sum(speeds or [1] * stages)
                 if virtual_stages > 1 and best and least > (1 - WORTH) * best.seconds:
@@ -246,16 +246,16 @@ class Planner:
         return best
 
     def stage_counts(self, sequences: int) -> list[int]:
-        """Return the numbers of stages that divide the devices into replicas, which divide the sequences of a step."""
+        """Return the numbers of stages that divide the devices into replicas which divide the sequences of a step."""
         devices = self.devices.count
         most = min(devices, len(self.layers))
         return [n for n in range(1, most + 1) if devices % n == 0 and sequences % (devices // n) == 0]
 
     def largest_sequence(self, bounds: Sequence[int], policy: str, virtual_stages: int = 1) -> int:
-        """Return the most tokens of a micro-batch that fit and that the model knows, a multiple of 256; 0 if none do.
+        """Return the most tokens per micro-batch that fit and the model supports, a multiple of 256; 0 if none do.
 
-        Memory grows with the sequence in nearly a straight line, of which two points are known. What the fullest stage
-        can take is found first, and mostly the others take it too.
+        Memory grows almost linearly with the sequence, and two points are known. What the fullest stage can take is
+        found first, and mostly the others can take it too.
         """
         if not self.devices.memory:
             raise ValueError("the memory of a device is not known")
@@ -278,7 +278,7 @@ class Planner:
         return longest
 
     def fewest_devices(self) -> tuple[int, str] | None:
-        """Return how many of the devices, from the first on, are enough, and their policy; None if all are not."""
+        """Return how many devices, from the first on, are enough and with which policy; None if all are too few."""
         for stages in range(1, min(self.devices.count, len(self.layers)) + 1):
             if policy := self.on(self.devices.first(stages)).choose_policy(stages, "auto"):
                 return stages, policy
@@ -286,7 +286,7 @@ class Planner:
 
 
 class _Layers:
-    """The layers as the strategy cuts them."""
+    """The layers in the form that :func:`partition` takes."""
 
     def __init__(self, planner: Planner, policy: str, stages: int) -> None:
         self._planner, self._policy, self._stages = planner, policy, stages

@@ -1,7 +1,7 @@
-"""How many floating-point operations an operation does: the products, and which operations are none.
+"""Counts the floating-point operations of products, and lists the operations that are not products.
 
-What a plan does not count, it takes for free. So an operation must be known to be no product, or have a formula: an
-operation of a library or of this package that does arithmetic is entered here.
+What a plan does not count is free to it. So each operation must either have a formula or be known not to be a product:
+operations of libraries and of this package that do arithmetic must be entered here.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lightning_pipelite.models.trace import tensors_in
 
 ATEN = torch.ops.aten
-IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # of which torch has no formula
+IN_PLACE = {ATEN.addmm_: ATEN.addmm, ATEN.baddbmm_: ATEN.baddbmm}  # torch has no formulas for these
 
 
 def _causal(query: Tensor, value: Tensor) -> float:
     """Return the operations of two products over half the pairs of tokens, as if all were one document.
 
-    The most there are.
+    This is the maximum.
     """
     tokens, heads, size = query.shape
     return float(tokens) ** 2 * heads * (size + value.shape[-1])
 
 
 def _grouped(left: Tensor, right: Tensor, *_: Any) -> float:
-    """Of products of groups: a dimension that is cut into groups is gone through once, whatever the bounds.
+    """Return the operations of a grouped product: the dimension cut into groups counts once, whatever the bounds.
 
     Rows [tokens, in] by [groups, in, out]; [groups, out, in] by columns [in, tokens]; [out, tokens] by [tokens, in],
     summed over each group; or a batch of products.
@@ -40,7 +40,10 @@ def _grouped(left: Tensor, right: Tensor, *_: Any) -> float:
 
 
 def _control(delta: Tensor, directions: Tensor, products: int) -> float:
-    """Of products with Q, which the kernel takes as three bfloat16 summands where it is float32 and d is bfloat16."""
+    """Return the operations of products with Q.
+
+    The kernel splits Q into three bfloat16 summands if Q is float32 and d is bfloat16.
+    """
     summands = 3 if delta.dtype == torch.bfloat16 and directions.dtype == torch.float32 else 1
     return 2.0 * products * summands * delta.numel() * directions.shape[-1]
 
@@ -58,18 +61,18 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda gradient, query, key, value, *_: (
         sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
     ),
-    # Over packed documents, whose lengths are values, which the meta device has not.
+    # Over packed documents: their lengths are values, which the meta device does not have.
     "torch_attn::_varlen_attn": lambda query, key, value, *_: _causal(query, value),
-    # Five products, and those of the forward pass are two.
+    # Five products, where the forward pass has two.
     "torch_attn::_varlen_attn_backward": lambda gradient, query, key, value, *_: 2.5 * _causal(query, value),
-    # Of few tokens: of more, bitsandbytes dequantises first.
+    # For few tokens; for more, bitsandbytes dequantises first.
     "bitsandbytes::gemm_4bit": lambda rows, codes, shape, *_: 2.0 * rows.numel() * shape[0],
     "pipelite::control": lambda output, delta, directions, *_: _control(delta, directions, 2),
     "pipelite::control_backward": lambda gradient, delta, directions, scales, classes, to_delta: _control(
         delta, directions, 5 if to_delta else 4
     ),
 }
-"""By the name of the operation; called with its arguments."""
+"""Formulas by the name of the operation; called with its arguments."""
 
 NO_PRODUCTS = {
     "bitsandbytes::dequantize_4bit",
@@ -80,8 +83,8 @@ NO_PRODUCTS = {
     "aten::linalg_vector_norm",
     "aten::linalg_cross",
 }
-"""Operations of libraries and of this package, and of torch with a name that sounds otherwise, which only go through
-their operands."""
+"""Operations that only pass over their operands: of libraries, of this package, and of torch if their names suggest
+otherwise."""
 
 ENDS = ("mm", "mv", "gemm", "matmul", "dot", "einsum", "linear", "attention", "attn")
 BEGINNINGS = ("conv", "linalg", "lstm", "gru", "rnn", "matmul", "fft")
@@ -89,10 +92,10 @@ WORDS = {"outer", "inner", "ger", "addr", "kron", "cdist", "sdpa"}
 
 
 def is_product(func: Any) -> bool:
-    """Tell whether an operation is one whose arithmetic counts: it has a formula.
+    """Return whether the arithmetic of an operation counts, that is, whether it has a formula.
 
     Raises:
-        UnknownProductError: It has none, and is not known to be no product.
+        UnknownProductError: If it has none and is not known not to be a product.
     """
     name: str = func._schema.name
     if name in FORMULAS or _torchs(func) is not None:
@@ -103,7 +106,7 @@ def is_product(func: Any) -> bool:
 
 
 def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[int, float]:
-    """Return the bytes of the elements that a product computes with, and how many operations it does."""
+    """Return the element size of a product in bytes, and the number of its floating-point operations."""
     tensors = [t for t in tensors_in(args) if t.is_floating_point()]
     width = min((t.element_size() for t in tensors), default=4)
     if (formula := FORMULAS.get(func._schema.name)) is not None:
@@ -114,7 +117,7 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any)
 
 
 class UnknownProductError(NotImplementedError):
-    """An operation of which it is not known how much it computes."""
+    """Raised for an operation whose number of floating-point operations is not known."""
 
 
 def _torchs(func: Any) -> Any:
@@ -125,6 +128,6 @@ def _may_be_product(name: str) -> bool:
     library, _, operation = name.partition("::")
     if library == "prims":  # torch's primitives, elementwise and reductions
         return False
-    if library != "aten":  # of a library of kernels: whatever it is called
+    if library != "aten":  # any operation of a library of kernels
         return True
     return any(w.endswith(ENDS) or w.startswith(BEGINNINGS) or w in WORDS for w in operation.split("_"))

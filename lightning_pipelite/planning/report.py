@@ -1,4 +1,4 @@
-"""A plan as a user reads it."""
+"""A plan as text for the user."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Report:
     """A plan and its recommendation; printed as text.
 
     Attributes:
-        planner: That made it, with the configuration's micro-batches a step.
-        settings: What the configuration says.
-        split: The bounds of the configuration's stages, or of all pieces.
-        policies: What the stages take with each policy of activation memory, on that split.
-        recommended: With what a step is fastest; None if nothing fits.
-        largest: The most tokens of a sequence that fit the recommended split.
-        fewest: The fewest stages that fit, and with which policy.
+        planner: The planner that made it, with the configuration's micro-batches per step.
+        settings: The settings in the configuration.
+        split: The bounds of all pieces of the configuration's stages.
+        policies: What the stages of that split take with each activation memory policy.
+        recommended: The settings with which a step is fastest; None if nothing fits.
+        largest: The most tokens per sequence that fit with the recommended split; None if not known.
+        fewest: The fewest stages that fit, and with which policy; None if not known.
         words: Options of ``pipelite fit`` that were given, as on the command line.
-        replaced: Options that stand in place of the configuration's.
+        replaced: Options that replace the configuration's.
         ways: What would fit, if nothing does.
-        slow_devices: That a step would be faster without some of the devices; empty if it would not.
+        slow_devices: A sentence if a step would be faster without some of the devices, else empty.
     """
 
     planner: Planner
@@ -55,7 +55,7 @@ class Report:
         words: Sequence[str] = (),
         replaced: Mapping[str, object] | None = None,
     ) -> Report:
-        """Plan."""
+        """Make a plan and return its report."""
         devices = planner.devices.count
         if devices % settings.stages:
             raise ConfigurationError(
@@ -80,17 +80,17 @@ class Report:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return self.planner.devices.count
 
     @property
     def sequences(self) -> int:
-        """Of a step, over all replicas, as the configuration has it."""
+        """The configured number of sequences per step, over all replicas."""
         return self.settings.micro_batches * (self.devices // self.settings.stages)
 
     @property
     def policy(self) -> str:
-        """The configuration's policy, if the model can do so; else the first that fits, as ``auto`` chooses."""
+        """The configuration's policy if the model supports it, else the first that fits, as ``auto`` chooses."""
         asked = self.settings.model.get("activation_memory", "auto")
         if asked in self.policies:
             return str(asked)
@@ -98,20 +98,20 @@ class Report:
 
     @property
     def shown(self) -> list[StageMemory]:
-        """The stages that are told of: the recommended ones, or the configuration's."""
+        """The stages to show: the recommended ones, or the configuration's."""
         if (found := self.recommended) is None or self.planner.memory is None:
             return self.policies[self.policy]
         return self.planner.of(found.micro_batches).stages(found.bounds, found.policy, None, found.virtual_stages)
 
     @property
     def shown_policy(self) -> str:
-        """Their policy."""
+        """The policy of the stages to show."""
         found = self.recommended
         return self.policy if found is None or self.planner.memory is None else found.policy
 
     @property
     def command(self) -> str | None:
-        """What trains as recommended."""
+        """The command that trains as recommended; None if nothing fits or the memory is not known."""
         if (found := self.recommended) is None or self.planner.memory is None:
             return None
         options: dict[str, object] = dict(self.replaced)
@@ -132,7 +132,7 @@ class Report:
 
     def _head(self) -> list[str]:
         model, planner = self.settings.model, self.planner
-        # Of the model, however it is cut: in stages of its own, what embedding and head share is there twice.
+        # The uncut model: in separate stages, the embedding and the head would count their tied weight twice.
         (whole,) = planner.stages([0, len(planner.layers)], self.policy)
         held = {"load_in_4bit": " on 4-bit weights", "load_in_fp8": " on FP8 weights"}
         stored = f", {told}" if (told := planner.layers.weights_told) else ""
@@ -201,7 +201,7 @@ class Report:
         return f"estimated for {gpu.name}s by {'measured' if gpu.measured else 'public'} rates"
 
     def _all(self) -> list[str]:
-        """All that were tried for the same number of sequences, the configuration first."""
+        """Return a table of all that was tried for the same number of sequences, the configuration's split first."""
         given, planner = self.settings, self.planner
         configured = _stages_in_words(given.stages, given.virtual_stages)
         lines = [
@@ -267,7 +267,7 @@ class Report:
 
     @property
     def on_host(self) -> int:
-        """Bytes that offload takes of a host's memory, on the recommended split or the configuration's."""
+        """Bytes of each host's memory that offload takes, with the recommended split or the configuration's."""
         if "offload" not in self.policies:
             return 0
         planner, bounds, pieces = self.planner, self.split, self.settings.virtual_stages
@@ -283,7 +283,7 @@ def _stages_in_words(stages: int, virtual_stages: int) -> str:
 
 
 def in_three_digits(speed: float) -> str:
-    """Return a number in words, with no more than three digits, as it is an estimate."""
+    """Format an estimate with no more than three significant digits."""
     if speed < 1000:
         return f"{speed:.0f}"
     return f"{round(speed, 2 - math.floor(math.log10(speed))):,.0f}"

@@ -1,4 +1,4 @@
-"""What a configuration file says about a training, as far as a plan needs it."""
+"""The settings in a configuration that a plan needs."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class Settings:
 
     Attributes:
         model: The options of ``PipeLiteModule``.
-        sequence_len: Tokens of a micro-batch.
-        micro_batches: Of a step.
-        stages: Of the pipeline.
-        virtual_stages: Pieces of each stage.
-        partition_method: How the layers are dealt out.
-        devices: Of a host; None if the file leaves it to the Trainer.
-        hosts: How many there are.
-        speeds: Of the devices, as the strategy is told; empty if it is not.
+        sequence_len: Tokens per micro-batch.
+        micro_batches: Micro-batches per step.
+        stages: Number of pipeline stages.
+        virtual_stages: Pieces per stage.
+        partition_method: How layers are assigned to stages.
+        devices: Devices per host; None if this is left to the Trainer.
+        hosts: Number of hosts.
+        speeds: The strategy's ``speeds`` of the devices; empty if not given.
         column_major: The strategy's ``use_column_major_topology``.
+        optimizer: ``class_path`` and ``init_args`` of the optimizer.
     """
 
     model: dict[str, Any]
@@ -54,14 +55,14 @@ class Settings:
 
 
 def settings_of(content: Mapping[str, Any], source: str) -> Settings:
-    """Take what a plan needs of a configuration.
+    """Extract what a plan needs from a configuration.
 
     Args:
-        content: The options of ``pipelite fit``, by sections.
+        content: The options of ``pipelite fit``, by section.
         source: Where they were given, for messages.
 
     Raises:
-        ConfigurationError: If it lacks what a plan needs.
+        ConfigurationError: If something that a plan needs is missing or wrong.
     """
     trainer, model, data = (content[name] for name in ("trainer", "model", "data"))
     for name, value in (("model.model_dir", model.get("model_dir")), ("model.adapter", model.get("adapter"))):
@@ -69,11 +70,11 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
             raise ConfigurationError(f"{source}: {name} must be given for a plan.")
     strategy = trainer.get("strategy")
     options = _strategy_options(strategy, source)
-    check_speeds(options.get("speeds"), "auto")  # which a plan recommends where they are given
+    check_speeds(options.get("speeds"), "auto")  # the method that a plan recommends if speeds are given
     devices = trainer.get("devices")
-    if isinstance(devices, str):  # as Lightning reads it: a number, or numbers of devices
+    if isinstance(devices, str):  # as Lightning reads it: a count, or indices
         devices = [each for each in devices.split(",") if each.strip()] if "," in devices else _number(devices)
-    if isinstance(devices, list):  # their numbers
+    if isinstance(devices, list):  # indices
         devices = len(devices)
     return Settings(
         model=model,
@@ -91,7 +92,7 @@ def settings_of(content: Mapping[str, Any], source: str) -> Settings:
 
 
 def _strategy_options(strategy: Any, source: str) -> Mapping[str, Any]:
-    """Return the options of the strategy, which must be the one that trains in stages."""
+    """Return the options of the strategy, which must be PipeLiteStrategy."""
     given = strategy.get("class_path") if isinstance(strategy, Mapping) else strategy
     if given is not None and str(given).rpartition(".")[2] not in ("PipeLiteStrategy", "pipelite"):
         raise ConfigurationError(
@@ -101,7 +102,7 @@ def _strategy_options(strategy: Any, source: str) -> Mapping[str, Any]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if re.fullmatch(r"\s*\d+\s*", text) else None  # "auto", "-1": all that there are
+    return int(text) if re.fullmatch(r"\s*\d+\s*", text) else None  # "auto", "-1": all devices
 
 
 def _count(value: Any, name: str) -> int:
@@ -115,9 +116,9 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
 
     Args:
         given: A mapping of the two, or the name of a class.
-        key: What it is called in the configuration.
-        package: Where a class without a package is looked for.
-        given_here: Arguments of it that no configuration has.
+        key: Its name in the configuration.
+        package: Package of classes that are given without one.
+        given_here: Arguments that the caller supplies, not the configuration.
 
     Raises:
         ConfigurationError: If there is no such class, or it does not take these options.
@@ -145,10 +146,10 @@ def class_of(given: Any, key: str, package: str, given_here: tuple[str, ...] = (
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of ``24GiB``, ``80 GB``, or of ``24``, which is taken for GiB, as graphics cards are sold.
+    """Return the bytes of ``24GiB``, ``80 GB`` or ``24``, which means GiB, as graphics cards are sold.
 
     Raises:
-        ConfigurationError: If it is none of these, or cannot be a GPU's.
+        ConfigurationError: If it is malformed, or implausible for a GPU.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
@@ -162,7 +163,7 @@ def parse_memory(text: str) -> int:
 
 
 def gib(size: float) -> str:
-    """Return bytes in words."""
+    """Format a number of bytes with a unit."""
     for unit, base in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= 0.1 * base:
             return f"{size / base:.2f} {unit}" if unit == "GiB" else f"{size / base:.1f} {unit}"
@@ -170,10 +171,10 @@ def gib(size: float) -> str:
 
 
 def dtype_of(model: Mapping[str, Any]) -> torch.dtype:
-    """Return the type of the computation.
+    """Return the dtype of the computation.
 
     Raises:
-        ConfigurationError: If it is none that the module takes.
+        ConfigurationError: If the module does not take it.
     """
     name = model.get("dtype", "bfloat16")
     if name not in ("bfloat16", "float32"):

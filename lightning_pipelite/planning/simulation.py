@@ -1,4 +1,4 @@
-"""What each layer of a pipeline takes, found out by training a stage of it on the meta device."""
+"""Measures what each layer of a pipeline takes by training a stage of that layer on the meta device."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from lightning_pipelite.planning.trial import Part, Trial
 from lightning_pipelite.planning.watched_stage import WatchedStage, quantisation_states
 
 META = torch.device("meta")
-GPU_ONLY = ("fused", "capturable", "triton")  # of optimizers: none of them changes what is kept
-DOCUMENTS = 16  # of a micro-batch: how many there are makes no difference, but that they are several does
+GPU_ONLY = ("fused", "capturable", "triton")  # options of optimizers; none of them changes the state
+DOCUMENTS = 16  # per micro-batch; the number makes no difference if it is more than 1
 
 
 class Simulation:
-    """Trains stages of one item each, which are built as those that are trained, but without weights.
+    """Trains stages of one item each, built like real ones but without weights.
 
-    Every kind of item is built once, and tried once for each policy of activation memory and each length.
+    Every kind of item is built once, and tried once for each activation memory policy and sequence length.
 
     Args:
         layers: The layers of the model.
-        loss: The loss on what the last stage returns.
-        make_optimizer: Makes the optimizer of some parameters.
-        gpu: Whose speed is gone by.
+        loss: The loss on the last stage's output.
+        make_optimizer: Creates the optimizer of the given parameters.
+        gpu: The GPU whose speed is assumed.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Simulation:
         """Return what item ``number`` takes.
 
         Args:
-            number: Of the item.
-            policy: The activation memory.
-            sequence_len: Tokens of a micro-batch.
-            input_grad: Whether the backward pass goes on before the item; matters but for the first one.
-            first: Whether the micro-batch is the first of a step, whose backward pass makes the gradients that the
-                others find.
+            number: Number of the item.
+            policy: Activation memory policy.
+            sequence_len: Tokens per micro-batch.
+            input_grad: Whether the backward pass continues to earlier items; irrelevant for the first item.
+            first: Whether the micro-batch is the first of a step, whose backward pass allocates the gradients that the
+                others accumulate into.
         """
         if policy == "selective" and self.compiled:
-            policy = "keep"  # it is the compiler that selects
+            policy = "keep"  # the compiler selects
         if policy == "offload":
             return _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad, first=first))
         built = (self._kinds[number], number == 0, number == len(self.layers) - 1)
@@ -89,7 +89,7 @@ class Simulation:
         return Simulation(layers, self._loss, self._make_optimizer, self.gpu)
 
     def with_offloaded_optimizer(self) -> Simulation | None:
-        """Return a simulation of the same with the optimizer's state on the host; None if it is there, or cannot be."""
+        """Return the same simulation with the optimizer state on the host; None if it already is, or cannot be."""
         try:
             made = self._make_optimizer([nn.Parameter(torch.empty(1, device=META))])
             if isinstance(made, OffloadedOptimizer):
@@ -100,13 +100,13 @@ class Simulation:
         make = self._make_optimizer
         return Simulation(self.layers, self._loss, lambda parameters: OffloadedOptimizer(make(parameters)), self.gpu)
 
-    @cached_property  # every trial asks, and a large model takes long to be looked through
+    @cached_property  # every trial reads it, and examining a large model takes long
     def compiled(self) -> bool:
         """Whether layers are compiled on a GPU."""
         return self.layers.compiles_on(torch.device("cuda"))
 
     def _kind(self, number: int) -> Any:
-        """Return what tells apart items that take differently much."""
+        """Return a key that distinguishes items which take different amounts."""
         meta_model, adapter = self.layers.meta_model, self.layers.adapter
         first, after = meta_model.groups[number], meta_model.groups[number + 1]
         names = getattr(adapter, "target_modules", None)
@@ -117,11 +117,11 @@ class Simulation:
 
     @contextlib.contextmanager
     def _uncompiled(self) -> Iterator[None]:
-        """Build stages as a GPU would, but for compiling them; their layers are ready to run again."""
+        """Build stages as on a GPU, but uncompiled; their layers can be recomputed."""
         layers = self.layers
         before = layers.activation_memory, layers.compile_layers, torch.get_num_threads()
         layers.activation_memory, layers.compile_layers = "recompute", False
-        torch.set_num_threads(1)  # what is computed is tiny
+        torch.set_num_threads(1)  # the computations are tiny
         try:
             yield
         finally:
@@ -139,12 +139,12 @@ class Simulation:
         return WatchedStage(stage, weighed, meta_model.layers_name, meta_model.tail_names, loss, compiled=self.compiled)
 
     def _inputs(self, received: Tensor, ids: Tensor, input_grad: bool) -> tuple[Tensor, ...]:
-        """Return new inputs of a stage that receives what is like ``received``: like ``ids``, if it is the first."""
+        """Return new inputs of a stage that receives tensors like ``received``, which is ``ids`` for the first."""
         layers = self.layers
         positions, *extra = (torch.empty_like(ids) for _ in range(1 + len(layers.adapter.batch_keys)))
         if received is ids:
             return (torch.empty_like(ids), positions, *extra)
-        # As between two items: not a leaf, which the graph would hold whether the item keeps it or not.
+        # Not a leaf, as between two items: the graph would hold a leaf even if the item does not save it.
         source = torch.empty(1, dtype=layers.dtype, device=META, requires_grad=input_grad)
         hidden = source.expand(received.shape).clone()
         sums = []
@@ -153,7 +153,7 @@ class Simulation:
         return (hidden, positions, *extra, *sums)
 
     def _weigh(self, stage: Stage) -> Trial:
-        """Return what the parameters of each part take, whatever the micro-batch is."""
+        """Return what the parameters of each part take, regardless of the micro-batch."""
         trial = Trial(Part(), Part(), Part())
         prefix = f"causal_lm.{self.layers.meta_model.layers_name}."
         whole = dict(self.layers.meta_model.model.named_parameters())
@@ -198,7 +198,7 @@ class Simulation:
         return trial
 
     def _optimizer_bytes(self, trained: list[nn.Parameter]) -> dict[str, int]:
-        """Return what a :class:`Part` says of the optimizer's state."""
+        """Return the fields of a :class:`Part` for the optimizer state."""
         if not trained:
             return {}
         optimizer = self._make_optimizer(trained)
@@ -213,13 +213,13 @@ class Simulation:
         state = sum(_rounded(t) for t in tensors if t.is_meta)
         if not isinstance(optimizer, OffloadedOptimizer):
             return {"optimizer": state}
-        # And as much again as one for what an update makes in between.
+        # One place more for the temporaries of an update.
         at_once = (PLACES + 1) * max(BUCKET, *(p.nbytes for p in trained)) * state // sum(p.nbytes for p in trained)
         return {"optimizer_on_host": state, "optimizer_passing": min(state, at_once)}
 
 
 def _offloaded(trial: Trial) -> Trial:
-    """Return what a recomputed item takes if its input waits in the host's memory, and the next one's comes back."""
+    """Return what a recomputed item takes if its input is in host memory while the next one's is copied back."""
     hidden = max(trial.hidden, trial.item.retained)
     item = replace(trial.item, retained=0, backward=trial.item.backward + 2 * hidden)
     return replace(trial, item=item, offloaded=hidden)

@@ -11,7 +11,7 @@ from lightning_pipelite.planning.stages import StageMemory, step
 
 GIB = 2**30
 BAR = 44  # characters of a bar
-KINDS = {  # of what a stage holds: the character and the name
+KINDS = {  # kinds of memory in a stage: their character and name
     "weights": ("█", "weights"),
     "gradients": ("▓", "gradients"),
     "optimizer": ("▒", "optimizer"),
@@ -20,7 +20,7 @@ KINDS = {  # of what a stage holds: the character and the name
     "reserve": ("·", "reserve"),
 }
 
-SIZES = {  # of a stage, by the titles of their columns
+SIZES = {  # attributes of a stage by the titles of their columns
     "weights": "weights",
     "grads": "gradients",
     "optim.": "optimizer",
@@ -30,11 +30,11 @@ SIZES = {  # of a stage, by the titles of their columns
     "reserve": "reserve",
     "total": "total",
 }
-SPARED = ("params", "loss")  # where the terminal is narrow: the first are in weights, the second in activ. and passing
+SPARED = ("params", "loss")  # left out on narrow terminals: weights include params, activ. and passing include loss
 
 
 def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
-    """Return the lines of the table, the bars, and what passes between stages."""
+    """Return the lines of the table and the bars, and a line on what is sent between stages."""
     widest = max(stage.total for stage in stages)
     sizes, limits = planner.devices.memory_of_stages(len(stages)), planner.limits(len(stages))
     scale = max(widest, *sizes, 0)
@@ -46,7 +46,7 @@ def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
         **{title: [f"{getattr(stage, name) / base:.2f}" for stage in stages] for title, name in SIZES.items()},
         "time": [_time(stage.seconds) for stage in stages],
     }
-    if len(_table(columns)[0]) + len(f" ({unit})") > get_terminal_size((120, 24)).columns:  # of a pipe: as a wide one
+    if len(_table(columns)[0]) + len(f" ({unit})") > get_terminal_size((120, 24)).columns:  # a pipe counts as wide
         columns = {title: cells for title, cells in columns.items() if title not in SPARED}
     head, *rows = _table(columns)
     lines = [f"{head} ({unit})", *rows]
@@ -69,7 +69,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def span_of(planner: Planner, stage: StageMemory) -> str:
-    """Return the decoder layers of a stage, such as ``0-15``; of several pieces with a plus between them."""
+    """Return the decoder layers of a stage, such as ``0-15``; several pieces are joined by a plus."""
     layers = planner.layers.meta_model.groups
     return "+".join(f"{layers[start]}-{layers[stop] - 1}" for start, stop in stage.spans)
 

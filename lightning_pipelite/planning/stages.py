@@ -1,4 +1,4 @@
-"""What each stage of a pipeline takes: the sum of its pieces, with what is held at once."""
+"""What each stage of a pipeline takes: sums over its pieces, and the peak of what they hold at once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_pipelite.strategy.interleaved_1f1b import interleaved_1f1b
 from lightning_pipelite.strategy.timeline import Timeline, simulate
 
 CONTEXT = 600 * 2**20
-"""Bytes of a CUDA context with the kernels that are loaded, and buffers of transfers: outside of torch's allocator."""
+"""Bytes of a CUDA context with its loaded kernels, and of transfer buffers, outside torch's allocator."""
 WORKSPACE = 32 * 2**20
-"""Bytes of cuBLAS' workspace, which torch allocates once on Hopper (8 MiB before)."""
+"""Bytes of cuBLAS's workspace, which torch allocates once on Hopper (8 MiB on earlier GPUs)."""
 FRAGMENTATION = 0.04
-"""Share of what comes and goes that torch's allocator keeps unused between its blocks."""
+"""Share of activations and transient memory that torch's allocator leaves unused between its blocks."""
 BACKWARD = 2 / 3
-"""Share of the backward pass in the time of both."""
+"""Share of the backward pass in the time of both passes."""
 PASS = 2e-4
-"""Seconds that a pass takes beside its layers: to receive, to begin and to hand on."""
+"""Seconds that a pass takes in addition to its layers: to receive, to start and to send."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class StageMemory:
     """The memory of one stage and what makes it up, in bytes.
 
     Attributes:
-        spans: The first item and the one after the last of its pieces: of one, but with virtual stages.
+        spans: First item and item after the last of each piece; one piece unless there are virtual stages.
         parameters: The number of weights of the base model.
         trained: The number of trained parameters.
         weights: All parameters and buffers.
-        gradients: Of the trained parameters.
-        optimizer: The optimizer's state.
-        activations: What all micro-batches in flight retain, with the inputs that are received.
-        transient: What comes and goes beside: a layer that is recomputed, its gradients, the logits of a chunk.
-        loss: What head and loss retain and take for themselves; in the last stage. It is part of the two above.
-        exchange: Buffers of what is received and sent.
-        in_flight: How many micro-batches are held at once; of all pieces together.
+        gradients: The gradients of the trained parameters.
+        optimizer: The optimizer state.
+        activations: What all micro-batches in flight retain, including received inputs.
+        transient: Temporary memory besides: a recomputed layer, its gradients, the logits of a chunk.
+        loss: What the head and the loss retain and use temporarily, in the last stage; part of the two above.
+        exchange: Send and receive buffers.
+        in_flight: The most micro-batches held at once, over all pieces.
         peak: The most that torch allocates.
-        reserve: CUDA's context and what the allocator cannot use.
+        reserve: The CUDA context and what the allocator cannot use.
         piece_seconds: The time of a micro-batch in each piece, forward and backward.
-        hidden: Bytes that are handed on for a micro-batch, to the next piece.
+        hidden: Bytes sent to the next piece per micro-batch.
         sent: Bytes that a step sends over the boundaries to the next stage, both ways.
-        on_host: Bytes of inputs that wait in the host's memory, with ``offload``.
-        optimizer_on_host: Bytes of the optimizer's state that wait there between steps, with ``offload_optimizer``.
-        link: Bytes a second between two stages.
+        on_host: Bytes of inputs in host memory, with ``offload``.
+        optimizer_on_host: Bytes of optimizer state in host memory between steps, with ``offload_optimizer``.
+        link: Bytes per second between two stages.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -75,7 +75,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All that the stage takes of a GPU's memory."""
+        """All of a GPU's memory that the stage takes."""
         return self.peak + self.reserve
 
 
@@ -91,20 +91,20 @@ def stage_memory(
 ) -> StageMemory:
     """Return what a stage takes.
 
-    How many micro-batches each piece holds when another one runs is that of the schedule's order; of one piece a stage,
-    1F1B, stage i of p holds up to p - i (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2). The
-    peak is the largest of its passes. Gradients are there from the first micro-batch's backward pass on.
+    The order of the schedule determines how many micro-batches each piece holds while another one runs. With one piece
+    per stage (1F1B), stage i of p holds up to p - i (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section
+    2.2). The peak is the largest over all passes. Gradients exist from the first micro-batch's backward pass on.
 
     Args:
-        simulation: Knows the items.
-        spans: The first item and the one after the last of each of the stage's pieces.
-        stage: Its number.
-        stages: How many there are.
-        micro_batches: Of a step.
-        policy: Of activation memory.
-        sequence_len: Tokens of a micro-batch.
+        simulation: Simulation of the items.
+        spans: First item and item after the last of each of the stage's pieces.
+        stage: Number of the stage.
+        stages: Number of stages.
+        micro_batches: Micro-batches per step.
+        policy: Activation memory policy.
+        sequence_len: Tokens per micro-batch.
     """
-    first = micro_batches == 1  # then gradients come with the backward pass
+    first = micro_batches == 1  # then the backward pass allocates the gradients
     pieces = [piece_memory(simulation, *span, policy, sequence_len, first=first) for span in spans]
 
     def of_all(name: str) -> int:
@@ -113,12 +113,12 @@ def stage_memory(
     weights, gradients, optimizer = (of_all(name) for name in ("weights", "gradients", "optimizer"))
     received = max(piece.received for piece in pieces)
     exchange = pieces[-1].hidden + (received if stage > 0 else 0)
-    if len(pieces) > 1:  # the input of the pass, that of the next, and what is on its way to others
+    if len(pieces) > 1:  # the input of this pass and of the next, and what is being sent
         exchange = 3 * received
     static = weights + optimizer + exchange + WORKSPACE
     made = 0 if first and len(pieces) == 1 else gradients
     passing = max(piece.optimizer_passing for piece in pieces)
-    moments, activations, in_flight = [static + gradients + passing], 0, 0  # the first in the optimizer's step
+    moments, activations, in_flight = [static + gradients + passing], 0, 0  # the first is the optimizer step
     for action, counts in interleaved_1f1b(stages, len(pieces), micro_batches).held(stage):
         piece = pieces[action.piece // stages]
         held = sum(count * each.everything for count, each in zip(counts, pieces, strict=True))
@@ -150,11 +150,11 @@ def stage_memory(
 
 
 def step(stages: Sequence[StageMemory], micro_batches: int) -> Timeline:
-    """Return what becomes of a step: its schedule, played through with the times of the pieces.
+    """Return the timeline of a step: its schedule, simulated with the times of the pieces.
 
     Args:
-        stages: Of a split, in order.
-        micro_batches: Of a step.
+        stages: The stages of a split, in order.
+        micro_batches: Micro-batches per step.
     """
     virtual_stages = len(stages[0].piece_seconds)
     times = [stages[k % len(stages)].piece_seconds[k // len(stages)] for k in range(len(stages) * virtual_stages)]

@@ -14,14 +14,14 @@ class Part:
         weights: Bytes of all parameters and buffers, 4-bit and FP8 ones with their scales.
         trained: The number of trained parameters.
         gradients: Bytes of their gradients.
-        optimizer: Bytes of the optimizer's state.
-        optimizer_on_host: Bytes of it that wait in the host's memory between steps, and are not in ``optimizer``.
-        optimizer_passing: Bytes of these that are on the device at once within a step.
-        retained: Bytes that a forward keeps for the backward pass.
-        forward: The most bytes at once in the forward pass, beside all that was held before it.
-        backward: The most bytes at once in the backward pass, beside all that was held before it. The gradients of the
-            parameters are there already, or, in a step's first micro-batch, are made then.
-        flops: Floating-point operations forward and backward, by the size of the elements in bytes.
+        optimizer: Bytes of the optimizer state on the device.
+        optimizer_on_host: Bytes of optimizer state in host memory between steps, not included in ``optimizer``.
+        optimizer_passing: Bytes of the latter that are on the device at once within a step.
+        retained: Bytes that the forward pass keeps for the backward pass.
+        forward: Peak bytes of the forward pass, on top of all that was held before it.
+        backward: Peak bytes of the backward pass, on top of all that was held before it. The parameters' gradients
+            already exist or, in a step's first micro-batch, are allocated by this pass.
+        flops: Floating-point operations, forward and backward, by element size in bytes.
         moved: Bytes that the other operations read and write.
     """
 
@@ -47,12 +47,12 @@ class Trial:
         entry: What comes before the item.
         item: The item.
         tail: What comes after it.
-        hidden: Bytes of what is handed on to the next stage.
-        unsaved: Bytes of the item's input, if the item does not keep it for its backward pass.
-        handover: Bytes that the tail's backward leaves beside what was retained before it: the gradient of its input,
-            and those of its parameters if they are made then.
-        tied: What of the tail is the embedding's weight; a stage that has both holds it once.
-        offloaded: Bytes of the item's input that wait in the host's memory.
+        hidden: Bytes sent to the next stage.
+        unsaved: Bytes of the item's input, if the item does not save it for its backward pass.
+        handover: Bytes that the tail's backward pass leaves on top of what was retained before the tail: the gradient
+            of its input, and those of its parameters if this pass allocates them.
+        tied: The embedding's weight in the tail; a stage with both ends holds it once.
+        offloaded: Bytes of the item's input in host memory.
     """
 
     entry: Part

@@ -1,4 +1,4 @@
-"""One training of a stage on the meta device, watched."""
+"""Trains a stage on the meta device and measures what each part of it takes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_pipelite.planning.trial import Trial
 
 @dataclass
 class Event:
-    """Where a run has come to.
+    """The readings of the meter at a point of a run.
 
     Attributes:
-        peak: The most bytes since the event before.
+        peak: Peak bytes since the previous event.
         live: Bytes that are held now.
-        flops: All that was computed so far.
-        moved: All bytes that were moved so far.
+        flops: Floating-point operations so far, by element size in bytes.
+        moved: Bytes moved so far.
     """
 
     peak: int
@@ -34,13 +34,13 @@ class Event:
 
 
 class WatchedStage:
-    """Trains a stage of one item, and notes where its forward and its backward enter and leave the item.
+    """Trains a stage of one item, and records events as its forward and backward passes enter and leave the item.
 
     Args:
-        stage: On the meta device.
+        stage: The stage, on the meta device.
         weighed: What its parameters take.
-        layers_name: Of the list of decoder layers in the stage's model.
-        tail_names: Of the modules after it.
+        layers_name: Name of the list of decoder layers in the stage's model.
+        tail_names: Names of the modules after that list.
         loss: The loss on the stage's outputs, if it is the last.
         compiled: Whether each layer is compiled on a GPU.
 
@@ -67,25 +67,25 @@ class WatchedStage:
         for number in range(stage.start, stage.stop):
             layers[number].register_forward_pre_hook(self._enter, with_kwargs=True)
             layers[number].register_forward_hook(partial(self._returned, number == stage.stop - 1))
-        # Not when the layer returns: it still holds then what is freed at once.
+        # Not when the layer returns, as it then still holds tensors that are about to be freed.
         following = [stage.causal_lm.get_submodule(name) for name in tail_names] if loss else [layers[stage.stop]]
         for module in following:
             module.register_forward_pre_hook(lambda *_: self._note("leave"))
 
     def received_like(self, ids: Tensor) -> Tensor:
-        """Return a tensor like the one that the stage receives first: like the tokens ``ids``, if it is the first."""
+        """Return a tensor like the first one that the stage receives; the tokens ``ids`` if it is the first stage."""
         if self.stage.start == 0:
             return ids
-        with as_on_gpu(), Meter():  # which answers what the meta device cannot
+        with as_on_gpu(), Meter():  # the meter supplies values, which the meta device lacks
             return self.stage.received_like(ids)
 
     def train(self, make_inputs: Callable[[], tuple[Tensor, ...]], *, first: bool) -> Trial:
-        """Train on a micro-batch.
+        """Train on a micro-batch, and return what this takes.
 
         Args:
-            make_inputs: Makes the stage's inputs.
-            first: Whether the backward pass makes the gradients of the parameters, rather than add to those of the
-                micro-batch before.
+            make_inputs: Creates the stage's inputs.
+            first: Whether the backward pass allocates the parameters' gradients, rather than accumulating into those
+                of the micro-batch before.
         """
         self._events = {}
         trained = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
@@ -100,7 +100,7 @@ class WatchedStage:
         return self._trial(hidden, unsaved)
 
     def _train(self, make_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[int, int]:
-        """Return the bytes that are handed on, and those of the inputs that the stage does not keep."""
+        """Run both passes; return the bytes sent on, and the bytes of the inputs that the stage does not save."""
         self._note("begin")
         inputs = make_inputs()
         outputs = self.stage(inputs)
@@ -127,7 +127,7 @@ class WatchedStage:
             self._events[name] = Event(meter.mark(), meter.live, dict(meter.flops), meter.moved)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "forward" in self._events:  # it is run again in the backward pass
+        if "forward" in self._events:  # recomputation in the backward pass
             return
         if "enter" not in self._events:
             self._note("enter")
@@ -146,7 +146,7 @@ class WatchedStage:
             hidden.register_hook(partial(self._passed, "item backward" if last else None, self._compiled))
 
     def _passed(self, event: str | None, fused: bool, gradient: Tensor) -> None:
-        """In the backward pass, the gradient of a layer's output or of the first one's input is there."""
+        """Record that the backward pass has the gradient of a layer's output, or of the first layer's input."""
         self._meter.hold(gradient)
         self._meter.fused = fused
         if event is not None:
@@ -190,7 +190,7 @@ def held_tensors(stage: nn.Module) -> list[Tensor]:
 
 
 def quantisation_states(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the scales of a module's 4-bit weights, and the scales of these."""
+    """Yield the scales of a module's 4-bit weights, and the scales of those scales."""
     states = [getattr(p, "quant_state", None) for p in module.parameters(recurse=False)]
     states.append(vars(module).get("quant_state"))
     for state in {id(state): state for state in states if state is not None}.values():

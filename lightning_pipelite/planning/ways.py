@@ -1,4 +1,4 @@
-"""What would let a training fit that does not, in figures."""
+"""What would make training fit if it does not, with figures."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_pipelite.planning.planner import STEP, Planner
 from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.shared.wording import counted
 
-MOST = 64  # devices that are tried
+MOST = 64  # the most devices to try
 OFFLOAD, DOUBLE_QUANT = "model.offload_optimizer: true", "model.bnb_4bit_use_double_quant: true"
 ATTENTION = ("attn", "attention")  # in the names of modules
 
 
 def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
-    """Return what each would do alone: lighter weights, a LoRA on attention, shorter sequences, more devices and so on.
+    """Return changes that are each enough: lighter weights, a LoRA on attention, shorter sequences, more devices etc.
 
-    Only what goes with the model and the adapter, and is not done already; and only what was planned, and fits.
+    Only changes that suit the model and the adapter and are not already made, and only if they were planned and fit.
 
     Args:
-        planner: With which nothing fits.
-        sequences: That a step takes.
+        planner: A planner with which nothing fits.
+        sequences: Sequences per step.
     """
     ways, most = [], _fewest(planner, sequences)
     fits: set[str] = set()
@@ -78,7 +78,7 @@ def _other_layers(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]
 
 
 def attention_targets(layers: CausalLMLayers) -> list[str]:
-    """Return the names of a LoRA's targets in attention; none if these are all, or cannot be told from others."""
+    """Return the names of a LoRA's targets in attention; empty if it has no others, or others share these names."""
     adapter, meta_model = layers.adapter, layers.meta_model
     if not isinstance(adapter, LoRA):
         return []
@@ -91,7 +91,7 @@ def attention_targets(layers: CausalLMLayers) -> list[str]:
 
 def _changed(layers: CausalLMLayers) -> CausalLMLayers:
     other = copy.copy(layers)
-    vars(other).pop("lighter_weights", None)  # which was found out for the other
+    vars(other).pop("lighter_weights", None)  # cached for the original
     return other
 
 
@@ -109,7 +109,7 @@ def _most_stages(planner: Planner, sequences: int) -> tuple[Planner, int]:
 
 
 def _fewer_in_flight(planner: Planner, sequences: int) -> Iterator[str]:
-    """Yield the most micro-batches a step, fewer than there are stages, with which less is held at once."""
+    """Suggest the most micro-batches per step that fit, fewer than there are stages, so that fewer are in flight."""
     full, stages = _most_stages(planner, sequences)
     for count in range(min(stages, full.micro_batches) - 1, 0, -1):
         if policy := full.of(count).choose_policy(stages, "auto"):
@@ -121,7 +121,7 @@ def _fewer_in_flight(planner: Planner, sequences: int) -> Iterator[str]:
 
 
 def _shorter(planner: Planner, sequences: int) -> Iterator[str]:
-    """Yield the longest sequence."""
+    """Suggest the longest sequence that fits."""
     full, stages = _most_stages(planner, sequences)
     policy = full.policies[-1]
     length = full.largest_sequence(full.split(stages, "auto", policy), policy)
@@ -130,7 +130,7 @@ def _shorter(planner: Planner, sequences: int) -> Iterator[str]:
 
 
 def _fewest(planner: Planner, sequences: int) -> int | None:
-    """Return how many devices, more than there are, would do, each as small as the smallest; as many stages."""
+    """Return how many devices like the smallest, more than there are now, would do, one stage each; None if none."""
     most, more = min(MOST, len(planner.layers)), planner.devices.count + 1
     for count in (*range(more, min(most, 12) + 1), *range(max(16, more), most + 1, 8)):
         devices = Devices.alike(count, planner.memory)

@@ -1,4 +1,4 @@
-"""The strategy: pipeline stages on DeepSpeed's engine, in the Lightning Trainer."""
+"""The strategy: pipeline stages in the Lightning Trainer, on DeepSpeed's engine."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ _find = lazy_names(__name__, {"PipeLiteStrategy": "strategy", "load_trained": "t
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_trained":  # with it Lightning's own loaders read checkpoints; the strategy sees to it itself
+    if name == "load_trained":  # so that Lightning's own loaders read checkpoints; the strategy installs this itself
         from lightning_pipelite.strategy.lightning_compat import install
 
         install()

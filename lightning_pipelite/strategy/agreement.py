@@ -1,4 +1,4 @@
-"""What the ranks tell each other on the host, and how it is seen that they have parted."""
+"""Numbers that the ranks exchange on the host, and how ranks that have diverged are detected."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ import torch.distributed as dist
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.shared.topology import Topology
 
-_BITS = 32  # products with factors, of up to 2048 ranks, are exact in float64
+_BITS = 32  # a digest times a factor is exact in float64 for up to 2048 ranks
 
 
 class Agreement:
-    """A few numbers, added up over all ranks: what they note, and whether all are at the same place of the training.
+    """Sums a few numbers over all ranks, and checks that all ranks are at the same place in the training.
 
-    Ranks that part, because their data loaders are of different lengths, say, would wait for each other until the
-    time-out, or work on with each other's numbers. All that they say here goes over one process group, so what one
-    says at one place meets what another says at another, and both see it. Building it is collective.
+    Ranks can diverge, for example because their data loaders differ in length. They would then wait for each other
+    until the timeout, or carry on with each other's numbers. All messages go through one process group, so a message
+    that one rank sends at one place meets another rank's from elsewhere, and both notice. Construction is collective.
 
     Args:
-        topology: Of the job.
-        rank: Of this process.
+        topology: The job's topology.
+        rank: The global rank of this process.
         timeout: How long a rank waits for the others.
     """
 
     def __init__(self, topology: Topology, rank: int, timeout: timedelta) -> None:
         self._topology, self._rank = topology, rank
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if topology.world_size > 1 else None
-        # The sum of all ranks' factors is 0, so that of the products with equal numbers is.
+        # The factors of all ranks sum to 0, and so do their products with a number that is the same on every rank.
         self._factor = _factor(rank, topology.world_size)
         self._factor_of_stage = _factor(topology.stage_of(rank), topology.stages)
 
     def close(self) -> None:
-        """Let go of the group, which is about to be destroyed, so that nothing of it lives on."""
+        """Drop the process group, which is about to be destroyed, so that nothing keeps it alive."""
         self._group = None
 
     def tell(self, place: str, micro_batches: str = "", noted: int = 0) -> int:
-        """Say where this rank is. Collective.
+        """Report where this rank is. Collective.
 
         Args:
-            place: Where, in words; it must be the same on all ranks.
-            micro_batches: What they are like; it must be the same on all stages of a pipeline.
-            noted: Something that all ranks are to know of; 0 for nothing.
+            place: A description of the place; it must be the same on all ranks.
+            micro_batches: A description of the micro-batches; it must be the same on all stages of a pipeline.
+            noted: A number that all ranks should learn of; 0 for nothing.
 
         Returns:
             The largest number that any rank has noted.
 
         Raises:
-            ConfigurationError: On every rank, if they are not at the same place.
+            ConfigurationError: On every rank, if the places or a pipeline's micro-batches differ.
         """
         if self._group is None:
             return noted
@@ -67,14 +67,14 @@ class Agreement:
         return int(largest)
 
     def add_up(self, numbers: list[float], place: str) -> list[float]:
-        """Return the sums of numbers of all ranks, the same on every rank. Collective.
+        """Return the sums of the numbers over all ranks, the same on every rank. Collective.
 
         Args:
-            numbers: As many on all ranks.
-            place: Where this rank is, in words; it must be the same on all ranks.
+            numbers: This rank's numbers, equally many on all ranks.
+            place: A description of where this rank is; it must be the same on all ranks.
 
         Raises:
-            ConfigurationError: On every rank, if they are not at the same place.
+            ConfigurationError: On every rank, if the places differ.
         """
         if self._group is None:
             return numbers

@@ -1,4 +1,4 @@
-"""What is checked in each process before it starts any other, and what can be had by then."""
+"""What each process checks, and already prepares, before it starts any others."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def check_launch(
     cut: Callable[[PipelineLayers], list[int]],
     starts_the_job: bool,
 ) -> tuple[tuple[PipelineLayers, Loss] | None, EmptyLogs | None]:
-    """Refuse what cannot work; resolve ``ckpt_path="last"``.
+    """Refuse what cannot work, and resolve ``ckpt_path="last"``.
 
     Args:
-        trainer: What is asked to run.
-        arguments: Of the Trainer's method by name; ``ckpt_path`` is changed.
-        cut: Cuts the layers into stages, or into their pieces.
-        starts_the_job: Whether this is the first rank, which looks after the job's files.
+        trainer: The Trainer that is about to run.
+        arguments: The arguments of the Trainer's method by name; ``ckpt_path`` is changed in place.
+        cut: Cuts the layers into stages, or into pieces of stages.
+        starts_the_job: Whether this is the first rank, which manages the job's files.
 
     Returns:
-        The layers and the loss, unless hooks of the module may make them; and on the first rank the log directories
-        that the run is about to make.
+        The layers and the loss, or None if hooks of the module may create them; and on the first rank the log
+        directories that the run is about to create, or None on the others.
 
     Raises:
-        ConfigurationError: For what cannot work.
+        ConfigurationError: If the run cannot work.
     """
     module = arguments.get("model") or trainer.lightning_module
     check_trainer(trainer, module)
     check_checkpoint_callbacks(trainer)
     handed = None
-    if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # they may make the layers
+    if not (is_overridden("setup", module) or is_overridden("configure_model", module)):  # these may create the layers
         handed = hand_out_layers(module)
         cut(handed[0])
     arguments["ckpt_path"] = find_checkpoint(trainer, arguments.get("ckpt_path"), checks=starts_the_job)

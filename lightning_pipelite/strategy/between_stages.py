@@ -1,4 +1,4 @@
-"""What a stage or piece hands on to the next, and the gradients of it that come back."""
+"""What a stage or piece passes on to the next, and the gradients that come back."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def handed_on(outputs: Any, place: str) -> Tensor | tuple[Tensor, ...]:
-    """Return the outputs as they can be sent.
+    """Return the outputs of a stage or piece in a form that can be sent: contiguous.
 
     Args:
-        outputs: Of a stage or piece.
-        place: Which one, for the message.
+        outputs: A tensor, or a tuple or list of tensors.
+        place: The stage or piece, for the message.
 
     Raises:
-        ConfigurationError: If they cannot be sent.
+        ConfigurationError: If the outputs are anything else.
     """
     if isinstance(outputs, Tensor):
         return outputs.contiguous()
@@ -32,7 +32,7 @@ def handed_on(outputs: Any, place: str) -> Tensor | tuple[Tensor, ...]:
 
 
 def other_shapes(shapes: object, before: object, place: str) -> RuntimeError:
-    """Make the error of outputs that the receiver's buffers do not fit: it would read beyond or short of them."""
+    """Return the error for outputs that do not match the receiver's buffers: it would read too much or too little."""
     return RuntimeError(
         f"{place} hands on {shapes} after {before}, for micro-batches of equal shapes; the shapes between stages may "
         "only depend on the shapes of the micro-batch"
@@ -40,26 +40,26 @@ def other_shapes(shapes: object, before: object, place: str) -> RuntimeError:
 
 
 def with_gradients(outputs: Any) -> list[Tensor]:
-    """Return the tensors that a stage hands on whose gradients come back: DeepSpeed sends those of floating type."""
+    """Return the outputs whose gradients come back: DeepSpeed sends gradients of floating-point tensors only."""
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.is_floating_point()]
 
 
 def back_propagate(pairs: Sequence[tuple[Any, Tensor | None]], received: Any, place: str) -> None:
-    """Go backward from outputs with their gradients; what was received, if anything was, then has gradients.
+    """Back-propagate from the outputs; afterwards every floating-point tensor that was received has a gradient.
 
     Args:
-        pairs: Outputs, or the edges of their graphs, with their gradients; None for a loss.
-        received: What the stage or piece before has handed on.
+        pairs: Outputs, or the gradient edges of their graphs, each with its gradient; None for a loss.
+        received: What the previous stage or piece passed on; None if there is none.
         place: Where this is, for the message.
 
     Raises:
-        RuntimeError: If nothing depends on what was received.
+        RuntimeError: If the loss does not depend on what was received.
     """
     if pairs:
         torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
     if received is None:
         return
-    # The stage before waits for a gradient of everything that it sent, also of what is not used here.
+    # The previous stage waits for a gradient of everything that it sent, including what is unused here.
     inputs = with_gradients(received)
     if inputs and all(tensor.grad is None for tensor in inputs):
         raise RuntimeError(f"{place}: the loss does not depend on what the stage before hands on")

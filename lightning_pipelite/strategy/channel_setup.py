@@ -1,4 +1,4 @@
-"""Which ranks of a job have channels between them."""
+"""Sets up the channels between the ranks of a job."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ from lightning_pipelite.strategy.links import Link, with_both_ends
 from lightning_pipelite.strategy.shared_memory import SharedMemory
 
 _PAGE, _TOKEN = 4096, 16
-"""How many bytes a receiver has for its counts; the last tell them from another host's memory of the same name."""
+"""Bytes of a receiver's page of counts, and of the token at its end.
+
+The token tells the page from another host's memory of the same name.
+"""
 
 _IN_USE: list[SharedMemory] = []
-"""For the life of the process."""
+"""Memory that is kept for the life of the process."""
 
-_cannot = contextlib.suppress(OSError, RuntimeError)  # another host, GPUs out of each other's reach, too little memory
+_cannot = contextlib.suppress(OSError, RuntimeError)  # another host, memory out of the GPU's reach, too little memory
 
 
 class Channels:
-    """Channels between the ranks of a job that share a host, each of which has been tried out.
+    """Channels between the ranks of a job that share a host, each tested before use.
 
-    The slots are in the host's memory, not on the receiver's GPU: many consumer GPUs don't reach each other's memory,
-    and on some boards what goes from one to the other arrives broken. Nor would it be faster, as transfers are hidden:
-    with an H200's links between GPUs awake the rest takes 2 % longer, as its clock is lowered to stay within its power
-    (benchmarks/results/scaling_2_gpus_virtual.md). As with NCCL, ``NCCL_SHM_DISABLE=1`` leaves out memory that
-    processes share, and so every channel. Building it is collective over all ranks.
+    The slots are in host memory, not on the receiver's GPU: many consumer GPUs cannot access each other's memory, and
+    on some boards peer-to-peer transfers arrive corrupted. It would not be faster either, as transfers are hidden: with
+    the links between H200 GPUs awake everything else takes 2 % longer, because the GPU's clock is lowered to stay
+    within its power limit (benchmarks/results/scaling_2_gpus_virtual.md). As with NCCL, ``NCCL_SHM_DISABLE=1`` disables
+    memory shared between processes, and with it every channel. Construction is collective over all ranks.
 
     Args:
-        links: Of the whole job; at most one of activations and one of gradients end at a rank.
+        links: All links of the job; at most one of activations and one of gradients end at a rank.
         rank: This process's global rank.
         device: Its GPU.
 
     Attributes:
-        ends: Of the links that begin or end at this rank and have a channel.
-        connected: The links of all ranks that have one, the same on every rank.
+        ends: This rank's end of each of its links that has a channel.
+        connected: All links of the job that have a channel, the same on every rank.
     """
 
     def __init__(self, links: Collection[Link], rank: int, device: torch.device) -> None:
         self._rank, self._device = rank, device
-        self._pages: dict[int, SharedMemory] = {}  # with the counts of what a rank receives
+        self._pages: dict[int, SharedMemory] = {}  # the counts of what each rank receives, by rank
         self._slots: dict[Link, SharedMemory] = {}
         self._made: dict[Link, ChannelEnd] = {}
         mine = {link for link in links if rank in link[:2]}
@@ -60,7 +63,7 @@ class Channels:
         self.ends = {link: end for link, end in self._made.items() if link in self.connected}
 
     def close(self) -> None:
-        """Give the memory back, unless a GPU still waits for what never comes: then the process is about to end."""
+        """Free the memory, unless a GPU still waits for what will never come: then the process is about to end."""
         memories = [*self._pages.values(), *self._slots.values()]
         if all(end.is_idle() for end in self._made.values()):
             for end in self._made.values():
@@ -88,12 +91,12 @@ class Channels:
                         self._pages[peer] = page
                     else:
                         page.close()
-        gathered(None)  # by when all have opened what they can
+        gathered(None)  # a barrier: after it all ranks have opened what they can
         if own:
             own.forget_name()
 
     def _share_slots(self, links: Collection[Link]) -> None:
-        """Get the slots of those of this rank's links for which it can have them. Collective."""
+        """Create or open the slots of this rank's links, where that is possible. Collective."""
         told: dict[Link, str] = {}
         for link in links:
             if link[1] == self._rank:

@@ -1,4 +1,4 @@
-"""Whether channels work, and a GPU computes while one of them waits."""
+"""Tests whether channels work, and whether a GPU can compute while one of them waits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning_pipelite.strategy.copy_channels import SLOT, ChannelEnd, Copies
 from lightning_pipelite.strategy.links import Link, with_both_ends
 
 SECONDS = 20.0
-"""After which what does not come counts as out of order."""
+"""Seconds to wait before something that has not arrived counts as broken."""
 
 _POOL = 32
-"""How many streams torch deals out to whoever wants one beside the computation's."""
+"""The size of torch's pool, from which all streams other than the computation's are dealt out."""
 
 
 def try_out(ends: Mapping[Link, ChannelEnd], rank: int, device: torch.device) -> set[Link]:
-    """Send a known tensor, in three parts, over all channels, and return the links over which it came. Collective.
+    """Send a known tensor, in three parts, over all channels, and return the links on which it arrived. Collective.
 
-    All receivers wait first, and then compute: streams share the queues of a GPU, of which there may be few
-    (``CUDA_DEVICE_MAX_CONNECTIONS``), and what is behind one that waits in its queue is not done. Where that is so for
-    the computation, nobody sends: the training would hang.
+    Every receiver first starts to wait, and then checks that its other streams still run: streams share the hardware
+    queues of a GPU, of which there may be few (``CUDA_DEVICE_MAX_CONNECTIONS``), and work queued behind a waiting
+    stream does not run. Nothing is sent to a rank whose computation is held up in this way: training would hang.
 
     Args:
-        ends: This rank's, which nobody has used.
+        ends: This rank's ends, not used before.
         rank: This process's global rank.
         device: Its GPU.
     """
@@ -55,7 +55,7 @@ def try_out(ends: Mapping[Link, ChannelEnd], rank: int, device: torch.device) ->
 
 
 def comes(condition: Callable[[], bool]) -> bool:
-    """Wait for it, but no longer than :data:`SECONDS`."""
+    """Wait for a condition, at most :data:`SECONDS`, and return whether it became true."""
     until = time.monotonic() + SECONDS
     while not condition():
         if time.monotonic() > until:

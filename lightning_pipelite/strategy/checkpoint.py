@@ -1,4 +1,4 @@
-"""The former place of :mod:`lightning_pipelite.checkpoint`, for programs that read checkpoints."""
+"""The former location of :mod:`lightning_pipelite.checkpoint`, kept for programs that read checkpoints."""
 
 from lightning_pipelite.checkpoint import read_checkpoint
 

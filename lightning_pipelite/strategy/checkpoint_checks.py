@@ -1,4 +1,4 @@
-"""What callbacks that save checkpoints are refused, before a process is started."""
+"""Checks of the callbacks that save checkpoints, made before any process is started."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lightning_pipelite.shared.local_path import refuse_remote
 
 
 def check_checkpoint_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse what would not be saved where, or when, a callback says so.
+    """Refuse callbacks whose checkpoints would not be saved where, or when, they are configured to be.
 
     Raises:
-        ConfigurationError: For the first of them.
+        ConfigurationError: For the first such callback.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, Checkpoint):
             continue
         kind = type(callback).__name__
         directory = getattr(callback, "dirpath", None)
-        if directory is None and isinstance(callback, ModelCheckpoint):  # it then goes by the first logger
+        if directory is None and isinstance(callback, ModelCheckpoint):  # it then uses the first logger's
             directory = (trainer.loggers[0].save_dir if trainer.loggers else None) or trainer.default_root_dir
         refuse_remote(directory, f"{kind}: dirpath")
         on_exception = isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)

@@ -1,4 +1,4 @@
-"""What of a run is saved and resumed, and when."""
+"""What a run saves and resumes, and when."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ _LIGHTNINGS_OWN = {
 }  # fmt: skip
 
 _TYPES = {"hparams_type", "datamodule_hparams_type"}
-"""The classes of the hyper-parameters' containers, which are stored as dicts."""
+"""Keys of the hyper-parameter containers' classes; the containers are stored as plain dicts."""
 
 
 class Checkpointing:
-    """Puts what Lightning saves of a run into a checkpoint that resumes exactly, and takes it back.
+    """Turns what Lightning saves of a run into a checkpoint that resumes exactly, and restores it.
 
-    Weights and optimizer change at the end of a step, while Lightning's loop counts micro-batches and takes some of the
-    next step ahead. So the loaders and the generators are noted as each step ends, and a checkpoint is always that of
-    the last step.
+    Weights and optimizer change at the end of a step, whereas Lightning's loop counts micro-batches and fetches some of
+    the next step's in advance. The states of the loaders and generators are therefore recorded as each step ends, and a
+    checkpoint always describes the end of the last step.
 
     Args:
         trainer: Runs the loops.
         store: Keeps the files.
         stage: This rank's stage.
-        layer_rng: What its layers draw from.
-        topology: Of the job.
-        on_gpu: Whether copies to host memory are worth preparing.
+        layer_rng: The random number generators of its layers.
+        topology: The job's topology.
+        on_gpu: Whether the stage is on a GPU, so that host memory for copies is worth reserving.
     """
 
     def __init__(
@@ -64,19 +64,21 @@ class Checkpointing:
     ) -> None:
         self._trainer, self._store, self._stage = trainer, store, stage
         self._layer_rng, self._topology, self._on_gpu = layer_rng, topology, on_gpu
-        self._resumption: Resumption | None = None  # until training starts
+        self._resumption: Resumption | None = None  # from the opening of a checkpoint until training starts
         self.last_step = LastStep(trainer, layer_rng)
-        self._reserves = False  # host memory, before the first step that finds all of the optimizer's state
-        self._versions = _versions()  # before the first step: they are slow to find
-        self._made: dict[str, Any] = {}  # with what options the optimizer and its schedules were
+        self._reserves = False  # whether host memory is still to be reserved, once the optimizer has its state
+        self._versions = _versions()  # looked up now, as that is too slow to do during training
+        self._made: dict[str, Any] = {}  # the options of the optimizer and its schedules as they were made
 
-    # As the training goes
+    # During training
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
-        """Note the options; a stage's optimizer that has nothing to train may have others. Collective.
+        """Record the options of the optimizer and its schedules. Collective.
+
+        Those of a group that has no parameters on this stage may differ.
 
         Raises:
-            ConfigurationError: On every rank, if the options that the ranks were given are not the same.
+            ConfigurationError: On every rank, if the ranks were given different options.
         """
         empty = [not group["params"] for group in optimizer.param_groups]
         schedules = schedules_of(self._trainer.lr_scheduler_configs)
@@ -92,10 +94,10 @@ class Checkpointing:
         self._made = {"groups": groups, "schedules": schedules}
 
     def training_starts(self) -> None:
-        """Begin, once the data loaders have been made, which drew from the generators.
+        """Begin, once the data loaders have been created, since that draws from the generators.
 
         Raises:
-            ConfigurationError: If there will be checkpoints, and something that one cannot hold: not hours later.
+            ConfigurationError: If checkpoints will be saved and one cannot hold something: now, not hours later.
         """
         resumption, self._resumption = self._resumption, None
         if resumption is not None:
@@ -106,14 +108,14 @@ class Checkpointing:
             self._reserves = self._on_gpu
 
     def training_ends(self) -> None:
-        """End, after everything else; Lightning does not even begin what has reached its last epoch."""
+        """End, after everything else; Lightning does not even start a training that has reached its last epoch."""
         if self._resumption is not None:
             self._resumption.training_ends()
 
     def _rehearsed(self) -> dict[str, Any]:
-        """Return what Lightning will save, but for what ``on_save_checkpoint`` adds.
+        """Return what Lightning will save, except for what ``on_save_checkpoint`` adds.
 
-        Users save files of their own there.
+        That hook is not called, because users save files of their own in it.
         """
         trainer = self._trainer
         parts: list[Any] = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
@@ -126,7 +128,7 @@ class Checkpointing:
         }
 
     def step_starts(self, optimizer: Optimizer) -> None:
-        """Prepare a step, before its gradients take their memory."""
+        """Prepare for a step, before its gradients take up memory."""
         if self._reserves and optimizer.state:
             self._reserves = False
             self._store.reserve(self._stage, optimizer)
@@ -134,31 +136,31 @@ class Checkpointing:
     # Saving
 
     def outside_layers(self) -> dict[str, Any]:
-        """Return what the module has beside its layers, by name; all else is saved by stage."""
+        """Return by name the tensors that the module holds outside its layers; all else is saved by stage."""
         return {**outside_layers(self._trainer.lightning_module, self._stage)}
 
     def save(self, checkpoint: dict[str, Any], path: Path, optimizer: Optimizer | None) -> None:
-        """Copy everything to host memory; while training goes on, the files are written in the background.
+        """Copy everything to host memory; while training continues, the files are written in the background.
 
         Args:
             checkpoint: What Lightning saves.
             path: The directory to write.
-            optimizer: This rank's, if there is one.
+            optimizer: This rank's optimizer, if there is one.
 
         Raises:
-            OSError: If training does not go on, and the files cannot be written.
-            RuntimeError: If a step was stopped while it changed the weights.
+            OSError: If training does not continue and the files cannot be written.
+            RuntimeError: If a step was stopped while it was changing the weights.
         """
         state, meta = self._describe(self._holdable(checkpoint, path))
         self._store.save(path, state, meta, self._stage, optimizer if "optimizer_states" in checkpoint else None)
-        # In on_fit_end and teardown the Trainer still says that it runs.
+        # In on_fit_end and teardown the Trainer's status is still RUNNING.
         if self._store.closed or self._trainer.state.status != TrainerStatus.RUNNING:
             self._store.wait()
             if failure := self._store.failure:
                 raise OSError(f"the checkpoint {path} could not be written: {failure}")
 
     def _holdable(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-        """Leave out what ``on_save_checkpoint`` has added and no checkpoint can hold; all else was seen beforehand."""
+        """Drop what ``on_save_checkpoint`` added and a checkpoint cannot hold; all else was checked beforehand."""
         kept = {key: value for key, value in checkpoint.items() if key not in _TYPES}
         for key in kept.keys() - _LIGHTNINGS_OWN if self._trainer.is_global_zero else ():
             try:
@@ -169,14 +171,14 @@ class Checkpointing:
         return kept
 
     def remove(self, path: Path) -> None:
-        """Remove it as soon as what is being written is safely on the disk; if that fails, later. On rank 0."""
+        """Remove a checkpoint once pending writes are safely on disk; later, if they fail. On rank 0."""
         self._store.remove(path)
 
     def _describe(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what Lightning saves, with the random states; and what ``meta.json`` says."""
+        """Return what Lightning saves, with the random states added, and the contents of ``meta.json``."""
         loops, generators, evaluation_follows = self.last_step.state(checkpoint["loops"])
         if self._resumption is not None:
-            generators = self._resumption.random_states  # which are not loaded yet
+            generators = self._resumption.random_states  # not loaded yet
         state = {**checkpoint, "loops": loops, "random_states": generators, "evaluation_follows": evaluation_follows}
         if "optimizer_states" in checkpoint:
             state["made_with"] = self._made
@@ -192,17 +194,17 @@ class Checkpointing:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """Return what tells the module's model and what is trained of it from others, if the module can say."""
+        """Return what identifies the module's model and the trained part of it, if the module provides that."""
         module = self._trainer.lightning_module
         return module.checkpoint_identity() if isinstance(module, IdentifiesItself) else {}
 
     # Resuming
 
     def open(self, path: Path) -> dict[str, Any]:
-        """Check a checkpoint and return what Lightning had saved, put right for the present job.
+        """Check a checkpoint and return what Lightning had saved, adjusted to the present job.
 
         Raises:
-            ConfigurationError: If it is not whole, or of another model, adapter or global batch.
+            ConfigurationError: If it is incomplete, or of another model, adapter or global batch.
         """
         module = self._trainer.lightning_module
         may_differ = module.checkpoint_may_differ if isinstance(module, AllowsAnother) else {}
@@ -211,11 +213,11 @@ class Checkpointing:
         return state
 
     def load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        """Load the stage, and what the module has beside its layers.
+        """Load the stage, and what the module holds outside its layers.
 
         Args:
             checkpoint: What Lightning had saved.
-            strict: Whether the checkpoint has to have all of it, and nothing else.
+            strict: Whether the checkpoint must hold all of it, and nothing else.
 
         Raises:
             ConfigurationError: If the checkpoint is of another module; the same on every rank.
@@ -225,7 +227,7 @@ class Checkpointing:
         load_outside_layers(self._trainer.lightning_module, self._stage, saved, strict)
 
     def load_optimizer(self, optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
-        """Load the optimizer's state, and put the states of the schedules in ``checkpoint`` right.
+        """Load the optimizer's state, and adjust the states of the schedules in ``checkpoint``.
 
         Raises:
             ConfigurationError: If the checkpoint is of another optimizer; the same on every rank.

@@ -1,4 +1,4 @@
-"""What the strategy refuses, each in one sentence."""
+"""What the strategy refuses, each with a message of one sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_pipelite.strategy.refused_options import refuse_options
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse what a Trainer can do elsewhere and the pipeline cannot, for what it is asked to do now."""
+    """Refuse what a Trainer can do under other strategies but not in a pipeline, as far as it applies to this call."""
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise ConfigurationError(
             "PipeLiteStrategy trains and evaluates; to predict, save what was trained and load it without the strategy "
@@ -37,7 +37,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def check_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse options of the Trainer, plugins, callbacks and methods of the module that would not do what they say."""
+    """Refuse Trainer options, plugins, callbacks and module methods that would not do what they say."""
     refuse_options(precision=trainer.precision)
     if not module.automatic_optimization:
         raise ConfigurationError("PipeLiteStrategy needs automatic_optimization=True.")
@@ -69,8 +69,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
     """Refuse optimizers that would leave something untrained.
 
     Args:
-        optimizers: The module's.
-        module: Names the parameters.
+        optimizers: The module's optimizers.
+        module: The module, for the names of its parameters.
         mine: The parameters of this rank's stage.
     """
     if len(optimizers) != 1:
@@ -85,7 +85,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
     here = {id(p) for p in mine}
     names = {id(p): name for name, p in module.named_parameters()}
     for group in optimizers[0].param_groups:
-        # The layers of other stages are on the meta device here. What is neither there nor here is in no stage.
+        # Other stages' layers are on the meta device here. A parameter neither there nor in this stage is in none.
         stray = [p for p in group["params"] if id(p) not in here and p.requires_grad and not p.is_meta]
         if stray:
             raise ConfigurationError(
@@ -99,7 +99,7 @@ def check_trainable(mine: Iterable[Tensor], device: torch.device) -> None:
 
     Args:
         mine: The parameters of this rank's stage.
-        device: Where the process group wants its tensors.
+        device: The device of the process group's tensors.
     """
     trainable = torch.tensor(float(sum(p.requires_grad for p in mine)), device=device)
     dist.all_reduce(trainable)
@@ -108,11 +108,11 @@ def check_trainable(mine: Iterable[Tensor], device: torch.device) -> None:
 
 
 def check_loaders(loader: Any, module: pl.LightningModule) -> None:
-    """Refuse several data loaders side by side: of two, the batches would pass for inputs and targets.
+    """Refuse data loaders that run side by side: the batches of two would be taken for inputs and targets.
 
     Args:
         loader: The loop's CombinedLoader.
-        module: May make pairs of what they yield.
+        module: The module, whose hooks may turn what they yield into pairs.
     """
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     owners = (module, getattr(module.trainer, "datamodule", None))
@@ -126,7 +126,7 @@ def check_loaders(loader: Any, module: pl.LightningModule) -> None:
 
 
 def checked_pair(batch: Any) -> tuple[Any, Any]:
-    """Return a micro-batch, if it is one."""
+    """Return a micro-batch as a pair; refuse anything else."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigurationError(
             f"PipeLiteStrategy needs micro-batches that are pairs (inputs, targets), not {type(batch).__name__}; "

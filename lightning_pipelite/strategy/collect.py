@@ -1,4 +1,4 @@
-"""Brings what the stages have to one process."""
+"""Collects the stages' tensors in one process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_pipelite.shared.topology import Topology
 def collect_stages(
     tensors: dict[str, Tensor], topology: Topology, rank: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
+    """Bring the tensors of every stage to rank 0, one stage at a time, to be written. Collective.
 
     Args:
-        tensors: What this rank's stage has; only the first replica's are sent.
-        topology: Of the job.
-        rank: Of this process.
-        device: Where the process group wants its tensors.
+        tensors: The tensors of this rank's stage, by name; only the first replica's are sent.
+        topology: The job's topology.
+        rank: The global rank of this process.
+        device: The device of the process group's tensors.
 
     Returns:
-        On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an empty
+        On rank 0 an iterator that yields each stage's tensors in host memory and must be exhausted; elsewhere an empty
         one.
     """
     if rank == 0:

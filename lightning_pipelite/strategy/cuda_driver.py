@@ -1,6 +1,7 @@
-"""What the CUDA driver offers and torch does not: memory shared between processes, and streams that wait for it.
+"""CUDA driver functions that torch does not offer: memory shared between processes, and streams that wait on it.
 
-Through cuda.bindings, on which torch's CUDA builds depend. Addresses are integers, valid in this process alone.
+They are called through cuda.bindings, on which torch's CUDA builds depend. Addresses are integers, valid in this
+process only.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from torch import Tensor
 
 
 def _call(name: str, *args: Any) -> Any:
-    """Call the driver.
+    """Call a driver function.
 
     Raises:
-        RuntimeError: If it fails, or there are no bindings, or others.
+        RuntimeError: If it fails, or the bindings are missing or do not match.
     """
     try:
         from cuda.bindings import driver
@@ -29,14 +30,14 @@ def _call(name: str, *args: Any) -> Any:
 
 
 def get_ready(device: torch.device) -> None:
-    """Do what would wait for the whole device later, such as making torch's pool of streams, before a stream waits.
+    """Do now, before any stream waits, what would synchronise the device later, such as creating torch's stream pool.
 
-    Where this was left out, two processes of two H200s did not come through tests/strategy/test_channels.py.
+    Without this, two processes on two H200s did not get through tests/strategy/test_channels.py.
 
     Raises:
-        RuntimeError: If there are no copies as :func:`copy` makes them: from CUDA 12.8 on there are.
+        RuntimeError: If :func:`copy` does not work; it requires CUDA 12.8 or later.
     """
-    source, to = (torch.full((1024,), value, device=device) for value in (1.0, 0.0))  # on this thread's context
+    source, to = (torch.full((1024,), value, device=device) for value in (1.0, 0.0))  # sets this thread's CUDA context
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     copy(to.data_ptr(), source.data_ptr(), source.nbytes, stream)
@@ -46,10 +47,10 @@ def get_ready(device: torch.device) -> None:
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream that nobody else has, as torch deals out the same 32 again and again.
+    """Return a stream that nothing else uses, since torch deals out the same 32 over and over.
 
-    It has the highest priority: streams of others, of which a waiting one would hold up those in the same queue of the
-    GPU, have lower ones, and so are in other queues.
+    It has the highest priority. While it waits it would hold up other streams in the same hardware queue of the GPU;
+    those have lower priorities, and so are in other queues.
     """
     non_blocking = 1
     _, highest = _call("cuCtxGetStreamPriorityRange")
@@ -62,7 +63,7 @@ def destroy_stream(stream: torch.cuda.Stream) -> None:
 
 
 def register(memory: Tensor) -> int:
-    """Let the GPU reach memory of the host, and return where."""
+    """Make host memory accessible to the GPU, and return its GPU address."""
     portable_and_mapped = 3
     _call("cuMemHostRegister", memory.data_ptr(), memory.nbytes, portable_and_mapped)
     return int(_call("cuMemHostGetDevicePointer", memory.data_ptr(), 0))
@@ -74,9 +75,9 @@ def unregister(memory: Tensor) -> None:
 
 
 def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
-    """Copy bytes in the order of the stream, by a copy engine.
+    """Copy bytes in stream order, by a copy engine.
 
-    By ``cuMemcpyBatchAsync``, with which it was measured; nothing else has been shown to work behind a wait.
+    This uses ``cuMemcpyBatchAsync``, with which it was measured; nothing else has been shown to work behind a wait.
     """
     try:
         from cuda.bindings import driver
@@ -91,11 +92,11 @@ def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
 
 
 def write_value(address: int, value: int, stream: torch.cuda.Stream) -> None:
-    """Write a 32-bit number once all that was before it in the stream is done and can be seen everywhere."""
+    """Write a 32-bit number once all earlier work in the stream is done and visible everywhere."""
     _call("cuStreamWriteValue32", stream.cuda_stream, address, value % 2**32, 0)
 
 
 def wait_value(address: int, value: int, stream: torch.cuda.Stream) -> None:
-    """Let the stream wait, without a kernel, until a number has come to a value, or is less than 2**31 beyond it."""
+    """Make the stream wait, without a kernel, until a number has reached a value or is less than 2**31 beyond it."""
     at_least = 0
     _call("cuStreamWaitValue32", stream.cuda_stream, address, value % 2**32, at_least)

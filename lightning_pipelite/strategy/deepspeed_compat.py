@@ -1,7 +1,7 @@
-"""Every work-around for DeepSpeed, in one place: what it is for, and what to watch for its removal.
+"""Every work-around for DeepSpeed, in one place: what it is for, and when it can be removed.
 
-DeepSpeed is imported through :func:`load_deepspeed` alone, when the device is known, and its engine is used through
-:class:`~lightning_pipelite.strategy.engine.PipeLiteEngine` alone, whose overrides each say what they replace.
+DeepSpeed is imported only through :func:`load_deepspeed`, once the device is known, and its engine is used only through
+:class:`~lightning_pipelite.strategy.engine.PipeLiteEngine`, whose overrides each say what they replace.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from lightning_pipelite.shared.verbosity import is_verbose
 
 
 def load_deepspeed(device: torch.device, local_rank: int) -> None:
-    """Import DeepSpeed for a device, and join it to torch.distributed, which must be initialised.
+    """Import DeepSpeed for a device, and attach it to torch.distributed, which must be initialised.
 
     * It picks its accelerator once, at import, and takes a GPU wherever it sees one. A CPU run on such a machine needs
       ``DS_ACCELERATOR`` before the first import. Remove when ``deepspeed.initialize`` takes a device.
-    * On a CPU it compiles a shared-memory communication op at the first collective: two minutes, a compiler needed,
-      and a stale lock file hangs it. gloo does the same work. Remove when the op is optional (``deepspeed_shm_comm``).
+    * On a CPU it compiles a shared-memory communication op at the first collective, which takes two minutes, needs a
+      compiler, and hangs on a stale lock file. gloo does the same work. Remove when the op is optional
+      (``deepspeed_shm_comm``).
     * ``PipelineModule`` reads ``LOCAL_RANK`` even with one process. Remove when it takes the device from the caller.
-    * It sends one tensor at a time over the default group, about which NCCL warns in every process.
+    * It sends one tensor at a time over the default group, which NCCL warns about in every process.
     * It logs dozens of lines that a user can do nothing about.
     """
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
@@ -57,17 +58,17 @@ def load_deepspeed(device: torch.device, local_rank: int) -> None:
 
 
 def forget_engine(engine: Any) -> None:
-    """Let go of an engine and of all that it holds: layers, gradients, and groups that are about to be destroyed.
+    """Release an engine and everything it holds: layers, gradients, and groups that are about to be destroyed.
 
-    DeepSpeed has some of it in module variables, and engine, module and grid hold each other, so that they would live
-    on until the garbage collector comes by, and with them the groups' threads and sockets. Remove when the engine's
-    ``destroy()`` ends them.
+    DeepSpeed keeps some of this in module-level variables, and engine, module and grid refer to each other. They would
+    live until the garbage collector runs, and with them the groups' threads and sockets. Remove when the engine's
+    ``destroy()`` releases them.
     """
     import deepspeed.comm.comm
     import deepspeed.utils.groups
     from deepspeed.runtime.pipe import p2p
 
-    deepspeed.comm.comm.cdb = None  # made anew by load_deepspeed, over the process group that there is then
+    deepspeed.comm.comm.cdb = None  # recreated by load_deepspeed, over the process group of that time
     deepspeed.utils.groups.mpu = None
     p2p._grid = p2p._groups = None
     if engine is not None:
@@ -78,7 +79,7 @@ def forget_engine(engine: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what DeepSpeed prints to standard output while it builds its module and its groups."""
+    """Suppress what DeepSpeed prints to standard output while it builds its module and its groups."""
     if is_verbose():
         yield
         return
@@ -87,10 +88,10 @@ def quiet() -> Iterator[None]:
 
 
 def pipeline_module(stage: nn.Module, stage_id: int, stages: int, column_major: bool) -> Any:
-    """Wrap this rank's stage into DeepSpeed's ``PipelineModule``.
+    """Wrap this rank's stage in DeepSpeed's ``PipelineModule``.
 
-    Its own partitioning builds every layer on every rank with ``parameters`` and counts trainable parameters only.
-    So it is told of one layer a stage, of which this rank's is real.
+    DeepSpeed's own partitioning by ``parameters`` builds every layer on every rank, and counts trainable parameters
+    only. It is therefore given one layer per stage, of which only this rank's is real.
     """
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
@@ -109,7 +110,7 @@ def pipeline_module(stage: nn.Module, stage_id: int, stages: int, column_major: 
 def engine_config(micro_batches: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
-    No ``bf16`` block: with it DeepSpeed casts fp32 adapters to bf16; without it every tensor travels in its own type.
+    No ``bf16`` block: with it DeepSpeed casts fp32 adapters to bf16; without it every tensor travels in its own dtype.
     The throughput timer is off because it synchronises the device in every micro-batch.
     """
     return {

@@ -1,4 +1,4 @@
-"""How fast the devices are, as the strategy is told."""
+"""The relative speeds of the devices, as given to the strategy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_pipelite.shared.topology import Topology
 
 
 def parse_speeds(text: str) -> tuple[float, ...]:
-    """Return the numbers of ``1,1,0.5``.
+    """Parse speeds such as ``1,1,0.5``.
 
     Raises:
         ConfigurationError: If they are not positive numbers.
@@ -30,10 +30,10 @@ def _checked(speeds: Any) -> tuple[float, ...]:
 
 
 def check_speeds(speeds: Sequence[float] | None, partition_method: str) -> None:
-    """Refuse speeds that are none, or that nothing would use.
+    """Refuse speeds that are invalid, or that nothing would use.
 
     Raises:
-        ConfigurationError: For these.
+        ConfigurationError: If they are not positive numbers, or if ``partition_method`` is not ``auto``.
     """
     if speeds is None:
         return
@@ -49,11 +49,11 @@ def speeds_of_stages(speeds: Sequence[float] | None, topology: Topology) -> list
     """Return the speed of each stage's slowest device, relative to the fastest stage; empty if none are given.
 
     Args:
-        speeds: Of the devices, in the order of their ranks.
-        topology: Which rank is which stage.
+        speeds: Speeds of the devices, in the order of their ranks.
+        topology: The job's topology.
 
     Raises:
-        ConfigurationError: If there is not one for each device.
+        ConfigurationError: If there is not one speed for each device.
     """
     if speeds is None:
         return []

@@ -1,4 +1,4 @@
-"""Log directories of runs that came to nothing."""
+"""Log directories of runs that ended before they logged anything."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _OF_EVERY_RUN = ("events.out.tfevents.*", "hparams.yaml", "config*.yaml", "metri
 
 
 class EmptyLogs:
-    """Removes the log directories that a run has made, if it ended before anything was logged.
+    """Removes the log directories that a run has created, if it ended before anything was logged.
 
-    Lightning makes them before the strategy is set up, so that each refusal and each resumption of what is complete
-    would leave a ``version_N``.
+    Lightning creates them before the strategy is set up, so every refused run, and every resumption of a completed
+    training, would leave a ``version_N`` behind.
 
     Args:
-        trainer: Before it has made them.
+        trainer: The Trainer, before it has created them.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
-        self._made: dict[Path, list[Path]] = {}  # and those of their parents that were not there, inside out
+        self._made: dict[Path, list[Path]] = {}  # each with its missing parents, innermost first
         for logger in trainer.loggers:
             directory = getattr(logger, "log_dir", None)
             if not isinstance(directory, str) or "://" in directory:
@@ -33,7 +33,7 @@ class EmptyLogs:
                 self._made[path] = [parent for parent in path.parents if not parent.exists()]
 
     def remove(self) -> None:
-        """Remove those that hold nothing but what every run writes at its start."""
+        """Remove those that hold only what every run writes at its start."""
         for directory, parents in self._made.items():
             with contextlib.suppress(OSError):
                 files = list(directory.iterdir())

@@ -27,23 +27,23 @@ from lightning_pipelite.strategy.ties import TiedParameters
 
 
 class PipeLiteEngine(PipelineEngine):
-    """Runs micro-batches through the stages by DeepSpeed's 1F1B schedule and its communication.
+    """Runs micro-batches through the stages with DeepSpeed's 1F1B schedule and communication.
 
     DeepSpeed's own forward and backward instructions divide losses by the number of micro-batches, require a gradient
     on every stage, and clip by the first stage's norm. The instructions overridden here back-propagate the plain sum
-    of the losses instead; the strategy divides the gradients, once, by the number of terms in the global batch.
+    of the losses instead; the strategy divides the gradients once, by the number of terms in the global batch.
 
     Args:
         stage: This rank's layers, as one module on its device.
-        stage_id: Which stage it is.
+        stage_id: The index of this stage.
         stages: The number of stages.
-        column_major: The layout of the ranks, see :class:`~lightning_pipelite.shared.topology.Topology`.
+        column_major: The layout of the ranks; see :class:`~lightning_pipelite.shared.topology.Topology`.
         loss: The loss of one micro-batch, used on the last stage.
-        progress: Told of every instruction before it runs: its name, whether it may wait for other ranks, and of which
-            piece of the stage it is, if there are several.
-        layer_rng: What the layers draw random numbers from.
-        timeout: How long a rank waits for the others in the process groups that are made here.
-        add_up: Adds up numbers of all ranks, on the host, at a place that is told in words. Collective.
+        progress: Called before every instruction with its name, whether it may wait for other ranks, and the piece of
+            the stage that it belongs to, if there are several.
+        layer_rng: The random number generators of the layers.
+        timeout: How long a rank waits for the others in the process groups created here.
+        add_up: Sums numbers over all ranks, on the host; also takes a description of the place. Collective.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PipeLiteEngine(PipelineEngine):
         module = pipeline_module(stage, stage_id, stages, column_major)
         config = engine_config(micro_batches=1)
         with quiet():
-            # What deepspeed.initialize does for a PipelineModule; it offers no way to choose the class.
+            # As deepspeed.initialize does for a PipelineModule; it offers no way to choose the class.
             super().__init__(
                 args=None,
                 model=module,
@@ -83,7 +83,7 @@ class PipeLiteEngine(PipelineEngine):
 
     @override
     def _broadcast_model(self) -> None:
-        """Nothing: DeepSpeed's views every parameter as bytes, which a scalar cannot be, and leaves out the buffers."""
+        """Do nothing: DeepSpeed's version views each parameter as bytes, which fails for scalars, and skips buffers."""
 
     def _equalize_replicas(self) -> None:
         if not self.is_data_parallel:
@@ -104,19 +104,19 @@ class PipeLiteEngine(PipelineEngine):
     def train_on(self, micro_batches: Sequence[MicroBatch], step: int, clock: StageTimer | None = None) -> list[float]:
         """Run all micro-batches of a step forward and backward.
 
-        It returns when the losses are known, which is before the last backward pass has ended: what the host does next
+        It returns as soon as the losses are known, before the last backward pass has ended, so what the host does next
         costs a GPU no time.
 
-        The gradients that it adds to are those of the sum of all losses, divided by the number of replicas.
+        The accumulated gradients are those of the sum of all losses, divided by the number of replicas.
 
         Args:
             micro_batches: The same on all stages of a pipeline; the same number on all replicas.
             step: The number of steps taken before, on which the random numbers depend.
-            clock: Told what runs, if it is to be measured.
+            clock: Times the instructions, if the step is to be measured.
 
         Returns:
-            The sum and the count of the losses of the global batch, and the sums of what the loss wants logged, the
-            same on every rank.
+            The sum and the count of the losses of the global batch, and the sums of what else the loss wants logged;
+            the same on every rank.
 
         Raises:
             ConfigurationError: On every rank, if the stages of a pipeline have different micro-batches.
@@ -136,19 +136,19 @@ class PipeLiteEngine(PipelineEngine):
             self._clock = None
 
     def _wait_for_others(self) -> None:
-        """Let the device wait until all ranks are done with the step, which is waiting that the clock is to see."""
+        """Make the device wait until all ranks have finished the step, so that the clock counts this wait."""
         if self._clock is not None and dist.get_world_size() > 1:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def evaluate_on(self, micro_batches: Sequence[MicroBatch], loss: Loss | None = None) -> Tensor:
-        """Run some micro-batches forward, without gradients.
+        """Run micro-batches forward, without gradients.
 
         Args:
             micro_batches: The same on all stages of a pipeline.
-            loss: In the place of the training's, if given.
+            loss: Used in place of the training loss, if given.
 
         Returns:
-            The sum and the count of their losses, and what follows these, to be shared; float64.
+            This rank's sums for :meth:`share_evaluation`, float64: of the losses, their count, and further terms.
         """
         by_another = contextlib.nullcontext() if loss is None else self._sums.counted_by(loss)
         with torch.no_grad(), by_another:
@@ -156,14 +156,15 @@ class PipeLiteEngine(PipelineEngine):
         return self._sums.tensor.clone()
 
     def share_evaluation(self, sums: Tensor, place: str) -> list[float]:
-        """Share what :meth:`evaluate_on` gave, added up. Collective.
+        """Add up the results of :meth:`evaluate_on` over all ranks. Collective.
 
         Args:
-            sums: Of this rank.
-            place: Where, for the message.
+            sums: This rank's result, or the sum of several.
+            place: A description of the place, for the message.
 
         Returns:
-            The sum and the count of the losses, and the sums of what the loss wants logged, the same on every rank.
+            The sum and the count of the losses, and the sums of what else the loss wants logged; the same on every
+            rank.
 
         Raises:
             ConfigurationError: On every rank, if the stages of a pipeline have different micro-batches.
@@ -178,16 +179,16 @@ class PipeLiteEngine(PipelineEngine):
             self._execute(micro_batches, steps, training)
 
     def _shared(self, sums: list[float], place: str) -> list[float]:
-        """Add up what the last stages of all replicas have; the other stages' are zeros. Collective.
+        """Add up the sums of all ranks; only the last stages' hold losses. Collective.
 
-        On the host, as on a GPU it would wait for all that was begun before it.
+        This is done on the host: on a GPU the sum would wait for everything launched before it.
         """
         self._begin("outside of the pipeline", waits=True)
         return self._sums.require_same_data(self._add_up(sums, place), place)
 
     def _execute(self, micro_batches: Sequence[MicroBatch], steps: Any, training: bool) -> None:
         # DeepSpeed sends the shapes once and then trusts them. Every rank sees the shapes of its pipeline's
-        # micro-batches, so each knows without communication when they must be sent anew.
+        # micro-batches, so each knows without communication when to send them again.
         shapes = [(training, shapes_of(batch)) for batch in micro_batches]
         self.dynamic_shape = any(shape != shapes[0] for shape in shapes)
         if self.dynamic_shape or shapes[0] != self._shapes:
@@ -208,7 +209,7 @@ class PipeLiteEngine(PipelineEngine):
         self._begin("outside of the pipeline", waits=True)
 
     def _announce(self, instruction: schedule.PipeInstruction) -> None:
-        # On a GPU what computes waits, too: where the host reads a result, in the step, say.
+        # On a GPU a computing instruction can wait too, wherever in the step the host reads a result.
         self._begin(instruction.name, waits=instruction.name not in COMPUTING)
 
     def _begin(self, activity: str, waits: bool, piece: str = "") -> None:
@@ -219,7 +220,7 @@ class PipeLiteEngine(PipelineEngine):
 
     @override
     def _allocate_or_extend_buffers(self, idx: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-        # DeepSpeed keeps one buffer for the activations and the gradients of each index, whatever their dtypes.
+        # DeepSpeed keeps one buffer per index for both activations and gradients, whatever their dtypes.
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     # Instructions: plain functions in a table, because DeepSpeed's table holds its own class's functions
@@ -242,8 +243,8 @@ class PipeLiteEngine(PipelineEngine):
         self.pipe_buffers["labels"][buffer_id] = None
 
     def _enter(self, micro_batch: int) -> None:
-        """Let what is drawn next belong to this micro-batch of the replica."""
-        # As the samplers deal the sequences out: number k of the global batch to replica k % replicas.
+        """Tie the random numbers drawn next to this micro-batch of the replica."""
+        # As the samplers distribute the sequences: number k of the global batch goes to replica k % replicas.
         replicas, replica = self.grid.data_parallel_size, self.grid.get_data_parallel_rank()
         self._layer_rng.enter(self._step, micro_batch * replicas + replica)
 
@@ -257,7 +258,7 @@ class PipeLiteEngine(PipelineEngine):
 
     @property
     def _place(self) -> str:
-        """What is running, for messages."""
+        """The stage that is running, for messages."""
         return f"stage {self.stage_id}"
 
     def _backward(self, buffer_id: int) -> None:
@@ -285,7 +286,7 @@ class PipeLiteEngine(PipelineEngine):
             self._exec_reduce_grads()
 
     def _optimizer_step(self) -> None:
-        """Nothing: Lightning takes it, after its hooks."""
+        """Do nothing: Lightning takes the optimizer's step, after its hooks."""
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 - the name and the kind are DeepSpeed's
         **PipelineEngine._INSTRUCTION_MAP,

@@ -18,10 +18,10 @@ from lightning_pipelite.strategy.pipeline import Pipeline
 
 
 class PipelineEvaluation:
-    """Collects the micro-batches of an evaluation set, runs them a pipeline-full at a time, and logs their mean loss.
+    """Collects the micro-batches of an evaluation set, runs several at a time, and logs their mean loss.
 
     Args:
-        pipeline: Runs them.
+        pipeline: The pipeline that runs them.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -31,14 +31,14 @@ class PipelineEvaluation:
         self._seen, self._loader = 0, 0
 
     def take(self, micro_batch: tuple[Any, Any], indices: tuple[int, ...]) -> None:
-        """Take one more micro-batch; with the last one of its set, log.
+        """Take one more micro-batch; after the last one of its set, log the loss.
 
         Args:
             micro_batch: ``(inputs, targets)``.
-            indices: What Lightning passes to the module's own validation_step: only what that asks for.
+            indices: The indices that Lightning passes to the module's own validation_step: only those that it accepts.
 
         Raises:
-            ConfigurationError: If the set before has ended without a sign.
+            ConfigurationError: If the previous set ended unnoticed, because its data loader has no length.
         """
         self._pipeline.loose_parts.follow()
         trainer = self._trainer
@@ -74,15 +74,15 @@ class PipelineEvaluation:
             self._log(total, count, loader)
 
     def by(self, loss: Loss, micro_batch: Any, place: str) -> tuple[float, float]:
-        """Run a micro-batch by itself, with another loss; nothing is logged. Collective.
+        """Run a single micro-batch with another loss; nothing is logged. Collective.
 
         Args:
-            loss: Called on the last stage with what it returns and the targets; gives a sum and a count.
+            loss: Called on the last stage with its outputs and the targets; returns a sum and a count.
             micro_batch: ``(inputs, targets)``, on the device; the same on all ranks.
-            place: Where this is, in words.
+            place: A description of where this is.
 
         Returns:
-            Sum and count over all replicas, the same on every rank.
+            The sum and the count over all replicas, the same on every rank.
         """
         self._pipeline.loose_parts.follow()
         micro_batches = [checked_pair(micro_batch)]
@@ -110,9 +110,9 @@ class PipelineEvaluation:
         module.log(f"{self._kind}/loss", loss, batch_size=1, sync_dist=True, prog_bar=True)
 
     def _warn_of_repeats(self, loop: Any, loader: int) -> None:
-        """Lightning's sampler for several processes gives all of them equally many rows, some twice if need be."""
+        """Warn about samples that Lightning's distributed sampler repeats so that all processes get equally many."""
         sampler: Any = getattr(loop._combined_loader.flattened[loader], "sampler", None)
-        if type(sampler) not in (DistributedSampler, DistributedSamplerWrapper):  # not a user's own kind
+        if type(sampler) not in (DistributedSampler, DistributedSamplerWrapper):  # perhaps a user's own class
             return
         repeats = sampler.total_size - len(sampler.dataset)
         if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):

@@ -1,4 +1,4 @@
-"""What an earlier training has left where a new one would write."""
+"""Results of an earlier training where a new one would write its own."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_pipelite.shared.protocol import KeepsResults
 
 
 def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
-    """Refuse a training that begins anew where another one has left its results.
+    """Refuse to start a training from scratch where an earlier one has left its results.
 
     A callback that replaces what it finds is a :class:`~lightning_pipelite.shared.protocol.KeepsResults`. Lightning's
-    ModelCheckpoint need not be: it numbers its files, unless it is told to replace them.
+    ModelCheckpoint need not be one: it numbers its files, unless it is configured to replace them.
 
     Args:
-        trainer: Its callbacks and loggers tell where is written.
-        ckpt_path: Of ``Trainer.fit``; a training that is resumed goes on with its own results.
+        trainer: Its callbacks and loggers determine where results are written.
+        ckpt_path: The argument of ``Trainer.fit``; a resumed training continues its own results.
 
     Raises:
         ConfigurationError: Naming the first result that would be lost.
@@ -34,7 +34,7 @@ def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
             raise ConfigurationError(sentence)
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and logger._experiment is None:
-            metrics = Path(logger.log_dir) / "metrics.csv"  # with a version of its own each run has another directory
+            metrics = Path(logger.log_dir) / "metrics.csv"  # by default each run has a directory of its own
             if metrics.exists():
                 raise ConfigurationError(
                     f"CSVLogger: {metrics} exists and would be deleted; move it, choose another version, or leave "
@@ -43,7 +43,7 @@ def refuse_former_results(trainer: pl.Trainer, ckpt_path: Any) -> None:
 
 
 def _resumes(trainer: pl.Trainer, ckpt_path: Any) -> bool:
-    """Whether Lightning goes on: with a Trainer that has trained, or from a checkpoint, if it only finds one itself."""
+    """Whether Lightning resumes: with a Trainer that has trained, or from a checkpoint, even one it finds itself."""
     if ckpt_path is not None or trainer.global_step > 0:
         return True
     if SLURMEnvironment.detect() and trainer._checkpoint_connector._hpc_resume_path is not None:

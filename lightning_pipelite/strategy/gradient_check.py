@@ -15,10 +15,10 @@ from lightning_pipelite.strategy.gradients import GradientNorms
 
 
 def require_gradients(stage: nn.Module, stage_id: int) -> None:
-    """Stop if something that should train does not: DeepSpeed would fill in zeros and go on.
+    """Stop if a trainable parameter has no gradient: DeepSpeed would fill in zeros and carry on.
 
     Raises:
-        RuntimeError: Naming the stage and what has no gradient after its first step.
+        RuntimeError: Naming the stage and the parameters without a gradient in the first step.
     """
     missing = [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
@@ -30,11 +30,11 @@ def require_gradients(stage: nn.Module, stage_id: int) -> None:
 
 
 class GradientCheck:
-    """Looks at the norms of a step's gradients, the last thing before the optimizer changes the weights.
+    """Checks the norms of a step's gradients right before the optimizer changes the weights.
 
-    A loss can be finite while its gradients are not. Clipped by such a norm they all become NaN or zero, and the
-    weights NaN. The norms are those that are logged and clipped by anyway, over all stages, so every rank of a
-    pipeline sees the same and stops with the same sentence.
+    A loss can be finite while its gradients are not. Clipping by such a norm makes all gradients NaN or zero, and the
+    weights NaN. The norms are those used for logging and clipping anyway, over all stages, so every rank of a pipeline
+    sees the same values and stops with the same message.
 
     Args:
         stage: This rank's stage.
@@ -45,17 +45,17 @@ class GradientCheck:
         self._stage, self._group = stage, group
 
     def require_finite(self, step: int, norms: GradientNorms, clipped: Tensor) -> None:
-        """Stop if the gradients are not finite; collective over the pipeline in that case.
+        """Stop if the gradients are not finite; in that case collective over the pipeline.
 
         Args:
-            step: Which one it is, from 1 on.
-            norms: Of the gradients, as the hooks before the optimizer's step have left them.
+            step: The number of the step, counted from 1.
+            norms: Norms of the gradients as they are after the hooks that run before the optimizer's step.
             clipped: The total norm after clipping.
 
         Raises:
             RuntimeError: Naming the step, and the parameters of all stages whose gradients are not finite.
         """
-        # On a GPU the host waits here, as late as it can be: for what has been launched before, and for no more.
+        # On a GPU the host waits here, as late as possible, and only for what has been launched before.
         before, after = AsyncScalar(torch.stack([norms.total, clipped.to(norms.total)])).value()
         if math.isfinite(before) and math.isfinite(after):
             return

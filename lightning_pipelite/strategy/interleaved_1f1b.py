@@ -1,8 +1,8 @@
-"""The schedule interleaved 1F1B.
+"""The interleaved 1F1B schedule.
 
 With ``virtual_stages`` V, each of p ranks holds V pieces of the model, and a micro-batch goes round the ranks V times.
-What the pipeline idles at its start and end is then the time of p - 1 pieces rather than of p - 1 stages (Narayanan
-et al., 2021, https://arxiv.org/abs/2104.04473, section 2.3). With V = 1 this is plain 1F1B.
+At its start and end the pipeline then idles for the time of p - 1 pieces rather than p - 1 stages (Narayanan et al.,
+2021, https://arxiv.org/abs/2104.04473, section 2.3). With V = 1 this is plain 1F1B.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def interleaved_1f1b(ranks: int, virtual_stages: int, micro_batches: int, traini
     """Return the schedule of a step.
 
     Micro-batches go through the pieces in groups: a rank runs a group through its first piece, then through its next,
-    and so on. A group has at least as many micro-batches as there are ranks, if the step has, so that the first of them
-    is back when its last has passed; the groups are as equal as can be. A rank runs backward as soon as it can where it
-    ran forward last, and holds at most ``2 (p - r - 1) + (V - 1) g + 1`` passes between forward and backward, for rank
-    r and groups of g. With passes that take the same time everywhere, the ranks idle no longer than for the first pass
-    to reach the last rank, and back.
+    and so on; backward passes go through its pieces in reverse order, each as soon as it can. A group has at least as
+    many micro-batches as there are ranks, if the step has that many, so that its first micro-batch is back when its
+    last has passed; the groups are as equal as possible. A rank holds at most ``2 (p - r - 1) + (V - 1) g + 1`` passes
+    between forward and backward, for rank r and groups of g. If passes take the same time everywhere, the ranks idle
+    no longer than the first micro-batch takes to reach the last rank and return.
 
     Args:
-        ranks: The number of ranks p.
-        virtual_stages: The number of pieces on each, V.
-        micro_batches: Of the step; any number.
-        training: Whether there are backward passes; without, the forward passes of an evaluation.
+        ranks: The number of ranks, p.
+        virtual_stages: The number of pieces on each rank, V.
+        micro_batches: The number of micro-batches of the step; any number.
+        training: Whether there are backward passes; if not, these are the forward passes of an evaluation.
     """
     groups = _groups(ranks, micro_batches)
     forward = [list(_in_order(groups, range(rank, ranks * virtual_stages, ranks))) for rank in range(ranks)]

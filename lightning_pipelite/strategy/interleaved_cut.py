@@ -1,4 +1,4 @@
-"""Which layers go to which piece, where each stage has several."""
+"""Which layers go to which piece, if each stage has several pieces."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_pipelite.strategy.timeline import seconds_of
 _Cost = tuple[float, float, float]
 
 _ROUNDS = 4
-"""Micro-batches for each stage that are simulated at most: more of them only repeat what the busiest stage takes."""
+"""Micro-batches per stage that are simulated at most: more only repeat the time of the busiest stage."""
 
 
 class InterleavedCut:
-    """Finds a cut into pieces with which a step is fast, where all stages fit their device.
+    """Searches for a cut into pieces with which all stages fit their devices and a step is fast.
 
-    What a stage keeps of micro-batches in flight is what the order of its passes says.
+    How much a stage keeps of micro-batches in flight follows from the order of its passes.
 
     Args:
-        costs: Of the layers.
-        stages: Of the pipeline.
-        virtual_stages: Pieces of each.
+        costs: The costs of the layers.
+        stages: The number of stages.
+        virtual_stages: The number of pieces on each stage.
     """
 
     def __init__(self, costs: LayerCosts, stages: int, virtual_stages: int) -> None:
@@ -48,10 +48,10 @@ class InterleavedCut:
         ]
 
     def best(self, *starts: Sequence[int]) -> list[int]:
-        """Move layers between pieces, one at a time, as long as a step gets faster.
+        """Return the best bounds found by moving layers between pieces, one at a time, while a step gets faster.
 
         Args:
-            starts: Bounds of all pieces to begin with; the one that leads to the fastest step is taken.
+            starts: Initial bounds of all pieces; the result is from the start that leads to the fastest step.
         """
         return min((self._descended(list(start)) for start in starts), key=operator.itemgetter(0))[1]
 
@@ -66,7 +66,7 @@ class InterleavedCut:
         return cost, bounds
 
     def _costs(self, cuts: Sequence[Sequence[int]]) -> list[_Cost]:
-        """Return of each cut the bytes that are too many, the simulated time of a step, and how uneven pieces are."""
+        """Return for each cut the bytes over the limit, the simulated time of a step, and how uneven the pieces are."""
         seconds, held, retained = np.diff(self._sums[:, np.array(cuts).T], axis=1)
         seconds = seconds / self._speeds
         excess = np.zeros(len(cuts))
@@ -80,7 +80,7 @@ class InterleavedCut:
 
 
 def _moves(bounds: Sequence[int]) -> list[list[int]]:
-    """Return all cuts with one layer less in a piece and one more in another: the pieces between them move along."""
+    """Return all cuts with one layer less in a piece and one more in another; the pieces between them shift along."""
     found = []
     for first, last in itertools.combinations_with_replacement(range(1, len(bounds) - 1), 2):
         for by in (-1, 1):
@@ -91,11 +91,11 @@ def _moves(bounds: Sequence[int]) -> list[list[int]]:
 
 
 def _rounded(sums: npt.NDArray[np.float64]) -> list[float]:
-    """Return nine digits of each: sums of the same numbers differ by rounding."""
+    """Round to nine significant digits, since sums of the same numbers can differ by rounding."""
     return [float(f"{each:.9g}") for each in sums]
 
 
 def _largest(rows: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the rows of which no other is as large in every place: the others can be no moment that counts."""
+    """Return the rows that no other row equals or exceeds in every place; the others cannot be the peak."""
     kept = set(rows)
     return [row for row in kept if not any(row != other and all(map(operator.le, row, other)) for other in kept)]

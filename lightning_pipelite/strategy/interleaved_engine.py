@@ -22,14 +22,14 @@ from lightning_pipelite.strategy.stage_timer import COMPUTING
 from lightning_pipelite.strategy.transfers import Arrival, Shapes, Transfers
 
 _AHEAD = 1
-"""How many passes ahead of its use an input is received."""
+"""How many passes before its use the receive of an input is started."""
 
 _MOST_KEYS = 256
-"""How many kinds of micro-batches are remembered. A kind that is like no other, not even itself, comes every time."""
+"""How many kinds of micro-batches are remembered; one that does not even equal itself is added every time."""
 
 
 class _PassInstruction(schedule.PipeInstruction):
-    """An instruction about one pass, under the name of DeepSpeed's instruction that takes the same time."""
+    """An instruction about one pass, timed under the name of the DeepSpeed instruction that it corresponds to."""
 
     names: tuple[str, str]
 
@@ -39,19 +39,19 @@ class _PassInstruction(schedule.PipeInstruction):
 
 
 class ReceivePass(_PassInstruction):
-    """Start to receive what the pass needs from another rank."""
+    """Start receiving what the pass needs from another rank."""
 
     names = ("RecvActivation", "RecvGrad")
 
 
 class RunPass(_PassInstruction):
-    """Run the pass, once what it needs is here."""
+    """Run the pass, once what it needs has arrived."""
 
     names = ("ForwardPass", "BackwardPass")
 
 
 class SendPass(_PassInstruction):
-    """Start to send the result of the pass to another rank."""
+    """Start sending the result of the pass to another rank."""
 
     names = ("SendActivation", "SendGrad")
 
@@ -61,9 +61,9 @@ class InterleavedSchedule(schedule.PipeSchedule):
 
     Args:
         plan: The passes of all ranks.
-        stage_id: Which rank of the pipeline this is.
+        stage_id: The index of this rank in the pipeline.
         training: Whether gradients are reduced at the end.
-        ahead: How many passes ahead inputs are received.
+        ahead: How many passes before its use the receive of an input is started.
     """
 
     _KINDS = {"receive": ReceivePass, "compute": RunPass, "send": SendPass}  # noqa: RUF012
@@ -81,15 +81,15 @@ class InterleavedSchedule(schedule.PipeSchedule):
 
     @override
     def num_pipe_buffers(self) -> int:
-        return 0  # what is in flight is held by piece and micro-batch
+        return 0  # tensors in flight are kept by piece and micro-batch instead
 
 
 class InterleavedEngine(PipeLiteEngine):
     """Runs several pieces of the model on each rank, in the order of interleaved 1F1B.
 
-    Transfers are hidden: a rank starts to receive what its next pass needs before it computes the present one, and
-    never waits for what it sends (:class:`~lightning_pipelite.strategy.schedule.Schedule`). The shapes of what travels
-    are told once for micro-batches of equal shapes; the first time nothing is received ahead.
+    Transfers are hidden: a rank starts to receive what its next pass needs before it computes the current one, and
+    never waits for what it sends (:class:`~lightning_pipelite.strategy.schedule.Schedule`). The shapes of what is sent
+    are exchanged once for micro-batches of equal shapes; the first time nothing is received ahead.
 
     Args:
         stage: This rank's pieces.
@@ -101,14 +101,14 @@ class InterleavedEngine(PipeLiteEngine):
     def __init__(self, stage: nn.Module, *arguments: Any, **named: Any) -> None:
         super().__init__(stage, *arguments, **named)
         self._transfers = Transfers(self.grid.pipe_groups, self.global_rank, self.device, named["timeout"])
-        self._told: dict[tuple[int, Any], Shapes] = {}  # of what a piece hands on, for a kind of micro-batch
-        self._known: set[Any] = set()  # the kinds of micro-batches of which every rank has been told
+        self._told: dict[tuple[int, Any], Shapes] = {}  # of what a piece passes on, for a kind of micro-batch
+        self._known: set[Any] = set()  # the kinds of micro-batches whose shapes every rank knows
         self._step_data: Sequence[MicroBatch] = ()
         self._keys: list[Any] = []
-        self._piece = 0  # the one that runs
+        self._piece = 0  # the one that is running
         self._arrivals: dict[Action, Arrival] = {}
         self._inputs: dict[tuple[int, int], Any] = {}
-        self._roots: dict[tuple[int, int], list[Any]] = {}  # from where the backward pass begins
+        self._roots: dict[tuple[int, int], list[Any]] = {}  # where the backward pass starts
         self._results: dict[Action, Any] = {}
 
     @override
@@ -151,7 +151,7 @@ class InterleavedEngine(PipeLiteEngine):
         self._piece = instruction.action.piece
         name = instruction.name
         if instruction.action in self._arrivals:
-            name = ReceivePass(instruction.action).name  # as long as it waits
+            name = ReceivePass(instruction.action).name  # until its input has arrived
         self._begin(name, waits=name not in COMPUTING, piece=self._piece_in_words())
 
     @property
@@ -199,7 +199,7 @@ class InterleavedEngine(PipeLiteEngine):
             roots: list[Any] = [self._sums.add(outputs, targets)]
         else:
             result = self._results[action] = handed_on(outputs, self._place)
-            # Not the tensors: once they are sent, nobody needs them here.
+            # Edges, not the tensors: these are no longer needed here once they are sent.
             roots = [get_gradient_edge(t) if t.requires_grad else None for t in with_gradients(result)]
         if training:
             self._roots[piece, number] = roots
@@ -238,9 +238,9 @@ class InterleavedEngine(PipeLiteEngine):
 
 @lru_cache(maxsize=16)
 def _checked(ranks: int, virtual_stages: int, micro_batches: int, training: bool) -> Schedule:
-    """Return the schedule, played through before it first runs.
+    """Return the schedule, which is simulated before it is first run.
 
-    On real ranks a fault in it would be a wait for ever.
+    On real ranks an error in it would be a deadlock.
     """
     plan = interleaved_1f1b(ranks, virtual_stages, micro_batches, training)
     for ahead in (0, _AHEAD):

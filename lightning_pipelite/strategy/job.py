@@ -1,4 +1,4 @@
-"""The job as each of its processes has it: how others are started, how all are watched, and what its end leaves."""
+"""The job as seen by each of its processes: how others are started, how all are watched, and what is cleaned up."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_pipelite.strategy.watchdog import Watchdog
 
 
 class Job:
-    """Launches, watches and ends; takes away the log directories of a run that has come to nothing.
+    """Launches, watches and ends the job; removes the log directories of a run that ended before it logged anything.
 
     Args:
-        environment: Says which rank this process has, and whether something else has launched the ranks.
+        environment: Knows this process's rank, and whether something else has launched the ranks.
         num_processes: The number of ranks on this node.
         num_nodes: The number of nodes.
-        cutter: Gives what cuts layers into stages, or into their pieces, once the job is to begin.
+        cutter: Called when the job is about to begin; returns what cuts layers into stages, or into pieces of stages.
 
     Attributes:
-        launcher: For the strategy.
+        launcher: The launcher for the strategy.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Job:
             num_processes,
             num_nodes,
             before_launch=self._before_launch,
-            after_launch=self._remove_empty_logs,  # the loggers have been finalized
+            after_launch=self._remove_empty_logs,  # by then the loggers have been finalized
         )
         self._handed: tuple[PipelineLayers, Loss] | None = None
         self._empty_logs: EmptyLogs | None = None
@@ -55,16 +55,16 @@ class Job:
         )
 
     def take_layers(self) -> tuple[PipelineLayers, Loss] | None:
-        """Return, once, the layers and the loss that the module has handed out before the launch, if it has."""
+        """Return, once, the layers and the loss that the module handed out before the launch, or None."""
         handed, self._handed = self._handed, None
         return handed
 
     def watch(self, stage: int, timeout: timedelta) -> None:
-        """Have a watchdog from here on, in place of the launcher. Collective.
+        """Start the watchdog, which takes over from the launcher. Collective.
 
         Args:
-            stage: Of this rank, for messages.
-            timeout: How long a rank may work on one activity before it counts as hanging.
+            stage: This rank's stage, for messages.
+            timeout: How long a rank may work on one activity before it counts as hung.
 
         Raises:
             ConfigurationError: If a rank cannot reach rank 0.
@@ -83,26 +83,26 @@ class Job:
         self.launcher.stop_watching()
 
     def progress(self, activity: str, waits: bool, piece: str = "") -> None:
-        """Say what this rank does next, whether it may wait for others, and for which piece of its stage."""
+        """Report what this rank does next, whether it may wait for others, and for which piece of its stage."""
         if self._watchdog is not None:
             self._watchdog.progress(activity, waits=waits, piece=piece)
 
     def keep_logs(self) -> None:
-        """Note that the run has come to something."""
+        """Note that the run has got far enough for its log directories to be kept."""
         self._empty_logs = None
 
     def fail(self, exception: BaseException) -> None:
-        """End the job, for what this rank has raised."""
+        """End the job because of what this rank has raised."""
         if self._watchdog is not None:
             self._watchdog.fail(exception)
 
     def give_up_logs(self) -> None:
-        """Take away log directories at the end of a run that was interrupted; of others the launcher knows the end."""
+        """Remove empty log directories at the end of an interrupted run; the launcher sees the end of other runs."""
         if self._empty_logs is not None and self._empty_logs.trainer.state.status == "interrupted":
             self._remove_empty_logs()
 
     def leave(self) -> None:
-        """Watch no more; if the job has failed, this process ends here."""
+        """Stop the watchdog; if the job has failed, this process ends here."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None

@@ -1,4 +1,4 @@
-"""Which callbacks of Lightning do under the pipeline what they do elsewhere."""
+"""Which of Lightning's callbacks do the same in a pipeline as elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KNOWN: tuple[type[Any], ...] = (
     lightnings.Timer,
     SaveConfigCallback,
 )
-"""What was seen to work, in one stage and in two. Of Lightning's others none is let in, new ones included."""
+"""Callbacks known to work with one stage and with two. All others of Lightning's are refused, including new ones."""
 
 _AVERAGES = "it averages the weights that the module has before the pipeline makes its stages"
 _FREEZES = "what it unfreezes and adds to the optimizer in mid-training is not of one stage, and is in no checkpoint"
@@ -48,10 +48,10 @@ _REASONS: dict[str, tuple[str, str]] = {
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse those that would do nothing, or something else, without a word. Users' own kinds of Callback are theirs.
+    """Refuse callbacks that would silently do nothing or something else; users' own callbacks are accepted.
 
     Raises:
-        ConfigurationError: Naming the callback, why, and what to do instead.
+        ConfigurationError: Naming the callback, the reason, and what to do instead.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -71,9 +71,9 @@ def check_callbacks(trainer: pl.Trainer) -> None:
 
 
 def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse a metric to watch that nothing will log, if the module can tell; else it is found out after an epoch.
+    """Refuse to monitor a metric that nothing will log, if the module can tell; otherwise it shows after an epoch.
 
-    Any other callback of a user's own may log what it likes.
+    Nothing is refused if there is a callback of the user's own, as that may log anything.
 
     Raises:
         ConfigurationError: Naming the callback and the metric.
@@ -92,12 +92,12 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _lightnings(kind: type) -> type:
-    """Return the class of Lightning that a callback's class is or comes from."""
+    """Return the Lightning class that a callback's class is or derives from; Callback if there is none."""
     return next((each for each in kind.__mro__ if each.__module__.startswith("lightning.pytorch.")), Callback)
 
 
 def micro_batches_in(trainer: pl.Trainer, epoch: int) -> int:
-    """How many micro-batches a step of that epoch takes of each replica; a callback may have a plan for it."""
+    """How many micro-batches a step of that epoch takes on each replica, which a callback may schedule."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, lightnings.GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -105,7 +105,7 @@ def micro_batches_in(trainer: pl.Trainer, epoch: int) -> int:
 
 
 def _check_accumulation(trainer: pl.Trainer, callbacks: Iterable[Callback]) -> None:
-    """Refuse what GradientAccumulationScheduler itself would, but once everything has been loaded."""
+    """Refuse what GradientAccumulationScheduler itself refuses only after everything has been loaded."""
     scheduled = any(isinstance(each, lightnings.GradientAccumulationScheduler) for each in callbacks)
     if scheduled and trainer.accumulate_grad_batches != 1:
         raise ConfigurationError(

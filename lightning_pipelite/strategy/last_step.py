@@ -1,4 +1,4 @@
-"""Where a training stood when its last step ended, which is what a checkpoint is of, whenever it is asked for."""
+"""Where a training stood when its last step ended, which is what every checkpoint saves, whenever it is requested."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from lightning_pipelite.strategy.layer_rng import LayerRNG
 
 @dataclass(frozen=True)
 class _Note:
-    """What cannot be had later: Lightning's loop counts micro-batches, and takes some of the next step ahead."""
+    """What cannot be found out later: Lightning's loop counts micro-batches, and fetches some of the next ahead."""
 
-    batches: int  # of the whole training
+    batches: int  # in the whole training so far
     steps: int
     loaders: list[Any]
     generators: dict[str, Any]
 
 
 class LastStep:
-    """Follows the steps of a training.
+    """Keeps track of the steps of a training.
 
     Args:
         trainer: Runs the loops.
-        layer_rng: Has the generators.
+        layer_rng: Holds the random number generators.
     """
 
     def __init__(self, trainer: pl.Trainer, layer_rng: LayerRNG) -> None:
         self._trainer, self._layer_rng = trainer, layer_rng
         self._ended: _Note | None = None  # None until training starts
-        self._under_way: _Note | None = None  # of the step of which all micro-batches have been taken
+        self._under_way: _Note | None = None  # of the step whose micro-batches have all been taken
         self._weights_change = False
-        self._evaluated = False  # right after that step
+        self._evaluated = False  # right after the step that ended last
 
-    # As the training goes
+    # During training
 
     def training_starts(self) -> None:
-        """Note that the data loaders have been made."""
+        """Note that the data loaders have been created."""
         self._ended, self._under_way, self._evaluated = self._note(), None, False
 
     def batches_taken(self) -> None:
@@ -49,7 +49,7 @@ class LastStep:
         self._under_way, self._weights_change = self._note(), False
 
     def weights_change(self) -> None:
-        """Note that the weights are right about to change."""
+        """Note that the weights are about to change."""
         self._weights_change = True
 
     def evaluation_ended(self) -> None:
@@ -67,7 +67,7 @@ class LastStep:
         return int(self._trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
     def _settle(self) -> int:
-        """How many micro-batches have been taken since the last step ended."""
+        """Update the notes, and return how many micro-batches have been taken since the last step ended."""
         if self._under_way is not None and self._trainer.global_step > self._under_way.steps:
             self._ended, self._under_way, self._evaluated = self._under_way, None, False
         return self._batches - (self._ended.batches if self._ended is not None else self._batches)
@@ -75,22 +75,22 @@ class LastStep:
     # For a checkpoint
 
     def state(self, loops: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
-        """Say where the training stood.
+        """Return where the training stood.
 
         Args:
-            loops: The states of all of Lightning's loops, now.
+            loops: The current states of all of Lightning's loops.
 
         Returns:
-            The states of the loops then, that of the generators, and whether an evaluation follows, from which a
-            training that resumes goes on.
+            The states of the loops and of the generators at that time, and whether an evaluation follows, with which a
+            resumed training continues.
 
         Raises:
-            RuntimeError: If an error stopped the training while a step changed the weights.
+            RuntimeError: If an error stopped the training while a step was changing the weights.
         """
         trainer, ahead = self._trainer, self._settle()
         if trainer.state.fn != TrainerFn.FITTING:
             return loops, self._layer_rng.state(), False
-        noted = self._ended if self._interrupted else None  # perhaps while a micro-batch was fetched
+        noted = self._ended if self._interrupted else None  # perhaps while fetching a micro-batch
         if self._batches == 0:
             fit_loop = before_training(loops["fit_loop"], noted.loaders if noted else [])
             return {**loops, "fit_loop": fit_loop}, noted.generators if noted else self._layer_rng.state(), False
@@ -107,7 +107,7 @@ class LastStep:
             return {**loops, "fit_loop": fit_loop}, generators, False
         if self._evaluation_follows():
             if trainer.training and not self._interrupted:
-                loaders, generators = [], self._layer_rng.state()  # hooks may have drawn, too
+                loaders, generators = [], self._layer_rng.state()  # hooks may have drawn random numbers, too
             return {**loops, "fit_loop": before_evaluation(loops["fit_loop"], loaders)}, generators, True
         if self._interrupted:
             fit_loop = between_batches(loops["fit_loop"], loaders, self._evaluated, trainer.training)
@@ -119,7 +119,7 @@ class LastStep:
         return self._trainer.state.status == TrainerStatus.INTERRUPTED
 
     def _evaluation_follows(self) -> bool:
-        """Whether an evaluation follows the last step that is to come yet, or is not over."""
+        """Whether an evaluation follows the last step and has not started yet, or is not over."""
         trainer = self._trainer
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if trainer.validating and not trainer.sanity_checking:

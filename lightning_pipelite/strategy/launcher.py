@@ -1,4 +1,4 @@
-"""Starts the other ranks of a node and sees to it that no rank is left over before the watchdog takes over."""
+"""Launches the other ranks of a node, and ends them all if one dies before the watchdog takes over."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from lightning_pipelite.strategy.watchdog.processes import describe_exit, end_pr
 class PipeLiteLauncher(_SubprocessScriptLauncher):
     """Launches the script once for each further device of the node, as Lightning's own launcher does.
 
-    It differs in what happens when a rank dies. Lightning's observer kills the main process with SIGKILL, and with it
-    every message. Here, until the :class:`~lightning_pipelite.strategy.watchdog.Watchdog` is connected, a thread
-    watches the children, and when one dies ends them all and says which; if the main process raises it ends the
-    children and its own traceback comes last; a child whose launcher dies ends with it.
+    It differs in how it handles a rank that dies. Lightning's observer kills the main process with SIGKILL, so no
+    message gets out. Here, until the :class:`~lightning_pipelite.strategy.watchdog.Watchdog` is connected, a thread
+    watches the children. When one dies, the thread ends all of them and this process, and reports which rank died. If
+    the main process raises, it ends the children first, so that its own traceback comes last. A child also ends when
+    its launcher dies.
 
     Args:
-        cluster_environment: Says which rank this process has, and whether something else has launched the ranks.
+        cluster_environment: Provides this process's rank, and whether something else has launched the ranks.
         num_processes: The number of ranks on this node.
         num_nodes: The number of nodes.
-        before_launch: Called with the trainer and the arguments of the launched function by name, which it may change,
-            in every process, before any child is started: what it raises needs no clean-up.
-        after_launch: Called when the function has returned.
+        before_launch: Called in every process before any child is started, with the trainer and the launched function's
+            arguments by name, which it may change. If it raises, there is nothing to clean up.
+        after_launch: Called after the function has returned.
     """
 
     def __init__(
@@ -48,16 +49,16 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._before_launch, self._after_launch = before_launch, after_launch
         self._watcher: threading.Thread | None = None
-        self._relieved: threading.Event | None = None  # set if the watchdog holds, or the main thread has raised
+        self._relieved: threading.Event | None = None  # set when the watchdog takes over or the main thread raises
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Check the configuration, start the other ranks of this node unless something else does, call ``function``.
+        """Check the configuration, start the node's other ranks unless something else does, and call ``function``.
 
         Args:
             function: Called in every rank with ``args`` and ``kwargs``.
             *args: See ``function``.
-            trainer: Handed to ``before_launch``.
+            trainer: Passed to ``before_launch``.
             **kwargs: See ``function``.
         """
         bound = inspect.signature(function).bind(*args, **kwargs)
@@ -65,7 +66,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            self._relieved = threading.Event()  # not before: a Trainer that has not started yet can be copied
+            self._relieved = threading.Event()  # only now, so that a Trainer that has not started can be copied
             self._watcher = threading.Thread(
                 target=self._watch, args=(self._relieved,), name="pipelite-launcher", daemon=True
             )
@@ -85,7 +86,7 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         return result
 
     def stop_watching(self) -> None:
-        """Hand the watch over, once the watchdog is connected."""
+        """Stop watching the children, once the watchdog is connected."""
         if self._relieved is not None:
             self._relieved.set()
         self._watcher = self._relieved = None
@@ -111,5 +112,5 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
         try:
             end_processes(self.procs, timeouts.STATUS)
         finally:
-            if not relieved.wait(timeouts.STATUS):  # else the main thread speaks: it may have raised the same
+            if not relieved.wait(timeouts.STATUS):  # else the main thread, which raised first, reports
                 leave(f"rank {rank} {describe_exit(code)}, before the training began")

@@ -1,4 +1,4 @@
-"""Random numbers: the same for the data on every rank, and for each layer its own, whichever rank it stands on."""
+"""Random numbers: the same on every rank for the data, and independent of the partition for each layer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _KEY = "_pipelite_rng"
 
 
 class LayerRNG:
-    """Sets torch's generators anew at each layer, so that what it draws does not depend on the partition.
+    """Seeds torch's generators for each layer, so that what it draws does not depend on the partition.
 
-    The first stage takes the inputs of a micro-batch and the last one the targets, each from its own data loader. So
-    shuffles and augmentations must draw the same numbers on all ranks, whatever the layers draw in between. What a
-    layer draws, such as a dropout mask, follows from the seed, the step, the number of the micro-batch in the global
-    batch and the layer's name alone: it is the same for every number of stages and replicas, and nothing of it need be
-    remembered to resume. A layer is an item of a list of modules (ModuleList, Sequential), or a dropout module outside
-    of such lists. :meth:`release` makes the layers what they were.
+    The first stage takes the inputs of a micro-batch and the last stage the targets, each from its own data loader. So
+    shuffling and augmentation must draw the same numbers on all ranks, whatever the layers draw in between. What a
+    layer draws, such as a dropout mask, depends only on the seed, the step, the number of the micro-batch in the global
+    batch and the layer's name: it is the same for any number of stages and replicas, and resuming needs no generator
+    state for it. A layer is an item of a list of modules (ModuleList, Sequential), or a dropout module outside such
+    lists. :meth:`release` restores the layers.
 
-    Building it gives rank 0's global generators (torch's, numpy's, Python's) to all ranks. Collective.
+    Constructing it copies rank 0's global generators (torch's, NumPy's, Python's) to all ranks. Collective.
 
     Args:
-        strategy: Shares rank 0's generators.
-        device: Where the layers are.
+        strategy: Broadcasts rank 0's generators.
+        device: The device of the layers.
         stage: This rank's stage.
     """
 
@@ -52,12 +52,12 @@ class LayerRNG:
         self._drawing = list(_layers(stage))
         for name, layer in self._drawing:
             layer.__dict__[_KEY] = (self, name)
-            if not isinstance(layer, _OwnRNG):  # as one that stands in two lists is
+            if not isinstance(layer, _OwnRNG):  # a layer in two lists already is
                 mix_in(layer, _OwnRNG)
 
     @contextlib.contextmanager
     def drawn_from(self) -> Iterator[None]:
-        """Let the layers draw within it; afterwards the global generators are as they were."""
+        """Let the layers draw inside the context; on exit, restore the global generators."""
         shared = [generator.get_state() for generator in self._generators]
         try:
             yield
@@ -66,7 +66,7 @@ class LayerRNG:
                 generator.set_state(state)
 
     def enter(self, step: int, micro_batch: int) -> None:
-        """Let what is drawn next belong to this micro-batch.
+        """Seed the generators for a micro-batch.
 
         Args:
             step: The number of steps taken before.
@@ -76,14 +76,14 @@ class LayerRNG:
         self.draw_for("")
 
     def draw_for(self, layer: str) -> None:
-        """Let what is drawn next belong to this layer."""
+        """Seed the generators for a layer of the current micro-batch."""
         key = f"{self._seed}/{self._place[0]}/{self._place[1]}/{layer}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
         for generator in self._generators:
             generator.manual_seed(seed)
 
     def release(self) -> None:
-        """Make the layers what they were: they draw from the global generators again."""
+        """Restore the layers: they draw from the global generators again."""
         for _, layer in self._drawing:
             layer.__dict__.pop(_KEY, None)
             take_out(layer, _OwnRNG)
@@ -92,14 +92,14 @@ class LayerRNG:
     # For checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return the seed of the layers, and where the global generators are."""
+        """Return the seed of the layers and the states of the global generators."""
         state = {"layers": self._seed, "global": _collect_rng_states(include_cuda=False)}
         if self._on_gpu:
             state["gpu"] = self._generators[1].get_state()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state` was taken, on whatever device."""
+        """Restore what :meth:`state` returned, on any device."""
         self._seed = state["layers"]
         _set_rng_states(state["global"])
         gpu: Tensor | None = state.get("gpu")
@@ -108,10 +108,10 @@ class LayerRNG:
 
 
 class _OwnRNG(Mixin):
-    """Mixed into a layer.
+    """Mixed into a layer to seed the generators before it runs.
 
-    Not a forward pre-hook: where a layer's activations are recomputed, its hooks run again in the backward pass, by
-    when another micro-batch has entered. This runs outside of torch's checkpoint, which brings the generators back.
+    This is not a forward pre-hook: with activation checkpointing, a layer's hooks run again in the backward pass, when
+    another micro-batch has been entered. This runs outside torch's checkpoint, which restores the generators itself.
     """
 
     mixin_place = MixinPlace.RNG
@@ -123,11 +123,11 @@ class _OwnRNG(Mixin):
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return a copy, or what is pickled, is a layer as it was before: no part of this training."""
+        """Reduce the layer without this class, so that copies and pickles are independent of this run."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            make = _new  # pickle lets the other make objects of their own class alone
+            make = _new  # pickle allows __newobj__ only for the object's own class
         kind = without(type(self), _OwnRNG)
         arguments = tuple(kind if argument is type(self) else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
@@ -142,7 +142,7 @@ def _new(kind: Any, *arguments: Any) -> Any:
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, Pieces):
         found = [pair for piece in module for pair in _layers(piece, prefix)]
-        yield from {id(layer): (name, layer) for name, layer in found}.values()  # one may stand in several
+        yield from {id(layer): (name, layer) for name, layer in found}.values()  # a layer may be in several pieces
         return
     for name, child in module.named_children():
         full_name = f"{prefix}{name}"

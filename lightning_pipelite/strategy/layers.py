@@ -1,4 +1,4 @@
-"""What a LightningModule hands to the strategy: its layers, and the loss on what the last one returns."""
+"""The layers of a LightningModule and the loss on the last one's output, as it hands them to the strategy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ADDED, _RECORD = "pipeline_stage", "_pipelite_stage"
 
 
 class SequentialLayers:
-    """A plain list of modules as pipeline layers: each maps the former's output to its own.
+    """A plain list of modules as pipeline layers: each takes the output of the one before.
 
     Args:
-        layers: The modules, in order. One module may stand in several places, and several may share a parameter; both
-            ties it.
+        layers: The modules, in order. A module may occur several times, and several modules may share a parameter; both
+            tie it.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -35,7 +35,7 @@ class SequentialLayers:
         for layer in layers:
             for parameter in layer.parameters():
                 owners.setdefault(id(parameter), set()).add(id(layer))
-        # Under the name of its first layer, a stage without that layer would not know it for the same parameter.
+        # Named after its first layer, a shared parameter would have another name in a stage without that layer.
         self._shared = {f"shared_{i}": parameters[p] for i, p in enumerate(p for p in owners if len(owners[p]) > 1)}
         self.names = [type(layer).__name__ for layer in layers]
 
@@ -44,15 +44,15 @@ class SequentialLayers:
         return [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
 
     def drop_all_but(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Give up the weights of the layers that are in none of the spans."""
+        """Move the weights of all layers outside the spans to the meta device."""
         kept = {id(module) for span in spans for layer in self._layers[slice(*span)] for module in layer.modules()}
         for module in (module for layer in self._layers for module in layer.modules()):
             if id(module) not in kept:
                 module._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
-        """Put the layers from ``start`` to ``stop``, exclusive, in a row on a device."""
-        # The first position of a layer names it, in whichever stage it stands.
+        """Chain layers ``start`` to ``stop`` (exclusive) on a device."""
+        # A layer is named after its first position in the model, in every stage.
         first = {id(layer): index for index, layer in reversed(list(enumerate(self._layers)))}
         mine = self._layers[start:stop]
         for layer in mine:
@@ -63,18 +63,18 @@ class SequentialLayers:
 
 
 class Chain(nn.Module):
-    """Modules in a row, registered under given names; one that stands in several places is registered once."""
+    """Modules called in sequence, registered under given names; a module that is repeated is registered once."""
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]], shared: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        for name, parameter in shared.items():  # before the layers, so that this is its name
+        for name, parameter in shared.items():  # before the layers, so that this name takes precedence
             self.register_parameter(name, parameter)
         for name, layer in layers:
             self.add_module(name, layer)
         self._order = [name for name, _ in layers]
 
     def forward(self, inputs: Any) -> Any:
-        """Call one layer after the other."""
+        """Call the layers in order."""
         for name in self._order:
             inputs = self._modules[name](inputs)  # type: ignore[misc]
         return inputs
@@ -87,7 +87,7 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
         module: A LightningModule that is a :class:`~lightning_pipelite.shared.protocol.HandsOutLayers`.
 
     Raises:
-        ConfigurationError: If there is no such method, or it returns something else.
+        ConfigurationError: If it has no such method, or the method returns something else.
     """
     if not isinstance(module, HandsOutLayers):
         raise ConfigurationError(
@@ -104,28 +104,29 @@ def hand_out_layers(module: Any) -> tuple[PipelineLayers, Loss]:
 
 
 def is_built(module: Any) -> bool:
-    """Whether a LightningModule has its stage already, from an earlier run, which :func:`build_stage` will return."""
+    """Whether a LightningModule has its stage from an earlier run, which :func:`build_stage` then returns."""
     return getattr(module, _RECORD, None) is not None
 
 
 def build_stage(
     module: Any, layers: PipelineLayers, spans: Sequence[tuple[int, int]], number: int, device: torch.device
 ) -> nn.Module:
-    """Build a stage, or return that of the module's run before, with what it has learnt.
+    """Build a stage, or return the one from the module's previous run, with its trained weights.
 
-    What of the stage has weights that are not the module's already becomes a submodule, ``pipeline_stage``, so that
-    its parameters are the module's.
+    Parts of the stage whose weights do not belong to the module yet become its submodule ``pipeline_stage``, so that
+    their parameters are the module's.
 
     Args:
         module: The LightningModule.
         layers: Its layers.
-        spans: The first layer and the one after the last of each piece that the stage has; of one, unless there are
+        spans: The first layer and the one after the last of each piece of the stage; a single piece unless there are
             virtual stages.
-        number: Of all layers.
+        number: The number of layers of the model.
         device: Where it is built.
 
     Raises:
-        ConfigurationError: If the module was cut in another way before: most of its layers are not here any more.
+        ConfigurationError: If the module was split differently before: most of its layers are no longer in this
+            process.
     """
     place = (tuple(spans), number)
     if is_built(module):
@@ -146,23 +147,23 @@ def build_stage(
     known = {id(known) for known in (*module.modules(), *parameters, *module.buffers())}
     if added := list(_not_among(stage, known)):
         module.add_module(_ADDED, stage if added == [stage] else nn.ModuleList(added))
-    object.__setattr__(module, _RECORD, (stage, place))  # not one more submodule
+    object.__setattr__(module, _RECORD, (stage, place))  # not as a submodule
     return stage
 
 
 def keeps_stage(module: nn.Module) -> bool:
-    """Whether a LightningModule has got a submodule with its stage, or with what of it was not the module's before."""
+    """Whether :func:`build_stage` added a submodule: the stage, or the parts of it that the module did not have."""
     return _ADDED in module._modules
 
 
 def release_stage(module: Any) -> bool:
-    """At the end of a run, leave the module as it was, with the trained weights under its own names.
+    """Restore the module at the end of a run, with the trained weights under its own names.
 
-    What it does not have by itself stays with it, for the next run: layers with weights that ``pipeline_layers()`` made
-    anew. And so does the stage, if there are others: their layers are no longer here.
+    Layers whose weights were created by ``pipeline_layers()`` stay in the module for the next run. The stage also stays
+    if there are others, because their layers are no longer in this process.
 
     Returns:
-        Whether it is whole, with nothing added.
+        Whether the module is complete, with nothing added.
     """
     _, (spans, number) = getattr(module, _RECORD)
     is_whole = not keeps_stage(module) and spans == ((0, number),)
@@ -172,9 +173,9 @@ def release_stage(module: Any) -> bool:
 
 
 class LooseParts:
-    """The parts of a stage that are no submodules of its LightningModule, such as an activation made on the way.
+    """The parts of a stage that are not submodules of its LightningModule, such as an activation created on the fly.
 
-    Lightning does not see them when it sets the modes of training and evaluation.
+    Lightning does not see them when it switches between training and evaluation mode.
 
     Args:
         module: The LightningModule.
@@ -187,13 +188,13 @@ class LooseParts:
         self._parts = [(part, part.training) for part in stage.modules() if id(part) not in known]
 
     def follow(self) -> None:
-        """Set the mode that the module is in; what does not train in training, such as a frozen norm, never does."""
+        """Put the parts into the module's mode; a part built in evaluation mode, such as a frozen norm, stays in it."""
         for part, trains in self._parts:
             part.training = trains and self._module.training
 
 
 def _not_among(part: nn.Module, known: set[int]) -> Iterator[nn.Module]:
-    """Yield the largest parts of a module that have weights which are not known."""
+    """Yield the largest parts of a module that have weights outside ``known``."""
     if id(part) in known:
         return
     new = [id(tensor) not in known for tensor in (*part.parameters(), *part.buffers())]

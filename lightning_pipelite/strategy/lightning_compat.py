@@ -1,15 +1,16 @@
-"""What Lightning itself does with a checkpoint's path, where that is a directory that the strategy has written.
+"""Makes Lightning itself read checkpoint directories that the strategy has written.
 
-Lightning hands every path to ``torch.load``, be it in ``load_from_checkpoint`` or as ``ckpt_path`` under any other
-strategy, and offers no hook in either place that a module or a strategy of its own would not have to opt in to. So
-three of its functions are replaced, once the strategy or :func:`~lightning_pipelite.strategy.load_trained` is imported;
-for every path and every state that is not of such a directory they do what they did. Remove each when Lightning asks
-the checkpoint, not the running strategy, how it is read.
+Lightning passes every path to ``torch.load``, both in ``load_from_checkpoint`` and for ``ckpt_path`` under any other
+strategy. Neither place has a hook that works without the module or the strategy opting in. So three of Lightning's
+functions are replaced when the strategy or :func:`~lightning_pipelite.strategy.load_trained` is imported; for all other
+paths and states they behave as before. Remove each when Lightning asks the checkpoint, not the running strategy, how it
+is read.
 
-* ``_load`` in ``lightning.pytorch.core.saving``, by which ``load_from_checkpoint`` reads,
-* ``_CheckpointConnector.resume_start``, by which ``ckpt_path`` is read; elsewhere than here it works to evaluate, under
-  strategies that load a module's own ``state_dict``,
-* ``LightningModule.load_state_dict``, as stages are saved by the names of the layers and of what is trained alone.
+* ``pl_load`` in ``lightning.pytorch.core.saving``, with which ``load_from_checkpoint`` reads,
+* ``_CheckpointConnector.resume_start``, which reads ``ckpt_path``; under other strategies this works for evaluation, if
+  they load a module's own ``state_dict``,
+* ``LightningModule.load_state_dict``, because a stage is saved under the names of its layers, and holds only trained
+  parameters and buffers.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ _load, _resume_start = saving.pl_load, _CheckpointConnector.resume_start
 
 
 class StagesState(dict[str, Tensor]):
-    """The ``state_dict`` of a checkpoint in stages, by the names that it has there.
+    """The ``state_dict`` of a checkpoint in stages, under the names used there.
 
     Args:
-        directory: The checkpoint, known to be whole.
-        meta: What its ``meta.json`` says.
-        outside: Of the module, what no stage has.
+        directory: The checkpoint, known to be complete.
+        meta: The content of its ``meta.json``.
+        outside: The module's tensors that are in no stage.
     """
 
     def __init__(self, directory: Path, meta: dict[str, Any], outside: dict[str, Tensor]) -> None:
@@ -52,14 +53,14 @@ class StagesState(dict[str, Tensor]):
 
 
 def install() -> None:
-    """Replace the three functions; another call changes nothing."""
+    """Replace the three functions; calling it again changes nothing."""
     saving.pl_load = load
     _CheckpointConnector.resume_start = resume_start  # type: ignore[method-assign, assignment]
     pl.LightningModule.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
 
 
 def load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """In place of ``torch.load``: the same dict of either kind of checkpoint."""
+    """Return the same dict for either kind of checkpoint; replaces ``torch.load``."""
     if not _is_ours(path_or_url):
         return _load(path_or_url, map_location=map_location, weights_only=weights_only)
     checkpoint = _as_lightnings(path_or_url)
@@ -72,7 +73,7 @@ def load(path_or_url: Any, map_location: Any = None, weights_only: bool | None =
 def resume_start(
     connector: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None
 ) -> None:
-    """In place of Lightning's, which asks the strategy to read its own kind of checkpoint."""
+    """Read either kind of checkpoint; Lightning's own leaves that to the running strategy."""
     trainer, strategy = connector.trainer, connector.trainer.strategy
     if isinstance(strategy, TimesStages) or not _is_ours(checkpoint_path):
         _resume_start(connector, checkpoint_path, weights_only=weights_only)
@@ -89,7 +90,7 @@ def resume_start(
 
 
 def load_state_dict(module: pl.LightningModule, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of torch's, or another base's, which knows a module's own names alone."""
+    """Load either kind of state; the base class's method knows only the module's own names."""
     if not isinstance(state_dict, StagesState):
         return super(pl.LightningModule, module).load_state_dict(state_dict, *args, **kwargs)
     strict = args[0] if args else kwargs.get("strict", True)
@@ -102,10 +103,10 @@ def _is_ours(path: Any) -> bool:
 
 
 def _as_lightnings(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint as ``torch.load`` gives those of other strategies.
+    """Return a checkpoint in the form in which ``torch.load`` returns those of other strategies.
 
     Raises:
-        ConfigurationError: If it is not whole.
+        ConfigurationError: If it is incomplete.
     """
     directory = located(Path(path))
     meta = check_whole(directory)

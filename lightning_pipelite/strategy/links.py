@@ -1,4 +1,4 @@
-"""Which ranks send to which, and what all of them have in common."""
+"""Links between ranks, and which of them both ranks have."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from lightning_pipelite.shared.over_ranks import gathered
 
 Link = tuple[int, int, bool]
-"""From which global rank to which, and whether gradients travel."""
+"""The sending and the receiving global rank, and whether gradients are sent."""
 
 
 def with_both_ends(here: Iterable[Link]) -> set[Link]:
-    """Return the links of which both ranks give that they have them, the same on every rank. Collective."""
+    """Return the links that both of their ranks report, the same on every rank. Collective."""
     everyones = gathered(set(here))
     return {link for links in everyones for link in links if link in everyones[link[0]] and link in everyones[link[1]]}

@@ -19,19 +19,19 @@ from lightning_pipelite.strategy.micro_batches import MicroBatch, fingerprint
 class LossSums:
     """The sum and the count of the losses of some micro-batches, and the sums of what the loss wants logged.
 
-    Inputs from one sequence and targets from another would train, on nonsense, without any other sign. So where there
-    are several stages a last number is added: first stages' is the fingerprint of their micro-batches, last stages' the
-    negative of theirs, and over all ranks it must be 0.
+    Inputs from one sequence with targets from another would train on nonsense without any other sign. So with several
+    stages there is one more number: first stages add the fingerprint of their micro-batches, last stages subtract that
+    of theirs, and the sum over all ranks must be 0.
 
     Args:
-        loss: Of one micro-batch.
+        loss: The loss of one micro-batch.
         stage_id: This rank's stage.
         stages: The number of stages.
-        device: Where the sums are.
+        device: The device of the sums.
 
     Attributes:
-        tensor: What this rank adds to the sums over all ranks, float64.
-        on_host: A copy of it on its way to the host since the last micro-batch was added; None until then.
+        tensor: This rank's contribution to the sums over all ranks, float64.
+        on_host: Its asynchronous copy to the host, started when the last micro-batch has been added; None until then.
     """
 
     def __init__(self, loss: Loss, stage_id: int, stages: int, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class LossSums:
 
     @contextlib.contextmanager
     def counted_by(self, loss: Loss) -> Iterator[None]:
-        """Within it another loss counts, whose terms are not more than those of the own one."""
+        """Use another loss inside the context; it must not return more terms than the original one."""
         own, self._loss = self._loss, loss
         try:
             yield
@@ -53,7 +53,7 @@ class LossSums:
             self._loss = own
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Begin anew, with these micro-batches."""
+        """Reset the sums for these micro-batches."""
         self.tensor.zero_()
         if self._compares and self._sign:
             self.tensor[-1] = self._sign * fingerprint(micro_batches, self.tensor.device)
@@ -61,7 +61,7 @@ class LossSums:
         self.on_host = None if self._to_come else AsyncScalar(self.tensor)
 
     def add(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss of a micro-batch, and add it, and what is logged beside it, to the sums."""
+        """Return the loss of a micro-batch, and add it and what is logged with it to the sums."""
         terms = self._loss(outputs, targets)
         loss, *others = terms if isinstance(terms, tuple) else (terms, torch.ones_like(terms))
         stacked = torch.stack([term.detach().to(self.tensor) for term in (loss, *others)])
@@ -72,14 +72,14 @@ class LossSums:
         return loss
 
     def require_same_data(self, shared: list[float], place: str) -> list[float]:
-        """Stop if first and last stages had different data.
+        """Raise if first and last stages had different data.
 
         Args:
             shared: The sums over all ranks.
-            place: Where, for the message.
+            place: Where in the run, for the message.
 
         Returns:
-            The losses' part of it.
+            The sums without the number that this check adds.
 
         Raises:
             ConfigurationError: On every rank.

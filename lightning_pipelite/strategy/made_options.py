@@ -1,4 +1,4 @@
-"""With what options an optimizer and its schedules were made."""
+"""The options with which an optimizer and its schedules were created."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 HOW = {"foreach", "fused", "capturable", "differentiable", "triton"}
-"""How an optimizer computes, not what: of this no word is said."""
+"""Options that affect how an optimizer computes, not what; changes to them are not reported."""
 
 PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "lr_lambdas"}
-"""What a schedule's state has beside its options; of a function that is an option, a state has nothing."""
+"""Entries of a schedule's state that are not options, and ``lr_lambdas``, where functions are not saved."""
 
 
 def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return what the groups of an optimizer were made with; the learning rate is that before any schedule."""
+    """Return the options of an optimizer's groups at creation; the learning rate is that before any schedule."""
     made = []
     for group in optimizer.param_groups:
         options = {key: number(value) for key, value in group.items() if key not in ("params", "initial_lr")}
@@ -29,7 +29,7 @@ def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
-    """Return what the schedules were made with."""
+    """Return each schedule's class and, with its options, its state at creation."""
     return [
         {"class": kind(config.scheduler), "state": copy.deepcopy(dict(config.scheduler.state_dict()))}
         for config in configs
@@ -39,11 +39,11 @@ def schedules_of(configs: Sequence[LRSchedulerConfig]) -> list[dict[str, Any]]:
 def named_options(
     groups: Sequence[Mapping[str, Any]], unused: Sequence[bool], schedules: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what the optimizer and its schedules were made with, by names for a message.
+    """Return the options of the optimizer and its schedules, under names for a message.
 
     Args:
         groups: See :func:`options_of`.
-        unused: Whether a group has no parameters here: its options may have been completed in another way.
+        unused: Whether each group has no parameters here: its options may then have been completed in another way.
         schedules: See :func:`schedules_of`.
     """
     found = {
@@ -69,5 +69,5 @@ def kind(scheduler: Any) -> str:
 
 
 def number(value: Any) -> Any:
-    """Return a scalar tensor's value; all else as it is."""
+    """Return the value of a scalar tensor; anything else unchanged."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

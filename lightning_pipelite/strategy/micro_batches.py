@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 MicroBatch = tuple[Any, Any]
-"""``(inputs, targets)``: what the first stage starts from, and what the loss on the last stage needs."""
+"""``(inputs, targets)``: the input of the first stage, and what the loss on the last stage needs."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ODD = 6364136223846793005  # products of it, modulo 2**64, spread over all bits
+_ODD = 6364136223846793005  # multiples of it modulo 2**64 spread over all bits
 
 
 def shapes_of(batch: Any) -> Any:
-    """Return what the shapes between the stages may depend on; what is unknown equals nothing, not even itself."""
+    """Return what the shapes between stages may depend on; an unknown object equals nothing, not even itself."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape), batch.dtype
     if isinstance(batch, Mapping):
@@ -28,7 +28,7 @@ def shapes_of(batch: Any) -> Any:
 
 
 def described(batch: Any) -> str:
-    """Return what a rank can tell of a batch without looking at its tensors' values, such as ``[3, 8] float32``."""
+    """Describe a batch without reading its tensors' values, for example ``[3, 8] float32``."""
     if isinstance(batch, Tensor):
         return f"{list(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
     if isinstance(batch, Mapping):
@@ -39,15 +39,15 @@ def described(batch: Any) -> str:
 
 
 def fingerprint(batch: Any, device: torch.device) -> Tensor:
-    """Return a number below 2**32 that tells the values of a batch's tensors from others; a float64 scalar.
+    """Return a number below 2**32 that identifies the values of a batch's tensors; a float64 scalar.
 
-    It is made of integers alone, so it is the same on a CPU and on a GPU, where the host does not wait for it.
+    It is computed from integers only, so it is the same on a CPU and on a GPU, where it needs no host synchronisation.
 
     Args:
         batch: Tensors, in tuples, lists and mappings.
-        device: Where the result lies.
+        device: The device of the result.
     """
-    alike: dict[Any, list[Tensor]] = {}  # together they take as many kernels as one
+    alike: dict[Any, list[Tensor]] = {}  # stacked, they take as many kernel launches as one
     places: dict[Any, list[int]] = {}
     for place, tensor in enumerate(_tensors(batch)):
         kind = tensor.shape, tensor.dtype, tensor.device
@@ -74,9 +74,10 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _numbers(tensors: Tensor) -> Tensor:
-    """Of each of some tensors [tensors, ...] a number [tensors].
+    """Return a number for each of the stacked tensors [tensors, ...], as [tensors].
 
-    Of all bits, and of where along each dimension they are: a sample in another place is another number.
+    It depends on all bits and on their positions along each dimension, so a sample in another place gives another
+    number.
     """
     tensors = torch.view_as_real(tensors) if tensors.is_complex() else tensors
     bits = tensors.contiguous().view(_INTEGERS[tensors.element_size()])
@@ -90,7 +91,7 @@ def _numbers(tensors: Tensor) -> Tensor:
 
 
 def all_shapes(micro_batches: Sequence[MicroBatch]) -> str:
-    """Return what all micro-batches of a step are like; those in a row that are alike are told once."""
+    """Describe all micro-batches of a step; consecutive ones with the same description are merged."""
     rows: list[tuple[str, int]] = []
     for batch in micro_batches:
         words = described(batch)

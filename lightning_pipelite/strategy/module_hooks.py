@@ -15,16 +15,16 @@ NOT_CALLED = {
     "state_dict": "each stage saves its own weights by name; keep what else is to be saved with on_save_checkpoint",
     "load_state_dict": "each stage loads its own weights by name; take what else was saved with on_load_checkpoint",
 }
-"""What another strategy calls and this one does not, with a consequence for what is trained or saved."""
+"""Methods that other strategies call but this one does not, with an effect on what is trained or saved."""
 
 
 def check_hooks(module: pl.LightningModule) -> None:
-    """Refuse overridden methods that would be passed over.
+    """Refuse overridden methods that would be ignored.
 
-    ``training_step`` and ``validation_step`` are let pass: a module has them for other strategies.
+    ``training_step`` and ``validation_step`` are accepted: a module has them for other strategies.
 
     Raises:
-        ConfigurationError: Naming the method and what to do.
+        ConfigurationError: If there is one; the message names it and what to do.
     """
     for name, remedy in NOT_CALLED.items():
         if is_overridden(name, module, parent=pl.LightningModule):
@@ -34,10 +34,10 @@ def check_hooks(module: pl.LightningModule) -> None:
 
 
 def check_plugins(trainer: pl.Trainer) -> None:
-    """Refuse plugins that would be passed over.
+    """Refuse plugins that would be ignored.
 
     Raises:
-        ConfigurationError: Naming the plugin and what to do.
+        ConfigurationError: If there is one; the message names it and what to do.
     """
     checkpoint_io = trainer._accelerator_connector.checkpoint_io
     if checkpoint_io is not None and type(checkpoint_io) is not TorchCheckpointIO:

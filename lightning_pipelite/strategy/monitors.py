@@ -1,4 +1,4 @@
-"""What callbacks may watch; nothing long is imported for it."""
+"""Which metrics callbacks may monitor; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def refuse_monitor(callback: str, monitor: str) -> None:
     """Refuse a metric that nothing will log.
 
     Args:
-        callback: The name of its class.
+        callback: The name of the callback's class.
         monitor: The metric.
 
     Raises:

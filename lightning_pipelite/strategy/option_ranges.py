@@ -1,4 +1,4 @@
-"""What the strategy's options may be, whatever the layers are; nothing long is imported for it."""
+"""The values that the strategy's options may have, independent of the layers; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 def check_timeout(timeout: float) -> None:
-    """Refuse a time that has passed before it begins.
+    """Refuse a timeout that is not positive.
 
     Raises:
         ConfigurationError: If it is not positive.
@@ -18,10 +18,10 @@ def check_timeout(timeout: float) -> None:
 
 
 def check_method(method: str) -> None:
-    """Refuse a way to cut layers that there is not.
+    """Refuse an unknown partition method.
 
     Raises:
-        ConfigurationError: If it is unknown, or its pattern is none.
+        ConfigurationError: If it is unknown, or its pattern is not a regular expression.
     """
     if method in ("auto", "parameters", "uniform") or method.startswith("layers:"):
         return
@@ -37,10 +37,10 @@ def check_method(method: str) -> None:
 
 
 def check_virtual_stages(stages: int, virtual_stages: int) -> None:
-    """Refuse numbers of pieces a stage that cannot be.
+    """Refuse an impossible number of pieces per stage.
 
     Raises:
-        ConfigurationError: If it is none, or there is a single stage.
+        ConfigurationError: If it is less than 1, or more than 1 with a single stage.
     """
     if virtual_stages < 1:
         raise ConfigurationError(f"virtual_stages must be at least 1, not {virtual_stages}.")

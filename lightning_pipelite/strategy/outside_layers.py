@@ -1,4 +1,4 @@
-"""What a module has beside its layers: buffers and frozen weights that no stage saves."""
+"""What a module has besides its layers: buffers and frozen weights that no stage saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def outside_layers(module: nn.Module, stage: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a module's state that are in none of its layers, by name.
 
     Args:
-        module: The LightningModule; the layers of other stages are on the meta device, or not there.
+        module: The LightningModule; the layers of other stages are on the meta device, or absent.
         stage: This rank's stage.
     """
     inside = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
@@ -27,16 +27,16 @@ def outside_layers(module: nn.Module, stage: nn.Module) -> dict[str, Tensor]:
 
 
 def load_outside_layers(module: nn.Module, stage: nn.Module, saved: Mapping[str, Tensor], strict: bool) -> None:
-    """Put back what :func:`outside_layers` gave.
+    """Restore what :func:`outside_layers` returned.
 
     Args:
         module: The LightningModule.
         stage: This rank's stage.
-        saved: From the checkpoint.
-        strict: Whether all must be there.
+        saved: The tensors from the checkpoint, by name.
+        strict: Whether all of them must be there.
 
     Raises:
-        ConfigurationError: If a tensor is missing or has another shape; the same on every rank.
+        ConfigurationError: If ``strict`` and a tensor is missing or has another shape; the same on every rank.
     """
     for name, tensor in outside_layers(module, stage).items():
         if name in saved and saved[name].shape == tensor.shape:

@@ -1,4 +1,4 @@
-"""Which layers go to which stage."""
+"""How the layers are split into stages."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def partition(
     Args:
         layers: The layers of the whole model.
         stages: The number of stages, at least 1.
-        method: ``uniform`` (the same number of layers a stage), ``parameters`` (the same number of parameters, frozen
-            ones too), ``type:REGEX`` (the same number of layers whose class name matches; case is ignored) or ``auto``
-            (the slowest stage as fast as possible, where all fit their device; by the layers' costs).
-        virtual_stages: The number of pieces of each stage; piece ``i`` of all is on stage ``i % stages``.
-        speeds: Of each stage's device, for ``auto``, in place of those of the costs.
+        method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, including frozen
+            ones), ``type:REGEX`` (equal numbers of layers whose class name matches, ignoring case), ``layers:N,N,...``
+            (these numbers of layers) or ``auto`` (by the layers' costs, the slowest stage as fast as possible, where
+            all fit their device).
+        virtual_stages: The number of pieces per stage; piece ``i`` of the model is on stage ``i % stages``.
+        speeds: The speed of each stage's device, for ``auto``; replaces the speeds of the costs.
 
     Returns:
         ``stages * virtual_stages + 1`` bounds: piece ``i`` has the layers from ``bounds[i]`` to ``bounds[i + 1]``,
         exclusive.
 
     Raises:
-        ConfigurationError: If there are more pieces than layers, or the method is unknown or matches nothing.
+        ConfigurationError: If there are more pieces than layers, or the method is unknown or does not fit the layers.
     """
     check_virtual_stages(stages, virtual_stages)
     check_method(method)
@@ -122,12 +123,12 @@ def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequ
 
 
 def interleaved_bounds(costs: LayerCosts, stages: int, virtual_stages: int) -> list[int]:
-    """Cut layers into several pieces a stage with which a step is fast, see :class:`InterleavedCut`.
+    """Cut layers into several pieces per stage so that a step is fast, see :class:`InterleavedCut`.
 
     Args:
-        costs: Of the layers.
-        stages: Of the pipeline.
-        virtual_stages: Pieces of each, no more of all stages than there are layers.
+        costs: The costs of the layers.
+        stages: The number of stages.
+        virtual_stages: The number of pieces per stage; all stages together have at most as many as there are layers.
 
     Returns:
         ``stages * virtual_stages + 1`` bounds.
@@ -141,16 +142,16 @@ def interleaved_bounds(costs: LayerCosts, stages: int, virtual_stages: int) -> l
 def cheapest_bounds(costs: LayerCosts, stages: int) -> list[int]:
     """Cut layers into contiguous, non-empty stages whose slowest is as fast as possible.
 
-    Only cuts whose stages all fit their memory count; if there is none, the one with the least bytes too many in a
-    stage. Stage i of p keeps the activations of up to p - i micro-batches (1F1B).
+    Only cuts whose stages all fit in memory count; if there is none, the result is the cut whose worst stage exceeds
+    its memory least. Stage i of p keeps the activations of up to p - i micro-batches (1F1B).
 
     Args:
-        costs: Of the layers.
-        stages: At most the number of layers.
+        costs: The costs of the layers.
+        stages: The number of stages, at most the number of layers.
 
     Returns:
-        ``stages + 1`` bounds, exact by dynamic programming; of equally good ones that with the least sum of squares of
-        the stages' times.
+        ``stages + 1`` bounds, exact by dynamic programming; among equally good cuts, the one with the smallest sum of
+        squared stage times.
     """
     held, retained = ([0, *itertools.accumulate(row)] for row in (costs.held, costs.retained))
 
@@ -169,17 +170,18 @@ def balanced_bounds(
 ) -> list[int]:
     """Cut a row of weights into contiguous, non-empty parts whose heaviest is as light as possible.
 
-    Among the cuts with the lightest heaviest part it takes the one with the least sum of squares, which evens out the
-    others; with equal weights the larger parts come first.
+    Among those cuts it takes the one with the smallest sum of squares, which evens out the other parts; with equal
+    weights the larger parts come first.
 
     Args:
-        weights: One non-negative weight an item.
+        weights: One non-negative weight per item.
         parts: The number of parts, at most ``len(weights)``.
-        allowed: Of a part's number, its first item and the item after its last: whether it may be cut like this.
-        speeds: By which each part's weight is divided; positive.
+        allowed: Whether a part may be cut like this; called with its number, its first item and the item after its
+            last.
+        speeds: Positive numbers by which the parts' weights are divided; none if they are all 1.
 
     Returns:
-        ``parts + 1`` bounds; none if no cut has only parts that are allowed.
+        ``parts + 1`` bounds; empty if no cut has only allowed parts.
     """
     total = [0, *itertools.accumulate(weights)]
 
@@ -189,7 +191,7 @@ def balanced_bounds(
     bounds = _least_cut(len(weights), parts, weight, max, allowed)
     if not bounds:
         return []
-    # Sums of the same weights differ by the rounding of where they start.
+    # Sums of the same weights may round differently, depending on where they start.
     heaviest = (1 + 1e-9) * max(weight(part, *span) for part, span in enumerate(itertools.pairwise(bounds)))
     return _least_cut(
         len(weights),
@@ -208,7 +210,7 @@ def _least_cut(
     allowed: _Allowed = lambda *_: True,
 ) -> list[int]:
     """Return the cut into allowed parts with the least joined cost, by dynamic programming; empty if there is none."""
-    best: list[dict[int, tuple[float, int]]] = [{0: (0, 0)}]  # by parts: {items cut: (cost, minus the last's start)}
+    best: list[dict[int, tuple[float, int]]] = [{0: (0, 0)}]  # by parts: {items cut: (cost, -start of the last)}
     for part in range(parts):
         row = {}
         for stop in range(part + 1, items - (parts - part - 1) + 1):

@@ -1,4 +1,4 @@
-"""The pieces of a model that one rank has when each rank has several."""
+"""The pieces of a model on one rank, where each rank has several."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing_extensions import override
 
 
 class Pieces(nn.ModuleList):
-    """Pieces of one model in order, whose parameters, buffers and modules have the names that they have in each alone.
+    """Pieces of one model in order; parameters, buffers and modules keep the names that they have in each piece.
 
-    Those names do not depend on the partition. A parameter that stands in several of the pieces under one name is
-    tied, as it is over stages: here all of them have the first piece's.
+    Those names do not depend on the partition. A parameter that occurs in several pieces under one name is tied, as
+    across stages: all of them get the first piece's.
 
     Args:
-        pieces: Each as ``PipelineLayers.build_stage`` gives it.
-        spans: The first layer of each and the one after its last.
+        pieces: The pieces, as returned by ``PipelineLayers.build_stage``.
+        spans: The first layer of each piece and the one after its last.
     """
 
     def __init__(self, pieces: Sequence[nn.Module], spans: Sequence[tuple[int, int]]) -> None:
@@ -33,7 +33,7 @@ class Pieces(nn.ModuleList):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield modules under the pieces' own names, by which parameters and buffers are named, in a parent too."""
+        """Yield modules under the pieces' own names, which name parameters and buffers, in a parent too."""
         memo = set() if memo is None else memo
         if self not in memo:
             memo.add(self)
@@ -43,6 +43,6 @@ class Pieces(nn.ModuleList):
 
 
 def in_words(span: tuple[int, int]) -> str:
-    """Which layers these are, such as ``layers 0 to 3``."""
+    """Describe a span of layers, for example ``layers 0 to 3``."""
     start, stop = span
     return f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"

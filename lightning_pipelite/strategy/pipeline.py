@@ -1,4 +1,4 @@
-"""What the steps of a training and its evaluations run on."""
+"""What training steps and evaluations run on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Pipeline:
     Attributes:
         trainer: Runs the loop, and has the module that logs.
         engine: Runs the micro-batches.
-        agreement: Over all ranks.
-        topology: Of the job.
-        loose_parts: Of this rank's stage.
+        agreement: The agreement of all ranks.
+        topology: The topology of the job.
+        loose_parts: The loose parts of this rank's stage.
     """
 
     trainer: pl.Trainer
@@ -36,7 +36,7 @@ class Pipeline:
     loose_parts: LooseParts
 
     def agree(self, place: str, micro_batches: Sequence[MicroBatch]) -> None:
-        """Stop where a stage whose micro-batches are others, or fewer, would wait for ever. Collective.
+        """Raise if stages have different micro-batches, or not as many, and so would wait forever. Collective.
 
         Args:
             place: Where this rank is, in words.

@@ -1,4 +1,4 @@
-"""Lightning's precision plugin, which is where it calls backward and clips."""
+"""Lightning's precision plugin, through which it calls backward and clips gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PipelinePrecision(Precision):
 
     def __init__(self, training: PipelineTraining) -> None:
         self._training = training
-        self._norm: Tensor | None = None  # of the gradients as they are, where that is known
+        self._norm: Tensor | None = None  # of the current gradients, if known
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,10 +35,10 @@ class PipelinePrecision(Precision):
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Log the norm, and clip: the last that Lightning does before the optimizer takes its step."""
+        """Log the norm, and clip: Lightning's last call before the optimizer steps."""
         norms = self._training.gradient_norms()
         model.log("train/grad_norm", norms.total, batch_size=1)
-        # A module's own clipping may do anything to the gradients, before it asks for ours and after.
+        # A module's own clipping may change the gradients in any way, before and after it calls ours.
         own = is_overridden("configure_gradient_clipping", model)
         self._norm = None if own else norms.total
         super()._clip_gradients(model, *args, **kwargs)
@@ -55,6 +55,6 @@ class PipelinePrecision(Precision):
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        if any(p.grad is not None for p in self._training.parameters):  # torch fails on none, unlike by norm
+        if any(p.grad is not None for p in self._training.parameters):  # torch's fails without any, unlike that by norm
             super().clip_grad_by_value(optimizer, clip_val)
         self._norm = None

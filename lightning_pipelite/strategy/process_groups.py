@@ -1,4 +1,4 @@
-"""The process groups of a job, which end with it."""
+"""The process groups of a job, destroyed at its end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 
 class JobGroups:
-    """Notes which process groups are made, and destroys these, and no others.
+    """Records the process groups that are created for the job, and destroys only these.
 
-    DeepSpeed's grid makes five for each pipeline, of which it destroys none: with gloo each is some threads and
-    sockets, with NCCL memory on the GPU. The default group stays: it is Lightning's, which takes it again in the next
-    run, or the user's.
+    DeepSpeed's grid creates five per pipeline and destroys none of them: with Gloo each takes some threads and sockets,
+    with NCCL GPU memory. The default group stays: it belongs to Lightning, which uses it again in the next run, or to
+    the user.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class JobGroups:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Note that what is made within it is the job's."""
+        """Record the groups that are created inside the context."""
         before = set(_existing())
         try:
             yield
@@ -30,7 +30,7 @@ class JobGroups:
             self._groups += [group for group in _existing() if group not in before]
 
     def destroy(self) -> None:
-        """Destroy them all."""
+        """Destroy the recorded groups."""
         groups, self._groups = self._groups, []
         here = set(_existing())
         for group in reversed(groups):
@@ -39,5 +39,5 @@ class JobGroups:
 
 
 def _existing() -> list[Any]:
-    """Return the groups of this process, in the order in which they were made. torch has no public list of them."""
+    """Return this process's groups in the order of their creation; torch has no public list of them."""
     return list(dist.distributed_c10d._world.pg_map)

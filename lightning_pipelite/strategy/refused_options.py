@@ -1,22 +1,22 @@
-"""Options of the Trainer that would not do on a pipeline what they say; nothing long is imported for it."""
+"""Options of the Trainer that would not work as documented on a pipeline; imports nothing slow."""
 
 from __future__ import annotations
 
 from lightning_pipelite.errors import ConfigurationError
 
 KEPT_PRECISION = "32-true"
-"""As Lightning calls that which leaves dtypes alone."""
+"""Lightning's name for the precision that leaves dtypes alone."""
 
 
 def refuse_options(*, precision: object = KEPT_PRECISION, sync_batchnorm: bool = False) -> None:
-    """Refuse what every layer would have to take part in.
+    """Refuse options that every layer would have to support.
 
     Args:
-        precision: The Trainer's, as it calls it.
-        sync_batchnorm: Whether it synchronises batch norms.
+        precision: The Trainer's precision, by Lightning's name.
+        sync_batchnorm: Whether the Trainer synchronises batch norms.
 
     Raises:
-        ConfigurationError: If one is asked for.
+        ConfigurationError: If one is set.
     """
     if precision != KEPT_PRECISION:
         raise ConfigurationError(

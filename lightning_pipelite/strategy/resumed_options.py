@@ -1,4 +1,4 @@
-"""Which options of an optimizer and its schedules hold when a training is resumed: those that are given now."""
+"""The options of an optimizer and its schedules when a training is resumed: those given now take effect."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from lightning_pipelite.strategy.made_options import HOW, PROGRESS, kind, number
 
 
 class ResumedOptions:
-    """Of each option the value that is given now, where it differs from what the checkpoint's training was given.
+    """Applies the options that are given now where they differ from those of the checkpoint's training.
 
-    torch and Lightning overwrite all options by the checkpoint's. Here what a schedule or a callback has made of an
-    option in the course of the training is kept as long as the option itself is the same. A schedule that is another
-    now goes on as if it had been this one from the beginning.
+    torch and Lightning overwrite all options with the checkpoint's. Here, what a schedule or a callback has made of an
+    option during training is kept as long as the option itself is unchanged. A schedule that has changed continues as
+    if it had been in use from the beginning.
 
     Args:
-        made: The options of the optimizer's ``groups`` and its ``schedules`` now, as
-            :mod:`~lightning_pipelite.strategy.made_options` tells them when they have just been made.
-        saved: The same of the training that is resumed.
-        changes: To begin :attr:`changes` with.
+        made: The options now of the optimizer's ``groups`` and of its ``schedules``, as
+            :mod:`~lightning_pipelite.strategy.made_options` returns them right after creation.
+        saved: The same for the training that is resumed.
+        changes: Changes with which :attr:`changes` begins.
     """
 
     def __init__(self, made: Mapping[str, Any], saved: Mapping[str, Any], changes: Sequence[str] = ()) -> None:
         self._made, self._saved = made, saved
         self.overrides: list[dict[str, Any]] = [{} for _ in made["groups"]]
-        """By group, what holds in place of the checkpoint's."""
+        """For each group, the options that replace the checkpoint's."""
         self.changes: list[str] = [*changes]
-        """What has changed, in words."""
+        """The changes, in words."""
 
     def compare_groups(self, optimizer: Optimizer) -> None:
-        """Find the options of groups that are others now; of a checkpoint with as many groups."""
+        """Find the options of groups that have changed; the checkpoint must have as many groups."""
         pairs = zip(self._made["groups"], self._saved["groups"], strict=True)
         for index, (ours, theirs) in enumerate(pairs):
             group = optimizer.param_groups[index]
@@ -59,19 +59,19 @@ class ResumedOptions:
         states: list[dict[str, Any]],
         counts: list[int],
     ) -> list[dict[str, Any]]:
-        """Find out how the schedules go on.
+        """Determine how the schedules continue.
 
         Args:
-            optimizer: As it was made. What this does to its groups does not matter: the checkpoint's are loaded next.
-            configs: Its schedules, the same.
-            states: Of the schedules in the checkpoint.
-            counts: How often each schedule would have been stepped, to go by if the checkpoint has none.
+            optimizer: The optimizer as created. Its groups may be changed here: the checkpoint's are loaded next.
+            configs: The schedules as created.
+            states: The states of the schedules in the checkpoint.
+            counts: How often each schedule would have been stepped, for a checkpoint without schedules.
 
         Returns:
-            The states that the schedules are to load.
+            The states for the schedules to load.
 
         Raises:
-            ConfigurationError: If a schedule that is another now cannot be taken up.
+            ConfigurationError: If a schedule that has changed cannot continue.
         """
         made: list[dict[str, Any]] = self._made["schedules"]
         saved: list[dict[str, Any]] = self._saved["schedules"]
@@ -99,7 +99,7 @@ class ResumedOptions:
         return [dict(configs[0].scheduler.state_dict())]
 
     def _compare(self, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-        """Whether a schedule was made with the same options, as far as its state tells."""
+        """Return whether a schedule was created with the same options, as far as its state shows."""
         if ours["class"] != theirs["class"]:
             self._tell("the schedule", ours["class"], theirs["class"])
             return False
@@ -113,7 +113,7 @@ class ResumedOptions:
                     same &= self._compare_states(kind, mine, other)
             elif not _same(ours[key], theirs[key]):
                 same = False
-                if key != "base_lrs":  # told of the groups
+                if key != "base_lrs":  # reported for the groups
                     self._tell(f"{kind}'s {key.strip('_')}", ours[key], theirs[key])
         return same
 
@@ -126,17 +126,17 @@ class ResumedOptions:
         state: dict[str, Any],
         same: bool,
     ) -> dict[str, Any]:
-        """Return the state with which the one schedule goes on."""
+        """Return the state with which a single schedule continues."""
         if isinstance(scheduler, ReduceLROnPlateau) and ours["class"] == theirs["class"]:
-            # Its state is what it has seen. A learning rate that is another now holds until it is reduced.
+            # Its state is what it has seen. A learning rate that has changed holds until it is reduced.
             mine, past = ours["state"], theirs["state"]
             return {key: value if _same(mine.get(key), past.get(key)) else mine[key] for key, value in state.items()}
         if same and not _has_functions(scheduler):
             return state
         if same and type(scheduler) is LambdaLR:
-            scheduler.base_lrs = list(state["base_lrs"])  # which somebody may have changed since
+            scheduler.base_lrs = list(state["base_lrs"])  # which may have been changed since
         made_of_groups = self._replay(optimizer, scheduler, _count(state), holds=not same)
-        if same:  # what functions give is seen in what they gave when the checkpoint was written
+        if same:  # functions are compared by their values at the time of the checkpoint
             now, then = (number(rates[0]) if rates else None for rates in (scheduler.get_last_lr(), state["_last_lr"]))
             if _same(scheduler.get_last_lr(), state["_last_lr"]):
                 functions = [each.get("lr_lambdas") for each in (ours["state"], theirs["state"])]
@@ -147,11 +147,11 @@ class ResumedOptions:
         return dict(scheduler.state_dict())
 
     def _replay(self, optimizer: Optimizer, scheduler: Any, count: int, holds: bool = True) -> list[dict[str, Any]]:
-        """Step a schedule that was just made ``count`` times, and return what that makes of the groups."""
+        """Step a newly created schedule ``count`` times, and return the resulting options of the groups."""
         before = [dict(group) for group in optimizer.param_groups]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+                warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
                 if type(scheduler) is LambdaLR:  # its rates depend on the count alone
                     scheduler.last_epoch, scheduler._step_count, count = count - 1, count, 1
                 for _ in range(count):
@@ -184,9 +184,9 @@ class ResumedOptions:
 
 
 def keep_callback_options(callbacks: Sequence[Callback], states: dict[str, Any]) -> list[str]:
-    """Take the options of callbacks out of their saved states, so that those that are given now hold.
+    """Replace the options in the saved states of callbacks with those given now.
 
-    Of Lightning's own (2.6) EarlyStopping alone keeps one there. Others keep what they have seen.
+    Of Lightning's own callbacks (2.6), only EarlyStopping saves one. Others save only what they have seen.
 
     Returns:
         What has changed, in words.
@@ -205,7 +205,7 @@ def _has_functions(scheduler: Any) -> bool:
 
 
 def _count(state: Mapping[str, Any]) -> int:
-    """How often a schedule has been stepped; one that is made of others may leave it to them."""
+    """Return how often a schedule has been stepped; one that combines others may leave the count to them."""
     return int(state["last_epoch"]) if "last_epoch" in state else _count(state["_schedulers"][0])
 
 

@@ -1,4 +1,4 @@
-"""What goes on from a checkpoint, until it has begun."""
+"""A run that resumes from a checkpoint, until it has started."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lightning_pipelite.strategy.resumed_options import ResumedOptions, keep_cal
 
 
 class Resumption:
-    """A run that goes on from a checkpoint; what is Lightning's in that is put right for the present job.
+    """A run that resumes from a checkpoint; adapts Lightning's part of the state to the current job.
 
     Args:
         trainer: Runs the loops.
-        layer_rng: What the layers draw from.
-        topology: Of the job.
+        layer_rng: The layers' source of random numbers.
+        topology: The topology of the job.
         path: The checkpoint.
-        state: What Lightning had saved, and we beside it; ours is taken out.
-        meta: What the checkpoint says of itself.
+        state: The state that Lightning saved, with this package's entries, which are removed from it.
+        meta: The content of the checkpoint's ``meta.json``.
 
     Attributes:
-        random_states: Of the checkpoint; they hold once training starts.
+        random_states: The checkpoint's, loaded once training starts.
 
     Raises:
-        ConfigurationError: If a training cannot go on from it.
+        ConfigurationError: If a training cannot resume from it.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class Resumption:
     def take_up_options(
         self, optimizer: Optimizer, checkpoint: dict[str, Any], made: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Put the states of the schedules in ``checkpoint`` right.
+        """Adapt the states of the schedules in ``checkpoint`` to the options given now.
 
-        Options that are others now than in the training that is resumed hold, and are told.
+        Options that differ from those of the resumed training take effect, and are reported.
 
         Args:
-            optimizer: As it was made, with the checkpoint's number of groups.
+            optimizer: The optimizer as created, with as many groups as the checkpoint.
             checkpoint: What Lightning had saved.
-            made: With what options the optimizer and its schedules were made now.
+            made: The options with which the optimizer and its schedules were created now.
 
         Returns:
-            For each group of the optimizer what holds in place of the checkpoint's.
+            For each group of the optimizer, the options that replace the checkpoint's.
         """
         trainer = self._trainer
         if self._made_before is None:
@@ -96,7 +96,7 @@ class Resumption:
         return resumed.overrides
 
     def training_starts(self) -> None:
-        """Begin, once the data loaders have been made, which drew from the generators."""
+        """Load the random states, after the creation of the data loaders has drawn from the generators."""
         self._layer_rng.load_state(self.random_states)
         if self._trains and self._trainer.fit_loop.done:
             self._tell_that_it_is_complete()
@@ -104,7 +104,7 @@ class Resumption:
             self._expect_evaluation()
 
     def training_ends(self) -> None:
-        """End without having begun: Lightning does not even begin what has reached its last epoch."""
+        """Report a training that is complete: Lightning does not even start one at its last epoch."""
         if self._trains and self._trainer.state.status != TrainerStatus.INTERRUPTED:
             self._tell_that_it_is_complete()
 
@@ -114,7 +114,7 @@ class Resumption:
         self._trainer.print(f"the training is complete: {self._from}, with {given}; give more to go on")
 
     def _expect_evaluation(self) -> None:
-        """Let Lightning's loop make up for the evaluation, also where a callback decides when there is one."""
+        """Make Lightning's loop run the pending evaluation, even if a callback decides when to evaluate."""
         trainer = self._trainer
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if fetcher is not None and trainer.val_check_batch is not None and not loop._should_check_val_fx(fetcher):

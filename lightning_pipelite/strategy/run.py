@@ -1,4 +1,4 @@
-"""What a run of the Trainer has on each rank, from its setup to its end."""
+"""A run of the Trainer on one rank, from its setup to its end."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ if TYPE_CHECKING:
 
 
 class PipelineRun:
-    """Process groups, stage, engine, and what works with them; made in this order, undone in the opposite one.
+    """Process groups, stage, engine, and what works with them; created in this order, torn down in reverse.
 
-    Building it is collective. What each part leaves behind is undone by ``end``, also that of a run that could not be
-    made whole. The stage, the store and the checkpointing stay: what was trained can still be saved afterwards.
+    Constructing it is collective. ``end`` undoes what each part leaves behind, also if the construction fails halfway.
+    The stage, the store and the checkpointing remain: what was trained can still be saved afterwards.
 
     Args:
         trainer: Runs the loops.
-        handed: The module's layers and loss, if they are there already.
-        topology: Of the job.
+        handed: The module's layers and loss, if it has already handed them out.
+        topology: The topology of the job.
         cut: Cuts the layers into stages, or into their pieces.
         timeout: How long a rank may make no progress.
-        progress: Told of all that ranks do together: what it is, whether it may wait for other ranks, and which piece
-            of the stage it is about, if there are several.
-        end: What is to be undone at the end of the run.
+        progress: Called before everything that ranks do together, with its name, whether it may wait for other ranks,
+            and the piece of the stage that it concerns, if there are several.
+        end: Receives what is to be undone at the end of the run.
 
     Attributes:
         stage: This rank's stage.
         store: Keeps the checkpoints' files.
-        checkpointing: What is saved and resumed.
-        engine: Of DeepSpeed; until the end of the run.
-        training: Of one step after the other; until the end of the run.
-        evaluation: Of one set after the other; until the end of the run.
+        checkpointing: Saves and resumes the run.
+        engine: DeepSpeed's engine; until the end of the run.
+        training: Runs the steps; until the end of the run.
+        evaluation: Runs the evaluation sets; until the end of the run.
     """
 
     engine: PipeLiteEngine
@@ -80,7 +80,7 @@ class PipelineRun:
         progress: Callable[[str, bool, str], None],
         end: contextlib.ExitStack,
     ) -> None:
-        # These can be imported once the device is known.
+        # These can be imported only once the device is known.
         from lightning_pipelite.strategy.engine import PipeLiteEngine
         from lightning_pipelite.strategy.interleaved_engine import InterleavedEngine
 
@@ -88,7 +88,7 @@ class PipelineRun:
         self._trainer, self._stages = trainer, topology.stages
         groups = JobGroups()
         end.callback(groups.destroy)
-        # As the default group's, so that the watchdog speaks first: torch gives other groups a limit of its own.
+        # As for the default group, so that the watchdog reports first: torch gives other groups its own default.
         group_timeout = timeout + timedelta(seconds=60)
         with groups.noted():
             agreement = Agreement(topology, rank, group_timeout)

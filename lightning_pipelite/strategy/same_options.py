@@ -1,4 +1,4 @@
-"""Options that must be the same on every rank, or each would train in its own way."""
+"""Options that must be the same on every rank, or the ranks would train differently."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OF_THE_TRAINER = (
 )  # fmt: skip
 
 _BY_TYPE = {"trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.val_check_interval"}
-"""Of which 1 and 1.0 are not the same: batches, or a share of them."""
+"""Options for which 1 and 1.0 differ: a number of batches, or a fraction of them."""
 
 
 def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return the options of a Trainer that decide what is trained, and when it is evaluated, by name."""
-    # Lightning has no val_check_interval where it is a time.
+    """Return the Trainer's options that decide what is trained and when it is evaluated, by name."""
+    # Lightning's Trainer has no val_check_interval if it was given as a time.
     return {f"trainer.{name}": getattr(trainer, name, None) for name in _OF_THE_TRAINER}
 
 
 def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that mean the same on every rank if they are equal: no functions, tensors or objects."""
+    """Return the options that can be compared between ranks by value: no functions, tensors or objects."""
     return {name: value for name, value in options.items() if _is_plain(value)}
 
 
@@ -39,7 +39,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _key(value: Any, *, exactly: bool = False) -> str:
-    """Return the same for values that are equal, nan too; a list and a tuple are."""
+    """Return the same string for equal values, including NaN; a list equals a tuple."""
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_key, value))})"
     if isinstance(value, Mapping):
@@ -49,13 +49,13 @@ def _key(value: Any, *, exactly: bool = False) -> str:
 
 
 def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that differ, such as one from a variable of the environment that only some nodes have.
+    """Refuse options that differ, such as one from an environment variable that only some nodes have.
 
     Args:
-        everyones: By rank, options by name; what a rank does not have there is not compared.
+        everyones: Each rank's options by name; an option that a rank lacks is not compared there.
 
     Raises:
-        ConfigurationError: Naming the first that differs, and each value with the ranks that have it.
+        ConfigurationError: If there is one; the message names the first, and each value with the ranks that have it.
     """
     for name in dict.fromkeys(name for options in everyones for name in options):
         ranks: dict[str, list[int]] = {}

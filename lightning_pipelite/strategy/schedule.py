@@ -1,4 +1,4 @@
-"""The order in which the ranks of a pipeline work off the pieces of a model, and what they send each other."""
+"""The order in which the ranks of a pipeline run the pieces of a model, and what they send each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 Way = tuple[int, int, bool]
-"""From which rank of a pipeline to which, and whether gradients travel."""
+"""The sending and the receiving rank of a pipeline, and whether gradients are sent."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Action:
     """A pass of a micro-batch through a piece.
 
     Attributes:
-        piece: Number of the piece in the model's order; it is on rank ``piece % ranks``.
-        micro_batch: Number of the micro-batch in the step.
+        piece: The number of the piece in the model's order; it is on rank ``piece % ranks``.
+        micro_batch: The number of the micro-batch in the step.
         backward: Whether it is the backward pass.
     """
 
@@ -30,8 +30,8 @@ class Instruction:
     """What a rank does next.
 
     Attributes:
-        name: ``receive`` (start to receive what the pass needs from another rank), ``compute`` (run the pass, once
-            that is here) or ``send`` (start to send its result). Only ``compute`` may wait.
+        name: ``receive`` (start receiving what the pass needs from another rank), ``compute`` (run the pass, once that
+            has arrived) or ``send`` (start sending its result). Only ``compute`` may wait.
         action: The pass that is computed, whose input is received, or whose result is sent.
     """
 
@@ -46,7 +46,7 @@ class Schedule:
     Attributes:
         virtual_stages: The number of pieces on each rank.
         micro_batches: The number of micro-batches of the step.
-        orders: For each rank its passes.
+        orders: The passes of each rank.
     """
 
     virtual_stages: int
@@ -64,7 +64,7 @@ class Schedule:
         return self.ranks * self.virtual_stages
 
     def source(self, action: Action) -> Action | None:
-        """Return the pass whose result the pass needs, None if it begins with the data."""
+        """Return the pass whose result the given one needs, or None if it starts from the data."""
         piece, last = action.piece, self.pieces - 1
         if not action.backward:
             return Action(piece - 1, action.micro_batch) if piece > 0 else None
@@ -73,12 +73,12 @@ class Schedule:
         )
 
     def comes_from_afar(self, action: Action) -> bool:
-        """Whether what the pass needs is made by another rank."""
+        """Return whether the input of the pass is made by another rank."""
         source = self.source(action)
         return source is not None and (source.piece - action.piece) % self.ranks != 0
 
     def held(self, rank: int) -> Iterator[tuple[Action, tuple[int, ...]]]:
-        """Yield each pass of a rank, and how many micro-batches each of its pieces holds then, the pass's own aside."""
+        """Yield each pass of a rank, and how many micro-batches each of its pieces then holds, excluding its own."""
         counts = [0] * self.virtual_stages
         for action in self.orders[rank]:
             place = action.piece // self.ranks
@@ -87,15 +87,15 @@ class Schedule:
             counts[place] += not action.backward
 
     def program(self, rank: int, ahead: int = 1) -> list[Instruction]:
-        """Return what a rank does, transfers included.
+        """Return what a rank does, including transfers.
 
-        A rank starts to receive what its next passes need before it computes the present one, and never waits for
-        what it sends. What two ranks send each other in one direction arrives in the order in which it is sent, so it
-        is received in that order too; for this a receipt can come earlier than its pass needs it, never later.
+        A rank starts receiving what its next passes need before it computes the current one, and never waits for its
+        sends. Transfers between two ranks in one direction arrive in the order in which they are sent, so they are
+        received in that order too; for this, a receive may come earlier than its pass needs it, never later.
 
         Args:
             rank: The rank.
-            ahead: How many passes ahead of their use inputs are received; so many buffers are held beside those in use.
+            ahead: How many passes before its use an input is received; this takes as many additional buffers.
         """
         order = self.orders[rank]
         arrivals = {edge: deque(inputs) for edge, inputs in self._arrivals(rank).items()}
@@ -114,10 +114,11 @@ class Schedule:
         return program
 
     def check(self, ahead: int = 1) -> None:
-        """Play all programs through, where a transfer needs both ends and those of one direction keep their order.
+        """Play all programs through; a transfer needs both ends, and those in one direction keep their order.
 
         Raises:
-            RuntimeError: If a pass is missing or runs twice, on a wrong rank, or if the ranks wait for each other.
+            RuntimeError: If a pass is missing, runs twice, on a wrong rank or before its source, or if the ranks would
+                receive in another order than they send, or deadlock.
         """
         wanted = {
             Action(piece, number, backward)
@@ -175,13 +176,13 @@ class Schedule:
         return following if inside and self.comes_from_afar(following) else None
 
     def way(self, action: Action) -> Way:
-        """Between which ranks the input of a pass travels, and whether it is a gradient."""
+        """Return between which ranks the input of a pass is sent, and whether it is a gradient."""
         source = self.source(action)
         assert source is not None
         return source.piece % self.ranks, action.piece % self.ranks, action.backward
 
     def _arrivals(self, rank: int) -> dict[Way, list[Action]]:
-        """Return what arrives at a rank by each way, in the order in which it is sent."""
+        """Return what arrives at a rank on each way, in the order in which it is sent."""
         arrivals: dict[Way, list[Action]] = {}
         for order in self.orders:
             for action in order:

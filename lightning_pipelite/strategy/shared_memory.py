@@ -1,4 +1,4 @@
-"""Memory of a host that several of its processes, and their GPUs, reach."""
+"""Host memory that several processes and their GPUs can access."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _FOLDER = "/dev/shm"
 
 
 class SharedMemory:
-    """Memory of the host under a name.
+    """Host memory under a name.
 
     Args:
-        size: How many bytes.
-        path: The file in memory that is its name; without, new memory, zeros.
+        size: The size in bytes.
+        path: The file in ``/dev/shm`` that names existing memory; None creates new memory, filled with zeros.
 
     Attributes:
         path: The file.
         host: The bytes, uint8.
-        address: Where the GPU finds them.
+        address: The GPU's address of the memory.
 
     Raises:
-        OSError: If there is no such memory, or not as much.
-        RuntimeError: If the GPU does not reach it.
+        OSError: If there is no such memory, or too little.
+        RuntimeError: If the GPU cannot access it.
     """
 
     def __init__(self, size: int, path: str | None = None) -> None:
@@ -35,13 +35,13 @@ class SharedMemory:
         if path is None:
             descriptor, path = tempfile.mkstemp(prefix="pipelite-", dir=_FOLDER)
             try:
-                os.posix_fallocate(descriptor, 0, size)  # or what is missing would be missed when it is written to
+                os.posix_fallocate(descriptor, 0, size)  # or a shortage would only show when it is written to
             except OSError:
                 Path(path).unlink()
                 raise
             finally:
                 os.close(descriptor)
-        elif not Path(path).is_file():  # torch would make one
+        elif not Path(path).is_file():  # torch would create it
             raise FileNotFoundError(path)
         self.path = path
         try:
@@ -53,10 +53,10 @@ class SharedMemory:
             raise
 
     def forget_name(self) -> None:
-        """Let nobody else open it from now on; for whoever made it."""
+        """Remove the name, so that no other process can open it; called by the process that created it."""
         Path(self.path).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give it back; neither this process nor its GPU may use it any more, others may."""
+        """Release it; this process and its GPU must not use it any more, others may."""
         cuda_driver.unregister(self.host)
         del self.host

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, without what Lightning does about them amid whatever the ranks are doing."""
+"""SIGTERM and Ctrl-C, without Lightning's handling, which interferes with whatever the ranks are doing."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lightning_pipelite.strategy.agreement import Agreement
 
 
 class SigtermNotice:
-    """Notes the signal; before the next step all ranks leave together. Outside of fits the noting rank leaves alone.
+    """Notes the signal; all ranks leave together before the next step. Outside a fit, that rank leaves alone.
 
-    Takes the place of three things in Lightning (2.6). Its handler of SIGTERM broadcasts at once, amid whatever the
-    ranks are doing, which then never ends. In every micro-batch it broadcasts a tensor on the GPU and reads it, which
-    makes the host wait for all that has been launched; here it is a number on the host, once a step. And Ctrl-C, which
-    a terminal sends to all ranks, breaks each off wherever it is; here it is as SIGTERM while training goes on. Remove
-    it when Lightning leaves this to its strategies.
+    It replaces three things in Lightning (2.6). Lightning's SIGTERM handler broadcasts at once, in the middle of
+    whatever the ranks are doing, which then never ends. For every micro-batch it broadcasts a tensor on the GPU and
+    reads it, which makes the host wait for all kernels launched so far; here it is a number on the host, once a step.
+    And Ctrl-C, which a terminal sends to all ranks, interrupts each of them wherever it is; here it is handled like
+    SIGTERM during training. Remove this class when Lightning leaves it to its strategies.
 
     Args:
-        trainer: Its handlers are not registered yet.
-        agreement: Over all ranks.
+        trainer: The Trainer, before it registers its handlers.
+        agreement: The agreement of all ranks.
     """
 
     def __init__(self, trainer: pl.Trainer, agreement: Agreement) -> None:
         self._trainer, self._agreement = trainer, agreement
-        self._noted = 0  # the signal
+        self._noted = 0  # the number of the signal
         self._process = os.getpid()
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = self._note
@@ -40,7 +40,7 @@ class SigtermNotice:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
 
     def release(self) -> None:
-        """Give the Trainer back what is its own."""
+        """Restore what the Trainer had before."""
         for part, name in (
             (self._trainer._signal_connector, "_sigterm_notifier_fn"),
             (self._trainer._signal_connector, "register_signal_handlers"),
@@ -49,7 +49,7 @@ class SigtermNotice:
             part.__dict__.pop(name, None)
 
     def completes(self, exception: SIGTERMException) -> None:
-        """Give the exception the exit status of the signal, and say what has happened, unless a callback has."""
+        """Set the exception's exit status to the signal's, and report what has happened, unless a callback has."""
         if exception.code is None:
             signum = self._noted or signal.SIGTERM
             exception.code = 128 + signum
@@ -59,7 +59,7 @@ class SigtermNotice:
             )
 
     def _register(self) -> None:
-        """Take note of Ctrl-C, too, until Lightning puts back what was there before."""
+        """Note Ctrl-C too, until Lightning restores the previous handlers."""
         connector: Any = self._trainer._signal_connector
         type(connector).register_signal_handlers(connector)
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -68,7 +68,7 @@ class SigtermNotice:
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker of a data loader; its rank still needs it
+            return  # a data loader worker, which its rank still needs
         if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
             raise KeyboardInterrupt  # there is nothing to save
         self._note(signum, frame)
@@ -77,11 +77,11 @@ class SigtermNotice:
     def _note(self, signum: int, frame: Any) -> None:
         self._noted = signum
         fitting = self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.sanity_checking
-        if self._trainer.world_size == 1 or not fitting:  # Lightning's loops look at its own flag
+        if self._trainer.world_size == 1 or not fitting:  # Lightning's loops check its own flag
             self._trainer._signal_connector.received_sigterm = True
 
     def _agree(self) -> None:
-        """Agree with the other ranks, if there are any, before each micro-batch is fetched."""
+        """Agree with the other ranks, if any, before the first micro-batch of a step is fetched."""
         loop = self._trainer.fit_loop.epoch_loop
         if loop.batch_progress.current.ready % self._trainer.accumulate_grad_batches:
             return  # in the middle of a step

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 COMPUTING = ("LoadMicroBatch", "ForwardPass", "BackwardPass")
-"""DeepSpeed's names of the instructions that need no other rank."""
+"""DeepSpeed's names of the instructions that do not need another rank."""
 
 
 class StageTimer:
-    """Takes the times of a step's instructions.
+    """Measures the times of a step's instructions.
 
-    On a GPU by events in the stream of the kernels, which the host does not wait for: a transfer counts from when the
-    stage has nothing else to do until it is there. Time in which the GPU has nothing to do because the host is late
-    counts to the instruction that is late.
+    On a GPU it records events in the stream of the kernels, without host synchronisation: a transfer counts from when
+    the stage has nothing else to do until it has arrived. Time in which the GPU idles because the host is late counts
+    towards the instruction that is late.
 
     Args:
-        device: Where the stage is.
+        device: The device of the stage.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class StageTimer:
         self._marks: list[tuple[str, Any]] = []
 
     def begin(self, instruction: str) -> None:
-        """End the instruction before, and begin this one; an empty name only ends the one before."""
+        """End the previous instruction and begin this one; an empty name only ends the previous one."""
         now: Any = time.perf_counter()
         if self._stream is not None:
             now = torch.cuda.Event(enable_timing=True)
@@ -36,7 +36,7 @@ class StageTimer:
         self._marks.append((instruction, now))
 
     def seconds(self) -> dict[str, float]:
-        """Return the sum over all instructions of a name; waits until the device has finished them."""
+        """Return the total time of the instructions of each name; waits until the device has finished them."""
         if self._stream is not None and self._marks:
             self._marks[-1][1].synchronize()
         sums: dict[str, float] = {}
@@ -47,6 +47,6 @@ class StageTimer:
 
 
 def busy_and_waiting(seconds: dict[str, float]) -> tuple[float, float]:
-    """Return the seconds of instructions that compute, and of the others."""
+    """Return the seconds of the instructions that compute, and of all others."""
     busy = sum(seconds.get(name, 0.0) for name in COMPUTING)
     return busy, sum(seconds.values()) - busy

@@ -41,18 +41,18 @@ from lightning_pipelite.strategy.transfers import let_streams_run_beside
 from lightning_pipelite.strategy.watchdog.parent_death import guard_against_parent_death
 
 _SECONDS_TO_WRITE = 60.0
-"""How long the job's end waits for a checkpoint that is being written when a rank fails."""
+"""How long the end of the job waits for a checkpoint that is being written when a rank fails."""
 
 
 class PipeLiteStrategy(DDPStrategy):
-    """Pipeline parallelism, and data parallelism over the rest of the devices, on DeepSpeed's pipeline engine.
+    """Pipeline parallelism, and data parallelism over the remaining devices, on DeepSpeed's pipeline engine.
 
     The module must have a method ``pipeline_layers()`` that returns ``(layers, loss)``; micro-batches are pairs
     ``(inputs, targets)``. Its ``training_step``, ``validation_step`` and ``test_step`` are not called: the strategy
-    logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` (``test/loss`` in ``Trainer.test``) itself, the same
-    values on every rank; the latter are left to a method ``log_evaluation(total, count, dataloader_idx)`` of the
-    module, if it has one. :mod:`lightning_pipelite.shared.protocol` says what else a module may have.
-    ``Trainer(accumulate_grad_batches=N)`` is the number of micro-batches a step.
+    itself logs ``train/loss``, ``train/grad_norm`` and ``eval/loss`` (``test/loss`` in ``Trainer.test``), the same
+    values on every rank. A module with a method ``log_evaluation(total, count, dataloader_idx)`` logs its evaluations
+    itself. :mod:`lightning_pipelite.shared.protocol` describes what else a module may have.
+    ``Trainer(accumulate_grad_batches=N)`` sets the number of micro-batches per step.
 
     Example::
 
@@ -64,7 +64,7 @@ class PipeLiteStrategy(DDPStrategy):
             def pipeline_layers(self):
                 return list(self.layers), nn.functional.cross_entropy
 
-            def training_step(self, batch, batch_idx):  # under every other strategy
+            def training_step(self, batch, batch_idx):  # for every other strategy
                 return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
             def configure_optimizers(self):
@@ -72,30 +72,30 @@ class PipeLiteStrategy(DDPStrategy):
 
         strategy = PipeLiteStrategy(pipeline_stages=3)
         trainer = L.Trainer(strategy=strategy, devices=3, accumulate_grad_batches=8, max_epochs=1)
-        trainer.fit(Model(), loader)  # of pairs (inputs, targets)
+        trainer.fit(Model(), loader)  # yields pairs (inputs, targets)
 
     Args:
         pipeline_stages: The number of stages; it must divide the number of devices.
-        partition_method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, frozen
-            ones too), ``type:REGEX`` (equal numbers of layers whose class name matches), ``layers:9,7`` (the numbers
-            themselves, such as ``pipelite plan`` recommends) or ``auto`` (the slowest stage as fast as possible, where
-            all fit their device; for PipeLiteModule by the plan, and for modules whose layers say what they cost).
-        use_column_major_topology: Put the stages of one pipeline on neighbouring devices, and with that the hidden
-            states on a node's own links and the gradients on the network; otherwise the other way round.
+        partition_method: ``uniform`` (equal numbers of layers), ``parameters`` (equal numbers of parameters, including
+            frozen ones), ``type:REGEX`` (equal numbers of layers whose class name matches), ``layers:9,7`` (the numbers
+            themselves, as recommended by ``pipelite plan``) or ``auto`` (the slowest stage as fast as possible, where
+            all fit their device; for PipeLiteModule by its plan, and for modules whose layers report their costs).
+        use_column_major_topology: Put the stages of one pipeline on neighbouring devices, so that hidden states use the
+            links within a node and gradients the network; otherwise the other way round.
         timeout: How long a rank may make no progress before the job is ended, in seconds.
         process_group_backend: ``nccl`` or ``gloo``; chosen by the device if not given.
-        cluster_environment: Lightning's, for special clusters.
-        virtual_stages: The number of pieces of the model on each stage, which makes the pipeline's bubble as many times
-            smaller: of 2 stages with 2 pieces each the first has the first and the third quarter of the layers.
-        speeds: How fast each device is, in the order of their ranks and in any unit, for ``partition_method`` auto; a
-            PipeLiteModule's plan measures GPUs if none are given, other layers count as told by their costs.
+        cluster_environment: Lightning's cluster environment, for special clusters.
+        virtual_stages: The number of pieces of the model on each stage, by which the pipeline's bubble is divided: of 2
+            stages with 2 pieces each, the first has the first and the third quarter of the layers.
+        speeds: How fast each device is, in the order of their ranks and in any unit, for ``partition_method`` auto. If
+            not given, a PipeLiteModule's plan measures GPUs, and other layers use the speeds in their costs.
 
     Raises:
-        ConfigurationError: By ``Trainer.fit``, before any process is started, if the configuration does not fit.
+        ConfigurationError: By ``Trainer.fit``, before any process is started, if the configuration is invalid.
     """
 
     strategy_name = "pipelite"
-    _job: Job  # from the making of the Trainer on
+    _job: Job  # set when the Trainer is created
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class PipeLiteStrategy(DDPStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             process_group_backend=process_group_backend,
-            # Longer than the watchdog's, which can tell which rank is stuck; NCCL would only abort.
+            # Longer than the watchdog's, which can name the rank that is stuck; NCCL would only abort.
             timeout=timedelta(seconds=timeout + 60),
         )
         check_timeout(timeout)
@@ -131,11 +131,11 @@ class PipeLiteStrategy(DDPStrategy):
         self.measure_stage_times = False
         """Whether the next step is to be measured."""
         self.instruction_times: dict[str, float] | None = None
-        """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
-        self._run: PipelineRun | None = None  # the last one, whose stage and checkpoints stay when it has ended
-        self._end = contextlib.ExitStack()  # what the end of a run undoes, the last first
+        """Seconds of the last step by DeepSpeed's names of the instructions; None if it was not measured."""
+        self._run: PipelineRun | None = None  # the last one; its stage and checkpointing outlive it
+        self._end = contextlib.ExitStack()  # undone at the end of a run, in reverse order
 
-    # Where this rank stands
+    # The place of this rank
 
     @property
     def topology(self) -> Topology:
@@ -143,14 +143,14 @@ class PipeLiteStrategy(DDPStrategy):
         return Topology(self.num_nodes * self.num_processes, self.pipeline_stages, self.use_column_major_topology)
 
     def cutter(self, method: str | None = None) -> Callable[[PipelineLayers], list[int]]:
-        """Return what cuts layers into stages, or into their pieces, as this strategy is told.
+        """Return the function that cuts layers into stages, or into their pieces, by this strategy's options.
 
         Args:
-            method: In place of its ``partition_method``.
+            method: Replaces its ``partition_method``.
 
         Raises:
-            ConfigurationError: If there is not a speed for each device; and by what is returned, if layers cannot be
-                cut so.
+            ConfigurationError: If there is not one speed per device. The function returned raises it if layers cannot
+                be cut so.
         """
         return partial(
             partition,
@@ -173,12 +173,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     @property
     def stage(self) -> nn.Module | None:
-        """The layers of this rank, from the setup of a run on."""
+        """The layers of this rank, once a run has been set up."""
         return None if self._run is None else self._run.stage
 
     @property
     def stage_times(self) -> tuple[float, float] | None:
-        """Seconds that this rank computed and that it waited for others in the last step, None if not measured."""
+        """Seconds that this rank computed and waited for others in the last step; None if not measured."""
         return None if self.instruction_times is None else busy_and_waiting(self.instruction_times)
 
     # Before and while the processes start
@@ -192,7 +192,7 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
-        check_callbacks(self.lightning_module.trainer)  # now those of the module, too
+        check_callbacks(self.lightning_module.trainer)  # now including the module's own
         if self.virtual_stages > 1:
             let_streams_run_beside()
         super().setup_environment()
@@ -235,14 +235,14 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a micro-batch to the device; stages in the middle need its shapes alone, and keep it on the host."""
+        """Move a micro-batch to the device; middle stages only need its shapes, and keep it on the host."""
         if 0 < self.stage_id < self.pipeline_stages - 1:
             device = torch.device("cpu")
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, batch: Any, *_: Any) -> Tensor:
-        """Collect the micro-batches of a step; with the last one, run them all forward and backward."""
+        """Collect the micro-batches of a step; on the last one, run them all forward and backward."""
         assert self.lightning_module is not None
         training = self._running.training
         loss = training.take(checked_pair(batch), measure=self.measure_stage_times)
@@ -253,7 +253,7 @@ class PipeLiteStrategy(DDPStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Do nothing: gradients are reduced once a step anyway."""
+        """Do nothing: gradients are reduced only once a step anyway."""
         yield
 
     # Evaluation
@@ -271,26 +271,26 @@ class PipeLiteStrategy(DDPStrategy):
 
     @property
     def evaluation(self) -> PipelineEvaluation:
-        """What runs micro-batches through the stages without gradients, from the setup of a run on."""
+        """Runs micro-batches through the stages without gradients; available once a run has been set up."""
         return self._running.evaluation
 
     def on_validation_end(self) -> None:
-        """Note that an evaluation has ended: the callbacks have been called by then."""
+        """Note the end of an evaluation; the callbacks have been called by then."""
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._running.checkpointing.last_step.evaluation_ended()
 
-    # What was trained
+    # The trained weights
 
     def collect_stages(self, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Bring tensors of every stage to rank 0, a stage at a time, to be written. Collective.
+        """Bring tensors of every stage to rank 0, one stage at a time, to be written. Collective.
 
         Args:
-            tensors: What this rank's stage has; only the first replica's are sent.
+            tensors: The tensors of this rank's stage; only the first replica's are sent.
 
         Returns:
-            On rank 0 an iterator over the stages, their tensors in host memory, which must be exhausted; elsewhere an
-            empty one.
+            On rank 0 an iterator over the stages, with their tensors in host memory, which must be exhausted; elsewhere
+            an empty one.
         """
         return collect_stages(tensors, self.topology, self.global_rank, self.root_device)
 
@@ -303,12 +303,12 @@ class PipeLiteStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All else is saved by stage."""
+        """Return what is in no layer: all else is saved per stage."""
         return {} if self._run is None else self._run.checkpointing.outside_layers()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {}  # saved by stage
+        return {}  # saved per stage
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -316,9 +316,9 @@ class PipeLiteStrategy(DDPStrategy):
         error = sys.exc_info()[1]
         trainer: Any = getattr(self.lightning_module, "_trainer", None)
         if error is not None and (trainer is None or self._run is None):
-            raise error  # which has stopped the training before it began: there is nothing to save
+            raise error  # it was raised before training began: there is nothing to save
         if self.world_size > 1 and trainer.interrupted and not isinstance(error, SIGTERMException):
-            # Who calls this next says that the checkpoint is there, and asks the other ranks, which may wait forever.
+            # Callers then report the checkpoint as written and synchronise with the other ranks, perhaps forever.
             rank_zero_warn(f"{filepath} is not written: this rank has failed, and the others cannot write their part.")
             assert error is not None
             self.on_exception(error)
@@ -345,7 +345,7 @@ class PipeLiteStrategy(DDPStrategy):
             self._running.checkpointing.remove(Path(filepath))
 
     def on_train_start(self) -> None:
-        """Begin, once the data loaders have been made."""
+        """Start, once the data loaders have been created."""
         assert self.lightning_module is not None
         check_loaders(self.lightning_module.trainer.fit_loop._combined_loader, self.lightning_module)
         self._running.checkpointing.training_starts()
@@ -355,16 +355,16 @@ class PipeLiteStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._run is not None:
-            together = isinstance(exception, SIGTERMException)  # all ranks have agreed on that
+            together = isinstance(exception, SIGTERMException)  # all ranks have agreed to stop
             if isinstance(exception, SIGTERMException):
                 self._run.sigterm.completes(exception)
-            # From fail() on the ranks have some seconds only.
+            # After fail() the ranks have only a few seconds.
             self._run.store.wait(None if together else _SECONDS_TO_WRITE)
         self._job.fail(exception)
 
     @override
     def teardown(self) -> None:
-        """Everything is as it was before the run, but for the trained weights, and whether or not it has failed."""
+        """Restore everything but the trained weights to its state before the run, even if the run has failed."""
         self._job.give_up_logs()
         self._end.close()
         self.precision_plugin.teardown()

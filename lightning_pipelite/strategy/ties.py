@@ -1,4 +1,4 @@
-"""Parameters that stand in several stages, such as an embedding tied to the head."""
+"""Parameters that occur in several stages, such as an embedding tied to the head."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_pipelite.errors import ConfigurationError
 
 
 class TiedParameters:
-    """Keeps the copies of a tied parameter equal to the bit: the same start, the same gradient.
+    """Keeps the copies of a tied parameter bitwise equal: the same initial values, the same gradient.
 
-    Parameters with equal names in several stages of a pipeline are tied. Building it is collective over all ranks.
+    Parameters with equal names in several stages of a pipeline are tied. Constructing it is collective over all ranks.
 
     Args:
         stage: This rank's stage.
@@ -26,8 +26,8 @@ class TiedParameters:
         timeout: How long a rank waits for the others.
 
     Raises:
-        ConfigurationError: If a tied parameter is trained in one stage and frozen in another, or has another shape
-            there.
+        ConfigurationError: If a tied parameter is trained in one stage and frozen in another, or has another shape or
+            dtype there.
     """
 
     def __init__(self, stage: nn.Module, group: Any, pipelines: Sequence[Sequence[int]], timeout: timedelta) -> None:
@@ -50,7 +50,7 @@ class TiedParameters:
         rank = dist.get_rank()
         groups: dict[tuple[int, ...], Any] = {}
         for stages in sorted(set(tied.values())):
-            for pipeline in pipelines:  # every rank takes part in making every group
+            for pipeline in pipelines:  # every rank must take part in creating every group
                 ranks = tuple(pipeline[i] for i in stages)
                 made = dist.new_group(list(ranks), timeout=timeout)
                 if rank in ranks:
@@ -72,7 +72,7 @@ class TiedParameters:
 
     @staticmethod
     def _tell(names: list[str], unequal: int, group: Any) -> None:
-        """Warn, in the first stage, of parameters that have a name in common and perhaps nothing else. Collective."""
+        """Warn, on rank 0, of parameters that share a name and perhaps nothing else. Collective."""
         counts = [0] * dist.get_world_size(group)
         dist.all_gather_object(counts, unequal, group=group)
         if any(counts):
@@ -91,12 +91,12 @@ class TiedParameters:
                 dist.all_reduce(parameter.grad, group=group)
 
     def counts_here(self, parameter: Tensor) -> bool:
-        """Whether this stage counts the parameter in norms over all stages: each is counted in one."""
+        """Return whether this stage counts the parameter in norms over all stages; only one stage does."""
         return id(parameter) not in self._counted_elsewhere
 
 
 def _digest(parameter: Tensor) -> str:
-    """In words, in which a NaN is like another."""
+    """Return a digest as text, so that NaN equals NaN."""
     values = parameter.detach().flatten()
     some = values[:: max(1, len(values) // 1024)].double()
     return f"{float(values.sum(dtype=torch.float64))!r}, {float(some.norm())!r}"

@@ -1,4 +1,4 @@
-"""When each pass of a schedule runs, and how long the ranks idle, for given times of the passes."""
+"""When each pass of a schedule runs, and how long the ranks idle, given the times of the passes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_pipelite.strategy.schedule import Action, Schedule
 
 @dataclass(frozen=True)
 class Timeline:
-    """What became of a step.
+    """The course of a simulated step.
 
     Attributes:
-        seconds: From the first pass to the end of the last.
+        seconds: From the start of the first pass to the end of the last.
         busy: Seconds that each rank computed.
-        in_flight: How many pairs of piece and micro-batch each rank held at most between forward and backward.
+        in_flight: The most pairs of piece and micro-batch that each rank held between forward and backward.
         ends: When each pass ended, in seconds.
     """
 
@@ -29,14 +29,14 @@ class Timeline:
 
     @property
     def efficiency(self) -> float:
-        """The share of all ranks' time that was spent on computing."""
+        """The fraction of all ranks' time that was spent computing."""
         return sum(self.busy) / (len(self.busy) * self.seconds)
 
 
 def simulate(
     schedule: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
 ) -> Timeline:
-    """Play a schedule through with given times; transfers run beside the computation.
+    """Play a schedule through with given times; transfers overlap with the computation.
 
     Args:
         schedule: The passes in order.
@@ -69,14 +69,14 @@ def seconds_of(
     clocks = [np.zeros(forward.shape[1:])] * schedule.ranks
     ends: dict[Action, npt.NDArray[np.float64]] = {}
     for rank, action, source in _in_turn(schedule):
-        # Of each pass the result goes to one other alone.
+        # The result of each pass goes to only one other.
         begins = clocks[rank] if source is None else np.maximum(clocks[rank], ends.pop(source))
         ends[action] = clocks[rank] = begins + (backward if action.backward else forward)[action.piece]
     return np.max(clocks, axis=0)
 
 
 def _in_turn(schedule: Schedule) -> Iterator[tuple[int, Action, Action | None]]:
-    """Yield the passes with their ranks and sources, each after its source and after those before it on its rank."""
+    """Yield the passes with their ranks and sources, each after its source and the passes before it on its rank."""
     places = [0] * schedule.ranks
     passed: set[Action] = set()
     while any(place < len(order) for place, order in zip(places, schedule.orders, strict=True)):

@@ -1,4 +1,4 @@
-"""Loads what a checkpoint has trained into a module, without a Trainer."""
+"""Loads the trained weights of a checkpoint into a module, without a Trainer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_trained(module: Module, directory: str | Path, strict: bool = True) -> Module:
-    """Load the trained parameters and the buffers of a checkpoint, of however many stages.
+    """Load the trained parameters and the buffers of a checkpoint, whatever its number of stages.
 
-    Also what the module has beside its layers; the rest of it, such as the optimizer's state, is left.
+    The module's tensors outside its layers are loaded too; the rest of the checkpoint, such as the optimizer's state,
+    is ignored.
 
     Args:
-        module: As it was made for the training, with a method ``pipeline_layers()`` that returns a list of layers.
+        module: The module, created as for the training, with a method ``pipeline_layers()`` that returns a list of
+            layers.
         directory: The checkpoint.
-        strict: Whether the checkpoint has to have all of its trained parameters, and no others.
+        strict: Whether the checkpoint must have all of the module's trained parameters, and no others.
 
     Returns:
         The module.
 
     Raises:
-        ConfigurationError: If this is no whole checkpoint, or one of another model.
+        ConfigurationError: If the checkpoint is incomplete, or one of another model.
     """
     path = located(Path(directory))
     meta = check_whole(path)
@@ -44,17 +46,17 @@ def load_trained(module: Module, directory: str | Path, strict: bool = True) -> 
 def load_state(
     module: nn.Module, path: Path, meta: Mapping[str, Any], outside: Mapping[str, Tensor], strict: bool
 ) -> None:
-    """Load what a checkpoint that is known to be whole has of a module.
+    """Load a checkpoint that is known to be complete into a module.
 
     Args:
         module: See :func:`load_trained`.
         path: The checkpoint.
-        meta: What its ``meta.json`` says.
-        outside: What the module has beside its layers, from the checkpoint.
+        meta: The content of its ``meta.json``.
+        outside: The module's tensors outside its layers, from the checkpoint.
         strict: See :func:`load_trained`.
 
     Raises:
-        ConfigurationError: If it is one of another model.
+        ConfigurationError: If it is one of another model, or the module is not made of a list of layers.
     """
     layers, _ = hand_out_layers(module)
     if not isinstance(layers, SequentialLayers):

@@ -1,4 +1,4 @@
-"""A step of the training: its micro-batches, its loss and its gradients."""
+"""A training step: its micro-batches, its loss and its gradients."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_pipelite.strategy.stage_timer import StageTimer
 
 
 class PipelineTraining:
-    """Collects the micro-batches of a step, runs them forward and backward, and has the gradients until they are used.
+    """Collects the micro-batches of a step, runs them forward and backward, and holds the gradients until used.
 
     Args:
-        pipeline: Runs them.
+        pipeline: Runs the micro-batches.
         stage: This rank's stage.
-        checkpointing: Told where the step is.
-        logged: The names of what the loss returns besides.
+        checkpointing: Notified of the progress of the step.
+        logged: The names of what the loss returns in addition.
     """
 
     def __init__(
@@ -42,37 +42,37 @@ class PipelineTraining:
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._loss = torch.zeros(())
         self.parameters: list[Tensor] = list(stage.parameters())
-        """Of this rank's stage; to look for them anew takes 10 ms, of every step."""
+        """The parameters of this rank's stage; collecting them again would take 10 ms in every step."""
         self._empty_groups: EmptyGroups | None = None  # of the optimizer, once there is one
         self.instruction_times: dict[str, float] | None = None
-        """Seconds of the last step by DeepSpeed's names of the instructions, None if it was not measured."""
+        """Seconds of the last step by DeepSpeed's names of the instructions; None if it was not measured."""
 
     def take_optimizer(self, optimizers: Sequence[Optimizer]) -> None:
-        """Leave the module's optimizer this stage's parameters alone.
+        """Restrict the module's optimizer to this stage's parameters.
 
         Raises:
-            ConfigurationError: If there is not one optimizer, or it would leave something untrained.
+            ConfigurationError: If there is not exactly one optimizer, or it would leave something untrained.
         """
         check_optimizers(optimizers, self._trainer.lightning_module, self.parameters)
         (optimizer,) = optimizers
         mine = {id(p) for p in self.parameters}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
-            group.pop("param_names", None)  # of named parameters: each stage has others; checkpoints have names anyway
+            group.pop("param_names", None)  # they differ between stages; checkpoints store names anyway
         self._empty_groups = EmptyGroups(optimizer)
 
     def take(self, micro_batch: MicroBatch, *, measure: bool) -> Tensor:
-        """Take one more micro-batch; with the last one of a step, run them all.
+        """Take one more micro-batch; on the last one of a step, run them all.
 
         Args:
             micro_batch: ``(inputs, targets)``.
-            measure: Whether to take the times of the step that it ends.
+            measure: Whether to time the step that it completes.
 
         Returns:
             The loss of the last step that was run.
         """
         loop = self._trainer.fit_loop
-        # Lightning passes the index only to a training_step that asks for it, and goes by the module's.
+        # Lightning passes the index only if the module's own training_step takes it.
         if loop.epoch_loop.batch_idx % self._trainer.accumulate_grad_batches == 0:
             self._micro_batches.clear()
         self._micro_batches.append(micro_batch)
@@ -84,10 +84,10 @@ class PipelineTraining:
     def _train_on(self, micro_batches: list[MicroBatch], measure: bool) -> None:
         """Compute the loss and the gradients of a step.
 
-        The engine's gradients are those of the sum of all losses, divided by the number of replicas. Divided by the
-        number of terms of the global batch instead they are exact, however the valid tokens are spread over the
-        micro-batches. Lightning sets gradients to zero between its training step and its backward, so until then they
-        are kept aside.
+        The engine's gradients are those of the sum of all losses, divided by the number of replicas. Dividing by the
+        number of terms in the global batch instead makes them exact, however the valid tokens are distributed over the
+        micro-batches. Lightning sets gradients to zero between its training step and its backward, so they are kept
+        aside until then.
         """
         trainer, module = self._trainer, self._trainer.lightning_module
         self._requires_grad.look()
@@ -99,8 +99,7 @@ class PipelineTraining:
         loop = trainer.fit_loop.epoch_loop
         place = f"epoch {trainer.current_epoch}, the step up to micro-batch {loop.batch_idx + 1}"
         self._pipeline.agree(place, micro_batches)
-        # But for measured times, offloaded inputs and the check of norms, the only time in a step that the host waits
-        # for the device.
+        # Apart from measured times, offloaded inputs and the check of norms, the only host synchronisation of a step.
         total, count, *logged = self._engine.train_on(micro_batches, trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
         if not (count > 0 and math.isfinite(total)):
@@ -117,7 +116,7 @@ class PipelineTraining:
         for name, value in zip(self._logged, logged, strict=True):
             module.log(f"train/{name}", on_host(value / count), batch_size=1)
 
-    # What becomes of the gradients, as Lightning's precision plugin is called
+    # The use of the gradients, when Lightning calls its precision plugin
 
     def hand_over_gradients(self) -> None:
         """Give the parameters the gradients of the step."""
@@ -131,11 +130,11 @@ class PipelineTraining:
         return gradient_norms(counted, self._engine.pipeline_group, self._engine.device)
 
     def require_finite(self, norms: GradientNorms, clipped: Tensor) -> None:
-        """Stop before the weights change if the gradients are not finite, before clipping or after it."""
+        """Raise, before the weights change, if the gradients are not finite before or after clipping."""
         self._gradient_check.require_finite(self._trainer.global_step + 1, norms, clipped)
 
     def weights_change(self) -> None:
-        """Note that the optimizer has its gradients, and changes the weights next."""
+        """Note that the optimizer has its gradients, and is about to change the weights."""
         self._checkpointing.last_step.weights_change()
         if self._empty_groups is not None:
             self._empty_groups.hide()

@@ -1,4 +1,4 @@
-"""Tensors that go from rank to rank beside the computation."""
+"""Transfers of tensors between ranks that overlap with the computation."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from lightning_pipelite.strategy.schedule import Way
 
 
 def let_streams_run_beside() -> None:
-    """Give a GPU as many queues as it can have, before it is used.
+    """Give a GPU as many hardware queues as it can have; to be called before it is used.
 
-    By default all of a process's streams share eight. With a stream for each way, those of the computation, of replicas
-    and of offloaded inputs are more: a transfer that waits for its other end would hold up what is in the same queue.
+    By default, all streams of a process share eight. With a stream for each way, and those of the computation, of
+    replicas and of offloaded inputs, there are more than that: a transfer that waits for its other end would block
+    everything else in its queue.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class GroupEnd:
-    """Sends or receives over a process group of two ranks; with NCCL by kernels.
+    """Sends or receives over a process group of two ranks; NCCL uses kernels for it.
 
     Args:
-        ranks: Both, the same on both; every rank of the job makes every group.
+        ranks: Both ranks, the same on both; every rank of the job must create every group.
         timeout: How long a rank waits for the other.
     """
 
@@ -39,70 +40,70 @@ class GroupEnd:
         self._group: Any = dist.new_group(ranks, timeout=timeout, pg_options=_one_thread_block(timeout))
 
     def send(self, tensor: Tensor) -> Any:
-        """Start to send a contiguous tensor, which must not change until it is sent."""
+        """Start sending a contiguous tensor, which must not change until it is sent."""
         return dist.isend(tensor, group=self._group, group_dst=1 - self._group.rank())
 
     def receive(self, tensor: Tensor) -> Any:
-        """Start to receive into a contiguous tensor."""
+        """Start receiving into a contiguous tensor."""
         return dist.irecv(tensor, group=self._group, group_src=1 - self._group.rank())
 
 
 def _one_thread_block(timeout: timedelta) -> Any:
     """Return NCCL's options for a way, or None for another backend.
 
-    A transfer that waits for its other end does so in thread blocks on the GPU, which the computation beside it misses;
-    by default there are several.
+    A transfer that waits for its other end occupies thread blocks on the GPU, several by default, which the computation
+    beside it then lacks.
     """
     if dist.get_backend() != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout  # or torch warns of another than new_group's
+    options._timeout = timeout  # or torch warns that it differs from new_group's
     options.config.min_ctas = options.config.max_ctas = 1
     return options
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a piece hands on: the shape and the dtype of each tensor, and whether it is one tensor and no tuple."""
+    """What a piece hands on: the shape and dtype of each tensor, and whether it is one tensor rather than a tuple."""
 
     tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     single: bool
 
     @classmethod
     def of(cls, outputs: Tensor | tuple[Tensor, ...]) -> Shapes:
-        """Take down the shapes and types of what a stage returns."""
+        """Record the shapes and dtypes of what a stage returns."""
         tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
         return cls(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), isinstance(outputs, Tensor))
 
     def of_gradients(self) -> Shapes:
-        """Return what comes back: a gradient of each tensor of floating type."""
+        """Return what comes back: a gradient for each floating-point tensor."""
         return Shapes(tuple(tensor for tensor in self.tensors if tensor[1].is_floating_point), single=False)
 
 
 class Arrival:
-    """Tensors on their way here.
+    """Tensors that are being received.
 
     Args:
-        tensors: What they are received into.
-        works: The transfers.
+        tensors: The tensors to receive into.
+        works: The handles of the transfers.
     """
 
     def __init__(self, tensors: list[Tensor], works: list[Any]) -> None:
         self._tensors, self._works = tensors, works
 
     def wait(self) -> list[Tensor]:
-        """Return the tensors; on a GPU what uses them waits in its stream, not the host."""
+        """Return the tensors; on a GPU, the current stream waits for them, not the host."""
         for work in self._works:
             work.wait()
         return self._tensors
 
 
 class Transfers:
-    """The ways between the neighbours of a ring of ranks: in each direction one for activations and one for gradients.
+    """The ways between neighbours in a ring of ranks: activations go to the next rank, gradients to the one before.
 
-    What goes the same way arrives in the order in which it was sent; nobody waits for what goes another way. Between
-    GPUs of one host each way is a channel, if these work there; else a communicator with a stream of its own, as NCCL
-    works off what shares one in order. Building it is collective over all ranks.
+    Transfers on one way arrive in the order in which they were sent, and never wait for those on another. Between GPUs
+    of one host, each way is a channel if channels work there; otherwise it is a communicator with a stream of its own,
+    because NCCL runs what shares one in order. Constructing it is collective over all ranks.
 
     Args:
         pipelines: The global ranks of every pipeline, in the order of their stages.
@@ -124,31 +125,31 @@ class Transfers:
         if device.type == "cuda":
             self._channels = Channels([link for _, link in links], rank, device)
         self._ends: dict[Way, ChannelEnd | GroupEnd] = {}
-        for way, link in sorted(links, key=lambda both: both[1]):  # every rank takes part in making every group
+        for way, link in sorted(links, key=lambda both: both[1]):  # every rank must take part in creating every group
             connected = self._channels is not None and link in self._channels.connected
             group = None if connected else GroupEnd(sorted(link[:2]), timeout)
             if rank in link[:2]:
                 self._ends[way] = group or self._channels.ends[link]  # type: ignore[union-attr]
 
     def close(self) -> None:
-        """Let go of memory that processes share."""
+        """Release the memory that is shared between processes."""
         if self._channels is not None:
             self._channels.close()
 
     def send_shapes(self, shapes: Shapes, way: Way) -> None:
-        """Tell the other end what will come."""
+        """Send the other end the shapes of what will follow."""
         told = torch.frombuffer(bytearray(pickle.dumps(shapes)), dtype=torch.uint8).to(self._device)
         self.send([torch.tensor([len(told)], device=self._device), told], way)
 
     def receive_shapes(self, way: Way) -> Shapes:
-        """Wait for what the other end tells."""
+        """Wait for the shapes that the other end sends."""
         (length,) = self._receive([((1,), torch.int64)], way).wait()
         (told,) = self._receive([((int(length),), torch.uint8)], way).wait()
         shapes: Shapes = pickle.loads(told.cpu().numpy().tobytes())
         return shapes
 
     def send(self, tensors: Sequence[Tensor], way: Way) -> None:
-        """Start to send; the tensors are held until they are gone, and must not be changed until then.
+        """Start sending; the tensors are kept alive until they are sent, and must not change until then.
 
         Args:
             tensors: Contiguous, on the device.
@@ -159,10 +160,10 @@ class Transfers:
             self._sent.append((self._ends[way].send(tensor.detach()), tensor))
 
     def receive(self, shapes: Shapes, way: Way) -> Arrival:
-        """Start to receive.
+        """Start receiving.
 
         Args:
-            shapes: Of what is sent.
+            shapes: The shapes of what is sent.
             way: From which stage to which, and whether they are gradients.
         """
         return self._receive(shapes.tensors, way)
@@ -172,7 +173,7 @@ class Transfers:
         return Arrival(tensors, [self._ends[way].receive(tensor) for tensor in tensors])
 
     def finish(self) -> None:
-        """Wait until all is sent; on a GPU in the stream."""
+        """Wait until everything is sent; on a GPU, the stream waits."""
         for work, _ in self._sent:
             work.wait()
         self._sent = []

@@ -1,1 +1,1 @@
-"""What the callbacks share."""
+"""Helpers that the callbacks share."""

@@ -1,4 +1,4 @@
-"""Control Adapters in a module, and how large they are."""
+"""Finds the Control Adapters in a module and measures them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def find_control(module: nn.Module) -> list[ControlPair]:
 
 
 def orthogonality(pair: ControlPair) -> Tensor:
-    """‖QᵀQ - I‖²_F, a float32 scalar: 0 if the columns are orthonormal."""
+    """Return ‖QᵀQ - I‖²_F, a float32 scalar: 0 if the columns are orthonormal."""
     q = pair.q.detach().float()
     with full_precision():
         return (q.mT @ q - torch.eye(q.shape[1], device=q.device)).square().sum()
 
 
 def spectral_norm(pair: ControlPair) -> Tensor:
-    """‖W‖₂ = max |expm1(S)| for class +1, as Q is orthogonal; a float64 scalar."""
+    """Return ‖W‖₂ = max |expm1(S)| for class +1, as Q is orthogonal; a float64 scalar."""
     return torch.expm1(pair.s.detach().double()).abs().max()

@@ -1,4 +1,4 @@
-"""A picture of one number per layer and module."""
+"""Draws a picture of one number per layer and module."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, TEXT = 72, 22, 17  # of a cell at the least, and its letters: legible on TensorBoard's small cards
-LEFT, RIGHT = 4, 6  # of a label
+WIDTH, HEIGHT, TEXT = 72, 22, 17  # minimum cell and font size: legible on TensorBoard's small cards
+LEFT, RIGHT = 4, 6  # padding of a label
 HEADING, MISSING = (235, 235, 235), (128, 128, 128)
 
 
@@ -23,9 +23,9 @@ def heat_map(values: Mapping[str, float]) -> npt.NDArray[np.uint8]:
         values: Numbers by the full names of modules. The first number in a name is the layer's.
 
     Returns:
-        The picture, [height, width, 3]: layers as rows, the rest of the names as columns, of which the last parts are
-        written without ``_proj``, and as much before them as tells them apart; in the corner the largest number; grey
-        where there is none.
+        The picture, [height, width, 3]: layers as rows, the rest of the names as columns. Columns are labelled by the
+        last parts of the names, as many as make them distinct, without ``_proj``. The corner shows the largest number;
+        cells without a number are grey.
     """
     cells = {_place(name): value for name, value in values.items()}
     layers = sorted({layer for layer, _ in cells})
@@ -49,7 +49,7 @@ def heat_map(values: Mapping[str, float]) -> npt.NDArray[np.uint8]:
 
 
 def _labels(modules: Sequence[str]) -> list[str]:
-    """Return short names that differ: the last parts of the names, as many as that takes."""
+    """Return short distinct names: the last parts of each name, as many as that takes."""
     rows = [module.removesuffix("_proj").split(".") for module in modules]
     most = max(map(len, rows))
     sizes = [

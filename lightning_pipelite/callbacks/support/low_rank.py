@@ -1,4 +1,4 @@
-"""Products of low rank, W = s·B·A, without ever forming it: by rank x rank matrices, many layers at a time."""
+"""Handles low-rank products W = s·B·A through rank x rank matrices, many layers at a time, without forming W."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_pipelite.errors import ConfigurationError
 
 CHUNK_BYTES = 36 * 2**20
-"""How much of A and B is stacked at a time, at most: enough for a GPU to be busier than the host that launches."""
+"""Maximum size of the stacked A and B: enough that the GPU, not the host's kernel launches, is the bottleneck."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class LowRank:
         name: The module's name.
         a: [rank, in], or [experts · rank, in] for the fused experts of one layer.
         b: [out, rank], or [out, rank · experts].
-        scale: S, PEFT's alpha / rank or what its variants make of it.
-        experts: How many products A and B hold, as PEFT lays them out.
+        scale: The factor s: PEFT's alpha / rank, or what its variants use instead.
+        experts: Number of products that A and B hold, in PEFT's layout.
     """
 
     name: str
@@ -37,9 +37,9 @@ class LowRank:
 
 @dataclass(eq=False)
 class Chunk:
-    """Pairs of equal shapes, dtypes, device and scale, that are handled in one batch.
+    """Pairs of equal shapes, dtypes, device and scale, handled in one batch.
 
-    Views are made once: for hundreds of modules, making them takes longer than the arithmetic.
+    Views are created once: for hundreds of modules, creating them takes longer than the arithmetic.
 
     Args:
         pairs: At least one.
@@ -61,17 +61,17 @@ class Chunk:
         return [weight.data_ptr() for pair in self.pairs for weight in (pair.a, pair.b)]
 
     def refresh(self) -> None:
-        """Make the views anew if a parameter has got other memory."""
+        """Recreate the views if the memory of a parameter has changed."""
         if self._where() != self._pointers:
             self.__post_init__()
 
     @property
     def scale(self) -> float:
-        """What B·A is multiplied by, the same for all pairs."""
+        """The factor of B·A, the same for all pairs."""
         return self.pairs[0].scale
 
     def stack(self) -> tuple[Tensor, Tensor]:
-        """Copy A and B, in float32.
+        """Return copies of A and B in float32.
 
         A is [pairs · experts, rank, in], a view of [rank, pairs · experts, in]; B is [pairs · experts, out, rank].
         """
@@ -80,7 +80,7 @@ class Chunk:
 
     @staticmethod
     def write(views: list[Tensor], values: Tensor) -> None:
-        """Write [pairs · experts, rows, columns] to ``views``, of A or of B, in one operation."""
+        """Write ``values``, [pairs · experts, rows, columns], to ``views`` of A or B in one operation."""
         rows = values.shape[1]
         if values.dtype == views[0].dtype and all(view.is_contiguous() for view in views):
             torch.split_with_sizes_copy(values.flatten(0, 1), [rows] * len(views), out=views)
@@ -88,10 +88,10 @@ class Chunk:
             torch._foreach_copy_(views, list(values.unbind()))
 
     def norms(self, gram_a: Tensor, gram_b: Tensor) -> Tensor:
-        """‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.
+        """Return ‖s B A‖_F of each pair (of all its experts together), [pairs] in float64.
 
         ‖BA‖²_F = tr(Aᵀ Bᵀ B A) = tr(G_B G_A), the sum over the elementwise product of two symmetric matrices. It is
-        summed in float64, so that a difference of two norms keeps its digits.
+        summed in float64, so that the difference of two norms stays precise.
         """
         traces = (gram_a.double() * gram_b.double()).sum((-2, -1))
         return self.scale * traces.view(len(self.pairs), -1).sum(1).clamp(min=0).sqrt()
@@ -103,21 +103,21 @@ def _down(pair: LowRank) -> Tensor:
 
 
 def _up(pair: LowRank) -> Tensor:
-    """B as a view [experts, out, rank]."""
+    """Return B as a view [experts, out, rank]."""
     return pair.b.detach().view(pair.b.shape[0], -1, pair.experts).permute(2, 0, 1)
 
 
-# The variants of PEFT's LoRA in which B·A is what it is without them. In others it is multiplied by something else.
+# Variants of PEFT's LoRA in which B·A means the same as without them. Others multiply it by something else.
 _PLAIN_VARIANTS = re.compile("Dora|ALora|MiCA")
 
 
 def find_low_rank(module: nn.Module) -> list[LowRank]:
-    """Find the LoRA layers of PEFT in a module: linear ones, embeddings and fused experts. Of DoRA it is B·A alone.
+    """Find PEFT's LoRA layers in a module: linear ones, embeddings and fused experts; for DoRA, only B·A.
 
-    Where a layer has several adapters, each is one of its own; the name then tells which.
+    If a layer has several adapters, each is listed separately, with the adapter in its name.
 
     Raises:
-        ConfigurationError: A LoRA layer of another kind, or one whose weights are spread over processes.
+        ConfigurationError: A LoRA layer is of another kind, or its weights are sharded.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -150,7 +150,7 @@ def find_low_rank(module: nn.Module) -> list[LowRank]:
 
 
 def chunks(pairs: Iterable[LowRank], key: Callable[[LowRank], Hashable] = lambda pair: None) -> list[Chunk]:
-    """Deal out pairs of equal shape, dtype, device, scale and ``key`` together, up to CHUNK_BYTES at a time."""
+    """Group pairs of equal shape, dtype, device, scale and ``key`` into chunks of at most CHUNK_BYTES."""
     alike: dict[Hashable, list[LowRank]] = {}
     for pair in pairs:
         kind = (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.b.dtype, pair.a.device, pair.scale)
@@ -164,10 +164,10 @@ def chunks(pairs: Iterable[LowRank], key: Callable[[LowRank], Hashable] = lambda
 
 
 def gram_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """G_A = A Aᵀ and G_B = Bᵀ B, each [pairs, rank, rank], of what :meth:`Chunk.stack` gives.
+    """Return G_A = A Aᵀ and G_B = Bᵀ B, each [pairs · experts, rank, rank], from the result of :meth:`Chunk.stack`.
 
-    The long dimension is summed in slices: a GPU would give each pair to one of its many multiprocessors, and that one
-    would go through thousands of columns alone.
+    The long dimension is summed in slices: otherwise a GPU would assign each pair to a single one of its many
+    multiprocessors, which would loop over thousands of columns alone.
     """
     pairs, rank, inner = a.shape
     slices = _slices(inner)
@@ -179,7 +179,7 @@ def gram_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slices(length: int) -> int:
-    """Into how many equal slices of 256 to 512 to cut, if halving gives such."""
+    """Return the number of equal slices of 256 to 512 to cut ``length`` into, as far as halving allows."""
     slices = 1
     while length > 512 and length % 2 == 0:
         length, slices = length // 2, 2 * slices

@@ -1,4 +1,4 @@
-"""A picture of how long the stages of a pipeline work and wait."""
+"""Draws how long the stages of a pipeline compute and wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUSY, WAITING = (31, 119, 180), (221, 221, 221)
 
 
 def stage_bars(times: Mapping[int, tuple[float, float]]) -> npt.NDArray[np.uint8]:
-    """Draw a bar for each stage: busy in blue, then waiting in grey, all on one scale.
+    """Draw a bar for each stage on a common scale: busy in blue, then waiting in grey.
 
     Args:
         times: Busy and waiting seconds of a step, by stage.

@@ -1,4 +1,4 @@
-"""Checkpoints whose names tell their step."""
+"""Checkpoints named after their step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NAME = re.compile(r"step=(\d{8,})\.ckpt")
 
 
 class StepCheckpoints:
-    """Those of a directory that are called ``step=NUMBER.ckpt``.
+    """The checkpoints in a directory that are called ``step=NUMBER.ckpt``.
 
     Args:
-        directory: It need not be there.
+        directory: The directory; it need not exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -31,8 +31,8 @@ class StepCheckpoints:
         """Return all of them, the newest first.
 
         Args:
-            newest: The one that was written last; those of later steps are left from a training that was taken up again
-                before them, and are the oldest.
+            newest: The one that was written last. Those of later steps are left over from a training that was resumed
+                from an earlier step, and count as the oldest.
         """
         last = step_of(newest)
         steps = {path: step_of(path) or 0 for path in self}
@@ -40,6 +40,6 @@ class StepCheckpoints:
 
 
 def step_of(path: str | Path) -> int | None:
-    """Return the step that a checkpoint's name tells; None for a name of another kind."""
+    """Return the step in a checkpoint's name; None for a name of another form."""
     match = _NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else None

@@ -1,11 +1,11 @@
-"""Runs a layer on each packed document by itself where its code would let one see the next.
+"""Runs a layer on each packed document separately if its code would leak one document into the next.
 
-Linear attention, state-space models and short convolutions carry a state from token to token. Kernels for them can be
-told where documents begin, but a class may have no kernel, or pass this on to some of its operations only, or pass it
-over where the kernel is not installed. Documents that are rows of their own are apart whatever computes the layer:
-transformers' own code, or the kernels of flash-linear-attention, mamba-ssm and causal-conv1d where it uses them.
+Linear attention, state-space models and short convolutions carry a state from token to token. Their kernels accept the
+documents' bounds, but a class may have no kernel, pass the bounds to only some of its operations, or ignore them if the
+kernel is not installed. Documents in rows of their own stay apart whatever computes the layer: transformers' own code,
+or the kernels of flash-linear-attention, mamba-ssm and causal-conv1d that it uses.
 
-Which layers need it is found out by a trial (:func:`leaking_modules`), and that it is enough by another: see
+One trial finds the layers that need this (:func:`leaking_modules`), another shows that it is enough: see
 ``Probe.isolate_documents``.
 """
 
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def run_by_document(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the named modules of ``model`` run on each document by itself."""
+    """Make the named modules of ``model`` run on each document separately."""
     for name in names:
         mix_in(model.get_submodule(name), _ByDocument)
 
@@ -43,7 +43,7 @@ class _ByDocument(Mixin):
     @torch.compiler.disable  # how often it runs, and on what, depends on the lengths
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         documents = current_documents()
-        # The meta device has no lengths. What is planned there takes the documents as one, as if none were padded.
+        # There are no lengths on the meta device: a plan treats the documents as one, without padding.
         if documents is None or documents.bounds.is_meta:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         batches = documents.batches
@@ -56,13 +56,14 @@ class _ByDocument(Mixin):
 
 
 def leaking_modules(calls: dict[str, Call], model: nn.Module, layer_name: str, first: int) -> list[str]:
-    """Return the outermost modules inside of a layer whose later tokens change with the first document's.
+    """Return the outermost modules inside a layer whose output for later documents depends on the first document.
 
-    The layer itself, if it leaks and nothing inside of it does so by itself.
+    If the layer leaks but no module inside it does so on its own, this is the layer itself.
 
     Args:
-        calls: What the modules were called with on packed documents, by name.
-        model: They are called again, so in a context that tells of the documents.
+        calls: The modules' arguments on packed documents, by name.
+        model: Holds the modules, which are called again: call this inside
+            :func:`~lightning_pipelite.models.attention.document_mask.document_mask`.
         layer_name: The layer.
         first: How many tokens the first document has.
     """

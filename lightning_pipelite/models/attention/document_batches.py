@@ -1,4 +1,4 @@
-"""Packed documents as rows of their own, for layers whose code knows of none."""
+"""Packed documents as separate rows, for layers whose code does not handle packing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DocumentBatches:
-    """Documents of about the same length in a batch each, padded on the right to the longest of them.
+    """Batches of documents of similar length, padded on the right to the longest document of each batch.
 
-    What is padded repeats the document's last token: it is a real one, so nothing becomes infinite, and a causal layer
-    shows it to nobody. A batch has at most twice the tokens of its documents.
+    The padding repeats the document's last token: a real token, so nothing becomes infinite, and in a causal layer no
+    other token sees it. A batch has at most twice the tokens of its documents.
 
     Attributes:
-        places: For each batch, which token of all rows on end stands in each place: int64 [documents, longest].
-        back: In which place of all batches on end each token stands: int64 [batch * seq].
-        shape: Of what is dealt out: batch, seq.
+        places: For each batch, the index of the token in each place, in the flattened rows: int64 [documents, longest].
+        back: The place of each token in the flattened, concatenated batches: int64 [batch * seq].
+        shape: Of the packed rows: batch, seq.
     """
 
     places: list[Tensor]
@@ -31,7 +31,7 @@ class DocumentBatches:
     def of(cls, bounds: Tensor, shape: tuple[int, int]) -> DocumentBatches:
         """Group the documents that begin at ``bounds``; its last value, repeated as padding, is the end.
 
-        The host waits for the bounds, once a micro-batch.
+        Reading the bounds synchronises the host, once per micro-batch.
         """
         by_length: dict[int, list[range]] = {}
         for first, after in pairwise(bounds.tolist()):
@@ -50,10 +50,10 @@ class DocumentBatches:
         return cls(places, back.to(bounds.device), shape)
 
     def deal(self, value: Any, place: Tensor) -> Any:
-        """Return an argument of a layer for one batch: what is by token, and masks, in lists and dictionaries too.
+        """Return a layer's argument for one batch; per-token tensors and masks are indexed, also inside containers.
 
         Raises:
-            NotImplementedError: It is by token in a way that is not known.
+            NotImplementedError: A tensor has a token dimension in an unknown position.
         """
         if isinstance(value, (list, tuple)):
             return type(value)(self.deal(each, place) for each in value)
@@ -77,12 +77,12 @@ class DocumentBatches:
         return dealt.masked_fill(later, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)[:, None]
 
     def gather(self, outputs: list[Any]) -> Any:
-        """Return what a layer made of all batches as if it had been called once.
+        """Merge a layer's outputs for all batches, as if it had been called once.
 
-        What it returns beside that and is not by token, such as a state for a cache, becomes None.
+        Further outputs that are not per token, such as a state for a cache, become None.
 
         Raises:
-            NotImplementedError: Its result is no tensor by token.
+            NotImplementedError: The output is not a tensor with one value or vector per token.
         """
         if isinstance(outputs[0], tuple):
             first, *others = (list(each) for each in zip(*outputs, strict=True))

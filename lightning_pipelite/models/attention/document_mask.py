@@ -16,11 +16,11 @@ from lightning_pipelite.models.transformers_compat import mask_documents
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a micro-batch are.
+    """The positions of the documents in a micro-batch.
 
     Attributes:
-        numbers: Which document of its row each token is in, int64 [batch, seq].
-        bounds: Where documents begin in all rows on end, then the end, as often as there is room: int32.
+        numbers: The number of each token's document within its row, int64 [batch, seq].
+        bounds: Start of each document in the flattened rows, padded with the total number of tokens: int32 [room + 1].
     """
 
     numbers: Tensor
@@ -28,31 +28,31 @@ class Documents:
 
     @cached_property
     def batches(self) -> DocumentBatches:
-        """The documents as rows of their own."""
+        """The documents as separate rows."""
         return DocumentBatches.of(self.bounds, (self.numbers.shape[0], self.numbers.shape[1]))
 
 
 class _Current:
-    """What the stage runs on. Not a ContextVar: the backward pass, in its own thread, would not see it."""
+    """The documents of the running stage. Not a ContextVar: the backward pass, in its own thread, would not see it."""
 
     documents: Documents | None = None
 
 
 def find_documents(position_ids: Tensor, most: int | None = None) -> Documents | None:
-    """Find where positions start again; None if each row is one document, as far as that is known.
+    """Find the documents by where positions restart; None if each row is known to be one document.
 
     Args:
-        position_ids: Int64 [batch, seq], starting again where a document starts.
-        most: An upper bound of the number of documents in all rows, which spares a GPU that waits for the host; None
-            if it is not known.
+        position_ids: Int64 [batch, seq], restarting where a document starts.
+        most: An upper bound of the number of documents in all rows, which avoids a host synchronisation; None if
+            unknown.
     """
     begins = starts(position_ids)
     count = begins.sum()
     if most is None:
         most = room = int(count)
-    else:  # in steps, as the layers are compiled for each
+    else:  # in steps, as layers are compiled for each size
         room = max(16, 1 << (most - 1).bit_length())
-        # They would be seen as one, in silence.
+        # Otherwise bounds of surplus documents could be dropped silently.
         torch._assert_async(count <= most, "more documents in a micro-batch than were counted before")
     if most <= position_ids.shape[0]:
         return None
@@ -67,12 +67,12 @@ def starts(position_ids: Tensor) -> Tensor:
 
 @contextmanager
 def document_mask(position_ids: Tensor | None, most: int | None = None) -> Iterator[None]:
-    """Let no token see another document in the masks that are built in this context.
+    """Hide other documents from each token in the attention masks that are built in this context.
 
-    Whatever the model hands to transformers' mask builders.
+    This holds whatever the model passes to transformers' mask builders.
 
     Args:
-        position_ids: Int64 [batch, seq], starting again where a document starts; None changes nothing.
+        position_ids: Int64 [batch, seq], restarting where a document starts; with None, each row is one document.
         most: See :func:`find_documents`.
     """
     mask_documents(_numbers)
@@ -81,10 +81,10 @@ def document_mask(position_ids: Tensor | None, most: int | None = None) -> Itera
 
 
 def documents_when_recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Let a layer that is recomputed in the backward pass see the documents that it saw before.
+    """Make the recomputation of a layer in the backward pass use the documents of its forward pass.
 
-    A ``context_fn`` of ``torch.utils.checkpoint``: without it the recomputation would see no documents, or those of
-    another micro-batch.
+    This is a ``context_fn`` of ``torch.utils.checkpoint``. Without it the recomputation would see no documents, or
+    those of another micro-batch.
     """
     return nullcontext(), _set(_Current.documents)
 
@@ -99,12 +99,12 @@ def _set(documents: Documents | None) -> Iterator[None]:
 
 
 def each_row_a_document() -> AbstractContextManager[None]:
-    """Take each row for one document within this context, even inside :func:`document_mask`."""
+    """Treat each row as one document within this context, even inside :func:`document_mask`."""
     return _set(None)
 
 
 def current_documents() -> Documents | None:
-    """Return the documents inside :func:`document_mask`; None if each row is one."""
+    """Return the documents given to :func:`document_mask`; None if each row is one document."""
     return _Current.documents
 
 

@@ -1,10 +1,11 @@
-"""torch's FlashAttention over sequences of different lengths, also with sinks, which the kernel does not know.
+"""torch's FlashAttention over sequences of different lengths, extended by sinks, which the kernel does not support.
 
-A sink is a score for each head that takes its share of the probabilities and gives no value (gpt-oss). With the
-log-sum-exp L of a token's scores, which the kernel returns, and L' = log(exp(L) + exp(sink)), all probabilities are
-exp(L - L') times those without it, and so is the output. The kernel's backward pass makes the probabilities anew as
-exp(score - L) and takes from their gradients the product of output and gradient (Dao 2023, "FlashAttention-2",
-https://arxiv.org/abs/2307.08691, algorithm 2): given L' and the output with the sink, its gradients are those with it.
+A sink is a score for each head that takes a share of the probabilities but contributes no value (gpt-oss). Let L be the
+log-sum-exp of a token's scores, which the kernel returns, and L' = log(exp(L) + exp(sink)). With the sink, all
+probabilities, and so the output, are exp(L - L') times those without it. The kernel's backward pass recomputes the
+probabilities as exp(score - L) and subtracts the product of output and gradient from their gradients (Dao 2023,
+"FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2). Given L' and the output with the sink, it therefore
+computes the gradients with the sink.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-# Since torch 2.12 grouped heads must be asked for; before, there is no such option and they just work.
+# Grouped heads need this option since torch 2.12; earlier versions lack it and always support them.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 
 
@@ -33,19 +34,19 @@ def attend(
     """Attend causally within each sequence.
 
     Args:
-        query: [tokens, heads, head size]: all sequences on end.
+        query: [tokens, heads, head size]: all sequences concatenated.
         key: [tokens, key heads, head size].
         value: [tokens, key heads, head size].
-        bounds: Where sequences begin, then the end, as often as there is room: int32.
+        bounds: Starts of the sequences, padded with the total number of tokens: int32.
         length: The most tokens that a sequence may have.
-        scale: Of the scores.
-        window: How many tokens a token sees, itself included; None for all before it.
+        scale: Factor of the scores.
+        window: How many tokens a token sees, including itself; None for all up to itself.
         sinks: [heads]; None for none.
 
     Returns:
         [tokens, heads, head size].
     """
-    # Where it is needed: with it comes torch's compiler, which takes two seconds. It registers the kernel's operations.
+    # Imported here, as it imports torch's compiler, which takes two seconds. It registers the kernel's operators.
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1
@@ -59,8 +60,8 @@ def attend(
     return output
 
 
-# Operations, and no autograd.Function: torch 2.11 compiles wrong gradients of one whose forward ends in a call that
-# returns what it is given (here ``to`` of the same dtype): backward is given zeros. torch 2.13 does not.
+# Custom operators, not an autograd.Function: torch 2.11 compiles wrong gradients for a Function whose forward ends in a
+# call that returns its input (here ``to`` with the same dtype): backward receives zeros. torch 2.13 is correct.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _LIBRARY.define(
     "sink_attention(Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor bounds, int length, float scale, "
@@ -76,10 +77,10 @@ _LIBRARY.define(
 def forward_operation(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, length: int, scale: float, left: int
 ) -> tuple[Tensor, Tensor]:
-    """Attend with sinks, as one operation: the output and L'.
+    """Attend with sinks, as one operator: return the output and L'.
 
-    By the operations that torch's function is made of: its autograd passes over the gradient of L. Remove when it no
-    longer does (it does from torch 2.11 to 2.13).
+    It calls the operators beneath torch's ``varlen_attn``, whose autograd ignores the gradient of L (torch 2.11 to
+    2.13). Remove when it no longer does.
     """
     output, without, _ = torch.ops.torch_attn._varlen_attn(
         query, key, value, bounds, bounds, length, length, left < 0, scale, [left, 0]
@@ -100,8 +101,8 @@ def backward_operation(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, output: Tensor,
     total: Tensor, length: int, scale: float, left: int, to_sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of query, key, value and sinks (nothing if they need none), as one operation."""
-    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of its random numbers
+    """Compute the gradients of query, key, value and sinks (empty if they need none), as one operator."""
+    without_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the RNG state of dropout
     of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(
         gradient, query, key, value, output, total, bounds, bounds, length, length, left < 0, without_dropout, scale,
         [left, 0],

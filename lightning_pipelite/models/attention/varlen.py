@@ -1,11 +1,11 @@
 """Attention over packed documents without a mask: torch's FlashAttention for sequences of different lengths.
 
-A mask of sequence x sequence values makes scaled dot-product attention compute every pair of tokens, also those of
-different documents, by its slower kernels. Here the bounds of the documents take its place.
+With a mask of sequence x sequence values, scaled dot-product attention uses slower kernels, and computes every pair of
+tokens, even of different documents. Here the bounds of the documents replace the mask.
 
-cuDNN's attention, which torch chooses for a single document and which takes a Hopper GPU half of FlashAttention's time,
-is no choice for several: with bounds, torch 2.11 (cuDNN 9.19) plans it anew at each call, which takes the host 50 ms,
-and the gradients are wrong.
+cuDNN's attention, which torch chooses for a single document and which takes half of FlashAttention's time on a Hopper
+GPU, is no option for several: with bounds, torch 2.11 (cuDNN 9.19) builds a new plan in each call, which takes 50 ms on
+the host, and the gradients are wrong.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from lightning_pipelite.models.attention.document_mask import Documents, current
 
 NAME = "varlen"
 LARGEST_HEAD = 256  # of FlashAttention
-OF_TRANSFORMERS = (
-    "sdpa",
-    "eager",
-)  # what a model attends by otherwise, whose masks keep documents apart, see ``document_mask.py``
-UNKNOWN = ("softcap", "position_bias", "cache")  # what a layer may ask for and FlashAttention does not do
+# The other implementations, whose masks keep documents apart: see ``document_mask.py``.
+OF_TRANSFORMERS = ("sdpa", "eager")
+UNKNOWN = ("softcap", "position_bias", "cache")  # what a layer may require and FlashAttention does not support
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch has a kernel: in bf16 and fp16, on NVIDIA GPUs since Ampere; meta stands for one."""
+    """Return whether torch has a kernel: for bf16 and fp16, on NVIDIA GPUs since Ampere; meta stands for one."""
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "meta":
         return half
@@ -51,9 +49,9 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Attend causally within each document of :func:`~lightning_pipelite.models.attention.document_mask.document_mask`.
 
-    An attention function of transformers. Whether a class of models asks for nothing else is found out by a trial, see
-    ``MetaModel.fits_varlen``: which window a layer has, for one, it is told in two ways, by a mask and by a number, and
-    here only the number counts.
+    This is an attention function for transformers. Whether a class of models requires nothing more is found by a trial,
+    see ``MetaModel.fits_varlen``. A layer's window, for example, is given both by a mask and by a number, and only the
+    number counts here.
 
     Args:
         module: The attention layer.
@@ -61,18 +59,18 @@ def varlen_attention(
         key: [batch, key heads, seq, head size].
         value: [batch, key heads, seq, value size].
         attention_mask: None, as no mask is built.
-        dropout: Of the probabilities.
-        scaling: Of the scores; 1 / sqrt(head size) if None.
-        sliding_window: How many tokens a token sees, itself included; None for all before it.
-        is_causal: Whether tokens see only what is before them; None for yes.
+        dropout: Dropout of the probabilities, which must be 0.
+        scaling: Factor of the scores; 1 / sqrt(head size) if None.
+        sliding_window: How many tokens a token sees, including itself; None for all up to itself.
+        is_causal: Whether tokens see no later tokens, which must hold; None for yes.
         s_aux: Sinks, see :mod:`~lightning_pipelite.models.attention.flash`: [heads]; None for none.
-        asked: What else a layer asks for.
+        asked: Further arguments of a layer.
 
     Returns:
         [batch, seq, heads, value size], and None in place of the probabilities.
 
     Raises:
-        NotImplementedError: A layer asks for something else.
+        NotImplementedError: A layer requires something that is not supported.
     """
     unknown = [name for name in UNKNOWN if asked.get(name) is not None]
     causal = is_causal is not False and getattr(module, "is_causal", True)
@@ -98,7 +96,7 @@ def _kernel(
 ) -> Tensor:  # fmt: skip
     batch, heads, length, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
-    head = -(-max(size, value.shape[-1]) // 8) * 8  # the kernel wants equal sizes, multiples of 8
+    head = -(-max(size, value.shape[-1]) // 8) * 8  # the kernel requires equal sizes, multiples of 8
 
     def in_a_row(tensor: Tensor) -> Tensor:
         rows = tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], tensor.shape[3])
@@ -118,7 +116,7 @@ def _masked(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, scaling: float | None, window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Compute the same by a mask: on a CPU, in float32, and for heads that are too large."""
+    """Compute the same with a mask: on a CPU, in float32, and for heads that are too large."""
     place = torch.arange(query.shape[2], device=query.device)
     distance = place[:, None] - place
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -127,7 +125,7 @@ def _masked(
         seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
     grouped = query.shape[1] != key.shape[1]
     mask = seen
-    if sinks is not None:  # the scores of one more key, of zeros, whose value is zeros too
+    if sinks is not None:  # as the scores of one more key of zeros, whose value is zeros
         key, value = (nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
         shape = (query.shape[0], query.shape[1], query.shape[2])
         scores = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf).expand(*shape, -1)
@@ -139,9 +137,9 @@ def _masked(
 
 
 def register() -> None:
-    """Register :func:`varlen_attention` with transformers; to call it again changes nothing.
+    """Register :func:`varlen_attention` with transformers; further calls have no effect.
 
-    transformers knows of no mask of this name. So it builds none, nor does it look for packed documents, which would
-    make the host of a GPU wait in every micro-batch.
+    transformers has no mask builder of this name, so it builds no mask and does not look for packed documents, which
+    would synchronise the host in every micro-batch.
     """
     AttentionInterface.register(NAME, varlen_attention)

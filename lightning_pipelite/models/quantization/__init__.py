@@ -1,1 +1,1 @@
-"""Base weights in fewer bits."""
+"""Quantised base weights."""

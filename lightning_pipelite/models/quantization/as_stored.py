@@ -1,4 +1,4 @@
-"""Linear layers held as the files have them: their codes are not dequantised and quantised again."""
+"""Holds linear layers as stored in the files: their codes are not dequantised and quantised again."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class Awaiting(nn.Linear):
-    """A linear layer whose codes are read when the rest of the model is loaded: no quantiser takes it for its own."""
+    """A linear layer whose codes are read after the rest of the model is loaded; quantisers leave it alone."""
 
 
 def keeps_stored(stored: Format | None, *, load_in_4bit: bool, load_in_fp8: bool) -> bool:
-    """Tell whether these options hold weights as files of the format ``stored`` have them."""
+    """Return whether these options hold weights as files of the format ``stored`` have them."""
     asked = {"load_in_4bit": load_in_4bit, "load_in_fp8": load_in_fp8}
     return stored is not None and stored.keeps is not None and asked[stored.keeps]
 
 
 def kept_weights(meta_model: MetaModel, weights: StoredWeights, numbers: range) -> dict[str, str]:
-    """Return the linear layers of the decoder layers ``numbers`` that can be held as the files have them.
+    """Return the linear layers of the decoder layers ``numbers`` that can be held as stored in the files.
 
-    Not what transformers makes of several weights, or a part of one. Layers that the files have in plain are left so
-    with load_in_4bit, as transformers leaves them: who made the files chose them.
+    Layers that transformers makes from several weights, or from part of one, are excluded. Layers that the files hold
+    unquantised stay so with load_in_4bit, as in transformers: that was the choice of whoever made the files.
 
     Returns:
-        For the name of each, what its weight is called in the files.
+        The name of each layer, mapped to the name of its weight in the files.
     """
     model = meta_model.model
     transforms = get_model_conversion_mapping(model, key_mapping=meta_model.key_mapping)
@@ -61,7 +61,7 @@ def kept_weights(meta_model: MetaModel, weights: StoredWeights, numbers: range) 
 
 
 def await_codes(model: nn.Module, kept: Iterable[str]) -> None:
-    """Let the layers ``kept`` of a model on the meta device load nothing but their biases."""
+    """Make the layers ``kept`` of a model on the meta device load nothing but their biases."""
     for name in kept:
         model.get_submodule(name).__class__ = Awaiting
 
@@ -69,7 +69,7 @@ def await_codes(model: nn.Module, kept: Iterable[str]) -> None:
 def hold_as_stored(
     model: nn.Module, kept: Mapping[str, str], weights: StoredWeights, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give a loaded model the layers ``kept`` as the files have them, in 4 bits or in FP8, to compute in ``dtype``."""
+    """Give the layers ``kept`` of a loaded model the codes in the files, 4-bit or FP8, to compute in ``dtype``."""
     for name, file in kept.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, Awaiting)

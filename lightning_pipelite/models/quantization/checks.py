@@ -1,4 +1,4 @@
-"""Whether the base weights of a model can be held in fewer bits, told before any is read."""
+"""Checks, before any weight is read, whether the base weights of a model can be quantised."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Option = Literal["load_in_4bit", "load_in_fp8"]
 
 
 def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: bool, load_in_fp8: bool) -> None:
-    """Refuse a quantisation that would silently leave weights as they are, or that the adapter would undo.
+    """Reject a quantisation that would silently leave weights unquantised, or that the adapter would undo.
 
     Raises:
-        ConfigurationError: Both at once, linear layers of a class of its own, or what FP8 does not know: fused experts,
-            and an adapter that changes weights.
+        ConfigurationError: Both options are set, a linear layer has a class of the model's own, or FP8 is asked to
+            handle what it does not support: fused experts, or an adapter that changes weights.
     """
     refuse_both(load_in_4bit, load_in_fp8)
     if load_in_4bit:
@@ -29,10 +29,10 @@ def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: 
 
 
 def check_double_quant(stored: Format | None, asked: bool, load_in_4bit: bool) -> bool:
-    """Return whether scales of 4-bit weights are quantised too: as asked, or as in files whose codes are kept.
+    """Return whether scales of 4-bit weights are quantised too: as requested, or as in files whose codes are kept.
 
     Raises:
-        ConfigurationError: It is asked for, and the files have it otherwise.
+        ConfigurationError: It is requested, but the scales in the files are not quantised.
     """
     if not load_in_4bit or stored is None or stored.keeps != "load_in_4bit":
         return asked
@@ -45,7 +45,7 @@ def check_double_quant(stored: Format | None, asked: bool, load_in_4bit: bool) -
 
 
 def can_quantise(meta_model: MetaModel, adapter: Trains, option: Option) -> bool:
-    """Tell whether :func:`check_quantisation` would let ``option`` pass."""
+    """Return whether ``option`` passes :func:`check_quantisation`."""
     try:
         _check(meta_model, adapter, option)
     except ConfigurationError:

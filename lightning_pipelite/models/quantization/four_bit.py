@@ -1,4 +1,4 @@
-"""Weights in 4 bits (nf4): linear layers as transformers quantises them, and the fused experts that it leaves out.
+"""Quantises weights to 4 bits (nf4): linear layers as transformers does, and the fused experts that it leaves out.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://arxiv.org/abs/2305.14314).
 """
@@ -24,12 +24,12 @@ from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 if TYPE_CHECKING:
-    # Otherwise where it is used: bitsandbytes imports torch's compiler, which takes two seconds.
+    # At run time it is imported where it is used: bitsandbytes imports torch's compiler, which takes two seconds.
     from bitsandbytes.nn import Linear4bit
 
     from lightning_pipelite.models.meta_model import MetaModel
 
-SMALLEST_SIDE = 64  # of a fused weight; below, it is a filter or a scale, and a block of nf4 has 64 values
+SMALLEST_SIDE = 64  # a fused weight with a smaller side is a filter or a scale, and a block of nf4 has 64 values
 COMPUTED_WITH = re.compile(r"\bself\.(\w+)\.weight(?:\.(?!dtype\b|device\b|shape\b)\w|\s*@)")
 ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
 
@@ -37,8 +37,8 @@ ROUTER = re.compile(r"router|gate|\w+_(router|gate)")  # not gate_proj
 def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
     """Return the linear layers of the named decoder layers that keep their precision.
 
-    Routers and gates of experts are small and steer much; most classes have routers that are no linear layers, here are
-    the others. And the weights that a class computes with by itself, not by calling the layer, must be numbers.
+    Routers and expert gates are small but decisive; in most classes they are not linear layers, and this finds those
+    that are. Weights that a class computes with directly, without calling the layer, must stay floating point.
     """
     kept = []
     for layer_name in layer_names:
@@ -55,14 +55,14 @@ def kept_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
 
 @cache
 def _computed_with(kind: type) -> frozenset[str]:
-    """Return the names of the layers of a module whose weights the code of its class computes with by itself.
+    """Return the names of the layers of a module whose weights the code of its class computes with directly.
 
-    Such as Gemma 3n's coefficients, which it clamps, and Jamba's dt_proj.
+    Examples are Gemma 3n's coefficients, which it clamps, and Jamba's dt_proj.
     """
     found: set[str] = set()
     for each in kind.__mro__:
         if not each.__module__.startswith("torch."):
-            with contextlib.suppress(OSError, TypeError):  # a class whose code is in no file
+            with contextlib.suppress(OSError, TypeError):  # a class without a source file
                 found |= set(COMPUTED_WITH.findall(inspect.getsource(each)))
     return frozenset(found)
 
@@ -78,7 +78,7 @@ def linear_names(model: nn.Module, layer_names: Iterable[str]) -> list[str]:
 
 
 def unknown_linear(model: nn.Module, layer_names: Iterable[str]) -> str | None:
-    """Return the name of a linear layer that transformers would silently leave as it is, or None."""
+    """Return the name of a linear layer that transformers would silently leave unquantised, or None."""
     layer_names = list(layer_names)
     kept = set(kept_names(model, layer_names))
     for layer_name in layer_names:
@@ -90,12 +90,12 @@ def unknown_linear(model: nn.Module, layer_names: Iterable[str]) -> str | None:
 
 
 def nf4(kept: list[str], dtype: torch.dtype, *, double_quant: bool) -> BitsAndBytesConfig:
-    """Return the quantisation of linear layers other than those ``kept``, computed in ``dtype``.
+    """Return the quantisation configuration for all linear layers but those ``kept``, computed in ``dtype``.
 
     With ``double_quant`` the scales of the blocks are quantised too, to 8 bits.
 
-    ``kept`` must name the head: transformers, left alone, guesses it as a model's last module, and on a trimmed model
-    that is a decoder layer's.
+    ``kept`` must name the head: by default, transformers takes a model's last module for it, which in a trimmed model
+    belongs to a decoder layer.
     """
     bitsandbytes_operations()
     return BitsAndBytesConfig(
@@ -112,13 +112,13 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
 
     Args:
         codes: Bitsandbytes' codes.
-        state: Its ``QuantState`` of them.
+        state: Their ``QuantState``.
 
     Returns:
-        None where it is another format than nf4 in blocks of the usual size.
+        The parts; None if the format is not nf4 in blocks of the usual size.
 
     Raises:
-        ConfigurationError: The codes are not bytes: bitsandbytes can store them as other types.
+        ConfigurationError: The codes are not bytes: bitsandbytes can store them in other dtypes.
     """
     if state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
         return None
@@ -133,8 +133,8 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
 def held_parts(parts: Sequence[Tensor]) -> dict[int, nn.Parameter]:
     """Return the parts of a frozen weight as a compiled module should hold them.
 
-    The compiler looks at each tensor that is no plain parameter, at lists, and at what is no module anew in every call;
-    in bitsandbytes' codes and states this takes the host longer than a small product.
+    The compiler guards tensors that are not plain parameters, lists, and objects that are not modules, and checks these
+    guards in every call; for bitsandbytes' codes and states this takes the host longer than a small product.
     """
     return dict(enumerate(nn.Parameter(part.detach().as_subclass(Tensor), requires_grad=False) for part in parts))
 
@@ -145,16 +145,16 @@ def in_order(parts: Mapping[int, Tensor]) -> list[Tensor]:
 
 
 def join(weights: Sequence[Any]) -> list[Tensor] | None:
-    """Let several weights in nf4 be held one behind the other, and return their parts as those of one weight.
+    """Store several nf4 weights contiguously, and return their parts as those of one weight.
 
-    Each is the same as before, a view of what all are held in.
+    Each weight keeps its values and becomes a view of the joint storage.
 
     Args:
         weights: Bitsandbytes' ``Params4bit`` [out, in], with the same number of columns.
 
     Returns:
-        None where one weight ends within what has one scale, or they are quantised in different ways: these are left
-        as they are.
+        The joint parts; None, with the weights unchanged, if one ends within a block that shares a scale or if they are
+        quantised in different ways.
     """
     states: list[Any] = [getattr(weight, "quant_state", None) for weight in weights]
     parts = [kernel_parts(weight.data, state) for weight, state in zip(weights, states, strict=True)]
@@ -174,7 +174,7 @@ def join(weights: Sequence[Any]) -> list[Tensor] | None:
 
 
 def _on_end(tensors: Sequence[Tensor], holders: Sequence[Any], name: str) -> Tensor:
-    """Return all tensors in one, and let each holder have its part of that."""
+    """Return the concatenated tensors, with each holder's attribute ``name`` set to its part of the result."""
     whole = torch.cat([*tensors])
     for holder, part in zip(holders, whole.split([len(each) for each in tensors]), strict=True):
         setattr(holder, name, part)
@@ -182,7 +182,7 @@ def _on_end(tensors: Sequence[Tensor], holders: Sequence[Any], name: str) -> Ten
 
 
 def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the weights of many experts in one tensor [experts, ., .], each as its module and its name there."""
+    """Yield the weights that hold many experts in one tensor [experts, ., .], each as its module and its name there."""
     for module in (module for layer in layers for module in layer.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             matrix = parameter.ndim == 3 and min(parameter.shape[1:]) >= SMALLEST_SIDE
@@ -191,7 +191,7 @@ def fused_weights(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]
 
 
 def quantise_on_load(layers: Iterable[nn.Module], *, double_quant: bool) -> None:
-    """Make the fused weights of ``layers``, still on the meta device, turn into nf4 as each is loaded."""
+    """Make the fused weights of ``layers``, still on the meta device, be quantised to nf4 as each is loaded."""
     for module, name in list(fused_weights(layers)):
         if not isinstance(module, _QuantisedOnLoad):
             mix_in(module, _QuantisedOnLoad).__dict__.update(fused_names=set(), double_quant=double_quant)
@@ -207,14 +207,14 @@ def quantise_without_weights(
     double_quant: bool,
     only: Collection[str] | None = None,
 ) -> None:
-    """Give a model on the meta device the tensors that it has in 4 bits, where a real one is quantised on loading.
+    """Give a model on the meta device the 4-bit tensors that a real one gets by quantisation on loading.
 
     Args:
-        model: Trimmed to the decoder layers ``numbers``.
+        model: The model, trimmed to the decoder layers ``numbers``.
         meta_model: The whole model.
-        numbers: The decoder layers that it has.
-        dtype: Type of the computation.
-        double_quant: Quantise the scales of the blocks too.
+        numbers: Indices of the decoder layers that ``model`` has.
+        dtype: Dtype of the computation.
+        double_quant: Whether to quantise the scales of the blocks too.
         only: The linear layers that are in 4 bits; None if all are.
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
@@ -233,10 +233,10 @@ def quantise_without_weights(
 
 @contextlib.contextmanager
 def _code_tables_of_its_own() -> Iterator[None]:
-    """Leave bitsandbytes' tables of codes as they are.
+    """Leave bitsandbytes' global tables of codes unchanged.
 
-    It makes the table for double quantisation where it is first needed and keeps it there for good: on the meta device
-    it would have no values, and no weights could be quantised any more. Remove when it makes one for each device.
+    It makes the table for double quantisation on the device where it is first needed, and keeps it for good: on the
+    meta device it would have no values, and no more weights could be quantised. Remove when it makes one per device.
     """
     from bitsandbytes.functional import name2qmap
 
@@ -269,10 +269,10 @@ def _linear_without_weights(linear: nn.Linear | Conv1D, dtype: torch.dtype, doub
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Let an evaluation on a CPU leave the weights as they are.
+    """Keep an evaluation on a CPU from changing the weights.
 
-    On some CPUs bitsandbytes (0.50) repacks them in the first one, for good, into a form whose product has no backward:
-    from then on most gradients would be wrong, with no more than a warning.
+    On some CPUs, the first evaluation makes bitsandbytes (0.50) repack them, for good, into a form whose product has no
+    backward: from then on most gradients would be wrong, with only a warning.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -280,18 +280,18 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.dtype) -> Linear4bit:
-    """Return a linear layer with given codes.
+    """Return a linear layer with the given codes.
 
     Args:
-        linear: What it stands for; its weight is not looked at.
+        linear: The layer that it replaces; its weight is not read.
         codes: Bitsandbytes' codes, one column of bytes.
-        state: Its ``QuantState`` of them.
-        dtype: Type of the computation.
+        state: Their ``QuantState``.
+        dtype: Dtype of the computation.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     bitsandbytes_operations()
-    state.dtype = dtype  # what it becomes for a product, as where it is quantised here; else it would be rounded twice
+    state.dtype = dtype  # dequantised to it directly, as weights quantised here are; else they would be rounded twice
     made = Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=state.quant_type,
         device="meta",
@@ -311,9 +311,9 @@ def linear_as_stored(linear: nn.Linear, codes: Tensor, state: Any, dtype: torch.
 
 
 class _QuantisedOnLoad(Mixin, nn.Module):
-    """Mixed into a module with fused weights: quantises what is assigned to them.
+    """Mixed into a module with fused weights: quantises them as they are assigned.
 
-    Not after loading: all experts of a stage would then be held in full precision at once.
+    Quantised after loading, all experts of a stage would be held in full precision at once.
     """
 
     mixin_place = MixinPlace.QUANTISATION
@@ -328,5 +328,5 @@ class _QuantisedOnLoad(Mixin, nn.Module):
         loaded = isinstance(value, nn.Parameter) and value.is_floating_point() and not value.is_meta
         if loaded and name in self.fused_names and not is_parametrized(self, name):
             replace_parameter_4bit(self, name, quant_type="nf4", compress_statistics=self.double_quant)
-            # So that transformers does not take the weight for one that no file held.
+            # So that transformers does not report the weight as missing from the files.
             mark_initialised(self.get_parameter(f"parametrizations.{name}.original"))

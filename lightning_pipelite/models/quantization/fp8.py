@@ -1,6 +1,6 @@
-"""Weights in FP8: the decoder's linear layers as codes in e4m3 with a scale for each output channel.
+"""Holds the decoder's linear layers in FP8: e4m3 codes with a scale for each output channel.
 
-One copy serves the forward and the backward product, see :mod:`lightning_pipelite.kernels.fp8`.
+One copy serves both the forward and the backward product, see :mod:`lightning_pipelite.kernels.fp8`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer in FP8. What is assigned to ``weight``, as when a model is loaded, is quantised at once.
+    """A frozen linear layer in FP8. A parameter assigned to ``weight``, as on loading, is quantised immediately.
 
     Args:
         linear: The layer on the meta device, linear or transformers' Conv1D, whose weight is transposed.
-        name: What it is called in the model.
-        dtype: Of the computation.
-        device: Where its weight will be.
+        name: Its name in the model.
+        dtype: Dtype of the computation.
+        device: Device that its weight will be on.
 
     Attributes:
-        name: What it is called in the model.
-        dtype: Of the computation.
-        in_fp8: Whether its products are computed in FP8; else with a weight that is dequantised for each.
+        name: Its name in the model.
+        dtype: Dtype of the computation.
+        in_fp8: Whether its products are computed in FP8; if not, its weight is dequantised for each.
     """
 
     _first: tuple[Fp8Linear] | None = None  # the layer that holds this one's rows, see join; not a submodule
-    _start = 0  # of its rows there
+    _start = 0  # index of this layer's first row there
 
     def __init__(self, linear: nn.Linear | Conv1D, name: str, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.dtype, self._transposed = name, dtype, isinstance(linear, Conv1D)
@@ -53,7 +53,7 @@ class Fp8Linear(nn.Linear):
 
     @property
     def codes(self) -> Tensor:
-        """E4m3 [out, in], as bytes: nobody takes these for values that could be cast."""
+        """E4m3 [out, in], as bytes, so that nothing takes them for values to cast."""
         return self._rows("codes")
 
     @property
@@ -67,24 +67,23 @@ class Fp8Linear(nn.Linear):
             raise AttributeError(f"{self.name} has no {name} yet")
         return held if self._first is None else held.narrow(0, self._start, self.out_features)
 
-    # Functions, no properties: these the compiler would look at anew in every call of what it has compiled.
+    # Methods, as the compiler would check guards on properties in every call.
 
     def parts(self) -> list[Tensor]:
         """Return codes and scales as kernels take them."""
         return [self._rows("codes").view(DTYPE), self._rows("scales")]
 
     def joined(self) -> list[Tensor]:
-        """Return codes and scales of all layers whose rows this one holds, see :func:`join`, as kernels take them."""
+        """Return codes and scales, as kernels take them, of all layers whose rows this one holds, see :func:`join`."""
         codes, scales = (self._parameters[name] for name in ("codes", "scales"))
         assert codes is not None
         assert scales is not None
         return [codes.view(DTYPE), scales]
 
     def _get_weight(self) -> Tensor:
-        """Return the weight itself.
+        """Return the weight: on the meta device before loading, dequantised afterwards.
 
-        Before it is loaded on the meta device, then dequantised, for all who ask for it; what they would write into
-        that, as PEFT does when it merges an adapter, is refused.
+        Assigning to ``data`` of the dequantised weight, as PEFT does when it merges an adapter, raises an error.
         """
         if (weight := self._parameters.get("weight")) is not None:
             return weight
@@ -102,20 +101,20 @@ class Fp8Linear(nn.Linear):
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> None:
-        """Hold ``weight`` in FP8; on the meta device, hold tensors of these sizes.
+        """Hold ``weight`` in FP8; on the meta device, hold meta tensors of the same sizes.
 
         Raises:
-            ConfigurationError: It has values that are no numbers or infinite.
+            ConfigurationError: It has values that are NaN or infinite.
         """
         if not_finite({self.name: weight}):
             raise self._not_finite()
         self._hold(*quantise_rows(weight.T.contiguous() if self._transposed else weight))
 
     def keep(self, codes: Tensor, scales: Tensor) -> None:
-        """Hold e4m3 codes [out, in] with float32 scales [out] that are given.
+        """Hold the given e4m3 codes [out, in] with float32 scales [out].
 
         Raises:
-            ConfigurationError: There are values that are no numbers or infinite.
+            ConfigurationError: They have values that are NaN or infinite.
         """
         not_a_number = (codes.view(torch.uint8) & 0x7F) == 0x7F
         if bool(not_a_number.any()) or not_finite({self.name: scales}):
@@ -129,7 +128,7 @@ class Fp8Linear(nn.Linear):
         )
 
     def _hold(self, codes: Tensor, scales: Tensor) -> None:
-        self._parameters.pop("weight", None)  # it is there the first time
+        self._parameters.pop("weight", None)  # present only the first time
         for name, tensor in (("codes", codes.view(torch.uint8)), ("scales", scales)):
             if self._first is not None:
                 self._rows(name).copy_(tensor)
@@ -139,7 +138,7 @@ class Fp8Linear(nn.Linear):
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move, but not cast: the products take scales in float32, and so few of them cost nothing."""
+        """Move, but do not cast: products take the scales in float32, and they are so few that they cost nothing."""
         scales = self._parameters.get("scales")
         held = None if scales is None else scales.data
         super()._apply(fn, *args, **kwargs)
@@ -155,9 +154,9 @@ class Fp8Linear(nn.Linear):
 
 
 def join(layers: Sequence[Fp8Linear]) -> None:
-    """Let the first of several layers of one input hold the codes and scales of all, one behind the other.
+    """Make the first of several layers with the same input hold the codes and scales of all, contiguously.
 
-    One product then serves all of them; each can still be called by itself.
+    One product then serves all of them; each can still be called separately.
     """
     for name in ("codes", "scales"):
         held = torch.cat([layer._parameters.pop(name) for layer in layers])  # type: ignore[misc]
@@ -170,9 +169,9 @@ def join(layers: Sequence[Fp8Linear]) -> None:
 
 
 class _Dequantised(Tensor):
-    """A weight made whole, which is nobody's once it has been used: what is put into it would be lost."""
+    """A temporary, dequantised weight: changes to it would be lost."""
 
-    # What is computed of it is a plain tensor.
+    # Results of operations on it are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
@@ -191,14 +190,14 @@ class _Dequantised(Tensor):
 def hold_in_fp8(
     model: nn.Module, meta_model: MetaModel, numbers: Iterable[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Replace linear layers, still on the meta device, by FP8 ones.
+    """Replace linear layers, still on the meta device, with FP8 ones.
 
     Args:
-        model: Trimmed to the decoder layers ``numbers``.
+        model: The model, trimmed to the decoder layers ``numbers``.
         meta_model: The whole model.
-        numbers: The decoder layers that it has.
-        dtype: Type of the computation.
-        device: Where the weights will be; on the meta device they are quantised now, to have their sizes.
+        numbers: Indices of the decoder layers that ``model`` has.
+        dtype: Dtype of the computation.
+        device: Device that the weights will be on; if it is the meta device, they are quantised now, for their sizes.
     """
     names = [meta_model.layer_names[number] for number in numbers]
     kept = {*kept_names(model, names)}
@@ -213,7 +212,7 @@ def hold_in_fp8(
 
 
 def tell_how_computed(model: nn.Module, device: torch.device) -> None:
-    """Warn in one sentence where products are not computed in FP8."""
+    """Warn in one sentence if products are not computed in FP8."""
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     others = [layer for layer in layers if not layer.in_fp8]
     if not others or device.type == "meta":

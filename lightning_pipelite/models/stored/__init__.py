@@ -1,1 +1,1 @@
-"""Weights that the files of a model hold in fewer bits: one file a format, and one reader."""
+"""Reads quantised weights from a model's files: one module per format, and one reader."""

@@ -1,4 +1,4 @@
-"""AWQ: codes of 4 bits, with a zero point and a scale for each group of inputs, in the order of its gemm kernels.
+"""AWQ: 4-bit codes with a zero point and a scale for each group of inputs, in the order of its gemm kernels.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"
 (https://arxiv.org/abs/2306.00978); the files are those of AutoAWQ.
@@ -36,14 +36,14 @@ from lightning_pipelite.models.stored.packed import WORD, unpack
 
 BITS = 4
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where in a word each of its eight outputs is: a kernel unpacks those that are four apart together."""
+"""The position in a word of each of its eight outputs: a kernel unpacks those that are four apart together."""
 GEMM = ["gemm", "GEMM", None]
 BACKENDS = [None, "autoawq", "auto", "auto_trainable", "gemm", "gemm_triton", "torch_awq"]
 
 
 class Awq:
-    """Of a layer [out, in], packed along the outputs: ``NAME.qweight`` [in, out / 8], and of its groups ``NAME.qzeros``
-    [groups, out / 8] and ``NAME.scales`` [groups, out].
+    """For a layer [out, in], packed along the outputs: ``NAME.qweight`` [in, out / 8], and for its groups
+    ``NAME.qzeros`` [groups, out / 8] and ``NAME.scales`` [groups, out].
 
     Args:
         config: The ``quantization_config``.
@@ -93,7 +93,7 @@ class Awq:
         def dequantise(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
             codes, zeros, scales = parts
             offsets, factors = (each.repeat_interleave(width // groups, dim=0) for each in (_unpack(zeros), scales))
-            # As the libraries do, in the type of the scales; a difference of codes is exact in all of them.
+            # As the libraries do, in the dtype of the scales; a difference of codes is exact in each of these dtypes.
             return ((_unpack(codes) - offsets).to(scales.dtype) * factors).to(dtype).T.contiguous()
 
         return Quantised(name, (out, width), (codes, zeros, scales), dequantise)

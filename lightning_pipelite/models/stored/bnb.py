@@ -1,4 +1,4 @@
-"""Bitsandbytes: linear layers in 4 bits (nf4, fp4) with a scale for each block, or in 8 bits with one for each row.
+"""Bitsandbytes: linear layers in 4 bits (nf4, fp4) with a scale per block, or in 8 bits with one per row.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (https://arxiv.org/abs/2305.14314), and 2022,
 "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (https://arxiv.org/abs/2208.07339).
@@ -31,7 +31,7 @@ TYPES = ["nf4", "fp4"]
 STATE = ".quant_state.bitsandbytes__"
 ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
-"""The types that codes may be stored as, two in each of so many bytes."""
+"""The dtypes that 4-bit codes may be stored as, with their sizes in bytes; each byte holds two codes."""
 KNOWN: dict[str, list[Any]] = {
     "quant_type": TYPES,
     "blocksize": [32, 64, 128, 256, 512, 1024, 2048, 4096],
@@ -39,12 +39,12 @@ KNOWN: dict[str, list[Any]] = {
     "nested_blocksize": [SCALES_BLOCK],
     "nested_dtype": ["float32"],
 }
-ROWS = 0  # of the layouts of 8-bit codes, the one that is no GPU's own
+ROWS = 0  # the layout of 8-bit codes that is not specific to a kind of GPU
 
 
 class BitsAndBytes:
-    """Codes ``NAME``, and what they are by ``NAME.absmax``, ``NAME.quant_map`` and
-    ``NAME.quant_state.bitsandbytes__nf4``; in 8 bits codes ``NAME`` [out, in] and ``SCB`` [out], 127 times the scales.
+    """Codes ``NAME``, described by ``NAME.absmax``, ``NAME.quant_map`` and ``NAME.quant_state.bitsandbytes__nf4``;
+    in 8 bits codes ``NAME`` [out, in] and ``SCB`` [out], 127 times the scales.
 
     Args:
         config: The ``quantization_config``.
@@ -63,7 +63,7 @@ class BitsAndBytes:
                 "bnb_4bit_use_double_quant": [True, False],
                 "bnb_4bit_compute_dtype": None,
                 "bnb_4bit_quant_storage": None,
-                **dict.fromkeys(f"llm_int8_{name}" for name in settings),  # of what is converted, the files tell
+                **dict.fromkeys(f"llm_int8_{name}" for name in settings),  # the files show what is quantised
             },
         )
         four, eight = (bool(config.get(key) or config.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
@@ -129,7 +129,7 @@ def _four_bits(entries: Entries, name: str, described: str, read: Read) -> Quant
 
 
 def _dequantised(codes: Tensor, state: Any) -> Tensor:
-    """Return the weight in its own type."""
+    """Return the weight in the dtype that its state names."""
     from bitsandbytes.functional import dequantize_4bit
 
     bitsandbytes_operations()
@@ -138,7 +138,7 @@ def _dequantised(codes: Tensor, state: Any) -> Tensor:
 
 
 def _state(name: str, described: str, read: Read) -> dict[str, Any]:
-    """Return what is said of codes beside their tensors."""
+    """Return the checked description of the codes that is stored beside their tensors."""
     try:
         state = json.loads(bytes(read(described).tolist()))
         shape, unknown = state["shape"], state.keys() - {*KNOWN, "shape", "nested_offset"}

@@ -1,4 +1,4 @@
-"""Compressed-tensors: integers of 4 or 8 bits packed in int32, integers of 8 bits, and FP8, each with symmetric scales.
+"""Compressed-tensors: 4- or 8-bit integers packed in int32, 8-bit integers, and FP8, each with symmetric scales.
 
 https://github.com/vllm-project/compressed-tensors
 """
@@ -30,7 +30,7 @@ FORMATS = {
     ("int-quantized", "int", 8): "I8",
     ("float-quantized", "float", 8): "F8_E4M3",
 }
-"""The type of the codes in the files, by format, kind of number and bits."""
+"""The dtype of the codes in the files, by format, number type and bits."""
 SCALE_TYPES = ["F32", "BF16", "F16"]
 ENDS = tuple(f".weight_{end}" for end in ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale"))
 GROUP = {"targets": None, "weights": None, "input_activations": None, "output_activations": [None]}
@@ -42,7 +42,7 @@ WEIGHTS = {
     "block_structure": None,
     "symmetric": [True],
     "dynamic": [False],
-    "actorder": [None, False, "static", "weight"],  # else columns are in groups of another order
+    "actorder": [None, False, "static", "weight"],  # others group columns in another order
     "observer": None,
     "observer_kwargs": None,
     "scale_dtype": None,
@@ -51,7 +51,7 @@ WEIGHTS = {
 
 
 class CompressedTensors:
-    """Codes ``NAME`` or, packed, ``NAME_packed`` and ``NAME_shape``; and scales ``NAME_scale``.
+    """Codes ``NAME`` or, if packed, ``NAME_packed`` and ``NAME_shape``; and scales ``NAME_scale``.
 
     Args:
         config: The ``quantization_config``.
@@ -71,7 +71,7 @@ class CompressedTensors:
                 "transform_config": [None, {}],
                 "global_compression_ratio": None,
                 "version": None,
-                "ignore": None,  # What is converted is told by the files.
+                "ignore": None,  # the files show what is quantised
                 "dequantize": None,
                 "run_compressed": None,
             },
@@ -145,7 +145,7 @@ class CompressedTensors:
                 f"{name} is an expert's in {self.title}, with scales of a kind that transformers does not load for "
                 "experts; give the model in bfloat16."
             )
-        # transformers multiplies experts in FP8 in float32, and all else in the scales' type.
+        # transformers dequantises FP8 experts in float32, and all else in the dtype of the scales.
         exact = experts and self._codes == "F8_E4M3"
 
         def dequantise(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,7 @@ class CompressedTensors:
             if packed:
                 if tuple(parts[2].tolist()) != shape:
                     raise misfit(name, f"has {name}_shape {parts[2].tolist()}, and codes for {list(shape)}")
-                # They are stored plus half their range.
+                # They are stored with half their range added.
                 values = (unpack(values, self._count) - 2 ** (self._count - 1)).to(torch.int8)
             scales = scales.float() if exact else scales
             factors = scales.reshape(1, 1) if self._sides is None else scales.repeat_interleave(sides[0], dim=0)
@@ -168,7 +168,7 @@ class CompressedTensors:
 
 
 def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns that share a scale, 0 for all columns; None where all share one."""
+    """Return the rows and columns that share a scale, 0 for all columns; None if the whole weight shares one."""
     strategy, group, block = (weights.get(key) for key in ("strategy", "group_size", "block_structure"))
     if strategy == "tensor":
         return None

@@ -1,4 +1,4 @@
-"""What a format of quantised files has to tell: which tensors make a weight, and how."""
+"""The interface of a format of quantised files: which tensors make up a weight, and how."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from lightning_pipelite.errors import ConfigurationError
 
 Entries = Mapping[str, Mapping[str, Any]]
-"""What the headers of the files say of each tensor, by name: ``dtype``, as safetensors call it, and ``shape``."""
+"""The header entry of each tensor in the files, by name: ``dtype``, as safetensors names it, and ``shape``."""
 
 Keeps = Literal["load_in_4bit", "load_in_fp8"]
 Read = Callable[[str], Tensor]
-"""Reads a tensor of the files, by its name; for those that say what others are."""
+"""Reads a tensor of the files by name; for tensors that describe others."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight of the model that several tensors of the files make.
+    """A weight of the model that is made up of several tensors of the files.
 
     Attributes:
-        name: Of the weight, as it would be called in files that are not quantised.
+        name: Name of the weight in files that are not quantised.
         shape: Its shape there.
-        parts: Names of the tensors that make it, in the order in which ``dequantise`` takes them.
-        dequantise: Makes the weight of the parts, in a given type.
-        unused: Names of tensors that belong with it and make nothing of it, such as scales of activations.
-        kept: Makes of the parts what holds the weight as the files do, without dequantising it: codes and bitsandbytes'
-            state of them, or FP8's codes and a scale for each row. None where nothing does.
+        parts: Names of the tensors that make it up, in the order in which ``dequantise`` takes them.
+        dequantise: Computes the weight from the parts, in a given dtype.
+        unused: Names of tensors that belong to it but are not needed, such as scales of activations.
+        kept: Returns, from the parts, the weight as the files hold it, not dequantised: bitsandbytes' codes and state,
+            or FP8 codes and a scale for each row. None if it cannot be held so.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Quantised:
 
 
 class Format(Protocol):
-    """A way in which files hold weights in fewer bits, as a ``quantization_config`` describes it.
+    """A format in which files hold quantised weights, as a ``quantization_config`` describes it.
 
     Attributes:
-        title: What it is called.
-        bits: About how many a quantised weight has, with its scales.
+        title: Its name in messages.
+        bits: Approximate bits per quantised weight, including its scales.
         keeps: The option with which weights are held as the files have them; None if there is none.
-        double_quant: Whether those that load_in_4bit keeps have scales that are quantised too.
+        double_quant: Whether the scales of weights that load_in_4bit keeps are quantised too.
     """
 
     title: str
@@ -60,20 +60,20 @@ class Format(Protocol):
         """Yield the quantised weights among the tensors of the files.
 
         Args:
-            entries: Of all tensors, what the headers say.
-            read: For the few small ones that say what a weight is.
+            entries: The header entries of all tensors.
+            read: Reads the few small tensors that describe a weight.
 
         Raises:
-            ConfigurationError: A tensor of the format is missing, or its type or shape does not fit.
+            ConfigurationError: A tensor of the format is missing, or its dtype or shape does not fit.
         """
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Mapping[str, Iterable[Any] | None]) -> None:
-    """Refuse what a ``quantization_config`` says beyond what is ``known``.
+    """Reject a ``quantization_config`` with keys or values that are not ``known``.
 
     Args:
         config: The ``quantization_config``.
-        known: The keys that it may have, each with the values that it may have; None where any value means the same.
+        known: The keys that it may have, each with its permitted values; None if its value makes no difference here.
 
     Raises:
         ConfigurationError: It has another key, or another value.
@@ -94,17 +94,17 @@ def refuse_unknown(config: Mapping[str, Any], known: Mapping[str, Iterable[Any] 
 
 
 def misfit(name: str, reason: str) -> ConfigurationError:
-    """Return the error of a tensor that is not as its format wants it."""
+    """Return the error for a tensor that does not fit its format."""
     return ConfigurationError(f"the quantised weight {name} {reason}; fetch the model again.")
 
 
 def shape_of(entries: Entries, name: str) -> tuple[int, ...]:
-    """Return the shape of a tensor of the files."""
+    """Return the shape of a tensor in the files."""
     return tuple(entries[name]["shape"])
 
 
 def part(entries: Entries, weight: str, name: str, dtypes: Iterable[str], shape: tuple[int, ...] | None = None) -> str:
-    """Return ``name`` after checking that the files hold this part of ``weight``, of type and shape.
+    """Return ``name`` after checking that the files hold this part of ``weight`` with the given dtype and shape.
 
     Raises:
         ConfigurationError: They do not.

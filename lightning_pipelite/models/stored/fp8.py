@@ -1,4 +1,4 @@
-"""FP8: weights in e4m3 with a scale for each block, or for the whole tensor (DeepSeek, Qwen, MiniMax, Mistral).
+"""FP8: weights in e4m3 with a scale per block, or one for the whole tensor (DeepSeek, Qwen, MiniMax, Mistral).
 
 DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (https://arxiv.org/abs/2412.19437), section 3.3.
 """
@@ -26,12 +26,12 @@ from lightning_pipelite.models.stored.format import (
 CODES = "F8_E4M3"
 SCALE_TYPES = ["F32", "BF16", "F16", "F8_E8M0"]
 SCALES = {"_scale_inv": "", ".scale": ".weight", ".qscale_weight": ".weight"}
-"""What scales are called after their weight, and what then stands for it in the weight's own name."""
+"""Suffixes of scales' names, each with the suffix of the weight's name that it replaces."""
 ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act")
 
 
 class Fp8:
-    """Codes ``NAME`` and their scales ``NAME_scale_inv``, with which they are multiplied.
+    """Codes ``NAME`` and scales ``NAME_scale_inv``, by which they are multiplied.
 
     Args:
         config: The ``quantization_config``.
@@ -43,13 +43,13 @@ class Fp8:
         refuse_unknown(
             config,
             {
-                "activation_scheme": ["dynamic", "static"],  # how inputs are quantised, where products are in FP8
+                "activation_scheme": ["dynamic", "static"],  # how inputs are quantised for products in FP8
                 "fmt": ["e4m3", "float8_e4m3fn", None],
                 "scale_fmt": ["float", "ue8m0", None],
                 "expert_dtype": ["fp8", None],
                 "weight_block_size": None,
                 "dequantize": None,
-                # What is converted is told by the files.
+                # The files show what is quantised.
                 "modules_to_not_convert": None,
                 "modules_to_convert": None,
                 "ignored_layers": None,
@@ -91,7 +91,7 @@ class Fp8:
         if len(shape) < 2:
             raise misfit(name, f"has shape {list(shape)}, which is no matrix")
         if self._block is None:
-            # One of each expert, where they are fused.
+            # One for each expert if they are fused.
             if grid not in ((), (1,), (*shape[:-2], 1, 1)):
                 raise misfit(name, f"wants one scale, and has {scale} in shape {list(grid)}")
             return Quantised(name, shape, (name, scale), _by_tensor, unused, _kept if len(shape) == 2 else None)
@@ -99,7 +99,7 @@ class Fp8:
         wanted = (*shape[:-2], *(-(-size // side) for size, side in zip(shape[-2:], block, strict=True)))
         part(entries, name, scale, SCALE_TYPES, wanted)
         for size, side, count in zip(shape[-2:], block, wanted[-2:], strict=True):
-            # Without a look at the block's size, transformers takes as many equal blocks as there are scales.
+            # transformers ignores the size of blocks and assumes as many equal blocks as there are scales.
             if size % side and size % count == 0 and count > 1:
                 raise misfit(
                     name, f"has shape {list(shape)}, which blocks of {list(block)} do not divide: libraries read it in "
@@ -123,7 +123,7 @@ def _kept(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _by_block(parts: list[Tensor], dtype: torch.dtype, block: tuple[int, int]) -> Tensor:
-    """Multiply in float32, one block row of all columns at a time; the last blocks may be smaller."""
+    """Dequantise in float32, one row of blocks at a time; the last blocks may be smaller."""
     codes, scales = parts
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows, columns = block

@@ -1,4 +1,4 @@
-"""GPTQ: codes of 2, 3, 4 or 8 bits, with a zero point and a scale for each group of inputs.
+"""GPTQ: codes of 2, 3, 4 or 8 bits with a zero point and a scale for each group of inputs.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
 (https://arxiv.org/abs/2210.17323); the files are those of AutoGPTQ, optimum and GPTQModel.
@@ -41,9 +41,9 @@ BACKENDS = [None, "auto", "auto_trainable"]
 
 
 class Gptq:
-    """Of a layer [out, in], packed along the inputs: ``NAME.qweight`` [in * bits / 32, out], and of its groups
+    """For a layer [out, in], packed along the inputs: ``NAME.qweight`` [in * bits / 32, out], and for its groups
     ``NAME.qzeros`` [groups, out * bits / 32] and ``NAME.scales`` [groups, out]. ``NAME.g_idx`` [in] is the group of
-    each input: with desc_act they are in an order of their own.
+    each input: with desc_act, a group's inputs are not contiguous.
 
     Args:
         config: The ``quantization_config``.
@@ -118,14 +118,14 @@ class Gptq:
             if not bool(((group >= 0) & (group < groups)).all()):
                 raise misfit(name, f"has inputs in groups that are none of its {groups}")
             offsets = self._zero_points(name, zeros)
-            # As the libraries do, in the type of the scales; a difference of codes is exact in all of them.
+            # As the libraries do, in the dtype of the scales; a difference of codes is exact in each of these dtypes.
             steps = unpack(codes.T.contiguous(), self._bits) - offsets.T[:, group]
             return (steps.to(scales.dtype) * scales.T[:, group]).to(dtype)
 
         return Quantised(name, (out, width), parts, dequantise)
 
     def _zero_points(self, name: str, words: Tensor) -> Tensor:
-        """Return them [groups, out]. Version 1 of the format stores them less one."""
+        """Return the zero points [groups, out]. Version 1 of the format stores them minus one."""
         stored = unpack(words, self._bits)
         if not self._less_one:
             return stored

@@ -1,4 +1,4 @@
-"""What GPTQ and AWQ have in common: codes, zero points and scales of groups, for each linear layer."""
+"""What GPTQ and AWQ have in common: codes, and zero points and scales per group, for each linear layer."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ OF_MAKING = dict.fromkeys(
         "use_exllama",
     )
 )
-"""Keys that say how codes were found, by what they are computed with, or what is quantised, which the files tell."""
+"""Keys that say how codes were found, which kernels compute with them, or what is quantised, which the files show."""
 
 
 def group_size(config: Mapping[str, Any]) -> int | None:
-    """Return how many inputs share a scale; None where all of them do.
+    """Return how many inputs share a scale; None if all of them do.
 
     Raises:
-        ConfigurationError: It is no usable number.
+        ConfigurationError: The number is unusable.
     """
     size = config.get("group_size", 128)
     if size in (-1, None):
@@ -59,10 +59,10 @@ def group_size(config: Mapping[str, Any]) -> int | None:
 
 
 def find_grouped(entries: Entries, make: Callable[[str], Quantised]) -> Iterator[Quantised]:
-    """Yield what ``make`` makes of the name of each linear layer that has codes.
+    """Yield the result of ``make`` for the name of each linear layer that has codes.
 
     Raises:
-        ConfigurationError: There are tensors of the format that belong to no codes.
+        ConfigurationError: A tensor of the format belongs to no codes, or a layer with codes has an unknown tensor.
     """
     used: set[str] = set()
     for codes in entries:
@@ -85,7 +85,7 @@ def groups_of(name: str, width: int, size: int | None) -> int:
     """Return the number of groups of a layer's inputs.
 
     Raises:
-        ConfigurationError: The groups do not divide them.
+        ConfigurationError: The size of groups does not divide the number of inputs.
     """
     if width % (size or width):
         raise misfit(name, f"has {width} inputs, which groups of {size} do not divide")

@@ -1,4 +1,4 @@
-"""The formats of quantised files that are read, and what is said of all others."""
+"""The supported formats of quantised files, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ KNOWN: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "awq": Awq,
     "bitsandbytes": BitsAndBytes,
 }
-"""By ``quant_method``."""
-KEYS = ("quantization_config", "compression_config")  # the second: of old, in compressed-tensors
+"""The formats by ``quant_method``."""
+KEYS = ("quantization_config", "compression_config")  # the second is from old versions of compressed-tensors
 
 
 def stored_format(model_dir: Path) -> Format | None:
     """Return the format in which the files of ``model_dir`` hold quantised weights; None if they hold none.
 
     Raises:
-        ConfigurationError: It is not known.
+        ConfigurationError: The format is not supported.
     """
     path = model_dir / "config.json"
     config = read_json(path)
@@ -61,10 +61,10 @@ def stored_format(model_dir: Path) -> Format | None:
 
 
 def refuse_transposed(stored: Format | None, model: nn.Module, model_dir: Path) -> None:
-    """Refuse quantised files of a model with transformers' Conv1D, whose weights lie the other way round.
+    """Reject quantised files of a model with transformers' Conv1D, whose weights are transposed.
 
     Raises:
-        ConfigurationError: It has one: a square one would be read the wrong way without a word.
+        ConfigurationError: It has such a layer: a square weight would silently be read the wrong way round.
     """
     if stored is not None and any(isinstance(module, Conv1D) for module in model.modules()):
         raise ConfigurationError(
@@ -74,7 +74,7 @@ def refuse_transposed(stored: Format | None, model: nn.Module, model_dir: Path) 
 
 
 def unquantised(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json without what ``stored_format`` reads, that of the text model too."""
+    """Return config.json without the keys that ``stored_format`` reads, including the text model's."""
     plain = {key: value for key, value in config.items() if key not in KEYS}
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = unquantised(plain["text_config"])
@@ -82,7 +82,7 @@ def unquantised(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_plain(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return what config.json says of a model whose quantised weights are written in plain, mostly in ``dtype``."""
+    """Return config.json for a model whose quantised weights are written dequantised, mostly in ``dtype``."""
     plain = {key: value for key, value in config.items() if key not in (*KEYS, "torch_dtype")}
     plain["dtype"] = dtype
     if isinstance(plain.get("text_config"), dict):

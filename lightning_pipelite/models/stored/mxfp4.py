@@ -1,4 +1,4 @@
-"""MXFP4: fused experts as values of four bits, 32 of which share a power of two (gpt-oss).
+"""MXFP4: fused experts as 4-bit values, 32 of which share a power of two (gpt-oss).
 
 Open Compute Project 2023, "OCP Microscaling Formats (MX) Specification"
 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
@@ -25,7 +25,7 @@ from lightning_pipelite.models.stored.format import (
 from lightning_pipelite.models.transformers_compat import dequantise_mxfp4
 
 BLOCKS, SCALES = "_blocks", "_scales"
-BLOCK_BYTES = 16  # two values each
+BLOCK_BYTES = 16  # two values per byte
 
 
 class Mxfp4:
@@ -39,11 +39,11 @@ class Mxfp4:
     keeps: Keeps | None = None
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        # What is not converted is told by the files, which have it in plain.
+        # The files show what is not converted: they hold it unquantised.
         refuse_unknown(config, {"modules_to_not_convert": None, "dequantize": None})
 
     def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
-        """Yield the quantised weights, [experts, in, out] as the model has them."""
+        """Yield the quantised weights, [experts, in, out] as in the model."""
         for scales in (name for name in entries if name.endswith(SCALES)):
             part(entries, scales.removesuffix(SCALES), scales.removesuffix(SCALES) + BLOCKS, ["U8"])
         for blocks in (name for name in entries if name.endswith(BLOCKS)):
@@ -57,7 +57,7 @@ class Mxfp4:
 
 
 def _dequantise(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Expert by expert: the codes are spread out on the way, to four bytes each."""
+    """Dequantise one expert at a time, as the codes take four bytes each on the way."""
     blocks, scales = parts
     experts, size, count, width = blocks.shape
     weight = torch.empty(experts, count * 2 * width, size, dtype=dtype, device=blocks.device)

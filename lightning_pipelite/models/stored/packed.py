@@ -1,4 +1,4 @@
-"""Integers of few bits in words of 32, as GPTQ, AWQ and compressed-tensors pack them."""
+"""Unpacks integers of few bits from 32-bit words, as GPTQ, AWQ and compressed-tensors pack them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ WORD = 32
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Return the codes of int32 words [.., n], lowest bits first, as int16 [.., n * 32 / bits].
 
-    Where ``bits`` do not divide a word, a code goes over from one word into the next: so 32 codes are in ``bits``
-    words.
+    If ``bits`` does not divide 32, codes may straddle two words: 32 codes then fill ``bits`` words.
     """
-    share = bits if WORD % bits else 1  # words that codes share
+    share = bits if WORD % bits else 1  # consecutive words that whole codes fill
     places = torch.arange(0, WORD * share, bits, device=words.device)
     number, shift = places // WORD, places % WORD
-    within = (WORD - shift).clamp_max(bits)  # of a code's bits, how many are in its first word
+    within = (WORD - shift).clamp_max(bits)  # how many bits of a code are in its first word
     words = words.unflatten(-1, (-1, share))
     codes = (words[..., number] >> shift.to(torch.int32)) & ((1 << within) - 1).to(torch.int32)
     codes = codes.to(torch.int16)

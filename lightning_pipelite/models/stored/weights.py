@@ -1,4 +1,4 @@
-"""The weights of a model's safetensors files as if none was quantised, each made when it is asked for."""
+"""Reads the weights of a model's safetensors files as if none were quantised, each on demand."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_pipelite.errors import ConfigurationError, first_line
 from lightning_pipelite.models.stored.format import Format, Quantised
 from lightning_pipelite.models.weight_files import FLOATS, read_header, weight_files
 
-HELD = "BF16"  # what a quantised weight stands for, in files and headers
-NO_CODES = FLOATS | {"I64", "BOOL"}  # of weights and buffers
+HELD = "BF16"  # dtype of a dequantised weight in files and headers
+NO_CODES = FLOATS | {"I64", "BOOL"}  # dtypes of unquantised weights and buffers
 
 
 class StoredWeights:
-    """The weights of a model, by the names that files without quantisation would give them.
+    """The weights of a model, by their names in files that are not quantised.
 
-    Only the headers are read, until a weight is.
+    At first only the headers are read; each weight is read on demand.
 
     Args:
         model_dir: Directory with safetensors weights.
-        stored: The format of those that are quantised; None if none is.
+        stored: The format of the quantised weights; None if there are none.
 
     Attributes:
-        headers: For each file, by its name, what a header would say of the weights: ``dtype`` and ``shape``. A
-            quantised weight is in the file of its first part.
+        headers: For each file name, the header entries that its weights would have if they were not quantised:
+            ``dtype`` and ``shape``. A quantised weight is in the file of its first part.
 
     Raises:
-        ConfigurationError: A file is missing or damaged, or a quantised weight lacks a part, or one does not fit.
+        ConfigurationError: A file is missing or damaged, or a part of a quantised weight is missing or does not fit.
     """
 
     def __init__(self, model_dir: Path, stored: Format | None) -> None:
@@ -65,24 +65,24 @@ class StoredWeights:
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What headers would say of all weights."""
+        """The header entries of all weights."""
         return {name: entry for header in self.headers.values() for name, entry in header.items()}
 
     def adds_nothing(self, name: str) -> bool:
-        """Tell whether this is a bias of zeros beside a quantised weight.
+        """Return whether this is a bias of zeros beside a quantised weight.
 
-        Some packers of GPTQ gave one to each layer, also where the model has none.
+        Some GPTQ packers gave every layer one, even if the model has none.
         """
         beside = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in self._quantised
         return beside and name in self._paths and not self._tensor(name, "cpu").any()
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Go on as if the files had no tensors of these names."""
+        """Ignore the tensors of these names from now on."""
         for name in names:
             del self.headers[self._paths[name].name][name]
 
     def read(self, name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Tensor:
-        """Return a weight: one that is quantised in ``dtype``, any other as the files have it."""
+        """Return a weight: a quantised one dequantised to ``dtype``, any other as stored in the files."""
         weight = self._quantised.get(name)
         if weight is None:
             return self._tensor(name, device)
@@ -92,33 +92,33 @@ class StoredWeights:
         return made
 
     def can_keep(self, name: str) -> bool:
-        """Tell whether there is a way to hold the weight as the files have it."""
+        """Return whether the weight can be held as stored in the files."""
         return name in self._quantised and self._quantised[name].kept is not None
 
     def read_kept(self, name: str, device: str | torch.device) -> tuple[Tensor, Any]:
-        """Return what holds a weight as the files do, see ``Quantised.kept``."""
+        """Return a weight as stored in the files, see ``Quantised.kept``."""
         weight = self._quantised[name]
         assert weight.kept is not None
         return weight.kept([self._tensor(each, device) for each in weight.parts])
 
     def on_demand(self, dtype: torch.dtype, device: torch.device, later: Collection[str] = ()) -> dict[str, Any]:
-        """Return what transformers takes for a state dict: each weight is read when it is asked for.
+        """Return what transformers takes for a state dict, in which each weight is read only when it is accessed.
 
-        Of those that will be read ``later`` it is not: NaN stand for them, and take no memory.
+        Weights that will be read ``later`` are replaced by expanded NaN, which takes no memory.
         """
         awaited = {name: self._quantised[name].shape for name in later}
         return {name: _OnDemand(self, name, dtype, device, awaited.get(name)) for name in self.entries}
 
     def _tensor(self, name: str, device: str | torch.device) -> Tensor:
         path = self._paths[name]
-        if path not in self._open:  # and stays so: an expert a tensor, headers would be parsed thousands of times
+        if path not in self._open:  # kept open: with a tensor per expert, headers would be parsed thousands of times
             self._open[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor.to(device)
 
 
 class _OnDemand:
-    """A weight that is read when it is indexed, as transformers does with what a safetensors file holds."""
+    """A weight that is read when it is indexed, as transformers indexes the slices of a safetensors file."""
 
     def __init__(
         self,

@@ -1,14 +1,15 @@
 """The watchdog of a job: a rank that fails, dies or hangs ends it at once, and is named in the last line printed.
 
-How a job ends: whoever notices a failure tells rank 0, the first failure wins, rank 0 tells all. Each rank says "done"
-once its own traceback, if it has one, is printed; rank 0 then closes all connections, on which everyone leaves.
+How a job ends: a rank that notices a failure reports it to rank 0, the first failure wins, and rank 0 tells all ranks.
+Each rank says "done" once its own traceback, if any, has been printed; rank 0 then closes all connections, upon which
+all ranks exit.
 
 - :mod:`.watchdog`: what a rank holds, and the only part that others need,
 - :mod:`.network`, :mod:`.coordinator`, :mod:`.client`, :mod:`.link`: one TCP connection from rank 0 to
   every other rank,
-- :mod:`.failure`: what ended the job, and in which words,
-- :mod:`.parent_death`: what guards a launched rank until it holds its watchdog,
-- :mod:`.processes`: how processes end, and how the last words get out,
+- :mod:`.failure`: what ended the job, and how the message words it,
+- :mod:`.parent_death`: guards a launched rank until it has its watchdog,
+- :mod:`.processes`: how processes end, and how their last output is written,
 - :mod:`.timeouts`: how long each of these waits.
 """
 

@@ -1,4 +1,4 @@
-"""The end of the network that a rank other than 0 has."""
+"""The end of the network on a rank other than 0."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_pipelite.strategy.watchdog.processes import describe_exit
 
 
 class Client:
-    """One connection, to rank 0, whose death is a failure as well.
+    """The connection to rank 0, whose death is a failure as well.
 
     Args:
-        link: The connection; rank 0 has been told who speaks.
+        link: The connection, on which this rank has already introduced itself.
         hub_stage: The pipeline stage of rank 0, for the message.
 
     Attributes:
-        failure: What ended the job, once rank 0 has said so, or is lost.
+        failure: What ended the job, once rank 0 has reported it or is lost.
         lost: Whether rank 0 has died or does not answer.
     """
 
@@ -40,7 +40,7 @@ class Client:
         return self._link is None
 
     def turn(self, seconds: float) -> None:
-        """Wait up to ``seconds`` for something to happen, and deal with it."""
+        """Wait up to ``seconds`` for something to happen, and handle it."""
         for link in connection.wait([self._link] if self._link else [], seconds):  # type: ignore[list-item]
             assert isinstance(link, Link)
             self._read(link)
@@ -49,13 +49,13 @@ class Client:
             self.failure = self._reported or Failure(0, self._hub_stage, describe_exit(None), "died")
 
     def report(self, failure: Failure) -> None:
-        """Tell rank 0 of ``failure``, if it is the first here."""
+        """Report ``failure`` to rank 0, if it is this rank's first."""
         if self._reported is None:
             self._reported, self._reported_at = failure, time.monotonic()
             self.say(failure=asdict(failure))
 
     def report_exit(self, rank: int, code: int) -> None:
-        """Tell rank 0 of the exit status of a process that this one has launched."""
+        """Report to rank 0 the exit status of a process that this one has launched."""
         self.say(exit=[rank, code])
 
     def say(self, **message: Any) -> None:

@@ -18,23 +18,23 @@ from lightning_pipelite.strategy.watchdog.processes import describe_exit
 
 
 class _Peer(Link):
-    """The connection to another rank, and what that rank has said of itself."""
+    """The connection to another rank, and what that rank has reported of itself."""
 
-    rank = stage = -1  # until the hello
-    launched = False  # whether a parent can tell its exit status
+    rank = stage = -1  # until its hello message
+    launched = False  # whether a parent can report its exit status
     left = False  # whether it has said bye
     done = False  # whether it has nothing more to print
 
 
 class Coordinator:
-    """Admits the ranks, sees them die, and tells all of the first failure.
+    """Admits the ranks, detects their deaths, and tells all ranks of the first failure.
 
-    Used by one thread, but for ``complete`` and ``missing``.
+    Used by one thread only, except for ``complete`` and ``missing``.
 
     Args:
         world_size: The number of ranks.
-        listener: Where the other ranks connect; None in a job of one rank.
-        token: What a rank must know to be admitted.
+        listener: The socket that other ranks connect to; None in a job of one rank.
+        token: What a rank must present to be admitted.
 
     Attributes:
         failure: What ended the job, once something has.
@@ -52,16 +52,16 @@ class Coordinator:
         self._token = token
         self._peers: list[_Peer] = []  # open, admitted or not
         self._ranks: dict[int, _Peer] = {}  # admitted, open or not
-        self._deaths: dict[int, float] = {}  # rank: when seen, in this order
+        self._deaths: dict[int, float] = {}  # rank: when detected, in order
         self._exits: dict[int, int] = {}  # rank: exit status, from its parent
         if listener is None:
             self.complete.set()
         else:
-            listener.setblocking(False)  # who knocks may be gone before the door is opened
+            listener.setblocking(False)  # a peer may be gone before it is accepted
 
     @property
     def alone(self) -> bool:
-        """Whether nobody is left who has something to print."""
+        """Whether no connected rank has anything left to print."""
         return all(peer.done for peer in self._peers)
 
     @property
@@ -70,7 +70,7 @@ class Coordinator:
         return [rank for rank in range(1, self._world_size) if rank not in self._ranks]
 
     def turn(self, seconds: float) -> None:
-        """Wait up to ``seconds`` for something to happen, and deal with it."""
+        """Wait up to ``seconds`` for something to happen, and handle it."""
         sources: list[Any] = [*self._peers, self._listener] if self._listener else [*self._peers]
         for source in connection.wait(sources, seconds):
             if isinstance(source, _Peer):
@@ -91,7 +91,7 @@ class Coordinator:
             self.say(failure=asdict(failure))
 
     def report_exit(self, rank: int, code: int) -> None:
-        """Note the exit status of a rank; one that ended badly is dead, though a fork may hold its connection."""
+        """Note the exit status of a rank; one that failed is dead, even if a fork holds its connection."""
         self._exits[rank] = code
         if code != 0 and rank in self._ranks and not self._ranks[rank].left:
             self._deaths.setdefault(rank, time.monotonic())
@@ -102,7 +102,7 @@ class Coordinator:
             peer.send(**message)
 
     def close(self) -> None:
-        """Close all connections, on which the other ranks leave."""
+        """Close all connections, upon which the other ranks exit."""
         for peer in self._peers:
             peer.close()
         self._peers = []

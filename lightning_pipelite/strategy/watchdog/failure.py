@@ -30,8 +30,8 @@ class Failure:
         rank: The global rank that failed.
         stage: The pipeline stage of that rank.
         reason: What follows "rank 1 (stage 1) " in the message, in one line.
-        kind: Whether the rank raised, died, hung, or left by KeyboardInterrupt or SystemExit.
-        piece: Which piece of the stage ran, such as "piece 3, layers 12 to 15", if there are several.
+        kind: Whether the rank raised, died, hung, or exited by KeyboardInterrupt or SystemExit.
+        piece: The piece of the stage that ran, such as "piece 3, layers 12 to 15", if there are several.
     """
 
     rank: int
@@ -56,7 +56,7 @@ class Failure:
 
 
 def is_communication_error(exception: BaseException) -> bool:
-    """Whether ``exception`` may be the mere consequence of another rank's failure."""
+    """Return whether ``exception`` may only be a consequence of another rank's failure."""
     return any(
         isinstance(error, (torch.distributed.DistError, ConnectionError))
         or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _COMMUNICATION))
@@ -65,7 +65,7 @@ def is_communication_error(exception: BaseException) -> bool:
 
 
 def chain(exception: BaseException) -> Iterator[BaseException]:
-    """Yield ``exception`` and those that led to it, from the last to the first."""
+    """Yield ``exception`` and the exceptions that led to it, from the last to the first."""
     seen: set[int] = set()
     error: BaseException | None = exception
     while error is not None and id(error) not in seen:

@@ -10,13 +10,13 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-_LONGEST_LINE = 1 << 16  # bytes; what is longer does not come from a rank
+_LONGEST_LINE = 1 << 16  # bytes; a longer line does not come from a rank
 
 
 class Link:
-    """A TCP connection that carries JSON objects, a line each.
+    """A TCP connection that carries JSON objects, one per line.
 
-    The kernel closes the connections of a process that dies, so a death is seen without heartbeats; TCP keepalive
+    The kernel closes the connections of a process that dies, so a death is detected without heartbeats; TCP keepalive
     covers a lost machine.
 
     Args:
@@ -40,19 +40,19 @@ class Link:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def fileno(self) -> int:
-        """Return the socket's number, for ``selectors``."""
+        """Return the socket's file descriptor, for ``selectors``."""
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
-        """Send a message; on a broken connection do nothing."""
-        with suppress(OSError):  # a broken connection shows when it is read
+        """Send a message; do nothing if the connection is broken."""
+        with suppress(OSError):  # a broken connection is noticed when it is read
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
         """Read what has arrived.
 
         Raises:
-            EOFError: If the connection has ended, or speaks another language.
+            EOFError: If the connection has ended, or carries anything but such objects.
         """
         try:
             data = self._socket.recv(_LONGEST_LINE)
@@ -73,7 +73,7 @@ _OPEN: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """Close all connections in a forked data loader worker, which must not hold them when its rank is killed."""
+    """Close all connections in a forked data loader worker, which must not keep them open when its rank is killed."""
     for link in list(_OPEN):
         link.close()
 

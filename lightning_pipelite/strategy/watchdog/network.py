@@ -22,16 +22,16 @@ ADVICE = (
 
 
 def join(rank: int, world_size: int, stage: int, host: str) -> Coordinator | Client:
-    """Connect every other rank to rank 0: a collective over the default process group, of any backend.
+    """Connect every other rank to rank 0: a collective over the default process group, with any backend.
 
     Args:
         rank: The global rank of this process.
         world_size: The number of ranks.
         stage: The pipeline stage of this rank.
-        host: The name or address under which all ranks reach rank 0.
+        host: The name or address at which all ranks reach rank 0.
 
     Returns:
-        Rank 0's coordinator, which admits the others as it turns, or the client of another rank.
+        On rank 0 its coordinator, which admits the others as it turns; on another rank its client.
 
     Raises:
         ConfigurationError: If a rank cannot reach rank 0.
@@ -54,7 +54,7 @@ def join(rank: int, world_size: int, stage: int, host: str) -> Coordinator | Cli
 def _listen(host: str, backlog: int) -> socket.socket:
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server(("127.0.0.1", 0), backlog=backlog)
-    # On all interfaces: rank 0 may see its own name as a loopback address (Debian's 127.0.1.1), of no use to others.
+    # On all interfaces: rank 0 may resolve its own name to a loopback address (Debian's 127.0.1.1), useless to others.
     with suppress(OSError, ValueError):
         return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=backlog)

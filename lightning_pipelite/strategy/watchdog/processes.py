@@ -1,4 +1,4 @@
-"""How processes end, and how the last words get out."""
+"""How processes end, and how their last output is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def announce(message: str) -> None:
 
 
 def leave(message: str | None = None) -> NoReturn:
-    """End this process at once with status 1, whatever its other threads do, after ``message`` as its last line."""
+    """End this process at once with status 1, whatever its other threads do; print ``message`` as its last line."""
     try:
         if message is not None:
             announce(message)
@@ -32,19 +32,19 @@ def leave(message: str | None = None) -> NoReturn:
 
 
 def after_traceback_of(exception: BaseException, action: Callable[[], None]) -> None:
-    """Call ``action`` when Python has printed the traceback of ``exception``, or of one that it led to, and ends."""
+    """Call ``action`` after Python, on exit, has printed the traceback of ``exception`` or of one that it led to."""
     print_traceback = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         print_traceback(kind, value, trace)
-        if any(error is exception for error in chain(value)):  # and not one of the user's, after the first was caught
+        if any(error is exception for error in chain(value)):  # not one that the user raised after catching it
             action()
 
     sys.excepthook = hook
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr, after what is buffered, even if a stuck main thread holds the locks of Python's buffers."""
+    """Write to stderr after what is buffered, even if a stuck main thread holds the locks of Python's buffers."""
 
     def write() -> None:
         os.write(2, text.encode(errors="replace"))
@@ -56,12 +56,12 @@ def write_stderr(text: str) -> None:
 
 
 def _try(action: Callable[[], None]) -> None:
-    with suppress(OSError, ValueError):  # nobody reads, or the stream is closed
+    with suppress(OSError, ValueError):  # no reader is left, or the stream is closed
         action()
 
 
 def describe_exit(code: int | None) -> str:
-    """Say how a process ended, given the ``returncode`` of its Popen, or None where nobody knows."""
+    """Describe how a process ended, given its Popen's ``returncode``, or None if it is unknown."""
     if code is None:
         return "died without a word (killed, or out of memory?)"
     if code >= 0:
@@ -70,7 +70,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def end_processes(processes: Iterable[subprocess.Popen[Any]], seconds: float) -> None:
-    """Wait ``seconds`` for the processes to end by themselves, then send SIGTERM, and 2 s later SIGKILL."""
+    """Wait ``seconds`` for the processes to end on their own, then send SIGTERM, and 2 s later SIGKILL."""
     processes = list(processes)
     for signum, limit in ((None, seconds), (signal.SIGTERM, timeouts.SIGNAL), (signal.SIGKILL, timeouts.SIGNAL)):
         deadline = time.monotonic() + limit

@@ -1,4 +1,4 @@
-"""What a rank holds from the start of the job to its end."""
+"""The watchdog that a rank holds from the start of the job to its end."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lightning_pipelite.strategy.watchdog.processes import after_traceback_of, e
 class Watchdog:
     """Ends the job when a rank fails, dies or hangs; every rank holds one from the start of the job to its end.
 
-    It works beside the collectives and not through them: on NCCL nothing tells the survivors that a peer is gone. A
-    daemon thread does all the work; the methods are for the main thread. In a job of one rank only the watch for a
-    hang remains, and exceptions just propagate.
+    It works beside the collectives, not through them: with NCCL, nothing tells the survivors that a peer is gone. A
+    daemon thread does all the work; the methods are for the main thread. In a job of one rank only the detection of
+    hangs remains, and exceptions simply propagate.
 
-    Local rank 0 of each node prints the last line, or every survivor of a node whose local rank 0 died, or of the
-    first node if rank 0 does not answer. The ranks of a node are taken to be contiguous.
+    Local rank 0 of each node prints the last line. All survivors of a node print it if its local rank 0 has died, and
+    those of the first node also if rank 0 does not answer. The ranks of a node are assumed to be contiguous.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Watchdog:
         self._children = {rank + index: child for index, child in enumerate(children, start=1)}
         self._timeout = timeout.total_seconds()
         self._last_act = last_act
-        # What the main thread tells the other one
-        self._last: tuple[float, str, bool] | None = None  # since when, in what, waiting for others or not
-        self._piece = ""  # of the stage, in words
+        # Set by the main thread
+        self._last: tuple[float, str, bool] | None = None  # since when, the activity, whether it may wait
+        self._piece = ""  # the piece of the stage, in words
         self._raised: Failure | None = None  # the main thread is unwinding
-        self._finished = threading.Event()  # ... and has printed its traceback, or has none to print
+        self._finished = threading.Event()  # it has printed its traceback, or has none to print
         self._closing = threading.Event()
-        # What it is told
-        self._failure: Failure | None = None  # of the job, as long as this rank is part of it
-        self._settled = threading.Event()  # all have been told of the failure, or that this rank leaves
+        # Set by the watchdog's thread
+        self._failure: Failure | None = None  # the job's, while this rank is part of it
+        self._settled = threading.Event()  # the failure, or that this rank leaves, has been sent
         self._main_thread = threading.get_ident()
         self._thread = threading.Thread(target=self._run, name="pipelite-watchdog", daemon=True)
         self._thread.start()
@@ -78,17 +78,17 @@ class Watchdog:
         timeout: timedelta,
         last_act: Callable[[], None] = lambda: None,
     ) -> Watchdog:
-        """Connect the ranks: a collective over the default process group, of any backend.
+        """Connect the ranks: a collective over the default process group, with any backend.
 
         Args:
             rank: The global rank of this process.
             world_size: The number of ranks.
             local_rank: The rank of this process on its node.
             stage: The pipeline stage of this rank, for the message.
-            host: The name or address under which all ranks reach rank 0, usually the main address of the process group.
-            children: The other ranks of this node in the order of their ranks, where this process has launched them.
+            host: The name or address at which all ranks reach rank 0, usually the main address of the process group.
+            children: The other ranks of this node, in the order of their ranks, if this process has launched them.
             timeout: How long a rank may work on one activity before it counts as hanging.
-            last_act: Called before this process is ended, in another thread than the main one.
+            last_act: Called before this process is ended, in a thread other than the main one.
 
         Raises:
             ConfigurationError: If a rank cannot reach rank 0.
@@ -111,33 +111,35 @@ class Watchdog:
             watchdog.fail(error)
             watchdog.close()
             raise error
-        if parent_death.was_launched():  # from here on, it outlives its launcher for long enough to say so
+        if parent_death.was_launched():  # from here on, it outlives its launcher to report the death
             parent_death.die_with_launcher(False)
         return watchdog
 
     def progress(self, activity: str, *, waits: bool = False, piece: str = "") -> None:
-        """Say that this rank is alive and what it does next; from the first call on it is watched.
+        """Report that this rank is alive and what it does next; from the first call on, it is watched for hangs.
 
         Args:
-            activity: A name for the message, such as "forward".
-            waits: Whether the activity may wait for other ranks. The rank that all wait for then speaks first.
-            piece: Of which piece of the stage it is, for the message, if there are several.
+            activity: Its name for the message, such as "forward".
+            waits: Whether the activity may wait for other ranks. It then has more time, so that the rank that all wait
+                for is the first to be reported.
+            piece: The piece of the stage that it concerns, for the message, if there are several.
         """
         self._last = (time.monotonic(), activity, waits)
         self._piece = piece
 
     def failure_of(self, exception: BaseException) -> Failure:
-        """Return what is told of an exception that this rank has raised."""
+        """Return the failure to report for an exception that this rank has raised."""
         return Failure.of(exception, self._rank, self._stage, self._piece)
 
     def fail(self, exception: BaseException) -> None:
         """Tell all ranks that this one has raised; called in its main thread before the exception propagates.
 
-        Returns, so that Python can print the traceback, after which the process ends with the last line and status 1.
-        If the exception is caught instead, this process goes on; the others end all the same. An error of communication
-        may be the mere consequence of another rank's failure: if that is heard of within 5 s, the process ends here.
+        It returns, so that Python can print the traceback, after which the process ends with the last line and status
+        1. If the exception is caught instead, this process continues; the others end all the same. A communication
+        error may only be a consequence of another rank's failure: if that is reported within 5 s, the process ends
+        here.
 
-        KeyboardInterrupt and SystemExit often reach all ranks at once: the others get 10 s to leave by themselves.
+        KeyboardInterrupt and SystemExit often reach all ranks at once: the others get 10 s to exit on their own.
         """
         if self._world_size == 1 or self._raised or self._closing.is_set():
             return
@@ -151,9 +153,9 @@ class Watchdog:
         self._settled.wait(timeouts.RELAY + 1.0)
 
     def close(self) -> None:
-        """Leave the watchdog at a clean end; what the other ranks do is no longer a failure here.
+        """Leave the watchdog at a clean end; what the other ranks do then is no longer a failure here.
 
-        Not a collective: it never waits for another rank. If the job has failed before, the process ends here. After
+        Not a collective: it never waits for another rank. If the job has already failed, the process ends here. After
         ``fail`` it only marks the end of the teardown.
         """
         self._closing.set()
@@ -167,12 +169,12 @@ class Watchdog:
                 self._end(self._failure)
         except BaseException:
             write_stderr(traceback.format_exc())
-            leave()  # no rank goes on unwatched; to the others it has died
+            leave()  # no rank continues unwatched; to the others it has died
         finally:
             self._network.close()
 
     def _watch(self) -> None:
-        """Return when the job has failed, or when this rank has left and nobody needs its network."""
+        """Return when the job has failed, or when this rank has left and no other rank needs its network."""
         network = self._network
         while network.failure is None:
             network.turn(timeouts.TICK)
@@ -212,11 +214,11 @@ class Watchdog:
         write_stderr(f"\nRank {self._rank} is here (most recent call last):\n{stack}")
 
     def _end(self, failure: Failure) -> None:
-        """End this process: let its main thread print, wait until all ranks have printed, speak the last line."""
+        """End this process: let its main thread print, wait until all ranks have printed, then print the last line."""
         deadline = time.monotonic() + timeouts.UNWIND
         while not self._finished.is_set() and (self._raised or failure.kind == "interrupted"):
             if time.monotonic() > deadline and not self._closing.is_set():
-                break  # stuck; but once closed, it has left the strategy and is the user's
+                break  # stuck; but after close() it runs the user's code
             self._network.turn(timeouts.TICK)
         self._network.say(done=True)
         while not self._network.alone and time.monotonic() < deadline + timeouts.GOODBYE:
@@ -226,7 +228,7 @@ class Watchdog:
             self._last_act()
             end_processes(self._children.values(), timeouts.CHILDREN)
             for worker in multiprocessing.active_children():
-                worker.kill()  # data loader workers would notice only after seconds
+                worker.kill()  # data loader workers would take seconds to notice
             if not self._raised:
                 ErrorHandler().record_exception(RuntimeError(str(failure)))
         finally:
