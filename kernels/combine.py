@@ -1,4 +1,4 @@
-"""What a token's experts made of it becomes one again: its copies, weighed by the router's scores and added up."""
+"""Combines the outputs of a token's experts: the sum of its copies, weighted by the router's scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tenso
 
     Args:
         y: [rows, width].
-        groups: Where the rows are.
-        scores: [tokens, copies], of any floating dtype, without gaps; all are 1 if not given.
+        groups: How the rows are grouped.
+        scores: [tokens, copies], of any floating dtype, contiguous; all are 1 if not given.
 
     Returns:
         [tokens, width], in y's dtype.
@@ -28,13 +28,13 @@ def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tenso
 
 
 def weigh(gradient: Tensor, y: Tensor, groups: Groups, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``y`` and ``scores``, given that of each row of y times its score.
+    """Return the gradients of ``y`` and ``scores``, given that of their product, each row of y times its score.
 
     Args:
         gradient: [rows, width].
         y: [rows, width].
-        groups: Where the rows are.
-        scores: [tokens, copies], without gaps.
+        groups: How the rows are grouped.
+        scores: [tokens, copies], contiguous.
 
     Returns:
         [rows, width] in y's dtype, and [tokens, copies] in at least float32.
@@ -56,7 +56,7 @@ def _(y: Tensor, groups: list[Tensor], scores: Tensor | None) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "sum_copies", "CompositeExplicitAutograd")
 def sum_operation(y: Tensor, groups: list[Tensor], scores: Tensor | None) -> Tensor:
-    """Add the copies of each token, weighed by their scores, as one operation."""
+    """Sum the copies of each token, weighted by their scores, as one operation."""
     where = Groups(*groups)
     if by_triton(y):
         return _sum_by_triton(y, where, scores)
@@ -80,7 +80,7 @@ def _(gradient: Tensor, y: Tensor, groups: list[Tensor], scores: Tensor) -> tupl
 
 @torch.library.impl(_LIBRARY, "weigh", "CompositeExplicitAutograd")
 def weigh_operation(gradient: Tensor, y: Tensor, groups: list[Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of :func:`sum_operation`: of y and of the scores, as one operation."""
+    """Compute the gradients of y and the scores in :func:`sum_operation`, as one operation."""
     where = Groups(*groups)
     if by_triton(y):
         return _weigh_by_triton(gradient, y, where, scores)
@@ -123,7 +123,7 @@ def _sum_copies(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for copy in tl.static_range(COPIES):
         place = tl.load(places + token * COPIES + copy).to(tl.int64)
-        # Below zero where the router chose an expert that there is not: what comes of it is no number.
+        # Negative where the router chose an expert that does not exist: the token's sum becomes NaN.
         part = tl.load(y + tl.maximum(place, 0) * width + columns, mask=inside, other=0.0).to(tl.float32)
         part = tl.where(place >= 0, part, float("nan"))
         if SCORED:

@@ -1,4 +1,4 @@
-"""The transform of a Control Adapter, with no float32 copy of hidden states."""
+"""The transform of a Control Adapter, without float32 copies of hidden states."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 def control(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
     """Add Q diag(expm1(c · S)) Qᵀ d to y, for the tokens of all classes in one pass.
 
-    Class +1 multiplies what d has along column i of Q by exp(Sᵢ) and adds the difference to y, class -1 by exp(-Sᵢ),
-    class 0 adds nothing. It is computed in the precision of Q and S; only y's and d's gradients, and the result, are
-    rounded to y's.
+    Class +1 multiplies the component of d along column i of Q by exp(Sᵢ) and adds the difference to y, class -1 does so
+    with exp(-Sᵢ), class 0 adds nothing. All is computed in the precision of Q and S; only the result and the gradients
+    of y and d are rounded to y's dtype.
 
     Args:
         output: Y, [..., hidden].
@@ -31,7 +31,7 @@ def control(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tenso
 def control_reference(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor) -> Tensor:
     """Compute the same in plain torch, in the precision of its arguments.
 
-    Each class by its own matrix, formed in full.
+    Each class uses its own matrix, formed explicitly.
     """
     added = torch.zeros_like(delta)
     for sign in (1, -1):
@@ -40,7 +40,7 @@ def control_reference(output: Tensor, delta: Tensor, directions: Tensor, log_sca
     return output + added
 
 
-# An operation of its own: autograd would keep and pass over float32 copies of d and of its gradient.
+# A custom operation: autograd alone would save, and make passes over, float32 copies of d and of its gradient.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _LIBRARY.define("control(Tensor output, Tensor delta, Tensor directions, Tensor log_scales, Tensor classes) -> Tensor")
 _LIBRARY.define(
@@ -66,7 +66,7 @@ def _(output: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, cla
 def _backward(
     gradient: Tensor, delta: Tensor, directions: Tensor, log_scales: Tensor, classes: Tensor, to_delta: bool
 ) -> list[Tensor]:
-    """Return the gradients of d (nothing if it needs none), Q and S."""
+    """Return the gradients of d (empty if not needed), Q and S."""
     eigenvalues = _eigenvalues(log_scales, classes)
     d, g = delta.flatten(0, -2), gradient.flatten(0, -2)
     parts = _parts(directions, g.dtype)
@@ -104,7 +104,7 @@ torch.library.register_autograd("pipelite::control", _differentiate, setup_conte
 
 
 def _eigenvalues(log_scales: Tensor, classes: Tensor) -> Tensor:
-    """Return what each token's d is multiplied with along each column, [tokens, rank]."""
+    """Return the factor of each token's d along each column of Q, [tokens, rank]."""
     return torch.expm1(classes.flatten().unsqueeze(1) * _at_least_float32(log_scales))
 
 
@@ -113,9 +113,9 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _parts(wide: Tensor, narrow: torch.dtype) -> list[Tensor]:
-    """Three bfloat16 summands of falling size that have all 24 bits of float32 numbers, for products on tensor cores.
+    """Split float32 into three bfloat16 summands that together hold all 24 bits, for products on tensor cores.
 
-    Nothing where a product of these types needs no parts.
+    Returns an empty list where a product of these types needs no split.
     """
     return _summands(wide, 3) if _in_parts(narrow, wide) else []
 
@@ -133,8 +133,8 @@ def _in_parts(narrow: torch.dtype, wide: Tensor) -> bool:
 
 
 def _times(left: Tensor, right: Tensor, parts: list[Tensor]) -> Tensor:
-    """Compute left @ right in at least float32, where ``right`` has few columns and these parts."""
-    if parts:  # exact products, with no float32 copy of ``left``
+    """Compute left @ right in at least float32; ``right`` has few columns, ``parts`` is its split if it needs one."""
+    if parts:  # exact products, without a float32 copy of ``left``
         product = torch.mm(left, torch.cat(parts, dim=1), out_dtype=torch.float32)
         return product.view(-1, len(parts), right.shape[1]).sum(1)
     dtype = torch.promote_types(left.dtype, right.dtype)
@@ -147,7 +147,7 @@ def _add_product(
     """Compute base + left @ rightᵀ in base's dtype, or left @ rightᵀ in ``dtype``; ``left`` has few columns."""
     if parts:
         first, second = _summands(left, 2)
-        # The product of the two small parts is below what float32 keeps of the sum.
+        # The product of the two small parts is below the float32 precision of the sum.
         left = torch.cat([first, first, second], dim=1)
         right = torch.cat([parts[0], parts[1], parts[0]], dim=1)
         return left @ right.mT if base is None else torch.addmm(base, left, right.mT)

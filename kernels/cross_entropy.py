@@ -1,4 +1,4 @@
-"""Cross-entropy over given logits, whose gradient takes their place."""
+"""Cross-entropy of given logits, which are overwritten by their gradient."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 IGNORED = -100
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-LOAD_BYTES = 16  # the most that a thread reads at once
+LOAD_BYTES = 16  # a thread's widest load
 
 
 def _layout(vocabulary: int) -> tuple[int, int]:
-    """How many warps take a row, and how many values each of their threads reads before it looks at them.
+    """Return the number of warps per row, and of values that each thread loads before it processes them.
 
-    A long row takes all threads of a multiprocessor: then the rows under way fit a GPU's second-level cache, where the
-    second pass finds them. On an H100, 1024 rows of 128 256 in bf16: 0.21 ms by 32 warps, 0.27 by 16, 0.28 by 8; a copy
-    0.18. 4096 rows of 32 000: 0.26, 0.20, 0.24.
+    A long row takes all threads of a multiprocessor: the rows in flight then fit in the GPU's L2 cache, where the
+    second pass finds them. On an H100, 1024 rows of 128 256 in bf16: 0.21 ms with 32 warps, 0.27 with 16, 0.28 with 8;
+    a copy takes 0.18. 4096 rows of 32 000: 0.26, 0.20, 0.24.
     """
     if vocabulary > 2**16:
         return 32, 32
@@ -26,17 +26,17 @@ def _layout(vocabulary: int) -> tuple[int, int]:
 
 @triton.jit
 def _transform(x, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what the softmax is over but for a factor, its unit, and what the gradient is multiplied with.
+    """Return the softmax's input up to a constant factor, its unit, and the factor of the gradient.
 
-    The unit is multiplied with after the maximum is subtracted: of huge logits, products would be rounded (or, fused
-    with the subtraction, not), and their differences anything.
+    The unit is applied after the maximum is subtracted: products of huge logits would be rounded (or not, if fused with
+    the subtraction), which would make their differences meaningless.
     """
     x = x.to(tl.float32)
     factor = scale
     if SOFTCAP:
         x = 2.0 * tl.sigmoid(2.0 * scale * x / softcap) - 1.0  # tanh
         factor = scale * (1.0 - x * x)
-    return x, factor  # one return: Triton compares the types of several
+    return x, factor  # a single return: Triton compares the types of several
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr,
     LOAD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary may exceed 2^31
     logits += row * stride
     label = tl.load(labels + row)
     lanes: tl.constexpr = BLOCK // LOAD
@@ -57,16 +57,16 @@ def _kernel(  # type: ignore[no-untyped-def]
                 tl.store(logits + start + offsets, 0.0, mask=start + offsets < vocabulary)
         return
     unit = (softcap if SOFTCAP else scale) * LOG2_E  # powers of two are cheaper
-    # Before any lane writes a gradient where the label's logit is.
+    # Read now, before any lane overwrites the label's logit with its gradient.
     known = (label >= 0) & (label < vocabulary)
-    # Not _, which is a block in the loops: Triton's variables keep their type.
+    # Not _, which is a block in the loops: a variable in Triton cannot change its type.
     target, _of_target = _transform(tl.load(logits + label, mask=known, other=0.0), scale, softcap, SOFTCAP)
-    # The softmax's maximum and sum in one pass, each lane its own, of what one thread reads at once: no lane waits for
-    # another before the end, and one in LOAD exponentials is all that the growing maximum costs.
+    # The softmax's maximum and sum in one pass, kept per lane, over what one thread reads at once: lanes meet only at
+    # the end, and the growing maximum costs just one extra exponential per LOAD values.
     maximum = tl.full([lanes], float("-inf"), tl.float32)
     total = tl.zeros([lanes], tl.float32)
     whole = vocabulary // BLOCK * BLOCK
-    for rest in tl.static_range(2):  # whole blocks, which need no mask, and then the rest of the row
+    for rest in tl.static_range(2):  # full blocks, which need no mask, then the rest of the row
         for start in range(whole if rest else 0, vocabulary if rest else whole, BLOCK):
             columns = start + offsets
             inside = columns < vocabulary
@@ -75,13 +75,13 @@ def _kernel(  # type: ignore[no-untyped-def]
             if rest:
                 x = tl.where(inside, x, float("-inf"))
             larger = tl.maximum(maximum, tl.max(x, axis=1))
-            safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that saw nothing yet
+            safe = tl.where(larger == float("-inf"), 0.0, larger)  # a lane that has seen nothing yet
             total = total * tl.exp2((maximum - safe) * unit) + tl.sum(tl.exp2((x - safe[:, None]) * unit), axis=1)
             maximum = larger
     largest = tl.max(maximum, axis=0)
     log_total = tl.log2(tl.sum(total * tl.exp2((maximum - largest) * unit), axis=0))
     weight = tl.load(weights + row).to(tl.float32) if WEIGHTED else 1.0
-    # A label that is no token must not pass for one: the loss is then not a number, and training stops.
+    # A label out of range must not be taken for a token: its loss is NaN, and training stops.
     loss = weight * ((largest - target) * unit + log_total) * LN_2
     tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
@@ -89,14 +89,14 @@ def _kernel(  # type: ignore[no-untyped-def]
             for start in range(whole if rest else 0, vocabulary if rest else whole, BLOCK):
                 columns = start + offsets
                 inside = columns < vocabulary
-                # What has been read and what is written will not be wanted here again: the cache is for other rows.
+                # Neither what is read nor what is written is needed here again: the cache is for other rows.
                 if rest:
                     x = tl.load(logits + columns, mask=inside, other=0.0, eviction_policy="evict_first")
                 else:
                     x = tl.load(logits + columns, eviction_policy="evict_first")
                 x, factor = _transform(x, scale, softcap, SOFTCAP)
                 gradient = tl.exp2((x - largest) * unit - log_total)
-                if (label >= start) & (label < start + BLOCK):  # to look for it everywhere takes several percent
+                if (label >= start) & (label < start + BLOCK):  # comparing in every block costs several percent
                     gradient -= tl.where(columns == label, 1.0, 0.0)
                 gradient *= weight * factor
                 if rest:
@@ -118,13 +118,13 @@ def cross_entropy_(
 
     Args:
         logits: [rows, vocabulary], float32, bfloat16 or float16, each row contiguous. Before the softmax, x becomes
-            ``scale * x``, and then ``softcap * tanh(x / softcap)`` if there is one (Gemma 2,
+            ``scale * x``, and then ``softcap * tanh(x / softcap)`` if softcap is given (Gemma 2,
             https://arxiv.org/abs/2408.00118, section 2).
-        labels: [rows], int64; -100 for a row without loss. Another value that is no index gives a loss of NaN.
-        scale: What the logits are multiplied with; positive.
-        softcap: What their size is limited to; None for no limit.
-        weights: [rows], what each loss is multiplied with; ones if not given.
-        gradient: Whether ``logits`` becomes the gradient; otherwise it stays as it is.
+        labels: [rows], int64; -100 for a row without loss. Any other value out of range gives a loss of NaN.
+        scale: Factor of the logits; positive.
+        softcap: Limit of their absolute value; None for no limit.
+        weights: [rows], the factor of each loss; ones if not given.
+        gradient: Whether to overwrite ``logits`` with the gradient; otherwise they are left unchanged.
 
     Returns:
         [rows], float32.
@@ -168,7 +168,7 @@ def cross_entropy_reference_(
 ) -> Tensor:
     """Compute :func:`cross_entropy_` in plain torch, in float32 as there, on any device.
 
-    A label that is no index raises an error of torch's.
+    A label out of range raises an error of torch's.
     """
     _check(logits, labels, weights, scale)
     z, factor = logits.float() * scale, logits.new_full((), scale, dtype=torch.float32)
@@ -184,7 +184,7 @@ def cross_entropy_reference_(
     losses = (total.log() - target)[:, 0]
     if weights is not None:
         losses, factor = losses * weights, factor * weights.float()[:, None]
-    losses.masked_fill_(~kept, 0.0)  # whatever the logits of such a row are
+    losses.masked_fill_(~kept, 0.0)  # whatever the logits of such a row
     if gradient:
         probabilities /= total
         probabilities.scatter_add_(1, targets, torch.full_like(target, -1.0))

@@ -1,9 +1,9 @@
-"""Experts of a mixture, frozen, with low-rank adapters: grouped products, and no matrix but the weights themselves.
+"""Frozen experts of a MoE with low-rank adapters: grouped products that materialise no matrix but the weights.
 
 A layer of experts is :func:`experts_in` (each token's copies, sorted by expert, through the first matrices), an
-activation, and :func:`experts_out` (through the second ones, weighted by the router's scores and added up). Nothing is
-kept for the backward pass but what goes into them and the adapters' x·Aᵀ [rows, rank]: the gradient of the scores is
-taken from the input of the second product, so that its output is neither kept nor computed again.
+activation, and :func:`experts_out` (through the second ones, weighted by the router's scores and summed). Only their
+inputs and the adapters' x·Aᵀ [rows, rank] are saved for the backward pass: the gradient of the scores is computed from
+the input of the second product, so that its output is neither saved nor recomputed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Matrices(NamedTuple):
     Attributes:
         parts: [experts, out, in] as one tensor of the computation's dtype, or its parts in nf4 (see
             :func:`~lightning_pipelite.kernels.nf4.dequantise`).
-        shape: Experts, out, in; or experts, in, out where they lie the other way.
-        transposed: Whether they do.
+        shape: Experts, out, in; or experts, in, out if ``transposed``.
+        transposed: Whether the weights are stored as [experts, in, out].
         bias: [experts, out].
     """
 
@@ -58,7 +58,7 @@ def experts_in(x: Tensor, groups: Groups, matrices: Matrices, factors: Factors |
 
     Args:
         x: [tokens, in].
-        groups: Which experts each token goes to.
+        groups: The experts that each token is routed to.
         matrices: W and bias.
         factors: A, B and s.
     """
@@ -74,7 +74,7 @@ def experts_out(
         x: [rows, in], sorted by expert.
         scores: [tokens, copies], of any floating dtype.
         chosen: Int [tokens, copies], the experts.
-        groups: What they come to.
+        groups: The same choices, sorted by expert.
         matrices: W and bias.
         factors: A, B and s.
     """
@@ -91,9 +91,9 @@ def experts_reference(
     first_factors: Factors | None = None,
     second_factors: Factors | None = None,
 ) -> Tensor:
-    """Return the whole in plain torch, in the precision of its arguments.
+    """Compute the whole layer in plain torch, in the precision of its arguments.
 
-    Every expert by its own matrices, formed in full.
+    Each expert uses its own matrices, formed explicitly.
     """
     total = torch.zeros_like(x)
     for expert in range(first.shape[0]):
@@ -117,13 +117,13 @@ def _apply(
     matrices: Matrices,
     factors: Factors | None,
 ) -> Tensor:
-    """Hand over the adapters twice: themselves, for their gradients, and rounded, to compute with."""
+    """Pass the adapters twice: as they are, for their gradients, and rounded, for the computation."""
     given: tuple[Tensor | None, ...] = (None,) * 5
     if factors is not None:
         a, b, scale = factors
         down = (scale * a.detach()).to(x.dtype).contiguous()
         up = b.detach().to(x.dtype).contiguous()
-        # Apart from the rest, so that a recomputation need not run all of it for this.
+        # Outside the function below, so that recomputing this product does not rerun the rest.
         given = a, b, grouped_product(x.detach(), down, groups, gather=scores is None), down, up
     parts = tuple(part.detach() for part in matrices.parts)
     bias = None if matrices.bias is None else matrices.bias.detach().to(x.dtype)
@@ -132,7 +132,7 @@ def _apply(
 
 
 class _Experts(torch.autograd.Function):
-    """Both directions of a product: of each token's copies; or, with ``scores``, of copies that are then added up."""
+    """A product with its backward pass: of each token's copies or, with ``scores``, of copies that are then summed."""
 
     @staticmethod
     def forward(
@@ -155,7 +155,7 @@ class _Experts(torch.autograd.Function):
         ctx.shape, ctx.transposed, ctx.scale = shape, transposed, scale
         ctx.dtypes = None if a is None or b is None else (a.dtype, b.dtype)
         rounded = () if along is None else (along, down, up)
-        # The scores' gradient takes the bias, and which experts it is of.
+        # The gradient of the scores needs the bias, and the experts that each score belongs to.
         combined = () if scores is None else (scores,) if bias is None else (scores, chosen, bias)
         ctx.counts = (len(combined), len(rounded))
         ctx.save_for_backward(x, *groups, *combined, *rounded, *parts)
@@ -166,8 +166,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Compute the gradients.
 
-        With g the row's gradient, that of x is g (W + s B A). Where rows are added up, g is the token's and c the
-        copy's score: that of x is c g (W + s B A), and that of c is the same without c, times x.
+        With g the row's gradient, that of x is g (W + s B A). Where rows are summed, g is the token's gradient and c
+        the copy's score: the gradient of x is c g (W + s B A), and that of c is g (W + s B A) xᵀ + g biasᵀ.
         """
         x, *saved = ctx.saved_tensors
         groups, saved = Groups(*saved[:4]), saved[4:]
@@ -216,7 +216,7 @@ def _times(
     )
 
 
-# An operation, as the compiler would keep weights that it sees made for the backward pass.
+# A custom operation: if the compiler saw the weights being dequantised, it would save them for the backward pass.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _LIBRARY.define(
     "grouped_product_4bit(Tensor x, Tensor[] parts, int[] shape, bool flipped, Tensor[] groups, bool gather, "
@@ -236,7 +236,7 @@ def product_4bit_operation(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Dequantise the weights and return the grouped product; their memory is free again afterwards."""
+    """Dequantise the weights and return the grouped product; their memory is freed afterwards."""
     whole = dequantise(parts, shape, x.dtype)
     return product_operation(x, whole.mT if flipped else whole, groups, gather, left, right, bias)
 

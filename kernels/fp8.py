@@ -1,12 +1,12 @@
 """Products with frozen weights in FP8, forward and backward, from one copy of the weight's codes.
 
-A weight W [out, in] is codes in e4m3 and one scale for each output channel, W = diag(s) C. The product x·Wᵀ takes x in
-codes too, with one scale for each token. So does g·W = (g·diag(s))·C: the gradient is multiplied by the weight's scales
-before it is cast, so that these are no scales of what the product sums over. Tensor cores want that dimension to be the
-contiguous one of both operands; for g·W the codes are therefore transposed into memory that is free again afterwards.
+A weight W [out, in] is stored as e4m3 codes with one scale per output channel, W = diag(s) C. The product x·Wᵀ takes x
+as codes too, with one scale per token. So does g·W = (g·diag(s))·C: the gradient is multiplied by the weight's scales
+before it is cast, so that no scale varies along the dimension that the product sums over. Tensor cores require that
+dimension to be contiguous in both operands; for g·W the codes are therefore transposed into temporary memory.
 
 The format is that of Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (https://arxiv.org/abs/2209.05433).
-Where there are no tensor cores for it, weights are dequantised before each product, and x and g are not cast.
+On devices without FP8 tensor cores, weights are dequantised before each product, and x and g are not cast.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lightning_pipelite.kernels.device import runs_triton
 from lightning_pipelite.kernels.launch import launch
 
 DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0  # that the format has
-SMALLEST = 2.0**-100  # that a row's largest value is taken for: no scale is zero
-MULTIPLE = 16  # of which the sides of a weight must be for tensor cores
-OLDEST = (8, 9)  # compute capability of the first GPUs that have them
+LARGEST = 448.0  # the format's largest value
+SMALLEST = 2.0**-100  # lower limit of a row's largest absolute value, so that no scale is zero
+MULTIPLE = 16  # tensor cores require the sides of a weight to be multiples of this
+OLDEST = (8, 9)  # compute capability of the first GPUs with FP8 tensor cores
 
-ROWS, COLUMNS = 32, 32  # of a block that is transposed, in words of four codes
+ROWS, COLUMNS = 32, 32  # of a block to be transposed, in words of four codes
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Tell whether ``device`` has products in FP8; meta stands for the GPU here, or, without one, for one that does."""
+    """Tell whether ``device`` has products in FP8; meta stands for the local GPU or, without one, for one that does."""
     if device.type == "meta":
         return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST
     nvidia = device.type == "cuda" and torch.version.cuda is not None
@@ -43,12 +43,12 @@ def has_fp8(device: torch.device) -> bool:
 def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
     """Quantise x row by row: return e4m3 codes of its shape and a float32 scale for each row [rows].
 
-    Plain torch: the compiler makes one pass of it, or part of what computes x. A row that holds a NaN or an infinity
-    becomes NaN.
+    In plain torch: the compiler fuses it into one pass, or into the computation of x. A row that holds a NaN or an
+    infinity becomes NaN.
 
     Args:
         x: [..., width].
-        by: [width], what x is multiplied with before.
+        by: [width], multiplied into x first.
     """
     wide = x.float() if by is None else x.float() * by
     scales = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / LARGEST
@@ -57,12 +57,12 @@ def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
 
 
 def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes [rows, width] times scales [rows], exact but for the rounding to ``dtype``."""
+    """Return codes [rows, width] times scales [rows], exact except for the rounding to ``dtype``."""
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def transposed(codes: Tensor) -> Tensor:
-    """Return a transposed copy of codes [rows, columns], both multiples of four and without gaps in memory."""
+    """Return a transposed copy of contiguous codes [rows, columns], both sides multiples of four."""
     if codes.is_meta or not runs_triton(codes):
         return codes.T.contiguous()
     rows, columns = (size // 4 for size in codes.shape)
@@ -82,9 +82,9 @@ def product(
         rows: The input x [tokens, in], or the gradient g [tokens, out], of ``dtype``; or codes and scales of x, or of
             g·diag(s), as :func:`quantise_rows` gives them.
         weight: Codes C [out, in] and scales s [out].
-        dtype: Of the result.
+        dtype: The result's dtype.
         bias: [out].
-        back: Whether it is g·W.
+        back: Whether to compute g·W.
     """
     codes, scales = weight
     if len(rows) == 1:
@@ -94,10 +94,10 @@ def product(
     if not left.numel():
         return left.new_zeros(left.shape[0], codes.shape[1 if back else 0], dtype=dtype)
     right, of_right = (transposed(codes), _ones(codes.shape[1], codes.device)) if back else (codes, scales)
-    if left.device.type == "cpu":  # to be compared with
+    if left.device.type == "cpu":  # a reference to compare with
         result = (left.float() @ right.float().T) * of_right * of_left.unsqueeze(1)
         return (result if bias is None else result + bias).to(dtype)
-    # Its documented face is functional.scaled_mm: change to that when this one goes.
+    # Its documented counterpart is torch.nn.functional.scaled_mm: switch to that when this one is removed.
     return torch._scaled_mm(
         left, right.T, of_left.unsqueeze(1), of_right.unsqueeze(0), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
@@ -105,12 +105,12 @@ def product(
 
 @cache
 def _ones(count: int, device: torch.device) -> Tensor:
-    """Return the scales of the columns where these have none: made once, not in every product."""
+    """Return scales of one for columns that need none; cached, so as not to be made in every product."""
     return torch.ones(count, device=device)
 
 
 def fp8_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, in_fp8: bool) -> Tensor:
-    """Return x·Wᵀ + bias; nothing is kept for the backward pass but the weight.
+    """Return x·Wᵀ + bias; only the weight is saved for the backward pass.
 
     Args:
         x: [..., in].
@@ -143,7 +143,8 @@ class _Linear(torch.autograd.Function):
         return of_x, None, None, None, None
 
 
-# An operation, as the compiler would keep weights that it sees made whole, or transposed, for the backward pass.
+# A custom operation: if the compiler saw weights being dequantised or transposed, it would save the results for the
+# backward pass.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _LIBRARY.define("fp8_product(Tensor[] rows, Tensor[] weight, Tensor? bias, bool back, ScalarType dtype) -> Tensor")
 
@@ -152,7 +153,7 @@ _LIBRARY.define("fp8_product(Tensor[] rows, Tensor[] weight, Tensor? bias, bool 
 def product_operation(
     rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Compute :func:`product` for x [..., in] or g [..., out], as one operation that torch.compile leaves whole."""
+    """Compute :func:`product` for x [..., in] or g [..., out], as one operation that is opaque to torch.compile."""
     shape = rows[0].shape[:-1]
     flat = [rows[0].reshape(-1, rows[0].shape[-1]), *rows[1:]]
     return product(flat, weight, dtype, bias, back=back).view(*shape, -1)
@@ -165,7 +166,7 @@ def _(rows: list[Tensor], weight: list[Tensor], bias: Tensor | None, back: bool,
 
 @triton.jit
 def _transpose(source, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Four rows of words at a time become four words of each column: no single code is read or written."""
+    """Turn four rows of words into four words of each column at a time: codes are never read or written singly."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]

@@ -1,4 +1,4 @@
-"""The gradient of a matrix that has met an input of which only codes in FP8 are kept: these are never made whole."""
+"""The gradient of a matrix whose input was saved as FP8 codes only, which are never dequantised in memory."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from lightning_pipelite.kernels.device import at_least_16, by_triton, precision
 from lightning_pipelite.kernels.fp8 import dequantise_rows
 from lightning_pipelite.kernels.launch import launch
 
-COLUMNS, DEPTH, FEW = 128, 64, 64  # of a block: columns of x, rows at a time, and columns of u at most
-PROGRAMS = 256  # about as many as keep the memory of a large GPU busy
+COLUMNS, DEPTH, FEW = 128, 64, 64  # of a block: columns of x, rows at a time, and columns of u (at most)
+PROGRAMS = 256  # about as many as keep a large GPU's memory busy
 
 
 def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return ``uᵀ x`` in at least float32, where x = diag(scales) codes.
 
-    Rows of u are multiplied by the scales and rounded to its dtype, in which codes in e4m3 are exact. Long sums are cut
-    into parts that depend on nothing but the shapes, and these are added in order: the result is the same in every run.
+    Rows of u are multiplied by the scales and rounded to its dtype, in which e4m3 codes are exact. Long sums are split
+    into parts that depend only on the shapes, and these are added in order: the result is the same in every run.
 
     Args:
-        u: [rows, few], without gaps in memory.
-        codes: E4m3 [rows, width], without gaps in memory.
+        u: [rows, few], contiguous.
+        codes: E4m3 [rows, width], contiguous.
         scales: Float32 [rows].
 
     Returns:
         [few, width].
     """
     exact = torch.promote_types(u.dtype, torch.float32)
-    if u.is_meta:  # counts the product, and takes no more memory than the kernel
+    if u.is_meta:  # counts as the product, and allocates no more than the kernel
         return torch.mm(u.T, codes.to(u.dtype), out_dtype=exact)
     if not by_triton(u):
         return u.T.to(exact) @ dequantise_rows(codes, scales, exact)
     (rows, few), width = u.shape, codes.shape[1]
     across = triton.cdiv(width, COLUMNS)
-    # Parts of at least four blocks.
+    # Each part has at least four blocks.
     parts = max(1, min(triton.cdiv(PROGRAMS, across), rows // (4 * DEPTH)))
     part = triton.cdiv(triton.cdiv(rows, parts), DEPTH) * DEPTH
     sums = u.new_empty(parts, few, width, dtype=exact)

@@ -1,4 +1,4 @@
-"""Sums of outer products over the rows of each group: the gradients of matrices that groups of rows have met."""
+"""Sums of outer products over the rows of each group: the gradients of the matrices of a grouped product."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def grouped_outer(
     Args:
         u: [rows, few].
         v: [rows, width]; or, with ``gather``, [tokens, width].
-        groups: Where the rows are.
-        gather: Whether v's rows are yet to be taken.
-        scores: [tokens, copies], what each row of u is first multiplied with, and rounded; 1 if not given.
-        scale: What the sums are multiplied with.
+        groups: How the rows are grouped.
+        gather: Whether to gather the rows of v from its tokens.
+        scores: [tokens, copies], multiplied into the rows of u first, with rounding to u's dtype; 1 if not given.
+        scale: Factor of the sums.
 
     Returns:
         [groups, width, few], in at least float32.
@@ -48,7 +48,7 @@ def _(u: Tensor, v: Tensor, groups: list[Tensor], gather: bool, scores: Tensor |
 def outer_operation(
     u: Tensor, v: Tensor, groups: list[Tensor], gather: bool, scores: Tensor | None, scale: float
 ) -> Tensor:
-    """Sum u's rows times v's over each group, [groups, columns of u, columns of v], as one operation."""
+    """Sum v's rows times u's over each group, [groups, columns of v, columns of u], as one operation."""
     where = Groups(*groups)
     if by_triton(u):
         return _outer_by_triton(u, v, where, gather, scores, scale)

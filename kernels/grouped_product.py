@@ -1,4 +1,4 @@
-"""Products of rows in groups, each group with a matrix of its own: the tokens of every expert with its weights."""
+"""Products of grouped rows, each group with its own matrix: the tokens of each expert with its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_pipelite.kernels.device import at_least_16, by_triton, is_traced,
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile, slices_of
 from lightning_pipelite.kernels.launch import launch
 
-ADDED_DEPTH = 64  # of the products that are added, at most at once
+ADDED_DEPTH = 64  # of a block of the added product left Rᵀ, at most
 
 
 def grouped_product(
@@ -29,10 +29,10 @@ def grouped_product(
     """Return ``x Wₑᵀ + left Rₑᵀ + biasₑ`` for the rows of each group e, summed in float32 and rounded once.
 
     Args:
-        x: [rows, in]; or, with ``gather``, [tokens, in], whose copies the rows are.
+        x: [rows, in]; or, with ``gather``, [tokens, in], of which the rows are copies.
         weight: W [groups, out, in] of x's dtype, with any strides.
-        groups: Where the rows are.
-        gather: Whether rows are yet to be taken from ``x``.
+        groups: How the rows are grouped.
+        gather: Whether to gather the rows from the tokens in ``x``.
         left: [rows, few].
         right: R [groups, out, few], with any strides.
         bias: [groups, out].
@@ -75,12 +75,12 @@ def product_operation(
     right: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Multiply each group's rows of x by its weights, as one operation that torch.compile leaves whole."""
+    """Multiply each group's rows of x by its weights, as one operation that is opaque to torch.compile."""
     where = Groups(*groups)
     if by_triton(x):
         return _product_by_triton(x, weight, where, gather, left, right, bias)
     rows = where.order.shape[0]
-    if x.is_meta:  # the shapes of a product, and what it counts
+    if x.is_meta:  # plain products, for the shapes and for counting FLOPs
         taken = x[:1].expand(rows, -1)
         if left is None or right is None:
             return taken @ weight[0].T
@@ -112,7 +112,7 @@ def _product_by_triton(
     shape = product_shape(x, width, generation)
     block = rows_of_tile(rows, groups.number)
     columns = -(-width // shape.columns)
-    # Where there is none, something else is handed over: a compiled graph takes tensors only.
+    # x stands in for an operand that is not given: a compiled graph takes only tensors.
     l, r, b = (x if each is None else each for each in (left, right, bias))  # noqa: E741
     r_group, r_out, r_few = (0, 0, 0) if right is None else right.stride()
     w_group, w_out, w_in = weight.stride()
@@ -130,7 +130,7 @@ def _product_by_triton(
 
 
 class Shape(NamedTuple):
-    """How a kernel cuts up its work: columns and depth of a tile, warps, and loads in flight."""
+    """How a kernel divides its work: columns and depth of a tile, warps, and loads in flight."""
 
     columns: int
     depth: int
@@ -142,12 +142,12 @@ def product_shape(x: Tensor, width: int, generation: int) -> Shape:
     """Return the tile for products of ``width`` columns on a GPU of compute capability ``generation``.x."""
     if x.element_size() == 4:
         return Shape(min(64, at_least_16(width)), 32, 4, 2)
-    if width <= 64:  # what limits it is how soon x is read
+    if width <= 64:  # bound by reading x
         return Shape(at_least_16(width), 128, 4, 3)
-    # On an H200, the first product of Qwen3-30B-A3B: 0.46 ms; 0.60 by the other; 0.44 by torch's, without adapters.
+    # On an H200, the first product of Qwen3-30B-A3B: 0.46 ms; 0.60 with the other; 0.44 by torch, without adapters.
     if generation in (9, 10):  # 227 KiB of shared memory
         return Shape(256, 64, 8, 4)
-    return Shape(128, 64, 8, 3)  # 64 KiB; the smallest have 99
+    return Shape(128, 64, 8, 3)  # takes 64 KiB; the smallest GPUs have 99
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _product(  # type: ignore[no-untyped-def]
         columns = tl.program_id(0) % columns_count * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < width
         deep = tl.arange(0, DEPTH)
-        # Rows that are not there are read from others: what is made of them is not written.
+        # Rows past the group's end read the tile's first row instead; their results are not stored.
         taken = tl.where(there, rows, first)
         if COPIES > 0:
             taken = tl.load(order + taken) // COPIES

@@ -1,8 +1,8 @@
-"""Rows in groups, each of which meets a matrix of its own: the tokens of every expert.
+"""Rows in groups, each of which is multiplied by its own matrix: the tokens of each expert.
 
-Rows lie sorted by their group, [rows, .]; a group may have none, or all. How long groups are is known to the GPU alone,
-so the work is dealt out in tiles of a few rows, of which a table says where they are (:mod:`.routing`); there is room
-in it for the most tiles that there can be.
+Rows are sorted by group, [rows, .]; a group may be empty, or hold all rows. Only the GPU knows how long the groups are,
+so the work is divided into tiles of a few rows, listed in a table (:mod:`.routing`) with room for the largest possible
+number of tiles.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Groups(NamedTuple):
     """Where the rows of each group are.
 
     Attributes:
-        order: Int32 [rows], which of all copies each is: token · copies + number.
-        places: Int32 [tokens, copies], where the copies went: the other way round.
-        bounds: Int32 [groups + 1], where each group begins, then the end.
-        tiles: Int32 [2, most tiles], the group of each tile, -1 if there is none, and its first row.
+        order: Int32 [rows], the copy that each row is: token · copies + number.
+        places: Int32 [tokens, copies], the row of each copy: the inverse of ``order``.
+        bounds: Int32 [groups + 1], the first row of each group, then the end.
+        tiles: Int32 [2, most tiles], each tile's group (-1 for an unused tile) and first row.
     """
 
     order: Tensor
@@ -39,16 +39,16 @@ class Groups(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many copies a token has: as many as experts that it goes to."""
+        """The number of copies of a token: one for each expert that it is routed to."""
         return self.places.shape[1]
 
 
 def rows_of_tile(rows: int, groups: int) -> int:
-    """Return how many rows a tile has: about as many as a group, so that few are left empty."""
+    """Return the number of rows of a tile: about as many as a group has, so that few are wasted."""
     return min(MOST_ROWS, at_least_16(max(1, rows // groups)))
 
 
 def slices_of(groups: Groups) -> Iterator[tuple[int, slice]]:
-    """Yield each group's number and its rows; the host waits for the GPU to learn them."""
+    """Yield each group's number and its rows; this synchronises the host with the GPU."""
     bounds = groups.bounds.tolist()
     yield from ((group, slice(bounds[group], bounds[group + 1])) for group in range(groups.number))

@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels that take the host a third of the time."""
+"""Launches of Triton kernels in a third of the usual host time."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Kernels by what Triton compiles them for, each with its constants, in the order of its parameters."""
+"""Compiled kernels by what Triton specialises them on, each with its constants in the order of its parameters."""
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], *args: Tensor | int, **constants: Any) -> None:
     """Compute ``kernel[grid](*args, **constants)``.
 
-    Triton finds out anew at each launch which of its compiled kernels fits; here they are looked up by what it goes by:
-    types, which addresses and numbers are multiples of 16, which numbers are 1 or need 64 bits, and constants.
+    At each launch Triton works out again which of its compiled kernels fits. Here they are looked up by what it
+    specialises on: dtypes, which addresses and numbers are multiples of 16, which numbers are 1 or need 64 bits, and
+    constants.
 
     Args:
-        kernel: Whose parameters end with its constants.
-        grid: How many programs there are.
-        args: All but the constants, no numbers but integers.
-        constants: And options of the launch, such as ``num_warps``.
+        kernel: A kernel whose parameters end with its constants.
+        grid: The number of programs.
+        args: All arguments but the constants; numbers must be integers.
+        constants: The constants, and launch options such as ``num_warps``.
     """
-    if torch.compiler.is_compiling() or not isinstance(kernel, JITFunction):  # or it is interpreted
+    if torch.compiler.is_compiling() or not isinstance(kernel, JITFunction):  # the latter if it is interpreted
         kernel[grid](*args, **constants)
         return
     device = torch.cuda.current_device()
@@ -38,13 +39,13 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Tensor | int, **const
     compiled, values = found
     if _is_watched():
         compiled[grid](*args, *values)
-    else:  # the same, but for what is told to those who watch
+    else:  # the same, without the arguments for hooks
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values)
 
 
 def _is_watched() -> bool:
-    """Tell whether somebody, such as Triton's profiler, wants to hear of launches."""
+    """Tell whether a launch hook is set, such as that of Triton's profiler."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
 

@@ -1,4 +1,4 @@
-"""The output head and its cross-entropy in one, a chunk of tokens at a time: all logits are never held."""
+"""The output head fused with its cross-entropy, a chunk of tokens at a time: the full logits never exist at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_pipelite.kernels.scale import scale_
 
 MAX_LOGITS_BYTES = 256 * 2**20
 TILE = 256
-"""Rows of which a GPU's matrix products compute a multiple, whether needed or not: the most of cuBLAS's kernels."""
+"""A GPU's matrix products compute a multiple of this many rows, needed or not: the largest tile of cuBLAS's kernels."""
 
 
 def linear_cross_entropy(
@@ -29,23 +29,22 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the summed cross-entropy of ``hidden @ weight.T + bias``.
 
-    The gradients are computed in the forward pass, as the logits are gone in the backward pass: those of ``hidden``
-    always, those of a trained ``weight``, ``rows`` and ``bias`` in float32 over all chunks, so that small ones are not
-    lost.
+    The gradients are computed in the forward pass, as the logits are gone by the backward pass. Those of ``weight``,
+    ``rows`` and ``bias`` are accumulated over all chunks in float32, so that small contributions are not lost.
 
     Args:
         hidden: [..., size], float32, bfloat16 or float16.
         weight: [vocabulary, size], of the same dtype.
         labels: [...], int64; -100 for a token without loss.
         bias: [vocabulary].
-        scale: What the logits are multiplied with; positive.
-        softcap: What they are then limited to, see :func:`~lightning_pipelite.kernels.cross_entropy.cross_entropy_`.
-        rows: Numbers of some rows of ``weight``, int64 and each once, and what stands in their place, [rows, size] of
-            any floating type: to train them without a gradient, or a copy, of the whole weight.
-        max_logits_bytes: How much the logits of a chunk may take; at least one token is computed at a time.
+        scale: Factor of the logits; positive.
+        softcap: Their limit after that, see :func:`~lightning_pipelite.kernels.cross_entropy.cross_entropy_`.
+        rows: Numbers of some rows of ``weight``, int64 and unique, and the values that replace them, [rows, size] of
+            any floating dtype: trains these rows without a gradient, or a copy, of the whole weight.
+        max_logits_bytes: Limit of the size of a chunk's logits; a chunk has at least one token.
 
     Returns:
-        A float32 scalar, for one backward pass.
+        A float32 scalar, for a single backward pass.
 
     Raises:
         ValueError: The shapes do not fit, or the scale is not positive.
@@ -84,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         of_values = torch.zeros_like(values, dtype=torch.float32) if needs_values and values is not None else None
         apart = None if values is None else values.to(weight.dtype)
-        losses = [torch.zeros(1, dtype=torch.float32, device=hidden.device)]  # so that there is one without tokens
+        losses = [torch.zeros(1, dtype=torch.float32, device=hidden.device)]  # a sum exists even without tokens
         rows = max(1, max_logits_bytes // (weight.shape[0] * hidden.element_size()))
         if rows > TILE:  # 1046 rows took an H100 a quarter longer than 958
             rows -= rows % TILE
@@ -98,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The logits are their own gradient now.
             if of_bias is not None:
                 of_bias += logits.sum(dim=0, dtype=torch.float32)
-            if gradient and apart is not None:  # of whose rows the weight's own take no part
+            if gradient and apart is not None:  # the weight's own values of these rows take no part
                 theirs = logits.index_select(1, numbers)
                 logits.index_fill_(1, numbers, 0)
             if of_hidden is not None:
@@ -120,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.of is None:
             raise RuntimeError("linear_cross_entropy goes through one backward pass only, without retain_graph")
         hidden, *others = (None if of is None else scale_(of, factor) for of in ctx.of)
-        ctx.of = None  # autograd copies what somebody else holds
+        ctx.of = None  # autograd would copy gradients that are still referenced here
         weight, bias, values = (
             None if of is None else of.to(dtype) for of, dtype in zip(others, ctx.dtypes, strict=True)
         )
@@ -128,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(sum_: Tensor, logits: Tensor, hidden: Tensor) -> None:
-    """Add ``logits.T @ hidden`` to a float32 sum, itself summed in float32."""
+    """Add ``logits.T @ hidden``, accumulated in float32, to a float32 sum."""
     if logits.dtype == torch.float32:
         sum_.addmm_(logits.T, hidden)
     elif logits.is_cuda or logits.is_meta:

@@ -1,14 +1,14 @@
-"""Linear layers with low-rank adapters: what they compute together, without float32 copies of activations.
+"""Linear layers computed together with their low-rank adapters, without float32 copies of activations.
 
-The products go through torch's matrix multiplication, which no Triton kernel of so few columns beats; what is gained is
-in how they are put together. Projections that share their input (query, key and value) are computed by one operation:
-the input meets all their A at once, each frozen weight's product is added in place to what B made, and the backward
-pass adds up one gradient of the input in place. Nothing is kept but the input and x·Aᵀ [tokens, rank].
+The products use torch's matrix multiplication, which no Triton kernel beats with so few columns; the gain is in how
+they are combined. Projections that share their input (query, key and value) are computed by one operation: the input is
+multiplied by all their A at once, each frozen weight's product is added in place to that of B, and the backward pass
+accumulates a single gradient of the input in place. Only the input and x·Aᵀ [tokens, rank] are saved.
 
-Frozen weights are whole, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8`). In FP8 the input is cast once for
-all projections, and what is kept of it is its codes: the gradient of A is taken from these. Products in FP8 take a GPU
-half the time, but the host as long as others; so weights that lie one behind the other in memory are computed with as
-one, and all B as one that has them along its diagonal. So are small weights in nf4.
+Frozen weights are unquantised, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8`). In FP8 the input is cast
+once for all projections, and saved as its codes, from which the gradient of A is computed. Products in FP8 take a GPU
+half the time, but the host as long as others; so weights that are contiguous in memory are multiplied as one, and all B
+as one block-diagonal matrix. So are small weights in nf4.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def lora_linear(
     *,
     in_fp8: bool = False,
 ) -> list[Tensor]:
-    """Return ``x Wᵢᵀ + biasᵢ + sᵢ (x Aᵢᵀ) Bᵢᵀ`` for every i, from one reading of x.
+    """Return ``x Wᵢᵀ + biasᵢ + sᵢ (x Aᵢᵀ) Bᵢᵀ`` for every i, preparing x once for all.
 
-    Products are summed in float32 and their results rounded to x's dtype; A and B are rounded to it where they are
-    used, and their gradients, which sum over all tokens, are not.
+    Products are accumulated in float32 and their results rounded to x's dtype. A and B are rounded to it for the
+    computation; their gradients, which sum over all tokens, are not.
 
     Args:
         x: [..., in], the computation's dtype.
-        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or codes in FP8 and
-            their scales, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or one alone, in FP8 or nf4, that
-            holds all Wᵢ one behind the other, where all sᵢ are the same.
+        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or its codes and scales in
+            FP8, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or a single weight in FP8 or nf4 that holds
+            all Wᵢ consecutively, if all sᵢ are equal.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
         scales: The scale sᵢ of each.
-        projected: The products x Aᵢᵀ [..., rank] where something lies between, such as dropout; then ``a`` is not used.
-        in_fp8: Whether products with weights, all of which are in FP8, are computed in FP8, and not with weights that
-            are dequantised.
+        projected: The products x Aᵢᵀ [..., rank] if something such as dropout lies between; ``a`` is then not used.
+        in_fp8: Whether products with the weights, all of them in FP8, are computed in FP8 rather than with dequantised
+            weights.
 
     Returns:
         [..., out] each, in x's dtype.
@@ -64,7 +64,7 @@ def lora_linear(
         b = [torch.block_diag(*[up.detach() for up in b])]
         biases, scales = [_joined(biases, widths, x)], scales[:1]
     down, ups = _rounded([] if given else a, b, x.dtype)
-    # Apart from the rest, so that a recomputation need not run all of it for this.
+    # Outside the operation below, so that recomputing this product does not rerun the rest.
     along = [rows.detach() @ down.T] if down is not None else [each.detach() for each in given]
     codes, row_scales = [[each] for each in fp8.quantise_rows(rows.detach())] if in_fp8 else ([], [])
     operands = Operands(
@@ -78,13 +78,13 @@ def lora_linear(
     )
     outputs = torch.ops.pipelite.differentiable_lora_linear(rows, codes, trained, *operands.flat())
     if joined:
-        # Copies, which the compiler makes part of what reads them: a model may view them as it likes, and change them.
+        # Copies, which the compiler fuses into their consumers: a model may view them freely and modify them in place.
         outputs = [part.clone(memory_format=torch.contiguous_format) for part in outputs[0].split(widths, dim=1)]
     return [output.view(*x.shape[:-1], width) for output, width in zip(outputs, widths, strict=True)]
 
 
 def _joined(biases: Sequence[Tensor | None], widths: Sequence[int], x: Tensor) -> Tensor | None:
-    """Return all biases on end, zeros where there is none; None if there are none at all."""
+    """Return all biases concatenated, with zeros for those that are missing; None if all are."""
     if all(bias is None for bias in biases):
         return None
     each = zip(biases, widths, strict=True)
@@ -92,7 +92,7 @@ def _joined(biases: Sequence[Tensor | None], widths: Sequence[int], x: Tensor) -
 
 
 def _rounded(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """Return all A on end [ranks, in], if there are any, and each B, in ``dtype``: cast together, as each is small."""
+    """Return all A concatenated [ranks, in], if any, and each B, in ``dtype``: cast together, as each is small."""
     tensors = [tensor.detach() for tensor in (*a, *b)]
     if any(tensor.dtype != dtype for tensor in tensors):
         flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
@@ -119,11 +119,11 @@ def lora_linear_reference(
     ]
 
 
-# Operations, as the compiler would keep weights that it sees made whole for the backward pass, and make copies for
-# what is added in place. Not torch.library.custom_op, whose checks of each call take the host longer than the products
-# take a GPU. Nor torch.library.register_autograd, through whose Python all calls would go, also those of a compiled
-# layer, where nothing is left to differentiate: an operation without gradients does the work, and one that is taken
-# apart before it is compiled gives it some.
+# Custom operations: if the compiler saw weights being dequantised, it would save them for the backward pass, and it
+# would make copies for in-place additions. Not torch.library.custom_op, whose checks of each call take the host longer
+# than the products take a GPU. Nor torch.library.register_autograd, whose Python code would run in all calls, including
+# those of a compiled layer, where nothing is left to differentiate: instead, an operation without gradients does the
+# work, and a composite one, which is decomposed before compilation, adds the gradients.
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
 _OPERANDS = "Tensor[] operands, int[] counts, float[] scales"
 _LIBRARY.define(f"differentiable_lora_linear(Tensor x, Tensor[] codes, Tensor[] trained, {_OPERANDS}) -> Tensor[]")
@@ -139,18 +139,18 @@ def forward_operation(x: Tensor, codes: list[Tensor], *flat: Any) -> list[Tensor
 
     Args:
         x: [tokens, in].
-        codes: Those of x, if products are computed in FP8.
-        flat: :class:`Operands`.
+        codes: E4m3 codes of x, if products are computed in FP8.
+        flat: :class:`Operands`, flattened.
     """
     it = Operands.of(*flat)
     outputs = []
     for weight, bias, along, up, scale in zip(it.weights, it.biases, it.alongs, it.ups, it.scales, strict=True):
-        if codes:  # torch has no such product that adds to something
+        if codes:  # torch has no FP8 product that adds to a given tensor
             output = fp8.product([*codes, *it.row_scales], weight, x.dtype, bias[0] if bias else None, back=False)
             outputs.append(output.addmm_(along, up.T, alpha=scale))
             continue
-        # The adapter's product first: the large one, bound by arithmetic, reads in passing what it adds to. On an H100,
-        # 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 the other way round, 0.71 for the large product alone.
+        # The adapter's product first: the large one is compute-bound and reads what it adds to at little cost. On an
+        # H100, 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 in the other order, 0.71 for the large product alone.
         if bias:
             output = torch.addmm(bias[0], along, up.T, alpha=scale)
         else:
@@ -166,15 +166,15 @@ def _(x: Tensor, codes: list[Tensor], *flat: Any) -> list[Tensor]:
 
 @torch.library.impl(_LIBRARY, "lora_linear_backward", "CompositeExplicitAutograd")
 def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, *flat_to_x: Any) -> list[Tensor]:
-    """Return the gradients of x (nothing if it needs none), of all A on end or all given projections, and of each B.
+    """Return the gradients of x (empty if not needed), of all A concatenated or all given projections, and of each B.
 
-    Those of A and B are in float32. A gradient that is empty is that of an output which nobody used.
+    Those of A and B are in float32. An output that was not used has an empty gradient.
 
     Args:
-        gradients: Of each output [tokens, out].
-        codes: Of each, if products are computed in FP8, codes and scales for that with its weight.
+        gradients: The gradient of each output [tokens, out].
+        codes: If products are computed in FP8, the codes and scales of each gradient for its product with the weight.
         x: The input [tokens, in]; or its codes, if products are computed in FP8.
-        flat_to_x: :class:`Operands`, and whether x needs a gradient.
+        flat_to_x: :class:`Operands`, flattened, and whether x needs a gradient.
     """
     *flat, to_x = flat_to_x
     it = Operands.of(*flat)
@@ -215,7 +215,7 @@ def _of_x(
         for number, operands in zip(used[1:], products[1:], strict=True):
             of_x.add_(fp8.product(operands, it.weights[number], back.dtype, back=True))
         return of_x.addmm_(back, it.down[0]) if it.down else of_x
-    of_x = back @ it.down[0] if it.down else back.new_zeros(shape)  # the small product first, as forward
+    of_x = back @ it.down[0] if it.down else back.new_zeros(shape)  # the small product first, as in the forward pass
     for number in used:
         g, up = gradients[number], it.ups[number]
         assert g is not None
@@ -285,9 +285,10 @@ def _differentiable(
     counts: list[int],
     scales: list[float],
 ) -> list[Tensor]:
-    """Return the same outputs, with gradients of x and of what is ``trained``.
+    """Return the same outputs as ``lora_linear``, with gradients for x and ``trained``.
 
-    Which is all A, or the given projections [tokens, rank], and all B: what is computed with is among the operands.
+    ``trained`` is all A, or the given projections [tokens, rank], and all B; the values that the computation uses are
+    among the operands.
     """
     return [*_Gradients.apply(codes, operands, counts, scales, x, *trained)]
 

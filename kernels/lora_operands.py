@@ -1,4 +1,4 @@
-"""What a linear layer with its adapters computes with, flat as an operation's schema takes it."""
+"""The operands of linear layers with adapters, flattened for an operation's schema."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """What the operation computes with beside x, and its backward pass as well.
+    """The operands, besides x, of the operation and its backward pass.
 
-    A schema knows tensors, numbers and lists of them, but no structures: operations take :meth:`flat` of it.
+    A schema allows tensors, numbers and lists of them, but no structures: operations take the result of :meth:`flat`.
 
     Attributes:
-        down: All Aᵢ on end [ranks, in], in x's dtype; nothing where the projections are given.
+        down: All Aᵢ concatenated [ranks, in], in x's dtype; empty where the projections are given.
         along: x·Aᵀ [tokens, ranks]; or the given projections, one by one.
         ups: Bᵢ in x's dtype.
-        weights: Of each frozen weight its parts.
-        biases: Of each weight nothing, or its bias.
-        row_scales: Of x's codes, if products are computed in FP8 [tokens].
+        weights: The parts of each frozen weight.
+        biases: For each weight its bias, or nothing.
+        row_scales: The scales of x's codes [tokens], if products are computed in FP8.
         scales: The scale sᵢ of each.
     """
 
@@ -51,6 +51,6 @@ class Operands(NamedTuple):
 
     @property
     def alongs(self) -> list[Tensor]:
-        """What each Bᵢ is multiplied with [tokens, rank]."""
+        """x·Aᵢᵀ, or the given projection, of each adapter [tokens, rank]."""
         one_by_one = len(self.along) == len(self.ups)
         return self.along if one_by_one else [*self.along[0].split(self.ranks, dim=1)]

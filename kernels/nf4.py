@@ -1,7 +1,7 @@
-"""Weights in nf4, and how they are made whole: by bitsandbytes, on GPUs by a kernel that gives the same to the bit.
+"""Weights in nf4 and their dequantisation: by bitsandbytes, or on GPUs by a kernel with bitwise identical results.
 
-That kernel takes one launch where bitsandbytes takes three, if scales are quantised themselves, each of them through
-Python of torch's dispatcher: a layer of experts takes the host longer than the GPU.
+That kernel needs one launch where bitsandbytes needs three if the scales are themselves quantised, each through the
+Python side of torch's dispatcher: for a layer of experts this takes the host longer than the GPU.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch import Tensor
 from lightning_pipelite.kernels.device import runs_triton
 from lightning_pipelite.kernels.launch import launch
 
-BLOCK, SCALES_BLOCK = 64, 256  # of bitsandbytes: how many weights have one scale, and how many scales have one
-BLOCKS = 64  # that a program of the kernel makes whole
+BLOCK, SCALES_BLOCK = 64, 256  # bitsandbytes': weights that share a scale, and scales that share one of their own
+BLOCKS = 64  # dequantised by one program of the kernel
 
 
 def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a weight from what it is held as.
+    """Dequantise a weight.
 
     Args:
-        parts: Codes, uint8, two of them a byte, the first in its upper half, and for each :data:`BLOCK` weights a
-            scale, float32. Or scales in uint8, and what they stand for: a scale for each :data:`SCALES_BLOCK` of them,
-            the 256 values of their codes, and what is added to all, or to each :data:`SCALES_BLOCK`, all float32.
-        shape: Of the weight.
-        dtype: Of the weight: float32, bfloat16 or float16.
+        parts: Codes, uint8, two per byte with the first in the upper half, and a float32 scale for each :data:`BLOCK`
+            weights. Or the scales are quantised: uint8 codes, then, all in float32, a scale for each
+            :data:`SCALES_BLOCK` of them, the 256 values of the codes, and the offset that is added to all, or one for
+            each :data:`SCALES_BLOCK`.
+        shape: The weight's shape.
+        dtype: The weight's dtype: float32, bfloat16 or float16.
     """
     if runs_triton(parts[0]) and not parts[0].is_meta:
         return _by_triton(parts, shape, dtype)
@@ -41,7 +42,7 @@ def dequantise(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 
 def dequantise_by_bitsandbytes(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the same as :func:`dequantise`, by bitsandbytes on any device."""
-    operations = bitsandbytes_operations()  # as its functions take the host several times as long
+    operations = bitsandbytes_operations()  # its functions take the host several times as long
     codes, scales, *nested = parts
     if nested:
         outer, outer_values, offset = nested
@@ -53,11 +54,11 @@ def dequantise_by_bitsandbytes(parts: Sequence[Tensor], shape: Sequence[int], dt
 
 @cache
 def bitsandbytes_operations() -> Any:
-    """Return the operations of bitsandbytes, that of 4-bit weights right on CPUs too.
+    """Return bitsandbytes' operations, with its 4-bit dequantisation corrected on CPUs.
 
-    There its kernel (0.50) begins a block of weights anew in each row, though a scale is that of so many weights one
-    after the other, also over the end of a row: where rows are no whole blocks, weights took the scales of others. So
-    it is given all in one row. Remove when ``tests/kernels/test_nf4.py`` passes without.
+    Its CPU kernel (0.50) starts a new block in each row, although a block is of consecutive weights, even across the
+    end of a row: where a row is not a whole number of blocks, weights got the scales of others. So the kernel is given
+    the weight as a single row. Remove when ``tests/kernels/test_nf4.py`` passes without.
     """
     import bitsandbytes  # noqa: F401 (makes them)
 
@@ -71,7 +72,7 @@ def bitsandbytes_operations() -> Any:
         whole: Tensor = of_cpus.call_boxed(keys, codes, scales, block, kind, row, dtype)
         return whole.view(*shape)
 
-    with warnings.catch_warnings():  # of the overriding
+    with warnings.catch_warnings():  # about overriding a kernel
         warnings.simplefilter("ignore")
         _LIBRARY.impl("dequantize_4bit", dequantize_4bit, "CPU", with_keyset=True, allow_override=True)
     return torch.ops.bitsandbytes
@@ -97,7 +98,7 @@ def _by_triton(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 
 @cache
 def _values(device: torch.device) -> Tensor:
-    """Return what the codes 0 to 15 stand for, before they are scaled."""
+    """Return the values of the codes 0 to 15, before scaling."""
     from bitsandbytes.functional import get_4bit_type
 
     values: Tensor = get_4bit_type("nf4", device=device)

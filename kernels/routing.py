@@ -1,4 +1,4 @@
-"""Sorts tokens by the experts that they are sent to, on the GPU alone: the host does not learn how many each gets."""
+"""Sorts tokens by the experts that they are routed to, entirely on the GPU: the host never learns the counts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from lightning_pipelite.kernels.device import at_least_16, runs_triton
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile
 
-BLOCK = 128  # choices that one program sorts
+BLOCK = 128  # choices sorted by one program
 WRONG = "a router chose an expert that there is not"
-BLOCKS = 32  # of which so many are added up at once
+BLOCKS = 32  # whose counts are added up at once
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> Groups:
     """Sort the copies of tokens by expert, stably, and return where each goes.
 
     Args:
-        chosen: Int [tokens, copies], the experts of each token. One that there is not is an error on a CPU; on a GPU,
-            where the host would have to wait to learn of it, its place is -1, and what comes of it is not a number.
-        experts: How many there are.
+        chosen: Int [tokens, copies], the experts of each token. A number out of range is an error on a CPU; on a GPU,
+            where detecting it would need a host synchronisation, its place is -1, and its result NaN.
+        experts: The number of experts.
     """
     if chosen.is_cuda and torch.compiler.is_compiling():
         return Groups(*_sort_by_counting(chosen.contiguous(), experts))
@@ -84,7 +84,7 @@ def _sort_by_counting(chosen: Tensor, experts: int) -> list[Tensor]:
 
 @triton.jit
 def _count(chosen, counts, count, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many of each block go to each expert."""
+    """Count how many choices of each block go to each expert."""
     numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     all_experts = tl.arange(0, EXPERTS)
     expert = tl.load(chosen + numbers, mask=numbers < count, other=-1).to(tl.int32)
@@ -97,7 +97,7 @@ def _count(chosen, counts, count, experts, EXPERTS: tl.constexpr, BLOCK: tl.cons
 def _add_up(  # type: ignore[no-untyped-def]
     counts, bounds, tiles, blocks, experts, room, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """How many of the blocks before go to each expert, in place; where each expert begins; and the tiles."""
+    """Replace each block's counts by the sums over earlier blocks; write where each expert begins, and the tiles."""
     all_experts = tl.arange(0, EXPERTS)
     there = all_experts < experts
     before = tl.zeros((EXPERTS,), dtype=tl.int32)

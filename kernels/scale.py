@@ -1,4 +1,4 @@
-"""A gradient times a scalar that only the GPU knows, which mostly is one."""
+"""Scales a gradient by a scalar that is known only to the GPU, and is mostly one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 4096
 @triton.jit
 def _kernel(values, factor, number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     by = tl.load(factor).to(tl.float32)
-    if by != 1.0:  # also where it is not a number
+    if by != 1.0:  # also true of NaN
         places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = places < number
         x = tl.load(values + places, mask=inside, other=0.0).to(tl.float32)
@@ -22,10 +22,10 @@ def _kernel(values, factor, number, BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """Multiply ``values`` in place, computed in float32; where the factor is one, they are not even read.
+    """Multiply ``values`` in place, computing in float32; if the factor is one, they are not even read.
 
     Args:
-        values: Float32, bfloat16 or float16, without gaps in memory.
+        values: Float32, bfloat16 or float16, contiguous.
         factor: A scalar on the same device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is trained of a model, and how that is saved."""
+"""The base class of adapters: which parameters of a model are trained, and how they are saved."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_pipelite.models.meta_model import MetaModel
 
 
 class Adapter(ABC):
-    """Chooses and adds the trained parameters of a causal LM that is spread over pipeline stages.
+    """Chooses and adds the trained parameters of a causal LM that is split into pipeline stages.
 
-    An adapter holds its options only, so one object serves every stage. All that it does on a stage follows from the
-    whole model's meta model and the seed: never from the partition.
+    An adapter holds only its options, so one object serves every stage. Everything that it does on a stage follows from
+    the whole model's meta model and the seed, never from the partition.
 
     Attributes:
-        batch_keys: What a batch must hold beside tokens, positions and labels: int64 tensors of the tokens' shape. They
-            pass through all stages as their extra inputs.
-        init_from: Directory of a saved adapter whose values this one starts from; None for values of its own.
+        batch_keys: What a batch must hold besides tokens, positions and labels: int64 tensors of the tokens' shape.
+            They pass through all stages as extra inputs.
+        init_from: Directory of a saved adapter whose values this one starts from; None for fresh initial values.
     """
 
     batch_keys: tuple[str, ...] = ()
@@ -30,12 +30,12 @@ class Adapter(ABC):
 
     @property
     def trained_tokens(self) -> set[int]:
-        """The tokens whose rows of embedding or head are trained, where that are not all."""
+        """The tokens whose rows of the embedding or head are trained, where not all rows are."""
         return set()
 
     @property
     def changes_weights(self) -> str:
-        """What of it changes the model's own weights, which then cannot be held as codes; empty if nothing does."""
+        """The option that changes the model's own weights, which then cannot be quantised; empty if none does."""
         return ""
 
     @abstractmethod
@@ -43,44 +43,43 @@ class Adapter(ABC):
         """Check, before any weight is read, that the options fit the model.
 
         Raises:
-            ConfigurationError: A target or a layer number that the model does not have, or a mode that is not possible.
+            ConfigurationError: The model lacks a target or a layer number, or does not support a mode.
         """
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, meta_model: MetaModel, seed: int) -> None:
-        """Make ``model``, the trimmed model of one stage, trainable in place and freeze all else.
+        """Make ``model``, the trimmed model of one stage, trainable in place and freeze everything else.
 
-        Initial values depend on ``seed`` and the module's name alone. A stage may end up with nothing to train.
+        Initial values depend only on ``seed`` and the module's name. A stage may end up with nothing to train.
         """
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027  (most have nothing to do)
-        """Change the parameters of one stage in place after each optimizer step, where the method asks for it."""
+        """Change the parameters of one stage in place after each optimizer step, if the method requires it."""
 
     @abstractmethod
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return what is to be saved of a stage's ``model``: tensors on the CPU by their names in the model."""
+        """Return what is to be saved of a stage's ``model``: CPU tensors by their names in the model."""
 
     def save(self, directory: Path, states: Iterable[dict[str, Tensor]], model: MetaModel | Path) -> None:
-        """Write the state dicts of all stages, in order, as ``directory``: whole or not at all.
+        """Write the state dicts of all stages, in order, to ``directory``: all or nothing.
 
         Args:
-            directory: Where the files are to be; such a directory that is already there is replaced once the new one
-                is complete.
-            states: The :meth:`state_dict` of every stage, each taken when its turn comes.
-            model: The model as it was trained; or its directory, if nothing but defaults was told when it was loaded.
+            directory: Where to save; an existing directory of this kind is replaced once the new one is complete.
+            states: The :meth:`state_dict` of every stage, consumed one at a time.
+            model: The model as it was trained; or its directory, if it was loaded with defaults only.
 
         Raises:
-            ConfigurationError: ``directory`` exists and is not such a directory.
+            ConfigurationError: ``directory`` exists and is of another kind.
         """
         meta_model = model if isinstance(model, MetaModel) else MetaModel(model)
         with self.place(directory, meta_model) as partial:
             self.write(partial, states, meta_model)
 
     def rehearse_save(self, directory: Path, meta_model: MetaModel) -> None:
-        """Do all that :meth:`save` does, with no stage's tensors, and put everything back.
+        """Do everything that :meth:`save` does, without any stage's tensors, and undo it.
 
         Raises:
-            ConfigurationError: As :meth:`save`, with what there is to write of the model.
+            ConfigurationError: As in :meth:`save`, including for what is written besides tensors.
         """
         try:
             with self.place(directory, meta_model) as partial:
@@ -94,16 +93,16 @@ class Adapter(ABC):
         """Yield an empty directory that replaces ``directory`` once it is complete.
 
         Raises:
-            ConfigurationError: ``directory`` exists and is not such a directory.
+            ConfigurationError: ``directory`` exists and is of another kind.
         """
 
     @abstractmethod
     def write(self, directory: Path, states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> None:
-        """Write the state dicts of all stages, none in a rehearsal, and all else that belongs to them."""
+        """Write the state dicts of all stages, none in a rehearsal, and everything else that belongs with them."""
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as it is to be saved; one without values, of a rehearsal, as it is."""
+    """Return ``tensor`` as it is to be saved, on the CPU; a meta tensor, as in a rehearsal, is left as it is."""
     return tensor.detach() if tensor.is_meta else tensor.detach().cpu().contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The adapter_config.json of an adapter's directory, as JSON; nothing long is imported for it."""
+"""Reads the adapter_config.json of an adapter's directory, as JSON; it imports nothing slow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_pipelite.models.weight_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 CONTROL_ADAPTER = "CONTROL_ADAPTER"
-"""As ``peft_type``; PEFT, which does not know it, then refuses the directory."""
+"""The ``peft_type`` of a Control Adapter. PEFT does not know it, and so refuses the directory."""
 
 
 def adapter_settings(directory: Path) -> dict[str, Any]:
-    """Return what is said of an adapter of whatever kind.
+    """Return the settings of an adapter of any kind.
 
     Raises:
         ConfigurationError: The directory holds no adapter.
@@ -25,7 +25,7 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
 
 
 def lora_settings(directory: Path) -> dict[str, Any]:
-    """Return what is said of a LoRA.
+    """Return the settings of a LoRA.
 
     Raises:
         ConfigurationError: The directory holds no adapter, or one of another kind.

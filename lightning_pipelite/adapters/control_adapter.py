@@ -1,4 +1,4 @@
-"""Control Adapters: what a decoder layer adds is scaled along learned directions, or scaled back, by class of token."""
+"""Control Adapters: what a decoder layer adds is scaled along learned directions, or scaled back, by token class."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ class ControlAdapter(Adapter):
 
         y' = y + Q diag(λ) Qᵀ dropout(d),   λ = expm1(c · S)
 
-    Q [hidden, rank] starts with orthonormal columns, and after each optimizer step goes back towards them: Q ← Q -
-    gamma · Q(QᵀQ - I). S [rank] starts at zero. Class +1 applies I + Q diag(exp(S) - 1) Qᵀ to d, class -1 exactly the
+    Q [hidden, rank] starts with orthonormal columns, and is pulled back towards them after each optimizer step: Q ← Q -
+    gamma · Q(QᵀQ - I). S [rank] starts at zero. Class +1 applies I + Q diag(exp(S) - 1) Qᵀ to d, class -1 exactly its
     inverse, class 0 nothing. The method is qlora-pipe-lite's. :class:`~lightning_pipelite.callbacks.
     CompositeWeightDecay` decays S.
 
     A batch needs ``control_classes``, int64 [batch, sequence]: the class of the token to be predicted at each
-    position, as for labels, and 0 at the end and where the label is masked.
+    position, as with labels, and 0 at the end and where the label is masked.
 
     Args:
         rank: Number of directions of each layer.
         dropout: Probability of dropout on d.
-        dtype: Type of Q and S, and of the computation: "float32", "bfloat16" or "float16".
-        gamma: How far Q goes back to orthogonality after each step: more than 0, at most 0.5.
+        dtype: Dtype of Q and S, and of the computation: "float32", "bfloat16" or "float16".
+        gamma: How strongly Q is pulled back to orthogonality after each step: more than 0, at most 0.5.
         layers_to_transform: Decoder layers to adapt, such as "0:3, 7, 12:15" (ranges are inclusive) or a list of
             numbers; all by default.
 
     Raises:
-        ConfigurationError: An option out of its range.
+        ConfigurationError: An option is out of range.
     """
 
     batch_keys = ("control_classes",)
@@ -86,7 +86,7 @@ class ControlAdapter(Adapter):
                 f"Control Adapters cannot be trained on a model of type {meta_model.config.model_type}, which trains "
                 f"in one stage only because {meta_model.one_stage_only}; choose LoRA."
             )
-        _ = meta_model.whole  # refused now if it cannot be had: its names are those of the file
+        _ = meta_model.whole  # refused now if it cannot be built: the saved file uses its names
         hidden = _hidden_size(meta_model)
         if self.rank > hidden:
             raise ConfigurationError(f"rank is {self.rank}, but the model's layers are only {hidden} wide; lower rank.")
@@ -131,7 +131,7 @@ class ControlAdapter(Adapter):
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(meta_model.model_dir.absolute()),
             "r": self.rank,
-            "lora_alpha": self.rank,  # as qlora-pipe-lite's tools want it: the scale is 1
+            "lora_alpha": self.rank,  # as qlora-pipe-lite's tools expect: the scale is 1
             "lora_dropout": self.dropout,
             "control_gamma": self.gamma,
             "layers_to_transform": None if layers is None else parse_layers(layers, len(meta_model.layers)),
@@ -147,14 +147,14 @@ def _control(layer: nn.Module, directions: Tensor, dropout: float, model: PreTra
     layer.control_Q = nn.Parameter(directions)
     layer.control_S = nn.Parameter(torch.zeros_like(directions[0]))
     layer.control_dropout = nn.Dropout(dropout)
-    layer._stage_model = [model]  # type: ignore[assignment]  # in a list, so that it is no submodule of its layer
+    layer._stage_model = [model]  # type: ignore[assignment]  # in a list, so that it is not a submodule of its layer
 
 
 class _Controlled(Mixin):
     """Mixed into a decoder layer, so that activation checkpointing includes the adapter.
 
-    The classes are read before the checkpoint and handed to it: by the time of the recomputation another micro-batch
-    may have come to the stage.
+    The classes are read outside the checkpoint and passed into it: by the time of recomputation, the stage may have
+    received another micro-batch.
     """
 
     mixin_place = MixinPlace.CONTROL

@@ -41,11 +41,11 @@ def load_control_adapter(directory: str | Path) -> dict[int, tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Transform:
-    """What a Control Adapter does to what one decoder layer adds: d becomes (I + L R) d, or its inverse.
+    """A Control Adapter's transform of what one decoder layer adds: d becomes (I + L R) d, or its inverse.
 
     Attributes:
-        left: L [hidden, rank], float32. Of Q and S: Q.
-        right: R [rank, hidden], float32. Of Q and S: Q transposed.
+        left: L [hidden, rank], float32; Q if the file holds Q and S.
+        right: R [rank, hidden], float32; Q transposed if the file holds Q and S.
         log_scales: S [rank], float32; None in the older files of qlora-pipe-lite, which hold B = L and A = R.
     """
 
@@ -54,11 +54,11 @@ class Transform:
     log_scales: Tensor | None = None
 
     def factors(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Return L [hidden, rank] and R [rank, hidden] with which d becomes d + L R d.
+        """Return L [hidden, rank] and R [rank, hidden] such that d becomes d + L R d.
 
-        Of Q and S, L = Q diag(expm1(±S)) and R = Q transposed: class +1, or with ``inverse`` class -1. Of B and A, the
-        inverse is exact: (I + B A)⁻¹ = I - B (I + A B)⁻¹ A (Sherman, Morrison and Woodbury), of which training used
-        the first term, I - B A.
+        With Q and S, L = Q diag(expm1(±S)) and R = Q transposed: class +1, or class -1 with ``inverse``. With B and A,
+        the inverse is exact: (I + B A)⁻¹ = I - B (I + A B)⁻¹ A (Sherman, Morrison and Woodbury), whereas training used
+        its first-order approximation, I - B A.
         """
         if self.log_scales is not None:
             return self.left * torch.expm1(-self.log_scales if inverse else self.log_scales), self.right
@@ -76,12 +76,12 @@ class ControlAdapterFile:
 
     Attributes:
         layers_name: Name of the base's list of decoder layers, such as ``model.layers``.
-        transforms: For each transformed decoder layer its :class:`Transform`.
+        transforms: The :class:`Transform` of each transformed decoder layer, by its number.
         rank: Number of directions of each layer.
         hidden: Width of the layers.
 
     Raises:
-        ConfigurationError: The directory holds no Control Adapter, or one that is damaged.
+        ConfigurationError: The directory holds no Control Adapter, or a damaged one.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -113,7 +113,7 @@ class ControlAdapterFile:
 
 
 def is_control_adapter(directory: str | Path) -> bool:
-    """Tell whether a directory holds a Control Adapter; qlora-pipe-lite's says that it is a LoRA.
+    """Tell whether a directory holds a Control Adapter; those of qlora-pipe-lite claim to be LoRAs.
 
     Raises:
         ConfigurationError: The directory holds no adapter.
@@ -125,7 +125,7 @@ def is_control_adapter(directory: str | Path) -> bool:
 
 
 def _read_layers(directory: Path) -> tuple[set[str], dict[int, dict[str, Tensor]]]:
-    """Return the names of the list of decoder layers, and the parts of each layer by its number."""
+    """Return the names given to the list of decoder layers, and the parts of each layer by its number."""
     names: set[str] = set()
     layers: dict[int, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(directory).items():

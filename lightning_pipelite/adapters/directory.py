@@ -18,14 +18,14 @@ from lightning_pipelite.shared.locks import is_abandoned, make_locked
 
 
 def refuse_other_content(directory: Path, known_files: Sequence[str]) -> None:
-    """Refuse to replace what holds anything else.
+    """Refuse to replace a directory that holds anything else.
 
     Args:
-        directory: An absolute path. If there is nothing there it may be written.
+        directory: An absolute path, which need not exist.
         known_files: Patterns of the names that such a directory may hold.
 
     Raises:
-        ConfigurationError: It exists and is no directory, or holds something else, which would be lost.
+        ConfigurationError: It exists and is not a directory, or holds something else, which would be lost.
     """
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ConfigurationError(f"{directory} exists and is not a plain directory; choose another place to save to.")
@@ -40,18 +40,18 @@ def refuse_other_content(directory: Path, known_files: Sequence[str]) -> None:
 def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Path]:
     """Yield an empty directory to write in, which replaces ``directory`` once it is complete and on disk.
 
-    What is in it can be read by whom the umask lets, whoever wrote it.
+    Its files get the permissions that the umask allows, whatever library wrote them.
 
-    An exception inside leaves ``directory`` as it was. What a killed process has left of it is removed. If the machine
-    stops between the two renames at the end, the former content is still there, whole, in ``.<name>.<number>.old``
+    If an exception is raised inside, ``directory`` is left as it was. Leftovers of killed processes are removed. If the
+    machine stops between the two renames at the end, the former content is still intact in ``.<name>.<number>.old``
     beside it.
 
     Args:
-        directory: Where the files are to be. If it exists it is replaced.
+        directory: Where the files are to be; replaced if it exists.
         known_files: Patterns of the names that such a directory may hold.
 
     Raises:
-        ConfigurationError: ``directory`` exists and is no directory or holds something else, which would be lost.
+        ConfigurationError: ``directory`` exists and is not a directory, or holds something else, which would be lost.
     """
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve() would replace a link's target)
     refuse_other_content(directory, known_files)
@@ -84,7 +84,7 @@ def whole_directory(directory: Path, known_files: Sequence[str]) -> Iterator[Pat
 
 
 def _open_to(path: Path, mode: int) -> None:
-    """Let those read ``path`` whom the umask, as in the mode of the directory, lets: safetensors lets nobody else."""
+    """Give ``path`` a mode that follows the umask, as the directory's does: safetensors allows only the owner."""
     if S_IMODE(path.stat().st_mode) != mode:
-        with suppress(PermissionError):  # a file system that has one mode for all
+        with suppress(PermissionError):  # on a file system with one mode for all files
             path.chmod(mode)

@@ -1,4 +1,4 @@
-"""LoRA layers of PEFT on fused experts, many in one parameter, in full precision or in 4 bits."""
+"""PEFT's LoRA layers on fused experts, many in one parameter, in full precision or in 4 bits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig, adapter: str) -> ParamWrapper:
     """Put a LoRA layer around the module ``name`` that adapts its fused weight ``parameter`` [experts, ., .].
 
-    Several weights of one module are wrapped one around the other; PEFT, when it loads, does so in the order in which
-    the module registers them.
+    The layers of several weights of one module are nested; PEFT, when it loads, nests them in the order in which the
+    module registers the weights.
 
     Args:
         model: Holds the module; changed in place.
@@ -30,7 +30,7 @@ def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig
         adapter: Name of the adapter.
 
     Returns:
-        The layer, whose A and B are still on the meta device.
+        The layer, with A and B still on the meta device.
     """
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(name)
@@ -43,10 +43,10 @@ def wrap_experts(model: nn.Module, name: str, parameter: str, config: LoraConfig
 
 
 def fuse_experts(model: nn.Module, adapter: str) -> None:
-    """Let PEFT's layers around experts compute by grouped products, and never form a product of A and B.
+    """Make PEFT's layers around experts compute by grouped products, which never materialise a product of A and B.
 
-    PEFT's own forward remains for experts that :mod:`~lightning_pipelite.models.experts` does not cover, and for
-    adapters that are merged or switched off.
+    PEFT's own forward remains in use for experts that :mod:`~lightning_pipelite.models.experts` does not cover, and for
+    adapters that are merged or disabled.
 
     Args:
         model: Holds the layers.
@@ -63,7 +63,7 @@ def fuse_experts(model: nn.Module, adapter: str) -> None:
 
 
 class _GroupedLoRA(Mixin):
-    """Mixed into the outermost layer around experts: computes for all."""
+    """Mixed into the outermost layer around experts; computes for all nested ones."""
 
     mixin_place = MixinPlace.COMPUTATION
     _adapter: str

@@ -76,7 +76,7 @@ class Full(Adapter):
         parameters = dict(model.named_parameters())  # a tied weight once, under the embedding's name
         aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-        # transformers renames and fuses weights as it loads them; its own reverse gives the names of the files.
+        # transformers renames and fuses weights on loading; its own inverse restores the names in the files.
         on_disk = revert_weight_conversion(model, state)
         return {name: to_cpu(tensor) for name, tensor in on_disk.items()}
 
@@ -93,7 +93,7 @@ class Full(Adapter):
         copy_to(directory, meta_model.model_dir, companions(meta_model.model_dir))
         if meta_model.key_mapping is not None:
             states = map(_as_text_model, states)
-        elif meta_model.is_text_part:  # saved within the whole model
+        elif meta_model.is_text_part:  # saved as part of the whole model
             states = itertools.chain(states, left_out_weights(meta_model))
         shards, dtype = _write_shards(directory, states)
         _write_index(directory, shards)
@@ -118,7 +118,7 @@ class Full(Adapter):
 
 
 def _config(meta_model: MetaModel) -> dict[str, Any]:
-    """Return the configuration of what is saved, in plain: of a text model that stands by itself, its own."""
+    """Return the configuration to save, unquantised; for a text model that is saved on its own, the text model's."""
     if meta_model.key_mapping is None:
         return unquantised(read_json(meta_model.model_dir / "config.json"))
     text, _ = read_config(meta_model.model_dir, meta_model.trust_remote_code)
@@ -130,7 +130,7 @@ def _is_pickled(model_dir: Path) -> bool:
 
 
 def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the names of a multimodal checkpoint off the weights of its text model."""
+    """Rename a text model's weights from their names in a multimodal checkpoint to its own."""
     named = {}
     for name, tensor in state.items():
         for pattern, own in TEXT_MODEL_NAMES.items():
@@ -140,12 +140,12 @@ def _as_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple[list[dict[str, int]], str | None]:
-    """Write one shard a stage; return the bytes of each shard's tensors by name, and the type most bytes have."""
+    """Write one shard per stage; return the bytes of each shard's tensors by name, and the dtype of most bytes."""
     shards: list[dict[str, int]] = []
     by_dtype: dict[str, int] = {}
     written: set[str] = set()
     for number, state in enumerate(states, start=1):
-        # First and last stage both hold a tied weight: the first to come writes it.
+        # The first and the last stage both hold a tied weight: whichever comes first writes it.
         state = {name: tensor for name, tensor in state.items() if name not in written}
         written |= state.keys()
         save_file(state, directory / f"{number}.safetensors", metadata={"format": "pt"})
@@ -157,7 +157,7 @@ def _write_shards(directory: Path, states: Iterable[dict[str, Tensor]]) -> tuple
 
 
 def _write_index(directory: Path, shards: list[dict[str, int]]) -> None:
-    """Give the shards their final names, which hold their number, and write the index over them."""
+    """Give the shards their final names, which contain the number of shards, and write their index."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -1,4 +1,4 @@
-"""LoRA layers of PEFT that compute with their frozen weight in one operation, and with what shares their input."""
+"""PEFT's LoRA layers fused into one operation with their frozen weights, and with layers that share their input."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.shared.class_mixin import Mixin, MixinPlace, mix_in
 
 _SMALL = 2**24
-"""Weights whose products with 4096 tokens take an H200 0.2 ms; the host takes 0.02 to 0.04 for each that it begins."""
+"""Number of weights whose products with 4096 tokens take an H200 0.2 ms; the host takes 0.02 to 0.04 to launch each."""
 
 
 def fuse(layers: dict[str, nn.Module], adapter: str, shared_inputs: Iterable[list[str]]) -> None:
-    """Let PEFT's LoRA layers compute by :func:`~lightning_pipelite.kernels.lora.lora_linear` where it covers them.
+    """Make PEFT's LoRA layers compute by :func:`~lightning_pipelite.kernels.lora.lora_linear` where it covers them.
 
-    PEFT's own forward remains for its variants (DoRA, a bias of B), for base layers that are trained or in other
-    formats, and for adapters that are merged or switched off.
+    PEFT's own forward remains in use for its variants (DoRA, a bias of B), for base layers that are trained or in other
+    formats, and for adapters that are merged or disabled.
 
-    Weights in FP8 that share their input, and small ones in nf4, are held one behind the other from now on, and
-    computed with as one.
+    FP8 weights that share their input, and small ones in nf4, are moved into contiguous memory and multiplied as one.
 
     Args:
         layers: PEFT's layers by their names in the model.
         adapter: The adapter's name in them.
-        shared_inputs: Names of linear layers that are called one after the other with one and the same tensor.
+        shared_inputs: Groups of linear layers, by name, that are called in succession with the same tensor.
     """
     fused: dict[str, Any] = {name: layer for name, layer in layers.items() if _covered(layer, adapter)}
     in_fp8 = {name: _in_fp8(layer) for name, layer in fused.items()}
@@ -72,23 +71,23 @@ def _nf4_parts(base: Any) -> dict[int, nn.Parameter] | None:
 
 
 def _join(members: list[Any]) -> dict[int, nn.Parameter] | None:
-    """Hold weights one behind the other if that is of use; return the parts of all as of one, if they are in nf4."""
+    """Make weights contiguous in memory if that helps; return the parts of all as those of one, if they are in nf4."""
     bases = [layer.get_base_layer() for layer in members]
     if _in_fp8(members[0]):
         fp8.join(bases)
     if any(isinstance(base, Fp8Linear) or _is_whole(base) for base in bases):
         return None
-    # A GPU is done with all these weights sooner than the host has begun their products one by one.
+    # A GPU finishes the products of weights this small sooner than the host launches them one by one.
     small = sum(base.out_features * base.in_features for base in bases) <= _SMALL
     parts = four_bit.join([base.weight for base in bases]) if small else None
     return None if parts is None else four_bit.held_parts(parts)
 
 
 class _FusedLoRA(Mixin):
-    """Mixed into PEFT's layer. The first layer of a group computes for all; the others take what is theirs.
+    """Mixed into PEFT's layer. The first layer of a group computes for all; the others take their outputs from it.
 
-    What a compiled layer calls here reads plain attributes, dictionaries and modules alone: whether these have changed
-    the compiler sees in passing (from Python 3.12 on), of lists and properties it looks at each anew, in every call.
+    What a compiled layer calls here reads only plain attributes, dictionaries and modules: the compiler's guards on
+    these cost next to nothing (from Python 3.12 on), whereas each list and property is checked again in every call.
     """
 
     mixin_place = MixinPlace.COMPUTATION
@@ -96,8 +95,8 @@ class _FusedLoRA(Mixin):
     _number: int
     _group: dict[int, Any]
     _ready: tuple[Tensor, list[Tensor]] | None
-    _joined: dict[int, nn.Parameter] | None  # the parts in nf4 of all weights of the group as of one
-    _in_nf4: dict[int, nn.Parameter] | None  # those of this layer's
+    _joined: dict[int, nn.Parameter] | None  # nf4 parts of all weights of the group, as of one weight
+    _in_nf4: dict[int, nn.Parameter] | None  # those of this layer's weight
     _is_merged: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -109,7 +108,7 @@ class _FusedLoRA(Mixin):
             self._ready = (x, outputs) if count > 1 else None
             return outputs[0]
         ready = group[0]._ready
-        if ready is None or ready[0] is not x:  # called by itself
+        if ready is None or ready[0] is not x:  # called on its own
             return _compute([self], x, self._adapter)[0]
         if self._number == count - 1:
             group[0]._ready = None
@@ -128,13 +127,13 @@ class _FusedLoRA(Mixin):
             self._look_again()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As a module's own: called where it is moved."""
+        """Move or cast the layer as ``nn.Module`` does, then update what is known of the weight."""
         applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
         self._look_again()
         return applied
 
     def _look_again(self) -> None:
-        """Take what has become of the weight; where it lies elsewhere now, it is no longer one with others."""
+        """Update what is known of the weight; if it has moved in memory, it is no longer joined with the others."""
         self._is_merged = self.merged  # type: ignore[attr-defined]
         base: Any = self.get_base_layer()  # type: ignore[attr-defined]
         if self._in_nf4 is not None and self._in_nf4[0].data_ptr() != base.weight.data_ptr():
@@ -153,9 +152,9 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
         dropout = layer.lora_dropout[adapter]
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             projected.append(linear(dropout(x), down.to(x.dtype)))
-    in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # one as all
+    in_fp8 = _in_fp8(members[0]) and x.dtype == torch.bfloat16  # the same for all members
     alike = len(members) > 1 and all(scale == scales[0] for scale in scales)
-    # Not all the others as well: the compiler would look at each in every call.
+    # The first layer has the joined weight; the compiler would guard on each of the others in every call.
     if alike and in_fp8:
         weights = [bases[0].joined()]
     elif alike and members[0]._joined is not None:
@@ -166,7 +165,7 @@ def _compute(members: list[Any], x: Tensor, adapter: str) -> list[Tensor]:
 
 
 def _parts(layer: Any, base: Any) -> list[Tensor]:
-    """Return the weight as the kernel takes it."""
+    """Return the layer's weight in the form that the kernel takes."""
     if layer._in_nf4 is not None:
         return four_bit.in_order(layer._in_nf4)
     return base.parts() if isinstance(base, Fp8Linear) else [base.weight]

@@ -1,4 +1,4 @@
-"""What a multimodal checkpoint holds beside the text model that is trained: its towers, saved as they were."""
+"""What a multimodal checkpoint holds besides the text model that is trained: its towers, saved unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_pipelite.models.transformers_compat import (
 
 
 def left_out_weights(meta_model: MetaModel) -> Iterator[dict[str, Tensor]]:
-    """Yield, for each weight file, the tensors that are none of the text model's, by their names there."""
+    """Yield, for each weight file, the tensors that do not belong to the text model, by their names in the file."""
     transforms = get_model_conversion_mapping(meta_model.model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]

@@ -51,30 +51,31 @@ class LoRA(Adapter):
     """Trains B·A beside each chosen weight W, with alpha = rank: y = W x + B A dropout(x).
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685). A [rank,
-    in] starts uniform in ±1/sqrt(in) as PEFT's does, B [out, rank] at zero. The layers and the files are PEFT's.
+    in] starts uniform in ±1/sqrt(in), as in PEFT, and B [out, rank] at zero. The layers and the files are PEFT's.
 
     Args:
         rank: Rank of each adapter.
         dropout: Probability of dropout on the adapter's input.
-        dtype: Type of the adapter's weights: "float32", "bfloat16" or "float16".
+        dtype: Dtype of the adapter's weights: "float32", "bfloat16" or "float16".
         target_modules: Linear layers of the decoder to adapt: "all-linear", a list of names such as "q_proj", or a
             regular expression for the full name. The experts of a MoE model, fused into parameters such as
             "mlp.experts.down_proj", count as linear layers; each expert gets an A and B of its own.
         layers_to_transform: Decoder layers to adapt, such as "0:3, 7, 12:15" (ranges are inclusive) or a list of
             numbers; all by default.
         use_rslora: Scale B·A by sqrt(rank) (https://arxiv.org/abs/2312.03732).
-        use_dora: Train the magnitude of W + B·A apart from its direction (https://arxiv.org/abs/2402.09353).
-        init_lora_weights: "default"; "gaussian", A normal with deviation 1/rank; or "pissa", A and B from the largest
-            singular values of W, which is left with the rest (https://arxiv.org/abs/2404.02948), or "pissa_niter_N",
-            that by N iterations of a randomised decomposition. PiSSA is saved as a LoRA of twice the rank on the
-            unchanged W.
+        use_dora: Train the magnitude of W + B·A separately from its direction (https://arxiv.org/abs/2402.09353).
+        init_lora_weights: "default"; "gaussian", with A normal of standard deviation 1/rank; "pissa", with A and B from
+            the largest singular values of W, which keeps the rest (https://arxiv.org/abs/2404.02948); or
+            "pissa_niter_N", the same by N iterations of a randomised decomposition. PiSSA is saved as a LoRA of twice
+            the rank on the unchanged W.
         init_from: A PEFT directory of a LoRA to start from instead, with this rank, these targets and these layers; its
-            alpha is multiplied into B. A resumed training goes on from its checkpoint.
-        trainable_token_indices: Numbers of tokens, such as those added to a tokenizer, whose rows of embedding and head
-            are trained too; by module, such as ``{"embed_tokens": [128002]}``, those of one of the two alone.
+            alpha is multiplied into B. A resumed training continues from its checkpoint.
+        trainable_token_indices: Numbers of tokens, such as those added to a tokenizer, whose rows of the embedding and
+            the head are trained too; give them by module, such as ``{"embed_tokens": [128002]}``, to train those of
+            only one of the two.
 
     Raises:
-        ConfigurationError: An option out of its range, or two that do not go together.
+        ConfigurationError: An option is out of range, or two are incompatible.
     """
 
     def __init__(
@@ -175,8 +176,8 @@ class LoRA(Adapter):
         linear = [name for name in linear if name in owned]
         fused = [name for name in fused if name.rpartition(".")[0] in owned]
         if linear:
-            # On the meta device, as PEFT's own initial values would draw from the global random numbers in vain.
-            # Into the list of layers: given a model, PEFT takes gate_proj and its like for the experts' in some types.
+            # On the meta device, as PEFT's own initialisation would consume global random numbers for nothing.
+            # Into the list of layers: in a whole model of some types, PEFT takes gate_proj and the like for experts'.
             prefix = meta_model.layers_name + "."
             config = self._config([name.removeprefix(prefix) for name in linear])
             config.fan_in_fan_out = is_transposed(model, linear)
@@ -256,7 +257,7 @@ class LoRA(Adapter):
         return lora_targets(meta_model, self.target_modules, self.layers_to_transform)
 
     def _initialise(self, layer: Any, name: str, seed: int) -> None:
-        """Set A and B to values that depend on ``seed`` and ``name`` alone, drawn on the CPU for every device."""
+        """Set A and B to values that depend only on ``seed`` and ``name``, drawn on the CPU whatever the device."""
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         device, dtype = next(layer.get_base_layer().parameters()).device, DTYPES[self.dtype]
         generator = generator_of(seed, name)
@@ -268,7 +269,7 @@ class LoRA(Adapter):
         b = torch.zeros(up.weight.shape, dtype=torch.float32, device="cpu")
         down.weight, up.weight = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
         if self._pissa and device.type != "meta":  # a plan has no weights to decompose
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # pissa_niter draws from it
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # pissa_niter uses the global RNG
                 torch.manual_seed(generator.initial_seed())
                 layer.pissa_init(ADAPTER, self.init_lora_weights)
             layer.pissa_start = (down.weight.detach().cpu().clone(), up.weight.detach().cpu().clone())
@@ -294,7 +295,7 @@ def _is_trained(name: str) -> bool:
 
 
 def _name_in_file(name: str) -> str:
-    """PEFT's name for a parameter: without the adapter's, DoRA's magnitude as if it were no module, rows as of one."""
+    """Name a parameter as PEFT's files do: no adapter name, DoRA's magnitude as no module's, rows as a submodule's."""
     if name.endswith(f".{ROWS}"):
         return f"{name.removesuffix(ROWS)}{IN_FILE}"
     magnitude = f".lora_magnitude_vector.{ADAPTER}.weight"

@@ -1,7 +1,7 @@
-"""Which of PEFT's LoRAs are known here: those that add scaling · B A, of whatever rank and scaling, and little else.
+"""Which of PEFT's LoRAs are supported: those that add scaling · B A, of any rank and scaling, and little else.
 
-PEFT adds variants with each release. So nothing is let through but what is listed, and the file must hold no tensor
-beside those that the configuration accounts for.
+PEFT adds variants with each release. So only what is listed here is accepted, and the file must hold no tensors but
+those that the configuration accounts for.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from lightning_pipelite.adapters.config_file import CONFIG_FILE, lora_settings
 from lightning_pipelite.errors import ConfigurationError
 
-# Keys that say nothing of what is added to a weight. Those of initialisations count by ``init_lora_weights`` alone.
+# Keys that do not affect what is added to a weight. Those of initialisations matter only via ``init_lora_weights``.
 SILENT = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "runtime_config", "lora_dropout", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "megatron_core"),
 }
-# Keys whose value is gone by: where A and B are, what they are multiplied with, and what there is beside them.
+# Keys whose values are honoured: where A and B are, how they are scaled, and what exists besides them.
 HONOURED = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
     *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
 }
 INVOKED = "alora_invocation_tokens"
-# With these the weights that the adapter was trained on are not the base's: they were changed when it was made.
+# With these the adapter was trained on other weights than the base's: its initialisation changed them.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -40,15 +40,15 @@ PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embe
 
 
 def read_lora_config(directory: Path, *, invoked: bool = False) -> LoraConfig:
-    """Return PEFT's configuration of a LoRA that is known here.
+    """Return PEFT's configuration of a supported LoRA.
 
     Args:
         directory: PEFT directory of the adapter.
-        invoked: Whether the caller takes activated LoRAs (aLoRA) too, whose A and B count from certain tokens on.
+        invoked: Whether the caller also accepts activated LoRAs (aLoRA), whose A and B apply from certain tokens on.
 
     Raises:
-        ConfigurationError: It is missing, not a LoRA's, or of a kind that says too little of what is added to the base,
-            or more than is known.
+        ConfigurationError: The configuration is missing, not a LoRA's, or of a kind that leaves open what is added to
+            the base, or adds more than is supported.
     """
     given = lora_settings(directory)
     _refuse_more(given, directory, {*SILENT, *HONOURED, *([INVOKED] if invoked else [])})
@@ -70,7 +70,7 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
         For each module, by its name in the file, the names of its A and its B.
 
     Raises:
-        ConfigurationError: A tensor without its pair, one that does not fit it, or one of another kind.
+        ConfigurationError: A tensor lacks its pair, does not fit it, or is of another kind.
     """
     pairs: dict[str, tuple[str, str]] = {}
     whole = set(config.modules_to_save or [])
@@ -103,7 +103,7 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
 
 
 def rest_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return what an adapter has beside its products, in words."""
+    """Describe what an adapter has besides its products."""
     rest = ["the magnitudes of a DoRA"] if config.use_dora else []
     biases = sum(key.endswith(".bias") for key in tensors)
     rows = {key: tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ROWS)}
@@ -113,10 +113,10 @@ def rest_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _is_whole(key: str, modules: set[str], *, biases: bool) -> bool:
-    """Tell whether a tensor is a whole one of the base: of ``modules_to_save``, a bias, an embedding's weight."""
+    """Tell whether a tensor is a whole one of the base: of ``modules_to_save``, a bias, or an embedding's weight."""
     parameter = key.rpartition(".")[2]
-    inside = any(f"{name}." in key for name in modules)  # as PEFT: "norm" is for all whose names end so
-    # With an adapter on an embedding or the head, or more tokens than before, PEFT saves their weights as well.
+    inside = any(f"{name}." in key for name in modules)  # as in PEFT: "norm" matches all names that end so
+    # With an adapter on the embedding or head, or with tokens added, PEFT saves their weights as well.
     outside = parameter == "weight" and re.search(r"\.\d+\.", key) is None
     return inside or outside or (biases and parameter == "bias")
 
@@ -138,7 +138,7 @@ def _refuse_more(given: Mapping[str, Any], directory: Path, known: set[str]) -> 
 
 
 def _check_numbers(given: Mapping[str, Any], directory: Path) -> None:
-    """Check ranks and alphas, which PEFT takes as they come."""
+    """Check ranks and alphas, which PEFT accepts unchecked."""
     for name, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         patterns = given.get(pattern) or {}
         if not isinstance(patterns, dict):

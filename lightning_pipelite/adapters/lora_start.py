@@ -1,4 +1,4 @@
-"""A LoRA that exists, from which a training goes on."""
+"""An existing LoRA that a training starts from."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_pipelite.models.meta_model import MetaModel
 
 
 class LoRAStart:
-    """The tensors of a PEFT directory, by the names and with the scale of the LoRA that is to go on from them.
+    """The tensors of a PEFT directory, with the names and the scale of the LoRA that is to start from them.
 
-    Its B are multiplied by what its alpha says, as a LoRA's own scale here follows from its rank alone: it adds the
-    same product to each weight.
+    The directory's scale is multiplied into B, as the scale of a LoRA here follows from its rank alone: the product
+    that is added to each weight stays the same.
 
     Args:
-        directory: Of PEFT's files.
+        directory: PEFT's directory.
         meta_model: The model that the LoRA is for.
-        shapes: Of all tensors that the LoRA has, by their names in a file, without what PEFT puts before.
+        shapes: Shapes of all tensors of the LoRA, by their names in a file, without PEFT's prefix.
         wanted: The LoRA's own configuration.
         rows: The tokens whose rows it trains, by the names of embedding and head.
 
     Attributes:
-        tensors: By their names in a file, without what PEFT puts before. The rows of tokens are among them if the
-            directory has them.
+        tensors: Tensors by their names in a file, without PEFT's prefix; including rows of tokens, if the directory
+            has them.
 
     Raises:
-        ConfigurationError: The directory holds no LoRA, one of a kind that is not known, or one that differs from
-            ``wanted`` in rank, targets or layers, or does not fit the model.
+        ConfigurationError: The directory holds no LoRA, one of an unsupported kind, or one that differs from ``wanted``
+            in rank, targets or layers, or does not fit the model.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class LoRAStart:
                 f"it holds {_names(rest)}, which is no part of a LoRA that can be trained here; choose another"
             )
         whole, names = meta_model.whole, [name.removeprefix(FILE_PREFIX) for name in tensors]
-        # Of a model with images, PEFT's files have its names, former ones the text part's.
+        # For a model with images, PEFT's files use that model's names; older ones use the text part's.
         meant = whole.is_meant(names)
         found = {(whole.own_name(name) or name) if meant else name: FILE_PREFIX + name for name in names}
         theirs = {name: self._numbers_of(found[name]) for name in found if name.endswith(ROWS)}
-        if not theirs:  # the rows begin with the model's
+        if not theirs:  # the rows start from the model's
             shapes = {name: shape for name, shape in shapes.items() if not name.endswith(ROWS)}
         self._check_rows(theirs, {f"{name}{ROWS}": numbers for name, numbers in rows.items()})
         self._check_targets({*found} - {*theirs}, {*shapes} - {*theirs})
@@ -129,7 +129,7 @@ class LoRAStart:
         self._refuse(f"{told}; leave out layers_to_transform, and set target_modules to '{self._pattern(adapted)}'")
 
     def _adapted(self, found: set[str]) -> set[str]:
-        """Return the full names of what the adapter adapts of the decoder layers, as target_modules can name them."""
+        """Return the full names of what the adapter adapts in the decoder layers, as target_modules can name them."""
         linear, experts = (set(names) for names in lora_targets(self._meta_model, "all-linear", None))
         meant = tuple(self._config.target_parameters or ())
         modules = {_module(name).replace(".base_layer", "") for name in found}

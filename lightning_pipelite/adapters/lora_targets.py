@@ -27,7 +27,7 @@ def lora_targets(
     """Return the full names of the linear layers and of the fused weights to adapt in the whole model.
 
     Raises:
-        ConfigurationError: A target that is neither, or nothing to adapt.
+        ConfigurationError: A target is neither, or there is nothing to adapt.
     """
     modules = {name: module for name, module in meta_model.model.named_modules() if name}
     known = {n for n, m in modules.items() if meta_model.layer_of(n) is not None and _is_linear(m)}
@@ -54,22 +54,22 @@ def lora_targets(
 
 
 def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str]) -> nn.Module:
-    """Refuse, before hours of training, what PEFT would not adapt when it loads the result.
+    """Refuse, before hours of training, targets that PEFT would not adapt when it loads the result.
 
     Args:
-        config: What will be saved.
+        config: The configuration that will be saved.
         meta_model: The whole model.
         targets: Full names of what the LoRA adapts.
 
     Returns:
-        What PEFT makes of the whole model; of layers that are alike, one has its adapters.
+        The whole model with PEFT's adapters; of identical layers, only one has them.
 
     Raises:
         ConfigurationError: PEFT refuses a target, or takes its name for another one's.
     """
     whole = meta_model.whole
     layers = whole.model.get_submodule(whole.name(meta_model.layers_name))
-    # PEFT goes by names and classes: of layers that are alike in both and in their targets, one tells for all.
+    # PEFT goes by names and classes: of layers that are alike in both and in their targets, one stands for all.
     tried: dict[Hashable, int] = {}
     own: list[set[str]] = [set() for _ in meta_model.layers]
     for name in targets:
@@ -99,7 +99,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
             f"{meta_model.config.model_type}, as it takes {_last(lost[0])} for the experts'; {_others(targets, lost)}"
         )
-    # It renames what it loads as transformers does the model's files, in which some have other names.
+    # PEFT renames what it loads as transformers renames the model's files, in which some weights have other names.
     state = get_peft_model_state_dict(placed, adapter_name=ADAPTER, save_embedding_layers=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,7 +114,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
 
 
 def _others(targets: set[str], lost: list[str]) -> str:
-    """Say which target modules are left without those that are lost."""
+    """Say which target modules remain without the lost ones."""
     left = sorted({_last(name) for name in targets} - {_last(name.partition(".lora_")[0]) for name in lost})
     return f"name other target_modules, such as [{', '.join(left)}]." if left else "name other target_modules."
 
@@ -124,15 +124,15 @@ def _last(name: str) -> str:
 
 
 def is_transposed(model: nn.Module, linear: list[str]) -> bool:
-    """Tell PEFT's ``fan_in_fan_out``: whether linear layers of those names keep their weights [in, out].
+    """Return PEFT's ``fan_in_fan_out``: whether the named linear layers store their weights as [in, out].
 
-    In 4 bits those of a Conv1D are [out, in] as any other's.
+    In 4 bits, the weight of a Conv1D is [out, in] like any other.
     """
     return any(type(model.get_submodule(name)) is Conv1D for name in linear)
 
 
 def shortest(targets: list[str], names: list[str], length: int) -> list[str]:
-    """Return the last components of ``targets`` if they name the same of ``names``, as people and tools expect."""
+    """Shorten ``targets`` to their last components, as people and tools expect, if no others of ``names`` match."""
 
     def last(name: str) -> str:
         return ".".join(name.split(".")[-length:])
@@ -142,9 +142,9 @@ def shortest(targets: list[str], names: list[str], length: int) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether ``module``, on the meta device, is a linear layer; some routers only inherit from one.
+    """Tell whether ``module``, on the meta device, is a linear layer; some routers only inherit from one.
 
-    GPT-2's are transformers' Conv1D, which keeps its weight [in, out].
+    GPT-2's are transformers' Conv1D, which stores its weight as [in, out].
     """
     if type(module) is Conv1D:
         return True

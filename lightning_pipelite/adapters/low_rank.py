@@ -1,4 +1,4 @@
-"""What LoRA and Control Adapters have in common: options, initial values, and names in the file."""
+"""What LoRA and Control Adapters share: dtypes, seeds of initial values, and names in the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in option_
 
 
 def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -> dict[str, Tensor]:
-    """Return the tensors of all stages by the names that PEFT looks for, in the model that the directory loads as."""
+    """Return the tensors of all stages by the names that PEFT expects, in the model that the directory loads as."""
     return {
         FILE_PREFIX + meta_model.whole.name(name.removeprefix(FILE_PREFIX)): tensor
         for state in states
@@ -25,6 +25,6 @@ def named_as_whole(states: Iterable[dict[str, Tensor]], meta_model: MetaModel) -
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Return a generator on the CPU whose state depends on ``seed`` and ``name`` alone."""
+    """Return a CPU generator whose state depends only on ``seed`` and ``name``."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

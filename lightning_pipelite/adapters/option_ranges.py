@@ -1,4 +1,4 @@
-"""The ranges of options that LoRA and Control Adapters have in common, and the files of their directories."""
+"""The ranges of options that LoRA and Control Adapters share, and the files of their directories."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_options(rank: int, dropout: float, dtype: str) -> None:
-    """Check the options that both have.
+    """Check the options that both kinds of adapter have.
 
     Raises:
-        ConfigurationError: A value out of its range.
+        ConfigurationError: A value is out of range.
     """
     if rank < 1:
         raise ConfigurationError(f"rank is {rank}; set it to 1 or more.")
@@ -25,10 +25,10 @@ def check_options(rank: int, dropout: float, dtype: str) -> None:
 
 
 def check_gamma(gamma: float) -> None:
-    """Check how far a Control Adapter's directions go back to orthogonality.
+    """Check how strongly a Control Adapter's directions are pulled back to orthogonality.
 
     Raises:
-        ConfigurationError: It is out of its range.
+        ConfigurationError: The value is out of range.
     """
     if not 0.0 < gamma <= 0.5:
         raise ConfigurationError(f"gamma is {gamma}; set it to more than 0 and at most 0.5.")

@@ -14,7 +14,7 @@ def keep_orthogonal(directions: Sequence[Tensor], gamma: float) -> None:
     """Set Q to Q - gamma · Q(QᵀQ - I) for every Q [hidden, rank], in float32 and in place.
 
     With gamma = 0.5 this is a Newton-Schulz step to the nearest matrix with orthonormal columns (Björck and Bowie
-    1971, SIAM J. Numer. Anal. 8(2)), which squares the residual of QᵀQ; a smaller gamma goes a part of the way.
+    1971, SIAM J. Numer. Anal. 8(2)), which squares the residual of QᵀQ; a smaller gamma goes part of the way.
     """
     alike: dict[Hashable, list[Tensor]] = {}
     for each in directions:

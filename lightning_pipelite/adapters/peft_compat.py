@@ -1,8 +1,8 @@
-"""Every part of PEFT that it does not document: what it is for, and what to watch for its removal.
+"""Every undocumented part of PEFT that is used: what it is for, and when its use can be removed.
 
-Tested with PEFT 0.21.0 to 0.21.2; pyproject.toml allows more, of which ``tests/adapters/test_peft_compat.py`` names
-what is gone. Other files use what ``peft``, ``peft.tuners.lora`` and ``peft.utils`` export, and the plain attributes of
-their layers (``lora_A``, ``scaling``, ``lora_variant``).
+Tested with PEFT 0.21.0 to 0.21.2; pyproject.toml allows later versions, for which
+``tests/adapters/test_peft_compat.py`` names whatever has gone. Other files use only what ``peft``, ``peft.tuners.lora``
+and ``peft.utils`` export, and the plain attributes of their layers (``lora_A``, ``scaling``, ``lora_variant``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from lightning_pipelite.errors import ConfigurationError
 def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
     """Return rank and alpha of the module ``name``, by PEFT's own reading of a configuration's patterns.
 
-    ``get_pattern_key`` is not exported, and which pattern is a name's is more than a comparison. Remove when it is.
+    ``get_pattern_key`` is not exported, and finding a name's pattern takes more than a comparison. Remove once it is
+    exported.
     """
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     return (
@@ -38,12 +39,12 @@ def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
 def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Return A [experts, rank, in] and B [experts, out, rank] of fused experts, as ``ParamWrapper`` lays them out.
 
-    A's rows are those of one expert after the other, B's columns go round. Remove when it hands them out itself.
+    A's rows are grouped by expert; B's columns cycle through the experts. Remove when PEFT provides the factors itself.
 
     Args:
         a: [experts · rank, in].
         b: [out, rank · experts].
-        experts: How many.
+        experts: The number of experts.
     """
     return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
@@ -51,14 +52,14 @@ def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def is_switched_off(layer: LoraLayer) -> bool:
     """Tell whether an adapter's layer is to compute without its adapter.
 
-    As its property ``disable_adapters`` does, which a compiled layer would look at anew in every call: the compiler
-    looks away only from plain attributes. Remove when it does so from properties too.
+    Its property ``disable_adapters`` tells the same, but a compiled layer would check that again in every call: the
+    compiler can skip only plain attributes. Remove when it can skip properties too.
     """
     return bool(layer._disable_adapters)
 
 
 def is_swapped(layer: ParamWrapper) -> bool:
-    """Tell whether a layer around a fused weight took [.., in, out] for its layout, and A and B are of the transpose.
+    """Tell whether a layer took its fused weight's layout for [.., in, out], so that A and B are for the transpose.
 
     Remove when there is a public attribute for it.
     """
@@ -67,7 +68,7 @@ def is_swapped(layer: ParamWrapper) -> bool:
 
 @contextmanager
 def adapter_stays() -> Iterator[None]:
-    """Keep PEFT, within the context, from moving what it reads to the device of the base's weights, which is meta.
+    """Keep PEFT, within the context, from moving what it loads to the device of the base's weights, which is meta.
 
     Remove when ``load_adapter(torch_device=)`` decides where an adapter is held.
     """
@@ -88,14 +89,14 @@ def adapter_stays() -> Iterator[None]:
 class QuantisedExperts(ParamWrapper):
     """Adds the adapter's product to experts that a parametrization keeps in 4 bits.
 
-    PEFT's own way stacks a parametrization on the one of bitsandbytes, but asks for the weight in between, which
-    bitsandbytes' cache then hands out without the adapter: it would not train. Nor is it taken off again. Remove when
-    LoRA on ``target_parameters`` that bitsandbytes quantises trains, twice in a row.
+    PEFT itself stacks a parametrization on bitsandbytes', but reads the weight in between; bitsandbytes' cache then
+    returns the weight without the adapter, which would not train. Nor does PEFT remove its parametrization again.
+    Remove when LoRA on ``target_parameters`` that bitsandbytes quantises trains, twice in a row.
     """
 
     @override
     def get_param(self) -> Tensor:
-        """Return an empty tensor of the weight's shape, dtype and device: PEFT asks for no more here."""
+        """Return an empty tensor of the weight's shape, dtype and device: PEFT needs no more here."""
         original = self._chain().original
         state = self._chain()[0].quant_state
         return torch.empty((), dtype=state.dtype, device=original.device).expand(state.shape)
@@ -109,12 +110,12 @@ class QuantisedExperts(ParamWrapper):
         try:
             with cached():
                 yield
-        finally:  # also where a recomputation stops early, by an exception
+        finally:  # also when recomputation stops early, by an exception
             del chain[-1]
 
     @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: PEFT would add the product to a weight that is made whole for that, and then forget the adapter."""
+        """Refuse: PEFT would add the product to a dequantised copy of the weight, and then drop the adapter."""
         raise ConfigurationError(
             f"{self.parameter_name} is held in 4 bits, into which no adapter is merged; save the adapter, and merge it "
             "into the model's own weights with pipelite merge."

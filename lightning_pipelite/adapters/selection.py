@@ -1,4 +1,4 @@
-"""Which layers and which modules an adapter is for."""
+"""Selects the layers and modules that an adapter is for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_layers(layers: str | Sequence[int] | None, count: int) -> list[int]:
         count: How many decoder layers the model has.
 
     Raises:
-        ConfigurationError: Text that is neither, an empty choice, a reversed range, or a number that is no layer's.
+        ConfigurationError: An item is neither, the choice is empty, a range is reversed, or there is no such layer.
     """
     if layers is None:
         return list(range(count))
@@ -34,10 +34,10 @@ def parse_layers(layers: str | Sequence[int] | None, count: int) -> list[int]:
 
 
 def ranges_of(layers: str | Sequence[int]) -> list[tuple[int, int]]:
-    """Return first and last of each range of numbers, whatever the model has.
+    """Return the first and last number of each range, whatever layers the model has.
 
     Raises:
-        ConfigurationError: Text that is neither number nor range, or a reversed range.
+        ConfigurationError: An item is neither number nor range, or a range is reversed.
     """
     ranges = []
     for item in layers.split(",") if isinstance(layers, str) else map(str, layers):
@@ -82,14 +82,14 @@ def match_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[st
 
 
 def refuse_vectors(shapes: Mapping[str, Sequence[int]], targets: str | Sequence[str]) -> None:
-    """Refuse a target whose weights in the model's files are all vectors, as those of norms: none has a matrix.
+    """Refuse a target whose weights in the model's files are all vectors, as those of norms are.
 
     Args:
-        shapes: Of tensors, by their names.
-        targets: As in `match_modules`; a regular expression is left to it.
+        shapes: Shapes of tensors, by their names.
+        targets: As in :func:`match_modules`; a regular expression is left to that function.
 
     Raises:
-        ConfigurationError: If there is one.
+        ConfigurationError: There is such a target.
     """
     modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
     for target in targets if not isinstance(targets, str) else ():
@@ -100,7 +100,7 @@ def refuse_vectors(shapes: Mapping[str, Sequence[int]], targets: str | Sequence[
 
 
 def no_linear(name: str, what: str) -> ConfigurationError:
-    """Return the error of a target that is no linear module, but ``what``."""
+    """Return the error for a target that is not a linear module, but ``what``."""
     return ConfigurationError(
         f"target_modules matches {name}, {what}; name linear modules of decoder layers, or fused experts, only."
     )

@@ -1,4 +1,4 @@
-"""Which tokens' rows of embedding and head are trained beside a LoRA, where they are, and what PEFT calls them."""
+"""Rows of the embedding and head that are trained beside a LoRA: of which tokens, in which modules, by which names."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _KEY = "trainable_token_indices"
 
 
 def check_numbers(rows: Rows) -> None:
-    """Check what can be told of the option by itself.
+    """Check what can be checked of the option without the model.
 
     Raises:
-        ConfigurationError: No tokens, one that is named twice, or one that is no token's number.
+        ConfigurationError: There are no tokens, one is given twice, or a value is not a token's number.
     """
     for numbers in rows.values() if isinstance(rows, dict) else [rows]:
         for number in numbers:
@@ -40,12 +40,12 @@ def check_numbers(rows: Rows) -> None:
 
 
 def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
-    """Return the tokens whose rows are trained of the embedding and of the head, by the modules' full names.
+    """Return the tokens whose rows of the embedding and of the head are trained, by the modules' full names.
 
-    Of a model that ties them, those of the embedding, which are the head's as well.
+    If the model ties the two, only the embedding is named, as the head has the same rows.
 
     Raises:
-        ConfigurationError: A module that is neither, a token without a row, or others of two that are tied.
+        ConfigurationError: A module is neither, a token has no row, or two tied modules are given different tokens.
     """
     ends = (meta_model.embedding_name, meta_model.head_name)
     try:
@@ -81,33 +81,33 @@ def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
 
 
 def for_peft(rows: Mapping[str, list[int]], meta_model: MetaModel) -> Rows:
-    """Return what PEFT's configuration is to say of them, by the names of what the directory loads as."""
-    if meta_model.tied:  # a list is for the embedding and what is tied to it
+    """Return the rows as PEFT's configuration gives them, by the names of the model that the directory loads as."""
+    if meta_model.tied:  # a list applies to the embedding and what is tied to it
         return rows[meta_model.embedding_name]
     names = [name for name, _ in meta_model.whole.model.named_modules()]
     said = {}
     for own, numbers in rows.items():
         full = meta_model.whole.module_name(own)
-        unique = [name for name in names if name.endswith(_last(full))] == [full]  # as PEFT looks for it
+        unique = [name for name in names if name.endswith(_last(full))] == [full]  # as PEFT searches
         said[_last(full) if unique else full] = numbers
     return said
 
 
 def hold_rows(model: PreTrainedModel, rows: Mapping[str, list[int]], meta_model: MetaModel, dtype: torch.dtype) -> None:
-    """Make the rows of what a stage has of embedding and head trainable."""
+    """Make the rows trainable in whatever a stage has of the embedding and head."""
     for name, numbers in rows.items():
         if _has_weight(model, name):
             hold_apart(model.get_submodule(name), numbers, dtype)
-    # The last stage has the embedding, under whose name the rows are tied over stages; the first may have no head.
+    # The last stage has the embedding too, under whose name the rows are tied across stages; the first may lack a head.
     if meta_model.tied and rows and _has_weight(model, meta_model.head_name):
         share(model.get_submodule(meta_model.head_name), model.get_submodule(meta_model.embedding_name))
 
 
 def check_computation(rows: Mapping[str, list[int]], meta_model: MetaModel) -> None:
-    """Check on a tiny model of the class that its code, rows held apart, and PEFT make the same of changed rows.
+    """Check on a tiny model that its own code, the rows held apart, and PEFT compute the same with changed rows.
 
     Raises:
-        ConfigurationError: They do not: the class uses its weights in another way, or PEFT computes without a bias.
+        ConfigurationError: They do not: the class uses its weights in another way, or PEFT leaves out a bias.
     """
     tiny = meta_model.tiny().eval()
     numbers = [1, 3]
@@ -138,7 +138,7 @@ def check_computation(rows: Mapping[str, list[int]], meta_model: MetaModel) -> N
 def _wrap(
     model: PreTrainedModel, rows: Mapping[str, list[int]], values: Mapping[str, Tensor], meta_model: MetaModel
 ) -> None:
-    """Do to ``model`` what PEFT does."""
+    """Wrap the modules of ``model`` as PEFT does."""
     first = None
     for name in [*rows, *([meta_model.head_name] if meta_model.tied else [])]:
         wrapper = TrainableTokensWrapper(
@@ -153,10 +153,10 @@ def _wrap(
 
 
 def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: MetaModel) -> None:
-    """Check that PEFT has taken the same modules of ``model``, the whole one, for those whose rows are trained.
+    """Check that PEFT trains the rows of the same modules in ``model``, the whole one.
 
     Raises:
-        ConfigurationError: It has not.
+        ConfigurationError: It does not.
     """
     ours = [*rows, *([meta_model.head_name] if meta_model.tied and rows else [])]
     wanted = {meta_model.whole.module_name(name) for name in ours}
@@ -166,7 +166,7 @@ def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: Me
 
 
 def _alone(rows: Mapping[str, list[int]], meta_model: MetaModel) -> str:
-    """Say what may do where not the rows of both can be trained."""
+    """Suggest training the rows of one module alone, where those of both cannot be trained."""
     embedding = meta_model.embedding_name
     return f"or train those of one alone, as {{{_last(embedding)}: {rows[embedding]}}}" if len(rows) > 1 else ""
 

@@ -1,4 +1,4 @@
-"""Micro-batches of a causal LM, brought into the one form that the stages take."""
+"""Micro-batches of a causal LM, converted to the single form that the stages take."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _WANTED = (
     "document; or batches as transformers' collators for causal LMs make them"
 )
 _KNOWN = {"input_ids", "labels", "position_ids", "attention_mask", "token_type_ids", "control_classes"}
-# Of transformers' DataCollatorWithFlattening: what position_ids say, once more.
+# From transformers' DataCollatorWithFlattening: redundant with position_ids.
 _SAID_BY_POSITIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 @dataclass(frozen=True)
 class BatchForm:
-    """Completes batches and refuses what would train on something else than they say.
+    """Completes batches, and refuses those that training would misinterpret.
 
     Args:
         embeddings: Rows of the embedding.
         outputs: Rows of the head.
-        keys: What the adapter needs besides.
-        counts_padding: Whether padding would count in a loss, as in that of routers.
+        keys: Further tensors that the adapter needs.
+        counts_padding: Whether padding would count in a loss, as it does in that of routers.
     """
 
     embeddings: int
@@ -39,17 +39,17 @@ class BatchForm:
     counts_padding: bool = False
 
     def complete(self, batch: Any) -> dict[str, Tensor]:
-        """Give a batch with ``labels`` that say the next token, and ``position_ids``.
+        """Return the batch with ``position_ids``, and with ``labels`` that hold the next token.
 
-        In batches of transformers' collators ``labels[t]`` is the token ``input_ids[t]`` itself, and the model shifts.
-        Where labels can only be meant in one of the two ways, that is how they are meant; where both would do, or
-        neither, a batch with ``position_ids`` is of our form.
+        In batches of transformers' collators, ``labels[t]`` is the token ``input_ids[t]`` itself, and the model shifts.
+        Labels that fit only one of the two conventions are read by that one; if both fit, or neither, a batch with
+        ``position_ids`` is taken to be in our form.
 
         Args:
             batch: A mapping; it is not changed.
 
         Raises:
-            ConfigurationError: If something is missing, has no use, or is no token of the model.
+            ConfigurationError: Something is missing, has no use, or is not a token of the model.
         """
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= {*batch}:
             has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
@@ -94,7 +94,7 @@ class BatchForm:
             )
 
     def _check_padding(self, mask: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Accept padding behind a row's tokens alone: it changes nothing, as no token sees later ones."""
+        """Accept padding only after a row's tokens: it changes nothing, as no token attends to later ones."""
         if ((mask != 0) & (mask != 1)).any():
             raise ConfigurationError("attention_mask of a batch is more than 0 and 1: tell documents by position_ids.")
         if bool(mask.all()):
@@ -109,7 +109,7 @@ class BatchForm:
                 "a batch has padding, which would count in the loss of the model's routers: give sequences of one "
                 "length, or set model.router_aux_loss_coef to 0."
             )
-        # Of padding, by ours as by the label of the token itself.
+        # Labels of padding, in our form (the next token) or in the other (the token itself).
         to_learn = labels != IGNORED
         if (to_learn[:, :-1] & (mask[:, 1:] == 0)).any() or (to_learn & (mask == 0)).any():
             raise ConfigurationError(f"a batch has labels for padding: set them to {IGNORED}.")

@@ -1,4 +1,4 @@
-"""What can be so on purpose but mostly is not: a warning each, where a model meets its data."""
+"""Warnings of combinations of model and data that may be intended, but mostly are not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_pipelite.data import PackedDataModule
 
 
 def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
-    """Warn of sequences that are longer than the model was made for, and of what the data gives nothing to learn of.
+    """Warn of sequences that are longer than the model was made for, and of what cannot be learnt from the data.
 
     Args:
-        data: Anything but a PackedDataModule is passed over.
-        config: Of the model.
+        data: Anything but a PackedDataModule is ignored.
+        config: The model's configuration.
         adapter: What is trained.
     """
     if not isinstance(data, PackedDataModule):
@@ -44,7 +44,7 @@ def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
 
 
 def most_positions(config: PretrainedConfig) -> float | None:
-    """Return how many positions a model was made for, stretched by its rotary embeddings or not; None for no limit."""
+    """Return how many positions a model was made for, including any RoPE scaling; None for no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
@@ -58,6 +58,6 @@ def most_positions(config: PretrainedConfig) -> float | None:
 
 
 def embedded_positions(config: PretrainedConfig) -> int | None:
-    """Return how many positions a model has embeddings for; None where they are rotary, or where there is no limit."""
+    """Return how many positions a model has embeddings for; None if they are rotary, or if there is no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and not getattr(config, "rope_parameters", None) else None

@@ -1,4 +1,4 @@
-"""What an evaluation over one or several sets comes to."""
+"""The metrics of an evaluation over one or several sets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Evaluation:
     """Collects the losses of evaluation sets, which come in order.
 
     Args:
-        names: Of the sets.
-        kind: What the names of the metrics begin with.
+        names: Names of the sets.
+        kind: Prefix of the metrics' names.
     """
 
     def __init__(self, names: Sequence[str], kind: str = "eval") -> None:
@@ -24,11 +24,11 @@ class Evaluation:
 
     @classmethod
     def of_run(cls, trainer: pl.Trainer, names: Sequence[str]) -> Evaluation:
-        """Begin the evaluation that a Trainer runs, or its test.
+        """Begin the evaluation, or the test, that a Trainer runs.
 
         Args:
             trainer: Its loaders may have names.
-            names: Of the sets otherwise, if they are as many; numbers if they are not.
+            names: Names of the sets if the loaders have none; if their count differs, the sets are numbered instead.
         """
         sets: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         number = len(sets) if isinstance(sets, (Mapping, list)) else 1
@@ -37,10 +37,10 @@ class Evaluation:
         return cls(names, "test" if trainer.testing else "eval")
 
     def add(self, total: float, count: float) -> dict[str, float]:
-        """Add the next set's summed loss and number of tokens; return what there is to log.
+        """Add the next set's summed loss and number of tokens; return the metrics to log.
 
         Returns:
-            ``eval/loss/NAME``, if there are several sets; and with the last one ``eval/loss``, the mean over all tokens
+            ``eval/loss/NAME`` if there are several sets, and with the last set ``eval/loss``, the mean over all tokens
             of all sets, and ``eval/perplexity``, its exponential.
         """
         metrics = {}

@@ -1,4 +1,4 @@
-"""What the model writes while it is trained: the most probable token each time, through all stages."""
+"""Text that the model writes during training: greedy decoding through all stages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class GreedyWriter:
-    """Writes on from prompts with the model as it is. For looking: each token takes a pass through all that is there.
+    """Continues prompts with the model as it is. Only for inspection: each token takes a pass over the whole sequence.
 
     Args:
-        model_dir: With the tokenizer.
-        keys: What the adapter wants in a batch beside the tokens; of Control Adapters the class, here 1.
+        model_dir: Directory with the tokenizer.
+        keys: What the adapter needs in a batch besides the tokens: for Control Adapters the class, here 1.
         trust_remote_code: Run the tokenizer's own code, if it has any.
-        positions: That the model has embeddings for; None for no limit.
+        positions: Number of positions that the model has embeddings for; None for no limit.
     """
 
     def __init__(self, model_dir: Path, keys: tuple[str, ...], trust_remote_code: bool, positions: int | None) -> None:
@@ -44,21 +44,21 @@ class GreedyWriter:
         from transformers import GenerationConfig
 
         ends = self._tokenizer.eos_token_id
-        if (self._model_dir / "generation_config.json").is_file():  # of chat models, the end of a turn is in it alone
+        if (self._model_dir / "generation_config.json").is_file():  # a chat model's end of turn is only here
             own = GenerationConfig.from_pretrained(self._model_dir, local_files_only=True).eos_token_id
             ends = ends if own is None else own
         return ends if isinstance(ends, list) else [ends]
 
     def write(self, prompt: str, max_new_tokens: int, strategy: PipeLiteStrategy) -> str:
-        """Write on from a prompt, as transformers' ``generate(do_sample=False)`` does. Collective.
+        """Continue a prompt as transformers' ``generate(do_sample=False)`` does. Collective.
 
         Args:
             prompt: The same on all ranks.
-            max_new_tokens: Tokens to write at most.
+            max_new_tokens: Maximum number of tokens to write.
             strategy: Runs the stages.
 
         Returns:
-            What follows the prompt, on every rank.
+            The text that follows the prompt, on every rank.
         """
         ids = list(self._tokenizer(prompt)["input_ids"])
         begin, length = len(ids), len(ids) + max_new_tokens
@@ -75,10 +75,10 @@ class GreedyWriter:
         return str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True))
 
     def _batch(self, ids: list[int], length: int) -> dict[str, Tensor]:
-        """Make a batch of one length for all tokens of a prompt: no token sees the padding behind it."""
+        """Make a batch of the same length for every token of a sample: no token attends to the padding after it."""
         padded = torch.tensor([[*ids, *[0] * (length - len(ids))]])
         labels = torch.full_like(padded, IGNORED)
-        labels[0, len(ids) - 1] = 0  # of the padding, where the next token will be
+        labels[0, len(ids) - 1] = 0  # not ignored: the place whose next token is wanted
         positions = torch.arange(length).expand_as(padded).contiguous()
         return {
             "input_ids": padded,
@@ -89,10 +89,10 @@ class GreedyWriter:
 
 
 def _next_token(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most probable token, and one, in the place of a loss and its count."""
+    """Return the most probable token, and one, in place of a loss and its count."""
     scores = outputs if isinstance(outputs, (Tensor, HeadInputs)) else outputs[0]
     place = labels.flatten() != IGNORED
-    if isinstance(scores, HeadInputs):  # what scales and limits the logits does not change which is the largest
+    if isinstance(scores, HeadInputs):  # scale and softcap do not change which logit is the largest
         hidden, bias = scores.hidden.flatten(0, 1)[place], scores.bias
         logits = torch.nn.functional.linear(hidden, scores.weight, bias)
         if scores.rows is not None:

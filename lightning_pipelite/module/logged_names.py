@@ -1,7 +1,7 @@
-"""The names of metrics; nothing long is imported for them."""
+"""The names of logged metrics; it imports nothing slow."""
 
 
 def is_logged(name: str) -> bool:
-    """Whether a metric of that name can come from PipeLiteModule, its strategy or the callbacks of this package."""
-    # Their names in training depend on the adapter and the device; LearningRateMonitor's begin with lr-.
+    """Tell whether a metric of that name can come from PipeLiteModule, its strategy or this package's callbacks."""
+    # Which train/ metrics there are depends on the adapter and the device; LearningRateMonitor's begin with lr-.
     return name in ("eval/loss", "eval/perplexity") or name.startswith(("eval/loss/", "train/", "lr-"))

@@ -30,20 +30,20 @@ from lightning_pipelite.shared.over_ranks import gathered
 
 
 class Optimization:
-    """What the options of a module say of it, tried out as they are given.
+    """The optimizer and schedule that a module's options describe; the options are tried out at once.
 
     Args:
         factory: Makes the optimizer; None for optimi's Adam.
         lr: The learning rate.
-        betas: Of the default optimizer.
-        eps: Of the default optimizer.
-        schedule: Of the learning rate.
-        warmup_steps: Of the schedule.
-        groups: Options of the parameters whose names a pattern is found in.
-        offload: Keep the state in the host's memory between steps.
+        betas: Betas of the default optimizer.
+        eps: Epsilon of the default optimizer.
+        schedule: Schedule of the learning rate.
+        warmup_steps: Warmup steps of the schedule.
+        groups: Options by pattern, each for the parameters whose names contain a match.
+        offload: Keep the state in host memory between steps.
 
     Raises:
-        ConfigurationError: If an option is out of range, or the optimizer would refuse it.
+        ConfigurationError: An option is out of range, or the optimizer would refuse it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Optimization:
         check_schedule(schedule, warmup_steps)
         check_patterns(groups)
         # One launch for many tensors: LoRA has hundreds of small ones, and the GPU would wait for the host. optimi
-        # warns that this will go in favour of one launch for each.
+        # warns that this will be removed in favour of one launch per tensor.
         together = torch.cuda.is_available() or None
         warnings.filterwarnings("ignore", message="Parameter `foreach` is deprecated")
         self.factory: OptimizerFactory = factory or partial(Adam, betas=betas, eps=eps, foreach=together)
@@ -72,7 +72,7 @@ class Optimization:
         self._rehearse(lr)
 
     def _rehearse(self, lr: float) -> None:
-        """Refuse now, before the model is loaded, options that the optimizer would refuse."""
+        """Refuse options that the optimizer would refuse, now, before the model is loaded."""
         grouped = group_parameters([("", nn.Parameter(torch.zeros(1)))], self._groups)
         optimizer = make_optimizer(self.factory, lr, grouped, self._groups)
         if self._schedule == "rms_ratio":
@@ -81,18 +81,18 @@ class Optimization:
     def make(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, steps: Callable[[], float]
     ) -> tuple[Optimizer, dict[str, Any]]:
-        """Make the optimizer, and its schedule as Lightning takes it. Collective.
+        """Make the optimizer, and its schedule in the form that Lightning takes. Collective.
 
         Args:
-            named_parameters: Of this process's stage.
+            named_parameters: The parameters of this process's stage.
             lr: The learning rate.
-            steps: Tells how many steps the training takes, which loads the data; it is asked if the schedule needs it.
+            steps: Returns the number of training steps, which loads the data; called only if the schedule needs it.
 
         Raises:
-            ConfigurationError: If a pattern is found in no name of any stage.
+            ConfigurationError: A pattern matches no name in any stage.
         """
         grouped = group_parameters(named_parameters, self._groups)
-        # A stage may have nothing of a group, but some stage must.
+        # A single stage may lack a group's parameters, but not all stages.
         matched = gathered([bool(group["params"]) for group in grouped[1:]])
         for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
             if not any(found):
@@ -103,12 +103,12 @@ class Optimization:
         return optimizer, {"scheduler": scheduler, "interval": "step"}
 
     def warn_of_length(self, steps: float) -> None:
-        """Warn of a training that ends before the learning rate has risen.
+        """Warn if training ends before the learning rate has risen.
 
         Args:
-            steps: Of the whole training.
+            steps: Number of steps of the whole training.
         """
-        if self._schedule == "rms_ratio" and self._beta2 is None:  # of another optimizer
+        if self._schedule == "rms_ratio" and self._beta2 is None:  # not the default optimizer
             return
         half, most = rise_of(self._schedule, self._warmup_steps, self._beta2 or 0.0)
         if steps < most and self._schedule != "rms_ratio":

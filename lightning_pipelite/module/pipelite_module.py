@@ -46,8 +46,9 @@ class PipeLiteModule(pl.LightningModule):
 
     Batches are dicts of int64 tensors of shape (batch, sequence): ``input_ids``; ``position_ids``, which restart at
     every document so that attention stays within it; and ``labels``, already shifted, -100 where there is nothing to
-    learn. A Control Adapter needs ``control_classes`` as well. Batches of transformers' collators for causal LMs are
-    taken, too: their labels are shifted, and padding on the right, by their ``attention_mask``, changes nothing.
+    learn. A Control Adapter needs ``control_classes`` as well. Batches from transformers' collators for causal LMs are
+    accepted too: their labels are shifted here, and right padding, as their ``attention_mask`` marks it, changes
+    nothing.
 
     Args:
         model_dir: A local Hugging Face directory: config.json, safetensors, tokenizer.
@@ -55,46 +56,46 @@ class PipeLiteModule(pl.LightningModule):
         load_in_4bit: Keep the frozen weights of linear layers in 4 bits (nf4, bitsandbytes).
         lr: The learning rate, approached by the RMS-ratio schedule unless another is chosen.
         beta1: Adam's decay rate of the first moment.
-        beta2: Adam's decay rate of the second moment, also that of the schedule.
+        beta2: Adam's decay rate of the second moment, also used by the schedule.
         eps: Adam's epsilon.
         dtype: The dtype of the base model's weights and of the hidden states.
         activation_memory: What is kept of a layer's activations until its backward pass. keep: everything; selective:
-            the results of matrix products and attention, the rest is computed again; recompute: the layer's input;
-            offload: that in the host's memory; auto: on GPUs the first of these with which every stage fits, by the
-            same plan as ``pipelite plan``, else recompute.
-        check_memory: Refuse a training that does not fit its GPUs, by that plan, before weights are loaded.
+            the results of matrix products and attention, the rest is recomputed; recompute: the layer's input;
+            offload: the same in host memory; auto: on GPUs the first of these with which every stage fits, by the same
+            plan as ``pipelite plan``, else recompute.
+        check_memory: Refuse training that does not fit on its GPUs, by that plan, before weights are loaded.
         compile_layers: Compile each decoder layer (torch.compile), which takes up to a minute before the first step;
-            by default on GPUs, but not layers with experts.
-        optimizer: Any class of torch.optim or optimi, with its options but lr; optimi's Adam by default, with Kahan
-            summation where weights are bf16. beta1, beta2 and eps are for the default.
-        schedule: ``rms_ratio``, with the second beta of the optimizer; ``constant``; or ``cosine``, down to zero at
-            the end of training.
-        warmup_steps: Steps of a linear rise of the learning rate before ``constant`` and ``cosine``.
-        parameter_groups: Other options for some parameters, by a regular expression that is searched in their names:
-            ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first that matches counts.
+            by default on GPUs, except for layers with experts.
+        optimizer: Any class of torch.optim or optimi, with its options except lr; optimi's Adam by default, with Kahan
+            summation where weights are bf16. beta1, beta2 and eps apply only to the default.
+        schedule: ``rms_ratio``, with the optimizer's second beta; ``constant``; or ``cosine``, down to zero at the end
+            of training.
+        warmup_steps: Steps of linear warmup of the learning rate before ``constant`` and ``cosine``.
+        parameter_groups: Other options for some parameters, by a regular expression that is searched for in their
+            names: ``{"lora_B": {"lr": 3e-4}}`` is LoRA+ (https://arxiv.org/abs/2402.12354). The first match counts.
         packed: Sequences may hold several documents, which are kept apart. Models that cannot keep them apart, such as
             those that count positions in their own way, are refused unless this is false and each sequence is one
             document.
         attn_implementation: Varlen is FlashAttention over packed documents; sdpa and eager are transformers'. auto is
-            varlen on GPUs that have it, for models that attend in no other way, else transformers' choice.
-        bnb_4bit_use_double_quant: Quantise the scales of the 4-bit weights' blocks too, which saves 0.4 bits a weight.
-        allow_pickled_weights: Load .bin files where the model has no safetensors; trust who made them.
+            varlen on GPUs that have it, for models with no other form of attention, else transformers' choice.
+        bnb_4bit_use_double_quant: Also quantise the scales of the 4-bit weights' blocks, which saves 0.4 bits a weight.
+        allow_pickled_weights: Load .bin files where the model has no safetensors; only from a source that you trust.
         trust_remote_code: Run the model's own Python code from model_dir.
         router_aux_loss_coef: Weight of the routers' load-balancing loss in a mixture of experts, 0 for none; if not
             given, the model's config.json decides (output_router_logits and router_aux_loss_coef).
-        allow_another_base: Go on from a checkpoint, or an adapter (its init_from), that was trained on another base
+        allow_another_base: Continue from a checkpoint, or an adapter (its init_from), that was trained on another base
             model than model_dir.
         load_in_fp8: Keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
             in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
             they are dequantised before each product. Not for fused experts.
-        offload_optimizer: Keep the optimizer's state in page-locked memory of the host between steps. A step brings it
-            to the GPU a few parameters at a time, and takes longer by the copies; the weights become the same.
+        offload_optimizer: Keep the optimizer's state in page-locked host memory between steps. A step copies it to the
+            GPU and back a few parameters at a time, which takes longer; the resulting weights are the same.
 
     Raises:
-        ConfigurationError: If a value is out of range, or the model or the adapter cannot be had.
+        ConfigurationError: A value is out of range, or the model or the adapter cannot be loaded.
     """
 
-    pipeline_stage: Stage | Pieces  # put here by the strategy
+    pipeline_stage: Stage | Pieces  # set by the strategy
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class PipeLiteModule(pl.LightningModule):
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
             raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
-        # Lightning warns whenever a data module is used with a module that has this hook; here that is the design.
+        # Lightning warns whenever a data module is used with a module that has this hook; here that is by design.
         warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer`")
         self.adapter = adapter
         self.model_dir = model_dir
@@ -160,7 +161,7 @@ class PipeLiteModule(pl.LightningModule):
             keys=tuple(adapter.batch_keys),
             counts_padding=self._layers.router_loss is not None,
         )
-        self._positions_on_host: Tensor | None = None  # of the batch that comes next
+        self._positions_on_host: Tensor | None = None  # of the next batch
         self._evaluation = Evaluation([])
         self._writer = GreedyWriter(
             Path(model_dir),
@@ -170,7 +171,7 @@ class PipeLiteModule(pl.LightningModule):
         )
 
     def pipeline_layers(self) -> tuple[CausalLMLayers, Any]:
-        """Give the strategy the layers, and the loss on what the last one returns."""
+        """Return the layers for the strategy, and the loss on the last one's output."""
         router_loss = self._layers.router_loss
         return self._layers, CausalLMLoss(router_loss.coefficient if router_loss else 0.0)
 
@@ -190,23 +191,23 @@ class PipeLiteModule(pl.LightningModule):
 
     @property
     def _pieces(self) -> list[Stage]:
-        """Of the model, those that this process has: one, but with virtual stages."""
+        """This process's pieces of the model: one, unless there are virtual stages."""
         stage = self.pipeline_stage
         return [stage] if isinstance(stage, Stage) else [*stage]
 
     def _model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield those that this process has, by the names that the model itself gives them."""
+        """Yield this process's parameters, by the names that the model itself gives them."""
         return chain.from_iterable(piece.causal_lm.named_parameters() for piece in self._pieces)
 
     @property
     def optimizer_factory(self) -> OptimizerFactory:
-        """What makes the optimizer from parameters and a learning rate."""
+        """The factory that makes the optimizer from parameters and a learning rate."""
         return self._optimization.factory
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> dict[str, Tensor]:
-        # While the host still has them: on a GPU, looking at documents and tokens would make it wait in every
-        # micro-batch.
+        # While the tensors are still on the host: on a GPU, inspecting documents and tokens would synchronise the host
+        # in every micro-batch.
         completed = self._batch_form.complete(batch)
         positions = completed["position_ids"]
         self._positions_on_host = None if positions.is_cuda else positions
@@ -254,18 +255,18 @@ class PipeLiteModule(pl.LightningModule):
         self._saving.save(directory, self.pipeline_stage, self.trained_state(), strategy, template)
 
     def write_text(self, prompt: str, max_new_tokens: int) -> str:
-        """Write on from a prompt with the model as it is now, during a fit or an evaluation. Collective.
+        """Continue a prompt with the model as it is now, during a fit or an evaluation. Collective.
 
         Args:
             prompt: The beginning, the same on all ranks.
-            max_new_tokens: Tokens to write at most; the most probable one each time.
+            max_new_tokens: Maximum number of tokens to write, each the most probable one.
         """
         return self._writer.write(prompt, max_new_tokens, self.check_strategy(self.trainer.strategy))
 
     @classmethod
     @override
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the weights are there once a stage is built, which the Trainer asks for."""
+        """Refused: there are no weights before a stage is built, which happens within a Trainer."""
         raise ConfigurationError(
             f"{cls.__name__} cannot be loaded without a Trainer: make it as for the training, and give "
             f"{checkpoint_path} to Trainer.fit or validate as ckpt_path; or write what was trained by "
@@ -273,26 +274,26 @@ class PipeLiteModule(pl.LightningModule):
         )
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what of the trained model this process has, on the CPU, by its names in the saved file."""
+        """Return this process's trained tensors, on the CPU, by their names in the saved file."""
         return dict(ChainMap(*map(self._layers.trained_state, self._pieces)))
 
     def checkpoint_identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree in to be resumed from: the base model, and what is trained of it.
+        """Return what a checkpoint must match to be resumed from: the base model, and what is trained of it.
 
-        ``pipelite convert`` makes the adapter anew from it: ``adapter`` has the class and its options.
+        ``pipelite convert`` rebuilds the adapter from it: ``adapter`` has the class and its options.
         """
         return self._saving.identity(self.hparams)
 
     @property
     def checkpoint_may_differ(self) -> dict[str, tuple[bool, str]]:
-        """What of that may be another one: whether it has been allowed, and by which option it is."""
+        """The parts of the identity that may differ: whether that has been allowed, and by which option it is."""
         return {"base_model": (self.hparams["allow_another_base"], "model.allow_another_base")}
 
     def check_save(self, directory: Path) -> None:
         """Refuse now what ``save_trained(directory)`` would refuse at the end of training.
 
         Raises:
-            ConfigurationError: If ``directory`` cannot be written, or holds what saving would delete.
+            ConfigurationError: ``directory`` cannot be written, or holds what saving would delete.
         """
         self._saving.rehearse(directory)
 
@@ -301,7 +302,7 @@ class PipeLiteModule(pl.LightningModule):
         """Return the strategy if it is one that can train this module.
 
         Raises:
-            ConfigurationError: If it is another one.
+            ConfigurationError: It is another one.
         """
         if not isinstance(strategy, PipeLiteStrategy):
             raise ConfigurationError(
@@ -311,24 +312,24 @@ class PipeLiteModule(pl.LightningModule):
         return strategy
 
     def check_data(self, data: Any) -> None:
-        """Refuse now, before the weights are loaded, data with tokens that the model does not have.
+        """Refuse data with tokens that the model does not have, now, before the weights are loaded.
 
         Args:
-            data: If it is a :class:`~lightning_pipelite.shared.protocol.ChecksVocabulary`, as PackedDataModule; else
-                each batch is looked at.
+            data: Checked if it is a :class:`~lightning_pipelite.shared.protocol.ChecksVocabulary`, as PackedDataModule
+                is; of other data, each batch is checked later.
 
         Raises:
-            ConfigurationError: If there is such a token.
+            ConfigurationError: There is such a token.
         """
         if isinstance(data, ChecksVocabulary):
             data.check_vocabulary(min(self._layers.vocabulary))
 
     @override
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Refused while a Trainer sets up, before the stage is built: who asks would go on without any.
+        """Refused while a Trainer sets up, before the stage is built: the caller would silently get no parameters.
 
         Raises:
-            ConfigurationError: Then; ``parameters()`` asks here, too.
+            ConfigurationError: In that case; also from ``parameters()``, which calls this.
         """
         trainer = self._trainer
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and not is_built(self):
@@ -353,12 +354,12 @@ class PipeLiteModule(pl.LightningModule):
 
     @property
     def eval_micro_batches(self) -> int | None:
-        """How many micro-batches of an evaluation run at once, if the data says more than one."""
+        """The number of micro-batches of an evaluation that run at once, if the data sets more than one."""
         at_once = self._packed_data.eval_gradient_accumulation_steps if self._packed_data else 1
         return at_once if at_once > 1 else None
 
     def log_evaluation(self, total: float, count: float, dataloader_idx: int) -> None:
-        """Log the mean over all tokens of all evaluation sets, its exponential, and each set's mean if there are more.
+        """Log the mean over all tokens of all evaluation sets, its exponential, and, of several sets, each one's mean.
 
         Args:
             total: The summed loss of an evaluation set.
@@ -373,7 +374,7 @@ class PipeLiteModule(pl.LightningModule):
             self.log(name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False, prog_bar=shown)
 
     def logs(self, name: str) -> bool:
-        """Whether a metric of that name can come from this module, its strategy or the callbacks of this package."""
+        """Tell whether a metric of that name can come from this module, its strategy or this package's callbacks."""
         return is_logged(name)
 
     @property
@@ -384,7 +385,7 @@ class PipeLiteModule(pl.LightningModule):
     def _packed_data(self) -> PackedDataModule | None:
         return self._data_module if isinstance(self._data_module, PackedDataModule) else None
 
-    # Lightning asks for these; the strategy runs the layers itself
+    # Lightning requires these; the strategy runs the layers itself
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What was trained on its way to the disk, and what tells it from anything else."""
+"""Writes what was trained to disk, and identifies it in checkpoints."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Saving:
     """Writes an adapter (a PEFT directory) or a model (a Hugging Face directory).
 
     Args:
-        layers: Of the model.
-        adapter: What is trained of it.
+        layers: The model's layers.
+        adapter: What is trained of them.
     """
 
     def __init__(self, layers: CausalLMLayers, adapter: Adapter) -> None:
@@ -38,14 +38,14 @@ class Saving:
         strategy: PipeLiteStrategy,
         template: str | None = None,
     ) -> None:
-        """Write it in the place of what is there, once it is complete. Collective.
+        """Write what was trained, replacing what is there once it is complete. Collective.
 
         Args:
-            directory: Where.
+            directory: Where to write.
             stage: This rank's stage.
-            trained: What was trained of it, on the CPU, by its names in the saved file.
-            strategy: Brings the stages together.
-            template: The chat template that a model is to go with, if it is not its tokenizer's.
+            trained: The stage's trained tensors, on the CPU, by their names in the saved file.
+            strategy: Collects the stages.
+            template: The chat template to save with a model, if it is not its tokenizer's.
 
         Raises:
             OSError: On every rank, if it cannot be written.
@@ -60,9 +60,9 @@ class Saving:
                 self._adapter.save(directory, stages, self._layers.meta_model)
                 if template is not None and isinstance(self._adapter, Full):
                     write_template(directory, template)
-            except Exception as error:  # whatever it is, as safetensors' own of a full disk: the job can still go on
+            except Exception as error:  # of any kind, such as safetensors' own for a full disk: the job can go on
                 cause, failure = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
-                for _ in stages:  # the other stages wait to hand over theirs
+                for _ in stages:  # the other stages are waiting to send theirs
                     pass
         if failure := strategy.broadcast(failure):
             raise OSError(f"{directory} cannot be written: {failure}") from cause
@@ -71,12 +71,12 @@ class Saving:
         """Refuse now what :meth:`save` would refuse at the end of training.
 
         Raises:
-            ConfigurationError: If ``directory`` cannot be written, or holds what saving would delete.
+            ConfigurationError: ``directory`` cannot be written, or holds what saving would delete.
         """
         layers = self._layers
         try:
             self._adapter.rehearse_save(directory, layers.meta_model)
-            for number in {0, len(layers) - 1}:  # without values; the ends have more than the layers between
+            for number in {0, len(layers) - 1}:  # without values; the two ends hold more than a decoder layer
                 layers.trained_state(layers.build_stage(number, number + 1, torch.device("meta")))
         except OSError as error:
             raise ConfigurationError(
@@ -84,10 +84,10 @@ class Saving:
             ) from error
 
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint must agree in: the base model, and what is trained of it.
+        """Return what a checkpoint must match: the base model, and what is trained of it.
 
         Args:
-            options: Of the module.
+            options: The module's options.
         """
         kind = type(self._adapter)
         doubly = options["load_in_4bit"] and options["bnb_4bit_use_double_quant"]
@@ -98,12 +98,12 @@ class Saving:
                 "init_args": {
                     name: getattr(self._adapter, name)
                     for name in inspect.signature(kind).parameters
-                    if name != "init_from"  # where values started, which a checkpoint has gone on from
+                    if name != "init_from"  # only where values started; a checkpoint has later ones
                 },
             },
             "dtype": options["dtype"],
             "load_in_4bit": options["load_in_4bit"],
-            # The frozen weights are others with it; said only where it is used, as older checkpoints do not say it.
+            # Double quantisation changes the frozen weights; named only where used, as older checkpoints lack the key.
             **({"bnb_4bit_use_double_quant": True} if doubly else {}),
             **({"load_in_fp8": True} if options["load_in_fp8"] else {}),
         }

@@ -1,4 +1,4 @@
-"""What is logged of each step beside the strategy's losses and norms: its number, its learning rate and its speed."""
+"""What is logged of each step besides the strategy's losses and norms: its number, learning rate and speed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class StepLog(OwnCallback):
     """Logs ``train/lr``, ``train/tokens_per_s`` and ``train/mfu``, and numbers steps as the terminal does.
 
     Args:
-        layers: That are trained.
-        parameters: Gives this rank's, by the names that the model itself gives them, once there is a stage.
-        positions: Gives the position_ids of the batch that is next as they were before it came to a GPU, if it did.
+        layers: The layers that are trained.
+        parameters: Returns this rank's parameters, by the names that the model itself gives them, once a stage exists.
+        positions: Returns the next batch's position_ids as they were on the host; None if they came on a GPU.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StepLog(OwnCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # All of it here, while a GPU still goes backward: when the step has been taken, it waits for the next one.
+        # All of it here, while the GPU still runs the backward pass: after the step, it would wait for the host.
         _log_place(trainer, pl_module, trainer.global_step + 1)
         pl_module.log("train/lr", on_host(float(optimizer.param_groups[0]["lr"])))
         for name, value in self._speed.end().items():
@@ -74,17 +74,17 @@ class StepLog(OwnCallback):
         self._pause(trainer)
 
     def _pause(self, trainer: pl.Trainer) -> None:
-        """Count nothing of the time until the next micro-batch: an evaluation or an epoch's end follows."""
+        """Stop the clock until the next micro-batch: an evaluation or an epoch's end follows."""
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the step's backward pass may still be under way
+            torch.cuda.synchronize(device)  # the step's backward pass may still be running
         self._speed.pause()
 
 
 def _log_place(trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-    """Have loggers count steps as the terminal does; Lightning's own count is one less, also of an evaluation.
+    """Make loggers count steps as the terminal does; Lightning's own count is one less, also in an evaluation.
 
-    Where it is given the step it leaves out the epoch, which is therefore given too.
+    Given the step, Lightning leaves out the epoch, which is therefore logged too.
     """
     for name, value in (("step", step), ("epoch", trainer.current_epoch)):
         if trainer.training:

@@ -1,4 +1,4 @@
-"""How fast a training is."""
+"""The speed of training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_pipelite.strategy import PipeLiteStrategy
 
 
 class Speed:
-    """Measures steps, each from the loss of the one before to its own, without what comes between while it is paused.
+    """Measures steps, each from the previous step's loss to its own, excluding the time during which it is paused.
 
-    A step's last backward pass may still be under way when its loss is known; so it is this that adds up.
+    A step's last backward pass may still be running when its loss is known, so only such intervals add up to the total.
 
     Args:
-        replicas: Of the pipeline, each of which trains on as many tokens.
-        flops: What the model needs, if that is known.
-        peak: The FLOP/s of all devices together, if that is known.
+        replicas: Number of replicas of the pipeline, each of which trains on the same number of tokens.
+        flops: What the model needs, if known.
+        peak: The FLOP/s of all devices together, if known.
     """
 
     def __init__(self, replicas: int = 1, flops: TrainingFlops | None = None, peak: float | None = None) -> None:
@@ -34,7 +34,7 @@ class Speed:
         self._clock: StepClock | None = None  # from the first micro-batch on
 
     def begin(self, position_ids: Tensor) -> None:
-        """Take note of a micro-batch that begins, the first of a step or a further one.
+        """Record the start of a micro-batch, the first of a step or a further one.
 
         Args:
             position_ids: Int64 [batch, sequence], from 0 at the start of every document.
@@ -45,21 +45,21 @@ class Speed:
             self._pairs = []
         self._tokens += position_ids.numel()
         if self._flops is not None and self._peak is not None:
-            # Read at the end, by when it has been there for long.
+            # Read at the end of the step, long after it has arrived.
             self._pairs.append(AsyncScalar((2 * position_ids + 1).sum()))  # the first n odd numbers add up to n * n
 
     def pause(self) -> None:
-        """Stop the clock: the device is done, and what comes before the next micro-batch is not the training."""
+        """Stop the clock: the device is idle, and what happens before the next micro-batch is not training."""
         if self._clock is not None:
             self._clock.pause()
 
     def end(self) -> dict[str, float]:
-        """Take note of the step's end, when the host has waited for its loss.
+        """Record the end of a step, once the host has waited for its loss.
 
         Returns:
             ``train/tokens_per_s``, padding included, and ``train/mfu``: the share of the devices' peak rate that the
-            model's arithmetic, as :func:`~lightning_pipelite.models.flops.training_flops` counts it, comes to; left
-            out where either is not known. The lengths of documents are taken from this replica's.
+            model's arithmetic reaches, as :func:`~lightning_pipelite.models.flops.training_flops` counts it; left out
+            if either is unknown. All replicas are assumed to have documents of the same lengths as this one.
         """
         assert self._clock is not None
         seconds, tokens = self._clock.step(), self._tokens * self._replicas
@@ -74,11 +74,11 @@ class Speed:
 def speed_of(
     layers: CausalLMLayers, parameters: Iterable[tuple[str, nn.Parameter]], strategy: PipeLiteStrategy
 ) -> Speed:
-    """Make what tells the speed of a training. Collective: the trained parameters of all stages count.
+    """Make the meter of a training's speed. Collective: the trained parameters of all stages count.
 
     Args:
-        layers: Of the model.
-        parameters: This rank's, by name.
+        layers: The model's layers.
+        parameters: This rank's parameters, by name.
         strategy: Knows the devices.
     """
     trained = {name: torch.empty_like(p, device="meta") for name, p in parameters if p.requires_grad}

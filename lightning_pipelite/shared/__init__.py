@@ -1,1 +1,1 @@
-"""What all rooms may use, one idea a file."""
+"""Utilities that every subpackage may use, one idea per file."""

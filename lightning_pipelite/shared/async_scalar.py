@@ -1,4 +1,4 @@
-"""Numbers of the host, without making it wait for the device."""
+"""Scalars on the host, without unnecessary synchronisation with the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class AsyncScalar:
-    """A copy to the host that need not wait for what the device is given after it.
+    """A copy to the host that waits only for work queued on the device before it, not after it.
 
     Args:
-        tensor: What is to be read.
+        tensor: The tensor to read.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -25,12 +25,12 @@ class AsyncScalar:
             self._copied.record(torch.cuda.current_stream(tensor.device))
 
     def value(self) -> Any:
-        """Return it, a number or a list of numbers, as soon as it is there."""
+        """Return the value, a number or a list of numbers, as soon as it has arrived."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.tolist()
 
 
 def on_host(number: float) -> Tensor:
-    """Return a number to be logged as a tensor; Lightning would make one on the GPU, for which the host waits."""
+    """Return a number to be logged as a CPU tensor; Lightning would make one on the GPU, which blocks the host."""
     return torch.tensor(number, dtype=torch.float32)

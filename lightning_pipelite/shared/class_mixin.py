@@ -1,7 +1,7 @@
-"""Changes what a module does, in place, by mixing classes into its own: the one place that composes them.
+"""Changes what a module does, in place, by mixing classes into its own: the only place that composes them.
 
-The parts of a decoder layer come from four rooms that don't know each other, and which stands outside of which decides
-what is computed. :class:`MixinPlace` is that order; whoever breaks it, or mixes a part in twice, is told so.
+The parts of a decoder layer come from several subpackages that don't know each other, and the order in which they are
+nested decides what is computed. :class:`MixinPlace` is that order; breaking it, or mixing a part in twice, raises.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from torch import nn
 
 
 class MixinPlace(IntEnum):
-    """Where a mixin stands, from the module's own class outwards; what is further out is called first."""
+    """The places of mixins, from the module's own class outwards; outer ones are called first."""
 
     QUANTISATION = 1
     """Quantises weights as they are assigned: before anything computes with them."""
     COMPUTATION = 2
-    """Computes what the module computes in another way: experts, LoRA layers, rotary embeddings."""
+    """Replaces the module's computation by another: experts, LoRA layers, rotary embeddings."""
     RECORD = 3
-    """Sees what the module returned: a router's choices."""
+    """Records what the module returned: a router's choices."""
     MEMORY = 4
-    """Runs a decoder layer under the policy of activation memory, and so once more in the backward pass."""
+    """Runs a decoder layer under the activation-memory policy, which may run it again in the backward pass."""
     CONTROL = 5
-    """Hands the control classes to the layer, from outside of the recomputation, by when they may be others."""
+    """Passes the control classes to the layer from outside the recomputation, by which time they may have changed."""
     STAGE_ENTRY = 6
     """Swaps a layer's input for what was received: the Control Adapter must see that as the layer's input."""
     RNG = 7
-    """Seeds what the layer draws: outside of torch's checkpoint, which brings back the generators that it found."""
+    """Seeds what the layer draws: outside torch's checkpoint, which restores the RNG state that it found."""
 
 
 class Mixin:
-    """What :func:`mix_in` takes.
+    """Base class of what :func:`mix_in` takes.
 
     Attributes:
-        mixin_place: Where it stands among others.
+        mixin_place: Its place among other mixins.
     """
 
     mixin_place: ClassVar[MixinPlace]
 
 
 def mix_in(module: nn.Module, mixin: type[Mixin]) -> Any:
-    """Make ``module`` an instance of ``mixin`` and of the classes that it was of; return it.
+    """Make ``module`` an instance of ``mixin`` as well as of its current classes; return it.
 
-    Modules of one class stay of one class, so that ``torch.compile`` can compile one for all. Its name tells its parts,
-    from the inside: ``LlamaDecoderLayer[MemoryPolicy, StageEntry]``.
+    Modules that share a class still do afterwards, so that ``torch.compile`` can compile one for all. The name of the
+    class lists its parts from the inside out: ``LlamaDecoderLayer[MemoryPolicy, StageEntry]``.
 
     Args:
         module: Changed in place.
-        mixin: Has its place outside of all that have been mixed in before.
+        mixin: Its place must be outside of all that have been mixed in before.
 
     Raises:
-        TypeError: It is mixed in already, or something that belongs outside of it is.
+        TypeError: It is already mixed in, or so is something in the same place or outside of it.
     """
     kind, mixins = _parts(type(module))
     if isinstance(module, mixin):
@@ -65,18 +65,18 @@ def mix_in(module: nn.Module, mixin: type[Mixin]) -> Any:
 
 
 def take_out(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Undo :func:`mix_in`; a module without the mixin, or whose class somebody else has changed, stays what it is."""
+    """Undo :func:`mix_in`; a module without the mixin, or whose class other code has changed, is left as it is."""
     module.__class__ = without(type(module), mixin)
 
 
 def without(kind: type, mixin: type[Mixin]) -> Any:
-    """Return the class that modules of class ``kind`` are of when ``mixin`` is taken out."""
+    """Return the class that modules of class ``kind`` have once ``mixin`` is taken out."""
     own, mixins = _parts(kind)
     return _composed(own, tuple(each for each in mixins if each is not mixin)) if mixin in mixins else kind
 
 
 def own_class(module: Any) -> type:
-    """Return the class that a module was of before anything was mixed in."""
+    """Return the class that a module had before anything was mixed in."""
     return _parts(type(module))[0]
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors are finite, told by name."""
+"""Finds tensors that are not finite, and names them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_pipelite.shared.topology import Topology
 
-NAMED = 3  # how many are named before "and N more"
+NAMED = 3  # names listed before "and N more"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of those that hold a NaN or an infinity. Where they are on a GPU, the host waits once.
+    """Return the names of tensors that hold a NaN or an infinity. Synchronises the host once with each GPU.
 
     Args:
-        tensors: By name, of any type; what is not floating is finite.
+        tensors: By name, of any dtype; all but floating ones count as finite.
     """
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -34,7 +34,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def in_words(names_by_stage: Sequence[Sequence[str]]) -> str:
-    """Names of parameters and where they are, such as "0.weight, 0.bias (stage 0); 2.weight (stage 1)"."""
+    """List the names of parameters and their stages, such as "0.weight, 0.bias (stage 0); 2.weight (stage 1)"."""
     stages = []
     for stage, names in enumerate(names_by_stage):
         if names:
@@ -46,18 +46,18 @@ def in_words(names_by_stage: Sequence[Sequence[str]]) -> str:
 def refuse_not_finite(
     what: str, tensors: Mapping[str, Tensor], topology: Topology, share: Callable[[Any], list[Any]]
 ) -> None:
-    """Keep weights that are not finite from taking the place of sound ones on disk. Collective.
+    """Keep weights that are not finite from replacing sound ones on disk. Collective.
 
-    A step does not make them of finite gradients, but an optimizer may, or a callback.
+    Training stops at gradients that are not finite, but an optimizer or a callback may still produce such weights.
 
     Args:
-        what: Will not be written, for the message.
-        tensors: This rank's, by name.
-        topology: Of the job.
-        share: Gives what every rank has, by rank.
+        what: What will not be written, for the message.
+        tensors: This rank's tensors, by name.
+        topology: The job's topology.
+        share: Returns every rank's value, by rank.
 
     Raises:
-        RuntimeError: On every rank, naming those that are not finite, of all stages.
+        RuntimeError: On every rank, naming the tensors of all stages that are not finite.
     """
     everyones = share(not_finite(tensors))
     stages = [everyones[topology.rank_of(stage, 0)] for stage in range(topology.stages)]

@@ -1,4 +1,4 @@
-"""What has been written is on the disk, not only in the system's memory."""
+"""Makes sure that what has been written is on disk, not only in the system's memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the entries of a directory, to the disk.
+    """Flush a file, or the entries of a directory, to disk.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: It cannot be written.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

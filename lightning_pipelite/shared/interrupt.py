@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: the first one ends it in order, the second one at once."""
+"""Ctrl-C during training: the first one ends it cleanly, the second one at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NOTICE = "\nCtrl-C: training ends after this step, or this evaluation; Ctrl-C a
 
 
 def heed_first_interrupt() -> None:
-    """Say on rank 0 that SIGINT was noted, as its handler calls this, and leave the next one to the system."""
+    """Report on rank 0 that SIGINT was noted, and leave the next one to the system; called by SIGINT's handler."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        os.write(2, _NOTICE.encode())  # print() within a handler may meet itself
+        os.write(2, _NOTICE.encode())  # print() is not reentrant: the handler may have interrupted one
 
 
 def name_of(signum: int) -> str:
-    """Return what a user calls the signal."""
+    """Return the name that users know a signal by."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name

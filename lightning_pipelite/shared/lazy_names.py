@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for."""
+"""Names of a package that are imported on first access."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a package: torch, transformers and Lightning take seconds, and a file may need none.
+    """Make the ``__getattr__`` of a package: importing torch, transformers and Lightning takes seconds, often in vain.
 
-    A module of the package may not bear the name of what it gives: importing it would set the package's attribute.
+    A module of the package must not have the name that it provides: importing it would set the package's attribute.
 
     Args:
         package: The package's ``__name__``.
-        modules: For each public name the module of the package that has it.
+        modules: For each public name, the module of the package that has it.
 
     Returns:
-        The function to call ``__getattr__``.
+        The function to assign to ``__getattr__``.
     """
 
     def get(name: str) -> Any:
@@ -33,6 +33,6 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
 
 
 def import_names(package: ModuleType) -> None:
-    """Import all that a package names, so that its classes are among the subclasses of what they are derived from."""
+    """Import everything in a package's ``__all__``, so that its classes are among the subclasses of their bases."""
     for name in package.__all__:
         getattr(package, name)

@@ -1,4 +1,4 @@
-"""Directories that have to be on a local file system, or a mounted one."""
+"""Directories that must be on a local or mounted file system."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def refuse_remote(path: Any, what: str) -> None:
     """Refuse an address such as ``s3://bucket/checkpoints``, which would become the name of a local directory.
 
     Args:
-        path: A path; or None, which is none.
-        what: The option that gives it, for the message.
+        path: A path, or None for no path.
+        what: The option that sets it, for the message.
 
     Raises:
-        ConfigurationError: If it is an address.
+        ConfigurationError: It is an address.
     """
     if path is not None and "://" in str(path):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Directories that are being written, told from those that a killed process has left."""
+"""Locks that distinguish directories being written from those that a killed process has left behind."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def alone_in(parent: Path) -> Iterator[None]:
-    """Let no other process, or thread, come between what is done to the entries of a directory.
+    """Lock a directory while its entries are changed, against other processes and threads that do the same.
 
-    Not to be nested. On a file system without locks it does nothing.
+    Must not be nested. On a file system without locks it does nothing.
     """
     descriptor = os.open(parent, os.O_RDONLY)
     try:
@@ -25,9 +25,9 @@ def alone_in(parent: Path) -> Iterator[None]:
 
 
 def make_locked(directory: Path) -> int:
-    """Make a directory, locked as long as this process lives, or until the returned descriptor is closed.
+    """Make a directory that is locked while this process lives, or until the returned descriptor is closed.
 
-    Nobody who asks :func:`is_abandoned` sees it before it is locked.
+    :func:`is_abandoned` never sees it before it is locked.
     """
     with alone_in(directory.parent):
         directory.mkdir()
@@ -38,7 +38,7 @@ def make_locked(directory: Path) -> int:
 
 
 def is_abandoned(directory: Path) -> bool:
-    """Whether nobody holds the lock of a directory; false if that cannot be told."""
+    """Tell whether no process holds the lock of a directory; False if that cannot be determined."""
     try:
         with alone_in(directory.parent):
             return _can_be_locked(directory)

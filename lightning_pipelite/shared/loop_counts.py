@@ -1,4 +1,4 @@
-"""Lightning's counts of micro-batches, of which a replica has more or fewer when there are others than before."""
+"""Lightning's counts of micro-batches per replica, which change when the number of replicas does."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ COUNTS = ("ready", "started", "processed", "completed")
 
 
 def recount(counts: MutableMapping[str, int], ready: int) -> None:
-    """Set how many micro-batches have been taken, in place.
+    """Set the number of micro-batches that have been taken, in place.
 
-    The other counts stay as far behind, 0 or 1 each: by that Lightning knows where in a micro-batch its loop stands.
+    The other counts stay as far behind it, by 0 or 1 each, which tells Lightning where in a micro-batch its loop is.
 
     Args:
-        counts: Of a progress tracker: its state, or its ``vars()``.
-        ready: How many have been taken.
+        counts: The state, or the ``vars()``, of a progress tracker.
+        ready: The number that have been taken.
     """
     shift = ready - counts["ready"]
     for name in COUNTS:

@@ -1,4 +1,4 @@
-"""When all ranks log, and what they then tell each other."""
+"""When ranks log, and the collective operations that they use for it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 def logs_now(trainer: pl.Trainer) -> bool:
-    """Whether Lightning logs the metrics of this optimizer step; the same on every rank."""
+    """Tell whether Lightning logs the metrics of this optimizer step; the same on every rank."""
     return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
 
 
 class LoggedSteps:
-    """Tells in ``on_train_batch_end`` whether a step has ended that Lightning logs; the same on every rank.
+    """Tells in ``on_train_batch_end`` whether a step that Lightning logs has ended; the same on every rank.
 
     Args:
-        trainer: As training starts.
+        trainer: The Trainer, at the start of training.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -30,19 +30,19 @@ class LoggedSteps:
         self._logged = 0
 
     def ended(self, trainer: pl.Trainer) -> bool:
-        """Whether such a step has ended since the last call. To be called after every batch."""
+        """Tell whether such a step has ended since the last call. Must be called after every batch."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         logged = stepped and logs_now(trainer)
         self._logged += logged
         return logged
 
     def every(self, times: int) -> bool:
-        """Whether the step is the first that was logged, or ``times``, twice ``times`` ... later."""
+        """Tell whether the step is the first that was logged, or a multiple of ``times`` logged steps later."""
         return self._logged % times == 1
 
 
 def gathered(own: T) -> list[T]:
-    """Return what every rank has, by rank. Collective."""
+    """Return every rank's value, by rank. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     everyones = [own] * dist.get_world_size()
@@ -51,17 +51,17 @@ def gathered(own: T) -> list[T]:
 
 
 def summarize(values: Mapping[str, Sequence[Tensor]], device: torch.device) -> dict[str, float]:
-    """Average, minimum and maximum of some quantities over all ranks. Collective; it waits for the device, once.
+    """Return average, minimum and maximum of some quantities over all ranks. Collective; synchronises the host once.
 
-    Where several ranks hold the same layers, as in data parallelism, these are as if one did.
+    Where several ranks hold the same layers, as in data parallelism, the results are as if only one did.
 
     Args:
-        values: Per quantity the values of this rank's layers, scalars; every rank must name the same quantities in
-            the same order, and may have no value.
-        device: Where a collective operation wants its tensors.
+        values: For each quantity the values of this rank's layers, scalars, possibly none; every rank must name the
+            same quantities in the same order.
+        device: Where collective operations require their tensors.
 
     Returns:
-        ``NAME_avg``, ``NAME_min`` and ``NAME_max`` of the quantities of which any rank has values.
+        ``NAME_avg``, ``NAME_min`` and ``NAME_max`` of each quantity for which any rank has values.
     """
     sums = torch.zeros(len(values), 2, dtype=torch.float64, device=device)
     extremes = torch.full((len(values), 2), -torch.inf, dtype=torch.float64, device=device)

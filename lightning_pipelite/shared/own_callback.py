@@ -1,4 +1,4 @@
-"""A callback that a module brings along, and takes away."""
+"""A callback that a module adds for the duration of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing_extensions import override
 
 
 class OwnCallback(pl.Callback):
-    """Leaves the Trainer at the end of a run, however it ends: Lightning would keep it for the next module."""
+    """Removes itself from the Trainer when a run ends, however it ends: Lightning would keep it for the next module."""
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

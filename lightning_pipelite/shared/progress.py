@@ -1,4 +1,4 @@
-"""How far a piece of work has come: a bar in a terminal, a line now and then where there is none."""
+"""Progress of a piece of work: a bar in a terminal, otherwise an occasional line."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from typing_extensions import Self
 Style = Literal["auto", "rich", "plain", "lines"]
 T = TypeVar("T")
 PLAIN_BAR = 20
-"""Characters of the bar in terminals that understand little."""
+"""Width of the bar, in characters, in dumb terminals."""
 
 
 def _is_first() -> bool:
-    """Whether this process shows progress. Lightning's own word on it, where Lightning is: exporting does without."""
+    """Tell whether this process shows progress, by Lightning's rank where Lightning is used: exporting does without."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -33,16 +33,16 @@ class View(Protocol):
     """Where progress is shown, on standard error."""
 
     def due(self) -> bool:
-        """Whether enough time has passed to show something new."""
+        """Tell whether enough time has passed to show something new."""
 
     def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
-        """Show how much is done, of a total that may not be known, and the first text for which there is room."""
+        """Show how much is done, of a total that may be unknown, and the first of the texts that fits."""
 
     def print(self, line: str) -> None:
         """Print a line to standard output without breaking the bar."""
 
     def close(self) -> None:
-        """End the bar. Nothing may follow."""
+        """End the bar; nothing may be shown afterwards."""
 
 
 def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
@@ -50,8 +50,8 @@ def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
 
     Args:
         label: What is being done, such as "tokenising".
-        style: To choose oneself.
-        stays: Leave the bar behind when it is closed.
+        style: The choice, if it is not left to this function.
+        stays: Leave the bar on the screen when it is closed.
     """
     if style == "auto":
         console = Console(stderr=True)
@@ -63,27 +63,27 @@ def view(label: str, *, style: Style = "auto", stays: bool = False) -> View:
 
 
 def first_that_fits(texts: Sequence[str], room: int) -> str:
-    """Return the first of the texts that has no more than ``room`` characters; the last if none has."""
+    """Return the first text that has at most ``room`` characters, or the last text if none has."""
     return next((text for text in texts if len(text) <= room), texts[-1])
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 1:23, or 1:02:03."""
+    """Format seconds as 1:23, or 1:02:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:
-    """Tells how far a piece of work has come, on rank 0. Within another one that is under way it is silent.
+    """Shows the progress of a piece of work on rank 0; nested within another one, it is silent.
 
     Use it as a context manager.
 
     Args:
         label: What is being done, such as "tokenising".
-        total: How many units there are, if that is known.
-        unit: What is shown, such as "tensors".
-        scale: How many of what is counted are one of that unit, such as 1e6 for bytes shown in MB.
+        total: The number of units, if known.
+        unit: The unit that is shown, such as "tensors".
+        scale: How much of what is counted makes one such unit, such as 1e6 for bytes shown in MB.
     """
 
     _under_way = False
@@ -110,7 +110,7 @@ class Progress:
         self.reach(self._done + units)
 
     def reach(self, done: int) -> None:
-        """Say how many units are done."""
+        """Set how many units are done."""
         self._done = done
         if self._view is None or not self._view.due():
             return
@@ -126,13 +126,13 @@ class Progress:
 
 
 def track(items: Iterable[T], label: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """Go through items and tell how many are done.
+    """Yield items, and show how many are done.
 
     Args:
-        items: Their number is the total, if they have one.
+        items: The items; if they have a length, it is the default total.
         label: As in :class:`Progress`.
         unit: As in :class:`Progress`.
-        total: How many items there are.
+        total: The number of items.
     """
     if total is None:
         with suppress(TypeError):
@@ -144,14 +144,14 @@ def track(items: Iterable[T], label: str, unit: str, total: int | None = None) -
 
 
 def from_tqdm(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Show transformers' bars as others here; for ``transformers.utils.logging.set_tqdm_hook``."""
+    """Show transformers' bars like all others here; for ``transformers.utils.logging.set_tqdm_hook``."""
     if not args:
         return factory(*args, **kwargs)
     return track(args[0], str(kwargs.get("desc", "working")).lower(), "tensors", kwargs.get("total"))
 
 
 class _Paced:
-    """Knows when it is time to show something new."""
+    """Tells when it is time to show something new."""
 
     pause = 0.1  # seconds
 
@@ -184,11 +184,11 @@ class _Rich(_Paced):
             expand=True,
             auto_refresh=False,
             transient=not stays,
-            redirect_stdout=sys.stdout.isatty(),  # or what belongs into a file would be shown instead
+            redirect_stdout=sys.stdout.isatty(),  # otherwise output meant for a file would be shown
         )
         self._task = self._bar.add_task(label, total=None, text="")
         self._bar.start()
-        self._bar.console.show_cursor(True)  # it hides it, for good if the process is killed
+        self._bar.console.show_cursor(True)  # rich hides it, for good if the process is killed
 
     def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
         self._last = time.monotonic()
@@ -197,7 +197,7 @@ class _Rich(_Paced):
         self._bar.update(self._task, completed=done, total=total, text=shown, refresh=True)
 
     def print(self, line: str) -> None:
-        print(line, flush=True)  # sys.stdout is rich's, where that is the terminal
+        print(line, flush=True)  # sys.stdout is rich's, if it is the terminal
 
     def close(self) -> None:
         self._bar.stop()
@@ -213,7 +213,7 @@ class _Plain(_Paced):
     def update(self, done: int, total: int | None, text: str, *shorter: str) -> None:
         self._last = time.monotonic()
         columns = self._bar.format_dict["ncols"] or 80
-        room = columns - len(f"{self._label} |{'':{PLAIN_BAR}}| ") - 1  # tqdm leaves the last place
+        room = columns - len(f"{self._label} |{'':{PLAIN_BAR}}| ") - 1  # tqdm leaves the last column free
         self._bar.total, self._bar.n, self._bar.unit = total, done, first_that_fits([text, *shorter], room)
         self._bar.refresh()
 
@@ -225,7 +225,7 @@ class _Plain(_Paced):
 
 
 class _Lines(_Paced):
-    """A line at most every ten seconds, the first after that time: what is done sooner needs none."""
+    """Prints a line at most every ten seconds, the first after ten: what is done sooner needs none."""
 
     pause = 10.0
 

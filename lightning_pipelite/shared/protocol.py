@@ -1,8 +1,8 @@
-"""What strategy, module, data and callbacks ask of each other; nothing else passes between them but Lightning's own.
+"""What strategy, module, data and callbacks ask of each other, besides Lightning's own interfaces.
 
-Each protocol below is one question. What is optional is a protocol of its own, with what holds without it: who asks
-sees by ``isinstance`` whether the other has an answer. So any LightningModule that hands out its layers trains under
-PipeLiteStrategy, and the callbacks work under any strategy.
+Each protocol below is one question. Whatever is optional is a separate protocol, which says what applies without it;
+the caller checks by ``isinstance`` whether the other side implements it. So any LightningModule that provides its
+layers trains under PipeLiteStrategy, and the callbacks work under any strategy.
 
 ===================  ==================================================  =============================================
 asks                 whom, for what                                      where
@@ -42,15 +42,16 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, ...]"]
 """``loss(outputs, targets)`` of one micro-batch.
 
-It returns either a scalar, the mean over the micro-batch (every micro-batch then weighs the same), or a pair
-``(total, count)``: the sum of the losses and the number of terms in it (tokens, say). With the pair, what is trained
-on is exactly the sum of all totals over the sum of all counts in the global batch. A loss may be a :class:`NamesSums`.
+It returns either a scalar, the mean over the micro-batch (all micro-batches then have the same weight), or a pair
+``(total, count)``: the sum of the losses and the number of terms in it (tokens, for example). With the pair, the
+training loss is exactly the sum of all totals over the sum of all counts in the global batch. A loss may be a
+:class:`NamesSums`.
 """
 
 
 @runtime_checkable
 class NamesSums(Protocol):
-    """A loss that returns after the pair ``(total, count)`` one more scalar for each of these names.
+    """A loss that returns, after the pair ``(total, count)``, one more scalar for each of these names.
 
     The strategy logs ``train/NAME``, the sum of these scalars over the sum of all counts.
     """
@@ -59,7 +60,7 @@ class NamesSums(Protocol):
 
 
 def names_of_sums(loss: Loss) -> tuple[str, ...]:
-    """Return what a loss wants logged besides itself; nothing, unless it is a :class:`NamesSums`."""
+    """Return the names of what is logged besides the loss; none, unless it is a :class:`NamesSums`."""
     return tuple(loss.logged) if isinstance(loss, NamesSums) else ()
 
 
@@ -68,42 +69,42 @@ class PipelineLayers(Protocol):
     """Layers that are built a stage at a time, so that no process ever holds those of another stage."""
 
     names: Sequence[str]
-    """The class name of each layer, in order; ``partition_method="type:REGEX"`` looks at these."""
+    """The class name of each layer, in order; ``partition_method="type:REGEX"`` searches these."""
 
     def parameter_counts(self) -> Sequence[int]:
-        """Return the number of parameters of each layer, frozen ones too."""
+        """Return the number of parameters of each layer, including frozen ones."""
         ...
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
         """Build layers ``start`` to ``stop`` (exclusive) on ``device``, as one module from inputs to outputs.
 
-        Its parameter names must not depend on the partition. A parameter that stands under one name in several
-        stages is tied: its gradients are summed over them. With virtual stages it is called for each piece of a stage.
+        Its parameter names must not depend on the partition. A parameter that has the same name in several stages is
+        tied: its gradients are summed over them. With virtual stages this is called for each piece of a stage.
         """
         ...
 
 
 @runtime_checkable
 class MayBeWhole(Protocol):
-    """Layers that cannot always be dealt out; others always can."""
+    """Layers that cannot always be split into stages; others always can."""
 
     one_stage_only: str | None
-    """Why they cannot, as what follows "because"; None if they can."""
+    """Why they cannot, worded to follow "because"; None if they can."""
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What each layer costs, so that stages can be balanced.
+    """What each layer costs, for balancing stages.
 
-    Embedding and the like count in the first layer, head and loss in the last.
+    Embedding and the like count towards the first layer, head and loss towards the last.
 
     Attributes:
         seconds: The time of a micro-batch, forward and backward; in any unit.
         held: Bytes that a layer takes at all times: weights, gradients, optimizer state.
         retained: Bytes that a layer keeps of each micro-batch in flight for its backward pass.
-        micro_batches: Of a step.
-        memory: Bytes of a device for all of a stage's layers, or of each stage's device; None for no limit.
-        speeds: Of each stage's device, in any unit; empty if they are alike.
+        micro_batches: Their number per step.
+        memory: Bytes that a device has for all of a stage's layers, or those of each stage's device; None for no limit.
+        speeds: Speed of each stage's device, in any unit; empty if all are alike.
     """
 
     seconds: Sequence[float]
@@ -114,22 +115,22 @@ class LayerCosts:
     speeds: Sequence[float] = ()
 
     def memory_of(self, stage: int) -> float:
-        """Return the bytes of a stage's device, infinitely many if there is no limit."""
+        """Return the memory of a stage's device in bytes; infinity if there is no limit."""
         if self.memory is None:
             return math.inf
         return self.memory if isinstance(self.memory, int) else self.memory[stage]
 
     def speed_of(self, stage: int) -> float:
-        """Return how fast a stage's device is, 1 if they are alike."""
+        """Return the speed of a stage's device; 1 if all are alike."""
         return self.speeds[stage] if self.speeds else 1.0
 
 
 @runtime_checkable
 class KnowsCosts(Protocol):
-    """Layers for ``partition_method="auto"``, which is refused without."""
+    """Layers that support ``partition_method="auto"``, which is refused for others."""
 
     def layer_costs(self) -> LayerCosts | None:
-        """Return what the layers cost, or None if that is not known."""
+        """Return what the layers cost, or None if that is unknown."""
         ...
 
 
@@ -138,10 +139,10 @@ class KnowsCosts(Protocol):
 
 @runtime_checkable
 class HandsOutLayers(Protocol):
-    """A module that can be trained in stages; the one question that every module must answer."""
+    """A module that can be trained in stages; the only protocol that every module must implement."""
 
     def pipeline_layers(self) -> tuple[PipelineLayers | Sequence[nn.Module], Loss]:
-        """Return the layers, of which each maps the former's output to its own, and the loss on the last one's."""
+        """Return the layers, each mapping the previous one's output to its own, and the loss on the last one's."""
         ...
 
 
@@ -156,17 +157,17 @@ class LogsEvaluation(Protocol):
 
 @runtime_checkable
 class EvaluatesTogether(Protocol):
-    """A module that says how many micro-batches of an evaluation run through the pipeline at once."""
+    """A module that sets how many micro-batches of an evaluation run through the pipeline at once."""
 
     @property
     def eval_micro_batches(self) -> int | None:
-        """The number; None for four a stage, as without."""
+        """The number; None for the default, four per stage."""
         ...
 
 
 @runtime_checkable
 class KnowsMetrics(Protocol):
-    """A module that knows all that is logged; without, a monitor that nothing logs is found out after an epoch."""
+    """A module that knows all logged metrics; otherwise a monitor that nothing logs is noticed only after an epoch."""
 
     def logs(self, name: str) -> bool:
         """Tell whether a metric of that name comes from the module, the strategy or this package's callbacks."""
@@ -175,20 +176,20 @@ class KnowsMetrics(Protocol):
 
 @runtime_checkable
 class IdentifiesItself(Protocol):
-    """A module that resumes only from checkpoints of the same model; without, names and shapes must fit."""
+    """A module that resumes only from checkpoints of the same model; otherwise names and shapes must match."""
 
     def checkpoint_identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree in to be resumed from."""
+        """Return what a checkpoint must match to be resumed from."""
         ...
 
 
 @runtime_checkable
 class AllowsAnother(Protocol):
-    """A module that lets a part of its identity be another one; without, all must agree."""
+    """A module that allows parts of its identity to differ; otherwise all must match."""
 
     @property
     def checkpoint_may_differ(self) -> Mapping[str, tuple[bool, str]]:
-        """What of that may be another one: whether it has been allowed, and by which option it is."""
+        """The parts of the identity that may differ: whether that has been allowed, and by which option it is."""
         ...
 
 
@@ -197,10 +198,10 @@ class AllowsAnother(Protocol):
 
 @runtime_checkable
 class KeepsResults(Protocol):
-    """A callback that replaces what it finds; without, nothing of it is looked for before the launch."""
+    """A callback that replaces what it finds; for others, nothing is checked before the launch."""
 
     def former_result(self) -> str | None:
-        """Say what a training that begins anew would replace, if anything."""
+        """Return what a training that starts from scratch would replace, in words, if anything."""
         ...
 
 
@@ -213,10 +214,10 @@ class MayOverwrite(KeepsResults, Protocol):
 
 @runtime_checkable
 class TimesStages(Protocol):
-    """A strategy of stages; under another one a rank counts as a stage, of which no times are known."""
+    """A strategy with stages; under others, each rank counts as a stage whose times are unknown."""
 
     measure_stage_times: bool
-    """Whether the next step is to be measured; a callback sets it."""
+    """Whether the next step is to be measured; set by a callback."""
 
     @property
     def stage_id(self) -> int:
@@ -225,31 +226,31 @@ class TimesStages(Protocol):
 
     @property
     def stage_times(self) -> tuple[float, float] | None:
-        """Seconds that this rank computed and that it waited for others in the last step; None if not measured."""
+        """Seconds that this rank computed, and waited for others, in the last step; None if not measured."""
         ...
 
 
 @runtime_checkable
 class SavesTrained(Protocol):
-    """A module that writes what it has trained; SaveTrained needs one, TimedCheckpoint writes no more without."""
+    """A module that writes what it has trained; required by SaveTrained, used by TimedCheckpoint if there is one."""
 
     def save_trained(self, directory: Path) -> None:
-        """Write it, in the place of what is there. Collective."""
+        """Write what was trained, replacing what is there. Collective."""
         ...
 
 
 @runtime_checkable
 class ChecksSaving(Protocol):
-    """A module that tells before training what :class:`SavesTrained` would refuse after it."""
+    """A module that refuses before training what :class:`SavesTrained` would refuse after it."""
 
     def check_save(self, directory: Path) -> None:
-        """Refuse a directory that could not be written."""
+        """Refuse a directory that cannot be written."""
         ...
 
 
 @runtime_checkable
 class WritesText(Protocol):
-    """A module that writes on from a prompt while it is trained; Samples needs one."""
+    """A module that continues a prompt during training; required by Samples."""
 
     def write_text(self, prompt: str, max_new_tokens: int) -> str:
         """Return what follows the prompt. Collective."""
@@ -261,18 +262,18 @@ class WritesText(Protocol):
 
 @runtime_checkable
 class DealsData(Protocol):
-    """A strategy whose ranks read different data, as all of Lightning's for several processes; else there is one."""
+    """A strategy whose ranks read different data, as Lightning's for several processes do; others read all of it."""
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
-        """``num_replicas`` and ``rank`` of a sampler."""
+        """``num_replicas`` and ``rank`` for a sampler."""
         ...
 
 
 @runtime_checkable
 class ChecksVocabulary(Protocol):
-    """Data that knows its tokens; of other data each batch is looked at."""
+    """Data that knows its tokens; of other data, each batch is checked."""
 
     def check_vocabulary(self, rows: int) -> None:
-        """Refuse tokens that an embedding of so many rows does not have."""
+        """Refuse tokens that an embedding with this many rows does not have."""
         ...

@@ -1,4 +1,4 @@
-"""Parameters that are frozen or thawed while compiled modules are used."""
+"""Parameters that are frozen or unfrozen while compiled modules are in use."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import nn
 
 
 class RequiresGradWatch:
-    """Lets compiled modules see that parameters have been frozen or thawed.
+    """Makes compiled modules notice that parameters have been frozen or unfrozen.
 
-    From Python 3.12 on the compiler's guards pass over the tensors of a dictionary that is as it was (seen with torch
-    2.11; no setting of its guards by dictionaries' tags turns it off): a parameter that is thawed then goes without a
-    gradient, and nobody is told. Remove when ``tests/shared/test_requires_grad.py`` passes without it on Python 3.12.
+    From Python 3.12 on, the compiler's guards skip the tensors of a dictionary that has not changed (seen with torch
+    2.11; no setting of its dict-tag guards turns this off): a parameter that is then unfrozen gets no gradient, without
+    any warning. Remove when ``tests/shared/test_requires_grad.py`` passes without it on Python 3.12.
 
     Args:
-        module: Which holds the parameters, always the same ones.
+        module: The module with the parameters, which must not be replaced later.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -22,7 +22,7 @@ class RequiresGradWatch:
         self._before: list[bool] = []
 
     def look(self) -> None:
-        """Have the modules looked at anew whose parameters have changed; the first time, all of them."""
+        """Make guards check the modules whose parameters have changed since the last call; the first time, all."""
         now = [parameter.requires_grad for parameter in self._watched]
         if now == self._before:
             return
@@ -33,4 +33,4 @@ class RequiresGradWatch:
             for name, parameter in module._parameters.items():
                 if id(parameter) in changed:
                     module._parameters[name] = None
-                    module._parameters[name] = parameter  # in its old place, in a dictionary that has changed
+                    module._parameters[name] = parameter  # in its old place, but the dictionary has changed

@@ -1,4 +1,4 @@
-"""The time that steps take, without what comes between them."""
+"""The time that steps take, excluding what comes between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STEPS_AVERAGED = 50
 
 
 class StepClock:
-    """Runs while steps are taken and stands still while it is paused. All times are in seconds."""
+    """Runs while steps are taken, and stops while it is paused. All times are in seconds."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -20,23 +20,23 @@ class StepClock:
 
     @property
     def elapsed(self) -> float:
-        """The time that it has run."""
+        """The time for which the clock has run."""
         return self._elapsed + (time.monotonic() - self._since if self._since is not None else 0.0)
 
     def pause(self) -> None:
-        """Stand still."""
+        """Stop the clock."""
         self._elapsed, self._since = self.elapsed, None
 
     def go_on(self) -> None:
-        """Run again."""
+        """Start the clock again."""
         if self._since is None:
             self._since = time.monotonic()
 
     def step(self) -> float:
-        """Take note of a step's end; from it on the next one counts. Return how long it took."""
+        """Record the end of a step, which is the start of the next, and return how long it took."""
         elapsed = self.elapsed
         duration = elapsed - self._step_began
-        if self.steps == 1:  # compilations, allocations: the first tells nothing of the others
+        if self.steps == 1:  # the first compiles and allocates: it says nothing about later ones
             self._durations.clear()
         self._durations.append(duration)
         self._step_began = elapsed
@@ -44,5 +44,5 @@ class StepClock:
         return duration
 
     def remaining(self, steps: int) -> float | None:
-        """How long further steps will take: the mean of the last ones, at most 50; None before the first."""
+        """Estimate the time of further steps from the mean of the last ones, at most 50; None before the first."""
         return steps * sum(self._durations) / len(self._durations) if self._durations else None

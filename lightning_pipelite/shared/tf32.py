@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Take float32 matrix products in float32, whatever was chosen for the training: TF32 keeps three digits."""
+    """Compute float32 matrix products in float32, whatever was chosen for training: TF32 keeps three digits."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

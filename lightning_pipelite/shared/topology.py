@@ -21,7 +21,7 @@ class Topology:
             replica), so that gradients do.
 
     Raises:
-        ConfigurationError: If the stages do not divide the processes.
+        ConfigurationError: The number of stages does not divide the number of processes.
     """
 
     world_size: int
@@ -37,7 +37,7 @@ class Topology:
 
     @property
     def replicas(self) -> int:
-        """The data-parallel size: how many pipelines there are."""
+        """The data-parallel size: the number of pipelines."""
         return self.world_size // self.stages
 
     def stage_of(self, rank: int) -> int:
@@ -53,7 +53,7 @@ class Topology:
         return replica * self.stages + stage if self.column_major else stage * self.replicas + replica
 
     def least_of_stages(self, of_ranks: Sequence[float]) -> list[float]:
-        """Return the least number of each stage's ranks, as of their memory or their speed."""
+        """Return the least of the numbers of each stage's ranks, such as their memory or speed."""
         least = [math.inf] * self.stages
         for rank, number in enumerate(of_ranks):
             least[self.stage_of(rank)] = min(least[self.stage_of(rank)], number)

@@ -1,4 +1,4 @@
-"""What libraries print that a user can do nothing about, and how to see it all the same."""
+"""Library output that a user can do nothing about, and how to see it anyway."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def is_verbose() -> bool:
-    """Whether everything is to be printed: the variable is set."""
+    """Tell whether everything is to be printed, by the environment variable."""
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
 def take_option() -> None:
-    """Take ``--verbose`` off the command line, wherever it stands, and set the variable, which child processes see."""
+    """Take ``--verbose`` off the command line, wherever it is, and set the variable, which child processes inherit."""
     if OPTION in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != OPTION]
         os.environ[VARIABLE] = "1"
 
 
 def say_warnings_plainly() -> None:
-    """Show warnings of this package without the place in its code; to be called after Lightning's import.
+    """Show this package's warnings without their place in its code; to be called after Lightning is imported.
 
-    With ``--verbose`` it is shown.
+    With ``--verbose`` the place is shown.
     """
-    former = warnings.formatwarning  # Lightning has its own, which shows the place
+    former = warnings.formatwarning  # Lightning's own, which shows the place
     if is_verbose() or getattr(former, "is_plain", False):
         return
 
@@ -44,7 +44,7 @@ def say_warnings_plainly() -> None:
 
 
 def be_quiet() -> None:
-    """Leave out what a user can do nothing about, unless it is wanted; to be called before libraries are imported."""
+    """Suppress what a user can do nothing about, unless verbose; to be called before libraries are imported."""
     if is_verbose():
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -57,11 +57,11 @@ def be_quiet() -> None:
         ("bitsandbytes", logging.ERROR),  # kernels that it lacks for CPUs
     ):
         logging.getLogger(name).setLevel(level)
-    # Which accelerator it chose. A filter, as DeepSpeed sets the level when it is imported: by the strategy, or before
-    # it by accelerate, when transformers saves a model.
+    # The accelerator that it chose. A filter, as DeepSpeed sets the level when it is imported: by the strategy, or
+    # earlier by accelerate, when transformers saves a model.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # too little data to hold any out: summary()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # PEFT asks transformers' former name while it loads an adapter.
+    # PEFT uses transformers' former name while it loads an adapter.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")

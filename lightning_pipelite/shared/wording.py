@@ -1,4 +1,4 @@
-"""Numbers of things, in words."""
+"""Counts of things, with their nouns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ def counted(count: int, noun: str) -> str:
 
     Args:
         count: How many there are.
-        noun: Of one, of more words if need be, the last of which is that of the thing.
+        noun: The noun in the singular; of several words, the last one takes the plural.
     """
     if count == 1:
         return f"1 {noun}"
