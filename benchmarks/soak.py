@@ -13,11 +13,9 @@ after 40 s, or if a temporary is left in the end. The processes are forked from 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ from exact_training import Case, Scale, make_model, sequences
 from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.callbacks import TimedCheckpoint
+from ports import free_port
 from report import Report
 from resumable import Deal, batched
 
@@ -113,9 +112,7 @@ class Life:
 
     def __init__(self, folder: Path, steps: int, stages: int, virtual_stages: int, log: Path) -> None:
         self._log = log
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.alive: dict[int, int] = {}  # the process of each rank
         self.statuses: dict[int, int] = {}
         for rank in range(stages):

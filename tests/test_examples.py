@@ -13,6 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from safetensors import safe_open
 
+from ports import free_port
 from tiny_job import write_job
 
 pytestmark = pytest.mark.process
@@ -69,12 +70,12 @@ def test_the_notebook_draws_its_figures(monkeypatch: pytest.MonkeyPatch) -> None
 def test_torchrun_over_two_nodes(tmp_path: Path) -> None:
     """Two "nodes" on this machine, a rank each: the script's own line."""
     job = write_job(tmp_path)
-    arguments = fit_arguments(job)
+    arguments, port = fit_arguments(job), str(free_port())
     started = [
         subprocess.Popen(
             ["bash", str(EXAMPLES / "torchrun.sh"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=environment(NNODES="2", NODE_RANK=str(node), MASTER_ADDR="127.0.0.1",
-                                       MASTER_PORT="29713", GPUS="1"), cwd=job,
+                                       MASTER_PORT=port, GPUS="1"), cwd=job,
         )
         for node in range(2)
     ]  # fmt: skip
@@ -101,7 +102,7 @@ def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
     slurm = {
         "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "29714",
         "SLURM_JOB_NAME": "pipelite", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1",
-        "MASTER_PORT": "29714",
+        "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     variables = environment(**slurm)
     variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ports import free_port
 from watched import JOB, Outcome
 
 
@@ -34,10 +35,8 @@ def job_server() -> Iterator[socket.socket]:
 @pytest.fixture
 def run_watched(tmp_path: Path, job_server: socket.socket) -> Callable[..., Outcome]:
     """Runs commands as one job; fails unless every process is gone within 15 s of the failure."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(JOB).parents[2])}
     environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}  # NCCL's process group warns a lot
 

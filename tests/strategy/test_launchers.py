@@ -6,7 +6,6 @@ import ast
 import contextlib
 import io
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
 from processes import Workers
 
 pytestmark = pytest.mark.process
@@ -49,12 +49,6 @@ def expected(workers: Workers) -> dict[str, float]:
     return found
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def outputs(command: list[str], environments: list[dict[str, str]]) -> list[str]:
     """Run a command once in each environment, at the same time."""
     clean = {name: value for name, value in os.environ.items() if name not in RANKS}
@@ -77,7 +71,7 @@ def outputs(command: list[str], environments: list[dict[str, str]]) -> list[str]
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun", "deepspeed", "nodes"])
 def test_the_example_trains_the_same(launcher: str, expected: dict[str, float]) -> None:
-    python, script, port = sys.executable, str(EXAMPLE), free_port()
+    python, script, port = sys.executable, str(EXAMPLE), str(free_port())
     environments: list[dict[str, str]] = [{}]
     command = [python, script, *ARGUMENTS, "2"]
     if launcher == "torchrun":

@@ -9,7 +9,6 @@ import argparse
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from ports import free_port
 
 HANG_TIMEOUT = 8.0
 
@@ -133,9 +134,7 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False, virtual_
         gpu: over NCCL; with ``nodes`` all ranks use the first GPU.
         virtual_stages: pieces of each stage.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     python, script = sys.executable, str(Path(__file__).resolve())
     with tempfile.TemporaryDirectory() as directory:
         marker, log = Path(directory) / "failed", Path(directory) / "log"

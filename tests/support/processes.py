@@ -10,13 +10,13 @@ import io
 import logging
 import multiprocessing as mp
 import os
-import random
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
+
+from ports import free_port
 
 
 class WorkerError(RuntimeError):
@@ -59,7 +59,7 @@ class Workers:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        port = _free_port()
+        port = free_port()
         try:
             for rank, (_, connection) in enumerate(self._workers[:world_size]):
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
@@ -97,15 +97,6 @@ class Workers:
             process.kill()
             process.join()
         self._workers.clear()
-
-
-def _free_port() -> int:
-    """Return a port that nobody has, of those that the system gives no connection before it is listened on."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _serve(connection: Connection) -> None:
