@@ -14,7 +14,7 @@ T ?=
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(T)
 
-# What takes less than a second a test: no ranks, no commands, and not what took longer when it last ran here.
+# Tests that take less than a second: no ranks, no commands, and none that took longer in its last run here.
 test-fast: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --fast -m "not process and not slow and not gpu" $(T)
 
@@ -24,20 +24,20 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Which room imports which, for graphviz: make graph | dot -Tsvg > rooms.svg; of one room: make graph OF=.strategy
+# Imports between packages, for graphviz: make graph | dot -Tsvg > packages.svg; of one package: make graph OF=.strategy
 OF ?=
 graph: setup
 	@$(BIN)/import-linter drawgraph lightning_pipelite$(OF) --show-cycle-breakers
 
-# Strict: a warning, or a link or anchor that leads nowhere, is an error. Not quiet: warnings that are not shown do not count.
+# Strict: a warning, a broken link or a broken anchor is an error. Not quiet: only warnings that are shown count.
 docs: setup
 	$(BIN)/mkdocs build --strict --site-dir site
 
 dist: setup
 	$(BIN)/python -m build
 
-# What decides most of whether other versions work, with the lowest that are allowed and with the newest that were tested.
-# The tests of error sentences are left out: what jsonargparse says of a wrong value, and our sentences with it, differ.
+# The tests that depend most on versions, with the lowest allowed and the newest tested ones. The tests of error
+# messages are left out: jsonargparse's messages, and with them ours, differ between versions.
 VERSIONS_TESTS = tests/cli/test_main.py tests/cli/test_commands.py tests/optim tests/strategy/test_engine.py tests/strategy/test_exactness.py \
 	tests/models/test_stage.py tests/adapters/test_lora.py tests/export/test_merging.py tests/export/test_gguf.py \
 	tests/data/test_datamodule.py tests/kernels/test_compiled_gradients.py tests/models/test_torch_compat.py \

@@ -1,20 +1,23 @@
-"""From a jsonl to packed sequences, beside the tokenizer alone: speed, memory, and a cached start.
+"""From a jsonl to packed sequences, against the tokenizer alone: speed, memory, and a cached start. Linux only.
+
+    python benchmarks/data.py [--repeats 5] [--write]
 
 The text is what the machine has: the sources and documentation of Python's standard library and of the installed
-packages, a file a document. A BPE tokenizer with a vocabulary of 8192 is trained on a part of it.
+packages, one document a file. A BPE tokenizer with a vocabulary of 8192 is trained on a part of it.
 
-Both sides have the same two cores and the same jsonl of 30 MB, and every run is a fresh process. The tokenizer's side
-holds the texts in memory already and does nothing with the ids; it is run by its own threads, in batches of 1000, as
-``tokenizer(texts)`` and as ``backend_tokenizer.encode_batch_fast(texts)``, the fastest call there is, and the faster of
-the two counts. The side of the data module is all of ``prepare_data()`` with an empty cache: hash the tokenizer's files
-and load it, read and parse, tokenise, shuffle, split, pack, write, and sync to disk. The sides take turns, and a share
-is of the same turn, so that whatever else runs on the machine meets both; processor time, which counts most of that
-out, is shown beside the clock's.
+Speed: both sides get the same two cores and the same jsonl of 30 MB, and every run is a fresh process. The tokenizer's
+side has the texts in memory and discards the ids; it runs with its own threads, in batches of 1000, as
+``tokenizer(texts)`` and as ``backend_tokenizer.encode_batch_fast(texts)``, the fastest call there is. The faster of the
+two counts. The data module's side is all of ``prepare_data()`` with an empty cache: hash and load the tokenizer's
+files, read and parse, tokenise, shuffle, split, pack, write, and sync to disk. The sides take turns, and shares are
+computed within a turn, so that other load on the machine affects both. CPU time, which is largely independent of that
+load, is shown next to the wall time.
 
-Memory is the proportional set size (PSS) of all processes of a build together, seen every 20 ms from outside. The
-larger text is the smaller ten times, each time with other first words. Linux only.
+Memory: the proportional set size (PSS) of all processes of a build together, sampled every 20 ms from outside. The
+larger text repeats the smaller one ten times, each time with different first words.
 
-    python benchmarks/data.py [--write]
+Exits with 1 if the data module is slower than 0.9 of the tokenizer, if ten times the text takes over 200 MB more
+memory, or if its first micro-batch comes more than 1 s after a cached start.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ SPEED_LIMIT, MEMORY_LIMIT, START_LIMIT = 0.9, 200 * MEGABYTE, 1.0
 
 
 def texts() -> Iterator[str]:
-    """Yield the documents that the machine has."""
+    """Yield the documents found on this machine."""
     yield from (topics[name] for name in sorted(topics))
     paths = sysconfig.get_paths()
     for root in dict.fromkeys((paths["stdlib"], paths["purelib"])):
@@ -91,11 +94,11 @@ def write_data(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-# What runs in a process of its own
+# Run in a process of its own
 
 
 def processor_time() -> float:
-    """The seconds of all cores that this process and the ones that it has ended have used."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -143,11 +146,11 @@ def pack(folder: Path, name: str, cache: Path) -> dict[str, float]:
     return {"tokens": tokens, "seconds": seconds, "processor": processor, "first": first}
 
 
-# The side that measures
+# Run in the measuring process
 
 
 def in_process(folder: Path, *arguments: Any, watch: Callable[[psutil.Process], None] | None = None) -> dict[str, Any]:
-    """Run one of the functions above in a fresh process, and give what it returns."""
+    """Run one of the functions above in a fresh process and return its result."""
     command = [sys.executable, __file__, "--run", json.dumps([str(folder), *map(str, arguments)])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while watch is not None and process.poll() is None:
@@ -160,7 +163,7 @@ def in_process(folder: Path, *arguments: Any, watch: Callable[[psutil.Process], 
 
 
 def peak_memory(folder: Path, name: str, cache: Path) -> int:
-    """Build into a cache, and give the highest sum of the PSS of all processes of it."""
+    """Build into a cache and return the peak of the summed PSS of all its processes, in bytes."""
     peak = 0
 
     def watch(process: psutil.Process) -> None:
@@ -178,7 +181,7 @@ def peak_memory(folder: Path, name: str, cache: Path) -> int:
 
 
 def measure_speed(folder: Path, repeats: int, report: Report) -> float:
-    """Let the sides take turns, and give the data module's speed as a share of the fastest tokenizer's."""
+    """Run the sides in turns; return the data module's speed as a share of the fastest tokenizer's."""
     sides: dict[str, tuple[Any, ...]] = {
         "`tokenizer(texts)`, batches of 1000": ("tokenizer", "call", 1000),
         "`encode_batch_fast(texts)`, batches of 1000": ("tokenizer", "fast", 1000),
@@ -192,7 +195,7 @@ def measure_speed(folder: Path, repeats: int, report: Report) -> float:
             results[ours].append(in_process(folder, "pack", "small", cache))
 
     def table(cost: str) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Tokens a second of each run, and each side's share: the median over the turns, against the fastest side."""
+        """Return each run's tokens a second, and each side's median share over the turns of the fastest tokenizer."""
         speeds = {name: [r["tokens"] / r[cost] for r in each] for name, each in results.items()}
         fastest = max(sides, key=lambda name: statistics.median(speeds[name]))
         turns = {name: [a / b for a, b in zip(each, speeds[fastest], strict=True)] for name, each in speeds.items()}
@@ -210,7 +213,7 @@ def measure_speed(folder: Path, repeats: int, report: Report) -> float:
 def main() -> int:
     """Measure, print, and return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one of the fresh processes
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # for the fresh processes
     parser.add_argument("--repeats", type=int, default=5, help="how often each side runs")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/data.md")
     options = parser.parse_args()
@@ -230,7 +233,7 @@ def main() -> int:
         report = Report(
             "data",
             f"| 30 MB of text, {len(cores)} cores | tokens/s, median of {options.repeats} | least to most | share | "
-            "tokens a second of processor time | share |",
+            "tokens/s of processor time | share |",
             "| --- | --- | --- | --- | --- | --- |",
         )
         share = measure_speed(folder, options.repeats, report)

@@ -1,4 +1,4 @@
-"""What mkdocs cannot do by itself: results, examples and commands as pages, and links from docs/ to their files."""
+"""mkdocs hooks that make pages of results, examples and commands, and redirect links from docs/ to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page for each file of benchmarks/results and of examples/."""
+    """Add a page for each file in benchmarks/results, examples/ and configs/."""
     for path in sorted(RESULTS.glob("*.md")):
         text = f"# {path.stem}\n\n{path.read_text(encoding='utf-8')}"
         files.append(File.generated(config, f"results/{path.name}", content=text))
@@ -31,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill in the lists, and send links that leave docs/ to the pages made of those files."""
+    """Fill in the lists, and redirect links to files outside docs/ to the pages made from them."""
     markdown = markdown.replace("<!-- commands -->", commands())
     markdown = markdown.replace("<!-- results -->", results()).replace("<!-- versions -->", versions())
     markdown = re.sub(r"\]\(\.\./benchmarks/results/([\w-]+)\.md\)", r"](results/\1.md)", markdown)
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Docstrings have roles and literal blocks of reStructuredText, as those of Lightning."""
+    """Convert reStructuredText roles and literal blocks, which the docstrings use as Lightning's do."""
     html = re.sub(r":(?:class|mod|func|meth|attr):<code>~?([\w.]+)</code>", _last_name, html)
     return re.sub(r"<p>Example::</p>", "<p>Example:</p>", html)
 
@@ -53,14 +53,14 @@ def _example(match: re.Match[str]) -> str:
 
 
 def examples() -> list[Path]:
-    """The files that a page shows: examples and configurations."""
+    """Return the files that get a page: examples and configurations."""
     return sorted(
         path for folder in ("examples", "configs") for path in (ROOT / folder).iterdir() if path.suffix in LANGUAGES
     )
 
 
 def cells(notebook: str) -> str:
-    """The cells of a notebook."""
+    """Return the cells of a notebook as Markdown."""
     shown = []
     for cell in json.loads(notebook)["cells"]:
         source = "".join(cell["source"])
@@ -73,7 +73,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def commands() -> str:
-    """Every command of the table, by the docstring of its function."""
+    """Return a section for each command, made from the docstring of its function."""
     return "\n".join(
         f"## pipelite {name}\n\n::: {each.module}.{each.function}\n    options:\n"
         "      show_root_heading: false\n      show_root_toc_entry: false\n"
@@ -82,7 +82,7 @@ def commands() -> str:
 
 
 def results() -> str:
-    """A line for each file of results: what it shows, which its program says, and what it was measured on."""
+    """Return a table of the results: what each shows, from its program's docstring, and what it was measured on."""
     lines = ["| result | what it shows | measured on |", "| --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.md")):
         command, _, measured = path.read_text(encoding="utf-8").splitlines()[:3]
@@ -93,7 +93,7 @@ def results() -> str:
 
 
 def versions() -> str:
-    """Lowest and newest tested versions, as the files of constraints say."""
+    """Return table rows of the lowest and newest tested versions, from the constraints files."""
     lowest, newest = (pins(ROOT / name) for name in ("constraints-lowest.txt", "constraints.txt"))
     return "\n".join(f"| {name} | {lowest[name]} | {newest[name]} |" for name in STATED)
 

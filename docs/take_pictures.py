@@ -2,7 +2,7 @@
 
     python docs/take_pictures.py [DIRECTORY]
 
-Needs tmux, and Chromium for the page. DIRECTORY is the quickstart's, which is filled if it is not there.
+Needs tmux, and Chromium for the page. DIRECTORY is that of the quickstart, which is run if it has not been yet.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def take_terminal(directory: Path, logs: Path) -> None:
-    """Train in a terminal; keep as it looks after two thirds of the steps."""
+    """Train in a terminal; save its appearance after two thirds of the steps."""
     program = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     options = ["--overwrite", f"--trainer.logger.init_args.save_dir={logs}", "--trainer.log_every_n_steps=1"]
     command = f"cd {shlex.quote(str(directory))} && {shlex.join([*program, *options])}; sleep 5"
@@ -66,17 +66,17 @@ def take_terminal(directory: Path, logs: Path) -> None:
         capture = subprocess.run([*TMUX, "capture-pane", "-e", "-p", "-t", "fit"], capture_output=True, text=True)
         seen = capture.stdout
     if not kept:
-        raise SystemExit(f"the training did not come so far: {seen}")
+        raise SystemExit(f"training ended too early: {seen}")
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(f"$ {COMMAND}\n{kept.rstrip()}"), soft_wrap=True)
     console.save_svg(str(PICTURES / "terminal.svg"), title="lightning_pipelite")
 
 
 def take_page(logs: Path) -> None:
-    """Show the logs on TensorBoard's page, in a browser without a window."""
+    """Show the logs in TensorBoard in a headless browser; save a screenshot."""
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
-        raise SystemExit("neither chromium nor google-chrome is there")
+        raise SystemExit("neither chromium nor google-chrome was found")
     with tensorboard(logs) as address, tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1320"]
         devtools = ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
@@ -90,7 +90,7 @@ def take_page(logs: Path) -> None:
 
 
 def take_analysis(directory: Path) -> None:
-    """Draw the singular values of what was learned."""
+    """Plot the singular values of what was learned."""
     with tempfile.TemporaryDirectory() as made:
         files = ["--adapter", "adapter", "--base", "base", "--output", f"{made}/analysis"]
         subprocess.run([sys.executable, "-m", "lightning_pipelite", "analyze", *files], check=True, cwd=directory)
@@ -99,7 +99,7 @@ def take_analysis(directory: Path) -> None:
 
 
 async def screenshot(profile: Path, address: str) -> bytes:
-    """Drive the browser by its DevTools protocol: the page's settings are kept where only the page can write."""
+    """Take a screenshot over the DevTools protocol, since only the page itself can write TensorBoard's settings."""
     chosen = {"ignoreOutliers": False, "scalarSmoothing": 0, "timeSeriesSettingsPaneOpened": False}
     chosen |= {"stepSelectorEnabled": False, "sideBarWidthInPercent": 0, "timeSeriesCardMinWidth": 330}
     store = f"localStorage.setItem('_tb_global_settings', {json.dumps(json.dumps(chosen))})"
@@ -130,7 +130,7 @@ async def screenshot(profile: Path, address: str) -> bytes:
 
 @contextlib.contextmanager
 def tensorboard(logs: Path) -> Iterator[str]:
-    """Serve the logs on this machine alone; the address."""
+    """Serve the logs on localhost; yield the address."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +143,7 @@ def tensorboard(logs: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"{address}/data/runs")
                 break
             time.sleep(0.5)
-        time.sleep(5)  # it reads the logs
+        time.sleep(5)  # until it has read the logs
         yield address
     finally:
         server.terminate()

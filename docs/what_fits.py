@@ -1,4 +1,4 @@
-"""Writes the tables of docs/will-it-fit.md: which bases train on which cards, as ``pipelite plan`` has it.
+"""Writes the tables of docs/will-it-fit.md: which bases train on which cards, according to ``pipelite plan``.
 
 python docs/what_fits.py
 """
@@ -31,17 +31,17 @@ BEGIN, END = "<!-- made by what_fits.py: begin -->", "<!-- end -->"
 TOKENS, SEQUENCES = 2048, 16
 COUNTS = (1, 2, 4, 8)
 MODES = {"bf16": "lora", "4 bits": "qlora"}
-"""Of the frozen weights, the heavier first, and the configurations that train so."""
+"""Formats of the frozen weights, the heaviest first, and the configurations that use them."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A size of cards.
+    """A size of card.
 
     Attributes:
-        sold: GB, as it is printed on them.
-        gpu: Whose memory and speed are gone by, by its short name; None of sizes that no card of the table has.
-        gib: What torch finds of the others, at the least.
+        sold: Its nominal size in GB.
+        gpu: Short name of the GPU whose memory and speed are used; None if the table of GPUs has none of this size.
+        gib: GiB that torch reports at least, for sizes without ``gpu``.
     """
 
     sold: int
@@ -50,7 +50,7 @@ class Card:
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Its memory in bytes."""
         return GPUS[self.gpu].memory if self.gpu else int(self.gib * GIB)
 
 
@@ -91,11 +91,11 @@ BASES: dict[str, dict[str, Any]] = {
     "Qwen3 32B": {**QWEN, **_sizes(5120, 25_600, 64, 64)},
     "Llama 3.3 70B": {**LLAMA, **_sizes(8192, 28_672, 80, 64)},
 }  # fmt: skip
-"""As their config.json have it, as far as sizes go."""
+"""The sizes from their config.json files."""
 
 
 def words(mode: str, model_dir: str, count: int) -> list[str]:
-    """Return the options of a cell, as on a command line: a step takes as many sequences on any number of cards."""
+    """Return a cell's options as command-line arguments, with equal sequences per step for any number of cards."""
     return [
         *("--config", str(ROOT / "configs" / f"{MODES[mode]}.yaml"), "--model.model_dir", model_dir),
         *("--data.sequence_len", str(TOKENS), "--trainer.devices", str(count)),
@@ -104,11 +104,11 @@ def words(mode: str, model_dir: str, count: int) -> list[str]:
 
 
 def simulations(base: str, directory: str) -> dict[str, Simulation]:
-    """Return what the layers take in each mode; each is tried once for all cards.
+    """Return a simulation for each mode of what the layers take, to be used for all cards.
 
     Args:
-        base: Its name.
-        directory: Where its config.json is written.
+        base: Name of the base.
+        directory: Directory to write its config.json to.
     """
     (Path(directory) / "config.json").write_text(json.dumps(BASES[base]))
     read = {mode: Configuration(tuple(words(mode, directory, 1))).read() for mode in MODES}
@@ -116,12 +116,12 @@ def simulations(base: str, directory: str) -> dict[str, Simulation]:
 
 
 def row(base: str, modes: dict[str, Simulation], card: Card) -> str:
-    """Return the row of a base in the table of a size of cards."""
+    """Return a base's row in the table of a card size."""
     return f"| {base} | {' | '.join(_cell(modes, card, count) for count in COUNTS)} |"
 
 
 def _cell(modes: dict[str, Simulation], card: Card, count: int) -> str:
-    """Return the heavier mode that fits, in how many stages it is fastest, and its tokens a second."""
+    """Return the heaviest mode that fits, its fastest number of stages, and its tokens per second."""
     for mode, simulation in modes.items():
         simulation.gpu = GPUS[card.gpu] if card.gpu else REFERENCE
         devices = Devices.alike(count, card.memory)
@@ -135,9 +135,9 @@ def _cell(modes: dict[str, Simulation], card: Card, count: int) -> str:
 
 
 def _times(planner: Planner) -> list[tuple[float, int]]:
-    """Return the seconds of a step and the stages of all that fits, as the plan lists it.
+    """Return the seconds per step and the number of stages of every setup that fits, as the plan lists them.
 
-    Without virtual stages, for which cuts are looked for that take minutes on large models.
+    Virtual stages are left out, because searching for their cuts takes minutes for large models.
     """
     times = []
     for stages in planner.stage_counts(SEQUENCES):
@@ -150,7 +150,7 @@ def _times(planner: Planner) -> list[tuple[float, int]]:
 
 
 def tables() -> str:
-    """Return a table for each size of cards."""
+    """Return a table for each card size."""
     rows: dict[int, list[str]] = {card.sold: [] for card in CARDS}
     with tempfile.TemporaryDirectory() as directory:
         for base in BASES:
@@ -162,13 +162,13 @@ def tables() -> str:
 
 
 def heading(card: Card) -> str:
-    """Return what stands above the table of a size of cards."""
-    told = f"{GPUS[card.gpu].name}, tokens a second" if card.gpu else "what fits"
+    """Return the heading of the table of a card size."""
+    told = f"{GPUS[card.gpu].name}, tokens/s" if card.gpu else "what fits"
     return f"### {card.sold} GB: {told}"
 
 
 def head() -> list[str]:
-    """Return the first lines of each table."""
+    """Return the header rows of every table."""
     names = [f"{count} card{'s' * (count > 1)}" for count in COUNTS]
     return [f"| base | {' | '.join(names)} |", f"| --- | {' | '.join('---' for _ in COUNTS)} |"]
 

@@ -1,9 +1,9 @@
-"""Composite weight decay and adapter norms in a project of its own: Lightning's DDP, a model with PEFT's LoRA.
+"""Composite weight decay and adapter norms in any Lightning project: DDP, and a model with PEFT's LoRA.
 
     python examples/callbacks_ddp.py --devices 2
 
-Nothing of this project but two callbacks. It prints the norms of B·A as they grow, and by how much each step's decay
-lowers them.
+It uses only two callbacks from lightning_pipelite. It prints the norms of B·A as they grow, and by how much each step's
+decay reduces them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_pipelite.callbacks import AdapterNorms, CompositeWeightDecay
 
 
 class LoraOnBytes(L.LightningModule):
-    """A small random Llama over bytes, of which a LoRA is trained."""
+    """A small random Llama over bytes, with a LoRA to train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class LoraOnBytes(L.LightningModule):
 
 
 class ShowNorms(L.Callback):
-    """Prints what the two callbacks have logged."""
+    """Prints the values that the two callbacks have logged."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}

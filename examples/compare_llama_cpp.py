@@ -1,11 +1,11 @@
-"""An adapter in llama.cpp against the trained model: next-token probabilities of the same text, side by side.
+"""Compares next-token probabilities of an adapter in llama.cpp with those of the trained model, on the same text.
 
     pipelite export-gguf --adapter DIR --base DIR --output adapter.gguf
     python examples/compare_llama_cpp.py --base DIR --adapter DIR --base-gguf base.gguf --adapter-gguf adapter.gguf
 
-The base as GGUF comes from llama.cpp's convert_hf_to_gguf.py (--outtype f32 for a close comparison). llama.cpp's Python
-binding is needed: pip install llama-cpp-python. The adapter is a LoRA, or a Control Adapter, which is run here as the
-LoRA that control-to-lora makes of it: what its GGUF file holds.
+Convert the base to GGUF with llama.cpp's convert_hf_to_gguf.py (--outtype f32 for a close comparison). This needs
+llama.cpp's Python binding: pip install llama-cpp-python. The adapter is a LoRA or a Control Adapter; the latter is run
+here as the LoRA that control-to-lora makes from it, which is also what its GGUF file holds.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lightning_pipelite.adapters.weight_file import read_tensors
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora
 
-LAST_WORDS = 5  # lines of llama.cpp's
+LAST_WORDS = 5  # lines of llama.cpp's output
 TEXT = "Python is an easy to learn, powerful programming language. It has efficient high-level data structures."
 
 
 @torch.no_grad()
 def trained_logits(base: str, adapter: str, tokens: list[int], inverse: bool = False) -> Tensor:
-    """Return the logits [tokens, vocabulary] of the base with its adapter, by transformers and PEFT."""
+    """Return the logits [tokens, vocabulary] of the base with its adapter, using transformers and PEFT."""
     if is_control_adapter(adapter):
         with tempfile.TemporaryDirectory() as directory:
             control_to_lora(base, adapter, f"{directory}/lora", inverse)
@@ -47,7 +47,7 @@ def trained_logits(base: str, adapter: str, tokens: list[int], inverse: bool = F
     return logits
 
 
-# In a process of its own: where llama.cpp cannot take a file, it may end its process, by a signal and without a word.
+# Run in a separate process, because llama.cpp may crash on a file that it cannot load, by a signal and silently.
 LLAMA = """
 import sys
 import numpy
@@ -61,10 +61,10 @@ numpy.save(output, numpy.array(llama.scores[: len(tokens)]))
 
 
 def llama_logits(base_gguf: str, adapter_gguf: str | None, tokens: list[int]) -> Tensor:
-    """Return the same by llama.cpp.
+    """Return the same logits from llama.cpp.
 
     Raises:
-        RuntimeError: It could not do so; its last words are told.
+        RuntimeError: llama.cpp failed; the message has its last lines of output.
     """
     with tempfile.TemporaryDirectory() as directory:
         output = f"{directory}/logits.npy"
@@ -76,18 +76,18 @@ def llama_logits(base_gguf: str, adapter_gguf: str | None, tokens: list[int]) ->
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     words = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()][-LAST_WORDS:]
     what = f"{base_gguf} with {adapter_gguf}" if adapter_gguf else base_gguf
-    raise RuntimeError(f"llama.cpp {ended} on {what}; its last words: {' / '.join(words) or 'none'}.")
+    raise RuntimeError(f"llama.cpp {ended} on {what}; its last output: {' / '.join(words) or 'none'}.")
 
 
 def compare(wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """Return the mean Kullback-Leibler divergence in nats, and in how many of the places the same token is first."""
+    """Return the mean Kullback-Leibler divergence in nats, and the share of positions with the same first token."""
     one, other = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
     divergence = float((one.exp() * (one - other)).sum(-1).mean())
     return divergence, float((one.argmax(-1) == other.argmax(-1)).double().mean())
 
 
 def main() -> int:
-    """Print the comparison with the adapter, and without it for scale."""
+    """Print the comparison with the adapter, and without it as a reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--base", "--adapter", "--base-gguf", "--adapter-gguf"):
         parser.add_argument(name, required=True)
@@ -106,7 +106,7 @@ def main() -> int:
         wanted = trained_logits(options.base, options.adapter, tokens, options.inverse)
         for told, adapter in (("with the adapter", options.adapter_gguf), ("without it", None)):
             divergence, same = compare(wanted, llama_logits(options.base_gguf, adapter, tokens))
-            print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats a token, first token the same in {same:.0%}")
+            print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats per token, same most likely token in {same:.0%}")
     except (ConfigurationError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

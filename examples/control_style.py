@@ -1,11 +1,12 @@
-"""A style by Control Adapters, from three small text files to a GGUF file.
+"""Learns a style with Control Adapters, from three small text files to a GGUF file.
 
     python examples/control_style.py BASE_MODEL [--output DIRECTORY] [--steps N] [fit options]
 
-examples/style/more.txt is written as the model is to write (class +1), less.txt as it is not to (class -1). The records
-of neutral.jsonl are class 0: about half of them count as either, so that what does not differ in style is left as it
-is. Put your own texts there, books, not pages, for a real model. The adapter is trained by `pipelite fit`, turned into
-two LoRAs (the other one takes the style away), looked at by `pipelite analyze`, and written for llama.cpp:
+examples/style/more.txt is written as the model should write (class +1), less.txt as it should not (class -1). The
+records of neutral.jsonl are class 0: about half of them count as each class, so that whatever is not style stays
+unchanged. For a real model, use your own texts, as long as books rather than pages. The adapter is trained with
+`pipelite fit`, converted to two LoRAs (the second removes the style), analysed as with `pipelite analyze`, and exported
+for llama.cpp:
 
     llama-cli --model base.gguf --lora style.gguf
 """
@@ -25,7 +26,7 @@ TEXTS = Path(__file__).resolve().parent / "style"
 
 
 def configuration(base: str, output: Path, steps: int) -> dict[str, object]:
-    """The options of `pipelite fit`."""
+    """Return the configuration for `pipelite fit`."""
     return {
         "trainer": {
             "max_steps": steps,
@@ -71,7 +72,7 @@ def main() -> None:
     written.write_text(yaml.safe_dump(configuration(arguments.base, output, arguments.steps), sort_keys=False))
     subprocess.run([sys.executable, "-m", "lightning_pipelite", "fit", "--config", written, *fit_options], check=True)
     base, adapter = arguments.base, str(output / "control_adapter")
-    # Each of these is a command of the same name, too: pipelite control-to-lora --base DIR --adapter DIR --output DIR
+    # Each of these is also a command of that name: pipelite control-to-lora --base DIR --adapter DIR --output DIR
     print(control_to_lora(base, adapter, str(output / "lora")))
     print(control_to_lora(base, adapter, str(output / "lora_inverse"), inverse=True))
     print(analyze(adapter, base, str(output / "analysis")))

@@ -1,8 +1,8 @@
-"""Any LightningModule as a pipeline: a byte-level language model with nothing of this project but the strategy.
+"""Any LightningModule as a pipeline: a byte-level language model that uses only the strategy of this project.
 
     python examples/drop_in.py --stages 2 --devices 2
 
-The module is an ordinary one, that trains under any strategy. `pipeline_layers` is all that the pipeline needs of it.
+This is an ordinary module, which trains under any strategy. All that the pipeline needs is `pipeline_layers`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class NextByte(L.LightningModule):
-    """Predicts a byte from the sixteen before it."""
+    """Predicts each byte from the sixteen before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class NextByte(L.LightningModule):
 
 
 def windows(text: str) -> TensorDataset:
-    """Every sixteen bytes of a text, and the byte after them."""
+    """Return windows of sixteen bytes of a text, and the byte after each."""
     found = torch.tensor(list(text.encode())).unfold(0, CONTEXT + 1, 3)
     return TensorDataset(found[:, :-1], found[:, -1])
 

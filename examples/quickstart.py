@@ -1,10 +1,10 @@
-"""The quickstart: from nothing to a fine-tuned model, in a few minutes, on whatever this machine has.
+"""The quickstart: from scratch to a fine-tuned model, in a few minutes, on the hardware at hand.
 
     python examples/quickstart.py [DIRECTORY] [--steps N]
 
-Nothing is downloaded: the text is Python's own documentation, which every machine has. A tokenizer is made and a small
-Llama trained from random weights on the documentation of the standard library; then a LoRA is trained on top of it, on
-Python's language reference, in two pipeline stages: two processes, or two GPUs if there are any.
+Nothing is downloaded: the text is Python's own documentation, which every machine has. First a tokenizer and a small
+Llama, from random weights, are trained on the documentation of the standard library. Then a LoRA is trained on top of
+it, on Python's language reference, in two pipeline stages: two processes, or two GPUs if there are any.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_pipelite.export.generation import generate
 from lightning_pipelite.shared.verbosity import be_quiet
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the standard library, what is documented at length and does nothing when it is imported.
+# Modules of the standard library with long documentation and no side effects on import.
 MODULES = """
 argparse array ast asyncio base64 bz2 calendar cmath cmd collections configparser contextlib copy csv ctypes
 dataclasses datetime decimal difflib dis doctest email enum fileinput fractions functools gc glob gzip hashlib heapq
@@ -39,14 +39,14 @@ textwrap threading timeit tokenize trace traceback types typing unittest urllib 
 
 
 def write_texts(directory: Path) -> None:
-    """Write the documentation of the standard library, and the language reference, a text file each."""
+    """Write the documentation of the standard library and the language reference, one text file per module or topic."""
     base, reference = directory / "texts" / "library", directory / "texts" / "reference"
     for folder in (base, reference):
         folder.mkdir(parents=True, exist_ok=True)
     for name in MODULES.split():
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # not all are on every system
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # some may be missing
             text = pydoc.plain(pydoc.render_doc(importlib.import_module(name)))
-            text = re.sub(r"\b0x[0-9a-f]+", "0x0", text)[:24_000]  # addresses: the texts are the same each time
+            text = re.sub(r"\b0x[0-9a-f]+", "0x0", text)[:24_000]  # no addresses, so that the texts are reproducible
             (base / f"{name}.txt").write_text(text, encoding="utf-8")
     from pydoc_data.topics import topics
 
@@ -60,7 +60,7 @@ def make_base_model(directory: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of saving a few megabytes
+    disable_progress_bar()  # for saving a few megabytes
     target = directory / "random"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,7 +82,7 @@ def make_base_model(directory: Path) -> Path:
 
 
 def fit(config: str, directory: Path, steps: int) -> None:
-    """Run `pipelite fit` on one of the quickstart's configurations, on GPUs if there are any; over an earlier one."""
+    """Run `pipelite fit` with one of the configurations, on GPUs if there are any, replacing earlier results."""
     command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(ROOT / "configs" / config)]
     command += ["--overwrite"]
     if gpus := min(torch.cuda.device_count(), 2):
@@ -96,7 +96,7 @@ def fit(config: str, directory: Path, steps: int) -> None:
 
 
 def eval_losses(logs: Path) -> list[float]:
-    """Read the evaluation losses of a run back from its TensorBoard log."""
+    """Return the evaluation losses of the newest run, read from its TensorBoard log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     newest = max(logs.glob("version_*"), key=lambda path: path.stat().st_mtime)
@@ -107,7 +107,7 @@ def eval_losses(logs: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", nargs="?", type=Path, default="quickstart", help="where everything is written")
-    parser.add_argument("--steps", type=int, default=-1, help="stop each training after so many optimizer steps")
+    parser.add_argument("--steps", type=int, default=-1, help="stop each training after this many optimizer steps")
     arguments = parser.parse_args()
     started, directory = time.monotonic(), arguments.directory.resolve()
     be_quiet()
@@ -117,7 +117,7 @@ def main() -> None:
     fit("quickstart_base.yaml", directory, arguments.steps)
     fit("quickstart.yaml", directory, arguments.steps)
     losses = eval_losses(directory / "logs" / "lora")
-    print("\nWhat both write (the model is small, and has read for minutes):", flush=True)
+    print("\nText from both (the model is small and was trained for minutes):", flush=True)
     print(
         generate(
             str(directory / "base"), str(directory / "adapter"), "The statement", max_new_tokens=40, temperature=0.8
@@ -131,7 +131,7 @@ evaluation loss after training:  {losses[-1]:.4f}
 the adapter, a PEFT directory:   {shown}/adapter
 {time.monotonic() - started:.0f} s in all
 
-Next, from here (what fit has proposed is for the folder {shown}):
+Next, from here (the commands printed by fit are for the folder {shown}):
     source .venv/bin/activate
     pipelite generate --model_dir {shown}/base --adapter {shown}/adapter --prompt "A class is" --temperature 0.8
     pipelite merge --model_dir {shown}/base --adapter {shown}/adapter --output {shown}/merged

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training over several machines by torchrun. Run on each of them, with its own NODE_RANK, and the arguments of
+# Train over several machines with torchrun. Run this on each machine, with its own NODE_RANK and the arguments of
 # pipelite fit:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node bash examples/torchrun.sh --config FILE
 set -euo pipefail

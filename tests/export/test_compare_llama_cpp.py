@@ -78,7 +78,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert compare_llama_cpp.main() == 2
     told = capsys.readouterr().err
     assert "llama.cpp was ended by SIGSEGV on" in told
-    assert "last words: llama_adapter_lora_init: what is this" in told
+    assert "last output: llama_adapter_lora_init: what is this" in told
 
     tokens = AutoTokenizer.from_pretrained(base)(compare_llama_cpp.TEXT).input_ids
     (tmp_path / "adapter.gguf").write_text("to its taste")
