@@ -2,13 +2,17 @@
 
     python benchmarks/checkpoint_stall.py [--gpu] [--write]
 
-With --gpu: LoRA of rank 64 in fp32 on all linear layers of an 8B Llama's shape (random bf16 weights, no attention),
-and all weights of a model of a billion in bf16 with Adam's moments; without: both in small. The stall is the time that
-training waits in ``save_checkpoint``: the first time, the median, and the most. Beside it are the median and the most
-of as many bare copies of as many bytes to page-locked memory, as a copy now and then takes longer on a machine that
-others use, too. The last columns are the median step, and that while files are being written. With --gpu exits with 1
-if LoRA stalls for more than 100 ms at the most, or if the full training's first or median stall is longer than the
-median bare copy and 10 %.
+With --gpu, two trainings: LoRA of rank 64 in fp32 on all linear layers in the shape of an 8B Llama (random bf16
+weights, no attention), and full training of a model with a billion bf16 weights, with Adam's moments. Without --gpu, a
+small version of each on the CPU.
+
+The stall is the time that training waits in ``save_checkpoint``: the first, the median and the longest of seven. Next
+to it are the median and the longest of seven bare copies of the same number of bytes to page-locked memory, since a
+copy now and then takes longer on a shared machine. The last columns are the median step, and the median step while
+files are being written.
+
+With --gpu, exits with 1 if LoRA's longest stall exceeds 100 ms, or if the first or median stall of full training is
+more than 10 % longer than the median bare copy.
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ from lightning_pipelite import PipeLiteStrategy
 from report import Report
 
 LORA_LIMIT, FULL_LIMIT = 0.1, 1.1
-STEPS, EVERY, CHECKPOINTS = 2000, 4, 7  # at most; before the first; how many, each when the one before is whole
+STEPS, EVERY, CHECKPOINTS = 2000, 4, 7  # at most; before the first; each after the last is complete
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the layers, Llama's names."""
+    """The sizes of a model, by Llama's names."""
 
     layers: int
     hidden: int
@@ -106,7 +110,7 @@ class Model(L.LightningModule):
 
 
 class Saving(L.pytorch.callbacks.Checkpoint):
-    """Saves now and then, and takes the times."""
+    """Saves checkpoints and times the stalls and steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -121,9 +125,9 @@ class Saving(L.pytorch.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         _synchronize()
         self.steps.append((time.perf_counter() - self._began, bool([*self.folder.glob(".*partial")])))
-        # A second one would wait for the first, which is not what is measured.
+        # A save during another's write would wait for it, which is not what is measured.
         if trainer.global_step >= EVERY and not self.steps[-1][1] and len(self.stalls) < CHECKPOINTS:
-            for path in self.folder.iterdir():  # seven would fill a disk
+            for path in self.folder.iterdir():  # all seven could fill a disk
                 shutil.rmtree(path)
             now = time.perf_counter()
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
@@ -137,7 +141,7 @@ def _synchronize() -> None:
 
 
 def bare_copies(size: int, gpu: bool) -> list[float]:
-    """Seconds to copy as many bytes to the host, as often as there are checkpoints."""
+    """Return the seconds of copies of ``size`` bytes to the host, one for each checkpoint."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda" if gpu else "cpu")
     target = torch.zeros(size, dtype=torch.uint8)
     if gpu:

@@ -1,14 +1,16 @@
-"""A training step with Control Adapters against one where they are taken out.
+"""A training step with Control Adapters against the same step without them.
 
     python benchmarks/control.py [--gpu] [--write]
 
-On a GPU: the geometry of a Llama 8B (32 layers, 4096 wide, vocabulary 32 000), random bf16 weights, one stage, 4
-micro-batches of 4096 tokens of two documents with classes of all kinds, Control Adapters of rank 16 in float32 on every
-layer; a step is forward, backward, optimizer and the step that keeps Q orthogonal. Without the adapters nothing is
-trained, but the gradient goes all the way down as it does with them. Steps of both kinds alternate; times are medians.
-Exits with 1 if the ratio passes 1.05 where activations are kept. Where layers are recomputed it is told: without
-adapters the compiler spares each layer's last product, which an adapter's gradient needs. Without --gpu, a small model
-on the CPU, where the ratios are only told.
+With --gpu: the geometry of Llama 8B (32 layers, 4096 wide, vocabulary 32 000), random bf16 weights, one stage, 4
+micro-batches of 4096 tokens in two documents, with tokens of all classes, and Control Adapters of rank 16 in float32 on
+every layer. A step is forward, backward, the optimizer, and the update that keeps Q orthogonal. Without adapters
+nothing is trained, but gradients still flow down to the embedding, as they do with them. Steps of both kinds alternate;
+times are medians. Without --gpu, a small model on the CPU.
+
+With --gpu, exits with 1 if the ratio exceeds 1.05 with activations kept. With recomputation it is only reported:
+without adapters, the compiler drops each layer's last product from the recomputation, but an adapter's gradient needs
+it. On the CPU, all ratios are only reported.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ CPU = Size(2, 256, 896, 4, 256, 3, torch.float32)
 def make_stage(
     meta_model: MetaModel, adapter: ControlAdapter | None, memory: str, size: Size, device: torch.device
 ) -> Stage:
-    """A whole random model as one stage, which sends gradients down to the embedding."""
+    """Build a random model as one stage whose gradients flow down to the embedding."""
     torch.manual_seed(0)
     kernel = attention.NAME if attention.has_kernel(device, size.dtype) else None  # as CausalLMLayers chooses it
     with device:
@@ -77,7 +79,7 @@ def make_stage(
 
 
 def training_step(stage: Stage, adapter: ControlAdapter | None, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
-    """Forward, backward and, if anything is trained, the optimizer."""
+    """Return a step: forward, backward and, if anything is trained, the optimizer."""
     trained = [p for p in stage.parameters() if p.requires_grad]
     optimizer: Any = Adam(trained, lr=1e-5, foreach=inputs[0].is_cuda or None) if trained else None
     labels = inputs[0].flatten().roll(-1)

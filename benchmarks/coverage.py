@@ -1,22 +1,23 @@
-"""Which of transformers' causal LMs train exactly as a pipeline: docs/coverage.md.
+"""Which of transformers' causal LMs train exactly as a pipeline; writes docs/coverage.md.
 
     python benchmarks/coverage.py [--write] [name ...]
 
-For the published models of tests/support/published_bases.py by their own config.json, made narrow, and for every entry
-of transformers' causal-LM mapping, a model of a few layers with random weights (norms, biases and scales moved away
-from their initial values) is saved and tried in float32 on the CPU, in one, two and as many stages as it has items to
-deal out, each stage loaded from the disk and its layers recomputed in the backward pass:
+Tries the published models of tests/support/published_bases.py, built narrow from their own config.json, and every entry
+of transformers' causal-LM mapping. For each, a model of a few layers with random weights (norms, biases and scales
+moved away from their initial values) is saved and run in float32 on the CPU, in one stage, in two, and in as many as it
+can be cut into. Each stage is loaded from disk, and its layers are recomputed in the backward pass. Checked are:
 
-- logits and the gradient of every parameter against the unsplit model,
+- logits and the gradient of every parameter, against the unsplit model,
 - every parameter and buffer of every stage, bit for bit, against the unsplit model loaded from the same files,
-- packed documents against each document alone, with the control that unpacked the second one differs,
-- of a published model, the kinds of modules and parameters of the tiny one against those of the real one,
-- of a published model, a LoRA trained for two steps in two stages, against PEFT on the whole model that loads it, and
-  two stages with load_in_4bit against the unsplit model with what bitsandbytes makes of its weights.
+- packed documents, against each document alone; as a control, the second one must differ if it can attend to the first,
+- for a published model, the kinds of modules and parameters of the tiny model, against those of the real one,
+- for a published model, a LoRA trained for two steps in two stages, against PEFT on the whole model that loads it, and
+  two stages with load_in_4bit, against the unsplit model with the weights that bitsandbytes dequantises.
 
 "exact": all of it within 1e-5 (of the largest value, where that is more than 1). "refused": the package says why before
-it loads anything. Where packing is refused, the rest is exact with one document a sequence. Exits with 1 if a model is
-wrong.
+it loads anything. Where packing is refused, the rest is exact with one document a sequence.
+
+Exits with 1 if a model is wrong.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ Written by `make coverage` with transformers {transformers}, torch {torch}. **{s
 - *4 bits*: *equal*, where each weight in nf4 is bitsandbytes' bit for bit, and the logits of two stages are those of
   the unsplit model with such weights within 1e-5.
 - *refused*: with the reason, before anything is loaded.
-- *not tried*: no tiny model could be built here. Your model is put to the same trial before it is loaded.
+- *not tried*: no tiny model could be built here. Your model is checked in the same way before it is loaded.
 
-Of a model with images or sound it is the text model.
+For multimodal models, the text model is checked.
 """
 BASES = """
 ## Published models

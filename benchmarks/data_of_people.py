@@ -1,9 +1,11 @@
-"""Files of data as people have them: what is said of each, and the first packed sequence, beside a rendering by hand.
+"""Data files as users have them: the line reported for each, and its first packed sequence, against one by hand.
 
     python benchmarks/data_of_people.py [--write]
 
-In the sequences what is not learnt stands in « ». `right` says that ids and labels are those of the conversation
-rendered in ChatML by hand; what is refused says what to do. Exits with 1 if one is wrong.
+In the sequences, tokens that are not trained on stand in « ». `right`: the ids and labels are those of the conversation
+rendered in ChatML by hand. `refused`: the error says what to do.
+
+Exits with 1 if a case is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/data_of_people.md")
     arguments = parser.parse_args()
-    report = Report("data_of_people", "| file | said | first sequence | |", "| --- | --- | --- | --- |")
+    report = Report("data_of_people", "| file | reported | first sequence | |", "| --- | --- | --- | --- |")
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_dir = Path(folder) / "tokenizer"

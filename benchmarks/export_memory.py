@@ -1,13 +1,16 @@
-"""Peak memory and time of merging, and time of analyzing adapters of an 8B model.
-
-Merging: a random bfloat16 Llama of more than 500 MB in four shards and a LoRA on all its linear layers are merged in a
-fresh process. Its peak of resident memory over what it was after the imports is held against twice the largest shard.
-"peak" is VmHWM, the kernel's high-water mark, reset after the imports; it counts the pages of mapped files as well.
-
-Analyzing: a LoRA of rank 64 on all linear layers and a Control Adapter of rank 64 in the shapes of Llama 8B (32 layers,
-4096 wide) are analyzed in a fresh process with two threads, pictures and page included, and held against ten seconds.
+"""Peak memory and time of merging an adapter, and time of analysing adapters of an 8B model.
 
     python benchmarks/export_memory.py [--write]
+
+Merging: a random bfloat16 Llama of more than 500 MB in four shards and a LoRA on all its linear layers are merged in a
+fresh process. The limit of its peak, above the resident memory after the imports, is twice the largest shard. "peak" is
+VmHWM, the kernel's high-water mark, reset after the imports; it includes the pages of mapped files.
+
+Analysing: a LoRA of rank 64 on all linear layers and a Control Adapter of rank 64, in the shapes of Llama 8B (32
+layers, 4096 wide), are each analysed in a fresh process with two threads, pictures and page included. The limit is ten
+seconds.
+
+Exits with 1 if a case is over its limit.
 """
 
 from __future__ import annotations
@@ -81,12 +84,12 @@ def write_analyze_case(directory: Path, kind: str) -> None:
 
 
 def run_case(directory: Path, kind: str) -> dict[str, float]:
-    """Merge or analyze in this process; return the seconds and the peak of memory that it took."""
+    """Merge or analyse in this process; return the seconds and the peak memory in bytes."""
     from lightning_pipelite import export
 
     torch.set_num_threads(2)
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present VmRSS (man 5 proc)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current VmRSS (man 5 proc)
     start = time.perf_counter()
     if kind == "merge":
         export.merge(str(directory / "base"), str(directory / "adapter"), str(directory / "merged"))
@@ -106,7 +109,7 @@ def in_fresh_process(directory: Path, kind: str) -> dict[str, float]:
 def main() -> int:
     """Run the cases, print the table, and return 1 if one is over its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # these two: one of the fresh processes
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # both for the fresh processes
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/export_memory.md")
     options = parser.parse_args()

@@ -2,10 +2,12 @@
 
     python benchmarks/failures.py [--write] [--gpu] [--virtual-stages 2]
 
-Jobs of three stages (with --gpu: two stages over NCCL, on two GPUs if there are, and on one, which NCCL must allow)
-fail in the third step, in every way, under every launcher. The seconds count from the failure, for a hang from its
-timeout. Exits with 1 if a job takes more than 30 s, leaves a process, exits with 0, does not come to fail, or does not
-name the rank and the reason in its last line (torchrun and deepspeed add lines of their own after it).
+Jobs of three stages fail in the third step, in every way, under every launcher. With --gpu, they have two stages over
+NCCL, on two GPUs if available and on one, which NCCL must support. The seconds count from the failure, or for a hang
+from its timeout.
+
+Exits with 1 if a job takes more than 30 s, leaves a process behind, exits with 0, does not get as far as the failure,
+or does not name the rank and the reason in its last line (torchrun and deepspeed add lines of their own after it).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def main() -> None:
     )
     failed = False
     jobs = [(launcher, failure) for launcher in launchers for failure in failures(ranks, pieces)]
-    # Most of a job is its start. It takes a core for each process, and one for what watches it.
+    # Most of a job is its start-up. It takes a core for each process and one for the process that watches them.
     at_once = max(1, (os.cpu_count() or 1) // (ranks + 1))
     with ThreadPoolExecutor(at_once) as pool:
         outcomes = pool.map(lambda each: run(each[1], each[0], ranks, arguments.gpu, pieces), jobs)
@@ -49,7 +51,7 @@ def main() -> None:
             how = f"{failure.how}, rank {failure.rank}"
             report.row(f"| {launcher} | {how} | {o.seconds:.1f} | {o.code} | {o.left} | {o.last_line} |")
             failed |= not o.seconds <= LIMIT or not o.named or o.code == 0 or o.left > 0
-    report.line("FAILED" if failed else f"all within {LIMIT:.0f} s, named, and nothing left")
+    report.line("FAILED" if failed else f"all within {LIMIT:.0f} s, with rank and reason reported and no process left")
     if arguments.write:
         report.write()
     sys.exit(failed)

@@ -1,12 +1,13 @@
-"""Training of many families through two stages against a plain loop over the unsplit model.
+"""Training of many model families in two stages against a plain loop over the unsplit model.
 
     python benchmarks/families.py [--steps 10] [--write] [model_type ...]
 
 Each family is a model of four layers with random weights (norms, biases and scales moved away from their initial
-values), trained in full and with LoRA by two processes over gloo: the largest difference in the loss of any step, and
-in the final weights (relative, in the 2-norm, the worst tensor), to a loop in plain torch that runs each packed
-document alone. Float32 on CPUs, gradients clipped, unequally masked tokens. Exits with 1 if a difference passes the
-limits: 1e-5 (losses), 1e-4 (weights).
+values), trained in full and with LoRA by two processes over gloo. The table has the largest difference in the loss of
+any step and in the final weights (relative, in the 2-norm, the worst tensor) from a loop in plain torch that runs each
+packed document alone. Float32 on CPUs, with clipped gradients and unequally masked tokens.
+
+Exits with 1 if a difference exceeds its limit: 1e-5 (losses), 1e-4 (weights).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from family_training import modes, try_family
 from processes import Workers
 from report import Report
 
-# What a family is there for.
+# What each family covers.
 FAMILIES = {
     "llama": "",
     "mistral": "sliding window",
@@ -49,7 +50,7 @@ FAMILIES = {
 
 
 def main() -> int:
-    """Train the families, print the table, and return 1 if one passes the limits."""
+    """Train the families, print the table, and return 1 if one exceeds the limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", help="all families by default", metavar="model_type")
     parser.add_argument("--steps", type=int, default=10)
@@ -71,7 +72,7 @@ def main() -> int:
     report.line(
         f"{len(options.model_types or FAMILIES)} families, {options.steps} steps in two stages; limits "
         f"{LOSS_LIMIT:.0e} (losses), {WEIGHT_LIMIT:.0e} (weights): "
-        f"{f'{wrong} PASSED THE LIMITS' if wrong else 'all within'}"
+        f"{f'{wrong} EXCEEDED THE LIMITS' if wrong else 'all within'}"
     )
     if options.write:
         report.write()

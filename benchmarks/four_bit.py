@@ -1,20 +1,22 @@
-"""Weights in 4 bits, family by family, against bitsandbytes on the whole weights.
+"""Weights in 4 bits, family by family, against bitsandbytes on the whole weights. Linux only.
 
     python benchmarks/four_bit.py [--write] [model_type ...]
 
-Of each family a model of four layers with random weights is saved, loaded in two stages with load_in_4bit, in float32
-on the CPU, and held against the same model unsplit:
+For each family, a model of four layers with random weights is saved, loaded in two stages with load_in_4bit, in float32
+on the CPU, and compared with the same model unsplit:
 
 - each linear layer's dequantised weight equals, bit for bit, that of transformers' own 4-bit model,
-- each fused weight of many experts, which transformers leaves in full precision, equals, bit for bit, the plain weight
-  put through bitsandbytes' quantize_4bit and back,
-- what is not in 4 bits is exactly embedding, head, norms, routers and vectors, each bit-equal to the plain model's,
+- each fused weight of several experts, which transformers leaves in full precision, equals, bit for bit, the plain
+  weight put through bitsandbytes' quantize_4bit and back,
+- the weights that are not in 4 bits are exactly the embedding, head, norms, routers and vectors, each bit-equal to the
+  plain model's,
 - the bytes of the experts, with the scales of their blocks, are at most 0.30 of their bytes in bfloat16,
-- the logits are finite and those (1e-5) of the plain model with the dequantised weights put in.
+- the logits are finite and within 1e-5 of those of the plain model with the dequantised weights.
 
-Then larger Mixtrals of different depth are loaded, each in a process of its own: the memory that is taken beside what
-stays, in units of one layer's experts in full precision, must not grow with the depth. Linux only. Exits with 1 if one
-of these fails.
+Then larger Mixtrals of different depth are loaded, each in a fresh process: the memory taken beyond what stays
+allocated, in units of one layer's experts in full precision, must not grow with the depth.
+
+Exits with 1 if one of these fails.
 """
 
 from __future__ import annotations

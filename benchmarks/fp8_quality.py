@@ -1,14 +1,15 @@
-"""What frozen weights in FP8 and in nf4 cost in quality, beside bf16.
+"""What frozen weights in FP8 and in nf4 cost in quality, compared with bf16.
 
     python benchmarks/fp8_quality.py [--tiny] [--seeds 3] [--write]
 
-A Llama of 110 million weights is trained from nothing on the standard library's sources and pydoc's topics (1500 steps
-of 8192 tokens); then LoRAs of rank 16 on other text, the sources of torch: 200 steps, from bf16, FP8 and nf4 weights
-over the same tokens, with several seeds. The evaluation loss, on sequences that no LoRA has seen, before and after.
-``--tiny`` is for CPUs, where weights in FP8 are dequantised before each product: it says nothing of FP8's products.
+A Llama of 110 million weights is trained from scratch on the standard library's sources and pydoc's topics (1500 steps
+of 8192 tokens). Then LoRAs of rank 16 are trained on other text, the sources of torch: 200 steps from bf16, FP8 and nf4
+weights over the same tokens, with several seeds. The table has the evaluation loss before and after, on sequences that
+no LoRA was trained on. ``--tiny`` is for CPUs, where FP8 weights are dequantised before each product: it says nothing
+about products in FP8.
 
-Exits with 1 if the final loss of FP8, the mean over the seeds, is further from bf16's than nf4's is, or by more than
-0.3 %.
+Exits with 1 if the final loss of FP8, the mean over the seeds, is further from bf16's than nf4's is, or more than 0.3 %
+away.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What functions take a GPU."""
+"""Times of functions on a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-HEAD_START = 2_000_000  # cycles, a millisecond: the host is ahead of the GPU, as in training
+HEAD_START = 2_000_000  # cycles, about a millisecond, by which the host runs ahead, as in training
 
 
 def milliseconds(*functions: Callable[[], object]) -> list[float]:
-    """The median time of a call of each: of 20 after 5, by events on the GPU, taken in turns, as its clock falls."""
+    """Return the median time of a call of each function: 20 calls after 5 of warm-up, by CUDA events.
+
+    The functions take turns, as a GPU's clock falls while it warms up.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(25):
         for function, taken in zip(functions, times, strict=True):

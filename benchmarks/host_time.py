@@ -1,11 +1,11 @@
-"""What a decoder layer takes the host, in microseconds a call, forward and backward.
+"""Host time of a decoder layer, in microseconds a call, forward and backward.
 
     python benchmarks/host_time.py [--weights bf16 nf4 fp8] [--memory keep] [--tokens 16]
 
-Of a small Llama with a LoRA on all linear layers, which have so little to do that a GPU waits for the host: the time
-until it has done them is the host's. A CPU computes the same in plain torch by itself, FP8 too; there, only what
-differs between two commits is meant. Of many passes through stages of 2 and of 6 layers, the medians' difference by
-layer: what a stage does once is not in it.
+A small Llama with a LoRA on all linear layers has so little work for the GPU that the GPU waits for the host: the time
+of a pass is the host's. On a CPU the same runs in plain torch, FP8 included; there, only compare two commits with each
+other. The time of a layer is the difference of the medians of many passes through stages of 2 and of 6 layers, divided
+by 4, so that what a stage does once is not counted.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def main() -> int:
                 )
                 few, many = (_passes(layers, count, options.tokens, device) for count in (FEW, MANY))
                 each = [1e6 * (m - f) / (MANY - FEW) for f, m in zip(few, many, strict=True)]
-                report.row(f"| {held} | {'compiled' if compiled else 'as they are'} | {each[0]:.0f} | {each[1]:.0f} |")
+                report.row(f"| {held} | {'compiled' if compiled else 'not compiled'} | {each[0]:.0f} | {each[1]:.0f} |")
     return 0
 
 
 def _passes(layers: CausalLMLayers, count: int, tokens: int, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of a forward and of a backward pass of the first ``count`` layers, with no loss."""
+    """Return the median seconds of a forward and of a backward pass of the first ``count`` layers, without a loss."""
     stage = layers.build_stage(0, count, device)
     stage.expect_documents(1)
     (batch,) = random_sequences(1, tokens, layers.vocabulary[0])

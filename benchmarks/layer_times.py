@@ -1,4 +1,4 @@
-"""Times of single layers and transfers, which a simulation of the schedule needs."""
+"""Times of single layers and transfers, as input to a simulation of the schedule."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from schedule_simulation import Stage, simulate
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds that a micro-batch takes in a decoder layer, and what the first and the last stage add to theirs."""
+    """Seconds of a micro-batch in a decoder layer, and what the first and the last stage take beyond their layers."""
 
     layer: Stage
     first: Stage
     last: Stage
 
     def of_stages(self, bounds: list[int]) -> list[Stage]:
-        """The times of stages that are cut at ``bounds``."""
+        """Return the times of stages cut at ``bounds``."""
         stages = []
         for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
             ends = [self.first] * (number == 0) + [self.last] * (number == len(bounds) - 2)
@@ -44,12 +44,12 @@ class LayerTimes:
         return stages
 
     def weights(self, layers: int) -> tuple[int, ...]:
-        """What each layer weighs, in nanoseconds."""
+        """Return the weight of each layer, in nanoseconds."""
         weigh = [max(1, round(1e9 * (s.forward + s.backward))) for s in (self.layer, self.first, self.last)]
         return tuple(weigh[0] + weigh[1] * (i == 0) + weigh[2] * (i == layers - 1) for i in range(layers))
 
     def bounds(self, layers: int, stages: int, virtual_stages: int, micro_batches: int, balanced: bool) -> list[int]:
-        """Where stages of several pieces each are cut: evenly, or by these times."""
+        """Return the bounds of all pieces of the stages, cut evenly or balanced by these times."""
         weights = self.weights(layers) if balanced else (1,) * layers
         if not balanced or virtual_stages == 1:
             return list(balanced_bounds(weights, stages * virtual_stages))
@@ -57,7 +57,7 @@ class LayerTimes:
         return interleaved_bounds(LayerCosts(weights, nothing, nothing, micro_batches), stages, virtual_stages)
 
     def efficiency(self, bounds: Sequence[int], stages: int, micro_batches: int, transfer: float) -> float:
-        """The share of a step in which the ranks compute, by the schedule played through with these times."""
+        """Return the share of a step in which the ranks compute, by simulating the schedule with these times."""
         pieces = self.of_stages(list(bounds))
         if len(pieces) == stages:
             return simulate(pieces, micro_batches, transfer, blocking=True).efficiency
@@ -66,7 +66,7 @@ class LayerTimes:
 
 
 def time_layers(setting: Setting, way: str) -> LayerTimes:
-    """Time a stage of one layer, of three, and the last one; what is left of the ends may come out as nothing."""
+    """Time stages of the first layer, of the first three and of the last; a negative extra of an end becomes 0."""
     device = torch.device("cuda:0" if setting.on_gpu else "cpu")
     module = make_module(setting, way)
     layers, loss_of = module.pipeline_layers()
@@ -106,7 +106,7 @@ def time_layers(setting: Setting, way: str) -> LayerTimes:
 
 
 def time_transfer(setting: Setting, elements: int) -> float:
-    """Seconds that bf16 hidden states take from one rank to another, there and back halved; on two ranks."""
+    """Return the seconds of a transfer of bf16 hidden states between two ranks: half a round trip."""
     rank = int(os.environ["RANK"])
     device = torch.device("cpu")
     if setting.on_gpu:

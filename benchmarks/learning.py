@@ -1,16 +1,17 @@
-"""What thirty steps of each shipped configuration change, on a megabyte of real text with the quickstart's base.
+"""How much thirty steps of each shipped configuration learn, on a megabyte of real text with the quickstart's base.
 
     python benchmarks/learning.py [DIRECTORY] [--only NAME] [--lr RATE] [--write]
 
-DIRECTORY is what `make quickstart` has made (the same each time on one machine, by another Python another one). The
-base has read the documentation of the standard library; the text here is new to it: the library's own source files, cut
-into documents of 4000 characters, and for a Control Adapter Python's language reference (class +1) and as much of these
-files (class -1). Options that only differ in the hardware they are for (devices, stages, the type of the weights) are
-those of a CPU, a step has eight sequences of 256 tokens, and evaluation is on documents that are held out. Exits with 1
-unless the evaluation loss falls by at least 3 % in each configuration but that of Control Adapters, which only stretch
-what each layer adds along a few directions. They are to make a model write more like the texts of class +1 and less
-like those of class -1, so of these it is asked, held out and all read as class +1: that the loss of the former falls,
-that of the latter rises, and both move apart by at least 0.5 % of the loss.
+DIRECTORY is what `make quickstart` has made (always the same on one machine; another Python makes another one). The
+base was trained on the documentation of the standard library. The text here is new to it: the library's own source
+files, cut into documents of 4000 characters; for a Control Adapter, Python's language reference (class +1) and the same
+amount of these files (class -1). Options that depend on the hardware (devices, stages, dtype of the weights) are set
+for a CPU, a step has eight sequences of 256 tokens, and evaluation is on held-out documents.
+
+Exits with 1 unless the evaluation loss falls by at least 3 % in each configuration except that of Control Adapters,
+which only scale what each layer adds along a few directions. They should make a model write more like the texts of
+class +1 and less like those of class -1. So with held-out texts of both, all read as class +1, the loss of the former
+must fall, that of the latter must rise, and they must move apart by at least 0.5 % of the loss.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("lora", "qlora", "qlora_four_gpus", "control_adapter", "full", "continued_pretraining")
 BYTES = 1_000_000
 DOCUMENT = 4000
-FALL = 3.0  # per cent of the evaluation loss, at least
-APART = 0.5  # per cent of the losses of both classes' texts, by which they move apart at least
-CLASSES = {1: "reference", -1: "source"}  # of a Control Adapter
+FALL = 3.0  # at least, in per cent of the evaluation loss
+APART = 0.5  # at least, in per cent of the losses of both classes' texts, which move apart
+CLASSES = {1: "reference", -1: "source"}  # for a Control Adapter
 OF_CLASSES = (", texts of class +1", ", texts of class -1")
-HELD_OUT = 30  # of so many documents one
+HELD_OUT = 30  # one document of this many
 
 
 def write_texts(folder: Path) -> None:
-    """Write a megabyte of source code, the language reference, and as much of the source code as that is."""
+    """Write a megabyte of source code, the language reference, and as much source code as the reference has."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     sources = {path.stem: path.read_text(encoding="utf-8", errors="ignore")[: 10 * DOCUMENT] for path in paths}
     write(folder / "texts", sources, BYTES)
@@ -50,7 +51,7 @@ def write_texts(folder: Path) -> None:
 
 
 def write(folder: Path, texts: dict[str, str], most: int | None = None) -> None:
-    """Write documents, of so many characters altogether, and beside the folder those that are held out."""
+    """Write documents of at most ``most`` characters in all, and the held-out ones to a folder next to it."""
     folder.mkdir(parents=True)
     left = sum(map(len, texts.values())) if most is None else most
     for name, text in texts.items():
@@ -64,7 +65,7 @@ def write(folder: Path, texts: dict[str, str], most: int | None = None) -> None:
 
 
 def configuration(name: str, folder: Path, base: Path, steps: int, rate: float | None) -> dict:
-    """A shipped configuration, with what a CPU needs."""
+    """Return a shipped configuration, adapted to a CPU."""
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     trainer, model, data = config["trainer"], config["model"], config["data"]
     trainer |= {"accelerator": "cpu", "devices": 1, "max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": 8}
@@ -86,7 +87,7 @@ def configuration(name: str, folder: Path, base: Path, steps: int, rate: float |
 
 
 def losses(config: dict, folder: Path) -> list[tuple[float, float]]:
-    """The losses of each evaluation set, in the order of the configuration, before and after."""
+    """Train; return the loss of each evaluation set before and after, in the order of the configuration."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lightning_pipelite", "fit", "--config", str(file)]
@@ -96,16 +97,16 @@ def losses(config: dict, folder: Path) -> list[tuple[float, float]]:
         sys.exit(done.stderr[-2000:])
     lines = re.findall(r"^step \d+: (eval/loss .*)", done.stdout, re.MULTILINE)
     each = [[float(loss) for loss in re.findall(r"eval/loss\S* (\d+\.\d+)", line)] for line in lines]
-    return [*zip(each[0], each[-1], strict=True)][-len(config["data"]["eval_datasets"]) :]  # behind the mean of several
+    return [*zip(each[0], each[-1], strict=True)][-len(config["data"]["eval_datasets"]) :]  # after any mean
 
 
 def learns(change: float) -> bool:
-    """Whether the evaluation loss, whose change is given in per cent, has fallen as it should."""
+    """Return whether a change of the evaluation loss, in per cent, is the required fall."""
     return change <= -FALL
 
 
 def parts(like: float, unlike: float) -> bool:
-    """Whether a Control Adapter makes its own texts likelier and the others less likely, by their losses' changes."""
+    """Return whether, by their losses' changes, texts of class +1 became likelier and those of class -1 less likely."""
     return like < 0 < unlike and unlike - like >= APART
 
 

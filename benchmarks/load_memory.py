@@ -1,21 +1,23 @@
-"""Peak memory of each rank in a four-stage load, against its own stage's bytes.
+"""Peak memory of each rank in a four-stage load, against its own stage's bytes. Linux only.
 
-Writes a random Llama of more than 500 MB in several shards, or with --mxfp4 a gpt-oss whose experts are in MXFP4, held
-in bfloat16 (bitsandbytes' quantiser of CPUs takes 14 bytes for each value of a weight, that of GPUs nothing); loads
-each of its four stages in a fresh process, one after the other, and compares the peak of the process's resident memory
-over what it was after the imports with
+    python benchmarks/load_memory.py [--mxfp4] [--write]
+
+Writes a random Llama of more than 500 MB in several shards or, with --mxfp4, a gpt-oss whose experts are in MXFP4 and
+are held in bfloat16 (bitsandbytes' CPU quantiser takes 14 bytes for each value of a weight, its GPU quantiser nothing).
+Loads each of the four stages in a fresh process, one after the other, and compares the peak of resident memory, above
+that after the imports, with
 
     limit = 1.15 * (bytes of the stage's own weights + bytes of the model's largest tensor),
 
-which for a mixture are the experts of one layer in bfloat16.
+where the largest tensor of a mixture is one layer's experts in bfloat16.
 
 Two peaks are reported. "peak" is VmHWM, the kernel's own high-water mark, reset after the imports: it counts every
-resident page, so also the pages of the weight files that are mapped while they are read. "anon" is the highest RssAnon
-that a thread saw every millisecond: the memory that the process really holds, without file pages, which the kernel can
-take back at any time. The stage is held to the stricter one, "peak". Every weight is read once after the load, since
-weights that need no cast stay views of the mapped files, whose pages come in with their first use. Linux only.
+resident page, including the pages of mapped weight files. "anon" is the highest RssAnon, sampled by a thread every
+millisecond: the process's own memory without file pages, which the kernel can reclaim at any time. The limit applies to
+the stricter one, "peak". Every weight is read once after the load, since weights that need no cast stay views of the
+mapped files, whose pages only become resident on first use.
 
-    python benchmarks/load_memory.py [--mxfp4] [--write]
+Exits with 1 if a stage is over its limit.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ STAGES = 4
 LAYERS, MIXTURE_LAYERS = 16, 8
 VOCABULARY, WIDTH, EXPERTS = 32000, 1024, 32
 LARGEST = {False: 2 * VOCABULARY * WIDTH, True: 2 * EXPERTS * WIDTH * 2 * WIDTH + 2 * EXPERTS * WIDTH * WIDTH}
-"""Bytes of the largest tensor of the Llama, and of the experts of a layer of gpt-oss."""
+"""Bytes of the Llama's largest tensor, and of the experts of one gpt-oss layer."""
 SLACK = 1.15
 MB = 1e6
 
@@ -60,7 +62,7 @@ def write_model(directory: Path) -> None:
 
 
 def write_mixture(directory: Path) -> None:
-    """Write a random gpt-oss of about 560 MB whose experts are in MXFP4, a layer a shard."""
+    """Write a random gpt-oss of about 560 MB whose experts are in MXFP4, one layer a shard."""
     from random_mxfp4 import write_gpt_oss
 
     sizes = {
@@ -71,12 +73,12 @@ def write_mixture(directory: Path) -> None:
 
 
 def load_stage(directory: Path, number: int, mixture: bool) -> dict[str, int]:
-    """Load one stage in this process and return the bytes it holds and the peaks of memory it took."""
+    """Load one stage in this process; return the bytes of its tensors and the two peaks."""
     from lightning_pipelite.adapters import LoRA
     from lightning_pipelite.models import CausalLMLayers
 
     anon_before, before = memory("RssAnon"), memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present VmRSS (man 5 proc)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current VmRSS (man 5 proc)
     with PeakWatcher(0.001) as watcher:
         adapter = LoRA(8, target_modules=["q_proj", "o_proj"]) if mixture else LoRA(8)
         layers = CausalLMLayers(directory, adapter=adapter, dtype=torch.bfloat16)
@@ -92,9 +94,9 @@ def load_stage(directory: Path, number: int, mixture: bool) -> dict[str, int]:
 def main() -> int:
     """Run the four loads, print the table, and return 1 if one is over its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # these two: one of the fresh processes
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # both for the fresh processes
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--mxfp4", action="store_true", help="a gpt-oss as it is shipped")
+    parser.add_argument("--mxfp4", action="store_true", help="a gpt-oss with MXFP4 experts, as shipped")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/load_memory.md, or _mxfp4.md")
     options = parser.parse_args()
     if options.stage is not None:

@@ -1,10 +1,12 @@
-"""The memory and the speed of long sequences on one GPU: an 8B Llama in 4 bits with a LoRA of rank 32.
+"""Memory and speed with long sequences on one GPU: an 8B Llama in 4 bits with a LoRA of rank 32.
 
     python benchmarks/longest_sequence.py [--lengths 16384,65536,131072] [--shape 8b|tiny] [--write]
 
-Random weights, one micro-batch of one document a step, through the Trainer, with layer inputs in the host's memory.
-Each length trains three steps on the same tokens; the speed is that of the last. Memory is the most that torch had
-allocated. Exits with 1 if one does not train: it must fit 80 GB, and its loss must be finite and fall.
+Random weights, one micro-batch of one document a step, through the Trainer, with layer inputs offloaded to the host.
+Each length trains three steps on the same tokens; the speed is that of the last. Memory is the peak of torch's
+allocated memory.
+
+Exits with 1 if a length does not train: it must fit in 80 GB, and its loss must be finite and fall.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""How long it takes until something wrong is told: the mistakes of tests/errors, each in a process of its own.
+"""How long it takes until a user's mistake is reported: the mistakes of tests/errors, each in a fresh process.
 
     python benchmarks/mistakes.py [--each 8] [--tables wrong_data ...] [--write]
 
-`--each N` takes N of each of the tables, evenly spread, and all of a newcomer's first tries. Beside the seconds stands
-the time of the processor, which other work on the machine does not change. Exits with 1 if one is not told as it
-should be. Those about what a training has left are passed over, as none runs here.
+`--each N` takes N from each table, evenly spread, and all of a newcomer's first tries. Next to the wall time is the CPU
+time, which does not depend on other load on the machine. Mistakes that need the output of a training are skipped, as
+none runs here.
+
+Exits with 1 if a mistake is not reported with its expected message.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="the tables")
     parser.add_argument("--package", type=Path, default=ROOT, help="where the package is, to measure another state")
     arguments = parser.parse_args()
-    report = Report("mistakes", "| mistake | told | seconds | of the processor |", "| --- | --- | --- | --- |")
+    report = Report("mistakes", "| mistake | message | seconds | CPU seconds |", "| --- | --- | --- | --- |")
     wrong, all_told = 0, []
     with tempfile.TemporaryDirectory() as folder:
         job = importlib.import_module("tiny_job").write_job(Path(folder) / "job")
@@ -61,16 +63,14 @@ def main() -> None:
                 report.row(f"| {name} | {words} ... | {seconds:.1f} | {processor:.1f}{'' if is_right else ' WRONG'} |")
     fast = sum(processor < 1 for processor in all_told)
     slow = sum(processor >= 3 for processor in all_told)
-    report.line(
-        f"{len(all_told)} mistakes: {fast} told in less than a second of the processor, {slow} in three or more"
-    )
+    report.line(f"{len(all_told)} mistakes: {fast} reported within one second of CPU time, {slow} in three or more")
     if arguments.write:
         report.write()
     sys.exit(wrong > 0)
 
 
 def _needs_training(case: Any) -> bool:
-    """Tell whether a case reads an adapter or a checkpoint that the tests' job has trained."""
+    """Return whether a case reads an adapter or a checkpoint that the tests' job has trained."""
     copies = [cell.cell_contents for cell in case.prepare.__closure__ or ()]
     words = " ".join([*case.command, *case.arguments, str(case.edit), *map(str, copies)])
     return (

@@ -2,20 +2,22 @@
 
     python benchmarks/mxfp4.py [--layers 24] [--steps 10] [--tiny] [--write]
 
-Writes the shape with random weights, once with its experts in MXFP4 as it is shipped, once in bf16 as what these stand
-for, and trains each with load_in_4bit and a LoRA of rank 16 on attention and experts through the Trainer, in a process
-of its own as a user would: sequences of 4096 tokens, 4 micro-batches a step, layers recomputed. The files lie in memory
-(/dev/shm) if there is room, else on a disk, and have just been written, so that both are read from memory. Each process
-compiles all of its kernels anew. That from MXFP4 is first, and reads the libraries from disk if nothing has before.
+Writes the shape with random weights, once with its experts in MXFP4 as shipped, once with the same values in bf16, and
+trains each with load_in_4bit and a LoRA of rank 16 on attention and experts through the Trainer, in a fresh process as
+a user would: sequences of 4096 tokens, 4 micro-batches a step, layers recomputed. The files are in memory (/dev/shm) if
+there is room, else on a disk, and have just been written, so that both are read from memory. Each process compiles all
+of its kernels anew. MXFP4 runs first, and reads the libraries from disk if nothing has before.
 
-The time to the first step is from before the process starts until the first loss and step are done. It is told in
-phases: imports; PipeLiteModule, which looks at the files and tries the class of model; the Trainer's start, up to
-where weights are loaded; loading; the step, and how much of it is more than a later one takes, which is compiling.
+The time to the first step runs from before the process starts until the first loss and step are done. It is reported in
+phases: imports; PipeLiteModule, which checks the files and tries the model class; the Trainer's start, up to the
+loading of weights; loading; the step, and how much longer it takes than a later one, which is compilation.
 
-Exits with 1 if the training from MXFP4 takes more than 20 GiB at its peak, loading included (most that torch had
-allocated), if its first step comes later than 1.5 times that from bf16, or if a loss of the two differs by more than
-2e-2; the first two are for GPUs. Of the files one format is there at a time, up to 43 GB; where that is too much,
-``--layers`` compares fewer of both.
+Only one format's files exist at a time, up to 43 GB; where that is too much, ``--layers`` compares fewer layers of
+both.
+
+Exits with 1 if a loss of the two differs by more than 2e-2; on a GPU also if the training from MXFP4 takes more than 20
+GiB at its peak, loading included (torch's allocated memory), or if its first step takes more than 1.5 times as long as
+that from bf16.
 """
 
 from __future__ import annotations
@@ -57,13 +59,13 @@ from step import (
 JOB = Job("LoRA", "recompute", in_4bit=True, gib=20)
 WHOLE, TINY = "gpt-oss-24", "tiny-gpt-oss"
 FORMATS = ("MXFP4", "bf16")
-STEPS_OF_BF16 = 2  # what is asked of it is when the first ends
+STEPS_OF_BF16 = 2  # only the end of its first step matters
 TIMES_LIMIT, LOSS_LIMIT = 1.5, 2e-2
 BYTES_OF_A_LAYER, BYTES_OF_ENDS = 1.7e9, 2.4e9  # in bf16
 
 
 class Phases(Timing):
-    """Also notes when the phases of the start end."""
+    """Also records when the phases of the start end."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(steps, None)
@@ -82,7 +84,7 @@ class Phases(Timing):
 
 
 def train(directory: str, shape: str, steps: int, began: float) -> dict[str, Any]:
-    """Train in this process, which was started when it ``began``, and return what is reported of it."""
+    """Train in this process, which was started at ``began``, and return the measurements."""
     ended = {"imports": time.time()}
     phases = Phases(steps)
     module = make_module(JOB, directory)
@@ -97,7 +99,7 @@ def train(directory: str, shape: str, steps: int, began: float) -> dict[str, Any
 
 
 def in_a_process(compiled: Path, directory: Path, shape: str, steps: int) -> subprocess.Popen[str]:
-    """Start a training with nothing compiled before: what is goes to a folder of its own in ``compiled``."""
+    """Start a training with empty compilation caches, in a folder of its own in ``compiled``."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         environment[name] = str(compiled / directory.name / name)
@@ -108,7 +110,7 @@ def in_a_process(compiled: Path, directory: Path, shape: str, steps: int) -> sub
 
 
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait for a training and return what it found."""
+    """Wait for a training and return its measurements."""
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(f"a training ended with {process.returncode}:\n{output}")
@@ -117,15 +119,15 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def place_for(size: float) -> str:
-    """Return a folder with room for so many bytes: in memory, or else on a disk."""
+    """Return a folder with room for ``size`` bytes: in memory, or else on a disk."""
     for place in ("/dev/shm", tempfile.gettempdir()):
         if Path(place).is_dir() and shutil.disk_usage(place).free > size:
             return place
-    sys.exit(f"mxfp4.py needs {size / 1e9:.0f} GB in /dev/shm or {tempfile.gettempdir()}; give it fewer --layers.")
+    sys.exit(f"mxfp4.py needs {size / 1e9:.0f} GB in /dev/shm or {tempfile.gettempdir()}; reduce --layers.")
 
 
 def written(directory: Path, shape: str, *, mxfp4: bool) -> tuple[int, float]:
-    """Write a model; return its bytes and the seconds that it took."""
+    """Write a model; return its bytes and the seconds that writing took."""
     began = time.perf_counter()
     sizes = {key: value for key, value in SHAPES[shape].items() if key != "model_type"}
     size = write_gpt_oss(directory, sizes, mxfp4=mxfp4, device=device())
@@ -154,7 +156,7 @@ def measure(folder: Path, compiled: Path, shape: str, steps: int) -> dict[str, d
 
 
 def report_on(found: dict[str, dict[str, Any]], shape: str, steps: int, name: str) -> tuple[Report, bool]:
-    """Print the tables; tell whether all is within its limits."""
+    """Print the tables; return the report and whether all is within its limits."""
     report = Report(
         name,
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
@@ -196,7 +198,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help=f"from MXFP4, {WARM_UP + 1} or more")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this out on a CPU")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/mxfp4.md")
-    parser.add_argument("--train", help=argparse.SUPPRESS)  # these two: one of the fresh processes
+    parser.add_argument("--train", help=argparse.SUPPRESS)  # both for the fresh processes
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = TINY if options.tiny else WHOLE
@@ -206,9 +208,9 @@ def main() -> int:
         print(json.dumps(train(options.train, shape, options.steps, options.began)))
         return 0
     if options.steps <= WARM_UP:
-        parser.error(f"--steps: {WARM_UP + 1} or more, as the first {WARM_UP} are not counted")
+        parser.error(f"--steps must be at least {WARM_UP + 1}; the first {WARM_UP} are warm-up")
     size = 0.0 if options.tiny else BYTES_OF_ENDS + SHAPES[shape]["num_hidden_layers"] * BYTES_OF_A_LAYER
-    # What is compiled is not always allowed to run from memory's folder.
+    # Compiled code may not be allowed to run from /dev/shm.
     with tempfile.TemporaryDirectory(dir=place_for(1.1 * size)) as folder, tempfile.TemporaryDirectory() as compiled:
         found = measure(Path(folder), Path(compiled), shape, options.steps)
         print(f"files were in {folder}")

@@ -2,21 +2,23 @@
 
     python benchmarks/packed_hybrids.py [--layers 4] [--steps 6] [--tiny] [--write]
 
-The first layers of Qwen3.5 27B by its config.json (three of linear attention, then one of full), random bf16 weights,
-LoRA of rank 16 in float32 on all linear layers, everything kept for the backward pass; documents of 512 tokens:
+The first layers of Qwen3.5 27B by its config.json (three of linear attention, then one of full attention), random bf16
+weights, LoRA of rank 16 in float32 on all linear layers, all activations kept; documents of 512 tokens:
 
 - *packed*: eight of them in a sequence of 4096 tokens.
-- *padded*: one in a sequence, padded to 4096, which is what a model that cannot keep documents apart is left with.
+- *padded*: one in a sequence, padded to 4096, the only choice for a model that cannot keep documents apart.
 
-Each trains through the Trainer, 4 micro-batches a step. Tokens/s are those of documents, padding not counted, of the
-median step after two; memory is the most that torch had allocated. Linear attention is computed by
-flash-linear-attention where it is installed, else by transformers' torch code; the report says which.
+Each trains through the Trainer, 4 micro-batches a step. Tokens/s count the documents' tokens, without padding, in the
+median step after two of warm-up; memory is the peak of torch's allocated memory. Linear attention runs in
+flash-linear-attention where it is installed, else in transformers' torch code; the report says which.
 
-Before that, the gradient of one packed sequence, of all trained weights together, with B of each LoRA drawn at random:
-its distance (in the 2-norm, relative) from transformers + PEFT in float32, their torch code, each document by itself.
-Noise is that same distance of the same stage in bf16 that is given one document at a time; the control takes the
-sequence for one document. Exits with 1 if packed is further off than 1.5 times the noise, or the control is not; on a
-GPU, if packing gains less than 4 times.
+Before that, the gradient of all trained weights together from one packed sequence, with each LoRA's B drawn at random:
+its distance (relative, in the 2-norm) from transformers + PEFT in float32, in their torch code, with each document
+separately. The noise is that distance for the same bf16 stage given one document at a time; the control treats the
+sequence as one document.
+
+Exits with 1 if packed is off by more than 1.5 times the noise, or the control is not; on a GPU, also if packing gains
+less than a factor of 4.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ Gradients = dict[str, Tensor]
 
 
 def documents(count: int, length: int, vocabulary: int) -> list[Batch]:
-    """Random documents; nothing follows a document's last token."""
+    """Return random documents, in which the last token of each has no label."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(count):
@@ -91,7 +93,7 @@ def make_module(directory: str, compile_layers: bool | None = None) -> PipeLiteM
 
 
 def gradients_of(loss_of: Callable[[Batch], Tensor], model: nn.Module, batches: list[Batch]) -> Gradients:
-    """The gradient of the sum of all losses, by the names that the adapter's file has."""
+    """Return the gradient of the sum of all losses, by the names in the adapter's file."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         loss_of({name: tensor.to(device()) for name, tensor in batch.items()}).backward()
@@ -103,8 +105,8 @@ def gradients_of(loss_of: Callable[[Batch], Tensor], model: nn.Module, batches: 
 
 
 def own_gradients(directory: str, ways: dict[str, list[Batch]]) -> dict[str, Gradients]:
-    """Of a stage with the whole model in bf16, for each way to give it the same documents; writes the adapter."""
-    module = make_module(directory, compile_layers=False)  # each way has other shapes, and would be compiled anew
+    """Return those of one stage with the whole bf16 model, for each way to pass the documents; write the adapter."""
+    module = make_module(directory, compile_layers=False)  # each way has other shapes and would be recompiled
     layers, loss_of = module.pipeline_layers()
     stage = layers.build_stage(0, len(layers), device())
     generator = torch.Generator(device()).manual_seed(3)
@@ -121,7 +123,7 @@ def own_gradients(directory: str, ways: dict[str, list[Batch]]) -> dict[str, Gra
 
 
 def reference_gradients(directory: str, alone: list[Batch]) -> Gradients:
-    """Of transformers and PEFT in float32, with the same adapter."""
+    """Return those of transformers and PEFT in float32, with the same adapter."""
     base: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map={"": device()})
     model: Any = PeftModel.from_pretrained(base, str(adapter_of(directory)), is_trainable=True)
 
@@ -135,7 +137,7 @@ def reference_gradients(directory: str, alone: list[Batch]) -> Gradients:
 
 @contextmanager
 def torch_alone(code: str) -> Iterator[None]:
-    """Let a model's code take no kernel of another package: where it has one, its own torch code is wrapped."""
+    """Keep a model's code from using other packages' kernels, by unwrapping its own torch functions."""
     functions = vars(sys.modules[code])
     wrapped = {
         name: each for name, each in functions.items() if inspect.isfunction(each) and hasattr(each, "__wrapped__")
@@ -169,7 +171,7 @@ def train(directory: str, batches: list[Batch], steps: int) -> tuple[float, floa
 
 
 def kernels() -> str:
-    """What computes linear attention on this machine, as transformers chooses."""
+    """Return what computes linear attention on this machine, by transformers' choice."""
     if torch.cuda.is_available() and importlib.util.find_spec("fla") is not None:
         return f"flash-linear-attention {importlib.metadata.version('fla-core')}"
     return "transformers' torch code"
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/packed_hybrids.md")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
-        parser.error(f"--steps: more than {WARM_UP}, which are not counted")
+        parser.error(f"--steps must exceed {WARM_UP}, the number of warm-up steps")
     length, document = (256, 32) if arguments.tiny else (4096, 512)
     facts = shallow(PUBLISHED[BASE], arguments.layers) | {"max_position_embeddings": length}
     facts |= TINY if arguments.tiny else {}

@@ -2,17 +2,17 @@
 
     python benchmarks/partition.py [--steps 7] [--write]
 
-A Llama of eight layers with a vocabulary of 32 768 and random weights, whose head costs more than two layers,
-is trained in float32 on real text (pydoc's topics), whole weights, in 2 and 4 stages.
+A Llama of eight layers with random weights and a vocabulary of 32 768, whose head costs more than two layers, is fully
+fine-tuned in float32 on real text (pydoc's topics), in 2 and 4 stages.
 
-First with one micro-batch a step: so one stage computes at a time, and two cores are enough to take the time of each.
-*Slowest* is the median, over the steps after three, of the forward and backward time of the slowest stage, which sets
-the pace of a full pipeline; *share* is that of all stages' together, and *plan's* what the plan had computed for this
-cut, its bound. Then, where each stage has a core, with as many micro-batches a step as make the pipeline full: *step*
-is the median time of a whole step's schedule.
+First with one micro-batch a step: only one stage computes at a time, so two cores are enough to time each. *Slowest* is
+the median, over the steps after three of warm-up, of the forward and backward time of the slowest stage, which sets the
+pace of a full pipeline; *share* is its share of the time of all stages, and *plan's* the share that the plan predicted
+for this cut. Then, where each stage has a core, with enough micro-batches a step to fill the pipeline: *step* is the
+median time of a whole step's schedule.
 
-Exits with 1 if auto's slowest stage, or its step, takes longer than another method's, or its share is more than 1.1
-times the plan's.
+Exits with 1 if auto's slowest stage or its step takes longer than another method's, or if a share exceeds 1.1 times the
+plan's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_job(folder: Path) -> None:
 
 
 class Times(L.Callback):
-    """Of each step the seconds in which this rank's stage computes, and those with its waiting."""
+    """Records for each step the seconds that this rank's stage computes, and those including its waiting."""
 
     def __init__(self) -> None:
         self.busy: list[float] = []
@@ -88,13 +88,14 @@ class Times(L.Callback):
 
 @dataclass(frozen=True)
 class Balance:
-    """What a method makes of the model.
+    """The cut of a method, and its times.
 
     Attributes:
-        items: layers of each stage.
-        seconds: that each stage computes, the median of the steps.
-        step: the seconds of a step, the median of the steps.
-        planned: the plan's for these stages, if it was made; on another machine, so that only their ratio counts.
+        items: Number of layers of each stage.
+        seconds: Time that each stage computes, the median of the steps.
+        step: Seconds of a step, the median of the steps.
+        planned: Time that the plan predicts for each stage, if there is a plan. Only the ratios count, since it
+            predicts another machine.
     """
 
     items: list[int]
@@ -104,7 +105,7 @@ class Balance:
 
 
 def train(folder: str, stages: int, method: str, steps: int, micro_batches: int) -> Balance:
-    """Be a rank of a training."""
+    """Train as one of the ranks."""
     torch.set_num_threads(1)
     strategy = PipeLiteStrategy(stages, partition_method=method)
     strategy.measure_stage_times = True
@@ -164,7 +165,9 @@ def main() -> None:
                 )
             failed |= any(taken["auto"] > min(taken.values()) for taken in (slowest, step) if taken)
     workers.close()
-    report.line(f"{options.steps} steps; {'FAILED' if failed else 'auto is at least as good, and as planned'}")
+    report.line(
+        f"{options.steps} steps; {'FAILED' if failed else 'auto is at least as fast as the others, and as planned'}"
+    )
     if options.write:
         report.write()
     sys.exit(failed)

@@ -2,12 +2,13 @@
 
     python benchmarks/plan_memory.py [--only NUMBER,...] [--shape tiny] [--write]
 
-Each job trains three steps of two micro-batches through the Trainer, a Llama of random bf16 weights in one stage; each
-sequence has four documents. Predicted is what ``pipelite plan`` says before. Measured is the most that torch had
-allocated from the second step on, when the optimizer's state is there (``torch.cuda.max_memory_allocated``). Beside it
-what is taken from the GPU in all, with CUDA's context and what torch's allocator keeps unused: what the plan calls
-total, which decides whether a training fits. Exits with 1 if a prediction of the allocated memory is off by more than
-7 %, or too low by more than 3 %.
+Each job trains three steps of two micro-batches through the Trainer: a Llama of random bf16 weights in one stage, with
+four documents in each sequence. Predicted is what ``pipelite plan`` says in advance. Measured is the peak of torch's
+allocated memory (``torch.cuda.max_memory_allocated``) from the second step on, when the optimizer's state exists. Next
+to it is all memory taken from the GPU, including CUDA's context and the unused part of torch's cache: the plan calls it
+total, and it decides whether a training fits.
+
+Exits with 1 if a prediction of the allocated memory is more than 7 % too high or more than 3 % too low.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ JOBS = [
 
 
 class Peak(L.Callback):
-    """The most that was allocated after the first step, and what is taken of the GPU in all."""
+    """The peak of allocated memory after the first step, and all memory taken from the GPU, in bytes."""
 
     allocated = taken = 0
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 1 and trainer.fit_loop.epoch_loop.batch_idx == MICRO_BATCHES - 1:
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # what compiling took
+            torch.cuda.empty_cache()  # left from compilation
             torch.cuda.reset_peak_memory_stats()
         elif trainer.global_step == STEPS:
             torch.cuda.synchronize()
@@ -80,7 +81,7 @@ class Peak(L.Callback):
 
 
 def measure(job: Job, directory: str) -> tuple[Any, int, int]:
-    """Return the plan of the job's stage, the most that was allocated, and what was taken of the GPU in all."""
+    """Return the plan of the job's stage, the peak of allocated memory, and all memory taken from the GPU."""
     module = PipeLiteModule(
         directory,
         Full() if job.adapter == "full" else LoRA(RANK),
@@ -97,7 +98,7 @@ def measure(job: Job, directory: str) -> tuple[Any, int, int]:
     vocabulary = SHAPES[job.shape]["vocab_size"]
     data = random_sequences(STEPS * MICRO_BATCHES, job.length, vocabulary, DOCUMENTS)
     trainer.fit(module, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
-    return planned, peak.allocated, peak.taken  # the callback itself would keep the module, by Lightning's doing
+    return planned, peak.allocated, peak.taken  # not the callback, through which Lightning keeps the module alive
 
 
 def main() -> int:
@@ -128,7 +129,7 @@ def main() -> int:
                 free()
             try:
                 planned, allocated, taken = measure(Job(shape, job.adapter, job.length, job.policy), str(directory))
-            except Exception as error:  # the other jobs tell something all the same
+            except Exception as error:  # run the other jobs all the same
                 wrong += 1
                 report.row(f"| {shape} | {job.adapter} | {job.length} | {job.policy} | {type(error).__name__}: "
                            f"{str(error).splitlines()[0][:120] if str(error) else ''} |")  # fmt: skip

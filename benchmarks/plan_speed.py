@@ -2,11 +2,12 @@
 
     python benchmarks/plan_speed.py [--runs 5] [--write]
 
-The model is a directory in a temporary folder that has config.json and the headers of its weight files, with holes in
-place of the weights; the configuration is configs/qlora_four_gpus.yaml. Each run is the command as a new process, timed
-from its start to its end, with the package compiled as pip leaves it: one run before them compiles it, even where the
-environment forbids Python to keep bytecode. Exits with 1 if the best run takes more than 5 s, or one does not give the
-plan.
+The model is a temporary directory with config.json and the headers of its weight files, which are sparse instead of
+holding weights; the configuration is configs/qlora_four_gpus.yaml. Each run is the command as a new process, timed from
+start to end, with bytecode compiled as pip leaves it: an extra first run compiles it, even where the environment
+forbids Python to write bytecode.
+
+Exits with 1 if the best run takes more than 5 s, or if a run does not print the plan.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LIMIT = 5.0  # seconds
 
 
 def run(model_dir: Path) -> tuple[float, float, float]:
-    """Plan once; return the wall time and the processor's, in seconds, and the largest resident memory, in GiB."""
+    """Plan once; return the wall time and the CPU time in seconds, and the peak resident memory in GiB."""
     options = ["--config", str(ROOT / "configs" / "qlora_four_gpus.yaml"), "--model_dir", str(model_dir)]
     command = [sys.executable, "-m", "lightning_pipelite", "plan", *options, "--devices", "4", "--memory", "24GiB"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -53,7 +54,7 @@ def main() -> None:
     report = Report("plan_speed", "| runs | best s | median s | processor s | peak RSS GiB |", f"|{' --- |' * 5}")
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_headers(Path(folder) / "llama-70b", LLAMA_70B)
-        run(model_dir)  # from then on files are read from memory, and compiled
+        run(model_dir)  # later runs find compiled files in the page cache
         walls, processor, memory = zip(*(run(model_dir) for _ in range(arguments.runs)), strict=True)
     best = min(walls)
     report.row(

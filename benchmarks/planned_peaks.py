@@ -1,4 +1,4 @@
-"""The memory that a plan says each stage of a job takes, to be held against what is measured."""
+"""The memory that a plan predicts for each stage of a job, to compare with measurements."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from scaling_jobs import Setting, make_module
 def planned_peaks(
     setting: Setting, way: str, bounds: Sequence[int], virtual_stages: int, micro_batches: Sequence[int]
 ) -> list[list[float]]:
-    """GiB that torch allocates at most in each stage, for each number of micro-batches.
+    """Return the predicted peak of torch's allocated GiB of each stage, for each number of micro-batches.
 
     Args:
         setting: What all jobs have in common.
         way: lora, qlora or full.
         bounds: Where the layers are cut into pieces.
-        virtual_stages: How many of these a stage has.
-        micro_batches: Of a step.
+        virtual_stages: Number of pieces of a stage.
+        micro_batches: Numbers of micro-batches a step.
     """
     module = make_module(setting, way)
     layers, loss = module.pipeline_layers()

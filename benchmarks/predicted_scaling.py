@@ -1,13 +1,13 @@
-"""What scaling.py should find on more GPUs than there were, from times measured on one: written down before the run.
+"""What scaling.py should find on more GPUs than were available, predicted from times measured on one.
 
     python benchmarks/predicted_scaling.py [RESULT] [--shape 8b] [--stages 2,4,8] [--virtual-stages 1,2,4]
         [--micro-batches 4,8,16,32] [--write]
 
-RESULT is a table of scaling.py: the times of a layer, of the ends and of a transfer are read from it, and the schedule
-played through with them, cut by them. *Efficiency* is tokens/s by those of as many single cards, *ideal* is that of
-equal pieces, m/(m+(p-1)/V). Transfers run beside the computation with several pieces a stage, and hold both ends with
-one; what they and waiting for them take from the GPU's processors is not in it. Nor are replicas: each does what a
-pipeline alone does, but for the sum of the adapters' gradients.
+RESULT is a table of scaling.py: the times of a layer, of the ends and of a transfer are read from it, the layers are
+cut by these times, and the schedule is simulated with them. *Efficiency* is tokens/s over those of the same number of
+single cards, *ideal* is that of equal pieces, m/(m+(p-1)/V). Transfers overlap computation with several pieces a stage,
+and block both ends with one; what transfers, and waiting for them, take from the GPU's processors is not modelled. Nor
+are replicas: each does what a single pipeline does, apart from the all-reduce of the adapters' gradients.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHAPES["qwen3-moe-48"] = SHAPES["qwen3-moe"] | {"num_hidden_layers": 48}
 SHAPES["gpt-oss-24"] = SHAPES["gpt-oss"] | {"num_hidden_layers": 24}
 SHAPES["tiny-16"] = SHAPES["tiny"] | {"num_hidden_layers": 16}
-"""Of Llama 3.1 8B and 3.2 1B; some layers of Qwen3-30B-A3B and of gpt-oss-20b, and all; some of Mixtral 8x7B; and four
-for trying things out."""
+"""Llama 3.1 8B and 3.2 1B; Qwen3-30B-A3B and gpt-oss-20b, each with some layers and with all; some layers of Mixtral
+8x7B; and four tiny shapes for trying things out."""
 
 
 def has_experts(shape: str) -> bool:
@@ -70,7 +70,7 @@ def write_model(directory: Path, shape: str, device: torch.device) -> None:
 
 
 def write_random(directory: Path, facts: dict[str, Any], device: torch.device) -> None:
-    """Write the same of any configuration, its type among the facts."""
+    """Write such a directory for any configuration; ``facts`` include its ``model_type``."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**facts)
     with torch.device(device):
@@ -78,13 +78,13 @@ def write_random(directory: Path, facts: dict[str, Any], device: torch.device) -
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith("dt_bias"):  # linear attention that remembers: at first it forgets within a few tokens
+        elif name.endswith("dt_bias"):  # slow linear attention's decay, by default a few tokens
             nn.init.uniform_(parameter, -7.0, -1.0)
-    model.save_pretrained(directory, max_shard_size="4GB")  # a shard at a time is copied to the host
+    model.save_pretrained(directory, max_shard_size="4GB")  # copied to the host one shard at a time
 
 
 def random_sequences(count: int, length: int, vocabulary: int, documents: int = 1) -> list[dict[str, Tensor]]:
-    """Make micro-batches of one sequence each, [1, length], of as many documents of equal length."""
+    """Make micro-batches of one sequence each, [1, length], of ``documents`` documents of equal length."""
     generator = torch.Generator().manual_seed(1)
     positions = torch.arange(length // documents).repeat(documents)[None]
     made = []

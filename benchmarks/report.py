@@ -1,4 +1,4 @@
-"""Tables that a benchmark prints, and can keep with what they were measured on."""
+"""Tables that a benchmark prints and can save, with the machine and versions they were measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "bitsandb
 
 
 def environment() -> str:
-    """The hardware, the versions and the commit (that of ``COMMIT`` where there is no git), in one line."""
+    """Return the hardware, the versions and the commit (``COMMIT``, if it is set) in one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     commit = os.environ.get("COMMIT") or _git("describe", "--always", "--dirty") or "unknown"
@@ -34,8 +34,8 @@ class Report:
     """Prints a Markdown table line by line, and writes it on request.
 
     Args:
-        name: the name of the file in benchmarks/results, without its ending.
-        head: the first lines of the table.
+        name: Name of the file in benchmarks/results, without its suffix.
+        head: The first lines of the table.
     """
 
     def __init__(self, name: str, *head: str) -> None:

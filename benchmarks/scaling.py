@@ -1,28 +1,28 @@
-"""Pipelines over any number of GPUs, or of CPU processes: speed, memory, idle time and losses against one GPU.
+"""Pipelines over any number of GPUs or CPU processes: speed, memory, idle time and losses against one GPU.
 
     python benchmarks/scaling.py [--ranks N] [--one-gpu] [--shape 8b|1b|tiny|70b] [--ways lora,qlora,full]
         [--splits 2x1,1x2] [--virtual-stages 1,2,4] [--micro-batches 4,8,16,32] [--memory-limit GIB] [--no-reference]
         [--write]
 
-Trains a Llama of random bf16 weights through the Trainer, sequences of 4096 tokens (the tiny shape: 128), rank 16 on
-all linear layers. LoRA is tried with every number of micro-batches and, in stages, with uniform and with balanced cuts
-(by the measured times of the layers); QLoRA and full fine-tuning (of the 1B shape, if 8B is asked for) with 16 and
-uniform cuts. Without --ranks it takes all GPUs, or 4 processes on a CPU; without --splits every way to deal them out as
-stages x replicas, and on a CPU or with --one-gpu also those of two ranks. --one-gpu puts all ranks on the first GPU
-(NCCL from 2.30): right for losses and memory, and says nothing of speed.
+Trains a Llama of random bf16 weights through the Trainer, on sequences of 4096 tokens (the tiny shape: 128), with rank
+16 on all linear layers. LoRA runs with every number of micro-batches and, in stages, with uniform and with balanced
+cuts (by the measured times of the layers); QLoRA and full fine-tuning (of the 1B shape, if 8B is requested) with 16
+micro-batches and uniform cuts. Without --ranks it takes all GPUs, or 4 processes on a CPU; without --splits, all ways
+to divide them into stages x replicas, and on a CPU or with --one-gpu also those of two ranks. --one-gpu puts all ranks
+on the first GPU (NCCL from 2.30): valid for losses and memory, but says nothing about speed.
 
-With --virtual-stages each pipeline is tried with each of these numbers of pieces a stage (V), cut uniformly and by the
+With --virtual-stages, each pipeline runs with each of these numbers of pieces a stage (V), cut uniformly and by the
 measured times.
 
-*Efficiency* is tokens/s by ranks times those of one rank alone, and in brackets by the ideal m/(m+(p-1)/V) of p stages
-with m micro-batches. *Simulated* is what the schedule, played through with the measured times of layers and transfers,
-makes of the same brackets. *Idle* is the share of the schedule in which a stage waits, for each stage; a transfer
-counts as waiting. *Peak* is what torch has allocated at most, in brackets what the plan says. *Loss* is the largest
-difference in any step to one rank with as many micro-batches a step.
+*Efficiency* is tokens/s over the number of ranks times those of one rank alone; in brackets, that over the ideal
+m/(m+(p-1)/V) of p stages with m micro-batches. *Simulated* is the value in brackets that a simulation of the schedule
+predicts from the measured times of layers and transfers. *Idle* is the share of the schedule in which each stage waits,
+transfers included. *Peak* is the peak of torch's allocated memory, with the plan's in brackets. *Difference* is the
+largest difference in any step's loss from one rank with as many micro-batches a step.
 
-Exits with 1 if a loss differs by more than 1e-2 (bf16 noise) or does not fall; on GPUs also if a peak is more than 5 %
-from the plan's; and, on GPUs of their own with the 8B shape, if at m = 16 no cut reaches 0.95 of the ideal, or replicas
-0.97 of linear.
+Exits with 1 if a loss differs by more than 1e-2 (bf16 noise) or does not fall; on GPUs, also if a peak is more than 5 %
+from the plan's; with the 8B shape and a GPU for each rank, also if at m = 16 no cut reaches 0.95 of the ideal, or
+replicas do not reach 0.97 of linear.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ HOUR = 3600.0
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    let_streams_run_beside()  # a worker uses its GPU before it first has a strategy
+    let_streams_run_beside()  # workers use their GPU before they create a strategy
     on_gpu = torch.cuda.is_available() and not options.cpu
     ranks = options.ranks or (torch.cuda.device_count() if on_gpu and not options.one_gpu else 4)
     if options.one_gpu:
@@ -136,7 +136,7 @@ class Way:
     """All jobs of a way to train.
 
     Attributes:
-        lines: what is to be said after the table.
+        lines: What is reported after the table.
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class Way:
         if way != "lora":
             self._counts = (self._at,)
         self._alone: dict[int, Run] = {}
-        self._reached: dict[tuple[int, int], float] = {}  # of ideal or linear, by stages and replicas
-        self._profile: list[str] = []  # of the first job of two stages
+        self._reached: dict[tuple[int, int], float] = {}  # share of ideal or linear, by stages and replicas
+        self._profile: list[str] = []  # of the first job with two stages
         self._beside = ThreadPoolExecutor(1)  # plans while the workers train
         self.lines: list[str] = []
 
     def run(self) -> bool:
-        """Run and report them; return whether one failed."""
+        """Run and report the jobs; return whether one failed."""
         workers, setting = self._workers, self._setting
         times: LayerTimes = workers.run(1, time_layers, setting, self._way, timeout=HOUR)[0]
         size = setting.length * ALL_SHAPES[self._shape]["hidden_size"]
@@ -178,7 +178,7 @@ class Way:
         return failed
 
     def _jobs(self, times: LayerTimes) -> Iterator[tuple[Job, str]]:
-        """Each job, and the name of its cut. A GPU's time is scarce: what adds little to the table is left out."""
+        """Yield each job and the name of its cut, without those that add little to the table for their GPU time."""
         splits = self._options.splits or [*self._splits()]
         if not self._options.no_reference:
             wanted = {m * replicas for _, replicas in splits for m in self._counts} | {self._at}
@@ -263,7 +263,7 @@ class Way:
         return failed
 
     def _predict(self, times: LayerTimes, transfer: float) -> None:
-        """What the schedule would make of more GPUs."""
+        """Report the times, and the efficiency that they predict for more stages."""
         milliseconds = ", ".join(
             f"{name} {1000 * stage.forward:.2f} + {1000 * stage.backward:.2f} ms"
             for name, stage in (("a layer", times.layer), ("before", times.first), ("after", times.last))
@@ -290,7 +290,7 @@ class Way:
 
 
 def _profile(of_stages: Sequence[Run], micro_batches: int) -> Iterator[str]:
-    """Where the stages of a pipeline spend a step."""
+    """Yield a line for each stage about where it spends a step."""
     for stage, run in enumerate(of_stages):
         spent = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in run.instructions.items())
         waits = ", ".join(f"{place} ({number})" for place, number in run.synchronisations.most_common(8)) or "nowhere"

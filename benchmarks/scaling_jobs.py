@@ -1,4 +1,4 @@
-"""The trainings of benchmarks/scaling.py, as one of their ranks."""
+"""The trainings of benchmarks/scaling.py, run by each of their ranks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Setting:
     """What all jobs have in common.
 
     Attributes:
-        directory: the model.
-        vocabulary: its number of tokens.
-        length: tokens of a sequence.
-        steps: how many are timed.
-        activation_memory: of the module.
-        compiled: whether layers are compiled; None for the module's choice.
-        on_gpu: whether there are GPUs.
-        one_gpu: whether the ranks share the first one.
+        directory: Directory of the model.
+        vocabulary: Size of its vocabulary.
+        length: Tokens in a sequence.
+        steps: Number of timed steps.
+        activation_memory: Option of the module.
+        compiled: Whether layers are compiled; None for the module's choice.
+        on_gpu: Whether to train on GPUs.
+        one_gpu: Whether the ranks share the first one.
     """
 
     directory: str
@@ -60,11 +60,11 @@ class Job:
     """A way to train (lora, qlora, full), spread over stages and replicas.
 
     Attributes:
-        weights: of the layers, by which the stages are cut; without, all weigh the same.
-        micro_batches: a step and replica, one training for each.
-        memory_limit: GiB that torch may take of a card.
-        virtual_stages: pieces of each stage.
-        bounds: of the pieces, if there are several.
+        weights: Weights of the layers, by which stages are cut; if empty, all weigh the same.
+        micro_batches: Numbers of micro-batches a step and replica, with a training for each.
+        memory_limit: GiB of a card that torch may take.
+        virtual_stages: Pieces of each stage.
+        bounds: Bounds of the pieces, if a stage has several.
     """
 
     way: str
@@ -79,15 +79,16 @@ class Job:
 
 @dataclass
 class Run:
-    """What one rank saw of a training.
+    """What one rank measured in a training.
 
     Attributes:
-        losses: of all steps.
-        seconds: the median step.
-        gib: the most that torch had allocated.
-        instructions: seconds of a step by DeepSpeed's names; one that is not timed, as the host waits for them.
-        metadata: messages about shapes in the last step.
-        synchronisations: where the host waited for the GPU in the last step, and how often.
+        losses: Losses of all steps.
+        seconds: Time of the median step.
+        gib: Peak of torch's allocated memory.
+        instructions: Seconds of one step by DeepSpeed's instruction names. That step is not among the timed ones, as
+            the host waits for each instruction.
+        metadata: Number of messages about shapes in the last step.
+        synchronisations: Where the host waited for the GPU in the last step, and how often.
     """
 
     losses: list[float]
@@ -99,13 +100,13 @@ class Run:
 
     @property
     def idle(self) -> float:
-        """The share of a step's schedule in which this rank did not compute."""
+        """The share of a step's schedule in which this rank waits."""
         busy, waiting = busy_and_waiting(self.instructions)
         return waiting / (busy + waiting)
 
 
 class Weighted(PipeLiteModule):
-    """Cut by weights that were measured, in the place of numbers of parameters."""
+    """A module that is cut by measured weights of its layers instead of numbers of parameters."""
 
     weights: tuple[int, ...] = ()
 
@@ -126,7 +127,7 @@ def make_module(setting: Setting, way: str) -> Weighted:
 
 
 class Measure(L.Callback):
-    """Begins with the same values in every training; notes losses and times; looks closely at the last two steps."""
+    """Starts every training from the same values, records losses and times, and profiles the last two steps."""
 
     def __init__(self, start: dict[str, Tensor], steps: int) -> None:
         self._start, self._last = start, steps - 1
@@ -146,7 +147,7 @@ class Measure(L.Callback):
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # not what loading took
+            torch.cuda.reset_peak_memory_stats()  # excludes loading
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         trainer.strategy.measure_stage_times = trainer.global_step == self._last - 1
@@ -186,7 +187,7 @@ class Measure(L.Callback):
 
 
 def train(job: Job, setting: Setting) -> list[Run]:
-    """Run a job as one of its ranks: one training for each number of micro-batches, with the same model."""
+    """Run a job as one of its ranks: a training for each number of micro-batches, with the same model."""
     processes = job.stages * job.replicas
     gc.collect()
     if setting.on_gpu:
@@ -198,7 +199,7 @@ def train(job: Job, setting: Setting) -> list[Run]:
     module = make_module(setting, job.way)
     module.weights = job.weights
     start: dict[str, Tensor] = {}
-    # Every step has the same sequences, so that the loss falls.
+    # Every step trains on the same sequences, so that the loss falls.
     data = random_sequences(SEQUENCES, setting.length, setting.vocabulary)
     runs, steps = [], WARM_UP + setting.steps + 2
     for micro_batches in job.micro_batches:

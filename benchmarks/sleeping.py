@@ -1,4 +1,4 @@
-"""A model whose layers sleep their time, so that ranks on few cores are as fast as on their own."""
+"""A model whose layers sleep instead of computing, so that ranks that share few cores run at full speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class Sleeping(nn.Module):
-    """A layer that sleeps its time."""
+    """A layer that sleeps for ``seconds`` in forward, and twice that in backward."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class Sleeping(nn.Module):
 
 
 class Layers:
-    """Sleeping layers that say what they cost.
+    """Sleeping layers that report their costs.
 
     Args:
-        seconds: Of a layer's forward pass on a device of speed 1.
-        layers: How many there are.
-        micro_batches: Of a step.
-        speed: Of this rank.
+        seconds: Time of a layer's forward pass on a device of speed 1.
+        layers: Number of layers.
+        micro_batches: Number of micro-batches a step.
+        speed: Speed of this rank.
     """
 
     def __init__(self, seconds: float, layers: int, micro_batches: int, speed: float) -> None:
@@ -73,7 +73,7 @@ class Layers:
             torch.manual_seed(number)
             return Sleeping(self._seconds / self._speed)
 
-        # Under the names of the whole model.
+        # Named as in the whole model.
         named = OrderedDict((str(number), layer(number)) for number in range(start, stop))
         return nn.Sequential(named).to(device)
 
@@ -99,17 +99,17 @@ def train(
     method: str = "uniform",
     speeds: Sequence[float] = (),
 ) -> tuple[float, list[float]]:
-    """As one of the ranks: the seconds of a step, the median; and the losses.
+    """Train as one of the ranks; return the median seconds of a step, and the losses.
 
     Args:
-        stages: One a rank.
-        virtual_stages: Pieces of each.
-        layers: Of the model.
-        micro_batches: Of a step.
-        seconds: Of a layer's forward pass; backward takes twice that.
-        steps: That are timed.
+        stages: Number of stages, one a rank.
+        virtual_stages: Pieces of each stage.
+        layers: Number of layers of the model.
+        micro_batches: Number of micro-batches a step.
+        seconds: Time of a layer's forward pass; backward takes twice that.
+        steps: Number of timed steps.
         method: The strategy's ``partition_method``.
-        speeds: Of the ranks, which the strategy is told only for ``auto``.
+        speeds: Speeds of the ranks, passed to the strategy only for ``auto``.
     """
     clock = Clock()
     told = list(speeds) if speeds and method == "auto" else None

@@ -1,13 +1,15 @@
-"""Kills a training again and again, resumes it each time, and holds every loss against the undisturbed training.
+"""Kills a training again and again, resumes it each time, and compares every loss with the undisturbed training's.
 
     python benchmarks/soak.py [--kills 54] [--stages 2] [--virtual-stages 1] [--seed 0] [--write]
 
-LoRA with dropout on a tiny Llama, an evaluation every third step, a checkpoint every second step. Each life of the
-training is ended at a random moment: while it starts, during a step, or while a checkpoint is being written; by SIGKILL
-to one rank, by SIGKILL to all, or by SIGTERM to rank 0. The next one takes the newest whole checkpoint. Exits with 1 if
-a loss of any step or evaluation of any life differs in any bit, if more is lost than the steps since the last
-checkpoint (two, and two more while it is being written; none on SIGTERM once training has begun), if a process is left
-after 40 s, or if a temporary is left in the end. The processes are forked from one that has imported everything.
+LoRA with dropout on a tiny Llama, with an evaluation every third step and a checkpoint every second step. Each life of
+the training is ended at a random moment: while it starts, during a step, or while a checkpoint is being written; by
+SIGKILL to one rank, by SIGKILL to all, or by SIGTERM to rank 0. The next life resumes from the newest complete
+checkpoint. The processes are forked from one that has imported everything.
+
+Exits with 1 if the loss of a step or an evaluation in any life differs in any bit, if more is lost than the steps since
+the last checkpoint (two, and two more while it is being written; none on SIGTERM once training has begun), if a process
+is left after 40 s, or if a temporary file is left at the end.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class EverySecondStep(TimedCheckpoint):
 
 
 class Log(L.Callback):
-    """Appends a line ``kind step loss`` for every start, step and evaluation; the losses to the last bit."""
+    """Appends a line ``kind step loss`` for every start, step and evaluation, with the exact bits of the loss."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -77,7 +79,7 @@ class Log(L.Callback):
 
 
 def train(folder: Path, steps: int, stages: int, virtual_stages: int, log: Path) -> None:
-    """One rank of one life."""
+    """Train as one rank of one life."""
     strategy = PipeLiteStrategy(stages, virtual_stages=virtual_stages)
     trainer = L.Trainer(
         strategy=strategy, accelerator="cpu", devices=stages, max_steps=steps, max_epochs=-1, logger=False,
@@ -103,11 +105,11 @@ class Life:
     """The processes of a training from a start to its end.
 
     Args:
-        folder: holds the model and the checkpoints; everything printed goes to a file there.
-        steps: how many the training has in all.
-        stages: the number of ranks.
-        virtual_stages: pieces of each stage.
-        log: where rank 0 writes its losses.
+        folder: Folder of the model, the checkpoints, and a file with all output.
+        steps: Total number of steps of the training.
+        stages: Number of stages, one a rank.
+        virtual_stages: Pieces of each stage.
+        log: File to which rank 0 writes its losses.
     """
 
     def __init__(self, folder: Path, steps: int, stages: int, virtual_stages: int, log: Path) -> None:
@@ -122,7 +124,7 @@ class Life:
             self.alive[rank] = pid
 
     def poll(self) -> bool:
-        """Whether a process is left."""
+        """Return whether a process is still running."""
         for rank, pid in list(self.alive.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -131,7 +133,7 @@ class Life:
         return bool(self.alive)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until the condition holds, all processes have ended, or the time is over; whether it holds."""
+        """Wait until the condition holds, all processes have ended, or time is up; return whether it holds."""
         deadline = time.monotonic() + seconds
         while self.poll() and time.monotonic() < deadline:
             if condition():
@@ -145,12 +147,12 @@ class Life:
                 os.kill(self.alive[rank], signum)
 
     def end_as_torchrun_does(self) -> None:
-        """Send SIGTERM to all once one has ended: until they are connected, ranks wait for each other for ever."""
+        """Send SIGTERM to all once one has ended: until they are connected, ranks wait for each other forever."""
         self.wait_for(lambda: bool(self.statuses), TIMEOUTS)
         self.send(signal.SIGTERM, [*self.alive])
 
     def lines(self) -> list[Line]:
-        """What has been logged; of the last line only if it is complete."""
+        """Return the complete lines of the log."""
         text = self._log.read_text() if self._log.exists() else ""
         fields = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [Line(kind, int(step), loss) for kind, step, loss in fields]
@@ -160,7 +162,7 @@ class Life:
 
 
 def _be_rank(rank: int, stages: int, port: int, folder: Path, function: Callable[[], None]) -> None:
-    """In the forked process: take the place of a rank that torchrun has started; does not return."""
+    """Act in the forked process as a rank started by torchrun; does not return."""
     status = 1
     try:
         output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -188,7 +190,7 @@ class Tally:
     most_lost: int = 0
     differences: int = 0
     orphans: int = 0
-    broken: int = 0  # lives that lost more than they may, or ended in another way than they must
+    broken: int = 0  # lives that lost more than allowed, or ended in a wrong way
 
 
 def soak(folder: Path, kills: int, stages: int, virtual_stages: int, seed: int, report: Report) -> Tally:
@@ -204,7 +206,7 @@ def soak(folder: Path, kills: int, stages: int, virtual_stages: int, seed: int, 
     expected = {(line.kind, line.step): line.loss for line in life.lines() if line.kind != "start"}
     assert sum(kind == "train" for kind, _ in expected) == steps, (undisturbed / "output.txt").read_text()[-3000:]
     done: Counter[tuple[str, str]] = Counter()
-    reached, orderly, seen = 0, False, set()  # the last step logged; whether SIGTERM let it be saved; what was logged
+    reached, orderly, seen = 0, False, set()  # last step logged; whether SIGTERM saved it; all that was logged
     while True:
         life, last = Life(folder, steps, stages, virtual_stages, folder / f"log-{tally.kills}"), tally.kills == kills
         moment, way = drawn.choice(MOMENTS), drawn.choice(WAYS)
@@ -237,7 +239,7 @@ def soak(folder: Path, kills: int, stages: int, virtual_stages: int, seed: int, 
         if last:
             tally.broken += any(life.statuses.values())
             break
-        tally.broken += not any(life.statuses.values())  # it has ended by itself
+        tally.broken += not any(life.statuses.values())  # it ended on its own
         tally.broken += begun and way == WAYS[2] and set(life.statuses.values()) != {128 + signal.SIGTERM}
         tally.kills += 1
         done[moment, way] += 1
@@ -258,7 +260,7 @@ def _wait_until(life: Life, moment: str, checkpoints: Path, drawn: random.Random
     if moment == "step":
         life.wait_for(lambda: False, drawn.uniform(0.0, 0.05))
     else:
-        # One is written every second step; it may be done before it is seen, and training must not end meanwhile.
+        # One is written every second step. It may be complete before it is seen, and training must not end meanwhile.
         life.wait_for(lambda: any(checkpoints.glob(".*partial")) or life.steps() >= after + EVERY, 5)
         life.wait_for(lambda: False, drawn.uniform(0.0, 0.02))
 

@@ -1,25 +1,27 @@
-"""What a training step takes, through the Trainer, against a bare loop with the same layers and transformers + PEFT.
+"""A training step through the Trainer, against a bare loop over the same layers and against transformers + PEFT.
 
     python benchmarks/step.py [--jobs NAME,...] [--steps 20] [--shape 8b|1b|qwen3-moe|gpt-oss|mixtral|tiny|...]
                               [--loops NAME,...] [--write]
 
-On one GPU, random bf16 weights of a Llama's shape or of a mixture of experts', sequences of 4096 tokens (one document
-each, the most work), 4 micro-batches a step, rank 16 in float32 on all linear layers and experts. Each job names the
-loops that train it, from the same values over the same tokens:
+On one GPU, random bf16 weights in the shape of a Llama or of a mixture of experts, sequences of 4096 tokens (one
+document each, the most work), 4 micro-batches a step, rank 16 in float32 on all linear layers and experts. Each job
+names the loops that train it, from the same values over the same tokens:
 
 - *Trainer*: PipeLiteModule under PipeLiteStrategy, one stage.
 - *bare loop*: the same stage, loss and optimizer without Lightning and DeepSpeed.
 - *transformers + PEFT*: their model and forward, recomputed layers, the same optimizer (LoRA and QLoRA).
-- *float32*: the same in float32, products in tf32: what the losses of the others are held to, for mixtures. In bf16
-  PEFT adds B·A to the experts' weights, whose rounding takes most of a small one away.
-- *Unsloth*, where it is installed: its model and recomputation, the same optimizer, first values of its own draw.
+- *float32*: the same in float32, products in tf32: for mixtures, the reference for the others' losses. In bf16, PEFT
+  adds B·A to the experts' weights, whose rounding removes most of a small B·A.
+- *Unsloth*, where it is installed: its model and recomputation, the same optimizer, but its own random initial values.
 
-Tokens/s are those of the median step after three, from the end of one to the end of the next; memory is the most that
-torch had allocated. MFU counts what the model needs (4 floating-point operations a token and frozen weight outside the
-embedding, of experts those that a token goes to; 6 a trained one; and causal attention), no recomputation, over 989
-TFLOP/s, an H100's dense bf16 rate in its data sheet. Exits with 1 if a loss of the Trainer's differs from another
-loop's by more than 2e-2 (for mixtures, from the bare loop's or float32's), or a limit is missed; among the limits are
-the Trainer's time against the bare loop's and, where both jobs ran, offload's against recompute's.
+Tokens/s are those of the median step after three of warm-up, from the end of one to the end of the next; memory is the
+peak of torch's allocated memory. MFU counts the operations that the model needs, without recomputation (4
+floating-point operations a token for each frozen weight outside the embedding, of the experts only those that a token
+is routed to; 6 for a trained one; and causal attention), over 989 TFLOP/s, an H100's dense bf16 rate in its data sheet.
+
+Exits with 1 if a loss of the Trainer's differs from another loop's by more than 2e-2 (for mixtures, from the bare
+loop's or float32's), or if a limit is missed; the limits include the Trainer's time against the bare loop's and, where
+both jobs ran, offload's against recompute's.
 """
 
 from __future__ import annotations
@@ -64,16 +66,16 @@ class Job:
     """What is trained, and what it must reach on an H100.
 
     Attributes:
-        adapter: a name of :func:`make_adapter`.
-        memory: activation_memory.
-        in_4bit: load_in_4bit.
-        in_fp8: load_in_fp8.
-        tokens_per_s: at least.
-        gib: at most.
-        loops: what trains it.
-        shape: the only shape that it fits with, else any.
-        limited: the shape that the limits are for.
-        saving: with scales of 4-bit weights quantised too, and the optimizer's state on the host.
+        adapter: A name of :func:`make_adapter`.
+        memory: The option ``activation_memory``.
+        in_4bit: The option ``load_in_4bit``.
+        in_fp8: The option ``load_in_fp8``.
+        tokens_per_s: Lower limit.
+        gib: Upper limit.
+        loops: The loops that train it.
+        shape: The shape that it is trained with, if not the given one.
+        limited: The shape that the limits apply to.
+        saving: Whether the scales of 4-bit weights are quantised too, and the optimizer's state is on the host.
     """
 
     adapter: str
@@ -100,7 +102,7 @@ JOBS = {
     "control-fp8": Job("Control Adapters", "keep", tokens_per_s=20_000, gib=28, in_fp8=True),
 }
 ALL_LOOPS = (TRAINER, BARE, REFERENCE, FLOAT32, UNSLOTH)
-WHOLE = "qwen3-moe-48"  # which nothing but the job for it fits
+WHOLE = "qwen3-moe-48"  # only its own job fits in memory
 EXPERT_JOBS = {
     "experts-recompute": Job("LoRA", "recompute", False, 40_000, 18.5, ALL_LOOPS, limited="qwen3-moe"),
     "experts-keep": Job("LoRA", "keep", False, 48_000, 40, limited="qwen3-moe"),
@@ -122,7 +124,7 @@ def make_adapter(name: str) -> Adapter:
 
 
 def micro_batches(shape: str, steps: int, adapter: Adapter) -> list[dict[str, Tensor]]:
-    """Sequences of one document; a few that come again, so that the loss falls."""
+    """Return sequences of one document each; a few are repeated, so that the loss falls."""
     length = SHAPES[shape]["max_position_embeddings"]
     made = random_sequences(2 * MICRO_BATCHES, length, SHAPES[shape]["vocab_size"])
     if "control_classes" in adapter.batch_keys:
@@ -134,7 +136,7 @@ def micro_batches(shape: str, steps: int, adapter: Adapter) -> list[dict[str, Te
 
 @dataclass
 class Run:
-    """What a loop gave: losses and the seconds of each step, and GiB at the peak."""
+    """The measurements of a loop: the loss and seconds of each step, and the peak in GiB."""
 
     losses: list[float]
     seconds: list[float]
@@ -146,7 +148,7 @@ class Run:
 
 
 class Timing(L.Callback):
-    """The loss and the end of each step; a profile of one, if wanted. The strategy waits for each loss."""
+    """Records the loss and the end of each step, and optionally profiles one. The strategy waits for each loss."""
 
     def __init__(self, steps: int, profiled: Path | None) -> None:
         self.losses: list[float] = []
@@ -159,7 +161,7 @@ class Timing(L.Callback):
             return
         self.ends.append(time.perf_counter())
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        if self._profiled and self._steps - len(self.losses) < 2:  # the last step, which the others are not slowed by
+        if self._profiled and self._steps - len(self.losses) < 2:  # of the last step, which slows no other
             torch.cuda.synchronize()
             if len(self.losses) == self._steps - 1:
                 self._profiler = torch.profiler.profile().__enter__()
@@ -181,7 +183,7 @@ def make_module(job: Job, directory: str) -> PipeLiteModule:
 
 
 def one_stage_trainer(callback: L.Callback, steps: int, micro_batches: int) -> L.Trainer:
-    """A Trainer that does nothing beside training."""
+    """Return a Trainer that only trains."""
     return L.Trainer(
         strategy=PipeLiteStrategy(), accelerator="auto", devices=1, accumulate_grad_batches=micro_batches,
         max_steps=steps, max_epochs=-1, callbacks=[callback], logger=False, enable_checkpointing=False,
@@ -203,7 +205,7 @@ def bare_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
     layers, loss_of = module.pipeline_layers()
     stage = layers.build_stage(0, len(layers), device())
     stage.expect_documents(1)
-    if REFERENCE in job.loops:  # which starts from the same values
+    if REFERENCE in job.loops:  # that loop starts from the same values
         module.adapter.save(first_values(directory), [layers.trained_state(stage)], Path(directory))
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
@@ -229,7 +231,7 @@ def float32_loop(job: Job, shape: str, directory: str, steps: int) -> Run:
 
 
 def reference_loop(job: Job, shape: str, directory: str, steps: int, dtype: torch.dtype = torch.bfloat16) -> Run:
-    """transformers and PEFT, with the adapter's first values, which the bare loop has written."""
+    """Train with transformers and PEFT from the adapter's initial values, which the bare loop has written."""
     if not first_values(directory).exists():
         bare_loop(job, shape, directory, steps=0)
         free()
@@ -279,7 +281,7 @@ def plain_steps(
         for batch in group:
             loss = forward({name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}) / count
             total += loss.detach()
-            read = AsyncScalar(total.clone())  # as the strategy does: the host does not wait for the backward pass
+            read = AsyncScalar(total.clone())  # as in the strategy: the host does not wait for backward
             loss.backward()
         losses.append(float(read.value()))
         optimizer.step()
@@ -313,7 +315,7 @@ def mfu(job: Job, shape: str, tokens_per_s: float) -> float:
     size = config.get("head_dim", h // config["num_attention_heads"])
     q, kv = (size * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
     weights = layers * (2 * h * q + 2 * h * kv + 3 * h * i) + h * config["vocab_size"]
-    attention = 3 * layers * 2 * length * q  # forward and twice that backward, half of the pairs of tokens
+    attention = 3 * layers * 2 * length * q  # forward, and twice that backward, over half of the pairs of tokens
     return tokens_per_s * ((6 if job.adapter == "full" else 4) * weights + attention) / PEAK_RATE
 
 
@@ -323,7 +325,7 @@ LOOPS: dict[str, Callable[..., Run]] = {
 
 
 def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], tuple[str, str], float]]:
-    """Yield two runs, each a job and a loop, and how many times the second's time the first may take."""
+    """Yield two runs, each a job and a loop, and the limit of the first one's time over the second one's."""
     runs = set(speeds)
     pairs = [((job, TRAINER), (job, BARE), OVERHEAD_LIMIT) for job in JOBS | EXPERT_JOBS]
     pairs.append((("lora-little", TRAINER), ("lora-recompute", TRAINER), OFFLOAD_LIMIT))
@@ -332,16 +334,16 @@ def compared(speeds: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", help="by default all that the shape fits")
+    parser.add_argument("--jobs", help="default: all jobs for the shape")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--loops", help=f"of {', '.join(LOOPS)}; by default all that a job names")
+    parser.add_argument("--loops", help=f"a subset of {', '.join(LOOPS)}; default: all loops of each job")
     parser.add_argument("--profile", type=Path, help="write profiles of a step of the Trainer's to this folder")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/step.md, or step_SHAPE.md")
     arguments = parser.parse_args()
     chosen = arguments.loops.split(",") if arguments.loops else list(LOOPS)
     if unknown := set(chosen) - set(LOOPS):
-        parser.error(f"--loops: {', '.join(unknown)} is none of {', '.join(LOOPS)}")
+        parser.error(f"--loops: unknown {', '.join(unknown)}; choose from {', '.join(LOOPS)}")
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     jobs = EXPERT_JOBS if has_experts(arguments.shape) else JOBS

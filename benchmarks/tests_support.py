@@ -1,6 +1,7 @@
 """Puts ``tests/support`` on the path: benchmarks share with the tests what they train and compare.
 
-Imported for that alone, before what lies there. A benchmark is run by its path, so that Python knows its folder only.
+Only imported for this effect, before the modules from there: a benchmark is run by its path, so only its own folder is
+on Python's path.
 """
 
 import sys

@@ -1,11 +1,12 @@
-"""How well `partition_method: auto` cuts for ranks of unequal speed, against all cuts that there are; over gloo.
+"""How well `partition_method: auto` cuts for ranks of unequal speed, against every possible cut; over gloo.
 
     python benchmarks/unequal.py [--speeds 1,0.5] [--layers 12] [--layer-ms 10] [--micro-batches 8] [--steps 3]
                                  [--write]
 
-The layers sleep their time (backward twice that of forward), on a rank of speed 0.5 twice as long, so that ranks on few
-cores are as fast as on their own. Exits with 1 if the best of all cuts is more than 1/0.93 times as fast as auto's, or
-if a loss differs.
+The layers sleep instead of computing (in backward twice as long as in forward, on a rank of speed 0.5 twice as long),
+so that ranks that share few cores run at full speed.
+
+Exits with 1 if the best cut's step takes less than 0.93 of the time of auto's, or if a loss differs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--layer-ms", type=float, default=10.0, help="forward on a rank of speed 1")
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/unequal.md")
     options = parser.parse_args()
     speeds = [float(speed) for speed in options.speeds.split(",")]

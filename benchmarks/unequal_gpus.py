@@ -1,15 +1,15 @@
-"""How well `partition_method: auto` cuts for a slow GPU with little memory beside another, against all cuts there are.
+"""How well `partition_method: auto` cuts for a slow GPU with little memory next to another one, against every cut.
 
     python benchmarks/unequal_gpus.py [--shape 8b] [--layers 12] [--memory 8] [--micro-batches 8] [--steps 3] [--write]
 
-Two ranks train a LoRA on real text through the Trainer, layers recomputed. The second one's GPU is made slow by
-computing each of its layers twice, forward and backward, and each product in the moment in which the speed of GPUs is
-measured; torch's allocator may take no more of it than ``--memory`` GiB. A cut that the plan refuses there counts as
-none.
+Two ranks train a LoRA on real text through the Trainer, with recomputed layers. The second GPU is slowed down by
+computing each of its layers twice, forward and backward, and each product twice while the speed of the GPUs is
+measured; torch's allocator may take at most ``--memory`` GiB of it. A cut that the plan refuses is left out. Without
+two GPUs, this only shows on a CPU that it works: speeds are given, and time and memory are not checked. unequal.py
+times cuts there, with layers that sleep.
 
-Exits with 1 if a loss differs by more than 1e-2; on GPUs also if the best of all cuts is more than 1/0.93 times as fast
-as auto's, or a peak is more than 5 % from what the plan says. Without two GPUs it shows on a CPU that it works, where
-speeds are told, and nothing is said of time and memory: unequal.py times cuts there, of layers that sleep.
+Exits with 1 if a loss differs by more than 1e-2; on GPUs, also if the best cut's step takes less than 0.93 of the time
+of auto's, or if a peak is more than 5 % from the plan's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GIB = 2**30
 
 
 class Twice(nn.Module):
-    """A layer that is computed twice, for the same result."""
+    """A layer that is computed twice, with the same result."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Twice(nn.Module):
 
 
 class Watch(Clock):
-    """Makes the layers slow, where they are to be; notes the end and the loss of each step, and the peak."""
+    """Slows the layers down if ``slow``; records the end and the loss of each step, and resets the peak."""
 
     def __init__(self, slow: bool) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Watch(Clock):
 
 @contextlib.contextmanager
 def slow_products() -> Iterator[None]:
-    """Let the plan find this rank's GPU half as fast."""
+    """Make the plan measure half the speed on this rank's GPU."""
 
     def measured(device: torch.device) -> float:
         once = torch.mm
@@ -98,7 +98,7 @@ def slow_products() -> Iterator[None]:
 
 
 def train(setting: Setting, method: str, memory: float, micro_batches: int) -> dict[str, Any] | None:
-    """As one of the ranks: the seconds of a step, losses, the peak in bytes and the stage; None if it does not fit."""
+    """Train as one of the ranks; return step time, losses, peak in bytes and the stage, or None if it does not fit."""
     rank = int(os.environ["RANK"])
     if setting.on_gpu:
         torch.cuda.empty_cache()
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12 if on_gpu else 4)
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of the slow GPU")
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/unequal_gpus.md")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,11 @@
-"""The steps of benchmarks/step.py as Unsloth takes them; a part of it, in a process of its own.
+"""The steps of benchmarks/step.py in Unsloth; called by it, in a process of its own.
 
     python benchmarks/unsloth_step.py JOB
 
-Unsloth changes transformers as it is imported, and must be imported first: so nothing else is compared in this process.
-JOB is a JSON file: the model's directory, the file of micro-batches, what is adapted, whether in 4 bits. Prints the
-losses, the seconds of each step and GiB at the peak, as JSON. The adapter's first values are PEFT's own draw.
+Unsloth patches transformers when it is imported, and must be imported first, so nothing else runs in this process. JOB
+is a JSON file: the model's directory, the file of micro-batches, the target modules, and whether to load in 4 bits.
+Prints the losses, the seconds of each step and the peak in GiB as JSON. The adapter's initial values are PEFT's own
+random ones.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def is_installed() -> bool:
 def run_unsloth(
     directory: str, batches: list[dict[str, Any]], *, attention_alone: bool, in_4bit: bool
 ) -> dict[str, Any]:
-    """Train in a process of its own; return ``losses``, ``seconds`` and ``gib``."""
+    """Train in a fresh process; return ``losses``, ``seconds`` and ``gib``."""
     import torch
 
     write_tokenizer(Path(directory))
@@ -56,7 +57,7 @@ def run_unsloth(
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write one that Unsloth can load; nothing is tokenised."""
+    """Write a tokenizer that Unsloth can load; it tokenises nothing."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -107,6 +108,6 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # which Unsloth talks to
+    with contextlib.redirect_stdout(sys.stderr):  # Unsloth prints to stdout
         answer = train(json.loads(Path(sys.argv[1]).read_text()))
     print(json.dumps(answer))

@@ -2,10 +2,12 @@
 
     python benchmarks/virtual_stages.py [--stages 4] [--layer-ms 30] [--steps 4] [--write]
 
-The layers compute next to nothing: they sleep their time, 30 ms forward and twice that backward, so that ranks on few
-cores are as fast as on their own. What is compared is the schedule with its transfers. *Efficiency* is the layers' time
-by the step's time and the number of stages, *ideal* is that of equal pieces, m/(m+(p-1)/V). Exits with 1 if two pieces
-a stage are not 1.15 times as fast as one where there are as many micro-batches as stages, or if a loss differs.
+The layers compute next to nothing but sleep, 30 ms forward and twice that backward, so that ranks that share few cores
+run at full speed. This compares the schedules with their transfers. *Efficiency* is the layers' time over the step's
+time and the number of stages, *ideal* is that of equal pieces, m/(m+(p-1)/V).
+
+Exits with 1 if two pieces a stage are less than 1.15 times as fast as one with as many micro-batches as stages, or if a
+loss differs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--layer-ms", type=float, default=30.0, help="forward; backward takes twice that")
-    parser.add_argument("--steps", type=int, default=4, help="that are timed")
+    parser.add_argument("--steps", type=int, default=4, help="number of timed steps")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/virtual_stages.md")
     options = parser.parse_args()
     stages, layers, seconds = options.stages, options.stages * max(PIECES), options.layer_ms / 1000

@@ -1,13 +1,15 @@
-"""What CompositeWeightDecay takes a step, with the LoRA of a Llama 8B, against forming every B·A.
+"""What CompositeWeightDecay costs a step with the LoRA of a Llama 8B, against forming every B·A.
 
     python benchmarks/weight_decay.py [--gpu] [--write]
 
 The shapes of all linear layers of 32 layers (4096 wide, 14 336 in the MLP, 8 key-value heads), rank 16, float32, random
-values; on a CPU of 4 layers only, as the direct way would take minutes there. Time is that of a step on the wall, from
-one idle device to the next, the median of several; the launch is the part that the host is busy. Memory is what is
-allocated beyond the adapters at the peak (on a CPU, of tensors alive at once). The direct way is per module: W =
-B·A, its norm, both updates, W again and its norm, as qlora-pipe-lite does. Both start from the same values and must end
-within 1e-6 of each other, relative.
+values; on a CPU only 4 layers, as the direct way would take minutes there. Time is the wall time of a step from one
+idle device to the next, the median of several; "on the host" is the part in which the host is busy. Memory is the peak
+allocated beyond the adapters (on a CPU, of the tensors alive at once). The direct way computes for each module W = B·A,
+its norm, both updates, then W and its norm again, as qlora-pipe-lite does. Both start from the same values.
+
+Exits with 1 if the two end with a relative difference of more than 1e-6; with --gpu, also if a step takes 3 ms or 64
+MiB or more.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ TIME_LIMIT, MEMORY_LIMIT, DIFFERENCE_LIMIT = 3.0, 64.0, 1e-6  # ms and MiB on a 
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """LoRA layers of PEFT around linear layers whose own weights stay on the meta device."""
+    """Return PEFT's LoRA layers around linear layers whose own weights stay on the meta device."""
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK)
     layers = nn.ModuleDict()
@@ -58,7 +60,7 @@ def make_model(device: torch.device) -> nn.Module:
 
 
 def composite_step(model: nn.Module) -> Callable[[bool], None]:
-    """The callback's work after a step of an optimizer over all adapters; logging adds what a logged step adds."""
+    """Return the callback's work after an optimizer step over all adapters; its argument says whether the step logs."""
     callback = CompositeWeightDecay(DECAY)
     callback._pairs = find_low_rank(model)
     trained = [p for pair in callback._pairs for p in (pair.a, pair.b)]
@@ -68,7 +70,7 @@ def composite_step(model: nn.Module) -> Callable[[bool], None]:
 
 @torch.no_grad()
 def direct_step(model: nn.Module) -> list[float]:
-    """Form W for each module, as often as the formulas name it; return by how much each norm falls."""
+    """Form W for each module wherever the formulas need it; return by how much each norm falls."""
     falls = []
     for pair in find_low_rank(model):
         w = pair.b @ pair.a
@@ -86,7 +88,7 @@ def settle(device: torch.device) -> None:
 
 
 def timed(function: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
-    """The median milliseconds of a call, and of its part on the host."""
+    """Return the median milliseconds of a call, and of its part on the host."""
     whole, host = [], []
     for _ in range(repeats):
         settle(device)
@@ -99,7 +101,7 @@ def timed(function: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def peak(function: Callable[[], object], device: torch.device) -> float:
-    """MiB that a call allocates at its peak."""
+    """Return the MiB that a call allocates at its peak."""
     if device.type == "cuda":
         settle(device)
         torch.cuda.reset_peak_memory_stats()
@@ -113,7 +115,7 @@ def peak(function: Callable[[], object], device: torch.device) -> float:
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations of torch, views included, and the bytes of the storages that they make and that are alive."""
+    """Counts torch operations, including views, and the bytes of live storages that they allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ def _has_memory(value: Any) -> bool:
 
 
 def launches(function: Callable[[], object]) -> int:
-    """How many kernels a call launches on the GPU."""
+    """Return how many kernels a call launches on the GPU."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         function()
         torch.cuda.synchronize()
@@ -148,7 +150,7 @@ def launches(function: Callable[[], object]) -> int:
 
 
 def largest_difference(model: nn.Module, other: nn.Module) -> float:
-    """Of any A or B, in the 2-norm, relative."""
+    """Return the largest relative difference, in the 2-norm, of any A or B."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs if not a.is_meta)
 
@@ -177,7 +179,7 @@ def main() -> None:
     report = Report(name, "| a step | ms | of it on the host | MiB beyond the adapters |", "| --- | --- | --- | --- |")
     step = composite_step(model)
     for logs in (False, True):
-        step(logs)  # views and libraries' workspaces are made once
+        step(logs)  # warm-up: views and library workspaces are created once
         whole, host = timed(lambda logs=logs: step(logs), device, 20 if arguments.gpu else 3)  # type: ignore[misc]
         extra = peak(lambda logs=logs: step(logs), device)  # type: ignore[misc]
         if not logs:
@@ -194,7 +196,7 @@ def main() -> None:
     step(False)
     began = time.perf_counter()
     extra = peak(lambda: direct_step(direct), device)
-    whole = host = 1e3 * (time.perf_counter() - began)  # slow on a CPU: not once more
+    whole = host = 1e3 * (time.perf_counter() - began)  # on a CPU it is too slow to repeat
     difference = largest_difference(model, direct)
     if arguments.gpu:
         whole, host = timed(lambda: direct_step(direct), device, 3)
