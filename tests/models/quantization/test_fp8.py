@@ -1,4 +1,4 @@
-"""Decoder layers in FP8 against the same model with the weights that their codes stand for."""
+"""Models with decoder layers in FP8 equal the same models with the dequantised weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def layers_of(directory: Path, adapter: Any, **options: Any) -> CausalLMLayers:
 
 
 def dequantised(directory: Path) -> PreTrainedModel:
-    """The whole model with what the codes of its weights stand for."""
+    """Return the whole model, with its decoder layers' weights quantised to FP8 and dequantised."""
     model = reference(directory)
     for layer in model.model.layers:
         for module in layer.modules():
@@ -110,7 +110,7 @@ def test_gradients_of_adapters_are_pefts_on_what_the_codes_stand_for(tmp_path: P
 def test_ways_to_keep_activations_change_nothing(
     tmp_path: Path, adapter: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With products in FP8, as on a GPU that has them."""
+    """With FP8 products, as on a GPU that supports them."""
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
     write(tmp_path, "llama")
     classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
@@ -168,7 +168,7 @@ def test_compiled_layers_are_one_graph(
         stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, **options), [0, 4])
         give_b_values(stages)
         outcomes.append(train_stages(stages, classes=classes))
-    assert counter.frame_count == 2  # the very first layer's input needs no gradient
+    assert counter.frame_count == 2  # two, as the first layer's input requires no gradient
     (logits, gradients), (expected, expected_gradients) = outcomes
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
     for name, gradient in expected_gradients.items():
@@ -188,7 +188,7 @@ def test_transposed_weights_biases_and_rows_of_zeros(tmp_path: Path) -> None:
     for block in model.transformer.h:
         for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
             module.weight.data = dequantise_rows(*quantise_rows(module.weight.data.T), torch.float32).T.contiguous()
-            module.weight.data.isfinite().all()
+            assert module.weight.data.isfinite().all()
     stages = build(layers_of(tmp_path, LoRA(4), packed=False, attn_implementation="eager"), [0, 1, 2])
     (input_ids, _), _ = micro_batches()
     positions = torch.arange(12).expand(2, -1)
@@ -204,7 +204,7 @@ def test_routers_and_ends_keep_their_precision_and_fused_experts_are_refused(tmp
     config = Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64)
     for name, kind in (("qwen", config), ("mixtral", MixtralConfig(**SIZES))):
         AutoModelForCausalLM.from_config(kind, dtype=torch.float32).save_pretrained(tmp_path / name)
-        with pytest.raises(ConfigurationError, match=f"load_in_fp8 does not know the fused experts of .*{name}"):
+        with pytest.raises(ConfigurationError, match=f"load_in_fp8 does not support the fused experts of .*{name}"):
             layers_of(tmp_path / name, LoRA(4))
     stage = layers_of(write(tmp_path / "llama", "llama"), LoRA(4)).build_stage(0, 4, CPU)
     others = {n for n, p in stage.named_parameters() if not p.requires_grad and not n.endswith(("codes", "scales"))}
@@ -216,7 +216,7 @@ def test_routers_and_ends_keep_their_precision_and_fused_experts_are_refused(tmp
 @pytest.mark.parametrize(
     ("options", "adapter", "sentence"),
     [
-        ({"load_in_4bit": True}, LoRA(4), "load_in_4bit and load_in_fp8 exclude each other"),
+        ({"load_in_4bit": True}, LoRA(4), "load_in_4bit and load_in_fp8 are mutually exclusive"),
         ({}, Full(), "load_in_fp8 cannot be used with Full"),
         ({}, LoRA(4, init_lora_weights="pissa"), "load_in_fp8 cannot be used with init_lora_weights pissa"),
     ],
@@ -241,7 +241,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
 @pytest.mark.parametrize(
     ("dtype", "able", "sentence"),
     [
-        (torch.bfloat16, False, "weights are dequantised before each product.*cpu has no products in FP8"),
+        (torch.bfloat16, False, "weights are dequantised before each.*cpu does not support FP8 matrix products"),
         (torch.float32, True, "weights are dequantised.*model.dtype is not bfloat16"),
     ],
 )
@@ -257,7 +257,7 @@ def test_one_sentence_says_that_products_are_not_in_fp8(
 
 
 def test_loading_holds_no_more_than_one_weight_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is quantised, the ones before are codes, and those after are not read."""
+    """No thread reads weights ahead, so each can be quantised before the next is read."""
     write(tmp_path, "llama")
     from transformers import core_model_loading
 
@@ -280,7 +280,7 @@ def test_scales_stay_in_float32_and_a_weight_can_be_set_again(tmp_path: Path) ->
 
 
 def test_layers_of_one_input_are_held_and_computed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is still itself for whoever asks for it, moves it, calls it, or sets its weight."""
+    """Each layer can still be read, moved, called and given a new weight separately."""
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
     whole = reference(write(tmp_path, "llama"))
     (stage,) = build(layers_of(tmp_path, LoRA(4), dtype=torch.bfloat16), [0, 4])
@@ -342,6 +342,6 @@ def test_peft_merges_no_adapter_into_a_weight_that_would_not_keep_it(options: An
     model = get_peft_model(nn.Sequential(layer), config)
     x = torch.randn(3, 32)
     before = model(x)
-    with pytest.raises(ConfigurationError, match="load_in_fp8 holds cannot be changed, as a merge"):
+    with pytest.raises(ConfigurationError, match="held by load_in_fp8 cannot be changed, so no adapter"):
         model.merge_adapter(safe_merge=safe_merge)
     torch.testing.assert_close(model(x), before)
