@@ -20,7 +20,7 @@ from lightning_pipelite.callbacks.support.low_rank import chunks, find_low_rank,
 from lightning_pipelite.export import analyze, export_gguf, merge
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.flops import training_flops
-from tiny_models import CPU, POSITIONS, build, cross_entropy, micro_batches, run_stages, train_stages
+from tiny_models import POSITIONS, build, cross_entropy, micro_batches, run_stages, train_stages
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

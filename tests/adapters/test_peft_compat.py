@@ -1,4 +1,4 @@
-"""Canaries: what is used of PEFT though it does not document it. One that fails says what went."""
+"""Canaries for the undocumented parts of PEFT that are used here. A failure says which one changed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ EXPORTED = {"peft", "peft.tuners.lora", "peft.utils"}
         ("peft.tuners.lora", "ParamWrapper._activate_lora", "LoRA on experts in 4 bits trains"),
         ("peft.tuners.lora", "ParamWrapper.get_param", "LoRA on experts in 4 bits trains"),
         ("peft.tuners.lora", "ParamWrapper.get_delta_factors", "LoRA on experts in 4 bits trains"),
-        ("peft.tuners.lora", "LoraLayer._disable_adapters", "layers see that their adapter is switched off"),
+        ("peft.tuners.lora", "LoraLayer._disable_adapters", "layers detect that their adapter is disabled"),
         ("peft.tuners.lora", "Linear.pissa_init", "init_lora_weights pissa"),
         ("peft.tuners.lora.dora", "DoraLinearLayer.update_layer", "use_dora has its magnitudes"),
-        ("peft.tuners.lora.variants", "DoraLinearVariant", "norms and decay know DoRA by its class's name"),
+        ("peft.tuners.lora.variants", "DoraLinearVariant", "norms and decay recognise DoRA by its class name"),
         ("peft.tuners.lora.variants", "ALoraLinearVariant", "norms and decay know aLoRA by its class's name"),
     ],
 )
 def test_the_name_is_there(module: str, name: str, used_for: str) -> None:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
-        assert hasattr(found, part), f"PEFT has no {module}.{name} any more, by which {used_for}"
+        assert hasattr(found, part), f"PEFT no longer has {module}.{name}, which is needed so that {used_for}"
         found = getattr(found, part)
 
 
@@ -66,7 +66,7 @@ def test_experts_factors_are_laid_out_as_pefts_own_product() -> None:
     from lightning_pipelite.adapters.peft_compat import expert_factors, is_swapped
 
     _, layer = wrapped()
-    assert hasattr(layer, "_did_swap_in_out_features"), "ParamWrapper has no _did_swap_in_out_features any more"
+    assert hasattr(layer, "_did_swap_in_out_features"), "ParamWrapper no longer has _did_swap_in_out_features"
     a, b = expert_factors(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.num_experts)
     product = 3.0 * b @ a
     expected = layer.get_delta_weight("default")

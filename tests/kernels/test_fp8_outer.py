@@ -1,4 +1,4 @@
-"""Gradients from codes against float64, natively and under Triton's interpreter."""
+"""Gradients computed from FP8 codes equal float64, natively and under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from lightning_pipelite.kernels.fp8_outer import DEPTH, outer_with_codes
 
 ON_GPU = torch.cuda.is_available() and fp8.has_fp8(torch.device("cuda"))
 DEVICE = "cuda" if ON_GPU else "cpu"
-# Rows of u times scales are rounded, to a last bit of 2^-8 of their value; the interpreter multiplies bfloat16's bits.
+# Rows of u times scales are rounded, in bfloat16 by up to 2^-8 of their value. The interpreter cannot multiply
+# bfloat16: it multiplies the bits.
 ERRORS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 if INTERPRETED:
     del ERRORS[torch.bfloat16]
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernel runs by itself")
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run natively")
 def test_under_the_interpreter() -> None:
     pass_interpreted(__file__)
 
@@ -38,7 +39,7 @@ def test_sums_over_rows_of_very_different_size(rows: int, width: int, few: int, 
     exact = dequantise_rows(codes, scales, torch.float64)
     sizes = u.double().abs().T @ exact.abs()
     assert ((found.double() - u.double().T @ exact).abs() <= ERRORS[dtype] * sizes).all()
-    assert torch.equal(found, outer_with_codes(u, codes, scales))  # in every run
+    assert torch.equal(found, outer_with_codes(u, codes, scales))  # deterministic
 
 
 def test_the_product_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""Canaries: what is used of transformers though it does not document it. One that fails says what went."""
+"""Canaries for the undocumented parts of transformers that are used here. A failure says which one changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 PACKAGE = Path(__file__).parents[2] / "lightning_pipelite"
-COMPAT = ("models/transformers_compat.py", "data/template.py")  # the data room knows no models
+COMPAT = ("models/transformers_compat.py", "data/template.py")  # the data package imports nothing of models
 DOCUMENTED = {"transformers", "transformers.utils", "transformers.utils.logging"}
 LOADING, MASKS = "transformers.core_model_loading", "transformers.masking_utils"
 
@@ -22,8 +22,8 @@ LOADING, MASKS = "transformers.core_model_loading", "transformers.masking_utils"
     ("module", "name", "used_for"),
     [
         ("transformers.conversion_mapping", "get_model_conversion_mapping", "export reads weights one by one"),
-        (LOADING, "Concatenate", "GGUF cuts fused experts apart"),
-        (LOADING, "MergeModulelist", "GGUF cuts fused experts apart"),
+        (LOADING, "Concatenate", "GGUF splits fused experts"),
+        (LOADING, "MergeModulelist", "GGUF splits fused experts"),
         (LOADING, "WeightConverter.convert", "export reads weights one by one"),
         (LOADING, "WeightConverter.reverse_transform", "export writes weights in the layout of the files"),
         (LOADING, "WeightRenaming", "export reads weights one by one"),
@@ -41,7 +41,7 @@ LOADING, MASKS = "transformers.core_model_loading", "transformers.masking_utils"
         (
             "transformers.modeling_utils",
             "caching_allocator_warmup",
-            "nothing is reserved that nobody takes",
+            "loading reserves no GPU memory that is not used",
         ),
         ("transformers", "AutoModelForCausalLM._model_mapping", "the class is found that PEFT will load"),
         ("transformers.modeling_rope_utils", "dynamic_rope_update", "rope.py undoes what it leaves in a module"),
@@ -51,7 +51,7 @@ LOADING, MASKS = "transformers.core_model_loading", "transformers.masking_utils"
 def test_the_name_is_there(module: str, name: str, used_for: str) -> None:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
-        assert hasattr(found, part), f"transformers has no {module}.{name} any more, by which {used_for}"
+        assert hasattr(found, part), f"transformers no longer has {module}.{name}, which is needed so that {used_for}"
         found = getattr(found, part)
 
 
@@ -78,7 +78,7 @@ def test_loading_asks_the_class_what_it_forgives(tmp_path: Path) -> None:
 
     own = loading_class(kind, build, lambda self, report: reports.append(set(report.unexpected_keys)))
     own.from_pretrained(str(tmp_path))
-    told = "from_pretrained does not call _adjust_missing_and_unexpected_keys(report) of a subclass any more"
+    told = "from_pretrained no longer calls a subclass's _adjust_missing_and_unexpected_keys(report)"
     assert reports == [{"lm_head.weight"}], told
     assert own.__name__ == "LlamaForCausalLM"
 
@@ -94,7 +94,7 @@ def test_a_parameter_that_is_marked_is_not_initialised() -> None:
     for module in model.modules():
         module._is_hf_initialized = False
     model.initialize_weights()
-    assert marked.eq(7).all(), "transformers does not heed _is_hf_initialized any more"
+    assert marked.eq(7).all(), "transformers now ignores _is_hf_initialized"
     assert not other.eq(7).any()
 
 
@@ -107,11 +107,11 @@ def test_experts_tell_their_layout() -> None:
     with torch.device("meta"):
         experts = AutoModelForCausalLM.from_config(config).model.layers[0].mlp.experts
     for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts"):
-        assert hasattr(experts, name), f"experts have no {name} any more, by which models/experts.py knows their layout"
+        assert hasattr(experts, name), f"experts no longer have {name}, from which models/experts.py determines their layout"
 
 
 def test_a_mask_is_built_from_what_is_registered() -> None:
-    """In the mask, not in what the model hands over: positions may be lost on the way."""
+    """The documents come from the registered mask function, as a model may not pass positions on to its masks."""
     from lightning_pipelite.models.attention.document_mask import document_mask
 
     model = AutoModelForCausalLM.from_config(small(), dtype=torch.float32).eval()
