@@ -152,8 +152,8 @@ def _check(logits: Tensor, labels: Tensor, weights: Tensor | None, scale: float)
     rows = (len(logits),)
     if labels.shape != rows or (weights is not None and weights.shape != rows) or logits.stride(1) != 1:
         raise ValueError(
-            f"logits {tuple(logits.shape)} with strides {logits.stride()} do not fit labels {tuple(labels.shape)}; "
-            "give [rows, vocabulary] with contiguous rows, and as many labels and weights as rows"
+            f"logits {tuple(logits.shape)} with strides {logits.stride()} do not match labels {tuple(labels.shape)}; "
+            "pass [rows, vocabulary] with contiguous rows, and one label and one weight per row"
         )
 
 

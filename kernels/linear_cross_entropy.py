@@ -51,8 +51,8 @@ def linear_cross_entropy(
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do "
-            "not fit together"
+            f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} "
+            "have incompatible shapes"
         )
     numbers, values = rows if rows is not None else (labels.new_empty(0), None)
     total: Tensor = _LinearCrossEntropy.apply(
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (factor,) = gradients
         if ctx.of is None:
-            raise RuntimeError("linear_cross_entropy goes through one backward pass only, without retain_graph")
+            raise RuntimeError("linear_cross_entropy supports one backward pass only, without retain_graph")
         hidden, *others = (None if of is None else scale_(of, factor) for of in ctx.of)
         ctx.of = None  # autograd would copy gradients that are still referenced here
         weight, bias, values = (

@@ -11,7 +11,7 @@ from lightning_pipelite.kernels.device import at_least_16, runs_triton
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile
 
 BLOCK = 128  # choices sorted by one program
-WRONG = "a router chose an expert that there is not"
+WRONG = "a router chose an expert that does not exist"
 BLOCKS = 32  # whose counts are added up at once
 
 

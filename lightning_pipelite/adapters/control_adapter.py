@@ -167,8 +167,8 @@ class _Controlled(Mixin):
         extra = self._stage_model[0].extra_inputs
         if len(extra) != 1:
             raise ConfigurationError(
-                "a Control Adapter is trained, but the batches have no control_classes; give each dataset its "
-                "control_class."
+                "a Control Adapter needs control_classes in every batch, but these batches have none; set "
+                "control_class for each dataset."
             )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         version = hidden_states._version

@@ -33,8 +33,8 @@ def load_control_adapter(directory: str | Path) -> dict[int, tuple[Tensor, Tenso
     for number, parts in layers.items():
         if not _has_directions(parts):
             raise ConfigurationError(
-                f"{directory}: layer {number} has {_shapes(parts)}; control_Q [hidden, rank] and control_S [rank] are "
-                "needed; save the adapter again, or name another."
+                f"{directory}: layer {number} has {_shapes(parts)}, not control_Q [hidden, rank] and control_S "
+                "[rank]; save the adapter again, or choose another."
             )
     return {number: (parts["Q"], parts["S"]) for number, parts in sorted(layers.items())}
 
@@ -90,12 +90,12 @@ class ControlAdapterFile:
             raise ConfigurationError(f"{directory} has no {CONFIG_FILE}; give an adapter's directory.")
         names, tensors = _read_layers(self.directory)
         if len(names) != 1:
-            raise ConfigurationError(f"{directory} names its layers in {len(names)} ways; one is needed.")
+            raise ConfigurationError(f"{directory} has {len(names)} names for its list of layers; one is expected.")
         (self.layers_name,) = names
         self.transforms = {number: self._transform(number, tensors[number]) for number in sorted(tensors)}
         shapes = {each.left.shape for each in self.transforms.values()}
         if len(shapes) != 1:
-            raise ConfigurationError(f"{directory} has layers of {len(shapes)} different shapes; one is needed.")
+            raise ConfigurationError(f"{directory} has layers of {len(shapes)} different shapes; one is expected.")
         self.hidden, self.rank = shapes.pop()
 
     def _transform(self, number: int, parts: dict[str, Tensor]) -> Transform:
@@ -107,8 +107,8 @@ class ControlAdapterFile:
         if parts.keys() == {"A", "B"} and parts["A"].ndim == 2 and parts["B"].shape == parts["A"].mT.shape:
             return Transform(parts["B"], parts["A"])
         raise ConfigurationError(
-            f"{self.directory}: layer {number} has {_shapes(parts)}; control_Q [hidden, rank] and control_S [rank] are "
-            "needed."
+            f"{self.directory}: layer {number} has {_shapes(parts)}, not control_Q [hidden, rank] and control_S "
+            "[rank]; choose another adapter."
         )
 
 
@@ -132,7 +132,7 @@ def _read_layers(directory: Path) -> tuple[set[str], dict[int, dict[str, Tensor]
         match = KEY.fullmatch(key)
         if match is None:
             raise ConfigurationError(
-                f"{directory} holds {key}, which is no part of a Control Adapter; give the directory of one."
+                f"{directory} holds {key}, which is not part of a Control Adapter; give the directory of one."
             )
         names.add(match[1])
         layers.setdefault(int(match[2]), {})[match[3]] = tensor

@@ -56,12 +56,14 @@ class Full(Adapter):
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         if load_in_4bit:
-            raise ConfigurationError("load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.")
+            raise ConfigurationError(
+                "load_in_4bit cannot be used with Full: 4-bit weights cannot be trained; use LoRA."
+            )
         if meta_model.is_text_part and meta_model.key_mapping is None and _is_pickled(meta_model.model_dir):
             raise ConfigurationError(
-                f"{meta_model.model_dir} has pickled weights (.bin) only, of which what is for images or sound cannot "
-                "be saved along; save the model by transformers' save_pretrained, which writes safetensors, and give "
-                "that."
+                f"{meta_model.model_dir} has pickled weights (.bin) only, from which the image or audio part cannot be "
+                "copied when the trained model is saved; save the model with transformers' save_pretrained, which "
+                "writes safetensors, and use that."
             )
         self._trained(meta_model)
 
@@ -83,7 +85,7 @@ class Full(Adapter):
     @override
     def place(self, directory: Path, meta_model: MetaModel) -> AbstractContextManager[Path]:
         if directory.resolve() == meta_model.model_dir.resolve():
-            raise ConfigurationError(f"{directory} is the model that is trained; choose another place to save to.")
+            raise ConfigurationError(f"{directory} is the model being trained; choose another place to save to.")
         copied = {path.parts[0] for path in companions(meta_model.model_dir)}
         return whole_directory(directory, [*KNOWN_FILES, *map(escape, copied)])
 
@@ -113,7 +115,7 @@ class Full(Adapter):
             layers = set(parse_layers(self.layers_to_transform, len(meta_model.layers)))
             names = {name for name in names if meta_model.layer_of(name) in layers}
         if not names:
-            raise ConfigurationError("target_modules matches no weight of layers_to_transform; widen either.")
+            raise ConfigurationError("target_modules matches no weight in layers_to_transform; widen one of the two.")
         return names
 
 

@@ -110,10 +110,12 @@ class LoRA(Adapter):
             check_numbers(trainable_token_indices)
         if init_from is not None and init_lora_weights != "default":
             raise ConfigurationError(
-                f"init_from and init_lora_weights {init_lora_weights} both say where A and B start; leave out one."
+                f"init_from and init_lora_weights {init_lora_weights} both set the initial A and B; leave one out."
             )
         if self._pissa and (use_rslora or use_dora):
-            raise ConfigurationError("init_lora_weights pissa goes with plain LoRA; set use_rslora and use_dora false.")
+            raise ConfigurationError(
+                "init_lora_weights pissa works with plain LoRA only; set use_rslora and use_dora to false."
+            )
 
     @property
     def _pissa(self) -> bool:
@@ -134,7 +136,9 @@ class LoRA(Adapter):
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
         linear, fused = self._targets(meta_model)
         if self._pissa and load_in_4bit:
-            raise ConfigurationError("init_lora_weights pissa changes the weights, which load_in_4bit cannot; use one.")
+            raise ConfigurationError(
+                "init_lora_weights pissa changes the base's weights, which load_in_4bit does not allow; leave one out."
+            )
         if self._pissa and (small := [n for n in linear if min(_shape(meta_model, n)) < self.rank]):
             raise ConfigurationError(
                 f"rank is {self.rank}, but {small[0]}, which init_lora_weights pissa decomposes, has only "
@@ -143,8 +147,8 @@ class LoRA(Adapter):
         for name, option in (("dropout", self.dropout), ("use_dora", self.use_dora), ("pissa", self._pissa)):
             if fused and option:
                 raise ConfigurationError(
-                    f"{name} does not work on fused experts such as {fused[0]}; leave it out, or name other "
-                    "target_modules."
+                    f"{name} does not work on fused experts such as {fused[0]}; leave it out, or choose "
+                    "other target_modules."
                 )
         rows = self._rows(meta_model)
         if rows:
@@ -220,7 +224,7 @@ class LoRA(Adapter):
         config.save_pretrained(str(directory))
         weights = named_as_whole(states, meta_model)
         if self._pissa and any(t.shape[0] != config.r for n, t in weights.items() if n.endswith("lora_A.weight")):
-            raise ValueError("these are not the tensors that state_dict() gives for init_lora_weights pissa")
+            raise ValueError("these are not the tensors that state_dict() returns with init_lora_weights pissa")
         save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         record_base(directory, meta_model.fingerprint)
 

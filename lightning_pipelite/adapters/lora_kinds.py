@@ -56,7 +56,7 @@ def read_lora_config(directory: Path, *, invoked: bool = False) -> LoraConfig:
     try:
         config = LoraConfig.from_pretrained(str(directory))
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{directory / CONFIG_FILE} is no LoRA configuration: {error}.") from error
+        raise ConfigurationError(f"{directory / CONFIG_FILE} is not a valid LoRA configuration: {error}.") from error
     _check_start(config.init_lora_weights, directory)
     config.init_lora_weights = True  # whatever it was, the values come from the file
     config.inference_mode = True
@@ -82,7 +82,7 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
             if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 name = module.removeprefix("base_model.model.")
                 lacks = f"lacks {module}{first if a is None else second}" if a is None or b is None else ""
-                lacks = lacks or f"holds for {name} an A of shape {list(a.shape)} and a B of {list(b.shape)}"  # type: ignore[union-attr]
+                lacks = lacks or f"has an A of shape {list(a.shape)} and a B of {list(b.shape)} for {name}"  # type: ignore[union-attr]
                 raise ConfigurationError(f"{directory} {lacks}; fetch it again.")
             pairs[module] = (module + first, module + second)
         elif not (
@@ -98,7 +98,7 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], directory: 
     if config.trainable_token_indices and not any(key.endswith(ROWS) for key in tensors):
         raise ConfigurationError(f"{directory} lacks the rows of its trainable_token_indices; fetch it again.")
     if not pairs:
-        raise ConfigurationError(f"{directory} holds no A and B of any module; choose another adapter.")
+        raise ConfigurationError(f"{directory} holds no A and B for any module; choose another adapter.")
     return pairs
 
 
@@ -128,12 +128,12 @@ def _refuse_more(given: Mapping[str, Any], directory: Path, known: set[str]) -> 
             continue
         if name == INVOKED:
             raise ConfigurationError(
-                f"{directory} sets {INVOKED}: an activated LoRA changes no weight, but what comes after certain "
-                "tokens; use it beside its base, in PEFT or (pipelite export-gguf) in llama.cpp."
+                f"{directory} sets {INVOKED}: an activated LoRA applies only after its invocation tokens, so it is not "
+                "a change of weights; use it with its base, in PEFT or (after pipelite export-gguf) in llama.cpp."
             )
         raise ConfigurationError(
-            f"{directory} sets {name} in {CONFIG_FILE}, with which it is not known to add a product B·A and nothing "
-            "else; choose an adapter without it, or merge this one by PEFT itself."
+            f"{directory} sets {name} in {CONFIG_FILE}, which is not supported, as it may do more than add a product "
+            "B·A; choose an adapter without it, or merge this one with PEFT."
         )
 
 
@@ -142,7 +142,9 @@ def _check_numbers(given: Mapping[str, Any], directory: Path) -> None:
     for name, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         patterns = given.get(pattern) or {}
         if not isinstance(patterns, dict):
-            raise ConfigurationError(f"{directory / CONFIG_FILE}: {pattern} is {patterns!r}; fetch the file again.")
+            raise ConfigurationError(
+                f"{directory / CONFIG_FILE}: {pattern} is {patterns!r}, but must be a mapping; fetch the file again."
+            )
         for key, value in [(name, given.get(name, 8)), *patterns.items()]:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (whole and (value < 1 or value != int(value))):
@@ -158,10 +160,9 @@ def _check_start(start: object, directory: Path) -> None:
         return
     if str(start).lower().startswith(CHANGES_BASE):
         raise ConfigurationError(
-            f"{directory} was initialised by {start}, which changes the base's weights; save it with PEFT's "
+            f"{directory} was initialised with {start}, which changes the base's weights; save it with PEFT's "
             "path_initial_model_for_weight_conversion first."
         )
     raise ConfigurationError(
-        f"{directory} was initialised by {start}, of which it is not known whether it changes the base's weights; "
-        "choose another adapter."
+        f"{directory} was initialised with {start}, which may change the base's weights; choose another adapter."
     )

@@ -51,22 +51,23 @@ class LoRAStart:
     ) -> None:
         self._directory, self._meta_model = directory, meta_model
         if not directory.is_dir():
-            self._refuse("there is no such directory; give that of a PEFT adapter, or leave init_from out")
+            self._refuse("there is no such directory; give the directory of a PEFT adapter, or leave init_from out")
         self._config = read_lora_config(directory)
         tensors = read_tensors(directory)
         pairs = check_tensors(self._config, tensors, directory)
         if self._config.target_parameters and (self._config.rank_pattern or self._config.alpha_pattern):
-            self._refuse("it has experts and rank_pattern or alpha_pattern; choose one with the same scale everywhere")
+            self._refuse(
+                "it adapts fused experts and sets rank_pattern or alpha_pattern, which is not supported; choose an "
+                "adapter with one scale for all weights"
+            )
         if self._config.use_dora != wanted.use_dora:
             self._refuse(
-                f"use_dora is {wanted.use_dora}, but the adapter has {self._config.use_dora}; set use_dora to that"
+                f"use_dora is {wanted.use_dora}, but the adapter has {self._config.use_dora}; set use_dora to match it"
             )
         self._check_ranks([name.removeprefix(FILE_PREFIX) for name in pairs], wanted.r)
         kept = {name for name in tensors if ".lora_" in name or name.endswith(ROWS)}
         if rest := sorted(name for name in tensors if name not in kept or name.endswith(".bias")):
-            self._refuse(
-                f"it holds {_names(rest)}, which is no part of a LoRA that can be trained here; choose another"
-            )
+            self._refuse(f"it holds {_names(rest)}, which cannot be trained as part of a LoRA; choose another adapter")
         whole, names = meta_model.whole, [name.removeprefix(FILE_PREFIX) for name in tensors]
         # For a model with images, PEFT's files use that model's names; older ones use the text part's.
         meant = whole.is_meant(names)
@@ -103,13 +104,13 @@ class LoRAStart:
         as_sets = [{name: {*numbers} for name, numbers in each.items()} for each in (theirs, ours)]
         if theirs and as_sets[0] != as_sets[1]:
             said = {name.removesuffix(ROWS).rpartition(".")[2]: numbers for name, numbers in theirs.items()}
-            self._refuse(f"it has rows of tokens; set trainable_token_indices to its own, {said}")
+            self._refuse(f"it has trained rows of tokens; set trainable_token_indices to the same tokens, {said}")
 
     def _check_ranks(self, modules: list[str], rank: int) -> None:
         ranks = {rank_and_alpha(self._config, module)[0] for module in modules}
         if len(ranks) > 1:
             self._refuse(
-                f"its ranks differ between weights ({min(ranks)} to {max(ranks)}); one of a single rank is needed"
+                f"its ranks differ between weights ({min(ranks)} to {max(ranks)}); choose an adapter with a single rank"
             )
         if ranks != {rank}:
             self._refuse(f"it has rank {ranks.pop()}, but rank is {rank}; set rank to the adapter's")
@@ -125,7 +126,7 @@ class LoRAStart:
         layers = sorted({self._meta_model.layer_of(name) or 0 for name in adapted})
         targets = sorted({name.rpartition(".")[2] for name in adapted})
         if {*chain(*lora_targets(self._meta_model, targets, layers))} == adapted:
-            self._refuse(f"{told}; set these to what it has, {', '.join(targets)} of the layers {layers}")
+            self._refuse(f"{told}; set these to match it: {', '.join(targets)} of layers {layers}")
         self._refuse(f"{told}; leave out layers_to_transform, and set target_modules to '{self._pattern(adapted)}'")
 
     def _adapted(self, found: set[str]) -> set[str]:

@@ -41,15 +41,15 @@ def lora_targets(
             first = modules[others[0]]
             if others[0] in meta_model.bypassed_in_training:
                 raise ConfigurationError(
-                    f"target_modules matches {others[0]}, whose weight this model takes without calling the layer, so "
-                    "that nothing would train an adapter on it; leave it out."
+                    f"target_modules matches {others[0]}, whose weight this model uses without calling the layer, so "
+                    "an adapter on it would not be trained; leave it out."
                 )
             has_matrix = any(parameter.ndim > 1 for parameter in first.parameters())
             raise no_linear(others[0], f"a {type(first).__name__}" if has_matrix else "which has no matrix")
     layers = set(parse_layers(layers_to_transform, len(meta_model.layers)))
     chosen = [name for name in targets if meta_model.layer_of(name) in layers]
     if not chosen:
-        raise ConfigurationError("target_modules matches no linear layer of layers_to_transform; widen either.")
+        raise ConfigurationError("target_modules matches no linear layer in layers_to_transform; widen one of the two.")
     return [name for name in chosen if name in known], [name for name in chosen if name not in known]
 
 
@@ -97,7 +97,8 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
     if lost := sorted(targets - adapted):
         raise ConfigurationError(
             f"target_modules matches {lost[0]}, which PEFT cannot load for a model of type "
-            f"{meta_model.config.model_type}, as it takes {_last(lost[0])} for the experts'; {_others(targets, lost)}"
+            f"{meta_model.config.model_type}, as it takes {_last(lost[0])} for a weight of the experts; "
+            f"{_others(targets, lost)}"
         )
     # PEFT renames what it loads as transformers renames the model's files, in which some weights have other names.
     state = get_peft_model_state_dict(placed, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -108,7 +109,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
         name = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
         raise ConfigurationError(
             f"target_modules matches {name}, whose adapter PEFT loads under another name for a model of type "
-            f"{meta_model.config.model_type}, and so leaves out; {_others(targets, lost)}"
+            f"{meta_model.config.model_type}, and thus drops; {_others(targets, lost)}"
         )
     return model
 
@@ -116,7 +117,7 @@ def check_peft_loads(config: LoraConfig, meta_model: MetaModel, targets: set[str
 def _others(targets: set[str], lost: list[str]) -> str:
     """Say which target modules remain without the lost ones."""
     left = sorted({_last(name) for name in targets} - {_last(name.partition(".lora_")[0]) for name in lost})
-    return f"name other target_modules, such as [{', '.join(left)}]." if left else "name other target_modules."
+    return f"choose other target_modules, such as [{', '.join(left)}]." if left else "choose other target_modules."
 
 
 def _last(name: str) -> str:

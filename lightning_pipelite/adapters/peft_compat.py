@@ -117,8 +117,8 @@ class QuantisedExperts(ParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: PEFT would add the product to a dequantised copy of the weight, and then drop the adapter."""
         raise ConfigurationError(
-            f"{self.parameter_name} is held in 4 bits, into which no adapter is merged; save the adapter, and merge it "
-            "into the model's own weights with pipelite merge."
+            f"{self.parameter_name} is held in 4 bits, into which an adapter cannot be merged; save the adapter, and "
+            "merge it into the model's original weights with pipelite merge."
         )
 
     def _chain(self) -> Any:

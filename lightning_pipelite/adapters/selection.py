@@ -44,7 +44,8 @@ def ranges_of(layers: str | Sequence[int]) -> list[tuple[int, int]]:
         match = re.fullmatch(r"\s*(-?\d+)\s*(?::\s*(-?\d+)\s*)?", item)
         if match is None:
             raise ConfigurationError(
-                f'layers_to_transform: {item.strip()!r} is neither number nor range; write it as in "0:3, 7, 12:15".'
+                f"layers_to_transform: {item.strip()!r} is neither a number nor a range; write it as in "
+                '"0:3, 7, 12:15".'
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -68,7 +69,7 @@ def match_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[st
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ConfigurationError(f"target_modules: {targets!r} is no regular expression ({error}).") from None
+            raise ConfigurationError(f"target_modules: {targets!r} is not a regular expression ({error}).") from None
         matched = [name for name in names if pattern.fullmatch(name)]
         if not matched:
             raise _no_match(targets, names)
@@ -102,7 +103,7 @@ def refuse_vectors(shapes: Mapping[str, Sequence[int]], targets: str | Sequence[
 def no_linear(name: str, what: str) -> ConfigurationError:
     """Return the error for a target that is not a linear module, but ``what``."""
     return ConfigurationError(
-        f"target_modules matches {name}, {what}; name linear modules of decoder layers, or fused experts, only."
+        f"target_modules matches {name}, {what}; name only linear modules of decoder layers, or fused experts."
     )
 
 

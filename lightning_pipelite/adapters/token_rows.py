@@ -30,13 +30,13 @@ def check_numbers(rows: Rows) -> None:
     for numbers in rows.values() if isinstance(rows, dict) else [rows]:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ConfigurationError(f"{_KEY} has {number!r}; give the numbers of tokens, from 0 on.")
+                raise ConfigurationError(f"{_KEY} has {number!r}; give token ids of 0 or more.")
             if numbers.count(number) > 1:
                 raise ConfigurationError(f"{_KEY} has the token {number} twice; give it once.")
         if not numbers:
-            raise ConfigurationError(f"{_KEY} names no token; give the numbers of some, or leave it out.")
+            raise ConfigurationError(f"{_KEY} names no token; give the ids of some tokens, or leave it out.")
     if not rows:
-        raise ConfigurationError(f"{_KEY} names no module; give the numbers of some tokens, or leave it out.")
+        raise ConfigurationError(f"{_KEY} names no module; give the ids of some tokens, or leave it out.")
 
 
 def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
@@ -51,7 +51,7 @@ def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
     try:
         known = {name: {name, _last(name), meta_model.whole.module_name(name)} for name in ends}
     except KeyError as error:
-        raise _refusal(meta_model, f"the model that its directory loads as has no {error}") from None
+        raise _refusal(meta_model, f"the model that transformers loads from its directory has no {error}") from None
     if not isinstance(rows, dict):
         rows = dict.fromkeys(ends, rows)
     found: dict[str, list[int]] = {}
@@ -59,22 +59,23 @@ def rows_by_module(rows: Rows, meta_model: MetaModel) -> dict[str, list[int]]:
         full = next((each for each, names in known.items() if name in names), None)
         if full is None:
             raise ConfigurationError(
-                f"{_KEY} names {name}, but of this model the rows of {_last(ends[0])} and {_last(ends[1])} can be "
-                "trained; name these, or give a list for both."
+                f"{_KEY} names {name}, but only rows of {_last(ends[0])} and {_last(ends[1])} can be trained; name "
+                "these, or give one list for both."
             )
         count = meta_model.model.get_submodule(full).weight.shape[0]
         if (largest := max(numbers)) >= count:
             raise ConfigurationError(
-                f"{_KEY} has the token {largest}, but {full} of {meta_model.model_dir} has {count} rows, for 0 to "
-                f"{count - 1}; give the model more (transformers' resize_token_embeddings), save it, and train that."
+                f"{_KEY} has the token {largest}, but {full} of {meta_model.model_dir} has only {count} rows, for "
+                f"tokens 0 to {count - 1}; add rows with transformers' resize_token_embeddings, save the model, and "
+                "train that one."
             )
         found[full] = numbers
     if meta_model.tied:
         numbers = found.get(ends[0], [])
         if not numbers or found.get(ends[1], numbers) != numbers:
             raise ConfigurationError(
-                f"{_KEY} names other tokens for {_last(ends[0])} than for {_last(ends[1])}, which "
-                f"{meta_model.model_dir} ties to each other; give one list for both."
+                f"{_KEY} names different tokens for {_last(ends[0])} and {_last(ends[1])}, whose weights are tied in "
+                f"{meta_model.model_dir}; give one list for both."
             )
         return {ends[0]: numbers}
     return found
@@ -129,7 +130,7 @@ def check_computation(rows: Mapping[str, list[int]], meta_model: MetaModel) -> N
             )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise _refusal(meta_model, str(error).splitlines()[0].rstrip(".")) from error
-    reasons = ("its code takes their weights in a way that is not known", "PEFT computes something else with them")
+    reasons = ("its code uses their weights in an unsupported way", "PEFT computes something else with them")
     for found, why in zip((ours, theirs), reasons, strict=True):
         if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
             raise _refusal(meta_model, why, _alone(rows, meta_model))
@@ -168,7 +169,7 @@ def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: Me
 def _alone(rows: Mapping[str, list[int]], meta_model: MetaModel) -> str:
     """Suggest training the rows of one module alone, where those of both cannot be trained."""
     embedding = meta_model.embedding_name
-    return f"or train those of one alone, as {{{_last(embedding)}: {rows[embedding]}}}" if len(rows) > 1 else ""
+    return f"or train those of one module, as in {{{_last(embedding)}: {rows[embedding]}}}" if len(rows) > 1 else ""
 
 
 def _has_weight(model: nn.Module, name: str) -> bool:

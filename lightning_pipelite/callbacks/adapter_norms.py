@@ -47,7 +47,8 @@ class AdapterNorms(Callback):
         mine = [torch.ones(()) for _ in (*find_low_rank(pl_module), *find_control(pl_module))]
         if not summarize({"adapters": mine}, trainer.strategy.root_device):
             rank_zero_warn(
-                "AdapterNorms: the model has no LoRA layer of PEFT and no Control Adapter: there are no norms to log."
+                "AdapterNorms: the model has neither PEFT LoRA layers nor Control Adapters, so there are "
+                "no norms to log."
             )
 
     @override

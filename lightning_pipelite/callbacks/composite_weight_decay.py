@@ -87,18 +87,18 @@ class CompositeWeightDecay(Callback):
             )
         if not summarize({"adapters": [torch.ones((), device=device)] if trained else []}, device):
             raise ConfigurationError(
-                "CompositeWeightDecay: the model has no LoRA layer of PEFT and no Control Adapter; add one, or leave "
-                "the callback out."
+                "CompositeWeightDecay: the model has neither PEFT LoRA layers nor Control Adapters; add an adapter, or "
+                "leave the callback out."
             )
         if not all(hasattr(optimizer, "register_step_post_hook") for optimizer in trainer.optimizers):
             raise ConfigurationError(
                 f"CompositeWeightDecay: {type(trainer.strategy).__name__} wraps the optimizer so that its steps cannot "
-                "be followed; use another strategy, such as ddp or pipelite."
+                "be hooked; use another strategy, such as ddp or pipelite."
             )
         if without := [each for each in trainer.optimizers if any("lr" not in group for group in each.param_groups)]:
             raise ConfigurationError(
-                f"CompositeWeightDecay: {type(without[0]).__name__} has no learning rate, of which a step's decay is a "
-                "part; use an optimizer that has one, or leave the callback out."
+                f"CompositeWeightDecay: {type(without[0]).__name__} has no learning rate to scale the decay by; use an "
+                "optimizer that has one, or leave the callback out."
             )
 
     @override

@@ -46,16 +46,16 @@ class EvalSchedule(Callback):
         interval = getattr(trainer, "val_check_interval", None)  # Lightning leaves it unset if it is a time
         if interval != 1.0 or isinstance(interval, int):
             raise ConfigurationError(
-                "EvalSchedule and Trainer(val_check_interval=) both say when to evaluate; leave one of them out, the "
-                "latter together with check_val_every_n_epoch=None."
+                "EvalSchedule and Trainer(val_check_interval=) both set when to evaluate; leave one of them out (the "
+                "latter together with check_val_every_n_epoch=None)."
             )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.num_training_batches == math.inf and self.evals_per_epoch > 1:
             raise ConfigurationError(
-                f"EvalSchedule: an epoch of data without a length cannot be divided into {self.evals_per_epoch}; set "
-                "evals_per_epoch to 1, set Trainer(limit_train_batches=) to a number, or give the data a __len__."
+                f"EvalSchedule: an epoch of data without a length cannot be divided into {self.evals_per_epoch} parts; "
+                "set evals_per_epoch to 1, set Trainer(limit_train_batches=) to a number, or give the data a __len__."
             )
         if trainer.global_step > 0:
             # On resuming, Lightning checks for an evaluation after the last batch before it fetches another.

@@ -24,9 +24,9 @@ class Samples(Callback):
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 40) -> None:
         if not prompts or not all(prompts):
-            raise ConfigurationError("Samples: prompts must be texts to go on from; give at least one.")
+            raise ConfigurationError("Samples: prompts must hold at least one prompt to continue, and no empty ones.")
         if max_new_tokens < 1:
-            raise ConfigurationError(f"Samples: max_new_tokens is {max_new_tokens}; give 1 or more.")
+            raise ConfigurationError(f"Samples: max_new_tokens must be at least 1, not {max_new_tokens}.")
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
 
@@ -34,8 +34,8 @@ class Samples(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, WritesText):
             raise ConfigurationError(
-                f"Samples needs a method write_text(prompt, max_new_tokens) of {type(pl_module).__name__}; write it, "
-                "or leave Samples out."
+                f"Samples: {type(pl_module).__name__} has no method write_text(prompt, max_new_tokens); add it, or "
+                "leave Samples out."
             )
 
     @override

@@ -44,8 +44,8 @@ class SaveTrained(Callback):
         if self.overwrite or not directory.is_dir() or not any(directory.iterdir()):
             return None
         return (
-            f"SaveTrained: {self.output_dir} is not empty; choose a new output_dir, go on from a checkpoint "
-            "(ckpt_path), or say overwrite (--overwrite), which replaces what is there."
+            f"SaveTrained: {self.output_dir} is not empty; choose a new output_dir, resume from a checkpoint "
+            "(ckpt_path), or set overwrite (--overwrite) to replace its contents."
         )
 
     def check(self, module: pl.LightningModule) -> None:
@@ -56,7 +56,7 @@ class SaveTrained(Callback):
         """
         if not isinstance(module, SavesTrained):
             raise ConfigurationError(
-                f"SaveTrained needs a method save_trained(directory) of {type(module).__name__}; write it, or leave "
+                f"SaveTrained: {type(module).__name__} has no method save_trained(directory); add it, or leave "
                 "SaveTrained out."
             )
         if isinstance(module, ChecksSaving):
@@ -79,10 +79,10 @@ class SaveTrained(Callback):
             assert isinstance(pl_module, SavesTrained)
             pl_module.save_trained(Path(self.output_dir))
         except Exception as error:  # raised in on_fit_end: later callbacks may still save a checkpoint
-            rank_zero_warn(f"what was trained could not be saved to {self.output_dir}: {error}")
+            rank_zero_warn(f"the trained weights could not be saved to {self.output_dir}: {error}")
             self._failure = error
         else:
-            pl_module.print(f"saved what was trained to {self.output_dir}")
+            pl_module.print(f"saved the trained weights to {self.output_dir}")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -74,7 +74,10 @@ class TimedCheckpoint(ModelCheckpoint):
         if max_checkpoints < 0:
             raise ConfigurationError(f"TimedCheckpoint: max_checkpoints must be at least 0, not {max_checkpoints}.")
         if not dirpath or mode not in ("min", "max"):
-            raise ConfigurationError(f"TimedCheckpoint: dirpath is {dirpath!r} and mode {mode!r}; mode is min or max.")
+            raise ConfigurationError(
+                f"TimedCheckpoint: dirpath is {dirpath!r} and mode is {mode!r}; dirpath must not be empty, and mode "
+                "must be min or max."
+            )
         super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1)
         self.checkpoint_interval_hours = checkpoint_interval_hours
         self.max_checkpoints = max_checkpoints
@@ -99,8 +102,8 @@ class TimedCheckpoint(ModelCheckpoint):
         if self.overwrite or not found:
             return None
         return (
-            f"TimedCheckpoint: {directory} has {found[-1].name} of another training; go on from there with "
-            "ckpt_path=last, choose a new dirpath, or say overwrite (--overwrite), which replaces what is there."
+            f"TimedCheckpoint: {directory} has {found[-1].name} from another training; resume it with ckpt_path=last, "
+            "choose a new dirpath, or set overwrite (--overwrite) to replace its contents."
         )
 
     # When to save
@@ -121,7 +124,7 @@ class TimedCheckpoint(ModelCheckpoint):
         numbers = {"epoch": torch.tensor(0), "step": torch.tensor(1)}
         if isinstance(other, TimedCheckpoint) or step_of(other.format_checkpoint_name(numbers)) is not None:
             raise ConfigurationError(
-                f"TimedCheckpoint and another {type(other).__name__} would write over each other's files in "
+                f"TimedCheckpoint and another {type(other).__name__} would overwrite each other's files in "
                 f"{directory}; give one of them another dirpath."
             )
 
@@ -194,7 +197,7 @@ class TimedCheckpoint(ModelCheckpoint):
                 pl_module.save_trained(directory)
                 self._failure = None
             except Exception as error:  # must not cost the checkpoint as well
-                rank_zero_warn(f"{directory} could not be written ({error}); training goes on.")
+                rank_zero_warn(f"{directory} could not be written ({error}); training continues.")
                 self._failure = error
         self._request = max(self._request, SAVE)
         self._answer(trainer, ends_epoch=True)
@@ -242,7 +245,10 @@ class TimedCheckpoint(ModelCheckpoint):
             return False
         current = trainer.callback_metrics.get(self.monitor)
         if current is None:
-            self._warn_once(f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'} is logged, no {self.monitor}")
+            self._warn_once(
+                f"{self.monitor} is not among the logged metrics "
+                f"({', '.join(sorted(trainer.callback_metrics)) or 'none'})"
+            )
         better = False
         if isinstance(current, Tensor) and not current.isnan():
             best = self.best_model_score

@@ -95,12 +95,12 @@ def _refusal(value: Any, where: str) -> ConfigurationError:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Tensor) and value.is_meta:
         return ConfigurationError(
-            f"the checkpoint cannot hold {where}, a tensor of a layer that another process has: keep what belongs to "
-            "layers in buffers of them, or leave it out of that state_dict()."
+            f"the checkpoint cannot hold {where}, a tensor of a layer on another process: keep what belongs to a layer "
+            "in one of its buffers, or leave it out of that state_dict()."
         )
     return ConfigurationError(
-        f"the checkpoint cannot hold {where}, a {kind}: make it of numbers, strings, lists, tuples, dicts and tensors, "
-        "or leave it out of that state_dict()."
+        f"the checkpoint cannot hold {where}, a {kind}: use numbers, strings, lists, tuples, dicts and tensors "
+        "instead, or leave it out of that state_dict()."
     )
 
 
@@ -151,4 +151,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return torch.device(content)
     if tag in ("$path", "$text"):
         return Path(content) if tag == "$path" else content
-    raise ConfigurationError(f"the checkpoint holds a value of the kind {tag}, which this version does not know.")
+    raise ConfigurationError(
+        f"the checkpoint holds a value of type {tag}, which this version of pipelite cannot read; use the version that "
+        "wrote it."
+    )

@@ -42,7 +42,7 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: Any, checks: bool) -> Any:
         return ckpt_path
     found, passed_over = newest(_directories(trainer))
     for sentence in passed_over:
-        rank_zero_warn(f"ckpt_path: {sentence}; it is passed over for {found}.")
+        rank_zero_warn(f"ckpt_path: {sentence}; using {found} instead.")
     if found is None:
         return ckpt_path
     _check_limit(trainer, found)
@@ -70,6 +70,6 @@ def _check_limit(trainer: pl.Trainer, path: Path) -> None:
     step = read_json(path / META)["step"]
     if trainer.state.fn == TrainerFn.FITTING and -1 < trainer.max_steps < step:
         raise ConfigurationError(
-            f"ckpt_path: {path} is of step {step}, and max_steps is {trainer.max_steps}: give a max_steps above "
-            f"{step} to go on, or an earlier checkpoint."
+            f"ckpt_path: {path} was saved at step {step}, but max_steps is {trainer.max_steps}: set max_steps above "
+            f"{step} to continue, or name an earlier checkpoint."
         )

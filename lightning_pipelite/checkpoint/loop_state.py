@@ -152,10 +152,9 @@ def for_replicas(loops: dict[str, Any], before: tuple[int, int], after: tuple[in
             else f"choose a number of replicas that divides {a_step}"
         )
         raise ConfigurationError(
-            f"ckpt_path: the checkpoint was trained with {counted(a_step, 'micro-batch')} a step ({batches} on each of "
-            f"{counted(replicas, 'replica')}), not {replicas_now * batches_now} ({batches_now} on each of "
-            f"{replicas_now}): "
-            f"{advice}."
+            f"ckpt_path: the checkpoint was trained with {counted(a_step, 'micro-batch')} per step ({batches} on each "
+            f"of {counted(replicas, 'replica')}), not {replicas_now * batches_now} ({batches_now} on each of "
+            f"{replicas_now}): {advice}."
         )
     progress = loops["fit_loop"][_BATCHES]
     for span in ("total", "current"):

@@ -13,7 +13,7 @@ from lightning_pipelite.checkpoint.layout import FORMAT, MANIFEST, MANIFEST_HASH
 from lightning_pipelite.checkpoint.written_file import Written, write_file
 from lightning_pipelite.errors import ConfigurationError
 
-ADVICE = "name another checkpoint, or `last`, which takes the newest whole one"
+ADVICE = "name another checkpoint, or use `last` for the newest intact one"
 
 
 def write_manifest(directory: Path, files: dict[str, Written]) -> None:
@@ -35,13 +35,14 @@ def read_manifest(directory: Path) -> dict[str, Written]:
     """
     if directory.is_file() and _is_lightnings(directory):
         raise ConfigurationError(
-            f"ckpt_path: {directory} is a file that Lightning has written under another strategy, whose optimizer and "
-            "position in the data cannot be taken up here: load its weights, such as by load_from_checkpoint() of the "
-            "module, and begin anew with them."
+            f"ckpt_path: {directory} is a file that Lightning wrote under another strategy, whose optimizer state and "
+            "position in the data cannot be restored here: load only its weights, for example with the module's "
+            "load_from_checkpoint(), and start a new training from them."
         )
     if not (directory / MANIFEST).is_file():
         raise ConfigurationError(
-            f"ckpt_path: {directory} is not a checkpoint (a directory with {MANIFEST}); name one, or leave it out."
+            f"ckpt_path: {directory} is not a checkpoint (a directory with {MANIFEST}); name one, or leave "
+            "ckpt_path out."
         )
     try:
         content = (directory / MANIFEST).read_bytes()
@@ -49,12 +50,12 @@ def read_manifest(directory: Path) -> dict[str, Written]:
     except OSError as error:
         raise ConfigurationError(f"ckpt_path: {directory} cannot be read ({error}); {ADVICE}.") from None
     if expected != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
-        raise ConfigurationError(f"ckpt_path: {MANIFEST} of {directory} is not as it was written; {ADVICE}.")
+        raise ConfigurationError(f"ckpt_path: {MANIFEST} of {directory} does not match its hash; {ADVICE}.")
     manifest: dict[str, Any] = json.loads(content)
     if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
         raise ConfigurationError(
-            f"ckpt_path: {directory} is of version {manifest['version']} of the format {manifest['format']!r}, and "
-            f"this pipelite reads version {VERSION} of {FORMAT!r}: use the pipelite that wrote it."
+            f"ckpt_path: {directory} is in version {manifest['version']} of the format {manifest['format']!r}, but "
+            f"this version of pipelite reads version {VERSION} of {FORMAT!r}: use the version that wrote it."
         )
     return {name: Written(**entry) for name, entry in manifest["files"].items()}
 
@@ -74,14 +75,14 @@ def check_files(directory: Path, files: dict[str, Written], names: Iterable[str]
         try:
             size = (directory / name).stat().st_size
         except OSError:
-            raise ConfigurationError(f"ckpt_path: {directory} lacks its file {name}; {ADVICE}.") from None
+            raise ConfigurationError(f"ckpt_path: {directory} is missing the file {name}; {ADVICE}.") from None
         if size != expected.size:
             raise ConfigurationError(
                 f"ckpt_path: {name} of {directory} has {size} bytes, not {expected.size}; {ADVICE}."
             )
     for name in names:
         if _hash_of(directory / name) != files[name].sha256:
-            raise ConfigurationError(f"ckpt_path: {name} of {directory} is not as it was written; {ADVICE}.")
+            raise ConfigurationError(f"ckpt_path: {name} of {directory} does not match its hash; {ADVICE}.")
 
 
 def _is_lightnings(file: Path) -> bool:

@@ -15,8 +15,8 @@ def refuse_best() -> None:
         ConfigurationError: Always.
     """
     raise ConfigurationError(
-        "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or "
-        "`last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)"
+        "ckpt_path: `best` is known only to the process that trained the model; name the checkpoint's directory, or "
+        "use `last` for the newest one. (TimedCheckpoint with a monitor keeps the best one in addition to the newest.)"
     )
 
 
@@ -31,8 +31,8 @@ def refuse_last(directories: Sequence[Path]) -> None:
     """
     where = " or ".join(map(str, directories))
     raise ConfigurationError(
-        f"ckpt_path: there is no checkpoint in {where} for `last`; leave ckpt_path out to begin anew."
+        f"ckpt_path: there is no checkpoint in {where} for `last`; leave ckpt_path out to start from scratch."
         if where
         else "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the "
-        "ModelCheckpoint with its dirpath, of the training that is to go on; or name the checkpoint's directory."
+        "ModelCheckpoint with its dirpath, of the training to resume, or name the checkpoint's directory."
     )

@@ -116,8 +116,8 @@ def newest(directories: Iterable[Path]) -> tuple[Path | None, list[str]]:
             return path, passed_over
     if passed_over:
         raise ConfigurationError(
-            f"ckpt_path: there is no whole checkpoint for `last`: {'; '.join(passed_over)}; leave ckpt_path out to "
-            "begin anew."
+            f"ckpt_path: there is no intact checkpoint for `last`: {'; '.join(passed_over)}; leave ckpt_path out to "
+            "start from scratch."
         )
     return None, []
 

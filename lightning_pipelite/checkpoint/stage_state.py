@@ -34,7 +34,7 @@ def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str
             if isinstance(value, Tensor):  # optimi keeps its step count in a tensor of the group
                 tensors[f"{GROUP}{index}/{key}"] = value.detach()
             elif key != "params":
-                kept[key] = encode(value, {}, f"the optimizer's group {index}, {key}")
+                kept[key] = encode(value, {}, f"{key} of the optimizer's group {index}")
         # optimi infers options of a group from its parameters, and gets them wrong if there are none
         settings["groups"].append(kept if group["params"] else {})
     for name, parameter in trained.items():
@@ -42,7 +42,7 @@ def stage_state(stage: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str
             if isinstance(value, Tensor):
                 tensors[f"{OPTIMIZER}{name}/{key}"] = value.detach()
             else:
-                settings["values"][f"{OPTIMIZER}{name}/{key}"] = encode(value, {}, f"the optimizer's {key} of {name}")
+                settings["values"][f"{OPTIMIZER}{name}/{key}"] = encode(value, {}, f"the optimizer's {key} for {name}")
     return tensors, settings
 
 
@@ -79,12 +79,12 @@ def load_parameters(
             missing.append(name)
             if not strict:
                 continue
-            raise ConfigurationError(f"{path} does not hold the {kind} {name}: it is of another model or adapter.")
+            raise ConfigurationError(f"{path} does not hold the {kind} {name}: it is from another model or adapter.")
         theirs = found[key]
         for what, saved, ours in (("shape", [*theirs.shape], [*tensor.shape]), ("dtype", theirs.dtype, tensor.dtype)):
             if saved != ours:
                 raise ConfigurationError(
-                    f"{path} holds the {kind} {name} with {what} {saved}, not {ours}: it is of another model or "
+                    f"{path} holds the {kind} {name} with {what} {saved}, not {ours}: it is from another model or "
                     "adapter."
                 )
     for key, _ in stage_tensors(path, stages, lambda key: key.startswith((PARAMETER, BUFFER)) and key not in everyones):
@@ -93,7 +93,7 @@ def load_parameters(
         if not strict:
             continue
         raise ConfigurationError(
-            f"{path} holds the {kind} {name}, which is not trained here: it is of another model or adapter."
+            f"{path} holds the {kind} {name}, which is not trained here: it is from another model or adapter."
         )
     for key, tensor in wanted.items():  # only after all checks: all or nothing
         if key in found:
@@ -109,13 +109,16 @@ def check_optimizer(path: Path, stages: int, optimizer: Optimizer) -> list[dict[
     """
     settings = stage_settings(path, stages)
     if (saved := settings[0]["optimizer"]) != _kind(optimizer):
-        raise ConfigurationError(f"{path} is of the optimizer {saved}, not {_kind(optimizer)}: use the same one.")
+        raise ConfigurationError(
+            f"{path} was saved with the optimizer {saved}, not {_kind(optimizer)}: use the same optimizer."
+        )
     groups: list[dict[str, Any]] = settings[0]["groups"]
     for others in settings[1:]:
         groups = [mine or other for mine, other in zip(groups, others["groups"], strict=True)]
     if len(groups) != len(optimizer.param_groups):
         raise ConfigurationError(
-            f"{path} has {len(groups)} optimizer groups, not {len(optimizer.param_groups)}: make the same groups."
+            f"{path} has {len(groups)} optimizer parameter groups, not {len(optimizer.param_groups)}: configure the "
+            "same groups."
         )
     return groups
 

@@ -178,9 +178,11 @@ class CheckpointStore:
         differs: list[tuple[list[str], list[str]]] = []
         self._together(lambda: differs.append(load_parameters(path, meta["stages"], stage, names, strict)))
         everyones = self._writer.share(differs[0])
-        for index, what in enumerate(("lacks {}, which keep what they began with", "has {}, which are not here")):
+        for index, what in enumerate(
+            ("does not hold {}: initial values are kept", "holds {}: this is ignored, as it is not trained here")
+        ):
             if found := sorted({name for theirs in everyones for name in theirs[index]}):
-                rank_zero_warn(f"{path} {what.format(', '.join(found))}; strict_loading is False, so this is let pass.")
+                rank_zero_warn(f"{path} {what.format(', '.join(found))} (strict_loading is False).")
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse the checkpoint that was opened last if it is of another optimizer.
@@ -238,11 +240,11 @@ def refuse_another(
             refuse_another(path, theirs, mine, may_differ)
         elif theirs != mine:
             allowed, option = may_differ.get(key, (False, ""))
-            told = f"ckpt_path: {path} is of another model or adapter: {key} is {theirs!r} there and {mine!r} here"
+            told = f"ckpt_path: {path} is from another model or adapter: {key} is {theirs!r} there and {mine!r} here"
             if not allowed:
-                remedy = f"; set {option} to true to go on all the same" if option else ""
+                remedy = f"; set {option} to true to continue anyway" if option else ""
                 raise ConfigurationError(f"{told}{remedy}.")
-            rank_zero_warn(f"{told}; training goes on, as {option} is set.")
+            rank_zero_warn(f"{told}; training continues, as {option} is set.")
 
 
 def _json_writer(content: Any) -> Callable[[Path], Written]:

@@ -100,7 +100,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], i
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
-            raise ConfigurationError(f"the checkpoint cannot hold {name}: safetensors has no {tensor.dtype}.")
+            raise ConfigurationError(f"the checkpoint cannot hold {name}: safetensors does not support {tensor.dtype}.")
         start, end = end, end + tensor.nbytes
         places[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     return places, end

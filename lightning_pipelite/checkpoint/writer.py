@@ -100,7 +100,8 @@ class CheckpointWriter:
                 self._remove_doomed()
         if error is not None and self._rank == 0:
             rank_zero_warn(
-                f"the checkpoint {path} could not be written ({error}); training goes on, and earlier checkpoints stay."
+                f"the checkpoint {path} could not be written ({error}); training continues, and earlier checkpoints "
+                "are kept."
             )
 
     def _write_together(self, path: Path, files: Files) -> str | None:

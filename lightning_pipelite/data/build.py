@@ -44,7 +44,9 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
         ConfigurationError: If files, tokenizer or cache directory are unusable; the message names them.
     """
     if not tokenizer_dir.is_dir():
-        raise ConfigurationError(f"data.tokenizer_dir {tokenizer_dir} is no directory: name one with a tokenizer.")
+        raise ConfigurationError(
+            f"data.tokenizer_dir {tokenizer_dir} is not a directory: set it to one with a tokenizer."
+        )
     files = find_all(options)
 
     def key() -> str:
@@ -63,7 +65,7 @@ def build_entry(cache_dir: Path, options: PackingOptions, tokenizer_dir: Path) -
     def build(folder: Path) -> None:
         PackBuilder(options, files, DocumentTokenizer(tokenizer_dir, options))(folder)
         if key() != before:
-            raise ConfigurationError("A data or tokenizer file changed while it was read: start again.")
+            raise ConfigurationError("A data or tokenizer file changed while it was being read: start again.")
 
     return build_once(cache_dir, before, build)
 
@@ -150,7 +152,7 @@ class PackBuilder:
         held = self._pack(HELD_OUT, self._mixed([group[held_out[group]] for group in groups]), lengths, share)
         if held_out.any() and not held.layout.sequences:
             raise ConfigurationError(
-                f"What is held out for evaluation ({int(held_out.sum())} of {len(everything)} documents) fills no "
+                f"The documents held out for evaluation ({int(held_out.sum())} of {len(everything)}) do not fill a "
                 f"sequence of {options.sequence_len} tokens, and drop_tails drops partial ones: raise eval_fraction, "
                 "set it to 0, or turn drop_tails off."
             )
@@ -163,8 +165,8 @@ class PackBuilder:
             splits.append(self._pack(name, [group], lengths, None))
             if not splits[-1].layout.sequences:
                 raise ConfigurationError(
-                    f"{dataset.dataset_path} of data.eval_datasets fills no sequence of {options.sequence_len} tokens, "
-                    "and drop_tails drops partial ones: add to it, or turn drop_tails off."
+                    f"{dataset.dataset_path} in data.eval_datasets does not fill a sequence of {options.sequence_len} "
+                    "tokens, and drop_tails drops partial ones: add data to it, or turn drop_tails off."
                 )
         return splits
 
@@ -175,8 +177,8 @@ class PackBuilder:
         count = within_tokens(corpus.lengths[order], dataset.max_tokens)
         if not count:
             raise ConfigurationError(
-                f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}, less than the first document in "
-                f"shuffled order has ({int(corpus.lengths[order[0]])}): raise it, or split the document."
+                f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}, but the first document in shuffled "
+                f"order has {int(corpus.lengths[order[0]])} tokens: raise max_tokens, or split the document."
             )
         return order[:count]
 
@@ -189,8 +191,9 @@ class PackBuilder:
         for dataset, group, limit in zip(self._options.datasets, taken, limits, strict=True):
             if not len(group):
                 raise ConfigurationError(
-                    f"{dataset.dataset_path} gets {limit} training tokens by its weight, less than its first document "
-                    "has: give it a larger weight, or add to the dataset that has the fewest tokens for its weight."
+                    f"the weight of {dataset.dataset_path} entitles it to {limit} training tokens, fewer than its "
+                    "first document has: raise the weight, or add data to the dataset with the fewest tokens for its "
+                    "weight."
                 )
         return taken
 

@@ -81,18 +81,19 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
             ) from error
         raise ConfigurationError(
             f"The cache directory {cache_dir} cannot be used ({error.strerror or error}): set data.cache_dir to a "
-            "directory that can be written."
+            "writable directory."
         ) from error
     return entry
 
 
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
-    ours = f"{entry.name}.{socket.gethostname()}."
+    ours = f"{entry.name}.{socket.gethostname()}"
     for leftover in entry.parent.iterdir():
-        # Left by a build that was killed: we hold this host's lock, so no process is using it.
-        if leftover.name.startswith(ours):
+        # Left by a build that was killed: we hold this host's lock, so no process is using it. The whole hostname is
+        # compared, because a dotted one may start with that of another host, whose build may be running.
+        if leftover.name.rpartition(".")[0] == ours:
             shutil.rmtree(leftover, ignore_errors=True)
-    temporary = entry.parent / f"{ours}{uuid.uuid4().hex}"
+    temporary = entry.parent / f"{ours}.{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
         build(temporary)

@@ -78,7 +78,7 @@ class ChatRenderer:
         arguments = arguments or {}
         replies = [number for number, message in enumerate(messages) if learnt(message)]
         template = self._template(arguments)
-        with naming(place, "the chat template refuses the conversation"):
+        with naming(place, "the chat template rejects the conversation"):
             template.check_roles(messages, place)
             shown = [
                 {key: value for key, value in message.items() if key != "weight" and value is not None}
@@ -99,12 +99,12 @@ class ChatRenderer:
             else:
                 turns = Turns(template, shown, arguments, text)
                 spans = [turns.span(number, place) for number in replies]
-        with naming(place, "the tokenizer refuses the conversation"):
+        with naming(place, "the tokenizer rejects the conversation"):
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             offsets = self._offsets(text)
         if len(offsets) != len(ids):
             raise ConfigurationError(
-                f"{place}: the tokenizer of {self._name} does not tell where in the text its tokens are; use another."
+                f"{place}: the tokenizer of {self._name} does not report where its tokens are in the text; use another."
             )
         said = np.zeros(len(ids), bool)
         starts, ends = offsets[:, 0], offsets[:, 1]
@@ -115,7 +115,9 @@ class ChatRenderer:
             if not has_mark and behind < len(ids) and ids[behind] in self._special:
                 said[behind] = True
         if not said.any():
-            reason = "by the chat template, no token is the assistant's" if replies else "no reply has a weight above 0"
+            reason = (
+                "the chat template attributes no token to the assistant" if replies else "no reply has a weight above 0"
+            )
             raise ConfigurationError(
                 f"{place}: {reason}, so there is nothing to learn; correct the conversation or the template."
             )
@@ -136,7 +138,9 @@ class ChatRenderer:
             try:
                 self._templates[tools is not None] = ChatTemplate(self._tokenizer, source)
             except TemplateError as error:
-                raise ConfigurationError(f"The chat template of {self._name} is none ({error}); correct it.") from error
+                raise ConfigurationError(
+                    f"The chat template of {self._name} is invalid ({error}); correct it."
+                ) from error
         return self._templates[tools is not None]
 
     def _offsets(self, text: str) -> npt.NDArray[np.int64]:
@@ -164,8 +168,9 @@ class ChatRenderer:
         of_others = any(count and message["role"] != "assistant" for count, message in zip(own, messages, strict=True))
         if counts[-1] != len(marked) or min(own) < 0 or of_others:
             raise ConfigurationError(
-                f"{place}: the chat template does not tell which of the marked words belong to a reply with a weight "
-                "of 0; leave such conversations out, or use a template without {% generation %}."
+                f"{place}: the words that the chat template marks cannot be matched to individual replies, so a reply "
+                "with a weight of 0 cannot be excluded; leave such conversations out, or use a template without "
+                "{% generation %}."
             )
         return [span for number in replies for span in marked[counts[number] : counts[number + 1]]]
 

@@ -123,37 +123,39 @@ class PackingOptions:
         for dataset in self.sources:
             if dataset.control_class not in (-1, 0, 1):
                 raise ConfigurationError(
-                    f"control_class of {dataset.dataset_path} is {dataset.control_class}: give -1, 0 or 1."
+                    f"control_class of {dataset.dataset_path} must be -1, 0 or 1, not {dataset.control_class}."
                 )
             if dataset.max_tokens is not None and dataset.max_tokens < 1:
                 raise ConfigurationError(
-                    f"max_tokens of {dataset.dataset_path} is {dataset.max_tokens}: give a positive number."
+                    f"max_tokens of {dataset.dataset_path} must be positive, not {dataset.max_tokens}."
                 )
             _check_fields(dataset)
         if self.long_conversations not in ("keep", "drop", "split"):
-            raise ConfigurationError(f"data.long_conversations is {self.long_conversations}: give keep, drop or split.")
+            raise ConfigurationError(
+                f"data.long_conversations must be keep, drop or split, not {self.long_conversations}."
+            )
         if self._all_conversations:
             for key in ("document_prefix", "document_suffix", "add_prefix_space"):
                 if getattr(self, key) not in (None, "", False, []):
                     raise ConfigurationError(
-                        f"data.{key} is not for conversations, which the chat template writes, and there are no "
-                        "others: leave it out."
+                        f"data.{key} does not apply to conversations, which the chat template renders, and all "
+                        "documents are conversations: leave it out."
                     )
         weights = [dataset.weight for dataset in self.datasets]
         for dataset in self.datasets:
             if dataset.weight is None and any(weight is not None for weight in weights):
-                raise ConfigurationError(f"{dataset.dataset_path} has no weight: give every dataset one, or none.")
+                raise ConfigurationError(f"{dataset.dataset_path} has no weight: give all datasets a weight, or none.")
             if dataset.weight is not None and not 0 < dataset.weight < float("inf"):
                 raise ConfigurationError(
-                    f"weight of {dataset.dataset_path} is {dataset.weight}: give a positive number."
+                    f"weight of {dataset.dataset_path} must be positive and finite, not {dataset.weight}."
                 )
         for dataset in self.eval_datasets:
             if dataset.weight is not None:
                 raise ConfigurationError(
-                    f"{dataset.dataset_path} of data.eval_datasets has a weight: remove it, weights are for training."
+                    f"{dataset.dataset_path} in data.eval_datasets has a weight: remove it; only training uses weights."
                 )
         if self.packing not in (None, "concatenate", "best_fit"):
-            raise ConfigurationError(f"data.packing is {self.packing}: give concatenate, best_fit or null.")
+            raise ConfigurationError(f"data.packing must be concatenate, best_fit or null, not {self.packing}.")
         if self.drop_tails and self.best_fit:
             raise ConfigurationError(
                 "data.drop_tails cuts documents, which best-fit packing never does: turn drop_tails off, or set "
@@ -161,17 +163,20 @@ class PackingOptions:
             )
         if self.sequence_len < 1 or self.sequence_len % 64:
             raise ConfigurationError(
-                f"data.sequence_len is {self.sequence_len}: give a positive multiple of 64, the size of a GPU tile."
+                f"data.sequence_len must be a positive multiple of 64 (the size of a GPU tile), not "
+                f"{self.sequence_len}."
             )
         if not 0 <= self.eval_fraction < 1:
-            raise ConfigurationError(f"data.eval_fraction is {self.eval_fraction}: give a number from 0 to below 1.")
+            raise ConfigurationError(
+                f"data.eval_fraction must be at least 0 and less than 1, not {self.eval_fraction}."
+            )
         if self.max_sequences is not None and self.max_sequences < (2 if self.eval_fraction else 1):
             raise ConfigurationError(
-                f"data.max_sequences is {self.max_sequences}: training needs a sequence, and so does evaluation unless "
-                "eval_fraction is 0; give a larger number."
+                f"data.max_sequences is {self.max_sequences}, but training needs a sequence, and so does evaluation "
+                "unless eval_fraction is 0: raise it."
             )
         if self.seed < 0:
-            raise ConfigurationError(f"data.seed is {self.seed}: give 0 or a positive integer.")
+            raise ConfigurationError(f"data.seed must be 0 or a positive integer, not {self.seed}.")
 
     @property
     def sources(self) -> list[DatasetConfig]:
@@ -217,17 +222,19 @@ def _check_fields(dataset: DatasetConfig) -> None:
     """Refuse options that name fields of two formats, or only one field of a pair."""
     where = dataset.dataset_path
     if dataset.format not in (None, *get_args(Format)):
-        raise ConfigurationError(f"format of {where} is {dataset.format}: give one of {', '.join(get_args(Format))}.")
+        raise ConfigurationError(
+            f"format of {where} must be one of {', '.join(get_args(Format))}, not {dataset.format}."
+        )
     if (dataset.question_field is None) != (dataset.answer_field is None):
         one, other = ("question_field", "answer_field")[:: 1 if dataset.answer_field is None else -1]
-        raise ConfigurationError(f"{where} has a {one} without a {other}: give both.")
+        raise ConfigurationError(f"{where} has {one} but no {other}: set both.")
     given = [key for key in ("text_field", "messages_field", "question_field") if getattr(dataset, key) is not None]
     if len(given) > 1:
-        raise ConfigurationError(f"{where} has a {given[0]} and a {given[1]}: give one of them.")
+        raise ConfigurationError(f"{where} has both {given[0]} and {given[1]}: set only one of them.")
     kinds = {"text": "text_field", "messages": "messages_field", "sharegpt": "messages_field"}
     if given and dataset.format is not None and kinds.get(dataset.format, "question_field") != given[0]:
         raise ConfigurationError(
-            f"{where} has the format {dataset.format} and a {given[0]}, which is of another: leave one of them out."
+            f"{where} has format {dataset.format} and {given[0]}, which belongs to another format: remove one of them."
         )
 
 

@@ -53,8 +53,8 @@ def check_weights(record: Mapping[str, Any], place: str) -> None:
     for key, as_others in _RECORD_WEIGHTS.items():
         if (value := record.get(key)) is not None and value != as_others:
             raise ConfigurationError(
-                f"{place}: the record has a {key!r} of {_shown(value)}, but all records count alike; leave records or "
-                "the key out, or put them into datasets of their own, which have a weight."
+                f"{place}: the record has a {key!r} of {_shown(value)}, but all records count equally; leave out the "
+                "key or the record, or move such records to a dataset of their own and set its weight."
             )
 
 
@@ -75,22 +75,24 @@ def check_messages(value: Any, place: str, what: str) -> list[Message]:
         ConfigurationError: If the value is not a valid conversation, or the assistant says nothing in it.
     """
     if not isinstance(value, list) or not value:
-        raise ConfigurationError(f"{place}: {what} is no list of messages; give one.")
+        raise ConfigurationError(f"{place}: {what} must be a non-empty list of messages.")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ConfigurationError(f"{place}: message {number} of {what} has no role; give it one.")
+            raise ConfigurationError(f"{place}: message {number} of {what} has no role; add one.")
         check_value(message, place, f"message {number} of {what}")
         _check_content(message, place, f"the content of message {number} of {what}")
         _check_flags(message, place, f"message {number} of {what}")
         calls = message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-            raise ConfigurationError(f"{place}: the tool_calls of message {number} of {what} are no list of objects.")
+            raise ConfigurationError(
+                f"{place}: the tool_calls of message {number} of {what} must be a list of objects."
+            )
     if all(message["role"] != "assistant" for message in value):
         for number, message in enumerate(value, start=1):
             if (meant := OTHER_ROLES.get(message["role"].lower())) is not None:
                 role = message["role"]
-                raise ConfigurationError(f"{place}: the role of message {number} is {role!r}; write {meant}.")
-        raise ConfigurationError(f"{place}: {what} has no message of the assistant, so nothing to learn; remove it.")
+                raise ConfigurationError(f"{place}: the role of message {number} is {role!r}; change it to {meant}.")
+        raise ConfigurationError(f"{place}: {what} has no assistant message, so there is nothing to learn; remove it.")
     # Templates take an empty key for a missing one. Columnar files always have every key, so content is always kept.
     return [
         {
@@ -116,8 +118,8 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     """
     if record.get("functions"):
         raise ConfigurationError(
-            f'{place}: the record has functions, which became tools; write them as tools, each {{"type": "function", '
-            '"function": ...}.'
+            f'{place}: the record has functions, which tools have replaced; convert each to a tool, {{"type": '
+            '"function", "function": ...}.'
         )
     arguments: dict[str, Any] = {}
     for key in ARGUMENTS:
@@ -126,18 +128,18 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
-                raise ConfigurationError(f"{place}: {key} is text but no JSON ({error}); correct it.") from None
+                raise ConfigurationError(f"{place}: {key} is text, but not valid JSON ({error}); correct it.") from None
         if value is None or value == "" or value == [] or value == {}:
             continue
         check_value(value, place, key)
         if key == "chat_template_kwargs":
             if not isinstance(value, dict):
-                raise ConfigurationError(f"{place}: {key} is {type(value).__name__}; give an object.")
+                raise ConfigurationError(f"{place}: {key} must be an object, not {type(value).__name__}.")
             if wrong := sorted({*value} & {*_RESERVED}):
-                raise ConfigurationError(f"{place}: {key} holds {wrong[0]!r}, which is set elsewhere; take it out.")
+                raise ConfigurationError(f"{place}: {key} contains {wrong[0]!r}, which is set elsewhere; remove it.")
             arguments |= {name: each for name, each in value.items() if each is not None}
         elif not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-            raise ConfigurationError(f"{place}: {key} is no list of objects; give one.")
+            raise ConfigurationError(f"{place}: {key} must be a list of objects.")
         else:
             arguments[key] = value
     return arguments
@@ -153,14 +155,16 @@ def check_value(value: Any, place: str, what: str, depth: int = 0) -> None:
     if isinstance(value, str):
         check_text(value, place, what)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigurationError(f"{place}: {what} holds {value}, which is no JSON; correct it.")
+        raise ConfigurationError(f"{place}: {what} contains {value}, which is not valid JSON; correct it.")
     elif isinstance(value, (dict, list)):
         if depth == _DEEPEST:
             raise ConfigurationError(f"{place}: {what} is nested too deeply; correct it.")
         for each in value if isinstance(value, list) else [*value, *value.values()]:
             check_value(each, place, what, depth + 1)
     elif value is not None and not isinstance(value, (bool, int, float)):
-        raise ConfigurationError(f"{place}: {what} holds {type(value).__name__}, which is no JSON; write it as text.")
+        raise ConfigurationError(
+            f"{place}: {what} contains {type(value).__name__}, which is not a JSON type; write it as text."
+        )
 
 
 def check_text(value: str, place: str, what: str) -> None:
@@ -168,7 +172,9 @@ def check_text(value: str, place: str, what: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{place}: {what} holds half a surrogate pair, which is no text; repair it.") from None
+        raise ConfigurationError(
+            f"{place}: {what} contains half of a surrogate pair, which is not valid text; fix it."
+        ) from None
 
 
 def learnt(message: Message) -> bool:
@@ -182,31 +188,32 @@ def _check_content(message: Message, place: str, what: str) -> None:
         return
     if not isinstance(content, list):
         if not isinstance(content, str):
-            raise ConfigurationError(f"{place}: {what} is {type(content).__name__}, not text; give it a string.")
+            raise ConfigurationError(f"{place}: {what} must be a string, not {type(content).__name__}.")
         return
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ConfigurationError(
-                f"{place}: {what} is list, not text alone: it has a part of type {kind}; give it a string, or parts of "
-                "type text."
+                f"{place}: {what} has a part of type {kind}, but only text is supported; make it a string, or a list "
+                "of parts of type text."
             )
     if not content:
-        raise ConfigurationError(f"{place}: {what} is list, not text, and empty; give it a string.")
+        raise ConfigurationError(f"{place}: {what} must be a string, not an empty list.")
 
 
 def _check_flags(message: Message, place: str, what: str) -> None:
     for key in _MESSAGE_FLAGS:
         if message.get(key) is not None:
             raise ConfigurationError(
-                f"{place}: {what} has {key!r}; say which replies are learnt by a weight of 0 or 1 in its place."
+                f"{place}: {what} has {key!r}; use a weight of 0 or 1 instead to mark which replies are learnt."
             )
     weight = message.get("weight")
     if weight is None:
         return
     if weight not in (0, 1) or (weight == 1 and message["role"] != "assistant"):
         raise ConfigurationError(
-            f"{place}: {what} has a weight of {_shown(weight)}; give the assistant's messages 0 or 1, and others none."
+            f"{place}: {what} has a weight of {_shown(weight)}; use 0 or 1 for the assistant's messages, and none for "
+            "others."
         )
 
 

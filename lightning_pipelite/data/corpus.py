@@ -134,7 +134,7 @@ def tokenise(options: PackingOptions, files: list[list[Path]], tokenizer: Docume
             reason = f" ({bad.files[0]})" if bad.files else reason
             reason = f" ({bad.long})" if bad.long.conversations and not reason else reason
             raise ConfigurationError(
-                f"{dataset.dataset_path} holds no document with a token{reason}: remove it or fill it."
+                f"{dataset.dataset_path} contains no document with any tokens{reason}: remove it, or add documents."
             )
     ends = np.cumsum(counts).tolist()
     return Corpus(path, np.asarray(lengths, np.int64), np.asarray(digests, np.uint64), ends, left_out)

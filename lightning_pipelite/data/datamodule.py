@@ -139,7 +139,8 @@ class PackedDataModule(LightningDataModule):
         super().__init__()
         if eval_gradient_accumulation_steps < 1:
             raise ConfigurationError(
-                f"data.eval_gradient_accumulation_steps is {eval_gradient_accumulation_steps}: give a positive integer."
+                "data.eval_gradient_accumulation_steps must be a positive integer, not "
+                f"{eval_gradient_accumulation_steps}."
             )
         self.sequence_len = sequence_len
         self._options = PackingOptions(
@@ -229,10 +230,10 @@ class PackedDataModule(LightningDataModule):
         largest = self._open().largest_token
         if largest >= rows:
             raise ConfigurationError(
-                f"The data has the token {largest} ({self.tokenizer().decode([largest])!r}), but the model's embedding "
-                f"has {rows} rows, for 0 to {rows - 1}: take what was added to the tokenizer of {self._directory()} "
-                "out again, or give the model as many rows (transformers' resize_token_embeddings), which LoRA's "
-                "trainable_token_indices then trains."
+                f"The data contains token {largest} ({self.tokenizer().decode([largest])!r}), but the model's "
+                f"embedding has only {rows} rows, for tokens 0 to {rows - 1}: remove the tokens that were added to the "
+                f"tokenizer of {self._directory()}, or add rows to the model with transformers' "
+                "resize_token_embeddings and train them with LoRA's trainable_token_indices."
             )
 
     def without(self, tokens: set[int]) -> set[int]:
@@ -248,9 +249,9 @@ class PackedDataModule(LightningDataModule):
             share = held_out.tokens / max(1, held_out.tokens + cache.statistics.train.tokens)
             lines.append(f"{label}: {held_out.describe(options.sequence_len)}")
             if name == HELD_OUT and share > max(MUCH, 2 * options.eval_fraction):
-                lines[-1] += f"; {share:.0%} of all tokens, as documents are held out whole: cut long ones for less"
+                lines[-1] += f"; {share:.0%} of all tokens, as documents are held out whole: split long ones for less"
         if not cache.statistics.evals:
-            two = "it takes two different documents to hold one out"
+            two = "holding one out takes at least two different documents"
             lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")
         lines += [f"dataset {dataset.describe()}" for dataset in cache.statistics.datasets]
         lines = [*self.found(), *lines]
@@ -305,9 +306,9 @@ class PackedDataModule(LightningDataModule):
     @override
     def test_dataloader(self) -> Any:
         raise ConfigurationError(
-            "PackedDataModule holds out no test set: Trainer.validate evaluates its evaluation sets (eval_fraction and "
-            "eval_datasets); to test on other texts, make another with these as eval_datasets, and give Trainer.test "
-            "its val_dataloader()."
+            "PackedDataModule has no test set: use Trainer.validate for its evaluation sets (eval_fraction and "
+            "eval_datasets); to test on other data, create another PackedDataModule with that data as eval_datasets, "
+            "and pass its val_dataloader() to Trainer.test."
         )
 
     def _sampler(self, dataset: PackedSequences, *, shuffle: bool, round_to: int) -> PackedSampler:
@@ -335,5 +336,5 @@ class PackedDataModule(LightningDataModule):
 
     def _directory(self) -> Path:
         if self._tokenizer_dir is None:
-            raise ConfigurationError("data.tokenizer_dir is not set: name the directory of the model's tokenizer.")
+            raise ConfigurationError("data.tokenizer_dir is not set: set it to the directory of the model's tokenizer.")
         return Path(self._tokenizer_dir).expanduser()

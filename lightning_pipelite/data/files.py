@@ -103,8 +103,8 @@ def _json(path: Path) -> Iterator[Raw]:
     except UnreadableError as error:
         raise UnreadableFileError(f"{path}, line {error.line + 1}: {error}") from None
     raise UnreadableFileError(
-        f"{path}, line 1: {type(records).__name__} where a list of objects or strings is needed; put the "
-        "records into a list, or name the file .jsonl if it has one record a line."
+        f"{path}, line 1: expected a list of objects or strings, but found {type(records).__name__}; put the "
+        "records into a list, or rename the file to .jsonl if it has one record per line."
     )
 
 
@@ -145,7 +145,7 @@ def _csv(path: Path) -> Iterator[Raw]:
                 names[0] = _INDEX
             if len({*names}) < len(names) or not all(name.strip() for name in names):
                 raise UnreadableFileError(
-                    f"{path}, line 1: the first row must name each column, no two the same; put the names there."
+                    f"{path}, line 1: the first row must have a unique name for each column; add the names."
                 )
             while True:
                 line = rows.line_num + 1
@@ -157,7 +157,7 @@ def _csv(path: Path) -> Iterator[Raw]:
                     yield Raw(partial(_cells_of, names, row, place), place, columns=tuple(names))
         except csv.Error as error:
             raise UnreadableFileError(
-                f"{path}, line {rows.line_num}: not valid CSV ({error}); write it anew, with quotes around cells."
+                f"{path}, line {rows.line_num}: not valid CSV ({error}); export it again, with quotes around cells."
             ) from None
 
 
@@ -175,8 +175,8 @@ def _delimiter(header: str) -> str:
 def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
     if len(row) != len(names):
         raise ConfigurationError(
-            f"{place}: {len(row)} cells where the first row names {len(names)} columns; put quotes around cells that "
-            "hold the character between cells."
+            f"{place}: {len(row)} cells, but the first row names {len(names)} columns; put quotes around cells that "
+            "contain the delimiter."
         )
     return {name: cell for name, cell in zip(names, row, strict=True) if cell}  # CSV cannot tell "" from null
 
@@ -191,14 +191,14 @@ def _columns(path: Path, choose: Choose) -> Iterator[Raw]:
                 place = f"{path}, row {number}"
                 yield Raw(partial(_values, batch.schema.names, row, place), place, others)
     except pa.ArrowException as error:
-        raise UnreadableFileError(f"{path} is no readable {kind} file ({error}): write it anew.") from error
+        raise UnreadableFileError(f"{path} is not a readable {kind} file ({error}): recreate it.") from error
 
 
 def _values(names: list[str], row: tuple[pa.Scalar, ...], place: str) -> dict[str, Any]:
     try:
         return {name: plain(value) for name, value in zip(names, row, strict=True)}
     except UnicodeDecodeError:
-        raise ConfigurationError(f"{place}: not valid UTF-8; write the file anew.") from None
+        raise ConfigurationError(f"{place}: not valid UTF-8; recreate the file.") from None
 
 
 def _parquet(path: Path, choose: Choose) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:

@@ -95,13 +95,15 @@ def check_text_file(path: Path, dataset: DatasetConfig) -> None:
         UnreadableFileError: If one is set.
     """
     if dataset.messages_field is not None:
-        raise UnreadableFileError(f"{path} is text and holds no messages: remove messages_field.")
+        raise UnreadableFileError(f"{path} is a text file, which has no messages: remove messages_field.")
     names = ("question_field", "system_field", "last_turn_only")
     key = next((name for name in names if getattr(dataset, name)), None)
     if dataset.format not in (None, "text"):
         key = f"format: {dataset.format}"
     if key is not None:
-        raise UnreadableFileError(f"{path} is text and holds no conversations: remove {key}, or name files that do.")
+        raise UnreadableFileError(
+            f"{path} is a text file, which has no conversations: remove {key}, or name files that have them."
+        )
 
 
 def shape_of(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> Shape:
@@ -134,7 +136,7 @@ def shape_of(record: Mapping[str, Any], dataset: DatasetConfig, place: str) -> S
         return replace(shape, system=system, last_turn_only=dataset.last_turn_only)
     if dataset.system_field or dataset.last_turn_only:
         key = "system_field" if dataset.system_field else "last_turn_only"
-        raise ConfigurationError(f"{place}: {key} is for conversations, and this is text; leave it out.")
+        raise ConfigurationError(f"{place}: {key} applies to conversations, but this is text; leave it out.")
     return shape
 
 
@@ -200,7 +202,7 @@ def _found(record: Mapping[str, Any], place: str) -> Shape:
         )
     if not ways and (answers or question):
         raise ConfigurationError(
-            f"{place}: only one side of question and answer is known by its name ({having(record)}); set "
+            f"{place}: only one of question and answer is recognised by its name ({having(record)}); set "
             "question_field and answer_field to the fields that hold them, or text_field to the one that holds a text."
         )
     if not ways:  # the error about the missing field is raised when the record is read

@@ -38,7 +38,7 @@ def data_of(path: Path) -> list[Path]:
             if beside:
                 raise ConfigurationError(
                     f"{path} has data in {min(files).relative_to(path)} and in the folder of a split, "
-                    f"{beside[0].relative_to(path)}: name the one that is meant by dataset_path."
+                    f"{beside[0].relative_to(path)}: set dataset_path to the one to use."
                 )
             return files
     if len(splits) == len(folders):
@@ -57,15 +57,18 @@ def nothing_in(dataset_path: str, path: Path) -> str:
         folders = [each.name for each in _folders(path)]
         if folders:
             return (
-                f"{dataset_path} has no data in it but in its folders {', '.join(folders[:12])}: name one of them, "
-                f"such as {path / folders[0]}."
+                f"{dataset_path} has no data itself, only in its folders {', '.join(folders[:12])}: set dataset_path "
+                f"to one of them, such as {path / folders[0]}."
             )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", dataset_path) and not Path(dataset_path).parent.exists():
         return (
-            f"there is no file or directory {dataset_path}; if it is a dataset of Hugging Face, download it first: "
-            f"hf download {dataset_path} --repo-type dataset --local-dir {path.name}, and name {path.name}."
+            f"there is no file or directory {dataset_path}; if it is a Hugging Face dataset, download it first (hf "
+            f"download {dataset_path} --repo-type dataset --local-dir {path.name}), and set dataset_path to "
+            f"{path.name}."
         )
-    return f"dataset_path {dataset_path} matches no file: name a file, a directory or a glob of {', '.join(FORMATS)}."
+    return (
+        f"dataset_path {dataset_path} matches no file: set it to a file, a directory or a glob of {', '.join(FORMATS)}."
+    )
 
 
 def not_read(dataset_path: str, files: list[Path]) -> list[str]:

@@ -115,7 +115,7 @@ def _unreadable(error: Exception, line: int = 0) -> UnreadableError:
         )
     if isinstance(error, RecursionError):
         return UnreadableError("JSON nested too deeply; correct the file.", line)
-    return UnreadableError("a number with more digits than Python reads; write it as text.", line)
+    return UnreadableError("a number with more digits than Python can parse; write it as text.", line)
 
 
 def _end_of(text: str, at: int) -> int | None:

@@ -81,8 +81,8 @@ class PackedLoader(DataLoader[dict[str, Tensor]]):
         for key, ours in self._data.items():
             if state.get(key) != ours:
                 raise ConfigurationError(
-                    f"ckpt_path: the checkpoint was made with other training data ({key} {state.get(key)}, now "
-                    f"{ours}): give the datasets and the options of data that it was made with."
+                    f"ckpt_path: the checkpoint was made with different training data ({key} {state.get(key)}, now "
+                    f"{ours}): use the datasets and data options that it was made with."
                 )
         self._epoch = self._resume_epoch = state["epoch"]
         self._start, self._given = state["sequences_seen"], 0

@@ -48,10 +48,10 @@ class Long:
             return ""
         what = [
             f"{self.dropped:,} dropped" if self.dropped else "",
-            f"{counted(self.parts, 'part')} made of them, each with its questions" if self.parts else "",
-            f"{counted(self.cut, 'answer')} cut at the end" if self.cut else "",
-            f"{counted(self.unanswered, 'question')} too long for any answer left out" if self.unanswered else "",
-            f"{self.kept:,} go on in the next sequence without their question" if self.kept else "",
+            f"split into {counted(self.parts, 'part')}, each with its questions" if self.parts else "",
+            f"{counted(self.cut, 'answer')} truncated" if self.cut else "",
+            f"{counted(self.unanswered, 'question')} left out, too long for any answer" if self.unanswered else "",
+            f"{self.kept:,} continued in the next sequence without the question" if self.kept else "",
         ]
         told = "; ".join(each for each in what if each)
         return f"{counted(self.conversations, 'conversation')} longer than {counted(self.limit, 'token')} ({told})"

@@ -120,6 +120,6 @@ def _shapes(dataset: DatasetConfig, paths: Iterable[Path], all_paths: list[Path]
     # The content of a text file counts as the field "text", so that name is allowed.
     if dataset.text_field not in (None, "text") and all(format_of(path) in TEXT for path in all_paths):
         raise ConfigurationError(
-            f"{dataset.dataset_path} is text and has no fields: remove text_field, or name files that have."
+            f"{dataset.dataset_path} is text, which has no fields: remove text_field, or name files that have them."
         )
     return tuple(find_shape(path, dataset) for path in paths)

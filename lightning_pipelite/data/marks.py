@@ -43,25 +43,25 @@ def check_marks(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig,
     check_rejected(record, place)
     if choices := next((name for name in CHOICES if name in record), None):
         raise ConfigurationError(
-            f"{place}: the answers are to questions with {choices!r}, which would not be shown; write them into the "
-            f"question, or set {fields} to leave them out."
+            f"{place}: the question comes with {choices!r}, which would be ignored; add them to the question, or set "
+            f"{fields} to leave them out."
         )
     if media := next((name for name in MEDIA if name in record), None):
         raise ConfigurationError(
-            f"{place}: the conversation is about {media!r}, which would not be shown; leave such records out, or set "
-            f"{fields} to learn the words without."
+            f"{place}: the conversation is about {media!r}, which would be ignored; leave such records out, or set "
+            f"{fields} to learn the text alone."
         )
     if str(record.get("label")).strip().lower() in VERDICTS:
         raise ConfigurationError(
-            f"{place}: the field 'label' marks which answers are good, and all would be learnt; leave the bad ones "
+            f"{place}: the field 'label' marks which answers are good, but all would be learnt; leave the bad ones "
             f"out, and set {fields}."
         )
     if shape.messages is not None:
         beside = next((name for name in (*ANSWERS, *MORE, *HISTORIES) if name in record), None)
         if beside is not None:
             raise ConfigurationError(
-                f"{place}: {shape.messages!r} holds a conversation, and {beside!r} stands beside it and would not be "
-                f"shown; write it into the messages, or set {fields} to leave it out."
+                f"{place}: {shape.messages!r} holds a conversation, so {beside!r} would be ignored; add it to the "
+                f"messages, or set {fields} to leave it out."
             )
     elif all(name in record for name in MORE) and shape.question[0] not in MORE:
         raise ConfigurationError(
@@ -92,8 +92,8 @@ def check_prompt(record: Mapping[str, Any], shape: Shape, dataset: DatasetConfig
         begins = isinstance(asked_beside, list) and turns[: len(asked_beside)] == asked_beside
         if asked_beside and not begins and asked_beside not in (first.get("content"), first.get("value")):
             raise ConfigurationError(
-                f"{place}: {name!r} is not the first question of {shape.messages!r} and would not be shown; write it "
-                f"into the messages, or set messages_field: {shape.messages} to leave it out."
+                f"{place}: {name!r} is not the first question of {shape.messages!r} and would be ignored; add it to "
+                f"the messages, or set messages_field: {shape.messages} to leave it out."
             )
 
 
@@ -105,8 +105,8 @@ def check_rejected(record: Mapping[str, Any], place: str) -> None:
     """
     if any(name in record for name in REJECTED):
         raise ConfigurationError(
-            f"{place}: the records have answers to prefer and to avoid ({having(record)}), and both would be learnt "
-            "alike; set messages_field or question_field and answer_field to what is to be learnt."
+            f"{place}: the records have preferred and rejected answers ({having(record)}), and both would be learnt; "
+            "set messages_field, or question_field and answer_field, to what is to be learnt."
         )
 
 
@@ -120,6 +120,5 @@ def check_no_answer(record: Mapping[str, Any], text: str, place: str) -> None:
     if question is not None and text in (*ANSWERS, *REJECTED):
         raise ConfigurationError(
             f"{place}: text_field is {text}, which by its name answers {question!r}, and would be learnt without it; "
-            f"set question_field: {question} and answer_field: {text} in its place, or format: text beside it if that "
-            "is meant."
+            f"set question_field: {question} and answer_field: {text} instead, or add format: text if that is intended."
         )

@@ -93,7 +93,7 @@ def read_records(
         on_bad(UnreadableFileError(f"{path} cannot be read ({said}): check the file."))
     else:
         if not records:
-            on_bad(ConfigurationError(f"{path} holds no document: remove it from the dataset, or fill it."))
+            on_bad(ConfigurationError(f"{path} contains no documents: remove it from the dataset, or add some."))
 
 
 class _Reader:
@@ -119,9 +119,11 @@ class _Reader:
         record, place, shape = raw.read(), raw.place, self._shape
         if not isinstance(record, dict):
             if not isinstance(record, str):
-                raise ConfigurationError(f"{place}: the record is {type(record).__name__}, not text; give it a string.")
+                raise ConfigurationError(
+                    f"{place}: the record must be an object or a string, not {type(record).__name__}."
+                )
             if shape.conversation:
-                raise ConfigurationError(f"{place}: the record is text and no conversation; put it into other files.")
+                raise ConfigurationError(f"{place}: the record is text, not a conversation; move it to another file.")
             check_text(record, place, "the record")
             return Record(record, place)
         if shape.question and shape.question[0] in raw.columns:
@@ -139,7 +141,7 @@ class _Reader:
         shape = self._shape
         option = "text_field" if name == shape.text else "messages_field" if name == shape.messages else None
         option = option or ("answer_field" if name == shape.answer else "question_field")
-        others = "" if shape.given else ", or messages_field, or question_field and answer_field to those that do"
+        others = "" if shape.given else ", or set messages_field, or question_field and answer_field, instead"
         return f"set {option} to the {'column' if format_of(self._path) in COLUMNS else 'field'} that holds it{others}"
 
     def _checked(self, record: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -155,14 +157,14 @@ class _Reader:
                 found = shape_of({name: record[name] for name in known}, self._dataset, place)
                 if found.needed != shape.needed:
                     raise ConfigurationError(
-                        f"{place}: the record is of another kind than the first ones ({found}, not {shape}); put it "
-                        "into a file of its own."
+                        f"{place}: the record has a different format from the first ones ({found}, not {shape}); move "
+                        "it to another file."
                     )
                 late = next((name for name in found.fields if name in said and name not in shape.fields), None)
                 if late is not None:
                     raise ConfigurationError(
-                        f"{place}: no record at the beginning of the file has the field {late!r}, so it is not read; "
-                        "give the first record one, if only an empty one."
+                        f"{place}: none of the first records of the file has the field {late!r}, so it is not read; "
+                        "add it to the first record, even if empty."
                     )
             self._names[there] = tuple(map(readable, names))
         return self._names[there]  # one shared tuple for all records, because they are sent to other processes

@@ -34,7 +34,7 @@ def without_greeting(messages: list[Message], place: str, what: str) -> list[Mes
             if asked is None and message.get("weight") is None:
                 message = {**message, "weight": 0}
             else:
-                where = "stands before the first question" if asked is None else "answers a question that is empty"
+                where = "precedes the first question" if asked is None else "answers an empty question"
                 raise ConfigurationError(
                     f"{place}: the reply in message {number} of {what} {where}, and would be learnt without one; give "
                     "it a question or a weight of 0, or leave the record out."
@@ -43,8 +43,8 @@ def without_greeting(messages: list[Message], place: str, what: str) -> list[Mes
         before = role
     if any(map(learnt, messages)) and not any(map(learnt, made)):
         raise ConfigurationError(
-            f"{place}: {what} asks nothing before the assistant's reply, which would be learnt without a question; "
-            "give it a message of the user, or leave the record out."
+            f"{place}: {what} has no question before the assistant's reply, which would be learnt without one; add a "
+            "user message, or leave the record out."
         )
     return made
 
@@ -60,8 +60,8 @@ def check_replies(messages: list[Message], place: str, what: str) -> None:
             continue
         if not _says(message):
             raise ConfigurationError(
-                f"{place}: the reply in message {number} of {what} is empty; fill it, give it a weight of 0, or leave "
-                "the record out."
+                f"{place}: the reply in message {number} of {what} is empty; fill it in, give it a weight of 0, or "
+                "leave the record out."
             )
 
 

@@ -90,7 +90,7 @@ class Shape:
             value = record[self.text]
             if not isinstance(value, str):
                 what = f"the field {self.text!r}"
-                raise ConfigurationError(f"{place}: {what} is {type(value).__name__}, not text; give it a string.")
+                raise ConfigurationError(f"{place}: {what} must be a string, not {type(value).__name__}.")
             check_text(value, place, f"the field {self.text!r}")
             return value
         if self.messages is not None:
@@ -130,9 +130,7 @@ class Shape:
         if not isinstance(pairs, list) or not all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair) for pair in pairs
         ):
-            raise ConfigurationError(
-                f"{place}: the field {self.history!r} is no list of pairs, question and answer; correct it."
-            )
+            raise ConfigurationError(f"{place}: the field {self.history!r} must be a list of [question, answer] pairs.")
         for question, answer in pairs:
             yield {"role": "user", "content": question}
             yield {"role": "assistant", "content": answer, "weight": 0}  # only the answer field is learnt
@@ -143,8 +141,8 @@ class Shape:
         if isinstance(value, list):  # TRL's format: the messages before the answer, none of them learnt
             if about := next((name for name in more if record.get(name)), None):
                 raise ConfigurationError(
-                    f"{place}: the field {first!r} is a list of messages, and {about!r} stands beside it and would not "
-                    "be shown; write it into the messages."
+                    f"{place}: the field {first!r} is a list of messages, so {about!r} would be ignored; add it to the "
+                    "messages."
                 )
             asked = _conversation(value, place, f"the field {first!r}")
             replies = [isinstance(each, dict) and each.get("role") == "assistant" for each in asked]
@@ -157,7 +155,7 @@ class Shape:
         if not any(part.strip() for part in parts):
             raise ConfigurationError(
                 f"{place}: the question ({', '.join(self.question)}) is empty, so the answer would be learnt without "
-                "one; fill it, or leave the record out."
+                "one; fill it in, or leave the record out."
             )
         return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
 
@@ -192,10 +190,12 @@ def _message(message: Any, place: str, number: int, what: str) -> Any:
         return message
     if message.get("content") is not None and value is not None:
         raise ConfigurationError(
-            f"{place}: message {number} of {what} has a value and a content; keep the one that is meant."
+            f"{place}: message {number} of {what} has both a value and a content; keep one of them."
         )
     if message.get("role") is not None and speaker is not None and message["role"] not in (speaker, ROLES.get(speaker)):
-        raise ConfigurationError(f"{place}: message {number} of {what} has a role and another from; keep one of them.")
+        raise ConfigurationError(
+            f"{place}: message {number} of {what} has a role and a different from; keep one of them."
+        )
     rest = {key: each for key, each in message.items() if key not in ("from", "value", "role", "content")}
     role, content = message.get("role"), message.get("content")
     if speaker == "function_call" and isinstance(value, str):
@@ -215,8 +215,8 @@ def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any
         other = next((key for key in call if key not in ("name", "id", *arguments[:1])), None)
         if other is not None:
             raise ConfigurationError(
-                f"{place}: message {number} of {what} calls a function with {other!r}; a call has a name, arguments "
-                "and perhaps an id, so put what is meant there."
+                f"{place}: message {number} of {what} calls a function with {other!r}; a call may only have a name, "
+                "arguments and an id, so move it there or remove it."
             )
         function = {"name": call["name"], "arguments": call[arguments[0]] if arguments else {}}
         made.append({"type": "function", "function": function, **({"id": call["id"]} if call.get("id") else {})})
@@ -225,7 +225,7 @@ def _calls(value: str, place: str, number: int, what: str) -> list[dict[str, Any
 
 def _text_of(value: Any, place: str, name: str | None) -> str:
     if not isinstance(value, str):
-        raise ConfigurationError(f"{place}: the field {name!r} is {type(value).__name__}, not text; give it a string.")
+        raise ConfigurationError(f"{place}: the field {name!r} must be a string, not {type(value).__name__}.")
     return value
 
 
@@ -233,4 +233,4 @@ def _json(value: str, place: str, what: str | None) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{place}: {what} is text but no JSON ({error}); correct it.") from None
+        raise ConfigurationError(f"{place}: {what} is text, but not valid JSON ({error}); correct it.") from None

@@ -48,8 +48,8 @@ def find_files(dataset_path: str, split: str | None = None, *, evaluation: bool 
     for file in files:
         if not format_of(file):
             raise ConfigurationError(
-                f"{file} has no known format: convert it to one of {', '.join(FORMATS)} (all but the last two may be "
-                f"compressed: {', '.join(COMPRESSIONS)})."
+                f"{file} is not in a supported format: convert it to one of {', '.join(FORMATS)} (all but the last "
+                f"two may be compressed: {', '.join(COMPRESSIONS)})."
             )
     files = sorted({file.absolute() for file in files})
     return of_one_split(files, split, dataset_path, root=root.absolute(), evaluation=evaluation, named=named)
@@ -67,7 +67,7 @@ def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             if split is not None and split not in splits:
                 raise ConfigurationError(
-                    f"split of {path} is {split}, which is not there (it has {', '.join(splits)}); correct it."
+                    f"split of {path} is {split}, which does not exist (it has {', '.join(splits)}); correct it."
                 )
             chosen = split or choose_split(splits, str(path), evaluation=evaluation)
             return _saved_dataset(path / chosen, None, evaluation)
@@ -79,9 +79,13 @@ def _saved_dataset(path: Path, split: str | None, evaluation: bool) -> list[Path
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"{path} is no readable Hugging Face dataset ({error!r}): save it anew.") from error
+        raise ConfigurationError(
+            f"{path} is not a readable Hugging Face dataset ({error!r}): save it again."
+        ) from error
     if reordered:
-        raise ConfigurationError(f"{path} selects records by an indices file: call flatten_indices() and save it anew.")
+        raise ConfigurationError(
+            f"{path} selects its records by an indices file: call flatten_indices() and save it again."
+        )
     if not files:
         raise ConfigurationError(f"dataset_path {path} matches no file: the Hugging Face dataset is empty.")
     return files

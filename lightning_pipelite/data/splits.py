@@ -44,8 +44,8 @@ def _one_of(name: str, file: Path) -> str | None:
     told = sorted(_splits_in(name))
     if len(told) > 1:
         raise ConfigurationError(
-            f"the name of {file} tells of the splits {' and '.join(told)}, so it is not clear which it is of: rename "
-            "it, or name the files that are meant one by one by dataset_path."
+            f"the name of {file} indicates the splits {' and '.join(told)}, so it is unclear which one it belongs to: "
+            "rename it, or give each file to use a dataset_path of its own."
         )
     return told[0] if told else None
 
@@ -89,22 +89,22 @@ def of_one_split(
             return splits[split]
         meant = [part for parts in sets.values() for name, part in parts.items() if name and same_set(name, split)]
         if len(meant) != 1:
-            there = f"it has {', '.join(names)}" if names else "its files' names tell of none"
-            raise ConfigurationError(f"split of {place} is {split}, which is not there ({there}); correct it.")
+            there = f"it has {', '.join(names)}" if names else "its file names indicate none"
+            raise ConfigurationError(f"split of {place} is {split}, which does not exist ({there}); correct it.")
         return meant[0]
     if not any(name != "train" for name in names):
         return list(files)
     if None in splits:
         raise ConfigurationError(
-            f"{place} has files of the splits {', '.join(names)}, and {splits[None][0].name}, whose name tells of "
-            "none; set split to one of them, or name the files that are meant by dataset_path."
+            f"{place} has files of the splits {', '.join(names)}, and {splits[None][0].name}, whose name "
+            "indicates none; set split to one of them, or set dataset_path to the files to use."
         )
     if not named:
         return splits[choose_split(names, place, evaluation=evaluation)]
     if len(names) > 1 and any("train" in _splits_in(name) for name in names):
         raise ConfigurationError(
-            f"{place} matches files of the splits {', '.join(names)}: set split to one of them, or name its files "
-            "alone; those to be used together are datasets of their own."
+            f"{place} matches files of the splits {', '.join(names)}: set split to one of them, or match only its "
+            "files; list splits to be used together as separate datasets."
         )
     return list(files)
 

@@ -98,8 +98,8 @@ class ChatTemplate:
             if isinstance(content, list) and not self._takes_parts():
                 if len(content) > 1:
                     raise ConfigurationError(
-                        f"{place}: the content of message {number} has {len(content)} parts, of which the chat "
-                        "template reads none; join them into one string."
+                        f"{place}: the content of message {number} has {len(content)} parts, but the chat template "
+                        "does not read parts; join them into one string."
                     )
                 message = {**message, "content": content[0]["text"]}
             plain.append(message)
@@ -117,7 +117,7 @@ class ChatTemplate:
             if role not in _ROLES and (meant or role not in self._words):
                 raise ConfigurationError(
                     f"{place}: the role of message {number} is {role!r}; "
-                    + (f"write {meant}." if meant else f"give one of {', '.join(_ROLES)}.")
+                    + (f"change it to {meant}." if meant else f"change it to one of {', '.join(_ROLES)}.")
                 )
 
     def check_arguments(
@@ -144,21 +144,21 @@ class ChatTemplate:
         for name in others:
             if name in self._variables - special:
                 raise ConfigurationError(
-                    f"{place}: the chat template reads {name!r}, which the record has outside of chat_template_kwargs; "
-                    "put it there, or rename it."
+                    f"{place}: the chat template reads {name!r}, which the record has outside chat_template_kwargs; "
+                    "move it there, or rename it."
                 )
         for name, value in arguments.items():
             if name in ("tools", "documents"):
                 without = {key: each for key, each in arguments.items() if key != name}
                 if name not in self._variables or self._rendered(messages, without) == text:
                     raise ConfigurationError(
-                        f"{place}: the chat template shows no {name} in this conversation; use one that does, or take "
-                        "them out."
+                        f"{place}: the chat template does not render the {name} of this conversation; use one that "
+                        "does, or remove them."
                     )
             elif name not in self._variables and value:
                 raise ConfigurationError(
-                    f"{place}: the chat template reads no {name!r} of chat_template_kwargs; use one that does, or take "
-                    "it out."
+                    f"{place}: the chat template does not read {name!r} of chat_template_kwargs; use one that does, "
+                    "or remove it."
                 )
             elif name not in self._variables:
                 passed_over.add(f"chat_template_kwargs.{name}")
@@ -177,15 +177,15 @@ class ChatTemplate:
                 ):
                     raise ConfigurationError(
                         f"{place}: message {number + 1} has a {key!r} of {value}, which the chat template does not "
-                        "read; say which replies are learnt by a weight of 0 or 1, and take it out."
+                        "read; remove it, and use a weight of 0 or 1 to mark which replies are learnt."
                     )
                 nothing = key in ("role", "content") or not message[key]
                 if nothing or self._shows(key, messages[: number + 1], arguments):
                     continue
                 if key in _WORDS:
                     raise ConfigurationError(
-                        f"{place}: the chat template does not show the {key} of message {number + 1}; use one that "
-                        "does, or take them out."
+                        f"{place}: the chat template does not render the {key} of message {number + 1}; use one that "
+                        "does, or remove them."
                     )
                 passed_over.add(f"{key} of messages")
             content = message.get("content")
@@ -193,13 +193,13 @@ class ChatTemplate:
             if words and words not in text and not self._shows_content(number, messages, arguments, text):
                 if not message.get("tool_calls"):
                     raise ConfigurationError(
-                        f"{place}: the chat template does not show message {number + 1}, whose role is "
-                        f"{message['role']}; use one that does, or take the message out."
+                        f"{place}: the chat template does not render message {number + 1}, whose role is "
+                        f"{message['role']}; use one that does, or remove the message."
                     )
                 passed_over.add("content beside tool_calls")  # many templates omit it
             for call in message.get("tool_calls") or []:
                 if _quoted_twice(call, text):
-                    passed_over.add("that arguments of tool calls are JSON (they are text, quoted once more)")
+                    passed_over.add("the JSON structure of tool-call arguments (they are text, and quoted again)")
         return passed_over
 
     def _check_calls(self, messages: list[Message], arguments: dict[str, Any], place: str) -> None:
@@ -210,8 +210,8 @@ class ChatTemplate:
             text = self._rendered(others, arguments) if calls else None
             if text is not None and any(f"{MARKER}{call}." not in text for call in calls):
                 raise ConfigurationError(
-                    f"{place}: the chat template does not show the tool_calls of message {number + 1}, or not all of "
-                    "them; use one that does, or take them out."
+                    f"{place}: the chat template does not render all tool_calls of message {number + 1}; use one that "
+                    "does, or remove them."
                 )
 
     def _takes_parts(self) -> bool:

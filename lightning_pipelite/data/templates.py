@@ -38,7 +38,7 @@ def read_template(given: str) -> str:
     path = Path(given).expanduser()
     if not path.is_file():
         names = " or ".join(TEMPLATES)
-        raise ConfigurationError(f"data.chat_template {given} is no file: name a .jinja file, or say {names}.")
+        raise ConfigurationError(f"data.chat_template {given} is not a file: set it to a .jinja file, {names}.")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,7 +52,7 @@ def refuse_without_tokenizer(directory: Path) -> None:
         ConfigurationError: If there is no tokenizer.
     """
     if not any(directory.glob("tokenizer*")):
-        raise ConfigurationError(f"{directory} has no tokenizer that chat_template could go with; leave it out.")
+        raise ConfigurationError(f"{directory} has no tokenizer to save chat_template with; leave chat_template out.")
 
 
 def write_template(directory: Path, template: str) -> None:

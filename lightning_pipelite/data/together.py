@@ -88,7 +88,7 @@ def _way_of_reading(dataset: DatasetConfig) -> DatasetConfig:
 def nothing_left() -> ConfigurationError:
     """Return the error for training documents that are all evaluation documents, too."""
     return ConfigurationError(
-        "Every document of data.datasets is in data.eval_datasets, too: none is left for training."
+        "Every document in data.datasets is also in data.eval_datasets: none is left for training."
     )
 
 
@@ -103,20 +103,20 @@ def _refuse_links(files: Sequence[Path], place: str) -> None:
         real = file.resolve() if (is_link := file.is_symlink()) else folders[file.parent] / file.name
         other = first.get(real) if is_link else first.setdefault(real, file)
         if other not in (None, file):
-            _refuse(other, file, place, "are the same file by a link", str)
+            _refuse(other, file, place, "are the same file through a link", str)
 
 
 def _refuse(
     one: Path,
     other: Path,
     place: str,
-    why: str = "by their names are the same data twice",
+    why: str = "by their names hold the same data",
     name: Callable[[Path], str] = lambda file: file.name,
 ) -> None:
     names = sorted((name(one), name(other)))
     raise ConfigurationError(
-        f"{place} has {names[0]} and {names[1]}, which {why}: move one of them away, or name the one that is meant by "
-        "dataset_path."
+        f"{place} has {names[0]} and {names[1]}, which {why}: move one of them elsewhere, or set dataset_path "
+        "to the one to use."
     )
 
 
@@ -138,7 +138,7 @@ def remarks(dataset_path: str, files: list[Path]) -> list[str]:
         told.append(f"{_listed(sorted(sets.values()))} read together")
     about = sorted(file.name for file in files if tells_of_data(file))
     if about and len(files) > 1:
-        told.append(f"{_listed(about)} read as data, too")
+        told.append(f"{_listed(about)} also read as data")
     by_size: dict[int, list[Path]] = defaultdict(list)
     for file in files:
         if format_of(file) not in TEXT:
@@ -151,7 +151,7 @@ def remarks(dataset_path: str, files: list[Path]) -> list[str]:
             if equal is None:
                 begins_alike.append(file)
             else:
-                told.append(f"{equal.name} and {file.name} hold the same and are both read")
+                told.append(f"{equal.name} and {file.name} are identical, and both are read")
     if folders := folders_not_read(dataset_path, files):
         told.append(f"folders not read: {_listed(folders)}")
     return told
@@ -168,7 +168,7 @@ def read_before(files: list[Path], before: Iterable[tuple[DatasetConfig, list[Pa
     for dataset, others in before:
         if twice := {*files} & {*others}:
             names = _listed(sorted(file.name for file in twice))
-            told.append(f"{names} read by the dataset {dataset.dataset_path}, too")
+            told.append(f"{names} also read by the dataset {dataset.dataset_path}")
     return told
 
 

@@ -28,7 +28,8 @@ def check_ids(key: str, ids: Sequence[int], size: int, tokenizer_dir: Path, *, b
     for token in ids:
         if isinstance(token, bool) or not 0 <= token < size + beyond:
             raise ConfigurationError(
-                f"data.{key} holds {token}, which is no token id of {tokenizer_dir}: give ids from 0 to {size - 1}."
+                f"data.{key} contains {token}, which is not a token id of {tokenizer_dir}: use ids from 0 to "
+                f"{size - 1}."
             )
 
 

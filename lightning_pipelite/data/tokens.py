@@ -104,7 +104,7 @@ class DocumentTokenizer:
 
     def _encode_one(self, text: str, place: str) -> list[int] | ConfigurationError:
         try:
-            with naming(place, "the tokenizer refuses the text"):
+            with naming(place, "the tokenizer rejects the text"):
                 return self.encode([text])[0]
         except ConfigurationError as error:
             return error
@@ -138,7 +138,9 @@ class DocumentTokenizer:
 
     def _load(self, add_prefix_space: bool | None, trust_remote_code: bool) -> Any:
         if not self._name.is_dir():
-            raise ConfigurationError(f"data.tokenizer_dir {self._name} is no directory: name one with a tokenizer.")
+            raise ConfigurationError(
+                f"data.tokenizer_dir {self._name} is not a directory: set it to one with a tokenizer."
+            )
         try:
             return AutoTokenizer.from_pretrained(
                 self._name,
@@ -150,7 +152,7 @@ class DocumentTokenizer:
             Exception
         ) as error:  # whatever a damaged file or remote code raises, the user has to look at the directory
             raise ConfigurationError(
-                f"No tokenizer can be loaded from {self._name} ({first_line(error)}): check it."
+                f"No tokenizer can be loaded from {self._name} ({first_line(error)}): check its files."
             ) from error
 
     def _check_prefix_space(self, trust_remote_code: bool) -> None:
@@ -159,8 +161,8 @@ class DocumentTokenizer:
         without = self._ids_of(self._load(False, trust_remote_code), ["a"])
         if with_space[0] == without[0] and with_space[0] != with_space[1]:
             raise ConfigurationError(
-                f"data.add_prefix_space has no effect on the tokenizer of {self._name}: set it to false, or begin "
-                'documents with a space by document_prefix: " ".'
+                f"data.add_prefix_space has no effect on the tokenizer of {self._name}: set it to false, or set "
+                'document_prefix to " ".'
             )
 
     @staticmethod

@@ -101,8 +101,8 @@ class Turns:
             if text.startswith(before) and text.endswith(behind) and len(before) < end + (not message.get("content")):
                 return self._behind_prompt(number, len(before)), end, False
         raise ConfigurationError(
-            f"{place}: the chat template renders message {number + 1} so that the assistant's words cannot be told "
-            "apart; use a template with {% generation %} marks."
+            f"{place}: the assistant's words cannot be located in message {number + 1} as the chat template renders "
+            "it; use a template with {% generation %} marks."
         )
 
     def _behind_prompt(self, number: int, begin: int) -> int:

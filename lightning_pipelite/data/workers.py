@@ -62,7 +62,7 @@ def map_in_order(function: Callable[[In], Out], batches: Iterable[In]) -> Iterat
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise RuntimeError("A process that tokenised was killed, perhaps for want of memory.") from error
+        raise RuntimeError("A tokenisation worker process was killed, possibly because memory ran out.") from error
     finally:
         executor.shutdown(cancel_futures=True)
         _function = None

@@ -25,7 +25,7 @@ from lightning_pipelite.shared.progress import track
 
 DPI = 200
 LORA_TERMS = {
-    "‖ΔW‖_F": "Frobenius norm of ΔW = scaling · B A, of fused experts that of all together.",
+    "‖ΔW‖_F": "Frobenius norm of ΔW = scaling · B A; for fused experts, of all of them together.",
     "‖ΔW‖₂": "Spectral norm, the largest singular value.",
     "rank": "Number of singular values.",
     "eff. rank": "Effective rank ‖ΔW‖²_* / ‖ΔW‖²_F: how many directions ΔW uses, between 1 and its rank.",
@@ -34,20 +34,20 @@ LORA_TERMS = {
 CONTROL_TERMS = {
     "‖QᵀQ-I‖²": "Squared Frobenius norm of QᵀQ - I: 0 if the directions are orthonormal.",
     "‖W‖_F": "Frobenius norm of W = Q diag(λ) Qᵀ, λ = expm1(S).",
-    "‖W‖₂": "Spectral norm, and in brackets the error of max |λ| in its place.",
-    "‖W‖_*": "Nuclear norm, and in brackets the error of Σ |λ| in its place.",
+    "‖W‖₂": "Spectral norm; in brackets, the error of max |λ| as an approximation of it.",
+    "‖W‖_*": "Nuclear norm; in brackets, the error of Σ |λ| as an approximation of it.",
     "eff. rank": "Effective rank ‖W‖²_* / ‖W‖²_F, between 1 and the rank.",
-    "κ": "Condition number of W on its rank: largest over smallest singular value.",
+    "κ": "Condition number of W within its rank: largest over smallest singular value.",
     "λ min": "Smallest eigenvalue of W for class +1.",
     "λ max": "Largest eigenvalue of W for class +1.",
 }
 CAPTIONS = {
     "norms": "Norms by layer.",
-    "relative_norms": "How much is added to each weight, relative to it.",
+    "relative_norms": "Norm of what is added to each weight, relative to the norm of the weight.",
     "effective_ranks": "Effective rank of what is added to each weight.",
-    "spectra": "Singular values of what is added to each weight, a line for each layer.",
-    "eigenvalues": "Eigenvalues of W by layer for both classes, and in order for class +1.",
-    "conditioning": "How well-formed each layer is.",
+    "spectra": "Singular values of what is added to each weight, one line per layer.",
+    "eigenvalues": "Eigenvalues of W: by layer for both classes, and in descending order for class +1.",
+    "conditioning": "Conditioning of each layer.",
 }
 
 
@@ -109,11 +109,11 @@ def _lora(adapter: Path, model: BaseModel | None) -> tuple[dict[str, Product], l
     """Return the figures of each product, and a list of what else the adapter contains."""
     if model is None:
         factors, rest = saved_factors(adapter)
-        return {name: product(each) for name, each in track(list(factors.items()), "analyzing", "modules")}, rest
+        return {name: product(each) for name, each in track(list(factors.items()), "analysing", "modules")}, rest
     lora = LoRAOfBase(model, adapter)
     products = {
         name: product(each, float(model.read_parameter(name).norm()))
-        for name, each in track(list(lora.products()), "analyzing", "modules")
+        for name, each in track(list(lora.products()), "analysing", "modules")
     }
     return products, rest_of(lora.config, read_tensors(adapter))
 
@@ -122,7 +122,7 @@ def _control(adapter: Path, model: BaseModel | None) -> dict[int, Control]:
     control_file = ControlAdapterFile(adapter)
     if model is not None:
         layers_of(model, control_file)
-    return {number: control(each) for number, each in track(control_file.transforms.items(), "analyzing", "layers")}
+    return {number: control(each) for number, each in track(control_file.transforms.items(), "analysing", "layers")}
 
 
 def _lora_rows(products: Mapping[str, Product], *, relative: bool) -> list[list[str]]:

@@ -71,7 +71,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
     name = PLAIN.get(kind) or PERMUTED.get(kind)
     if name is None:
         known = ", ".join(sorted([*PLAIN, *PERMUTED]))
-        raise ConfigurationError(f"a model of type {kind} cannot be written for llama.cpp; possible are {known}.")
+        raise ConfigurationError(
+            f"an adapter of a model of type {kind} cannot be exported to llama.cpp; supported types are {known}."
+        )
     heads = {}
     if kind in PERMUTED:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -98,8 +98,8 @@ class BaseModel:
             self.config.output_router_logits = False  # only needed in training
         if not weight_files(self.directory) and any(self.directory.glob("*.bin")):
             raise ConfigurationError(
-                f"{directory} has pickled weights (.bin) only; save it by transformers' save_pretrained, which writes "
-                "safetensors, and give that."
+                f"{directory} has only pickled weights (.bin); save it with transformers' save_pretrained, which "
+                "writes safetensors, and use that copy."
             )
         check_weights(self.directory)
         self.is_text_part = self.config.model_type != read_json(self.directory / "config.json")["model_type"]
@@ -156,7 +156,8 @@ class BaseModel:
         """
         if name not in self.groups:
             raise ConfigurationError(
-                f"the adapter changes {name}, which {self.directory} ties to another weight; an untied base is needed."
+                f"the adapter changes {name}, which {self.directory} ties to another weight; use a base whose weights "
+                "are not tied."
             )
         return self.groups[name]
 
@@ -177,7 +178,7 @@ class BaseModel:
         if split.keys() != files.keys():
             raise ConfigurationError(
                 f"{self.directory}: {group.parameters[0]} cannot be written back in the layout of its files; save the "
-                "model with transformers' save_pretrained and give that."
+                "model with transformers' save_pretrained and use that copy."
             )
         return {files[name]: value for name, value in split.items()}
 
@@ -191,14 +192,16 @@ class BaseModel:
         for name, value in self.split(group, self._join(group, tensors)).items():
             if not torch.equal(value, tensors[name]):
                 raise ConfigurationError(
-                    f"{self.directory}: {name} does not survive being read and written back; save the model with "
-                    "transformers' save_pretrained and give that."
+                    f"{self.directory}: {name} changes when it is read and written back; save the model with "
+                    "transformers' save_pretrained and use that copy."
                 )
 
     def _read_tensor(self, name: str, device: str | torch.device) -> Tensor:
         dtype = self.headers[self._file_of[name]][name]["dtype"]
         if dtype not in DTYPES:
-            raise ConfigurationError(f"{self.directory}: {name} has type {dtype}; a base in floating point is needed.")
+            raise ConfigurationError(
+                f"{self.directory}: {name} has dtype {dtype}; use a base with floating-point weights."
+            )
         return self.weights.read(name, device=device).float()
 
     def _match(self) -> dict[str, Group]:
@@ -227,7 +230,7 @@ class BaseModel:
             for name, shape in made.items():
                 if self.shapes.get(name) != shape:
                     raise ConfigurationError(
-                        f"{self.directory}: {name} has shape {list(shape)} in the files but config.json asks for "
+                        f"{self.directory}: {name} has shape {list(shape)} in the files, but config.json implies "
                         f"{list(self.shapes.get(name, ()))}; fetch the model again."
                     )
                 by_parameter[name] = group

@@ -14,6 +14,6 @@ def check_base(directory: Path) -> None:
         ConfigurationError: Either is the case.
     """
     if not directory.is_dir():
-        raise ConfigurationError(f"{directory} is not a directory; give that of a local Hugging Face model.")
+        raise ConfigurationError(f"{directory} is not a directory; give the directory of a local Hugging Face model.")
     if (directory / "adapter_config.json").exists():
-        raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter away.")
+        raise ConfigurationError(f"{directory} also holds an adapter_config.json; move that adapter elsewhere.")

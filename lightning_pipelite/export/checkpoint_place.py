@@ -21,7 +21,7 @@ def directory_of(checkpoint: str) -> Path:
     """
     directory = Path(checkpoint)
     if not directory.is_dir():
-        raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give that of a checkpoint.")
+        raise ConfigurationError(f"--checkpoint: {checkpoint} is not a directory; give the directory of a checkpoint.")
     return directory
 
 
@@ -42,9 +42,9 @@ def check_checkpoint(checkpoint: str) -> None:
 def of_option(error: ConfigurationError, checkpoint: Path) -> ConfigurationError:
     """Reword an error about ``ckpt_path`` as one about the option ``--checkpoint``."""
     found = sorted(path.parent.name for path in checkpoint.glob("*/manifest.json"))
-    advice = f"; give --checkpoint one of those in it, such as {found[-1]}" if found else ""
+    advice = f"; give one of the checkpoints in it, such as {found[-1]}" if found else ""
     said = str(error).removeprefix("ckpt_path: ").partition(";")[0].rstrip(".")
-    return ConfigurationError(f"--checkpoint: {said}{advice or '; name another one'}.")
+    return ConfigurationError(f"--checkpoint: {said}{advice or '; name another checkpoint'}.")
 
 
 def is_former(directory: Path) -> bool:

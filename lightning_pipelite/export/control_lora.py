@@ -87,8 +87,8 @@ def layers_of(base: BaseModel, control: ControlAdapterFile) -> dict[str, Transfo
     hidden = base.config.hidden_size
     if control.hidden != hidden:
         raise ConfigurationError(
-            f"{control.directory} is for layers of width {control.hidden} but those of {base.directory} have {hidden}; "
-            "give the adapter's base."
+            f"{control.directory} is for layers of width {control.hidden}, but those of {base.directory} have "
+            f"{hidden}; give the adapter's base."
         )
     return layers
 
@@ -116,17 +116,17 @@ def _choose(
     near = measure(base, control, found, inverse=inverse)
     nearer = min(near, key=lambda name: near[name].divergence)
     take = nearer if writers == "nearer" else writers
-    lines = [f"No LoRA is exact here. Against the Control Adapter, on {counted(near[take].tokens, 'token')}:"]
+    lines = [f"No LoRA is exact here. Compared with the Control Adapter on {counted(near[take].tokens, 'token')}:"]
     for name, each in near.items():
-        matrices = {"last": "the last matrix of each layer", "all": "all that write into a layer"}[name]
-        lines.append(f"  {name:4} ({matrices}): {_told(each)}{'  <- taken' if name == take else ''}")
-    undo = "Merged, it undoes a merge made with" if inverse else "Once merged, it is undone by --inverse with"
+        matrices = {"last": "the last matrix of each layer", "all": "all matrices that write into a layer"}[name]
+        lines.append(f"  {name:4} ({matrices}): {_told(each)}{'  <- chosen' if name == take else ''}")
+    undo = "Merging it undoes a merge made with" if inverse else "To undo a merge of it, use --inverse with"
     lines.append(f"{undo} --writers {take}.")
     return (_Last() if take == "last" else _All()), "\n".join(lines)
 
 
 def _told(near: KLDivergence) -> str:
-    return f"KL divergence {near.divergence:.3g} nats a token ({near.without:.3g} without any adapter)"
+    return f"KL divergence {near.divergence:.3g} nats per token ({near.without:.3g} without any adapter)"
 
 
 def _save(
@@ -150,8 +150,8 @@ def _save(
         if weight.ndim == 3:
             if writer.bias is not None:
                 raise ConfigurationError(
-                    f"{base.directory}: the experts {module} have a bias, which a LoRA of them cannot change; run the "
-                    "model with the Control Adapter itself instead."
+                    f"{base.directory}: the experts {module} have a bias, which a LoRA of experts cannot change; run "
+                    "the model with the Control Adapter itself instead."
                 )
             count = weight.shape[0]
             a = torch.stack([right @ each for each in weight]).flatten(0, 1)
@@ -167,7 +167,7 @@ def _save(
         tensors[f"{there}.lora_B.weight"] = b.contiguous()
     if len(set(biased.values())) > 1:
         raise ConfigurationError(
-            f"{base.directory}: some of the matrices that write into a layer have a bias and some have none, which "
+            f"{base.directory}: some of the matrices that write into a layer have a bias and others do not, which "
             "PEFT's LoRA cannot express; run the model with the Control Adapter itself instead."
         )
     rank = left.shape[1]

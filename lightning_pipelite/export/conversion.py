@@ -32,10 +32,12 @@ def convert(
     directory = directory_of(checkpoint)
     settings = Path(config) if isinstance(config, str) else config
     if isinstance(settings, Path) and not settings.is_file():
-        raise ConfigurationError(f"{config} does not exist; give the configuration of the training.")
+        raise ConfigurationError(f"{config} does not exist; give the configuration used for training.")
     if is_former(directory):
         if not isinstance(settings, Path):
-            raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config.")
+            raise ConfigurationError(
+                f"{checkpoint} is a checkpoint of qlora-pipe-lite; give the TOML of its training as config."
+            )
         return FormerCheckpoint(directory, settings).convert(Path(output))
     if isinstance(settings, Path):
         settings = read_settings(settings)

@@ -29,7 +29,9 @@ class FormerConfig:
         try:
             self._left: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigurationError(f"{path} cannot be read as TOML ({error}); give a configuration.") from None
+            raise ConfigurationError(
+                f"{path} cannot be read as TOML ({error}); give a configuration of qlora-pipe-lite."
+            ) from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._left
@@ -69,5 +71,5 @@ class FormerConfig:
         if self._left:
             raise ConfigurationError(
                 f"{self._path} has the key{'s' if len(self._left) > 1 else ''} {', '.join(sorted(self._left))}, which "
-                "qlora-pipe-lite does not know; correct or remove it."
+                f"qlora-pipe-lite does not have; correct or remove {'them' if len(self._left) > 1 else 'it'}."
             )

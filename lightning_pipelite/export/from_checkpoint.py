@@ -56,8 +56,8 @@ def convert_own(
     trained_on = meta.get("identity", {}).get("base_model")
     if not allow_another_base and trained_on is not None and trained_on != fingerprint(model_dir):
         raise ConfigurationError(
-            f"{checkpoint} was trained on another base than {model_dir}; give a configuration with that one as "
-            "model.model_dir, or set allow_another_base to true."
+            f"{checkpoint} was trained on another base than {model_dir}; give a configuration whose model.model_dir "
+            "is the right one, or set allow_another_base to true."
         )
     adapter = _adapter(settings["model"]["adapter"], checkpoint if config is None else "the configuration")
     loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
@@ -87,12 +87,12 @@ def convert_own(
             yield layers.trained_state(stage)
         if unused:
             raise ConfigurationError(
-                f"{checkpoint} holds {min(unused)}, for which there is no place; give the configuration that it was "
-                "trained with."
+                f"{checkpoint} holds {min(unused)}, which this configuration does not train; give the configuration "
+                "that it was trained with."
             )
 
     adapter.save(output, states(), layers.meta_model)
-    return f"{output}: {type(adapter).__name__} of step {meta['step']}."
+    return f"{output}: {type(adapter).__name__} from step {meta['step']}."
 
 
 def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _said_by(meta: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         model |= {key: meta["hyper_parameters"].get(key, identity.get(key)) for key in LOADING}
     except (LookupError, TypeError) as error:
         raise ConfigurationError(
-            f"{checkpoint} does not say what was trained ({error}); give the YAML of the training as config."
+            f"{checkpoint} does not record what was trained ({error}); give the YAML of the training as config."
         ) from None
     return {"model": model}
 
@@ -126,10 +126,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _checked(settings: Any, source: str) -> dict[str, Any]:
     try:
         if not isinstance(settings["model"]["model_dir"], str) or not isinstance(settings["model"]["adapter"], dict):
-            raise TypeError("model_dir or adapter")
+            raise TypeError("wrong type")
     except (LookupError, TypeError) as error:
         raise ConfigurationError(
-            f"{source} has no model.model_dir and model.adapter ({error}); give the YAML of the training."
+            f"{source} has no valid model.model_dir and model.adapter ({error}); give the YAML of the training."
         ) from None
     return dict(settings)
 
@@ -140,7 +140,7 @@ def _adapter(settings: dict[str, Any], source: Path | str) -> Adapter:
         kind = getattr(importlib.import_module(module), name)
         adapter = kind(**settings.get("init_args") or {})
     except (ImportError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"{source}: model.adapter cannot be made ({error}).") from None
+        raise ConfigurationError(f"{source}: model.adapter cannot be created ({error}).") from None
     if not isinstance(adapter, Adapter):
-        raise ConfigurationError(f"{source}: model.adapter is a {name}, which is no adapter of this project.")
+        raise ConfigurationError(f"{source}: model.adapter is a {name}, which is not an adapter of this project.")
     return adapter

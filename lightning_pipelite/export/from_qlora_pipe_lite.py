@@ -63,7 +63,7 @@ class FormerCheckpoint:
             base = BaseModel(self._model_dir)
             if kind == "Full":
                 count = self._write_model(base, partial)
-                return f"{output}: {count} trained weights in the place of those of {self._model_dir}."
+                return f"{output}: {count} trained weights in place of those of {self._model_dir}."
             tensors = dict(self._adapter_tensors(base))
             if not tensors:
                 raise ConfigurationError(f"{self.directory} holds no adapter; give the configuration of its training.")
@@ -109,7 +109,7 @@ class FormerCheckpoint:
         )
         config.save_pretrained(str(directory))
         if self._alpha() is None:
-            return f"alpha = rank = {rank}, as the configuration has no lora_alpha (early versions then took its root)"
+            return f"alpha = rank = {rank}, as the configuration has no lora_alpha (early versions then used √rank)"
         return f"alpha = {alpha}"
 
     def _alpha(self) -> float | None:
@@ -156,12 +156,12 @@ class _Trained:
                     (name,) = base.groups[name].files
                 if name not in held or held[name]["shape"] != list(tensor.shape):
                     raise ConfigurationError(
-                        f"{path} holds {key} with shape {list(tensor.shape)}, for which {base.directory} has no "
-                        f"{name}; give the configuration of its training."
+                        f"{path} holds {key} with shape {list(tensor.shape)}, but {base.directory} has no {name} of "
+                        "that shape; give the configuration of its training."
                     )
                 self._where[name] = (path, key)
         if not self._where:
-            raise ConfigurationError("the checkpoint holds no trained weight; give the configuration of its training.")
+            raise ConfigurationError("the checkpoint holds no trained weights; give the configuration of its training.")
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -181,8 +181,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, UnpicklingError, ValueError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read as weights alone ({first_line(error)}); copy it again."
+            f"{path} cannot be read as plain weights ({first_line(error)}); copy it again."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigurationError(f"{path} holds something else than weights; give a checkpoint of qlora-pipe-lite.")
+        raise ConfigurationError(f"{path} holds something other than weights; give a checkpoint of qlora-pipe-lite.")
     return state

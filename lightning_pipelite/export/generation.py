@@ -53,7 +53,7 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigurationError("max_new_tokens must be at least 1, and temperature at least 0.")
     if not Path(base).is_dir():
-        raise ConfigurationError(f"{base} is not a directory; give that of a local Hugging Face model.")
+        raise ConfigurationError(f"{base} is not a directory; give the directory of a local Hugging Face model.")
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise ConfigurationError(f"{adapter} has no adapter_config.json; give the directory of a PEFT adapter.")
@@ -88,7 +88,7 @@ def readable(text: str) -> str:
     """Return a generated text without surrounding whitespace, or a note if it contains nothing else."""
     if not text:
         return "(nothing)"
-    return text.strip() or f"({len(text)} blanks and line ends alone; drawn with a temperature of 0.8 it may be more)"
+    return text.strip() or f"({len(text)} characters, all whitespace; sampling with a temperature of 0.8 may give more)"
 
 
 def _load(base: str, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:

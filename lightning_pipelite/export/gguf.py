@@ -75,9 +75,9 @@ def export_gguf(
             told = control_to_lora(base, adapter, lora_of_it, inverse, trust_remote_code=trust_remote_code)
             if read_lora_config(Path(lora_of_it)).lora_bias:
                 raise ConfigurationError(
-                    f"{adapter}: on {base}, whose layers have biases, a Control Adapter is a LoRA with biases, which "
-                    "llama.cpp does not know; make that LoRA (pipelite control-to-lora), merge it (pipelite merge), "
-                    "and convert the merged model by llama.cpp's convert_hf_to_gguf.py."
+                    f"{adapter}: on {base}, whose layers have biases, a Control Adapter becomes a LoRA with biases, "
+                    "which llama.cpp does not support; make that LoRA (pipelite control-to-lora), merge it (pipelite "
+                    "merge), and convert the merged model with llama.cpp's convert_hf_to_gguf.py."
                 )
             try:
                 return f"{told}\n{export_gguf(lora_of_it, base, output, outtype, False, trust_remote_code, True)}"
@@ -85,7 +85,7 @@ def export_gguf(
                 message = str(error).replace(lora_of_it, f"the LoRA that control-to-lora makes of {adapter}")
                 raise ConfigurationError(message) from error
     if inverse:
-        raise ConfigurationError(f"{adapter} is no Control Adapter, so there is no class -1; leave inverse out.")
+        raise ConfigurationError(f"{adapter} is not a Control Adapter, so there is no class -1; leave inverse out.")
     model = BaseModel(base, trust_remote_code=trust_remote_code)
     target = architecture(model.config)
     lora = LoRAOfBase(model, adapter, invoked=True)
@@ -127,7 +127,10 @@ def _placed(base: BaseModel, target: Architecture, name: str, factors: Factors) 
             yield _name(base, target, piece), factors.a, factors.b[:, number * rows : (number + 1) * rows]
         return
     if group.converter is not None or len(group.files) != 1:
-        raise ConfigurationError(f"{base.directory}: {name} is part of a larger weight in llama.cpp; not possible.")
+        raise ConfigurationError(
+            f"{base.directory}: {name} is part of a larger weight in llama.cpp, so its LoRA cannot be exported; merge "
+            "the adapter into its base (pipelite merge) instead."
+        )
     ((file, (renamed, _)),) = group.files.items()
     tensor = _name(base, target, renamed if base.is_text_part else file)
     a, b = factors.a, factors.b
@@ -164,8 +167,8 @@ def _experts(base: BaseModel, group: Group, name: str) -> list[str]:
             pieces += sorted(names)
     if not pieces or len(pieces) != len(group.converter.source_patterns if group.converter else ()):
         raise ConfigurationError(
-            f"{base.directory}: its files hold {name} in a way that is not known for llama.cpp; save the model with "
-            "transformers' save_pretrained and give that."
+            f"{base.directory}: the layout of {name} in its files is not supported for llama.cpp; save the model with "
+            "transformers' save_pretrained and use that copy."
         )
     return pieces
 

@@ -103,7 +103,7 @@ def measure(
     near = {name: KLDivergence(divergence(name), without, tokens) for name in ("last", "all")}
     if not all(torch.isfinite(torch.tensor(each.divergence)) for each in near.values()):
         raise ConfigurationError(
-            f"{control.directory} gives no finite probabilities on {base.directory}; the adapter is broken."
+            f"{control.directory} gives probabilities that are not finite on {base.directory}; the adapter is broken."
         )
     return near
 

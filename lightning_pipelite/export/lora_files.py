@@ -115,7 +115,7 @@ class LoRAOfBase:
             raise ConfigurationError(f"{directory} changes no weight of {base.directory}; give the adapter's base.")
         if both := sorted(self._rows.keys() & {*self._layers, *self._replaced}):
             raise ConfigurationError(
-                f"{directory} changes {both[0]} as a whole, and rows of it; choose another adapter."
+                f"{directory} changes both {both[0]} as a whole and rows of it; choose another adapter."
             )
         if scale != 1.0 and (self.config.use_dora or self.sets):
             what = "whole weights (modules_to_save or bias)" if self._replaced else "rows of tokens"
@@ -124,25 +124,27 @@ class LoRAOfBase:
         for name in self.changed:
             if name not in base.shapes:
                 raise ConfigurationError(
-                    f"{directory} changes {name}, which is no part of the text model of {base.directory}; give an "
-                    "adapter of that alone."
+                    f"{directory} changes {name}, which is not part of the text model of {base.directory}; give "
+                    "an adapter of the text model only."
                 )
             group = base.group_of(name)
             if name in self._replaced and tuple(self._replaced[name].shape) != base.shapes[name]:
                 raise ConfigurationError(
-                    f"{directory} holds {name} with shape {list(self._replaced[name].shape)} but {base.directory} has "
+                    f"{directory} holds {name} with shape {list(self._replaced[name].shape)}, but {base.directory} has "
                     f"{list(base.shapes[name])}; give the adapter's base."
                 )
             if name in self._rows:
                 self._check_rows(name, base)
             if base.model.get_input_embeddings() is base.model.get_output_embeddings():
-                raise ConfigurationError(f"{base.directory} has one module for embedding and head; not supported.")
+                raise ConfigurationError(
+                    f"{base.directory} has one module as both embedding and head, which is not supported."
+                )
             tied = getattr(base.model, "all_tied_weights_keys", {})
             is_tied = any(other in {*tied, *tied.values()} for other in group.parameters)
             if is_tied and name not in shared and base.config.tie_word_embeddings:
                 raise ConfigurationError(
-                    f"{directory} changes {name}, which {base.directory} ties to another weight; an untied base is "
-                    "needed."
+                    f"{directory} changes {name}, which {base.directory} ties to another weight; use a base whose "
+                    "weights are not tied."
                 )
 
     def products(self) -> Iterator[tuple[str, Factors]]:
@@ -157,9 +159,10 @@ class LoRAOfBase:
             ConfigurationError: The adapter does more than add products of factors.
         """
         if self.config.use_dora or self.sets or self._biases:
-            what = "a DoRA" if self.config.use_dora else "an adapter that changes more than products B·A"
+            what = "a DoRA" if self.config.use_dora else "an adapter that does more than add products B·A"
             raise ConfigurationError(
-                f"{self.directory} is {what}, which has no factors; merge it into its base (pipelite merge) instead."
+                f"{self.directory} is {what}, which cannot be expressed as factors A and B; merge it into its base "
+                "(pipelite merge) instead."
             )
         yield from self.products()
 
@@ -208,7 +211,7 @@ class LoRAOfBase:
         if max(numbers) >= shape[0] or values.shape != (len(numbers), *shape[1:]):
             raise ConfigurationError(
                 f"{self.directory} has values {list(values.shape)} for rows up to {max(numbers)} of {name}, which has "
-                f"the shape {list(shape)} in {base.directory}; give the adapter's base."
+                f"shape {list(shape)} in {base.directory}; give the adapter's base."
             )
 
     def _check_variant(self, layer: LoraLayer) -> None:
@@ -216,7 +219,7 @@ class LoRAOfBase:
         variant = layer.lora_variant.get(ADAPTER)
         if variant is not None and not self.config.use_dora and not self.config.alora_invocation_tokens:
             raise ConfigurationError(
-                f"{self.directory} is a LoRA of a kind that is not known here ({variant.__name__}); choose another."
+                f"{self.directory} is a LoRA of an unsupported kind ({variant.__name__}); choose another adapter."
             )
 
     def _place(self, model: PreTrainedModel, base: BaseModel, device: str | torch.device) -> PeftModel:

@@ -71,7 +71,9 @@ def merge(
             refuse_another_base(Path(each), model.directory)
         loras = [LoRAOfBase(model, each, by, device) for each, by in zip(adapters, scales, strict=True)]
         if len(loras) > 1 and (dora := next((each for each in loras if each.config.use_dora), None)):
-            raise ConfigurationError(f"{dora.directory} is a DoRA, which does not add up with others; merge it alone.")
+            raise ConfigurationError(
+                f"{dora.directory} is a DoRA, which cannot be combined with other adapters; merge it alone."
+            )
         _check_apart(loras)
         changed = _Changed(model, loras, device)
         write_model(model, partial, changed, "merging")
@@ -80,7 +82,7 @@ def merge(
             write_template(partial, template)
     parameters = {name for each in loras for name in each.changed}
     total = sum(len(header) for header in model.headers.values())
-    dequantised = f" The base has weights in {model.stored.title}; these are in bfloat16." if model.stored else ""
+    dequantised = f" The base is in {model.stored.title}; the merged weights are in bfloat16." if model.stored else ""
     return (
         f"{output}: {counted(len(parameters), 'parameter')} changed, {counted(total, 'tensor')} in "
         f"{counted(len(model.headers), 'file')}.{dequantised}"
@@ -92,8 +94,8 @@ def _check_apart(loras: list[LoRAOfBase]) -> None:
     for one, other in itertools.permutations(loras, 2):
         if both := sorted(one.sets & other.changed):
             raise ConfigurationError(
-                f"{one.directory} puts values of its own into {both[0]}, which {other.directory} changes too; merge "
-                "one of them alone."
+                f"{one.directory} replaces values of {both[0]}, which {other.directory} changes too; merge only "
+                "one of them."
             )
 
 
@@ -190,7 +192,7 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress
                 if list(value.shape) != entry["shape"] or value.nbytes != end - first:
                     raise RuntimeError(f"{name} came out as {value.dtype} {list(value.shape)}")
                 if not torch.isfinite(value).all():
-                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} in the end; lower scale.")
+                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} once merged; lower scale.")
                 after.seek(start + first)
                 after.write(value.reshape(-1).view(torch.uint8).numpy().data)
             else:
@@ -221,7 +223,9 @@ def write_dequantised(weights: StoredWeights, name: str, directory: Path, change
             if value.is_floating_point():
                 value = value.to("cpu", DTYPES[entry["dtype"]])
                 if not torch.isfinite(value).all():
-                    raise ConfigurationError(f"{directory.name}: {tensor} overflows {entry['dtype']} in the end.")
+                    raise ConfigurationError(
+                        f"{directory.name}: {tensor} overflows {entry['dtype']} once merged; lower scale."
+                    )
             if list(value.shape) != entry["shape"]:
                 raise RuntimeError(f"{tensor} came out as {value.dtype} {list(value.shape)}")
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

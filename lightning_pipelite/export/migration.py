@@ -16,10 +16,10 @@ ADAPTERS = "lightning_pipelite.adapters"
 DATASET_KEYS = {"dataset_path", "control_class", "max_tokens", "max_sequences", "drop_tails", "document_suffix"}
 # Keys of older versions with no counterpart: only the value that changes nothing is accepted.
 ONLY = {
-    "lora_weight_decay_type": ("l2", "weight decay is that of ½‖BA‖²_F"),
-    "lora_max_norm": (0, "norms are held by weight decay alone"),
-    "control_adapter_type": ("full", "what a Control Adapter learns is symmetric"),
-    "control_class0_lambda": (0, "there is no auxiliary loss of class 0"),
+    "lora_weight_decay_type": ("l2", "weight decay is always that of ½‖BA‖²_F"),
+    "lora_max_norm": (0, "norms are limited by weight decay alone"),
+    "control_adapter_type": ("full", "Control Adapters are always symmetric"),
+    "control_class0_lambda": (0, "there is no auxiliary loss for class 0"),
 }
 SAME = ("max_sequences", "drop_tails", "mix_datasets", "sequence_prefix", "document_prefix", "mask_tokens")
 
@@ -44,7 +44,7 @@ def migrate(config: str, output: str | None = None) -> str | None:
         return text.rstrip("\n")
     with new_file(Path(output)) as partial:
         partial.write_text(text, encoding="utf-8")
-    return f"{output}: written; start it with pipelite fit --config {output}"
+    return f"{output}: written; start training with pipelite fit --config {output}"
 
 
 class Migration:
@@ -63,7 +63,7 @@ class Migration:
         self.full = self._take("full_fine_tune", bool, False)
         self.control = self._take("use_control_adapters", bool, False)
         if self.full and self.control:
-            raise ConfigurationError(f"{path} sets full_fine_tune and use_control_adapters; choose one.")
+            raise ConfigurationError(f"{path} sets both full_fine_tune and use_control_adapters; choose one.")
         for key, (value, why) in ONLY.items():
             if key in self._former and self._former.pop(key) != value:
                 raise ConfigurationError(f"{path}: {key} has no counterpart ({why}); set it to {value!r} or remove it.")
@@ -77,15 +77,15 @@ class Migration:
 
     def yaml(self) -> str:
         """Return the YAML, with its comments."""
-        head = f"# Made from {self.path.name} of qlora-pipe-lite by pipelite migrate.\n"
+        head = f"# Converted from {self.path.name} of qlora-pipe-lite by pipelite migrate.\n"
         return head + self._comments.text(self.content)
 
     def _trainer(self) -> dict[str, Any]:
         self.output_dir = self._take("output_dir", str)
         epochs = self._take("epochs", int, 1)
         self.accumulate = self._take("gradient_accumulation_steps", int, 1)
-        self._say("Micro-batches a step of each replica, as before.", "trainer", "accumulate_grad_batches")
-        self._say("The norm that is clipped is now that of all stages.", "trainer", "gradient_clip_val")
+        self._say("Micro-batches per step on each replica, as before.", "trainer", "accumulate_grad_batches")
+        self._say("The norm used for clipping is now that over all stages.", "trainer", "gradient_clip_val")
         return {
             "accelerator": "auto",
             "devices": "auto",
@@ -107,10 +107,10 @@ class Migration:
         if method.lower().startswith("type:"):
             if not re.search(method[5:], "DecoderLayerPipe", re.IGNORECASE):
                 raise ConfigurationError(
-                    f"{self.path}: partition_method {method!r} balances layers other than the decoder's, which are "
-                    "all that is dealt out here; set it to uniform."
+                    f"{self.path}: partition_method {method!r} balances layers other than decoder layers, but only "
+                    "decoder layers are divided among stages here; set it to uniform."
                 )
-            self._say(f"Was {method!r}: decoder layers are all that is dealt out.", *place)
+            self._say(f"Was {method!r}: only decoder layers are divided among stages.", *place)
             method = "uniform"
         elif method == "parameters":
             self._say("Frozen parameters now count as well.", *place)
@@ -124,7 +124,9 @@ class Migration:
         decay = self._take("lora_weight_decay", (int, float), 0.0)
         callbacks: list[dict[str, Any]] = []
         if decay and self.full:
-            raise ConfigurationError(f"{self.path}: lora_weight_decay is for adapters; remove it with full_fine_tune.")
+            raise ConfigurationError(
+                f"{self.path}: lora_weight_decay is for adapters only; remove it, as full_fine_tune is set."
+            )
         if not self.full:
             if decay or self.control:  # listed for Control Adapters even at 0, where it does nothing
                 callbacks.append(self._class(f"{CALLBACKS}.CompositeWeightDecay", {"weight_decay": float(decay)}))
@@ -139,14 +141,14 @@ class Migration:
         run = self._take("evals_per_run", int, None)
         if run is not None:
             if evals is not None:
-                raise ConfigurationError(f"{self.path} sets evals_per_epoch and evals_per_run; remove the latter.")
+                raise ConfigurationError(f"{self.path} sets both evals_per_epoch and evals_per_run; remove the latter.")
             evals = max(1, round((run - 1) / epochs))
-            self._say(f"Was evals_per_run = {run}: one at the start and {run - 1} on the way.", "trainer", "callbacks")
+            self._say(f"Was evals_per_run = {run}: one before training, {run - 1} during it.", "trainer", "callbacks")
         callbacks.append(self._class(f"{CALLBACKS}.EvalSchedule", {"evals_per_epoch": 10 if evals is None else evals}))
         callbacks.append(self._class(f"{CALLBACKS}.SaveTrained", {"output_dir": f"{self.output_dir}/trained"}))
         self._say(
-            "Runs have no directories with a date: checkpoints, logs and result lie in output_dir itself. To resume, "
-            "add --ckpt_path last.",
+            "Runs have no dated directories: checkpoints, logs and the result are in output_dir itself. To resume, add "
+            "--ckpt_path last.",
             "trainer",
             "callbacks",
         )
@@ -172,7 +174,7 @@ class Migration:
         gamma = self._take("control_adapter_gamma", (int, float), None)
         if "control_adapter_sigma" in self._former:
             self._former.pop("control_adapter_sigma")
-            self._say("control_adapter_sigma is gone: λ = expm1(±S) has no bound.", "model", "adapter")
+            self._say("control_adapter_sigma is left out: λ = expm1(±S) has no bound.", "model", "adapter")
         if self.full:
             for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_weight_dtype"):
                 if key in self._former:
@@ -180,17 +182,17 @@ class Migration:
                     self._say(f"{key}, which full_fine_tune ignored, is left out.", "model", "adapter")
             place = ("model", "adapter", "init_args")
             if targets:
-                self._say("Names of modules or their ends; before, any part of a name.", *place, "target_modules")
+                self._say("Names of modules or their endings; before, any part of a name.", *place, "target_modules")
                 options["target_modules"] = targets
             if layers is not None:
-                self._say("Embedding, final norm and head are frozen now, too.", *place, "layers_to_transform")
+                self._say("The embedding, final norm and head are now frozen, too.", *place, "layers_to_transform")
                 options["layers_to_transform"] = layers
             return self._class(f"{ADAPTERS}.Full", options)
         options["rank"] = rank = self._take("lora_rank", int)
         alpha = self._take("lora_alpha", (int, float), None)
         if alpha is not None and alpha != rank:
             self._say(
-                f"lora_alpha was {alpha}: B·A is no longer scaled by {alpha / rank:g}, but by 1; adapt lr and "
+                f"lora_alpha was {alpha}: B·A is no longer scaled by {alpha / rank:g}, but by 1; adjust lr and "
                 "weight_decay.",
                 "model",
                 "adapter",
@@ -201,7 +203,7 @@ class Migration:
             options["layers_to_transform"] = layers
         if self.control:
             if targets:
-                raise ConfigurationError(f"{self.path}: target_modules is not for use_control_adapters; remove it.")
+                raise ConfigurationError(f"{self.path}: use_control_adapters takes no target_modules; remove them.")
             options["gamma"] = 0.5 if gamma is None else gamma
             return self._class(f"{ADAPTERS}.ControlAdapter", options)
         if gamma is not None:
@@ -219,10 +221,10 @@ class Migration:
             data["document_suffix"] = self._former.pop("document_suffix")
         data |= self._common
         data["eval_fraction"] = self._take("eval_fraction", (int, float), 0.01)
-        self._say("Whole documents are held out now, so that none is in both sets.", "data", "eval_fraction")
+        self._say("Whole documents are now held out, so that none is in both sets.", "data", "eval_fraction")
         data["eval_gradient_accumulation_steps"] = self._take("eval_gradient_accumulation_steps", int, self.accumulate)
         self._say(
-            "Documents packed into one sequence do not see each other any more, where the model can keep them apart.",
+            "Documents packed into one sequence no longer attend to each other, where the model can keep them apart.",
             "data",
             "sequence_len",
         )
@@ -240,7 +242,7 @@ class Migration:
             one = {key: dataset[key] for key in ("dataset_path", "max_tokens", "control_class") if key in dataset}
             if "max_sequences" in dataset:
                 one.setdefault("max_tokens", dataset["max_sequences"] * length)
-                self._say("max_sequences of a dataset is now max_tokens, times sequence_len.", "data", "datasets")
+                self._say("A dataset's max_sequences times sequence_len is now its max_tokens.", "data", "datasets")
             if not self.control and one.pop("control_class", None) is not None:
                 self._say("control_class is left out: it is for Control Adapters only.", "data", "datasets")
             for key, values in common.items():

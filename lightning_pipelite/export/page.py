@@ -46,6 +46,6 @@ def page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>{figures}"
-        f"<h2>All figures</h2><dl>{meanings}</dl>"
+        f"<h2>All values</h2><dl>{meanings}</dl>"
         f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></body></html>\n"
     )

@@ -183,7 +183,7 @@ def _control_norms(layers: Mapping[int, Control]) -> Figure:
             error.plot(numbers, values, marker, markersize=3, label=label)
         error.axhline(0, color="0.6", linewidth=0.6, zorder=0)
         error.legend(frameon=False, loc="best")
-        error.set_title("error of the approximation (%)")
+        error.set_title("approximation error (%)")
     else:
         error.plot(numbers, [layers[n].frobenius for n in numbers], "o-", markersize=3)
         error.set_ylim(bottom=0)

@@ -102,17 +102,17 @@ class _Trial:
     def writers(self) -> LayerWriters:
         delta = self.run() - self.input
         last = [name for name in self.candidates if self._passes(name)]
-        rest = self._unwritten(last, delta)
+        rest = self._unwritten(last)
         first: list[str] = []
         if not _small(rest, delta):
             with self.silent(last):
                 others = [name for name in self.candidates if name not in last]
                 first = [name for name in others if self._passes(name)]
-                rest = self._unwritten(first, self.run() - self.input)
+                rest = self._unwritten(first)
         if not last or not _small(rest, delta):
             raise ConfigurationError(
-                f"{self.name}, a {type(self.layer).__name__}, adds more than the products of its weights to its input "
-                "(a norm after them, for one), so no LoRA does what a Control Adapter does there; run the model with "
+                f"{self.name}, a {type(self.layer).__name__}, does not just add the products of its weights to its "
+                "input (a norm may follow them), so no LoRA does what a Control Adapter does there; run the model with "
                 "the Control Adapter itself instead."
             )
         return LayerWriters(tuple(map(self._writer, last)), tuple(map(self._writer, first)))
@@ -156,7 +156,7 @@ class _Trial:
                 return False
         return torch.allclose(scales[0], scales[1], rtol=1e-3, atol=1e-4)
 
-    def _unwritten(self, names: list[str], delta: Tensor) -> Tensor:
+    def _unwritten(self, names: list[str]) -> Tensor:
         """Return what the layer still adds to its input with the outputs of ``names`` zeroed."""
         with self.silent(names):
             return self.run() - self.input
@@ -182,8 +182,8 @@ class _Trial:
                     full = f"{self.name}.{name}"
                     return Writer(f"{full}.{parameter}", transposed, f"{full}.{bias}" if bias else None)
         raise ConfigurationError(
-            f"{self.name}.{name}, a {type(module).__name__}, is not linear in one of its weights; no LoRA does what a "
-            "Control Adapter does there."
+            f"{self.name}.{name}, a {type(module).__name__}, is not linear in any one of its weights, so no LoRA "
+            "does what a Control Adapter does there; run the model with the Control Adapter itself instead."
         )
 
     def _output(self, name: str) -> Tensor:

@@ -26,8 +26,10 @@ def scales_of(scale: Sequence[float] | float | None, count: int) -> list[float]:
     else:
         scales = [float(each) for each in scale]
     if len(scales) != count:
-        raise ConfigurationError(f"scale has {len(scales)} numbers for {count} adapters; give one for each.")
+        raise ConfigurationError(
+            f"the number of scales is {len(scales)}, but that of adapters is {count}; give one scale for each adapter."
+        )
     for each in scales:
         if not -MAX_SCALE < each < MAX_SCALE:
-            raise ConfigurationError(f"scale is {each:g}; set it to more than -2 and less than 2.")
+            raise ConfigurationError(f"scale must be greater than -2 and less than 2, not {each:g}.")
     return scales

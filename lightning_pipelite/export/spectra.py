@@ -152,7 +152,7 @@ def _saved(config: LoraConfig, name: str, a: Tensor, b: Tensor, directory: Path)
     experts, rest = divmod(a.shape[0], rank)
     if rest or experts < 1 or (experts > 1 and not _is_fused(config, name)):
         raise ConfigurationError(
-            f"{directory}: {name} has rank {a.shape[0]}, but by adapter_config.json {rank}; fetch both files again."
+            f"{directory}: {name} has rank {a.shape[0]}, but adapter_config.json says {rank}; fetch both files again."
         )
     if experts > 1:
         a, b = expert_factors(a, b, experts)

@@ -22,8 +22,8 @@ def check_attention(meta_model: MetaModel, asked: Attention) -> None:
     """
     if asked == varlen.NAME and not meta_model.fits_varlen():
         raise ConfigurationError(
-            f"{meta_model.model_dir}: a model of type {meta_model.config.model_type} attends in a way that varlen does "
-            "not know; set attn_implementation to auto."
+            f"{meta_model.model_dir}: varlen does not support the attention of a model of type "
+            f"{meta_model.config.model_type}; set attn_implementation to auto."
         )
 
 
@@ -44,8 +44,8 @@ def attention_on(
     if device.type == "meta":  # planning: every trial would repeat the warning
         return None
     warnings.warn(
-        f"{meta_model.model_dir}: packed documents are kept apart by masks, slowly if sequences are long, as a model "
-        f"of type {meta_model.config.model_type} attends in a way that FlashAttention does not know.",
+        f"{meta_model.model_dir}: packed documents are kept apart by masks, which is slow for long sequences, because "
+        f"FlashAttention does not support the attention of a model of type {meta_model.config.model_type}.",
         stacklevel=2,
     )
     return None

@@ -42,7 +42,7 @@ def _by_device(kernel: Callable[..., Any], own: Callable[..., Any]) -> Callable[
         if given.device.type not in ("cpu", "meta"):
             return kernel(*args, **kwargs)
         if told := [name for name in TOLD if kwargs.get(name) is not None]:
-            raise NotImplementedError(f"{own.__name__} in torch knows of no documents ({told[0]})")
+            raise NotImplementedError(f"{own.__name__} in torch does not support packed documents ({told[0]})")
         return own(*args, **{name: value for name, value in kwargs.items() if name in parameters})
 
     return run

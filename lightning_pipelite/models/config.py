@@ -31,9 +31,7 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
         check_type(path, trust_remote_code=trust_remote_code)
         if not trust_remote_code:
             refuse_own_code(path)
-        raise ConfigurationError(
-            f"{path} is no configuration that this version of transformers knows: {first_line(error)}"
-        ) from error
+        raise ConfigurationError(f"{path} is rejected by this version of transformers: {first_line(error)}") from error
     whole, text_config = config, config.get_text_config(decoder=True)
     if text_config is not config and text_config.model_type != config.model_type:
         # A multimodal model: use its text model, but take tie_word_embeddings from the outer configuration.
@@ -47,8 +45,8 @@ def read_config(model_dir: Path, trust_remote_code: bool) -> tuple[PretrainedCon
             auto = auto_class(whole, config, trust_remote_code)
         except Exception as error:
             raise ConfigurationError(
-                f"{path}: the text model of type {config.model_type} cannot be trained because that of a "
-                f"{whole.model_type} could not be tried: {first_line(error)}; choose another model."
+                f"{path}: the text model of type {config.model_type} cannot be trained because its trial as part of a "
+                f"model of type {whole.model_type} failed: {first_line(error)}; choose another model."
             ) from error
     if auto is None:
         raise ConfigurationError(f"{path}: model type {config.model_type} is not a causal LM; choose a causal LM.")

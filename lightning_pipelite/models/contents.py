@@ -35,8 +35,8 @@ def check_contents(meta_model: MetaModel) -> None:
         is_weight = name.endswith(".weight") or name in parameters or entry["dtype"].startswith("F")
         if is_weight and entry["dtype"] not in FLOATS:
             raise ConfigurationError(
-                f"{meta_model.model_dir}: the weight {name} is stored as {entry['dtype']}; give the model in bfloat16, "
-                "float16 or float32."
+                f"{meta_model.model_dir}: the weight {name} is stored as {entry['dtype']}; use a version of the model "
+                "in bfloat16, float16 or float32."
             )
     report = _rehearse(meta_model, {n: torch.empty(e["shape"], device="meta") for n, e in entries.items()})
     buffers = {n for n, b in meta_model.model.state_dict().items() if b.is_floating_point()} - parameters.keys()
@@ -44,7 +44,7 @@ def check_contents(meta_model: MetaModel) -> None:
     refuse_misfits(meta_model.model_dir, missing, report.mismatched_keys)
     if report.conversion_errors:
         raise ConfigurationError(
-            f"{meta_model.model_dir}: the weights that make up {min(report.conversion_errors)} are not all there or "
+            f"{meta_model.model_dir}: the weights that make up {min(report.conversion_errors)} are incomplete or "
             "have different shapes; fetch the model again."
         )
     count = len(meta_model.layers)
@@ -55,7 +55,7 @@ def check_contents(meta_model: MetaModel) -> None:
             continue  # left-out parts of a multimodal model, or multi-token prediction heads
         if layer >= count or own == "weight" or (own == "bias" and f"{module}.weight" in parameters):
             raise ConfigurationError(
-                f"{meta_model.model_dir} holds the weight {name}, which the model that its config.json describes does "
+                f"{meta_model.model_dir} holds the weight {name}, which the model described by its config.json does "
                 "not have; correct config.json."
             )
 
@@ -74,11 +74,11 @@ def refuse_misfits(model_dir: Path, missing: Iterable[str], mismatched: Iterable
     if names := sorted(missing):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ConfigurationError(
-            f"{model_dir} lacks weights that config.json asks for: {', '.join(names[:3])}{more}; fetch the model again."
+            f"{model_dir} lacks weights that config.json requires: {', '.join(names[:3])}{more}; fetch the model again."
         )
     for name, found, wanted in sorted(mismatched, key=lambda entry: entry[0]):
         raise ConfigurationError(
-            f"{model_dir}: the weight {name} has shape {list(found)} but config.json asks for {list(wanted)}; fetch "
+            f"{model_dir}: the weight {name} has shape {list(found)} but config.json requires {list(wanted)}; fetch "
             "the model again."
         )
 

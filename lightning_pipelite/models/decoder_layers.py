@@ -84,15 +84,18 @@ def _try_layers(
     unfit = _why_unfit(trace, names, start, tail, ends)
     if getattr(model.get_submodule(layers_name.rpartition(".")[0]), "layerdrop", 0):  # transformers' name for it
         unfit = (
-            unfit or "layerdrop leaves decoder layers out at random in training (set it to 0 in config.json to cut it)"
+            unfit
+            or "layerdrop skips decoder layers at random in training (if it is 0 in config.json, the model can be cut)"
         )
     groups = [0, len(layers)]
     if unfit is None:
         cuts = [cut for cut in range(1, len(layers)) if not any(i < cut <= j for i, j in trace.carried)]
         groups = [0, *cuts, len(layers)]
         if not cuts and len(layers) > 1:
-            source = "what comes before them" if any(i == START for i, _ in trace.carried) else "each other's state"
-            unfit = f"all its decoder layers need {source}, beside the hidden states"
+            source = (
+                "values computed before them" if any(i == START for i, _ in trace.carried) else "each other's state"
+            )
+            unfit = f"all its decoder layers need {source} in addition to the hidden states"
     return DecoderLayers(
         layers_name=layers_name,
         layers=layers,
@@ -112,17 +115,18 @@ def _why_unfit(trace: Trace, names: list[str], start: list[str], tail: list[str]
     if [name for name in order if name in names] != names:
         return NOT_IN_ORDER
     if trace.hidden_missing:
-        return "its decoder layers are not called with hidden states first"
+        return "its decoder layers do not take hidden states as their first argument"
     first, last = order.index(names[0]), order.index(names[-1])
     misplaced = {name for name in start if name in order[first:]}
     misplaced |= {name for name in tail if name in order[:last] or name not in order}
     if misplaced:
         more = f" and {len(misplaced) - 2} more" if len(misplaced) > 2 else ""
         return (
-            f"it has weights in {', '.join(sorted(misplaced)[:2])}{more} that are not only before or after its layers"
+            f"it has weights in {', '.join(sorted(misplaced)[:2])}{more} that are not used only before or only after "
+            "its layers"
         )
     if shapeless := [name for name in start if name in trace.without_tensors]:
-        return f"{shapeless[0]} is called with sizes alone, for which a later stage has no stub"
+        return f"{shapeless[0]} is called with sizes only, so no stub can replace it on later stages"
     if ends[0] not in start or ends[1] not in tail:
-        return "it does not run as embedding, decoder layers, and head"
+        return "it does not run its embedding, decoder layers and head in this order"
     return None

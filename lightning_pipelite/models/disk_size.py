@@ -29,7 +29,7 @@ class DiskSize:
         told = f"{'' if self.exact else 'about '}{_gigabytes(self.size)}"
         if self.here >= self.size:
             return f"{told} on disk"
-        return f"{told} to download" + (f", {_gigabytes(self.here)} of it is here" if self.here else "")
+        return f"{told} to download" + (f", {_gigabytes(self.here)} of it already on disk" if self.here else "")
 
 
 def disk_size(meta_model: MetaModel) -> DiskSize:

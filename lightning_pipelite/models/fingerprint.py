@@ -68,7 +68,7 @@ def refuse_another_base(adapter: Path, base: Path) -> None:
         trained_on = _fingerprint_if_whole(Path(named))
     if trained_on is not None and trained_on != fingerprint(base):
         raise ConfigurationError(
-            f"{adapter} was trained on another base than {base}: its adapter_config.json names {named or 'none'}; give "
+            f"{adapter} was trained on another base than {base}: its adapter_config.json names {named or 'none'}; use "
             "that base, or set allow_another_base to true."
         )
 

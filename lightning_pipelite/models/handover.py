@@ -53,7 +53,7 @@ class Handover:
         """
         if self._received is not None and not self.hidden_states_only and self._taken != self._received.numel():
             raise RuntimeError(
-                f"layers were given {self._taken} of the {self._received.numel()} values that the stage before hands on"
+                f"the layers used {self._taken} of the {self._received.numel()} values received from the previous stage"
             )
 
     def end(self) -> int:

@@ -65,7 +65,7 @@ class FusedHead:
             return HeadInputs(leave.hidden_states, head.weight, head.bias, self.scale, self.softcap, rows_of(head))
         finally:
             hook.remove()
-        raise RuntimeError(f"{type(model).__name__} ran without its head")
+        raise RuntimeError(f"{type(model).__name__} ran without calling its head")
 
 
 def fuse_head(model: PreTrainedModel, head: nn.Module) -> FusedHead | None:

@@ -121,7 +121,7 @@ class CausalLMLayers:
         if packed and not meta_model.isolates_documents:
             raise ConfigurationError(
                 f"{model_dir}: a model of type {meta_model.config.model_type} would let packed documents see each "
-                "other; set packed to false and give one document a sequence, or choose another model."
+                "other; set packed to false with one document per sequence, or choose another model."
             )
         activation_memory = choose_activation_memory(activation_memory, meta_model)
         has_weights = needs_weights or not missing_files(meta_model.model_dir)
@@ -187,10 +187,8 @@ class CausalLMLayers:
         held = "nf4" if self.load_in_4bit else "FP8" if self.load_in_fp8 else str(self.dtype).removeprefix("torch.")
         if keeps_stored(stored, load_in_4bit=self.load_in_4bit, load_in_fp8=self.load_in_fp8):
             fused = any(True for _ in fused_weights(self.meta_model.layers))
-            return f"weights: {stored.title} on disk, held as they are" + (
-                f", fused experts in {held}" if fused else ""
-            )
-        anew = ", with scales by row made anew" if self.load_in_fp8 and stored.title.startswith("FP8") else ""
+            return f"weights: {stored.title} on disk, held as stored" + (f", fused experts in {held}" if fused else "")
+        anew = " with new per-row scales" if self.load_in_fp8 and stored.title.startswith("FP8") else ""
         return f"weights: {stored.title} on disk, held in {held}{anew}"
 
     def parameter_counts(self) -> list[int]:
@@ -217,7 +215,7 @@ class CausalLMLayers:
             ValueError: ``[start, stop)`` is not a range of items.
         """
         if not 0 <= start < stop <= len(self):
-            raise ValueError(f"items [{start}, {stop}) are no range of {len(self)} groups of decoder layers")
+            raise ValueError(f"items [{start}, {stop}) are not a range of the {len(self)} groups of decoder layers")
         start, stop = self.meta_model.groups[start], self.meta_model.groups[stop]
         attention = attention_on(device, self._attn_implementation, self.meta_model, self.dtype, packed=self.packed)
         model = load_trimmed(

@@ -80,8 +80,8 @@ class MetaModel:
         asked = attention_of(self.config)
         if attn_implementation is None and asked not in (None, *varlen.OF_TRANSFORMERS):
             raise ConfigurationError(
-                f"{self.model_dir / 'config.json'} asks for attn_implementation {asked}, which is none of those that "
-                "are known here; set attn_implementation to sdpa, or take it out of config.json."
+                f"{self.model_dir / 'config.json'} sets attn_implementation to {asked}, which is not supported; set "
+                "attn_implementation to sdpa, or remove it from config.json."
             )
         self._build = partial(self.auto.from_config, trust_remote_code=trust_remote_code)
         if attn_implementation is not None:
@@ -97,7 +97,7 @@ class MetaModel:
                 self.model: PreTrainedModel = self._build(self.config, dtype=torch.bfloat16)
         except Exception as error:
             raise ConfigurationError(
-                f"{self.model_dir / 'config.json'} describes no model that can be built: {first_line(error)}"
+                f"the model described by {self.model_dir / 'config.json'} cannot be built: {first_line(error)}"
             ) from error
         refuse_transposed(self.stored, self.model, self.model_dir)
         self.config = self.model.config.get_text_config(decoder=True)
@@ -109,7 +109,7 @@ class MetaModel:
         try:
             probe = Probe(self.config, self._build)
         except Exception as error:
-            raise self._refusal(f"no tiny model of its class could be tried: {first_line(error)}") from error
+            raise self._refusal(f"the trial of a tiny model of its class failed: {first_line(error)}") from error
         try:
             found = find_decoder_layers(self.model, probe, self.embedding_name, self.head_name)
         except ValueError as error:
@@ -135,7 +135,7 @@ class MetaModel:
         if not is_static(self.model):
             self._check_long_documents()
         if self.tied and f"{self.embedding_name}.weight" not in dict(self.model.named_parameters()):
-            raise self._refusal(f"its tied weight is called after {self.head_name}, not {self.embedding_name}")
+            raise self._refusal(f"its tied weight is named after {self.head_name}, not {self.embedding_name}")
 
     @cached_property
     def bypassed_in_training(self) -> set[str]:
@@ -156,7 +156,7 @@ class MetaModel:
         for name, candidate in self.model.named_modules():
             if module is not None and candidate is module and isinstance(getattr(module, "weight", None), Tensor):
                 return name
-        raise self._refusal(f"it names no {what}")
+        raise self._refusal(f"its {what} cannot be found")
 
     def parameter_counts(self) -> list[int]:
         """Return the number of parameters of each group; see ``CausalLMLayers.parameter_counts``."""
@@ -192,8 +192,8 @@ class MetaModel:
             return probe
         if asked is not None:
             raise ConfigurationError(
-                f"{self.model_dir}: attn_implementation {asked} leaves out something of how a model of type "
-                f"{self.config.model_type} attends; set it to auto."
+                f"{self.model_dir}: attn_implementation {asked} omits part of the attention of a model of type "
+                f"{self.config.model_type}; set it to auto."
             )
         self._build = build
         set_attention(self.config, "eager")
@@ -257,9 +257,9 @@ class MetaModel:
                 self.config, self._build, takes_positions=self.takes_positions, by_document=self.by_document
             )
         except Exception as error:
-            raise self._refusal(f"no tiny model with few positions could be tried: {first_line(error)}") from error
+            raise self._refusal(f"the trial of a tiny model with few positions failed: {first_line(error)}") from error
         if not tried.forgets:
-            raise self._refusal("after a long document, it runs the next ones otherwise than before")
+            raise self._refusal("after a long document, it computes the next ones differently")
         self.isolates_documents &= tried.apart
 
     def _refusal(self, reason: str) -> ConfigurationError:

@@ -28,8 +28,8 @@ def check_type(path: Path, *, trust_remote_code: bool) -> None:
         refuse_own_code(path)
     if not _has_own_code(path):
         raise ConfigurationError(
-            f"{path} is no configuration that this version of transformers knows: its model_type is {kind}; correct "
-            "it, or install a version of transformers that has it."
+            f"{path} is not supported by this version of transformers: its model_type is {kind}; correct it, or "
+            "install a version of transformers that supports it."
         )
 
 
@@ -53,7 +53,7 @@ def refuse_own_code(path: Path) -> None:
     """
     if _has_own_code(path):
         raise ConfigurationError(
-            f"{path} asks for code of the model's own; set trust_remote_code to true if you trust who wrote it."
+            f"{path} requires the model's own code; set trust_remote_code to true if you trust who wrote it."
         )
 
 

@@ -97,7 +97,7 @@ def find_router_loss(model: PreTrainedModel, tiny: PreTrainedModel, input_ids: T
         torch.allclose(loss, result.aux_loss.float(), rtol=1e-4)
         and torch.allclose(result.loss - plain.loss, coefficient * loss, rtol=1e-3, atol=1e-5)
     ):
-        raise ValueError("its class balances its routers by another loss than that of the Switch Transformer")
+        raise ValueError("its class balances its routers with a loss other than that of the Switch Transformer")
     return RouterLoss(found.places, *(getattr(model, name) for name in names))
 
 
@@ -111,7 +111,7 @@ def _places(recorded: tuple[Tensor, ...], outputs: dict[str, Any]) -> dict[str, 
                 places[name] = index if isinstance(output, (tuple, list)) else None
                 break
         else:
-            raise ValueError("its routers' logits are not what one of its modules returns")
+            raise ValueError("its routers' logits are not returned by any of its modules")
     if len(places) != len(recorded):
         raise ValueError("one module returns the logits of several routers")
     return places

@@ -106,7 +106,7 @@ class Stage(nn.Module):
             routers.start()
         if not self._packed and not self.start and bool((position_ids.diff(dim=-1) != 1).any()):
             raise ConfigurationError(
-                "the data packs several documents into a sequence but packed is false; give one document a sequence."
+                "the data packs several documents into a sequence but packed is false; use one document per sequence."
             )
         arguments = self._arguments(position_ids, None if self.start else first)
         self._handover.begin(first if self.start else None)

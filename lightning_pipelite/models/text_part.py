@@ -60,7 +60,7 @@ class LeftOut(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("its text model needs what is made of images or sound")
+        raise RuntimeError("its text model requires encoded images or sound")
 
 
 def auto_class(whole: PretrainedConfig, config: PretrainedConfig, trust_remote_code: bool) -> Any:
@@ -165,14 +165,14 @@ def _leave_out_towers(model: PreTrainedModel) -> None:
     """Keep only modules without weights, and the text model and head, rebuilt on the current default device."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or type(head) is not nn.Linear:
-        raise ValueError("it has no head of plain kind over its text model")
+        raise ValueError("it has no embedding, or its head is not a plain linear layer")
     inside = [
         (name, each)
         for name, each in model.named_modules()
         if name and isinstance(each, PreTrainedModel) and any(module is embedding for module in each.modules())
     ]
     if not inside:
-        raise ValueError("its text model is no model of its own")
+        raise ValueError("its text model is not a separate PreTrainedModel")
     path, text = inside[-1]  # the innermost
     kept = {id(parameter) for parameter in (*text.parameters(), *head.parameters())}  # modules may be shared
     towers: list[str] = []

@@ -40,7 +40,7 @@ def leave_functions_to_autograd(version: str = torch.__version__) -> None:
         name = f"{self.fn_cls.__module__}.{self.fn_cls.__qualname__}"
         if not name.startswith(TESTED):
             warnings.warn(
-                f"torch {version} may compile wrong gradients of {name}, so that it is left out of what is compiled, "
+                f"torch {version} may compute wrong gradients of {name} if it is compiled, so it is left uncompiled, "
                 f"which is slower; install torch {TRACES_RIGHTLY} or later.",
                 stacklevel=2,
             )

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
     if size != expected:
-        raise ConfigurationError(f"{path} has {size} bytes but its header asks for {expected}; fetch it again.")
+        raise ConfigurationError(f"{path} has {size} bytes but its header requires {expected}; fetch it again.")
     return header
 
 

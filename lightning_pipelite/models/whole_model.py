@@ -77,7 +77,7 @@ def whole_models(model_dir: Path, causal_lm: PreTrainedModel, trust_remote_code:
                     given = copy.deepcopy(config)
                     model = auto.from_config(given, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
             except Exception as error:  # whatever the class requires that is missing
-                reason = f"the class that its directory loads as cannot be built ({first_line(error)})"
+                reason = f"the class that transformers loads from its directory cannot be built ({first_line(error)})"
                 raise _refusal(config, reason) from error
             yield WholeModel(model, causal_lm)
 
@@ -103,7 +103,7 @@ def _places(model: PreTrainedModel, causal_lm: PreTrainedModel) -> dict[str, str
             places = {own: found[0]}
             heads = [_head(causal_lm), _head(model)]
             return places if not own or None in heads else {**places, f"{heads[0]}.": f"{heads[1]}."}
-    raise _refusal(model.config, f"a {type(model).__name__} holds no {type(causal_lm).__name__} that could be found")
+    raise _refusal(model.config, f"no {type(causal_lm).__name__} was found in the {type(model).__name__}")
 
 
 def _head(model: PreTrainedModel) -> str | None:
@@ -113,5 +113,6 @@ def _head(model: PreTrainedModel) -> str | None:
 
 def _refusal(config: PretrainedConfig, reason: str) -> ConfigurationError:
     return ConfigurationError(
-        f"an adapter of a model of type {config.model_type} could not be used, as {reason}; train its whole weights."
+        f"an adapter for a model of type {config.model_type} could not be used because {reason}; train its whole "
+        "weights with the adapter Full."
     )

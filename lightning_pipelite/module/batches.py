@@ -14,8 +14,8 @@ from lightning_pipelite.models.attention.document_mask import starts
 
 IGNORED = -100
 _WANTED = (
-    "give int64 tensors input_ids and labels of shape (batch, sequence), and position_ids that restart at every "
-    "document; or batches as transformers' collators for causal LMs make them"
+    "pass int64 tensors input_ids and labels of shape (batch, sequence), and position_ids that restart at every "
+    "document; or batches of transformers' collators for causal LMs"
 )
 _KNOWN = {"input_ids", "labels", "position_ids", "attention_mask", "token_type_ids", "control_classes"}
 # From transformers' DataCollatorWithFlattening: redundant with position_ids.
@@ -57,17 +57,19 @@ class BatchForm:
         known = _KNOWN | {*self.keys} | (_SAID_BY_POSITIONS if "position_ids" in batch else set())
         if unknown := sorted(map(str, {*batch} - known)):
             raise ConfigurationError(
-                f"PipeLiteModule has no use for {unknown[0]} in batches: leave it out, or {_WANTED}."
+                f"PipeLiteModule does not support {unknown[0]} in batches: leave it out, or {_WANTED}."
             )
         ids = _matrix(batch, "input_ids", None)
         labels = _matrix(batch, "labels", ids.shape)
         if "token_type_ids" in batch and _matrix(batch, "token_type_ids", ids.shape).any():
-            raise ConfigurationError("PipeLiteModule has no use for token_type_ids but 0 in batches: leave them out.")
+            raise ConfigurationError(
+                "PipeLiteModule does not support token_type_ids other than 0 in batches: leave them out."
+            )
         self._check_tokens(ids, labels)
         if _are_of_the_token(ids, labels, ours="position_ids" in batch):
             if self.keys:
                 raise ConfigurationError(
-                    f"labels of a batch with {self.keys[0]} must say the next token, not the token itself: {_WANTED}."
+                    f"labels of a batch with {self.keys[0]} must hold the next token, not the token itself: {_WANTED}."
                 )
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
         if "position_ids" in batch:
@@ -83,31 +85,33 @@ class BatchForm:
         low, high = (int(each) for each in ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= self.embeddings:
             raise ConfigurationError(
-                f"a batch has the token {low if low < 0 else high}, but the model's embedding has {self.embeddings} "
-                f"rows, for 0 to {self.embeddings - 1}: use the model's own tokenizer, or give the model as many rows."
+                f"a batch has the token {low if low < 0 else high}, but the model's embedding has only "
+                f"{self.embeddings} rows, for tokens 0 to {self.embeddings - 1}: use the model's own tokenizer, or add "
+                "rows to the model."
             )
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.outputs))]
         if wrong.numel():
             raise ConfigurationError(
-                f"a batch has the label {int(wrong[0])}, but the model's head has {self.outputs} rows, for 0 to "
-                f"{self.outputs - 1}; where there is nothing to learn, a label is {IGNORED}."
+                f"a batch has the label {int(wrong[0])}, but the model's head has only {self.outputs} rows, for "
+                f"tokens 0 to {self.outputs - 1}; where there is nothing to learn, set the label to {IGNORED}."
             )
 
     def _check_padding(self, mask: Tensor, labels: Tensor, positions: Tensor) -> None:
         """Accept padding only after a row's tokens: it changes nothing, as no token attends to later ones."""
         if ((mask != 0) & (mask != 1)).any():
-            raise ConfigurationError("attention_mask of a batch is more than 0 and 1: tell documents by position_ids.")
+            raise ConfigurationError(
+                "attention_mask of a batch has values other than 0 and 1: separate documents by position_ids."
+            )
         if bool(mask.all()):
             return
         if (mask.diff(dim=1) > 0).any():
             raise ConfigurationError(
-                "attention_mask of a batch leaves out tokens before others: pad on the right (padding_side of the "
-                "tokenizer)."
+                "attention_mask of a batch has a 0 before a 1: pad on the right only (padding_side of the tokenizer)."
             )
         if self.counts_padding:
             raise ConfigurationError(
-                "a batch has padding, which would count in the loss of the model's routers: give sequences of one "
-                "length, or set model.router_aux_loss_coef to 0."
+                "a batch has padding, which would count in the loss of the model's routers: make all sequences "
+                "equally long, or set model.router_aux_loss_coef to 0."
             )
         # Labels of padding, in our form (the next token) or in the other (the token itself).
         to_learn = labels != IGNORED

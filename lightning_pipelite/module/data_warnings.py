@@ -24,22 +24,22 @@ def warn_of_data(data: Any, config: PretrainedConfig, adapter: Adapter) -> None:
     length, positions = data.sequence_len, most_positions(config)
     if positions is not None and length > positions:
         rank_zero_warn(
-            f"data.sequence_len is {length}, but config.json of the model says that it was made for {positions:g} "
-            "positions: longer documents train it on positions that it does not know; shorten data.sequence_len if "
-            "there are some."
+            f"data.sequence_len is {length}, but according to its config.json the model was made for {positions:g} "
+            "positions: longer documents would train positions that it does not know; if the data has such documents, "
+            "set a shorter data.sequence_len."
         )
     classes = data.control_classes
     if "control_classes" in adapter.batch_keys and len(classes) == 1:
         rank_zero_warn(
-            f"all training documents have the control_class {min(classes)}: a Control Adapter learns what tells one "
-            "class from the other; give datasets of both, with control_class 1 and -1."
+            f"all training documents have the control_class {min(classes)}: a Control Adapter learns the "
+            "difference between two classes; provide datasets of both, with control_class 1 and -1."
         )
     if adapter.trained_tokens and (absent := sorted(data.without(adapter.trained_tokens))):
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         rank_zero_warn(
             f"trainable_token_indices has the token {absent[0]} ({data.tokenizer().decode(absent[:1])!r}){more}, which "
-            "the training set does not hold: the embedding's row of it stays what it is; give texts with it, or look "
-            "how the tokenizer cuts them (pipelite preview)."
+            "the training set does not contain: the rows of such tokens stay unchanged in the embedding; add texts "
+            "that contain them, or check how the tokenizer splits yours (pipelite preview)."
         )
 
 

@@ -64,7 +64,7 @@ class GreedyWriter:
         begin, length = len(ids), len(ids) + max_new_tokens
         if self._positions is not None:  # where they end, so does the text
             if begin >= self._positions:
-                return f"(nothing: the prompt has {counted(begin, 'token')}, and the model {self._positions} positions)"
+                return f"(nothing: the prompt has {counted(begin, 'token')}, the model has {self._positions} positions)"
             length = min(length, self._positions)
         while len(ids) < length:
             batch = strategy.batch_to_device(self._batch(ids, length))

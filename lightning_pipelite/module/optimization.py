@@ -96,7 +96,7 @@ class Optimization:
         matched = gathered([bool(group["params"]) for group in grouped[1:]])
         for pattern, found in zip(self._groups, zip(*matched, strict=True), strict=True):
             if not any(found):
-                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no parameter that is trained.")
+                raise ConfigurationError(f"model.parameter_groups: {pattern!r} matches no trainable parameter.")
         optimizer = make_optimizer(self.factory, lr, grouped, self._groups)
         total = steps() if self._schedule == "cosine" else math.inf
         scheduler = make_schedule(optimizer, self._schedule, self._warmup_steps, total)
@@ -113,13 +113,13 @@ class Optimization:
         half, most = rise_of(self._schedule, self._warmup_steps, self._beta2 or 0.0)
         if steps < most and self._schedule != "rms_ratio":
             rank_zero_warn(
-                f"the training has {steps:g} steps and model.warmup_steps {most}: the learning rate ends at "
-                f"{steps / most:.2g} of model.lr; set fewer warmup_steps, or take smaller steps "
-                "(trainer.accumulate_grad_batches, data.sequence_len) or more epochs."
+                f"training has {steps:g} steps, but model.warmup_steps is {most}: the learning rate reaches only "
+                f"{steps / most:.2g} of model.lr; lower model.warmup_steps, or train for more steps (a smaller "
+                "trainer.accumulate_grad_batches or data.sequence_len, or more epochs)."
             )
         elif steps < most:
             rank_zero_warn(
-                f"the training has {steps:g} steps, but model.schedule {self._schedule} reaches half of the learning "
-                f"rate at step {half} and nearly all of it at step {most}; for a short training set model.schedule to "
+                f"training has {steps:g} steps, but model.schedule {self._schedule} reaches half of the learning rate "
+                f"at step {half} and nearly all of it at step {most}; for so few steps, set model.schedule to "
                 "constant, with a few model.warmup_steps."
             )

@@ -126,7 +126,7 @@ class PipeLiteModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
-            raise ConfigurationError(f"model.router_aux_loss_coef must not be negative, not {router_aux_loss_coef}.")
+            raise ConfigurationError(f"model.router_aux_loss_coef must be at least 0, not {router_aux_loss_coef}.")
         self.save_hyperparameters(ignore=["adapter", "optimizer"])
         # Lightning warns whenever a data module is used with a module that has this hook; here that is by design.
         warnings.filterwarnings("ignore", message="You have overridden `on_(before|after)_batch_transfer`")
@@ -221,7 +221,7 @@ class PipeLiteModule(pl.LightningModule):
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
         if missing := [key for key in self.adapter.batch_keys if key not in batch]:
             raise ConfigurationError(
-                f"{type(self.adapter).__name__} needs batches with {missing[0]}; let the data module give them."
+                f"{type(self.adapter).__name__} needs {missing[0]} in every batch; have the data module provide it."
             )
         return (
             (batch["input_ids"], batch["position_ids"], *(batch[key] for key in self.adapter.batch_keys)),
@@ -268,9 +268,9 @@ class PipeLiteModule(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused: there are no weights before a stage is built, which happens within a Trainer."""
         raise ConfigurationError(
-            f"{cls.__name__} cannot be loaded without a Trainer: make it as for the training, and give "
-            f"{checkpoint_path} to Trainer.fit or validate as ckpt_path; or write what was trained by "
-            f"`pipelite convert --checkpoint {checkpoint_path}`, and load that with transformers and PEFT."
+            f"{cls.__name__} cannot be loaded without a Trainer: create it as for training, and pass "
+            f"{checkpoint_path} to Trainer.fit or validate as ckpt_path, or convert it with "
+            f"`pipelite convert --checkpoint {checkpoint_path}` and load the result with transformers and PEFT."
         )
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -334,8 +334,8 @@ class PipeLiteModule(pl.LightningModule):
         trainer = self._trainer
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and not is_built(self):
             raise ConfigurationError(
-                f"{type(self).__name__} has no parameters yet, as its stage is built after all setup() hooks: let the "
-                "callback, logger or hook that asks for them do so in on_fit_start, on_train_start or later."
+                f"{type(self).__name__} has no parameters yet, as its stage is built after all setup() hooks: have the "
+                "callback, logger or hook that needs them read them in on_fit_start, on_train_start or later."
             )
         return super().named_parameters(*args, **kwargs)
 

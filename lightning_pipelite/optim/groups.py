@@ -29,9 +29,7 @@ def check_patterns(patterns: Mapping[str, Mapping[str, float]]) -> None:
                 f"model.parameter_groups: {pattern!r} is not a regular expression ({error})."
             ) from None
         if not options:
-            raise ConfigurationError(
-                f"model.parameter_groups: {pattern} has no options; give it some, such as lr: 1e-4."
-            )
+            raise ConfigurationError(f"model.parameter_groups: {pattern} has no options; add some, such as lr: 1e-4.")
 
 
 def group_parameters(
@@ -70,7 +68,7 @@ def make_optimizer(
         if unknown := group.keys() - optimizer.defaults.keys() - {"params"}:
             known = ", ".join(sorted(optimizer.defaults))
             raise ConfigurationError(
-                f"model.parameter_groups: {pattern} sets {sorted(unknown)[0]}, which {type(optimizer).__name__} does "
-                f"not know; it has {known}."
+                f"model.parameter_groups: {pattern} sets {sorted(unknown)[0]}, which is not an option of "
+                f"{type(optimizer).__name__}; it has {known}."
             )
     return optimizer

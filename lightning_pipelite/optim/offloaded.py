@@ -52,8 +52,8 @@ class OffloadedOptimizer(Optimizer):
         if type(inner) not in UPDATE_EACH_ALONE:
             names = ", ".join(f"{kind.__module__.partition('.')[0]}'s {kind.__name__}" for kind in UPDATE_EACH_ALONE)
             raise ConfigurationError(
-                f"model.offload_optimizer is not known to go with {type(inner).__name__}: leave it out, or use one of "
-                f"{names}."
+                f"model.offload_optimizer is not known to work with {type(inner).__name__}: leave it out, or use one "
+                f"of {names}."
             )
         self.inner = inner
         self._host: dict[tuple[Parameter, str], Tensor] = {}  # host buffers for the state of parameters on a GPU

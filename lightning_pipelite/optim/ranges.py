@@ -27,7 +27,7 @@ def check_ranges(lr: float, betas: tuple[float, float], eps: float, *, of_defaul
         raise ConfigurationError(f"model.eps must be positive, not {eps}.")
     if not of_default and (betas, eps) != (BETAS, EPS):
         raise ConfigurationError(
-            "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer."
+            "model.beta1, beta2 and eps apply to the default optimizer; set them as options of model.optimizer."
         )
 
 
@@ -42,5 +42,5 @@ def check_schedule(schedule: str, warmup_steps: int) -> None:
     if warmup_steps < 0 or (warmup_steps and schedule == "rms_ratio"):
         raise ConfigurationError(
             f"model.warmup_steps is {warmup_steps} with schedule {schedule}; it must be 0 or more, and 0 with "
-            "rms_ratio, which warms up by itself."
+            "rms_ratio, which warms up on its own."
         )

@@ -57,7 +57,7 @@ def mix_in(module: nn.Module, mixin: type[Mixin]) -> Any:
     """
     kind, mixins = _parts(type(module))
     if isinstance(module, mixin):
-        raise TypeError(f"{mixin.__name__} is mixed into this {type(module).__name__} already")
+        raise TypeError(f"{mixin.__name__} is already mixed into this {type(module).__name__}")
     if mixins and mixins[-1].mixin_place >= mixin.mixin_place:
         raise TypeError(f"{mixin.__name__} must be mixed in before {mixins[-1].__name__}: see MixinPlace")
     module.__class__ = _composed(kind, (*mixins, mixin))

@@ -63,6 +63,6 @@ def refuse_not_finite(
     stages = [everyones[topology.rank_of(stage, 0)] for stage in range(topology.stages)]
     if any(stages):
         raise RuntimeError(
-            f"{what} is not written, because it would hold values that are nan or infinite: {in_words(stages)}; go on "
-            "from an earlier checkpoint, with a smaller learning rate, say"
+            f"{what} is not written, because it would hold values that are nan or infinite: {in_words(stages)}; "
+            "resume from an earlier checkpoint, for example with a smaller learning rate"
         )

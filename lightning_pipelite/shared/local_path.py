@@ -19,6 +19,6 @@ def refuse_remote(path: Any, what: str) -> None:
     """
     if path is not None and "://" in str(path):
         raise ConfigurationError(
-            f"{what} is {path}, and only directories of the file system can be written and read: give one, mount the "
-            "remote one (such as by s3fs or gcsfuse), or copy what was written there afterwards."
+            f"{what} is {path}, but only directories of the file system can be read and written: use a local one, "
+            "mount the remote one (with s3fs or gcsfuse, for example), or copy the results there afterwards."
         )

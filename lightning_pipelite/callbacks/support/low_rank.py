@@ -134,12 +134,13 @@ def find_low_rank(module: nn.Module) -> list[LowRank]:
             if adapter in layer.lora_variant and not _PLAIN_VARIANTS.match(variant):
                 raise ConfigurationError(
                     f"the adapter of {name} is a {variant.removesuffix('Variant')}, which is more than the product B·A "
-                    "that AdapterNorms and CompositeWeightDecay know; leave them out."
+                    "that AdapterNorms and CompositeWeightDecay support; leave these callbacks out."
                 )
             if any(w.ndim != 2 or isinstance(w, DTensor) for w in (a, b)) or a.shape[0] != b.shape[1]:
                 raise ConfigurationError(
-                    f"the LoRA weights of {name} are {list(a.shape)} and {list(b.shape)}: norms and decay need plain "
-                    "whole matrices; use a strategy that does not shard them, and adapt linear layers only."
+                    f"the LoRA weights of {name} have shapes {list(a.shape)} and {list(b.shape)}, but norms and decay "
+                    "need plain, unsharded matrices; use a strategy that does not shard them, and adapt only "
+                    "linear layers."
                 )
             experts = getattr(layer, "num_experts", 1)
             parameter = [layer.parameter_name] if hasattr(layer, "parameter_name") else []

@@ -67,7 +67,7 @@ class DocumentBatches:
         if value.ndim >= 2 and value.shape[1] == seq and value.shape[0] in (1, rows):
             flat = value.expand(rows, *value.shape[1:]).flatten(0, 1)
             return flat.index_select(0, place.flatten()).view(*place.shape, *value.shape[2:])
-        raise NotImplementedError(f"an argument of shape {list(value.shape)}")
+        raise NotImplementedError(f"a layer's argument of shape {list(value.shape)} cannot be split into documents")
 
     def _deal_mask(self, mask: Tensor, place: Tensor) -> Tensor:
         seq = self.shape[1]
@@ -88,7 +88,7 @@ class DocumentBatches:
             first, *others = (list(each) for each in zip(*outputs, strict=True))
             return (self.gather(first), *(self.gather(each) if self._by_token(each) else None for each in others))
         if not self._by_token(outputs):
-            raise NotImplementedError("a result that is not by token")
+            raise NotImplementedError("a layer's output is not per token")
         flat = torch.cat([output.flatten(0, 1) for output in outputs])
         return flat.index_select(0, self.back).view(*self.shape, *outputs[0].shape[2:])
 

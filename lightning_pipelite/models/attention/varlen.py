@@ -75,7 +75,7 @@ def varlen_attention(
     unknown = [name for name in UNKNOWN if asked.get(name) is not None]
     causal = is_causal is not False and getattr(module, "is_causal", True)
     if unknown or attention_mask is not None or not causal or dropout or query.shape[2] != key.shape[2]:
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'masks, dropout or a cache'}")
+        raise NotImplementedError(f"varlen does not support {', '.join(unknown) or 'masks, dropout or a cache'}")
     documents = current_documents()
     window = None if sliding_window is None or sliding_window >= query.shape[2] else sliding_window
     if documents is None and window is None and s_aux is None:

@@ -38,8 +38,8 @@ def check_double_quant(stored: Format | None, asked: bool, load_in_4bit: bool) -
         return asked
     if asked and not stored.double_quant:
         raise ConfigurationError(
-            f"bnb_4bit_use_double_quant: the files are in {stored.title} with scales in float32, and held as they are; "
-            "set it to false."
+            f"bnb_4bit_use_double_quant: the files are in {stored.title} with float32 scales, which are held as "
+            "stored; set it to false."
         )
     return stored.double_quant
 
@@ -62,11 +62,11 @@ def _check(meta_model: MetaModel, adapter: Trains, option: Option) -> None:
         return
     if adapter.changes_weights:
         raise ConfigurationError(
-            f"load_in_fp8 cannot be used with {adapter.changes_weights}, which changes weights: those in FP8 "
-            "do not train; set load_in_fp8 to false."
+            f"load_in_fp8 cannot be used with {adapter.changes_weights}, which changes weights: weights in "
+            "FP8 cannot be changed; set load_in_fp8 to false."
         )
     if any(True for _ in fused_weights(meta_model.layers)):
         raise ConfigurationError(
-            f"load_in_fp8 does not know the fused experts of {path}; set it to false, and load_in_4bit to true where "
+            f"load_in_fp8 does not support the fused experts of {path}; set it to false, and load_in_4bit to true if "
             "memory is short."
         )

@@ -10,4 +10,4 @@ def refuse_both(load_in_4bit: bool, load_in_fp8: bool) -> None:
         ConfigurationError: Both are set.
     """
     if load_in_4bit and load_in_fp8:
-        raise ConfigurationError("load_in_4bit and load_in_fp8 exclude each other; set one of them to false.")
+        raise ConfigurationError("load_in_4bit and load_in_fp8 are mutually exclusive; set one of them to false.")

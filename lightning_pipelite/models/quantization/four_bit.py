@@ -124,7 +124,7 @@ def kernel_parts(codes: Tensor, state: Any) -> list[Tensor] | None:
         return None
     if codes.dtype != torch.uint8:
         raise ConfigurationError(
-            f"the codes of a weight in nf4 are {codes.dtype}; leave out bnb_4bit_quant_storage, or set it to uint8."
+            f"the codes of an nf4 weight are in {codes.dtype}; leave out bnb_4bit_quant_storage, or set it to uint8."
         )
     parts = [codes, state.absmax]
     return [*parts, state.state2.absmax, state.state2.code, state.offset] if state.nested else parts

@@ -123,7 +123,7 @@ class Fp8Linear(nn.Linear):
 
     def _not_finite(self) -> ConfigurationError:
         return ConfigurationError(
-            f"{self.name}.weight holds values that are nan or infinite, which no training can start from; repair the "
+            f"{self.name}.weight holds values that are nan or infinite, so no training can start from it; repair the "
             "model's files."
         )
 
@@ -182,8 +182,8 @@ class _Dequantised(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise ConfigurationError(
-            "weights that load_in_fp8 holds cannot be changed, as a merge of an adapter would; save the adapter, and "
-            "merge it into the model's own weights with pipelite merge."
+            "weights held by load_in_fp8 cannot be changed, so no adapter can be merged into them; save the adapter, "
+            "and merge it into the model's own weights with pipelite merge."
         )
 
 
@@ -218,13 +218,13 @@ def tell_how_computed(model: nn.Module, device: torch.device) -> None:
     if not others or device.type == "meta":
         return
     if not has_fp8(device):
-        reason = f"{device} has no products in FP8"
+        reason = f"{device} does not support FP8 matrix products"
     elif others[0].dtype != torch.bfloat16:
         reason = "model.dtype is not bfloat16"
     else:
-        reason = f"FP8 wants sides that are multiples of {MULTIPLE}, unlike those of {others[0].name}"
+        reason = f"FP8 requires dimensions that are multiples of {MULTIPLE}, unlike those of {others[0].name}"
     which = "weights" if len(others) == len(layers) else f"{len(others)} of {len(layers)} weights"
     warnings.warn(
-        f"load_in_fp8: {which} are dequantised before each product, which saves memory but no time: {reason}.",
+        f"load_in_fp8: {which} are dequantised before each product, which saves memory but not time: {reason}.",
         stacklevel=2,
     )

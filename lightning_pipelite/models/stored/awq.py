@@ -49,7 +49,7 @@ class Awq:
         config: The ``quantization_config``.
     """  # noqa: D205
 
-    title, double_quant = "AWQ of 4 bits", False
+    title, double_quant = "4-bit AWQ", False
     keeps: Keeps | None = None
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Awq:
         part(entries, name, codes, ["I32"])
         shape = shape_of(entries, codes)
         if len(shape) != 2:
-            raise misfit(name, f"has shape {list(shape)}, which is no matrix")
+            raise misfit(name, f"has shape {list(shape)}, but must be a matrix")
         width, out = shape[0], shape[1] * WORD // BITS
         groups = groups_of(name, width, self._group)
         zeros = part(entries, name, f"{stem}{ZEROS}", ["I32"], (groups, shape[1]))

@@ -69,7 +69,7 @@ class BitsAndBytes:
         four, eight = (bool(config.get(key) or config.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
         if four == eight:
             raise ConfigurationError(
-                "quantization_config says neither or both of load_in_4bit and load_in_8bit; fetch config.json again."
+                "quantization_config sets neither or both of load_in_4bit and load_in_8bit; fetch config.json again."
             )
         self._type = config.get("bnb_4bit_quant_type", "fp4") if four else "int8"
         self.double_quant = four and bool(config.get("bnb_4bit_use_double_quant"))
@@ -91,9 +91,9 @@ class BitsAndBytes:
             yield found
         for name in sorted(entries.keys() - used):
             if STATE in name or name.endswith(ENDS):
-                raise misfit(name, f"belongs to no weight in {self.title}")
+                raise misfit(name, f"does not belong to any weight in {self.title}")
             if name.endswith(".weight") and entries[name]["dtype"] in ("U8", "I8"):
-                raise misfit(name, "lacks what says what its codes are")
+                raise misfit(name, "lacks the tensors that describe its codes")
 
 
 def _four_bits(entries: Entries, name: str, described: str, read: Read) -> Quantised:
@@ -103,7 +103,7 @@ def _four_bits(entries: Entries, name: str, described: str, read: Read) -> Quant
     blocks = -(-math.prod(shape) // state["blocksize"])
     stored = entries[part(entries, name, name, STORAGE)]
     if math.prod(stored["shape"]) * STORAGE[stored["dtype"]] != -(-math.prod(shape) // 2):
-        raise misfit(name, f"has codes in shape {stored['shape']}, and {described} asks for {list(shape)}")
+        raise misfit(name, f"has codes of shape {stored['shape']}, but {described} gives {list(shape)}")
     parts = [
         name,
         part(entries, name, f"{name}.absmax", ["U8" if nested else "F32"], (blocks,)),
@@ -147,17 +147,18 @@ def _state(name: str, described: str, read: Read) -> dict[str, Any]:
         usable = whole and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
         usable = usable and math.isfinite(state.get("nested_offset", 0.0)) and described.endswith(state["quant_type"])
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise misfit(name, f"has {described} that cannot be read") from None
+        raise misfit(name, f"has a tensor {described} that cannot be read") from None
     strange = {
         key for key, values in KNOWN.items() if key in state and (type(state[key]), state[key]) not in _typed(values)
     }
     if unknown or strange:
         key = min(unknown | strange)
         raise ConfigurationError(
-            f"the quantised weight {name} has {key} {state[key]!r}, which is not known; give the model in bfloat16."
+            f"the quantised weight {name} has {key} {state[key]!r}, which is not supported; use a bfloat16 version of "
+            "the model."
         )
     if not usable:
-        raise misfit(name, f"has {described} that does not say what its codes are")
+        raise misfit(name, f"has a tensor {described} that does not describe its codes")
     return dict(state)
 
 
@@ -171,7 +172,7 @@ def _eight_bits(entries: Entries, scales: str) -> Quantised:
     part(entries, name, name, ["I8"])
     shape = shape_of(entries, name)
     if len(shape) != 2:
-        raise misfit(name, f"has shape {list(shape)}, which is no matrix")
+        raise misfit(name, f"has shape {list(shape)}, but must be a matrix")
     parts: tuple[str, ...] = (name, part(entries, name, scales, ["F32"], shape[:1]))
     if layout in entries:
         parts = (*parts, part(entries, name, layout, ["U8"]))
@@ -181,8 +182,8 @@ def _eight_bits(entries: Entries, scales: str) -> Quantised:
 
         if len(parts) > 2 and bool((parts[2] != ROWS).any()):
             raise ConfigurationError(
-                f"the quantised weight {name} is laid out for one kind of GPU ({layout}), which is not known; give the "
-                "model in bfloat16."
+                f"the quantised weight {name} is laid out for one kind of GPU ({layout}), which is not supported; use "
+                "a bfloat16 version of the model."
             )
         weight: Tensor = int8_vectorwise_dequant(parts[0], parts[1])
         return weight.to(dtype)

@@ -85,22 +85,22 @@ class CompressedTensors:
             refuse_unknown({**group, "quant_method": method}, {**GROUP, "format": [form, None]})
             if not isinstance(weights, dict) or group.get("weights") != weights:
                 raise ConfigurationError(
-                    f"quantization_config: weights of {name} are quantised otherwise than others, or not at all, which "
-                    "is not known; give the model in bfloat16."
+                    f"quantization_config: the weights of {name} are quantised differently from others, or not at all, "
+                    "which is not supported; use a bfloat16 version of the model."
                 )
         refuse_unknown({**weights, "quant_method": method}, WEIGHTS)
         kind = (form, weights.get("type", "int"), weights.get("num_bits", 8))
         if kind not in list(FORMATS):
             raise ConfigurationError(
-                f"quantization_config: {kind[0]} with weights of type {kind[1]} in {kind[2]} bits is not known; give "
-                "the model in bfloat16."
+                f"quantization_config: {kind[0]} with weights of type {kind[1]} in {kind[2]} bits is not supported; "
+                "use a bfloat16 version of the model."
             )
         self._codes, self._count = FORMATS[kind], kind[2]
         self._sides = _sides(weights)
         self.bits = 4.5 if self._count == 4 else 8.0
         by_row = self._codes == "F8_E4M3" and self._sides in (None, (1, 0))
         self.keeps: Keeps | None = "load_in_fp8" if by_row else None
-        self.title = f"compressed-tensors {form} of {self._count} bits"
+        self.title = f"compressed-tensors {form} in {self._count} bits"
 
     def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights."""
@@ -113,7 +113,7 @@ class CompressedTensors:
                 yield found
         for name in sorted(entries.keys() - used):
             if name.endswith(ENDS):
-                raise misfit(name, "belongs to no weight as quantization_config describes them")
+                raise misfit(name, "does not belong to any weight that quantization_config describes")
 
     def _weight(self, entries: Entries, codes: str, stem: str) -> Quantised:
         name = f"{stem}.weight"
@@ -121,19 +121,19 @@ class CompressedTensors:
         scale = part(entries, name, f"{name}_scale", SCALE_TYPES)
         shape = shape_of(entries, codes)
         if len(shape) != 2:
-            raise misfit(name, f"has shape {list(shape)}, which is no matrix")
+            raise misfit(name, f"has shape {list(shape)}, but must be a matrix")
         packed = self._codes == "I32"
         if packed:
             shape = (shape[0], shape[1] * WORD // self._count)
         grid = shape_of(entries, scale)
         if self._sides is None:
             if grid not in ((), (1,), (1, 1)):
-                raise misfit(name, f"wants one scale, and has {scale} in shape {list(grid)}")
+                raise misfit(name, f"requires a single scale, but {scale} has shape {list(grid)}")
             sides = shape
         else:
             sides = (self._sides[0], self._sides[1] or shape[1])
             if any(size % side for size, side in zip(shape, sides, strict=True)):
-                raise misfit(name, f"has shape {list(shape)}, which groups of {list(sides)} do not divide")
+                raise misfit(name, f"has shape {list(shape)}, which is not divisible into groups of {list(sides)}")
             part(entries, name, scale, SCALE_TYPES, (shape[0] // sides[0], shape[1] // sides[1]))
         unused = tuple(n for n in (f"{stem}.input_scale", f"{stem}.input_zero_point") if n in entries)
         parts: tuple[str, ...] = (codes, scale)
@@ -142,8 +142,8 @@ class CompressedTensors:
         experts = "experts" in stem.split(".")
         if experts and (self._codes == "I8" or (self._codes == "F8_E4M3" and sides[1] != shape[1])):
             raise ConfigurationError(
-                f"{name} is an expert's in {self.title}, with scales of a kind that transformers does not load for "
-                "experts; give the model in bfloat16."
+                f"{name} is an expert's weight in {self.title}, with scales of a kind that transformers does not load "
+                "for experts; use a bfloat16 version of the model."
             )
         # transformers dequantises FP8 experts in float32, and all else in the dtype of the scales.
         exact = experts and self._codes == "F8_E4M3"
@@ -152,7 +152,7 @@ class CompressedTensors:
             values, scales = parts[:2]
             if packed:
                 if tuple(parts[2].tolist()) != shape:
-                    raise misfit(name, f"has {name}_shape {parts[2].tolist()}, and codes for {list(shape)}")
+                    raise misfit(name, f"has {name}_shape {parts[2].tolist()}, but codes for {list(shape)}")
                 # They are stored with half their range added.
                 values = (unpack(values, self._count) - 2 ** (self._count - 1)).to(torch.int8)
             scales = scales.float() if exact else scales
@@ -181,6 +181,6 @@ def _sides(weights: Mapping[str, Any]) -> tuple[int, int] | None:
     ):  # fmt: skip
         return block[0], block[1]
     raise ConfigurationError(
-        f"quantization_config: strategy {strategy} with group_size {group} and block_structure {block} is not known; "
-        "give the model in bfloat16."
+        f"quantization_config: strategy {strategy} with group_size {group} and block_structure {block} is not "
+        "supported; use a bfloat16 version of the model."
     )

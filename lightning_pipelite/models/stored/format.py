@@ -83,13 +83,13 @@ def refuse_unknown(config: Mapping[str, Any], known: Mapping[str, Iterable[Any] 
             continue
         if key not in known and value is not None:
             raise ConfigurationError(
-                f"quantization_config has {key}, which is not known of files in {config['quant_method']}; give the "
-                "model in bfloat16."
+                f"quantization_config has {key}, which is not supported for files in {config['quant_method']}; use a "
+                "bfloat16 version of the model."
             )
         if (values := known.get(key)) is not None and value not in (values := list(values)):
             raise ConfigurationError(
-                f"quantization_config: {key} is {value!r}, and files in {config['quant_method']} are read where it is "
-                f"{' or '.join(map(repr, values))}; give the model in bfloat16."
+                f"quantization_config: {key} is {value!r}, but files in {config['quant_method']} are supported only if "
+                f"it is {' or '.join(map(repr, values))}; use a bfloat16 version of the model."
             )
 
 
@@ -113,7 +113,7 @@ def part(entries: Entries, weight: str, name: str, dtypes: Iterable[str], shape:
         raise misfit(weight, f"lacks its tensor {name}")
     dtypes = list(dtypes)
     if entries[name]["dtype"] not in dtypes:
-        raise misfit(weight, f"has its tensor {name} in {entries[name]['dtype']}, and not in {' or '.join(dtypes)}")
+        raise misfit(weight, f"has its tensor {name} in {entries[name]['dtype']}, not in {' or '.join(dtypes)}")
     if shape is not None and shape_of(entries, name) != shape:
-        raise misfit(weight, f"wants its tensor {name} in shape {list(shape)}, and not {entries[name]['shape']}")
+        raise misfit(weight, f"requires its tensor {name} to have shape {list(shape)}, not {entries[name]['shape']}")
     return name

@@ -60,7 +60,7 @@ class Fp8:
             isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
         ):
             raise ConfigurationError(
-                f"quantization_config: weight_block_size is {block!r}, and not two positive integers; fetch "
+                f"quantization_config: weight_block_size is {block!r}, not two positive integers; fetch "
                 "config.json again."
             )
         self._block: tuple[int, int] | None = None if block is None else tuple(block)
@@ -75,9 +75,9 @@ class Fp8:
                 found = self._weight(entries, name)
                 used.update(found.parts, found.unused)
                 yield found
-        for name in entries.keys() - used:
+        for name in sorted(entries.keys() - used):
             if name.endswith(("_scale_inv", ".qscale_weight", *ACTIVATIONS)):
-                raise misfit(name, f"is a scale of no weight in {CODES}")
+                raise misfit(name, f"is a scale that does not belong to any weight in {CODES}")
 
     def _weight(self, entries: Entries, name: str) -> Quantised:
         names = [name.removesuffix(own) + end for end, own in SCALES.items() if name.endswith(own)]
@@ -89,11 +89,11 @@ class Fp8:
         stem = name.rpartition(".")[0]
         unused = tuple(n for end in ACTIVATIONS for n in (f"{stem}.{end}", f"{name}_{end}") if n in entries)
         if len(shape) < 2:
-            raise misfit(name, f"has shape {list(shape)}, which is no matrix")
+            raise misfit(name, f"has shape {list(shape)}, but must be a matrix")
         if self._block is None:
             # One for each expert if they are fused.
             if grid not in ((), (1,), (*shape[:-2], 1, 1)):
-                raise misfit(name, f"wants one scale, and has {scale} in shape {list(grid)}")
+                raise misfit(name, f"requires a single scale, but {scale} has shape {list(grid)}")
             return Quantised(name, shape, (name, scale), _by_tensor, unused, _kept if len(shape) == 2 else None)
         block = self._block
         wanted = (*shape[:-2], *(-(-size // side) for size, side in zip(shape[-2:], block, strict=True)))
@@ -102,8 +102,8 @@ class Fp8:
             # transformers ignores the size of blocks and assumes as many equal blocks as there are scales.
             if size % side and size % count == 0 and count > 1:
                 raise misfit(
-                    name, f"has shape {list(shape)}, which blocks of {list(block)} do not divide: libraries read it in "
-                    "different ways"
+                    name, f"has shape {list(shape)}, which is not divisible into blocks of {list(block)}: libraries "
+                    "interpret this in different ways"
                 )  # fmt: skip
 
         def by_block(parts: list[Tensor], dtype: torch.dtype) -> Tensor:

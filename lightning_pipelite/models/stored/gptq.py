@@ -75,8 +75,8 @@ class Gptq:
         dynamic = config.get("dynamic") or {}
         if not all(isinstance(key, str) and key.startswith("-:") for key in dynamic):  # layers that are not quantised
             raise ConfigurationError(
-                "quantization_config has dynamic, by which layers are quantised in ways of their own, which is not "
-                "known; give the model in bfloat16."
+                "quantization_config: dynamic quantises some layers differently, which is not supported; use a "
+                "bfloat16 version of the model."
             )
         named = {config.get(key) for key in ("format", "checkpoint_format")} - {None}
         if len(named) > 1:
@@ -86,7 +86,7 @@ class Gptq:
         self._less_one = named != {"gptq_v2"}
         self._bits, self._group, self._reordered = int(bits), group_size(config), bool(config.get("desc_act"))
         self.bits = self._bits + (16 + self._bits) / (self._group or 1024)
-        self.title = f"GPTQ of {bits} bits"
+        self.title = f"{bits}-bit GPTQ"
 
     def find(self, entries: Entries, read: Read) -> Iterator[Quantised]:
         """Yield the quantised weights, [out, in] as linear layers have them."""
@@ -97,10 +97,12 @@ class Gptq:
         part(entries, name, codes, ["I32"])
         shape = shape_of(entries, codes)
         if len(shape) != 2 or shape[0] * WORD % self._bits:
-            raise misfit(name, f"has shape {list(shape)}, which is no matrix of {self._bits} bits in words of {WORD}")
+            raise misfit(
+                name, f"has shape {list(shape)}, but must be a matrix of {self._bits}-bit codes in {WORD}-bit words"
+            )
         out, width = shape[1], shape[0] * WORD // self._bits
         if out * self._bits % WORD:
-            raise misfit(name, f"has {out} outputs, which do not fill words of {WORD} bits")
+            raise misfit(name, f"has {out} outputs, which do not fill whole {WORD}-bit words")
         groups = groups_of(name, width, self._group)
         zeros = part(entries, name, f"{stem}{ZEROS}", ["I32"], (groups, out * self._bits // WORD))
         scales = part(entries, name, f"{stem}{SCALES}", SCALE_TYPES, (groups, out))
@@ -113,10 +115,10 @@ class Gptq:
             plain = torch.arange(width, device=codes.device) // (self._group or width)
             group = parts[3].long() if len(parts) > 3 else plain
             if not self._reordered and not torch.equal(group, plain):
-                raise misfit(name, "has its inputs in another order, and desc_act is false: libraries read it in "
-                             "different ways")  # fmt: skip
+                raise misfit(name, "has its inputs in another order, but desc_act is false: libraries interpret "
+                             "this in different ways")  # fmt: skip
             if not bool(((group >= 0) & (group < groups)).all()):
-                raise misfit(name, f"has inputs in groups that are none of its {groups}")
+                raise misfit(name, f"has inputs outside its {groups} groups")
             offsets = self._zero_points(name, zeros)
             # As the libraries do, in the dtype of the scales; a difference of codes is exact in each of these dtypes.
             steps = unpack(codes.T.contiguous(), self._bits) - offsets.T[:, group]
@@ -131,7 +133,7 @@ class Gptq:
             return stored
         if bool((stored == 2**self._bits - 1).any()):
             raise ConfigurationError(
-                f"the quantised weight {name} has zero points of 0 less 1, which libraries read in different ways; "
-                "give the model in version 2 of GPTQ's format (gptq_v2), or in bfloat16."
+                f"the quantised weight {name} has zero points of 0, stored minus one, which libraries interpret in "
+                "different ways; use a version of the model in version 2 of GPTQ's format (gptq_v2), or in bfloat16."
             )
         return stored + 1

@@ -54,7 +54,9 @@ def group_size(config: Mapping[str, Any]) -> int | None:
     if size in (-1, None):
         return None
     if not isinstance(size, int) or size < 1:
-        raise ConfigurationError(f"quantization_config: group_size is {size!r}; fetch config.json again.")
+        raise ConfigurationError(
+            f"quantization_config: group_size is {size!r}, not a positive integer or -1; fetch config.json again."
+        )
     return size
 
 
@@ -72,12 +74,12 @@ def find_grouped(entries: Entries, make: Callable[[str], Quantised]) -> Iterator
             yield found
     for name in sorted(entries.keys() - used):
         if name.endswith((CODES, ZEROS, SCALES, GROUPS)):
-            raise misfit(name, f"belongs to no {CODES.removeprefix('.')}")
+            raise misfit(name, f"does not belong to any {CODES.removeprefix('.')}")
         stem, _, end = name.rpartition(".")
         if f"{stem}{CODES}" in used and end not in ("bias", "weight"):
             raise ConfigurationError(
-                f"the quantised weight {stem}.weight has a tensor {name} beside it, which is not known; give the model "
-                "in bfloat16."
+                f"the quantised weight {stem}.weight has an additional tensor {name}, which is not supported; use a "
+                "bfloat16 version of the model."
             )
 
 
@@ -88,5 +90,5 @@ def groups_of(name: str, width: int, size: int | None) -> int:
         ConfigurationError: The size of groups does not divide the number of inputs.
     """
     if width % (size or width):
-        raise misfit(name, f"has {width} inputs, which groups of {size} do not divide")
+        raise misfit(name, f"has {width} inputs, which are not divisible into groups of {size}")
     return width // (size or width)

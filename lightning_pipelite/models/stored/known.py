@@ -51,8 +51,8 @@ def stored_format(model_dir: Path) -> Format | None:
     method = first.get("quant_method")
     if not isinstance(method, str) or method not in KNOWN:
         raise ConfigurationError(
-            f"{path} has a quantization_config with quant_method {method}, which is none of those that are read "
-            f"({', '.join(KNOWN)}); give the original model, and set load_in_4bit if it shall be quantised."
+            f"{path} has a quantization_config with quant_method {method}, which is not supported (only "
+            f"{', '.join(KNOWN)} are); use the original model, and set load_in_4bit to quantise it."
         )
     try:
         return KNOWN[method](first)
@@ -68,8 +68,8 @@ def refuse_transposed(stored: Format | None, model: nn.Module, model_dir: Path) 
     """
     if stored is not None and any(isinstance(module, Conv1D) for module in model.modules()):
         raise ConfigurationError(
-            f"{model_dir} is in {stored.title}, which is not known of models with Conv1D layers; give the original "
-            "model."
+            f"{model_dir} is in {stored.title}, which is not supported for models with Conv1D layers; use the "
+            "original model."
         )
 
 

@@ -50,7 +50,7 @@ class Mxfp4:
             name, shape = blocks.removesuffix(BLOCKS), shape_of(entries, blocks)
             part(entries, name, blocks, ["U8"])
             if len(shape) != 4 or shape[3] != BLOCK_BYTES:
-                raise misfit(name, f"wants its tensor {blocks} in blocks of {BLOCK_BYTES} bytes, and not {list(shape)}")
+                raise misfit(name, f"requires its tensor {blocks} in blocks of {BLOCK_BYTES} bytes, not {list(shape)}")
             scales = part(entries, name, name + SCALES, ["U8"], shape[:3])
             experts, size, count, _ = shape
             yield Quantised(name, (experts, count * 2 * BLOCK_BYTES, size), (blocks, scales), _dequantise)

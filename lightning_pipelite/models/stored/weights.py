@@ -46,11 +46,13 @@ class StoredWeights:
         try:
             for weight in stored.find(entries, lambda name: self._tensor(name, "cpu")) if stored else ():
                 if weight.name in entries and weight.name not in weight.parts:
-                    raise ConfigurationError(f"{weight.name} is there twice, in plain too; fetch the model again.")
+                    raise ConfigurationError(
+                        f"{weight.name} is in the files twice, quantised and unquantised; fetch the model again."
+                    )
                 self._quantised[weight.name] = weight
             if stored and not self._quantised and all(entry["dtype"] in NO_CODES for entry in entries.values()):
                 raise ConfigurationError(
-                    f"quantization_config in config.json says {stored.title}, but no weight is so; take it out."
+                    f"quantization_config in config.json says {stored.title}, but no weight is quantised; remove it."
                 )
         except ConfigurationError as error:
             raise ConfigurationError(f"{model_dir}: {first_line(error)}") from None
@@ -88,7 +90,7 @@ class StoredWeights:
             return self._tensor(name, device)
         made = weight.dequantise([self._tensor(each, device) for each in weight.parts], dtype)
         if tuple(made.shape) != weight.shape:
-            raise RuntimeError(f"{name} came out as {list(made.shape)} and not {list(weight.shape)}")
+            raise RuntimeError(f"{name} was dequantised to shape {list(made.shape)}, not {list(weight.shape)}")
         return made
 
     def can_keep(self, name: str) -> bool:
