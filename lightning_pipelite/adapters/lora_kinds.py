@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_pipelite.adapters.config_file import CONFIG_FILE, lora_settings
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.wording import counted
 
 # Keys that do not affect what is added to a weight. Those of initialisations matter only via ``init_lora_weights``.
 SILENT = {
@@ -108,8 +109,8 @@ def rest_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     biases = sum(key.endswith(".bias") for key in tensors)
     rows = {key: tensor.shape[0] for key, tensor in tensors.items() if key.endswith(ROWS)}
     whole = sum(".lora_" not in key and not key.endswith((".bias", ".base_layer.weight", ROWS)) for key in tensors)
-    rest += [f"{count} rows of {key.removesuffix(ROWS).rpartition('.')[2]}" for key, count in rows.items()]
-    return [*rest, *([f"{biases} biases"] if biases else []), *([f"{whole} whole weights"] if whole else [])]
+    rest += [f"{counted(count, 'row')} of {key.removesuffix(ROWS).rpartition('.')[2]}" for key, count in rows.items()]
+    return rest + [counted(count, noun) for count, noun in ((biases, "bias"), (whole, "whole weight")) if count]
 
 
 def _is_whole(key: str, modules: set[str], *, biases: bool) -> bool:

@@ -163,7 +163,7 @@ def check_places(model: nn.Module, rows: Mapping[str, list[int]], meta_model: Me
     wanted = {meta_model.whole.module_name(name) for name in ours}
     found = {name for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)}
     if found != wanted:
-        raise _refusal(meta_model, f"PEFT would load them into {', '.join(sorted(found))}")
+        raise _refusal(meta_model, f"PEFT would load them into {', '.join(sorted(found)) or 'no module'}")
 
 
 def _alone(rows: Mapping[str, list[int]], meta_model: MetaModel) -> str:

@@ -18,6 +18,7 @@ from lightning_pipelite.data.columns import plain
 from lightning_pipelite.data.formats import TEXT, format_of, open_bytes
 from lightning_pipelite.data.json_text import UnreadableError, elements, is_lines, parse
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.shared.wording import counted
 
 Choose = Callable[[list[str]], list[str]]
 """Selects the columns to read from those that a file has."""
@@ -174,9 +175,9 @@ def _delimiter(header: str) -> str:
 
 def _cells_of(names: list[str], row: list[str], place: str) -> dict[str, str]:
     if len(row) != len(names):
+        cells, columns = counted(len(row), "cell"), counted(len(names), "column")
         raise ConfigurationError(
-            f"{place}: {len(row)} cells, but the first row names {len(names)} columns; put quotes around cells that "
-            "contain the delimiter."
+            f"{place}: {cells}, but the first row names {columns}; put quotes around cells that contain the delimiter."
         )
     return {name: cell for name, cell in zip(names, row, strict=True) if cell}  # CSV cannot tell "" from null
 

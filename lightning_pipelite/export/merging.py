@@ -192,7 +192,7 @@ def write_shard(source: Path, target: Path, changed: Tensors, progress: Progress
                 if list(value.shape) != entry["shape"] or value.nbytes != end - first:
                     raise RuntimeError(f"{name} came out as {value.dtype} {list(value.shape)}")
                 if not torch.isfinite(value).all():
-                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} once merged; lower scale.")
+                    raise ConfigurationError(f"{source}: {name} overflows {entry['dtype']} (in a merge, lower scale).")
                 after.seek(start + first)
                 after.write(value.reshape(-1).view(torch.uint8).numpy().data)
             else:
@@ -223,9 +223,7 @@ def write_dequantised(weights: StoredWeights, name: str, directory: Path, change
             if value.is_floating_point():
                 value = value.to("cpu", DTYPES[entry["dtype"]])
                 if not torch.isfinite(value).all():
-                    raise ConfigurationError(
-                        f"{directory.name}: {tensor} overflows {entry['dtype']} once merged; lower scale."
-                    )
+                    raise ConfigurationError(f"{name}: {tensor} overflows {entry['dtype']} (in a merge, lower scale).")
             if list(value.shape) != entry["shape"]:
                 raise RuntimeError(f"{tensor} came out as {value.dtype} {list(value.shape)}")
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""PEFT's variants of LoRA: what is more than products of A and B is refused by all that read an adapter."""
+"""PEFT's variants of LoRA: every reader of adapters refuses what is more than products of A and B."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import compare_llama_cpp
 from export_cases import load, logits, write_adapter, write_base
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge
+from lightning_pipelite.export.gguf import permute
 
 MODULE = "base_model.model.model.layers.1.self_attn.q_proj"
-# Of each variant, what adapter_config.json says.
+# The entry of each variant in adapter_config.json.
 VARIANTS: dict[str, dict[str, Any]] = {
     "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
     "velora_config": {"num_groups": 8, "scale": 1.0, "init_type": "random"},
@@ -62,7 +63,7 @@ def readers(base: Path, adapter: Path, output: Path) -> dict[str, Any]:
         "merge": lambda: merge(str(base), str(adapter), f"{output}-merged"),
         "export-gguf": lambda: export_gguf(str(adapter), str(base), f"{output}.gguf"),
         "analyze": lambda: analyze(str(adapter), None, f"{output}-analysis"),
-        "analyze with base": lambda: analyze(str(adapter), str(base), f"{output}-analysis"),
+        "analyze with base": lambda: analyze(str(adapter), str(base), f"{output}-analysis-with-base"),
         "compare_llama_cpp": lambda: compare_llama_cpp.trained_logits(str(base), str(adapter), [5, 6, 7]),
     }
 
@@ -88,7 +89,7 @@ def test_rows_of_tokens_that_the_file_lacks(base: Path, tmp_path: Path) -> None:
 
 
 def test_every_field_that_peft_calls_a_variant_is_refused(base: Path, tmp_path: Path) -> None:
-    """What this release of PEFT knows of, apart from DoRA, which merge knows as well, and activated LoRA."""
+    """All variants in the installed PEFT, except DoRA, which merge supports, and activated LoRA, tested below."""
     from dataclasses import fields
 
     variants = [each.name for each in fields(LoraConfig) if each.metadata.get("is_lora_variant")]
@@ -109,7 +110,7 @@ def test_what_peft_itself_saves_of_one(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", ["mica", "pissa_niter_4", "olora", "corda", "lora_ga", "of a later release"])
 def test_initialisations_that_are_not_known(base: Path, tmp_path: Path, start: str) -> None:
-    refused(base, write(tmp_path / "lora", {"init_lora_weights": start}), tmp_path / "out", f"initialised by {start}")
+    refused(base, write(tmp_path / "lora", {"init_lora_weights": start}), tmp_path / "out", f"initialised with {start}")
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "XLORA", "PROMPT_TUNING", None])
@@ -145,7 +146,9 @@ def test_files_that_hold_something_else(base: Path, tmp_path: Path, case: str) -
 def test_a_rank_that_is_not_the_configurations(base: Path, tmp_path: Path, rank: int) -> None:
     adapter = write(tmp_path / "lora", {"r": rank})
     # The example leaves it to PEFT, which raises an error of its own.
-    refused(base, adapter, tmp_path / "out", "rank 4, but by|does not fit", but=("compare_llama_cpp",))
+    refused(
+        base, adapter, tmp_path / "out", "rank 4, but adapter_config.json says|does not fit", but=("compare_llama_cpp",)
+    )
 
 
 def test_an_empty_adapter(base: Path, tmp_path: Path) -> None:
@@ -169,19 +172,24 @@ def test_what_is_plain_is_taken_by_all(
 ) -> None:
     options = {key: value for key, value in PLAIN[case].items() if key not in ("r", "lora_alpha", "target_modules")}
     adapter = write(tmp_path / "lora", {**options, "peft_type": "LORA", **alphas})
-    for read in list(readers(base, adapter, tmp_path / "out").values())[:3]:
-        read()
+    read = {name: read() for name, read in readers(base, adapter, tmp_path / "out").items()}
     held = load_file(adapter / "adapter_model.safetensors")
     change = scaling * held[f"{MODULE}.lora_B.weight"] @ held[f"{MODULE}.lora_A.weight"]
     name = "model.layers.1.self_attn.q_proj"
     before, after = (load_file(each / "model.safetensors") for each in (base, tmp_path / "out-merged"))
     assert torch.allclose(after[f"{name}.weight"] - before[f"{name}.weight"], change, atol=1e-5)
-    figures = json.loads((tmp_path / "out-analysis" / "analysis.json").read_text())["figures"]
-    assert figures[name]["frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
+    assert np.allclose(gguf_product(tmp_path / "out.gguf"), permute(change, 4).numpy(), atol=1e-5)
+    for analysis, key in (("out-analysis", name), ("out-analysis-with-base", f"{name}.weight")):
+        figures = json.loads((tmp_path / analysis / "analysis.json").read_text())["figures"]
+        assert figures[key]["frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        merged = load(tmp_path / "out-merged")(input_ids=ids).logits[0]
+    assert torch.allclose(read["compare_llama_cpp"], merged, atol=1e-5)
 
 
 def gguf_product(path: Path) -> np.ndarray:
-    """What llama.cpp adds to the weight: it multiplies by alpha / rank, and by 1 if alpha is 0."""
+    """Return what llama.cpp adds to the weight: B·A times alpha / rank, or times 1 if alpha is 0."""
     reader = gguf.GGUFReader(path)
     alpha = reader.fields["adapter.lora.alpha"].contents()
     a, b = (next(each.data for each in reader.tensors if each.name.endswith(f"lora_{letter}")) for letter in "ab")
@@ -201,7 +209,13 @@ def test_an_alpha_of_zero_adds_nothing_in_llama_cpp(base: Path, tmp_path: Path) 
 
 def test_an_activated_lora_goes_to_llama_cpp_with_its_tokens_and_nowhere_else(base: Path, tmp_path: Path) -> None:
     adapter = write(tmp_path / "lora", {"alora_invocation_tokens": [5, 6]})
-    refused(base, adapter, tmp_path / "out", "an activated LoRA changes no weight", but=("export-gguf",))
+    refused(
+        base,
+        adapter,
+        tmp_path / "out",
+        "an activated LoRA applies only after its invocation tokens",
+        but=("export-gguf",),
+    )
     export_gguf(str(adapter), str(base), str(tmp_path / "out.gguf"))
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     field = reader.fields["adapter.alora.invocation_tokens"]
@@ -217,5 +231,5 @@ def test_what_analyze_does_not_show_is_named(base: Path, tmp_path: Path) -> None
     adapter = write_adapter(tmp_path / "dora", base, target_modules=["q_proj"], use_dora=True)
     assert "not shown: the magnitudes of a DoRA" in analyze(str(adapter), None, str(tmp_path / "one"))
     adapter = write_adapter(tmp_path / "whole", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert "not shown: 1 whole weights" in analyze(str(adapter), str(base), str(tmp_path / "two"))
+    assert "not shown: 1 whole weight" in analyze(str(adapter), str(base), str(tmp_path / "two"))
     assert "not shown" not in analyze(str(write(tmp_path / "plain")), None, str(tmp_path / "three"))
