@@ -123,11 +123,9 @@ def _matrix(batch: Mapping[str, Any], key: str, shape: torch.Size | None) -> Ten
     value = batch[key]
     whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2
     if not whole or (shape is not None and value.shape != shape):
-        has = (
-            f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"a {type(value).__name__}"
-        )
+        has = f"a {type(value).__name__}"
+        if isinstance(value, Tensor):
+            has = f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
         raise ConfigurationError(f"{key} of a batch is {has}: {_WANTED}.")
     return value.long()
 

@@ -91,22 +91,22 @@ class Agreement:
         for rank, (theirs, _) in enumerate(everyones):
             if theirs != everyones[0][0]:
                 raise ConfigurationError(
-                    f"the ranks have parted: rank 0 is at {everyones[0][0]}, rank {rank} at {theirs}; let their data "
-                    "loaders give equally many batches, and nothing that they do depend on the rank."
+                    f"the ranks have diverged: rank 0 is at {everyones[0][0]}, rank {rank} at {theirs}; make their "
+                    "data loaders yield the same number of batches, and let no control flow depend on the rank."
                 )
         for rank, (_, theirs) in enumerate(everyones):
             first = self._topology.rank_of(0, self._topology.replica_of(rank))
             if theirs != everyones[first][1]:
                 own = everyones[first][1]
                 raise ConfigurationError(
-                    f"{DIFFERENT} at {place}: rank {first} has {own}, rank {rank} {theirs}; {ADVICE}"
+                    f"{DIFFERENT} at {place}: rank {first} has {own}, rank {rank} has {theirs}; {ADVICE}"
                 )
 
 
 DIFFERENT = "the stages of a pipeline were given different micro-batches"
 ADVICE = (
-    "let the data loader's order and random numbers depend on nothing that differs between ranks "
-    "(L.seed_everything(SEED) at the start), and give its sampler the strategy's distributed_sampler_kwargs."
+    "make sure that the data loader's order and random numbers depend on nothing that differs between ranks (call "
+    "L.seed_everything(SEED) at the start), and pass the strategy's distributed_sampler_kwargs to its sampler."
 )
 
 

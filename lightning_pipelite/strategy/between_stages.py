@@ -26,16 +26,16 @@ def handed_on(outputs: Any, place: str) -> Tensor | tuple[Tensor, ...]:
     if isinstance(outputs, (tuple, list)) and all(isinstance(item, Tensor) for item in outputs):
         return tuple(item.contiguous() for item in outputs)
     raise ConfigurationError(
-        f"{place} ends with a layer that returns a {type(outputs).__name__}; between stages only a tensor or a tuple "
-        "of tensors can be handed on."
+        f"{place} ends with a layer that returns a {type(outputs).__name__}; only a tensor or a tuple of tensors can "
+        "be passed between stages."
     )
 
 
 def other_shapes(shapes: object, before: object, place: str) -> RuntimeError:
     """Return the error for outputs that do not match the receiver's buffers: it would read too much or too little."""
     return RuntimeError(
-        f"{place} hands on {shapes} after {before}, for micro-batches of equal shapes; the shapes between stages may "
-        "only depend on the shapes of the micro-batch"
+        f"{place} outputs {shapes} after {before}, for micro-batches of equal shapes; the shapes and dtypes between "
+        "stages may only depend on the shapes of the micro-batch"
     )
 
 
@@ -62,7 +62,7 @@ def back_propagate(pairs: Sequence[tuple[Any, Tensor | None]], received: Any, pl
     # The previous stage waits for a gradient of everything that it sent, including what is unused here.
     inputs = with_gradients(received)
     if inputs and all(tensor.grad is None for tensor in inputs):
-        raise RuntimeError(f"{place}: the loss does not depend on what the stage before hands on")
+        raise RuntimeError(f"{place}: the loss does not depend on the outputs of the previous stage")
     for tensor in inputs:
         if tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor)

@@ -27,7 +27,7 @@ def check_checkpoint_callbacks(trainer: pl.Trainer) -> None:
         if on_exception and trainer.world_size > 1:
             option = "" if isinstance(callback, OnExceptionCheckpoint) else "(save_on_exception=True)"
             raise ConfigurationError(
-                f"{kind}{option} can only be used in a training of one process: when one of several fails, the others "
-                "cannot write their part of a checkpoint; use lightning_pipelite.callbacks.TimedCheckpoint, which "
-                "saves by the clock, on SIGTERM and when it is asked to."
+                f"{kind}{option} can only be used with a single process: when one of several fails, the others cannot "
+                "write their part of a checkpoint; use lightning_pipelite.callbacks.TimedCheckpoint, which saves at "
+                "time intervals, on SIGTERM and on request."
             )

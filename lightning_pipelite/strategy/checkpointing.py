@@ -166,7 +166,7 @@ class Checkpointing:
             try:
                 encode({key: checkpoint[key]}, {})
             except ConfigurationError as error:
-                rank_zero_warn(f"{path} is written without {key!r}, which on_save_checkpoint has added: {error}")
+                rank_zero_warn(f"{path} is written without {key!r}, which on_save_checkpoint added: {error}")
                 del kept[key]
         return kept
 

@@ -26,8 +26,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse what a Trainer can do under other strategies but not in a pipeline, as far as it applies to this call."""
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise ConfigurationError(
-            "PipeLiteStrategy trains and evaluates; to predict, save what was trained and load it without the strategy "
-            "(what PipeLiteModule saves, with transformers or PEFT), or call Trainer.predict under another strategy."
+            "PipeLiteStrategy does not support Trainer.predict; to predict, save the trained weights and load them "
+            "without the strategy (those of PipeLiteModule with transformers or PEFT), or use another strategy."
         )
     check_options(trainer, module)
     rank_zero_info(
@@ -50,13 +50,11 @@ def check_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "leave it out."
         )
     if math.isnan(trainer.gradient_clip_val or 0.0):
-        raise ConfigurationError(
-            "trainer.gradient_clip_val is NaN, which is no norm to clip by; give it a positive number, or leave it out."
-        )
+        raise ConfigurationError("trainer.gradient_clip_val is NaN; set it to a positive number, or leave it out.")
     if getattr(trainer, "_val_check_time_interval", None) is not None and trainer.world_size > 1:
         raise ConfigurationError(
-            "trainer.val_check_interval as a time can only be used in a training of one process: each rank would go "
-            "by its own clock, and an evaluation takes all of them; give it a number of micro-batches, or use "
+            "trainer.val_check_interval as a time can only be used with a single process: each rank would follow its "
+            "own clock, but an evaluation needs all of them; set it to a number of micro-batches, or use "
             "lightning_pipelite.callbacks.EvalSchedule."
         )
     check_plugins(trainer)
@@ -77,8 +75,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
         raise ConfigurationError(f"PipeLiteStrategy needs one optimizer, not {len(optimizers)}.")
     if isinstance(optimizers[0], _MockOptimizer):
         raise ConfigurationError(
-            f"{type(module).__name__}.configure_optimizers() returned None, so that nothing would be trained; let it "
-            "return an optimizer, or call Trainer.validate in place of Trainer.fit."
+            f"{type(module).__name__}.configure_optimizers() returned None, so nothing would be trained; return an "
+            "optimizer, or call Trainer.validate instead of Trainer.fit."
         )
     if isinstance(optimizers[0], torch.optim.LBFGS):
         raise ConfigurationError("LBFGS needs all parameters in one process; use another optimizer.")
@@ -90,7 +88,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
         if stray:
             raise ConfigurationError(
                 f"the optimizer was given {names.get(id(stray[0]), 'a parameter')}, which is in none of the layers "
-                "of pipeline_layers() and so would never be trained; put it in a layer, or freeze it."
+                "that pipeline_layers() returns and would never be trained; move it into a layer, or freeze it."
             )
 
 
@@ -120,8 +118,8 @@ def check_loaders(loader: Any, module: pl.LightningModule) -> None:
         return
     if not any(is_overridden(hook, owner) for hook in hooks for owner in owners):
         raise ConfigurationError(
-            f"there are {len(loader.flattened)} data loaders side by side; PipeLiteStrategy needs one that yields "
-            "pairs (inputs, targets), or a module whose on_after_batch_transfer() makes a pair of what they yield."
+            f"{len(loader.flattened)} data loaders are iterated in parallel; PipeLiteStrategy needs one that yields "
+            "pairs (inputs, targets), or a module whose on_after_batch_transfer() makes such pairs of their batches."
         )
 
 
@@ -130,6 +128,6 @@ def checked_pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigurationError(
             f"PipeLiteStrategy needs micro-batches that are pairs (inputs, targets), not {type(batch).__name__}; "
-            "on_after_batch_transfer() of the module can make them so."
+            "convert them in the module's on_after_batch_transfer()."
         )
     return batch[0], batch[1]

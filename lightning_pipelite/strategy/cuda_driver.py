@@ -43,7 +43,7 @@ def get_ready(device: torch.device) -> None:
     copy(to.data_ptr(), source.data_ptr(), source.nbytes, stream)
     torch.cuda.synchronize(device)
     if not torch.equal(to, source):
-        raise RuntimeError("cuMemcpyBatchAsync copies something else")
+        raise RuntimeError("cuMemcpyBatchAsync did not copy the data correctly")
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:
@@ -87,7 +87,7 @@ def copy(to: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
         how.flags = int(driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
         ends = [[driver.CUdeviceptr(address)] for address in (to, source)]
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise RuntimeError(f"the CUDA driver's bindings know no batches of copies: {error}") from error
+        raise RuntimeError(f"the CUDA driver's bindings do not support batched copies: {error}") from error
     _call("cuMemcpyBatchAsync", *ends, [size], 1, [how], [0], 1, stream.cuda_stream)
 
 

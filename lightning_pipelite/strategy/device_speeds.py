@@ -40,8 +40,8 @@ def check_speeds(speeds: Sequence[float] | None, partition_method: str) -> None:
     _checked(speeds)
     if partition_method != "auto":
         raise ConfigurationError(
-            f"strategy: speeds are given, but partition_method is {partition_method}; set it to auto, which alone uses "
-            "them, or leave speeds out."
+            f"strategy: speeds are given, but partition_method is {partition_method}; set it to auto, the only method "
+            "that uses them, or leave speeds out."
         )
 
 
@@ -59,8 +59,8 @@ def speeds_of_stages(speeds: Sequence[float] | None, topology: Topology) -> list
         return []
     if len(speeds) != topology.world_size:
         raise ConfigurationError(
-            f"strategy: speeds has {len(speeds)} numbers, and the job {topology.world_size} devices; give one for "
-            "each, in the order of their ranks."
+            f"strategy: the number of speeds is {len(speeds)}, but the job has {topology.world_size} devices; give one "
+            "speed per device, in the order of their ranks."
         )
     least = topology.least_of_stages(speeds)
     return [speed / max(least) for speed in least]

@@ -51,7 +51,7 @@ class PipelineEvaluation:
         if first or loader != self._loader:
             if not first and (self._batches or self._sums is not None):
                 raise ConfigurationError(
-                    f"data loader {self._loader} of the evaluation has no length, so that its end is not known; give "
+                    f"data loader {self._loader} of the evaluation has no length, so its end cannot be detected; give "
                     f"it a __len__, or set limit_{'test' if testing else 'val'}_batches to a number."
                 )
             check_loaders(loop._combined_loader, trainer.lightning_module)
@@ -117,6 +117,7 @@ class PipelineEvaluation:
         repeats = sampler.total_size - len(sampler.dataset)
         if repeats > 0 and loop.max_batches[loader] == len(loop._combined_loader.flattened[loader]):
             rank_zero_warn(
-                f"{self._kind}/loss counts {repeats} of {len(sampler.dataset)} samples twice, because they do not "
-                f"divide by {self._pipeline.topology.replicas} replicas; PackedDataModule's sampler repeats none."
+                f"{self._kind}/loss counts {repeats} of {len(sampler.dataset)} samples twice, because they cannot be "
+                f"divided evenly among {self._pipeline.topology.replicas} replicas; PackedDataModule's sampler repeats "
+                "none."
             )

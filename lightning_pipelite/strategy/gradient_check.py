@@ -68,8 +68,8 @@ class GradientCheck:
             found = [name for name, p in self._stage.named_parameters() if id(p) in bad]
             what = f"the loss is finite, but the norm of the gradients is {before}"
         raise RuntimeError(
-            f"step {step}: {what}, by those of {in_words(self._by_stage(found))}; training stops before the weights "
-            "are changed"
+            f"step {step}: {what}, due to those of {in_words(self._by_stage(found))}; training stops before the "
+            "weights are changed"
         )
 
     def _by_stage(self, mine: list[str]) -> list[list[str]]:

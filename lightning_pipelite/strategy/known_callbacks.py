@@ -31,19 +31,19 @@ KNOWN: tuple[type[Any], ...] = (
 )
 """Callbacks known to work with one stage and with two. All others of Lightning's are refused, including new ones."""
 
-_AVERAGES = "it averages the weights that the module has before the pipeline makes its stages"
-_FREEZES = "what it unfreezes and adds to the optimizer in mid-training is not of one stage, and is in no checkpoint"
-_SEARCHES = "it trains for a trial and puts the weights back, which a pipeline does not"
+_AVERAGES = "it averages the weights that the module has before the pipeline builds its stages"
+_FREEZES = "parameters that it unfreezes and adds to the optimizer may belong to other stages, and are not saved"
+_SEARCHES = "it trains for a few trial steps and restores the weights, which a pipeline does not support"
 _REASONS: dict[str, tuple[str, str]] = {
     "WeightAveraging": (_AVERAGES, "average checkpoints or adapters afterwards"),
     "StochasticWeightAveraging": (_AVERAGES, "average checkpoints or adapters afterwards"),
     "BaseFinetuning": (
         _FREEZES,
-        "freeze layers before training, and unfreeze them in a second training",
+        "freeze layers before training, and unfreeze them in a second run",
     ),
-    "ModelPruning": ("it prunes weights that the module has before the pipeline makes its stages", "prune afterwards"),
-    "LearningRateFinder": (_SEARCHES, "compare the losses of a few short trainings"),
-    "BatchSizeFinder": (_SEARCHES, "ask `pipelite plan` what fits"),
+    "ModelPruning": ("it prunes weights that the module has before the pipeline builds its stages", "prune afterwards"),
+    "LearningRateFinder": (_SEARCHES, "compare the losses of a few short runs"),
+    "BatchSizeFinder": (_SEARCHES, "see what fits with `pipelite plan`"),
 }
 
 
@@ -60,7 +60,7 @@ def check_callbacks(trainer: pl.Trainer) -> None:
             continue
         reason, remedy = next(
             (_REASONS[each.__name__] for each in kind.__mro__ if each.__name__ in _REASONS),
-            ("nobody has seen to it that it works on stages", "use another"),
+            ("it is not known to work with pipeline stages", "use another callback"),
         )
         own = "" if type(callback) is kind else f" (a {kind.__name__})"
         raise ConfigurationError(

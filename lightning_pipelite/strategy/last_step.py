@@ -98,8 +98,8 @@ class LastStep:
             return loops, self._layer_rng.state(), False
         if self._under_way is not None and self._weights_change:
             raise RuntimeError(
-                f"step {trainer.global_step + 1} was changing the weights when it was stopped: no checkpoint can be "
-                "made of what is neither before nor after it"
+                f"step {trainer.global_step + 1} was stopped while it was changing the weights: their state is neither "
+                "that before nor that after the step, so no checkpoint can be saved"
             )
         loaders, generators = self._ended.loaders, self._ended.generators
         if ahead:

@@ -113,4 +113,4 @@ class PipeLiteLauncher(_SubprocessScriptLauncher):
             end_processes(self.procs, timeouts.STATUS)
         finally:
             if not relieved.wait(timeouts.STATUS):  # else the main thread, which raised first, reports
-                leave(f"rank {rank} {describe_exit(code)}, before the training began")
+                leave(f"rank {rank} {describe_exit(code)} before training began")

@@ -135,8 +135,8 @@ def build_stage(
         if before != place:
             held = " and ".join(map(in_words, before[0]))
             raise ConfigurationError(
-                f"this {type(module).__name__} has been split into other stages before: this process holds only its "
-                f"{held}; make a new one, and pass ckpt_path to load what was trained."
+                f"this {type(module).__name__} was already split into different stages: this process holds only its "
+                f"{held}; create a new one, and pass ckpt_path to load the trained weights."
             )
         return built.to(device)
     if isinstance(layers, SequentialLayers):

@@ -81,9 +81,9 @@ def resume_start(
     evaluates = trainer.state.fn != TrainerFn.FITTING
     if not evaluates or type(strategy).load_model_state_dict is not Strategy.load_model_state_dict:
         raise ConfigurationError(
-            f"ckpt_path: {checkpoint_path} was written by PipeLiteStrategy, and {type(strategy).__name__} cannot go on "
-            "from its stages: do so under PipeLiteStrategy, or leave ckpt_path out and load what was trained into the "
-            f"module by lightning_pipelite.strategy.load_trained(module, {str(checkpoint_path)!r})."
+            f"ckpt_path: {checkpoint_path} was written by PipeLiteStrategy, and {type(strategy).__name__} cannot "
+            "resume from its stages: resume under PipeLiteStrategy, or leave ckpt_path out and load the trained "
+            f"weights into the module with lightning_pipelite.strategy.load_trained(module, {str(checkpoint_path)!r})."
         )
     connector._ckpt_path = checkpoint_path
     connector._loaded_checkpoint = _as_lightnings(checkpoint_path)

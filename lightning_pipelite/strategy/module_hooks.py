@@ -10,10 +10,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_pipelite.errors import ConfigurationError
 
 NOT_CALLED = {
-    "backward": "the engine goes backward through the stages; change the loss that pipeline_layers() returns",
-    "manual_backward": "the engine goes backward through the stages; change the loss that pipeline_layers() returns",
-    "state_dict": "each stage saves its own weights by name; keep what else is to be saved with on_save_checkpoint",
-    "load_state_dict": "each stage loads its own weights by name; take what else was saved with on_load_checkpoint",
+    "backward": "the engine runs each stage's backward pass; change the loss that pipeline_layers() returns",
+    "manual_backward": "the engine runs each stage's backward pass; change the loss that pipeline_layers() returns",
+    "state_dict": "each stage saves its own weights by name; save anything else with on_save_checkpoint",
+    "load_state_dict": "each stage loads its own weights by name; load anything else with on_load_checkpoint",
 }
 """Methods that other strategies call but this one does not, with an effect on what is trained or saved."""
 
@@ -43,7 +43,7 @@ def check_plugins(trainer: pl.Trainer) -> None:
     if checkpoint_io is not None and type(checkpoint_io) is not TorchCheckpointIO:
         raise ConfigurationError(
             f"Trainer(plugins=[{type(checkpoint_io).__name__}]) is not supported by PipeLiteStrategy, which writes "
-            "checkpoints itself, a file for each stage, in the background; leave it out."
+            "checkpoints itself, one file per stage, in the background; leave it out."
         )
     precision = trainer.precision_plugin
     if type(precision) is not Precision:

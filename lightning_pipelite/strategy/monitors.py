@@ -16,6 +16,6 @@ def refuse_monitor(callback: str, monitor: str) -> None:
         ConfigurationError: Always.
     """
     raise ConfigurationError(
-        f"{callback}: monitor is {monitor!r}, which nothing logs; give it eval/loss, or another name that the training "
-        "logs."
+        f"{callback}: monitor is {monitor!r}, which nothing logs; set it to eval/loss, or to another metric that is "
+        "logged."
     )

@@ -43,8 +43,9 @@ def load_outside_layers(module: nn.Module, stage: nn.Module, saved: Mapping[str,
             with torch.no_grad():
                 tensor.copy_(saved[name])
         elif strict:
-            found = f"has {name} in the shape {tuple(saved[name].shape)}" if name in saved else f"does not hold {name}"
+            found = f"has shape {tuple(saved[name].shape)} in" if name in saved else "is missing from"
             raise ConfigurationError(
-                f"ckpt_path: the checkpoint {found}, which is in no layer of {type(module).__name__} and of shape "
-                f"{tuple(tensor.shape)} here: it is of another module; set strict_loading = False in it to go on."
+                f"ckpt_path: {name} {found} the checkpoint, but {type(module).__name__} has it outside its layers with "
+                f"shape {tuple(tensor.shape)}: the checkpoint is of another module; set strict_loading = False in this "
+                "one to load it all the same."
             )

@@ -57,7 +57,7 @@ def partition(
     pieces = stages * virtual_stages
     if pieces > len(names):
         raise ConfigurationError(
-            f"pipeline_stages={stages} times virtual_stages={virtual_stages} are {pieces} pieces, more than the "
+            f"pipeline_stages={stages} times virtual_stages={virtual_stages} makes {pieces} pieces, more than the "
             f"{len(names)} layers of the model; set virtual_stages to at most {len(names) // stages}."
         )
     if method == "auto":
@@ -92,18 +92,18 @@ def _given(method: str, stages: int, virtual_stages: int, items: int) -> list[in
     sizes = method.removeprefix("layers:").split(",")
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigurationError(
-            f"partition_method is {method!r}; write layers: and the layers of each stage, such as 9,7 (of each piece, "
-            "in the model's order, where there are virtual_stages)."
+            f"partition_method is {method!r}; write layers: and the number of layers of each stage, such as layers:9,7 "
+            "(of each piece, in the model's order, if there are virtual_stages)."
         )
     counts = [int(size) for size in sizes]
     if len(counts) != stages * virtual_stages or sum(counts) != items:
         parts, wanted = "stages", f"pipeline_stages is {stages}"
         if virtual_stages > 1:
             product = f"pipeline_stages={stages} times virtual_stages={virtual_stages}"
-            parts, wanted = "pieces", f"{product} are {stages * virtual_stages} pieces"
+            parts, wanted = "pieces", f"{product} makes {stages * virtual_stages} pieces"
         raise ConfigurationError(
-            f"partition_method {method} deals {sum(counts)} layers out to {len(counts)} {parts}; the model has {items} "
-            f"and {wanted}."
+            f"partition_method {method} assigns {sum(counts)} layers to {len(counts)} {parts}, but the model has "
+            f"{items} layers and {wanted}."
         )
     return [0, *itertools.accumulate(counts)]
 
@@ -112,7 +112,7 @@ def _auto(layers: PipelineLayers, stages: int, virtual_stages: int, speeds: Sequ
     costs = layers.layer_costs() if isinstance(layers, KnowsCosts) else None
     if costs is None:
         raise ConfigurationError(
-            "partition_method is auto, but the layers do not say what they cost; set it to uniform, parameters or "
+            "partition_method is auto, but the layers do not report their costs; set it to uniform, parameters or "
             "type:REGEX, or give them a method layer_costs()."
         )
     if speeds:

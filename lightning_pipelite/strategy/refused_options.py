@@ -21,7 +21,7 @@ def refuse_options(*, precision: object = KEPT_PRECISION, sync_batchnorm: bool =
     if precision != KEPT_PRECISION:
         raise ConfigurationError(
             f"Trainer(precision={precision!r}) is not supported by PipeLiteStrategy: every layer keeps the "
-            "dtype that the module gives it (PipeLiteModule has dtype=); leave precision out."
+            "dtype that the module gives it (for PipeLiteModule, set dtype); leave precision out."
         )
     if sync_batchnorm:
         raise ConfigurationError("Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy; leave it out.")

@@ -81,8 +81,8 @@ class ResumedOptions:
             if len(configs) > 1:
                 if not all(same):
                     raise ConfigurationError(
-                        f"ckpt_path: {(self.changes[before:] or self.changes)[0]}: where several schedules change one "
-                        "learning rate, this cannot be taken up amid a training; give the former value."
+                        f"ckpt_path: {(self.changes[before:] or self.changes)[0]}: if several schedules change one "
+                        "learning rate, their options cannot change when training resumes; restore the former value."
                     )
                 return states
             return [
@@ -90,7 +90,7 @@ class ResumedOptions:
             ]
         self.changes.append(f"{len(made)} learning-rate schedules ({len(states)} in the checkpoint)")
         if len(configs) > 1:
-            raise ConfigurationError(f"ckpt_path: there are {self.changes[-1]}; give the same ones.")
+            raise ConfigurationError(f"ckpt_path: there are {self.changes[-1]}; use the same ones as before.")
         if not configs:
             for override, options in zip(self.overrides, self._made["groups"], strict=True):
                 override["lr"] = options["lr"]
@@ -142,7 +142,7 @@ class ResumedOptions:
                 functions = [each.get("lr_lambdas") for each in (ours["state"], theirs["state"])]
                 given_now = "lr_lambdas" in state and not _same(*functions)
                 return {**state, "lr_lambdas": [None] * len(state["lr_lambdas"])} if given_now else state
-            self._tell("the learning rate that the schedule has come to", now, then)
+            self._tell("the schedule's current learning rate", now, then)
             self._hold(made_of_groups)
         return dict(scheduler.state_dict())
 
@@ -158,8 +158,8 @@ class ResumedOptions:
                     scheduler.step()
         except Exception as error:
             raise ConfigurationError(
-                f"ckpt_path: the schedule {kind(scheduler)} that is given now cannot be taken up at the checkpoint's "
-                f"step ({error}); give one that lasts longer, or the checkpoint's."
+                f"ckpt_path: the schedule {kind(scheduler)} that is now configured cannot be advanced to the "
+                f"checkpoint's step ({error}); use one that lasts longer, or the checkpoint's."
             ) from error
         made = [
             {

@@ -48,16 +48,16 @@ class Resumption:
         self.random_states: dict[str, Any] = state.pop("random_states")
         self._made_before: dict[str, Any] | None = state.pop("made_with", None)
         self._evaluation_follows: bool = state.pop("evaluation_follows", False)
-        self._from = f"{path}, of step {meta['step']}"
+        self._from = f"{path} (step {meta['step']})"
         self._trains = trainer.state.fn == TrainerFn.FITTING
         if not self._trains:
             return
         if "optimizer_states" not in state:
             raise ConfigurationError(
-                f"ckpt_path: {path} was saved with save_weights_only, so a training cannot go on from it; name "
-                "another checkpoint."
+                f"ckpt_path: {path} was saved with save_weights_only, so training cannot resume from it; name another "
+                "checkpoint."
             )
-        trainer.print(f"going on from {self._from}")
+        trainer.print(f"resuming from {self._from}")
         self._changes = keep_callback_options(trainer.callbacks, state.get("callbacks", {}))  # type: ignore[attr-defined]
         after_last_batch(state["loops"]["fit_loop"], trainer.max_steps != -1)
         before = meta["replicas"], meta["micro_batches"]
@@ -80,7 +80,7 @@ class Resumption:
         """
         trainer = self._trainer
         if self._made_before is None:
-            trainer.print("the checkpoint does not tell with what options it was made: its optimizer's hold")
+            trainer.print("the checkpoint does not record its options: those in its optimizer state are kept")
             return [{} for _ in optimizer.param_groups]
         resumed = ResumedOptions(made, self._made_before, self._changes)
         resumed.compare_groups(optimizer)
@@ -90,8 +90,8 @@ class Resumption:
         checkpoint["lr_schedulers"] = resumed.take_up(optimizer, configs, checkpoint["lr_schedulers"], counts)
         if resumed.changes:
             trainer.print(
-                f"options that are others than the checkpoint's hold from here on: {'; '.join(resumed.changes)}; give "
-                "the former values to go on with those"
+                f"options that differ from the checkpoint's take effect now: {'; '.join(resumed.changes)}; restore the "
+                "former values to undo this"
             )
         return resumed.overrides
 
@@ -111,7 +111,7 @@ class Resumption:
     def _tell_that_it_is_complete(self) -> None:
         limits = {"max_steps": self._trainer.max_steps, "max_epochs": self._trainer.max_epochs}
         given = " and ".join(f"{name} {value}" for name, value in limits.items() if value not in (None, -1))
-        self._trainer.print(f"the training is complete: {self._from}, with {given}; give more to go on")
+        self._trainer.print(f"training is already complete: {self._from}, with {given}; raise the limit to continue")
 
     def _expect_evaluation(self) -> None:
         """Make Lightning's loop run the pending evaluation, even if a callback decides when to evaluate."""

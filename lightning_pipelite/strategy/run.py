@@ -143,6 +143,6 @@ class PipelineRun:
             module.cpu()
         elif trainer.state.fn == TrainerFn.FITTING and not keeps_stage(module):
             rank_zero_info(
-                f"Each process now holds the trained layers of its own stage alone, of {self._stages}: the others of "
-                f"this {type(module).__name__} are on the meta device, without values."
+                f"Each process now holds only the trained layers of its own stage, one of {self._stages}: the other "
+                f"layers of this {type(module).__name__} are on the meta device, without values."
             )

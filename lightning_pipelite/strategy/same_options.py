@@ -65,7 +65,8 @@ def require_same(everyones: Sequence[Mapping[str, Any]]) -> None:
         if len(ranks) > 1:
             told = ", ".join(f"{value} on {_numbered(which)}" for value, which in ranks.items())
             raise ConfigurationError(
-                f"{name} is not the same on all ranks: {told}; give every process the same options and environment."
+                f"{name} is not the same on all ranks: {told}; start all processes with the same options and "
+                "environment."
             )
 
 

@@ -129,7 +129,7 @@ class Schedule:
         given = [action for order in self.orders for action in order]
         misplaced = [a for rank, order in enumerate(self.orders) for a in order if a.piece % self.ranks != rank]
         if len(given) != len(wanted) or set(given) != wanted or misplaced:
-            raise RuntimeError("the schedule does not run every pass once, on the rank of its piece")
+            raise RuntimeError("the schedule does not run every pass exactly once, on the rank of its piece")
         programs = [deque(self.program(rank, ahead)) for rank in range(self.ranks)]
         sent: dict[Way, deque[Action]] = {}
         received: dict[Way, deque[Action]] = {}
@@ -161,13 +161,13 @@ class Schedule:
             for edge, posted in received.items():
                 while posted and sent.get(edge):
                     if posted[0] != sent[edge][0]:
-                        raise RuntimeError(f"{posted[0]} is to be received where {sent[edge][0]} is sent")
+                        raise RuntimeError(f"{posted[0]} would be received when {sent[edge][0]} is sent")
                     here.add(posted.popleft())
                     sent[edge].popleft()
                     moved = True
         stuck = [(rank, program[0]) for rank, program in enumerate(programs) if program]
         if stuck or any(sent.values()) or any(received.values()):
-            raise RuntimeError(f"the ranks wait for each other: {stuck}")
+            raise RuntimeError(f"the schedule deadlocks: {stuck}")
 
     def _target(self, action: Action) -> Action | None:
         """Return the pass on another rank that needs the result of this one."""

@@ -54,8 +54,8 @@ class SigtermNotice:
             signum = self._noted or signal.SIGTERM
             exception.code = 128 + signum
             self._trainer.print(
-                f"{name_of(signum)}: training ends after step {self._trainer.global_step}; with TimedCheckpoint among "
-                "the callbacks it would have been saved."
+                f"{name_of(signum)}: training ends after step {self._trainer.global_step}; the TimedCheckpoint "
+                "callback would have saved a checkpoint."
             )
 
     def _register(self) -> None:

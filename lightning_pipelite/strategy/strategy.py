@@ -323,7 +323,7 @@ class PipeLiteStrategy(DDPStrategy):
             assert error is not None
             self.on_exception(error)
             raise error
-        self._job.progress("copying for a checkpoint", True)
+        self._job.progress("copying the state for a checkpoint", True)
         optimizer = self.optimizers[0] if self.optimizers else None
         self._running.checkpointing.save(checkpoint, Path(filepath), optimizer)
 

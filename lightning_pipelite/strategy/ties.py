@@ -40,10 +40,10 @@ class TiedParameters:
         for name, stages in tied.items():
             trained, shapes, dtypes = (set(each) for each in zip(*(everyones[i][name] for i in stages), strict=True))
             if len(trained) > 1 or len(shapes) > 1 or len(dtypes) > 1:
-                how = "not trained in all of them" if len(trained) > 1 else "of different shapes or types"
+                how = "not trained in all of them" if len(trained) > 1 else "with different shapes or dtypes"
                 raise ConfigurationError(
-                    f"{name} is in stages {' and '.join(map(str, stages))}, but {how}; parameters of one name are one, "
-                    "tied: give other ones names that do not depend on the partition."
+                    f"{name} is in stages {' and '.join(map(str, stages))}, but {how}; parameters with the same name "
+                    "are tied: give distinct ones names that do not depend on the partition."
                 )
 
         parameters = dict(stage.named_parameters())
@@ -77,9 +77,9 @@ class TiedParameters:
         dist.all_gather_object(counts, unequal, group=group)
         if any(counts):
             rank_zero_warn(
-                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} stand in several stages and began with different "
-                "values; parameters of one name are one, tied, and now have the first stage's. If they are not meant "
-                "to be, give them names that do not depend on the partition."
+                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} occur in several stages and had different initial "
+                "values; parameters with the same name are tied, and now have the first stage's values. If they are "
+                "not meant to be tied, give them names that do not depend on the partition."
             )
 
     def reduce(self) -> None:

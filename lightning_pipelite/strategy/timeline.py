@@ -90,4 +90,4 @@ def _in_turn(schedule: Schedule) -> Iterator[tuple[int, Action, Action | None]]:
                 passed.add(action)
                 places[rank] += 1
         if places == before:
-            raise RuntimeError("the schedule is in a deadlock")
+            raise RuntimeError("the schedule deadlocks")

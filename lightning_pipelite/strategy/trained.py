@@ -61,9 +61,9 @@ def load_state(
     layers, _ = hand_out_layers(module)
     if not isinstance(layers, SequentialLayers):
         raise ConfigurationError(
-            f"{type(module).__name__} is not made of a list of layers, so {path} cannot be loaded into one: give it to "
-            "the Trainer as ckpt_path under PipeLiteStrategy; or write what was trained by `pipelite convert "
-            f"--checkpoint {path}`, and load that with transformers and PEFT."
+            f"{type(module).__name__} is not made of a list of layers, so {path} cannot be loaded into it: pass it to "
+            "the Trainer as ckpt_path under PipeLiteStrategy, or convert it with `pipelite convert --checkpoint "
+            f"{path}` and load the result with transformers and PEFT."
         )
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     whole = layers.build_stage(0, len(layers.names), device)

@@ -103,7 +103,7 @@ class PipelineTraining:
         total, count, *logged = self._engine.train_on(micro_batches, trainer.global_step, clock)
         self.instruction_times = None if clock is None else clock.seconds()
         if not (count > 0 and math.isfinite(total)):
-            why = f"the loss is {total / count}" if count > 0 else "every target is masked, there is nothing to learn"
+            why = f"the loss is {total / count}" if count > 0 else "every target is masked, so nothing can be learned"
             step = trainer.global_step + 1
             raise RuntimeError(f"step {step}: {why}; training stops before the weights are changed")
         scale_gradients(self.parameters, self._pipeline.topology.replicas / count)

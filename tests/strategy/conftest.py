@@ -1,4 +1,4 @@
-"""Runs jobs of real processes, all of whose stderr goes into one pipe, to see who speaks last."""
+"""Runs jobs of real processes that share one pipe for stderr, which shows who writes the last line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from watched import JOB, Outcome
 
 @pytest.fixture(scope="module")
 def job_server() -> Iterator[socket.socket]:
-    """A process that has imported all that a job needs, and forks one where it is asked to."""
+    """A process that has imported everything a job needs, and forks its processes on request."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, JOB, "serve", str(theirs.fileno())]
     environment = {**os.environ, "PYTHONPATH": str(Path(JOB).parents[2]), "DS_ACCELERATOR": "cpu"}
@@ -34,7 +34,7 @@ def job_server() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def run_watched(tmp_path: Path, job_server: socket.socket) -> Callable[..., Outcome]:
-    """Runs commands as one job; fails unless every process is gone within 15 s of the failure."""
+    """A function that runs commands as one job, and requires that all its processes end within 15 s of a failure."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(JOB).parents[2])}
@@ -47,12 +47,12 @@ def run_watched(tmp_path: Path, job_server: socket.socket) -> Callable[..., Outc
             os.close(writer)
             alarm = threading.Timer(100.0, _kill, json.loads(answers.readline()))
             alarm.start()
-            stderr = pipe.read().decode()  # ends with the last process that could write to it
+            stderr = pipe.read().decode()  # ends when the last process that can write to it exits
             codes = json.loads(answers.readline())
             alarm.cancel()
         failed = tmp_path / "failed"
         assert not failed.exists() or time.time() - failed.stat().st_mtime < 15.0, stderr
-        deadline = time.monotonic() + 5.0  # a process closes its files a little before it is gone
+        deadline = time.monotonic() + 5.0  # a process closes its files shortly before it exits
         while (left := [path for path in tmp_path.glob("pid*") if _alive(path)]) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert left == []

@@ -1,4 +1,4 @@
-"""After a run the module is as before, with the trained weights, and nothing of the run is left in the process."""
+"""After a run, the module is as before, with the trained weights, and the process holds nothing of the run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_layers_that_are_made_as_they_are_handed_out_stay(workers: Workers, stag
 @pytest.mark.parametrize(("stages", "replicas", "pieces"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 1, 2)])
 def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, pieces: int) -> None:
     for result in workers.run(stages * replicas, runs, stages, replicas, pieces):
-        # After each, Lightning's own process group is left; some threads may be on their way out.
+        # Lightning's own process group stays open after each run; some threads may still be exiting.
         assert {groups for _, _, groups in result["opened"]} == {1}
         (threads, files, _), (threads_in_the_end, files_in_the_end, _) = result["opened"][0], result["opened"][-1]
         assert threads_in_the_end < threads + len(result["opened"]) / 2
@@ -75,7 +75,7 @@ def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, p
 @pytest.mark.gpu
 def test_runs_give_the_memory_of_the_gpu_back(workers: Workers) -> None:
     held = workers.run(1, device_memory_after_runs, "gpu")[0]
-    assert held[-1] <= held[0]  # what a library keeps for ever is there after the first
+    assert held[-1] <= held[0]  # what libraries never free is allocated in the first run
     assert held[0] < 64 * 2**20
 
 

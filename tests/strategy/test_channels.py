@@ -1,4 +1,4 @@
-"""Tensors handed from process to process through channels, over a driver on the CPU, and over a GPU's."""
+"""Channels pass tensors between processes exactly, with a fake driver on the CPU and with a real GPU's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_left_out(workers: Workers, variables: list[dict[str, str]]) -> 
 
 @pytest.mark.parametrize("fault", ["none", "broken", "fails", "one queue"])
 def test_there_is_no_channel_that_does_not_work(workers: Workers, fault: str) -> None:
-    """In one queue the GPU would not compute while it waits."""
+    """With "one queue", the GPU could not compute while a channel waits."""
     for result in workers.run(2, round_trips, fault, []):
         assert result["connected"] == []
         assert result["files"] == set()
@@ -86,7 +86,7 @@ def test_what_is_sent_and_what_is_received_into_waits_for_the_computation_before
     def compute() -> None:
         time.sleep(0.2)
         sent.fill_(2.0)
-        got.zero_()  # the memory's last use by another tensor
+        got.zero_()  # stands for the last use of this memory by another tensor
 
     with fake_cuda_driver.installed() as current:
         ends = [ChannelEnd(channel, fake_cuda_driver.Stream()) for _ in range(2)]  # type: ignore[arg-type]

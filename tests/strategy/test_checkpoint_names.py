@@ -1,4 +1,4 @@
-"""Checkpoints that are written in the background have the names, and are deleted, as Lightning's own files."""
+"""Checkpoints written in the background are named and deleted exactly as Lightning's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer groups of which a stage has no parameter."""
+"""Optimizer groups that have no parameters on a stage: all remain visible, and the step skips the empty ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stage_models import build
 
 
 class Grouped(Module):
-    """Its first layer in a group of its own, as optimi is used on GPUs: many parameters by one operation."""
+    """Has its first layer in a separate group; ``foreach``, the default on GPUs, updates many parameters at once."""
 
     foreach = True
 
@@ -31,7 +31,7 @@ class Grouped(Module):
 
 
 class Groups(L.Callback):
-    """Notes how many groups are seen at each step, and where their counts are at the end."""
+    """Records how many groups a callback sees at each step."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The engine against a plain torch loop on the whole model: losses, gradient norms, weights, evaluation."""
+"""The engine matches a plain torch loop over the whole model in losses, gradient norms, weights and evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def splits() -> list[tuple[str, int, int]]:
 def test_training_equals_plain_torch(workers: Workers, name: str, stages: int, replicas: int) -> None:
     results = workers.run(stages * replicas, train, name, stages, replicas)
     ours, plain = results[0], train_plainly(name, replicas)
-    exact = name != "dtypes"  # a sum of bf16 products depends on the order
+    exact = name != "dtypes"  # a sum of bf16 products depends on its order
     assert ours["losses"] == pytest.approx(plain["losses"], abs=1e-6 if exact else 1e-3)
     assert ours["norms"] == pytest.approx(plain["norms"], rel=1e-5 if exact else 1e-2)
     assert ours["eval"] == pytest.approx(plain["eval"], abs=1e-6 if exact else 2e-3)
@@ -40,8 +40,8 @@ def test_training_equals_plain_torch(workers: Workers, name: str, stages: int, r
     [
         ("equal", "handed on"),
         ("turned", "handed on"),
-        ("other shapes", "RuntimeError: stage 0 hands on .* may only depend on the shapes of the micro-batch"),
-        ("other dtypes", "RuntimeError: stage 0 hands on .* may only depend on the shapes of the micro-batch"),
+        ("other shapes", "RuntimeError: stage 0 outputs .* may only depend on the shapes of the micro-batch"),
+        ("other dtypes", "RuntimeError: stage 0 outputs .* may only depend on the shapes of the micro-batch"),
         ("a dictionary", "ConfigurationError: stage 0 ends with a layer that returns a dict"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training through stages equals a plain loop over the unsplit model: some of what benchmarks/exactness.py compares."""
+"""Training in stages equals a plain loop over the unsplit model: a subset of what benchmarks/exactness.py compares."""
 
 from __future__ import annotations
 

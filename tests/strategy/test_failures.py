@@ -1,4 +1,4 @@
-"""A real job that fails ends as a whole: benchmarks/failures.py has all ways and launchers."""
+"""When one rank of a real job fails, the whole job ends; benchmarks/failures.py has all failures and launchers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from failing_job import Failure, failures, run
 
 pytestmark = pytest.mark.process
 
-# One with a stage in the middle, which is the one that fails; a rank takes five seconds of CPU to start.
+# In one case a middle stage fails. There are only a few, as each rank takes five seconds of CPU to start.
 CHOSEN = [
     (launcher, ranks, failure, pieces)
     for launcher, ranks, pieces, chosen in (

@@ -1,4 +1,4 @@
-"""Nothing that is not finite reaches the weights or the disk, and all ranks stop with one sentence."""
+"""Non-finite values never reach the weights or the disk, and all ranks stop with the same message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finite_jobs import Case, save_lora_not_finite, save_not_finite, spoil
 from lightning_pipelite.shared.finite import in_words, not_finite
 from processes import Workers
 
-NORM = "step 3: the loss is finite, but the norm of the gradients is {}, by those of {}; training stops before the"
+NORM = "step 3: the loss is finite, but the norm of the gradients is {}, due to those of {}; training stops before the"
 SPOILED = "0.0.weight, 0.0.bias, 1.0.weight and 1 more (stage 0)"
 CASES = {
     "nan": (Case(math.nan), "nan", SPOILED),
@@ -33,7 +33,7 @@ CASES = {
 def test_gradients_that_are_not_finite_stop_before_the_weights_change(
     workers: Workers, stages: int, replicas: int, number: int
 ) -> None:
-    """NaN; finite, with a norm that float32 does not hold; infinite, in one parameter: clipped in each way, and not."""
+    """NaN, gradients whose norm overflows float32, and infinity in one parameter; unclipped, and with each clipping."""
     cases = dict(list(CASES.items())[:number])
     ranks = workers.run(stages * replicas, spoil, [case for case, *_ in cases.values()], stages, replicas)
     for (name, (_, norm, spoiled)), result in zip(cases.items(), ranks[0], strict=True):

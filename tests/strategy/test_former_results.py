@@ -1,4 +1,4 @@
-"""A second training never writes over the first one's results, unless it goes on with them or is told to."""
+"""A second training never overwrites the results of the first, unless it resumes it or overwrite is set."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_metrics_of_a_named_version_stay(workers: Workers, tmp_path: Path) -
 
 
 def test_a_refused_or_empty_run_leaves_no_log_directory(workers: Workers, tmp_path: Path) -> None:
-    """One that is refused when the loggers have begun, and one that has nothing left to do."""
+    """Neither a run that is refused after its loggers have started, nor one that has nothing left to do."""
     jobs = [
         {"logger": "board", "frozen": True},
         {"logger": "both", "max_steps": 0},
@@ -61,7 +61,7 @@ def test_a_refused_or_empty_run_leaves_no_log_directory(workers: Workers, tmp_pa
     ]
     ((refused, empty, first, complete, more),) = workers.run(1, fit, str(tmp_path), jobs)
     assert "nothing to train" in refused["refused"]
-    assert refused["found"] == empty["found"] == []  # nor a parent that was made for it
+    assert refused["found"] == empty["found"] == []  # nor a parent directory created for it
     assert {"logs/board/version_0", "logs/csv/version_0"} < {*first["found"]}
     assert complete["refused"] == ""
     assert complete["found"] == first["found"]

@@ -1,4 +1,4 @@
-"""Cuts into several pieces a stage, against all cuts that there are, by the simulated schedule."""
+"""Automatic partitions come close to the best of all possible cuts in the simulated schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_pipelite.strategy.timeline import seconds_of, simulate
 
 
 class Layers:
-    """Layers that know what they cost."""
+    """Layers with given costs."""
 
     def __init__(self, costs: LayerCosts) -> None:
         self.names = ["L"] * len(costs.seconds)
@@ -38,7 +38,7 @@ def parts(row: Sequence[float], bounds: Sequence[int]) -> list[float]:
 
 
 def excess(costs: LayerCosts, bounds: Sequence[int], stages: int, pieces: int) -> float:
-    """The most bytes that a stage lacks, with what its passes retain, one after the other."""
+    """Return the most bytes by which a stage exceeds its memory, with what its passes retain in their order."""
     held, retained = parts(costs.held, bounds), parts(costs.retained, bounds)
     most = []
     for stage, order in enumerate(interleaved_1f1b(stages, pieces, costs.micro_batches).orders):
@@ -70,7 +70,7 @@ def test_the_step_is_about_as_fast_as_by_the_best_of_all_cuts(seed: int, unequal
         [drawn.choice([1, 1, 1, 1.5, 2]) for _ in range(number - 1)] + [1 + drawn.choice([0, 1, 2.5])],
         [3] * number,
         [drawn.choice([1, 2]) for _ in range(number)],
-        drawn.choice([2, 4, 7] if pieces > 1 else [8, 16]),  # of one piece the slowest stage counts alone
+        drawn.choice([2, 4, 7] if pieces > 1 else [8, 16]),  # one piece per stage: only the slowest stage counts
         drawn.choice([None, 14 + 4 * number, 10 + 3 * number]),
     )
     if unequal:
@@ -100,7 +100,7 @@ def test_a_heavy_end_gives_its_stage_fewer_layers() -> None:
 
 
 def test_in_many_pieces_no_layer_in_another_piece_makes_the_step_faster() -> None:
-    """Not from one neighbour to the next alone: the pieces between two move along."""
+    """Layers may also move to a piece that is not a neighbour; the pieces in between then shift along."""
     stages, pieces = 4, 4
     costs = LayerCosts([1.4] + [1.0] * 30 + [3.3], [1] * 32, [1] * 32, 4)
     bounds = partition(Layers(costs), stages, "auto", pieces)

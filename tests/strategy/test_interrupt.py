@@ -1,4 +1,4 @@
-"""Ctrl-C ends a training in order; a second one at once."""
+"""Ctrl-C ends training after the current step; a second Ctrl-C ends the process at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Slow(L.Callback):
 
 
 def test_ctrl_c_within_an_evaluation_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """A terminal sends it to all processes: to the rank that was started, and to the one that this one has launched."""
+    """A terminal sends SIGINT to all processes: to the rank that was started, and to the rank that it has launched."""
     job = write_job(tmp_path)
     config = options(job, devices=2, enable_checkpointing=True, accumulate_grad_batches=2, num_sanity_val_steps=0)
     config["trainer"] |= {

@@ -1,4 +1,4 @@
-"""Callbacks, hooks, plugins and flags: each either does what it says, or is refused before anything is loaded."""
+"""Callbacks, hooks, plugins and flags: each either works as documented or is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ FLAGS = {
     "refused": {
         "precision": "bf16-mixed", "plugins": AsyncCheckpointIO(), "sync_batchnorm": True, "model_registry": "registry",
     },
-    # For PackedDataModule, whose order is its own, and where a callback says otherwise: see tests/errors.
+    # With PackedDataModule, whose order is fixed, or where a callback contradicts the flag: see tests/errors.
     "refused in places": {"overfit_batches", "accumulate_grad_batches", "strategy", "callbacks"},
-    # By the table of trainings under this strategy and under Lightning's own, and by the tests of each.
+    # Shown by the table in test_trainer_flags.py, which compares with DDP, or by a separate test.
     "works": {
         "accelerator", "devices", "num_nodes", "logger", "fast_dev_run", "max_epochs", "min_epochs", "max_steps",
         "min_steps", "max_time", "limit_train_batches", "limit_val_batches", "limit_test_batches", "val_check_interval",
@@ -59,7 +59,7 @@ def module() -> Module:
 
 
 def said(its: L.LightningModule | None = None, **flags: Any) -> str:
-    """What is said to a Trainer, without anything being loaded."""
+    """Return the message that refuses a Trainer before anything is loaded, or an empty string."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     try:
         trainer = L.Trainer(strategy=PipeLiteStrategy(), **{"devices": 1, **quiet, **flags})
@@ -122,7 +122,7 @@ def test_a_plan_of_micro_batches_is_resumed(workers: Workers, tmp_path: Path) ->
 
 
 def test_every_hook_of_a_module_is_called_or_refused_or_told() -> None:
-    """A hook that comes with a new Lightning has to be put into its place."""
+    """Fails if a new Lightning adds a hook, which must then be classified."""
     from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 
     public = {name for kind in (ModelHooks, DataHooks, CheckpointHooks) for name in vars(kind) if name[0] != "_"}
@@ -158,7 +158,7 @@ def test_a_plugin_that_would_be_passed_over_is_refused() -> None:
 
 
 def test_every_flag_of_the_trainer_is_in_its_place() -> None:
-    """A flag that comes with a new Lightning has to be put into its place."""
+    """Fails if a new Lightning adds a flag, which must then be classified."""
     assert {name for names in FLAGS.values() for name in names} == {*inspect.signature(L.Trainer).parameters}
 
 
@@ -174,9 +174,9 @@ def test_a_limit_that_is_no_number_is_refused() -> None:
 
 
 def test_evaluations_by_the_clock_are_for_one_process() -> None:
-    """Each rank has its own clock; an evaluation takes all of them."""
+    """Each rank has its own clock, but all ranks must evaluate together."""
     for interval in ("00:00:10:00", timedelta(minutes=10), {"minutes": 10}):
         sentence = said(val_check_interval=interval, devices=2)
-        assert sentence.startswith("trainer.val_check_interval as a time can only be used in a training of one process")
+        assert sentence.startswith("trainer.val_check_interval as a time can only be used with a single process")
         assert said(val_check_interval=interval) == ""
     assert said(val_check_interval=10, devices=2) == ""

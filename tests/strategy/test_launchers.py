@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 EXAMPLE = Path(__file__).parents[2] / "examples" / "drop_in.py"
 STEPS = 3
 ARGUMENTS = ["--stages", "2", "--steps", str(STEPS), "--devices"]
-# A rank of the worker pool, or of a job that runs the tests, has these.
+# Variables that ranks of the worker pool have, and those of a distributed job that runs the tests.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")
 
 
@@ -33,7 +33,7 @@ def metrics(output: str) -> dict[str, float]:
 
 
 def in_one_process() -> dict[str, float]:
-    """The example without stages, in a worker."""
+    """Run the example with a single stage, in a worker."""
     import drop_in
 
     sys.argv = ["drop_in.py", "--stages", "1", "--devices", "1", "--steps", str(STEPS)]
@@ -45,7 +45,7 @@ def in_one_process() -> dict[str, float]:
 @pytest.fixture(scope="module")
 def expected(workers: Workers) -> dict[str, float]:
     (found,) = workers.run(1, in_one_process)
-    assert found["train/loss"] < 5.4  # from log(256)
+    assert found["train/loss"] < 5.4  # it starts at log(256)
     return found
 
 
@@ -85,7 +85,7 @@ def test_the_example_trains_the_same(launcher: str, expected: dict[str, float]) 
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PL_TRAINER_NUM_NODES": "2"}
         environments = [{**shared, "NODE_RANK": rank} for rank in "01"]
     told = outputs(command, environments)
-    for output in told:  # `trainer.print` prints once a node
+    for output in told:  # `trainer.print` prints once per node
         assert metrics(output) == pytest.approx(expected, abs=2e-4)
 
 
@@ -94,7 +94,7 @@ def test_launcher_checks_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> 
 
     from lightning_pipelite.strategy.launcher import PipeLiteLauncher
 
-    monkeypatch.setenv("LOCAL_RANK", "1")  # someone else has launched
+    monkeypatch.setenv("LOCAL_RANK", "1")  # launched externally
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     calls: list[Any] = []
     launcher = PipeLiteLauncher(LightningEnvironment(), 2, 1, before_launch=lambda *given: calls.append(given))

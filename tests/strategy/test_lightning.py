@@ -1,4 +1,4 @@
-"""What Lightning's users rely on means the same under the strategy as under Lightning's own for one device."""
+"""What users of Lightning rely on works as it does under Lightning's own strategy for one device."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_dropout_masks_differ_between_stages_replicas_and_micro_batches(workers:
     drawn = [tuple(mask) for masks in per_rank for mask in masks if 0.0 in mask]
     assert len(drawn) == 4 * 2
     assert len(set(drawn)) == len(drawn)
-    assert all(masks[-1] == [1.0] * 64 for masks in per_rank)  # the evaluation draws none
+    assert all(masks[-1] == [1.0] * 64 for masks in per_rank)  # evaluation applies no dropout
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -137,10 +137,10 @@ def test_an_infinite_loss_stops_before_the_weights_change(workers: Workers, stag
         ("frozen", "ConfigurationError: no parameter of any stage requires a gradient"),
         ("all masked", "RuntimeError: step 1: every target is masked"),
         ("batch", "ConfigurationError: PipeLiteStrategy needs micro-batches that are pairs"),
-        ("two loaders", "ConfigurationError: there are 2 data loaders side by side; "),
-        ("two loaders in an evaluation", "ConfigurationError: there are 2 data loaders side by side; "),
+        ("two loaders", "ConfigurationError: 2 data loaders are iterated in parallel; "),
+        ("two loaders in an evaluation", "ConfigurationError: 2 data loaders are iterated in parallel; "),
         ("two loaders, made a pair", "trained"),
-        ("predict", "ConfigurationError: PipeLiteStrategy trains and evaluates; to predict, save what was trained"),
+        ("predict", "ConfigurationError: PipeLiteStrategy does not support Trainer.predict; to predict, save the"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(workers: Workers, kind: str, expected: str) -> None:
@@ -190,7 +190,7 @@ def test_test_is_lightnings(workers: Workers, loaders: int) -> None:
 
 
 def test_a_module_is_not_split_in_two_ways(workers: Workers) -> None:
-    assert "has been split into other stages before" in workers.run(1, split_again)[0]
+    assert "was already split into different stages" in workers.run(1, split_again)[0]
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (1, 2), (2, 2)])

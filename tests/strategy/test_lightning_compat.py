@@ -1,4 +1,4 @@
-"""What Lightning's own loaders do with a checkpoint of the strategy, and that they do all else as before."""
+"""Lightning's own loaders read or refuse checkpoints of the strategy, and do everything else as before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from processes import Workers
 
 @pytest.fixture(scope="module", params=[1, 2])
 def trained(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Of one stage, and of two."""
+    """A checkpoint of a training with one stage, or with two, and its weights."""
     ranks = workers.run(request.param, train, tmp_path_factory.mktemp("trained"), request.param)
     state = {name: tensor for rank in reversed(ranks) for name, tensor in rank["state"].items()}
     return {**ranks[0], "state": state}
@@ -70,11 +70,11 @@ def test_a_training_under_another_strategy_is_refused_in_a_sentence(trained: Any
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_a_strategy_that_loads_in_its_own_way_is_refused(trained: Any, strategy: Any) -> None:
-    """It would evaluate what the module began with."""
+    """Otherwise it would evaluate the module's initial weights."""
     trainer = plain()
     trainer._accelerator_connector.strategy = object.__new__(strategy)
     trainer.state.fn = TrainerFn.VALIDATING
-    with pytest.raises(ConfigurationError, match=f"{strategy.__name__} cannot go on from its stages"):
+    with pytest.raises(ConfigurationError, match=f"{strategy.__name__} cannot resume from its stages"):
         trainer._checkpoint_connector.resume_start(trained["path"])
 
 
@@ -118,7 +118,7 @@ def test_a_model_in_stages_says_where_it_is_loaded(trained: Any) -> None:
 
 
 def test_lightning_still_has_what_is_replaced() -> None:
-    """Fails when Lightning has renamed one of them, or calls it otherwise: then look whether it is needed."""
+    """Fails if Lightning renames one of them or calls it differently: then check whether it is still needed."""
     assert lightning_compat._load is cloud_io._load
     assert saving.pl_load is lightning_compat.load
     for ours, theirs in (

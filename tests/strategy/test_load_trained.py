@@ -1,4 +1,4 @@
-"""What a checkpoint holds goes into a module, and what a module or a callback keeps into a checkpoint."""
+"""Weights load from a checkpoint into a module, and hyperparameters are stored in it as plain containers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def test_into_a_module(saved: Any) -> None:
 def test_what_is_not_strict_is_told(saved: Any) -> None:
     module, path, store = saved
     store.open(path, {})
-    for widths, sentence in (((4, 4, 4), r"lacks 2\.bias, 2\.weight"), ((4,), r"has 1\.bias, 1\.weight")):
+    for widths, sentence in (
+        ((4, 4, 4), r"does not hold 2\.bias, 2\.weight: initial values are kept"),
+        ((4,), r"holds 1\.bias, 1\.weight: this is ignored"),
+    ):
         other = Layered(*widths)
         stage = SequentialLayers(list(other.net)).build_stage(0, len(widths), torch.device("cpu"))
         with torch.no_grad(), pytest.warns(UserWarning, match=sentence):
@@ -65,7 +68,7 @@ def test_what_is_not_strict_is_told(saved: Any) -> None:
 
 def test_a_file_of_another_strategy_is_told_from_other_things(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    with pytest.raises(ConfigurationError, match=r"written under another strategy.*load_from_checkpoint"):
+    with pytest.raises(ConfigurationError, match=r"wrote under another strategy.*load_from_checkpoint"):
         read_manifest(tmp_path / "plain.ckpt")
 
 

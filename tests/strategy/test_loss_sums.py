@@ -1,4 +1,4 @@
-"""The sums that ranks share, by hand: of small numbers, and of ranks that are told one after the other."""
+"""The sums that ranks share, worked out by hand with small numbers, and with all ranks in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Told:
-    """A loss that returns what it is given: its sum, its count, and one more to be logged."""
+    """A loss that returns its arguments as sum and count, and a third term to be logged."""
 
     logged = ("third",)
 
@@ -36,9 +36,9 @@ def test_terms_are_added_up_in_float64_and_begin_anew() -> None:
     sums = LossSums(Told(), stage_id=0, stages=1, device=CPU)
     assert sums.tensor.tolist() == [0, 0, 0]
     assert sums.tensor.dtype == torch.float64
-    for outputs, count in ((2.0**24, 2**24 + 1), (1.0, 4), (0.5, 0)):  # beyond what float32 tells apart
+    for outputs, count in ((2.0**24, 2**24 + 1), (1.0, 4), (0.5, 0)):  # float32 cannot represent the sums
         leaf = scalar(outputs).requires_grad_()
-        assert sums.add(leaf, torch.tensor(count)) is leaf  # to be differentiated
+        assert sums.add(leaf, torch.tensor(count)) is leaf  # the tensor to be differentiated
     terms = [2.0**24 + 1.5, 2**24 + 5, 10 * (2**24 + 5)]
     assert sums.tensor.tolist() == terms
     assert not sums.tensor.requires_grad
@@ -87,7 +87,7 @@ def test_another_loss_counts_for_a_while() -> None:
 
 
 def shared(of_first: list[MicroBatch], of_last: list[MicroBatch]) -> list[float]:
-    """What three stages tell together: the second's data count for nothing, and the last has a loss of 2 over 3."""
+    """Return the sums over three stages; the second's data do not count, and the last has a loss of 2 over 3."""
     ranks = [LossSums(Told(), stage_id, stages=3, device=CPU) for stage_id in range(3)]
     for rank, given in zip(ranks, (of_first, batches([9, 9, 9]), of_last), strict=True):
         rank.begin(given)

@@ -1,4 +1,4 @@
-"""Stages whose data is not the same stop with one sentence, in whichever step it happens, before weights change."""
+"""Stages whose data differ stop with the same message, in whichever step that happens, before weights change."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DIFFERENT = "the stages of a pipeline were given different micro-batches"
         ("sampler", f"{DIFFERENT} in step 1", 0),
         ("transform", f"{DIFFERENT} in step 1", 0),
         ("shape", f"{DIFFERENT} at epoch 0, the step up to micro-batch 6: rank 0 has ", 2),
-        ("length", "the ranks have parted: rank 0 is at epoch 0, before micro-batch 1 of 4, rank 1 at epoch 0, ", 0),
-        ("unsized", "the ranks have parted: rank 0 is at epoch 0", 1),
+        ("length", "the ranks have diverged: rank 0 is at epoch 0, before micro-batch 1 of 4, rank 1 at epoch 0, ", 0),
+        ("unsized", "the ranks have diverged: rank 0 is at epoch 0", 1),
     ],
 )
 def test_every_way_to_part_in_training(workers: Workers, kind: str, said: str, steps: int) -> None:
@@ -41,7 +41,7 @@ def test_every_way_to_part_in_an_evaluation(workers: Workers, kind: str) -> None
     first, second = workers.run(2, part, kind, True, 2, 1)
     assert first["error"] == second["error"]
     assert first["error"] is not None
-    assert first["error"].startswith((DIFFERENT, "the ranks have parted"))
+    assert first["error"].startswith((DIFFERENT, "the ranks have diverged"))
     assert "evaluation" in first["error"]
 
 
@@ -91,7 +91,7 @@ def test_fingerprints_tell_values_and_places() -> None:
     numbers = [float(fingerprint(item, CPU)) for item in (batch, *others)]
     assert len(set(numbers)) == len(numbers)
     assert all(number == int(number) and 0 <= number < 2**32 for number in numbers)
-    again = (inputs.clone(), {"y": targets.T.contiguous().T})  # other strides, the same values
+    again = (inputs.clone(), {"y": targets.T.contiguous().T})  # different strides, same values
     assert float(fingerprint(again, CPU)) == numbers[0]
 
 
@@ -124,7 +124,7 @@ def test_numbers_are_added_up_at_the_same_place(workers: Workers, places: tuple[
     if places[0] == places[1]:
         assert first == second == [1.5, 6.0]
     else:
-        said = f"the ranks have parted: rank 0 is at step 3, rank 1 at {places[1] or 'epoch 0'};"
+        said = f"the ranks have diverged: rank 0 is at step 3, rank 1 at {places[1] or 'epoch 0'};"
         assert first == second
         assert first.startswith(said)
 

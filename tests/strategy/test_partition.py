@@ -1,4 +1,4 @@
-"""Cutting a row of layers into stages."""
+"""Partitioning a sequence of layers into stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layers:
         return self.counts
 
 
-@example([8, 1, 7, 3, 3], 4)  # the least sum of cubes is another cut
+@example([8, 1, 7, 3, 3], 4)  # another cut has the least sum of cubes
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 8))
 def test_no_cut_has_a_lighter_heaviest_part_or_then_a_smaller_sum_of_squares(weights: list[int], parts: int) -> None:
     parts = min(parts, len(weights))
@@ -68,10 +68,10 @@ def test_layers_are_dealt_out_as_given() -> None:
         (5, "uniform", "pipeline_stages=5 is more than the 4 layers"),
         (2, "type:mamba", "'mamba' matches none of the layer types A"),
         (2, "type:(", "is not a regular expression"),
-        (2, "layers:3,x", "write layers: and the layers of each stage"),
-        (2, "layers:4,0", "write layers: and the layers of each stage"),
-        (2, "layers:3,2", "deals 5 layers out to 2 stages; the model has 4 and pipeline_stages is 2"),
-        (3, "layers:3,1", "deals 4 layers out to 2 stages; the model has 4 and pipeline_stages is 3"),
+        (2, "layers:3,x", "write layers: and the number of layers of each stage"),
+        (2, "layers:4,0", "write layers: and the number of layers of each stage"),
+        (2, "layers:3,2", "assigns 5 layers to 2 stages, but the model has 4 layers and pipeline_stages is 2"),
+        (3, "layers:3,1", "assigns 4 layers to 2 stages, but the model has 4 layers and pipeline_stages is 3"),
         (2, "best", "must be uniform, parameters, type:REGEX, layers:N,N,... or auto, not 'best'"),
     ],
 )
@@ -92,7 +92,7 @@ def test_the_pieces_of_virtual_stages_are_dealt_out_in_order() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("uniform", "pipeline_stages=2 times virtual_stages=3 are 6 pieces, more than the 4 layers"),
+        ("uniform", "pipeline_stages=2 times virtual_stages=3 makes 6 pieces, more than the 4 layers"),
         ("uniform", "set virtual_stages to at most 2"),
         ("layers:2,2", "of the model; set virtual_stages to at most 2"),
     ],
@@ -105,7 +105,7 @@ def test_more_pieces_than_layers_are_refused(method: str, message: str) -> None:
 
 @pytest.mark.parametrize("method", ["layers:4,4", "layers:2,2,2,1", "layers:2,2,2,2,1"])
 def test_other_numbers_of_pieces_than_there_are_are_refused(method: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"pipeline_stages=2 times virtual_stages=2 are 4 pieces"):
+    with pytest.raises(ConfigurationError, match=r"pipeline_stages=2 times virtual_stages=2 makes 4 pieces"):
         partition(Layers(["A"] * 8), 2, method, virtual_stages=2)
 
 

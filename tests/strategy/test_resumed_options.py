@@ -1,4 +1,4 @@
-"""A resumed training does as it is told now, not as it was told when it began, and says so."""
+"""A resumed training follows the options given now, not those of the checkpoint, and reports the differences."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
         "betas of parameter group 0 is (0.5, 0.6) ((0.9, 0.999) in the checkpoint); weight_decay of parameter group 0",
     ),
     "rate with a schedule": (FORMER, ({"lr": 0.1}, "warm-up", {}), "lr of parameter group 1 is 0.1 (0.02"),
-    "warm-up": (FORMER, ({}, "warm-up", {"steps": 4}), "the learning rate that the schedule has come to is 0.02 (0.01"),
-    "object": (({}, "object", {}), ({}, "object", {"steps": 4}), "the schedule has come to is 0.02 (0.01"),
+    "warm-up": (FORMER, ({}, "warm-up", {"steps": 4}), "the schedule's current learning rate is 0.02 (0.01"),
+    "object": (({}, "object", {}), ({}, "object", {"steps": 4}), "the schedule's current learning rate is 0.02 (0.01"),
     "object, unchanged": (({}, "object", {}), ({}, "object", {}), ""),
     "gamma": (({}, "steps", {}), ({}, "steps", {"gamma": 0.9}), "StepLR's gamma is 0.9 (0.5 in the checkpoint)"),
     "rate of steps": (({}, "steps", {}), ({"lr": 0.1}, "steps", {}), "lr of parameter group 0 is 0.1 (0.02"),
@@ -41,12 +41,12 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_given_now_holds(workers: Workers, tmp_path: Path, name: str) -> None:
-    """Held against plain torch, in which the new options begin anew and only weights and moments go on."""
+    """Compared with plain torch, where the new options start from scratch and only weights and moments are kept."""
     before, after, sentence = CASES[name]
     stages = 2 if name in ("rate", "rate with a schedule", "cycle") else 1
     run = workers.run(stages, resumed, str(tmp_path), stages, before, after)[0]
     assert sentence in run["told"]
-    assert ("options that are others" in run["told"]) == bool(sentence)
+    assert ("options that differ from the checkpoint's" in run["told"]) == bool(sentence)
     for weight, expected in zip(run["weights"].items(), in_plain_torch(before, after).items(), strict=True):
         assert weight[0] == expected[0]
         torch.testing.assert_close(weight[1], expected[1], atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""The simulated schedule against what is known of 1F1B: Narayanan et al., 2021 (arXiv 2104.04473), section 2.2."""
+"""The simulation reproduces known figures of 1F1B: Narayanan et al., 2021 (arXiv 2104.04473), section 2.2."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def test_equal_stages_idle_for_the_known_share(
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
-    """The one in the middle computes all the time, but for three waits, by hand.
+    """Worked out by hand: the middle stage always computes, apart from three waits.
 
-    At first for the forward pass before it (1.0), then, having run two forward passes by 4.0, for the first gradient
-    (the last stage has that micro-batch from 2.5 to 5.5); at the end the first stage's backward pass (2.0) is left.
+    First it waits for the forward pass before it (1.0). After two forward passes, at 4.0, it waits for the first
+    gradient (the last stage has that micro-batch from 2.5 to 5.5). At the end, the first stage still has a backward
+    pass (2.0) to do.
     """
     stages = [Stage(1.0, 2.0), Stage(1.5, 3.0), Stage(1.0, 2.0)]
     more, fewer = (simulate(stages, number) for number in (40, 39))
@@ -38,6 +39,6 @@ def test_a_sender_that_waits_for_the_transfer_loses_more() -> None:
         simulate(stages, 16, transfer, waits).seconds for transfer, waits in ((0.0, False), (0.1, False), (0.1, True))
     )
     assert free < overlapped < blocking
-    # In two stages each of the 15 rounds that the pipeline is full takes a transfer both ways, and so do its ends.
+    # With two stages, each of the 15 rounds between micro-batches has a transfer each way, and each end has one.
     two = simulate([Stage(1.0, 2.0)] * 2, 16, 0.1, True)
     assert two.seconds == pytest.approx(17 * 3.0 + 17 * 0.1 + 15 * 0.1)

@@ -1,4 +1,4 @@
-"""The directory of benchmarks/scaling.py whose layers share their weights loads as a plain one, and takes no room."""
+"""The model directory of benchmarks/scaling.py, whose layers share weights, loads like a plain one, but is sparse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_layers_have_the_weights_of_the_drawn_ones(tmp_path: Path, monkeypatch: 
     shards = sorted(tmp_path.glob("model-layer-*.safetensors"))
     assert len(shards) == 6
     assert sum(path.stat().st_blocks * 512 for path in shards) < shards[0].stat().st_size
-    assert len({fingerprint(tmp_path)}) == 1  # reads all headers
+    fingerprint(tmp_path)  # reads all headers
     read_shared(tmp_path)
     layers = CausalLMLayers(tmp_path, adapter=LoRA(rank=2))
     weights = {}

@@ -1,4 +1,4 @@
-"""Whether a stage computes or waits is told by what is known of its layers: one stage naps in every forward pass."""
+"""Measured times tell whether a stage computes or waits: one stage sleeps in every forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processes import Workers
 def test_a_stage_waits_while_the_other_one_computes(workers: Workers) -> None:
     first, second = workers.run(2, measured)
     for seen in (first, second):
-        assert [step for step, (times, _) in enumerate(seen) if times is not None] == [1]  # the one that was asked for
+        assert [step for step, (times, _) in enumerate(seen) if times is not None] == [1]  # the one to be measured
         (busy, waiting), instructions = seen[1]
         assert busy + waiting == pytest.approx(sum(instructions.values()))
         # The last backward pass of the first stage, and the end of the step, come after all naps.

@@ -1,4 +1,4 @@
-"""Checkpoints: an interrupted training goes on as if it had not been, with whatever number of stages."""
+"""An interrupted training resumes from a checkpoint as if it had not stopped, with any number of stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from processes import Workers
 
 @pytest.fixture(scope="module", params=["optimi", "torch"])
 def whole(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Three epochs on one stage without an interruption, and the first of them on one and on two stages."""
+    """Three epochs on one stage without interruption, and only the first of them on one and on two stages."""
     kind, made = request.param, tmp_path_factory.mktemp(request.param)
     reference = workers.run(1, train, str(made / "whole"), kind, 1, 3)[0]
     for stages in (1, 2):

@@ -1,4 +1,4 @@
-"""A resumed training does what one does that is not interrupted, wherever it was interrupted."""
+"""A resumed training does what an uninterrupted one does, wherever it was interrupted."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ def undisturbed(request: pytest.FixtureRequest, workers: Workers, tmp_path_facto
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("limit", [{}, {"max_steps": 15, "max_epochs": -1}], ids=["epochs", "steps"])
 def test_to_the_bit_from_every_hook(undisturbed: Any, workers: Workers, hook: str, limit: dict[str, int]) -> None:
-    """Losses, norms, evaluations and epochs under the steps where they are logged; dropout; noise of the data."""
+    """Losses, norms, evaluations and epochs are equal at equal steps, despite dropout and random noise in the data."""
     stages, folder, reference = undisturbed
     resumed = workers.run(stages, partial(train, **limit), stages, 1, 2, str(folder / f"{hook}.ckpt"))[0]
     assert resumed["lines"] == reference["lines"][len(reference["lines"]) - len(resumed["lines"]) :]
     assert len(resumed["lines"]) >= (0 if hook.endswith("29") else 20)
     assert (resumed["step"], resumed["rates"]) == (15, reference["rates"])
-    over = hook == "batch-29" and "max_steps" in limit  # Lightning then does not end the epoch
+    over = hook == "batch-29" and "max_steps" in limit  # then Lightning does not end the epoch
     assert resumed["epoch"] == (2 if over else 3)
-    for name, weight in reference["weights"].items():
-        assert torch.equal(resumed["weights"][name], weight), name
+    torch.testing.assert_close(resumed["weights"], reference["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_to_the_bit_from_every_hook(undisturbed: Any, workers: Workers, hook: st
 def test_with_other_stages_and_replicas(
     workers: Workers, tmp_path: Path, before: tuple[int, int, int], after: tuple[int, int, int]
 ) -> None:
-    """Before and after are the numbers of stages, of replicas, and of pieces of the model on each stage."""
+    """``before`` and ``after`` are the numbers of stages, of replicas, and of pieces per stage."""
     (stages, replicas, pieces), (stages_now, replicas_now, pieces_now) = before, after
     reference = workers.run(
         stages * replicas, partial(train_quietly, virtual_stages=pieces), str(tmp_path), stages, replicas,
@@ -76,7 +75,7 @@ def test_with_other_stages_and_replicas(
 
 @pytest.mark.parametrize("before", [False, True])
 def test_with_the_optimizer_offloaded_or_no_longer(workers: Workers, tmp_path: Path, before: bool) -> None:
-    """Also on a stage that another number of stages wrote the state of."""
+    """Also when the state was saved with another number of stages."""
     reference = workers.run(1, partial(train_and_save, noisy=False, offload=before), str(tmp_path))[0]
     (resumed, _) = workers.run(
         2, partial(train, noisy=False, offload=not before), 2, 1, 2, str(tmp_path / "batch-03.ckpt")
@@ -87,7 +86,7 @@ def test_with_the_optimizer_offloaded_or_no_longer(workers: Workers, tmp_path: P
 
 
 def train_quietly(folder: str | None, *args: Any, **options: Any) -> dict[str, Any]:
-    """Without noise that depends on how often a process draws."""
+    """Train without noise that depends on how often a process draws."""
     return train_and_save(folder, *args, noisy=False, **options) if folder else train(*args, noisy=False, **options)
 
 
@@ -95,8 +94,8 @@ def test_another_global_batch_is_refused(workers: Workers, tmp_path: Path) -> No
     workers.run(1, train_and_save, str(tmp_path), 1, 1, 2)
     refused = workers.run(2, train, 1, 2, 2, str(tmp_path / "batch-03.ckpt"))
     assert {each["error"] for each in refused} == {
-        "ckpt_path: the checkpoint was trained with 2 micro-batches a step (2 on each of 1 replica), not 4 (2 on each "
-        "of 2): set accumulate_grad_batches to 1."
+        "ckpt_path: the checkpoint was trained with 2 micro-batches per step (2 on each of 1 replica), not 4 (2 on "
+        "each of 2): set accumulate_grad_batches to 1."
     }
 
 
@@ -104,7 +103,7 @@ def test_another_global_batch_is_refused(workers: Workers, tmp_path: Path) -> No
 def test_resumed_again_and_again_with_more_steps_than_planned(
     workers: Workers, tmp_path: Path, ends: tuple[int, ...]
 ) -> None:
-    """By TimedCheckpoint at the end of each training; 5, 10 and 15 are the ends of epochs."""
+    """From what TimedCheckpoint saves at the end of each training; epochs end at 5, 10 and 15."""
     reference = workers.run(1, train)[0]
     lines, last = [], None
     for steps in ends:
@@ -123,7 +122,7 @@ def train_timed(folder: str, ckpt_path: str | None, steps: int) -> dict[str, Any
 
 def test_model_checkpoint_with_last_and_best(workers: Workers, tmp_path: Path) -> None:
     reference = workers.run(2, train_with_model_checkpoint, str(tmp_path / "a"), None, 15)[0]
-    for steps in (5, 9, 15):  # the first after a resumption is asked for in the middle of a step
+    for steps in (5, 9, 15):  # after resuming, the first save is requested in the middle of a step
         run = workers.run(2, train_with_model_checkpoint, str(tmp_path / "b"), "last", steps)[0]
     tail = reference["lines"][len(reference["lines"]) - len(run["lines"]) :]
     assert len(tail) > 15
@@ -138,7 +137,7 @@ def test_model_checkpoint_with_last_and_best(workers: Workers, tmp_path: Path) -
 def test_stopped_within_an_epoch(
     workers: Workers, tmp_path: Path, stop: int, saving: str, limit: dict[str, int]
 ) -> None:
-    """By should_stop, as of Timer or EarlyStopping: Lightning then calls on_train_epoch_end; 13 is within a step."""
+    """By should_stop, as Timer and EarlyStopping do: Lightning then calls on_train_epoch_end; 13 is within a step."""
     losses, weights = [], []
     for folder, stops in (("a", (None,)), ("b", (stop, None))):
         found = []
@@ -150,12 +149,12 @@ def test_stopped_within_an_epoch(
         assert run[0]["epoch"] == 3
     assert losses[1] == losses[0]
     assert len(losses[0]) == 15
-    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("steps", [5, 7])
 def test_saved_when_training_has_ended(workers: Workers, tmp_path: Path, steps: int) -> None:
-    """In on_train_end; step 5 is the end of an epoch."""
+    """Saved in on_train_end; an epoch ends at step 5."""
     reference = workers.run(1, train)[0]
     lines: list[Any] = []
     for number, end in enumerate((steps, 15)):
@@ -166,7 +165,7 @@ def test_saved_when_training_has_ended(workers: Workers, tmp_path: Path, steps: 
 
 @pytest.mark.parametrize("ends", [(4, 10, 15), (5, 10, 15), (5, 7, 15)])
 def test_the_same_with_lightnings_own_strategy(workers: Workers, tmp_path: Path, ends: tuple[int, ...]) -> None:
-    """TimedCheckpoint without PipeLiteStrategy: a training that is resumed twice has the same losses."""
+    """TimedCheckpoint works without PipeLiteStrategy: a training that is resumed twice has the same losses."""
     reference = workers.run(1, train_plainly, str(tmp_path / "a"), None, 15)[0]
     lines, last = [], None
     for steps in ends:

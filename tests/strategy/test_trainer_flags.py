@@ -1,4 +1,4 @@
-"""What a Trainer is told means the same under the strategy as under DDP: steps, hooks, logs, files, weights."""
+"""Options of the Trainer mean the same under the strategy as under DDP: steps, hooks, logs, files, weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CASES = [
     for name, row in ROWS.items()
     for stages, replicas in ((1, 1), (2, 1), *([(1, 2)] if row.replicas > 1 else []))
 ]
-AT_ONCE = 20  # rows of one process group
+AT_ONCE = 20  # rows that share a process group
 
 
 @pytest.fixture(scope="module")
 def table(
     request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Layout, dict[str, list[Any]]]:
-    """What each rank recorded of those rows that are asked for."""
+    """What each rank recorded, for the rows that the selected tests need."""
     asked: dict[Layout, list[str]] = {}
     for item in request.session.items:
         if getattr(item, "originalname", "") == test_as_ddp_does.__name__:
@@ -62,7 +62,7 @@ def test_as_ddp_does(table: Any, name: str, layout: Layout) -> None:
 
 
 def test_what_differs_is_seen(workers: Workers, tmp_path: Path) -> None:
-    """Rows that differ in one thing only are not the same to the comparison."""
+    """The comparison distinguishes rows that differ in a single option."""
     names = ["max_epochs", "num_sanity_val_steps 0", "num_sanity_val_steps -1", "clip by value", "a rate by epoch"]
     found = workers.run(1, run_rows, names, str(tmp_path), None, 1)[0]
     for name in names:
@@ -74,7 +74,7 @@ def test_what_differs_is_seen(workers: Workers, tmp_path: Path) -> None:
 
 
 def compare(ours: Any, theirs: Any, moved: tuple[str, ...]) -> None:
-    """One rank with the DDP rank that had the same data; ``moved`` are hooks that come elsewhere."""
+    """Compare a rank with the DDP rank that had the same data; ``moved`` are hooks that are called elsewhere."""
     for each in (theirs, ours):
         assert "error" not in each, each["error"]
     assert ours["files"] in (theirs["files"], None)
@@ -91,7 +91,7 @@ def compare(ours: Any, theirs: Any, moved: tuple[str, ...]) -> None:
 
 
 def in_place(events: list[Event], moved: tuple[str, ...]) -> list[Event]:
-    """The events that come in the same order, at the same place."""
+    """Return the events that must come in the same order, at the same place."""
     return [each for each in events if each[1] not in (*NOT_CALLED, *ONCE_A_NODE, *moved)]
 
 
@@ -102,7 +102,7 @@ def without_rehearsal(events: list[Event]) -> list[Event]:
 
 
 def close(mine: Any, reference: Any, where: str) -> None:
-    """Equal, numbers nearly so."""
+    """Require equality, of floats up to rounding."""
     if isinstance(reference, dict):
         assert mine.keys() == reference.keys(), where
         for key, value in reference.items():

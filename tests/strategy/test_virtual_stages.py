@@ -1,4 +1,4 @@
-"""Several pieces of the model on each stage: trained as by a plain torch loop, told apart in reports, cut by names."""
+"""Several pieces of the model per stage train as in a plain torch loop, keep their names, and are named in reports."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_interleaved_is_refused(stages: int, pieces: int, message
 
 
 class Named(nn.Module):
-    """A part that has the same name wherever it stands, as an embedding that is the head too."""
+    """A piece that may have a submodule with the same name in all pieces, such as an embedding tied to the head."""
 
     def __init__(self, shared: bool, own: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Jobs of real processes that fail in every way; all their stderr goes into one pipe, to see who speaks last.
+"""Jobs of real processes that fail in every way; they share one pipe for stderr, whose last line names the cause.
 
-They talk over gloo; WATCHDOG_BACKEND=nccl runs them on the GPUs of a machine.
+They use gloo; WATCHDOG_BACKEND=nccl runs them on GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from watched import JOB, Outcome
 pytestmark = pytest.mark.process
 
 RAISED = "failed: ValueError: the message"
-SILENT = "died without a word (killed, or out of memory?)"
+SILENT = "died without an error message (killed, or out of memory?)"
 
 
 @pytest.mark.parametrize(("victim", "how"), [(0, "launched"), (2, "launched"), (0, "neutral"), (1, "neutral")])
@@ -49,7 +49,7 @@ def test_a_rank_that_raises(tmp_path: Path, run_watched: Callable[..., Outcome],
 def test_a_rank_that_is_killed(
     tmp_path: Path, run_watched: Callable[..., Outcome], what: str, victim: int, how: str, died: str, speakers: int
 ) -> None:
-    """With "kill", a fork holds the sockets of the rank for 12 s: as on NCCL, nothing tells the survivors."""
+    """With "kill", a fork keeps the rank's sockets open for 12 s: as with NCCL, the survivors get no error."""
     outcome = run_watched([how, str(tmp_path), what, str(victim), "3"])
     assert time.time() - float((tmp_path / "failed").read_text()) < 10.0
     assert outcome.stderr == f"\npipelite: rank {victim} (stage {victim}) {died}\n" * speakers
@@ -89,11 +89,11 @@ def test_who_catches_the_exception_goes_on(tmp_path: Path, run_watched: Callable
 def test_who_leaves_ends_the_others(tmp_path: Path, run_watched: Callable[..., Outcome]) -> None:
     outcome = run_watched(["neutral", str(tmp_path), "leave", "1", "2"])
     assert outcome.codes == [1, 0]
-    assert outcome.stderr == "\npipelite: rank 1 (stage 1) left by SystemExit: 0\n"
+    assert outcome.stderr == "\npipelite: rank 1 (stage 1) exited with SystemExit: 0\n"
 
 
 def test_two_nodes(tmp_path: Path, run_watched: Callable[..., Outcome]) -> None:
-    """The exit status of rank 3 is known to the launcher of the second node only; each node prints the last line."""
+    """Only the second node's launcher knows the exit status of rank 3, but both nodes print it in their last line."""
     outcome = run_watched(*(["launched", str(tmp_path), "kill", "3", "2", first, "4"] for first in ("0", "2")))
     assert outcome.stderr == "\npipelite: rank 3 (stage 3) died: killed by SIGKILL\n" * 2
     assert outcome.codes == [1, 1]
@@ -138,7 +138,7 @@ def test_a_bug_of_the_watchdog_ends_the_job(tmp_path: Path, run_watched: Callabl
     ],
 )
 def test_the_trainer(tmp_path: Path, run_watched: Callable[..., Outcome], what: str, victim: int, reason: str) -> None:
-    """The job of test_failures.py with ranks that something else has started."""
+    """The job of test_failures.py, with ranks that are launched externally."""
     outcome = run_watched(["neutral", str(tmp_path), f"trainer {what}", str(victim), "2"])
     assert outcome.last_line.startswith(f"pipelite: rank {victim} (stage {victim}) {reason}")
     assert outcome.stderr.count("pipelite: ") == 1
@@ -177,7 +177,7 @@ def test_one_rank_needs_no_network_and_lets_exceptions_be() -> None:
     assert not alone._thread.is_alive()
 
 
-# The launched children do not import Lightning: it takes seconds.
+# The launched children do not import Lightning, which takes seconds.
 LAUNCH = """
 import os, signal, sys, time, types
 from pathlib import Path
@@ -215,7 +215,7 @@ PipeLiteLauncher(LightningEnvironment(), 3, 1, before_launch=lambda *_: None).la
 @pytest.mark.parametrize(
     ("what", "code", "stderr"),
     [
-        ("child", 1, "\npipelite: rank 2 died: exit code 7, before the training began\n"),
+        ("child", 1, "\npipelite: rank 2 died with exit code 7 before training began\n"),
         ("launcher", -9, ""),
         ("main", 1, "ValueError: the message\n"),
         ("both", 1, "ValueError: the message\n"),

@@ -51,7 +51,7 @@ class Failure:
         if isinstance(exception, KeyboardInterrupt):
             return cls(rank, stage, _INTERRUPTED, "interrupted")
         if isinstance(exception, SystemExit):
-            return cls(rank, stage, f"left by {_in_one_line(exception)}", "interrupted")
+            return cls(rank, stage, f"exited with {_in_one_line(exception)}", "interrupted")
         return cls(rank, stage, f"failed: {_in_one_line(exception)}", "raised", piece)
 
 

@@ -16,8 +16,7 @@ from lightning_pipelite.strategy.watchdog.coordinator import Coordinator
 from lightning_pipelite.strategy.watchdog.link import Link
 
 ADVICE = (
-    "let the nodes open TCP connections to each other, or set MASTER_ADDR to an address of rank 0 that all of them "
-    "can reach."
+    "allow TCP connections between the nodes, or set MASTER_ADDR to an address of rank 0 that all of them can reach."
 )
 
 

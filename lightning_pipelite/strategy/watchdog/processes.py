@@ -63,9 +63,9 @@ def _try(action: Callable[[], None]) -> None:
 def describe_exit(code: int | None) -> str:
     """Describe how a process ended, given its Popen's ``returncode``, or None if it is unknown."""
     if code is None:
-        return "died without a word (killed, or out of memory?)"
+        return "died without an error message (killed, or out of memory?)"
     if code >= 0:
-        return f"died: exit code {code}"
+        return f"died with exit code {code}"
     return f"died: killed by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
 
 
