@@ -24,7 +24,7 @@ def with_own_names(command: str, words: list[str]) -> list[str]:
     """
     given = [number for number, word in enumerate(words) if word.partition("=")[0] in {f"--{name}" for name in _BASE}]
     if len({words[number].partition("=")[0] for number in given}) > 1:
-        raise ConfigurationError("--base is --model_dir; give one of them.")
+        raise ConfigurationError("--base and --model_dir are the same option; give only one of them.")
     known = COMMANDS.get(command)
     parameters = parameters_of(known.module, known.function) if known else {}
     own = next((name for name in _BASE if name in parameters), None)

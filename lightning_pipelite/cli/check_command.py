@@ -56,9 +56,9 @@ class CheckReport:
             f"{in_words(split)}: {', '.join(f'{size / 1e9:.2f} GB' for size in sizes)}"
             for split, sizes in self.stage_bytes.items()
         ]
-        lines += self.differences or ["Split and unsplit agree: weights, logits and every gradient."]
+        lines += self.differences or ["The split and the unsplit model agree in weights, logits and every gradient."]
         lines.append(
-            "Packed documents equal each document alone."
+            "Packed documents give the same logits as each document alone."
             if self.packing
             else "This model cannot keep packed documents apart: set packed to false."
         )
@@ -90,7 +90,9 @@ def check_model(
         )
     for split in stages:
         if not 1 <= (count := pieces_of(split)) <= items:
-            raise ConfigurationError(f"stages: {count} is not between 1 and {items}, what {model_dir} can be cut into.")
+            raise ConfigurationError(
+                f"stages: {count} is not between 1 and {items}, the most pieces that {model_dir} can be split into."
+            )
         if isinstance(split, tuple):
             check_virtual_stages(*split)
     if not tiny:
@@ -146,7 +148,7 @@ def check(model_dir: str, stages: str = "1,2,4", tiny: bool = False, trust_remot
     Args:
         model_dir: Directory of a Hugging Face causal LM.
         stages: Numbers of stages to try; 2x4 means two stages of four pieces each (virtual_stages).
-        tiny: Try a tiny random model of the same class and depth; the weights of MODEL_DIR are then not read.
+        tiny: Check a tiny random model of the same class and depth, without reading the weights of MODEL_DIR.
         trust_remote_code: Run the model's own Python code, if it has any.
     """
     counts = read_splits(stages)
@@ -164,7 +166,7 @@ def _check_memory(meta_model: MetaModel) -> None:
     needed, free = TAKEN * weights, psutil.virtual_memory().available
     if needed > free:
         raise ConfigurationError(
-            f"{meta_model.model_dir}: the check of the whole model would take about {gib(needed)} of this "
-            f"machine's memory (float32 weights and gradients, of the model and of its stages), and {gib(free)} is "
-            "free; give --tiny, which tries a small model of the same class and depth."
+            f"{meta_model.model_dir}: checking the whole model would take about {gib(needed)} of this machine's memory "
+            f"(float32 weights and gradients of both the model and its stages), but only {gib(free)} is free; give "
+            "--tiny to check a small model of the same class and depth."
         )

@@ -17,7 +17,7 @@ def read_splits(stages: str) -> list[Split]:
     try:
         return [_read(text) for text in stages.strip("[]").split(",")]
     except ValueError:
-        raise ConfigurationError(f"stages must be integers with commas between them, not {stages!r}.") from None
+        raise ConfigurationError(f"stages must be comma-separated integers, not {stages!r}.") from None
 
 
 def check_sequences(sequences: int) -> None:

@@ -92,9 +92,9 @@ def _print(result: object) -> None:
 
 UNREAD = 128 + signal.SIGPIPE
 """The exit status after a broken pipe, by shell convention."""
-_CONFIG_HELP = """A configuration of pipelite fit, a YAML or JSON file; of several the later ones replace options of the
-former. Further options are those of pipelite fit, such as --trainer.devices, and are read as it reads them, as is the
-environment (PIPELITE_FIT__TRAINER__DEVICES)."""
+_CONFIG_HELP = """Configuration file of pipelite fit, in YAML or JSON. If given several times, later files override
+earlier ones. All options of pipelite fit, such as --trainer.devices, and its environment variables, such as
+PIPELITE_FIT__TRAINER__DEVICES, can be used too."""
 
 
 def _split(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -122,31 +122,38 @@ def _with_values(function: Callable[..., Any], arguments: Sequence[str]) -> list
 
 COMMANDS = {
     "plan": Command(
-        "lightning_pipelite.cli.plan_command", "plan", "Say what a training takes of each GPU, and what fits."
+        "lightning_pipelite.cli.plan_command",
+        "plan",
+        "Estimate how much memory training takes on each GPU, and what fits.",
     ),
     "check": Command(
-        "lightning_pipelite.cli.check_command", "check", "Hold a model in stages against the same model unsplit.", True
+        "lightning_pipelite.cli.check_command",
+        "check",
+        "Compare a model split into stages with the same model unsplit.",
+        True,
     ),
     "generate": Command(
-        "lightning_pipelite.export.generation", "generate", "Show what a base writes, and what it does with an adapter."
+        "lightning_pipelite.export.generation",
+        "generate",
+        "Generate text with a base model, with and without an adapter.",
     ),
-    "merge": Command("lightning_pipelite.export.merging", "merge", "Add LoRAs to the weights of their base model."),
+    "merge": Command("lightning_pipelite.export.merging", "merge", "Merge LoRAs into the weights of their base model."),
     "convert": Command(
         "lightning_pipelite.cli.convert_command",
         "convert",
-        "Write what a training checkpoint holds as an adapter or a model.",
+        "Convert a training checkpoint to an adapter or a model.",
     ),
     "control-to-lora": Command(
-        "lightning_pipelite.export.control_lora", "control_to_lora", "Make a LoRA of a Control Adapter."
+        "lightning_pipelite.export.control_lora", "control_to_lora", "Convert a Control Adapter to a LoRA."
     ),
     "export-gguf": Command(
-        "lightning_pipelite.export.gguf", "export_gguf", "Write an adapter as a GGUF file, for llama.cpp."
+        "lightning_pipelite.export.gguf", "export_gguf", "Write an adapter as a GGUF file for llama.cpp."
     ),
     "analyze": Command(
-        "lightning_pipelite.export.analysis", "analyze", "Print and draw the figures of a LoRA or a Control Adapter."
+        "lightning_pipelite.export.analysis", "analyze", "Print and plot statistics of a LoRA or a Control Adapter."
     ),
     "migrate": Command(
-        "lightning_pipelite.export.migration", "migrate", "Turn a configuration of qlora-pipe-lite into YAML.", True
+        "lightning_pipelite.export.migration", "migrate", "Convert a configuration of qlora-pipe-lite to YAML.", True
     ),
     "preview": Command(
         "lightning_pipelite.cli.preview_command",

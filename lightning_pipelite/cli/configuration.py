@@ -43,7 +43,7 @@ class Configuration:
         """
         for file in self.files:
             if not Path(file).expanduser().is_file():
-                raise ConfigurationError(f"there is no configuration file {file}; give the one that fit is given.")
+                raise ConfigurationError(f"there is no configuration file {file}; give the one used for pipelite fit.")
 
     def __str__(self) -> str:
         return " and ".join(self.files) or "the options"

@@ -32,9 +32,12 @@ def convert(
     given = Configuration.of(config)
     for file in given.files:
         if not Path(file).is_file():
-            raise ConfigurationError(f"{file} does not exist; give the configuration of the training.")
+            raise ConfigurationError(f"{file} does not exist; give the configuration used for training.")
     if not is_former(Path(checkpoint)):
         return conversion.convert(checkpoint, output, given.read(), allow_another_base)
     if given.words != ("--config", *given.files):
-        raise ConfigurationError(f"{checkpoint} is one of qlora-pipe-lite; give its TOML as config, and no more.")
+        raise ConfigurationError(
+            f"{checkpoint} is a checkpoint of qlora-pipe-lite; give the TOML of its training as config, "
+            "and no other option."
+        )
     return conversion.convert(checkpoint, output, given.files[0], allow_another_base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,13 @@ from lightning_pipelite.cli.option_names import (
     parameters_of,
 )
 from lightning_pipelite.cli.option_values import refused_value
-from lightning_pipelite.cli.option_words import check_no_other_words, check_values_there, content_of, options_of
+from lightning_pipelite.cli.option_words import (
+    check_no_other_words,
+    check_values_there,
+    content_of,
+    model_dir_of,
+    options_of,
+)
 from lightning_pipelite.cli.sections import SECTIONS, check_sections
 from lightning_pipelite.errors import ConfigurationError
 
@@ -45,9 +51,6 @@ def check_early(words: list[str]) -> None:
             configuration file or the model does not exist.
     """
     check_no_other_words(words)
-    elsewhere = [variable for variable in os.environ if variable.startswith("PIPELITE_")]
-    model_dir: Any = None
-    adapter: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
     names: list[tuple[str, str]] = []
     values: dict[str, str] = {}
     for name, value in options_of(words):
@@ -58,28 +61,20 @@ def check_early(words: list[str]) -> None:
             names += [(key, "") for key in _keys(content)]
             sections = {name: each for name, each in content.items() if isinstance(each, dict)}
             values |= {f"{name}.{key}": str(value) for name, each in sections.items() for key, value in each.items()}
-            model = content.get("model")
-            if not isinstance(model, dict):
-                # a file that is not read here may name others
-                model = {} if content else {"model_dir": None, "adapter": _UNKNOWN}
-            model_dir, adapter = model.get("model_dir", model_dir), model.get("adapter", adapter)
         else:
             names.append((name, "--"))
             values[name] = str(value)
-            if name in ("model", "model.model_dir"):  # the value of --model is a file
-                model_dir = value if name != "model" else None
-            if name in ("model", "model.adapter", "model.adapter.class_path"):
-                adapter = value
     check_values_there(words, option_names() - {*OWN})
+    is_ours = _is_ours(_adapter_of(words))
     for name, dashes in names:
-        if _is_ours(adapter) or not name.startswith("model.adapter."):
+        if is_ours or not name.startswith("model.adapter."):
             _check_name(name, dashes)
     for name, value in values.items():
         if (sentence := refused_value(name, value)) is not None:
             raise ConfigurationError(sentence)
-    given_elsewhere = any("MODEL" in variable for variable in elsewhere)
+    model_dir = model_dir_of(words)
     prints_only = any(word.startswith("--print_config") for word in words)
-    if isinstance(model_dir, str) and not given_elsewhere and not prints_only:
+    if model_dir is not None and not prints_only:
         check_model_dir(model_dir)
 
 
@@ -136,7 +131,8 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
         if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
             continue
         if command.reads_configuration:
-            _check_name(given, "--", own)
+            if not given.startswith("model.adapter.") or _is_ours(_adapter_of(words)):
+                _check_name(given, "--", own)
             continue
         told = (meant_by(given, own) or f"pipelite {name} --help lists the options").replace(
             "did you mean ", "did you mean --"
@@ -172,8 +168,8 @@ def check_model_dir(model_dir: str) -> None:
     name = model_dir.rpartition("/")[2]
     if _may_be_of_the_hub(model_dir):
         raise ConfigurationError(
-            f"{model_dir} is not a directory; model_dir must name a local Hugging Face model. If it is one of the hub, "
-            f"download it: hf download {model_dir} --local-dir models/{name}, and name models/{name}."
+            f"{model_dir} is not a directory; model_dir must name a local Hugging Face model. If it is on the "
+            f"Hugging Face Hub, download it: hf download {model_dir} --local-dir models/{name}, and give models/{name}."
         )
     raise ConfigurationError(f"{model_dir} is not a directory; model_dir must name a local Hugging Face model.")
 
@@ -188,8 +184,8 @@ def _check_hub(option: str, given: str) -> None:
     if not Path(given).exists() and _may_be_of_the_hub(given):
         folder = f"{'adapters' if option == 'adapter' else 'models'}/{given.rpartition('/')[2]}"
         raise ConfigurationError(
-            f"--{option}: {given} is not a directory. If it is one of the hub, download it: hf download {given} "
-            f"--local-dir {folder}, and name {folder}."
+            f"--{option}: {given} is not a directory. If it is on the Hugging Face Hub, download it: hf download "
+            f"{given} --local-dir {folder}, and give {folder}."
         )
 
 
@@ -203,6 +199,25 @@ def _keys(content: dict[str, Any]) -> Iterator[str]:
             yield f"{name}.{key}"
             if (name, key) == ("model", "adapter") and isinstance(inner, dict):
                 yield from (f"model.adapter.{each}" for each in inner.get("init_args") or {})
+
+
+def _adapter_of(words: Sequence[str]) -> Any:
+    """Return the adapter as given last; None if there is none, ``_UNKNOWN`` if it may be given elsewhere."""
+    elsewhere = (each for each in os.environ if each.startswith("PIPELITE_"))
+    found: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
+    for name, value in options_of(words):
+        if name in ("c", "config"):
+            content = content_of(value)
+            model = content.get("model", {})
+            if not content or isinstance(model, str):  # a file that is not read here
+                found = _UNKNOWN
+            elif isinstance(model, dict):
+                adapter = model.get("adapter", found)
+                has_options_only = isinstance(adapter, dict) and "class_path" not in adapter
+                found = found if has_options_only else adapter
+        elif name in ("model", "model.adapter", "model.adapter.class_path"):
+            found = value
+    return found
 
 
 def _is_ours(adapter: Any) -> bool:

@@ -26,7 +26,7 @@ _TYPES = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    "str": "a text",
+    "str": "a string",
     "NoneType": "null",
     "list": "a list",
     "dict": "a mapping",
@@ -34,10 +34,10 @@ _TYPES = {
 
 
 _ELSEWHERE = {
-    "--optimizer": "choose it by --model.optimizer",
-    "optimizer": "choose it by model.optimizer",
-    "--lr_scheduler": "choose a course of the learning rate by --model.schedule",
-    "lr_scheduler": "choose a course of the learning rate by model.schedule",
+    "--optimizer": "set --model.optimizer instead",
+    "optimizer": "set model.optimizer instead",
+    "--lr_scheduler": "set --model.schedule instead",
+    "lr_scheduler": "set model.schedule instead",
 }
 """Options of a standard LightningCLI, and what replaces them here."""
 
@@ -73,7 +73,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     # The most specific patterns come first: for a union of types, the message has a reason for each of them.
     if name := found(r"unrecognized arguments: (\S+)") or found(r"does not accept option '([^']+)'"):
         if "convert" in parsers and Path(name).is_dir():
-            return f"{name} stands alone; give a directory as --checkpoint {name}, and where to write as --output."
+            return f"{name} is not an option; give it as --checkpoint {name}, and the directory to write as --output."
         return f"{name} is not an option; {_proposal(name, parsers)}"
     if name := found(r"Option '([^']+)' is not accepted"):
         remedy = meant_by(name, ()) or _sibling(key, name) or "correct its name or remove it"
@@ -86,7 +86,7 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     if reason and "Parser key" not in reason:  # otherwise an option of that class is wrong
         name = found(r"Problem with given class_path '([^']+)'")
         option = f"{key}: " if key else ""
-        return f"{option}class_path {name} cannot be imported ({reason}); correct it, or install what it needs."
+        return f"{option}class_path {name} cannot be imported ({reason}); correct it, or install its dependencies."
     if key in _DATASETS and (given := found(r"(?:Got value|dot import path string): (.*?)(?: Subclass types.*)?$")):
         path = given if re.fullmatch(r"[\w./*~ -]+", given) else "texts/*.txt"
         return f"""{key} must be a list of datasets, not {given}; write '[{{"dataset_path": "{path}"}}]'."""
@@ -103,23 +103,25 @@ def explain(message: str, parsers: Mapping[str, ArgumentParser]) -> str:
     if value := found(r"Unable to load config '([^']+)'"):
         return is_no_section(key, value)
     if name := found(r"argument subcommand: invalid choice: '?([^' ]+)"):
-        remedy = f"say pipelite {' or pipelite '.join(parsers)}; pipelite --help lists the others."
+        remedy = f"use pipelite {' or pipelite '.join(parsers)}; pipelite --help lists all commands."
         if name in ("test", "predict"):
             remedy = (
-                "pipelite validate evaluates what eval_fraction and eval_datasets hold out; what was trained is used "
-                "with other programs (pipelite merge, pipelite export-gguf)."
+                "pipelite validate evaluates on the data of eval_fraction and eval_datasets; to use a trained model in "
+                "other programs, run pipelite merge or pipelite export-gguf."
             )
         return f"{name} is not a command; {remedy}"
     if text.startswith('expected "subcommand"'):
-        return f"say what to do: pipelite {' or pipelite '.join(parsers)}."
+        return f"no command is given; use pipelite {' or pipelite '.join(parsers)}."
     if factory := re.search(r"Callable\[.*?(\w+)\] expects .*?class: (.*?)\.* Got value: .*class_path='([^']+)'", text):
-        return f"{key}: class_path {factory[3]} makes no {factory[1]} ({factory[2]}); correct it."
+        return f"{key}: class_path {factory[3]} does not create an {factory[1]} ({factory[2]}); correct it."
     if told := next((line for line in _errors(lines) if not line.startswith(_TYPE_ERRORS)), None):
         return told  # by a class that refused its arguments
     inner = _innermost(message)
     shown = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", inner, re.MULTILINE)
     expected = list(dict.fromkeys(words for each in shown if (words := _type(each))))
-    expected += [f"a class_path of {kind}" for kind in re.findall(r"Not a valid subclass of (\w+)", inner)]
+    expected += [
+        f"the class_path of a subclass of {kind}" for kind in re.findall(r"Not a valid subclass of (\w+)", inner)
+    ]
     if key and expected:
         value = (re.findall(r"Given value: (.*)", inner) or re.findall(r"Got value: (.*)", inner) or ["that"])[0]
         if value == "None":
@@ -218,7 +220,9 @@ def check_config_file(given: str) -> None:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise ArgumentError(None, f"the configuration file {given} cannot be read ({reason}); correct it.") from None
     if not isinstance(content, dict):
-        raise ArgumentError(None, f"the configuration file {given} holds no options; write them as in model: ...")
+        raise ArgumentError(
+            None, f"the configuration file {given} contains no options; write them in sections such as model and data."
+        )
 
 
 def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
@@ -239,7 +243,7 @@ def check_environment(parsers: Mapping[str, ArgumentParser]) -> None:
             continue
         advice = "correct its name or unset it."
         if parents := [name for name in known if variable.startswith(f"{name}__")]:
-            advice = f"give all of {max(parents, key=len)} as JSON."
+            advice = f"set {max(parents, key=len)} as a whole, in JSON."
         elif near := difflib.get_close_matches(variable, known, 1, cutoff=0.75):
             advice = f"did you mean {near[0]}?"
         raise ConfigurationError(f"the environment variable {variable} is not an option; {advice}")

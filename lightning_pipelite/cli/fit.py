@@ -34,8 +34,8 @@ from lightning_pipelite.strategy.checks import check_options
 from lightning_pipelite.strategy.former_results import refuse_former_results
 
 DESCRIPTION = f"""Pipeline-parallel fine-tuning of Hugging Face causal LMs. Environment variables such as
-{ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 replace defaults; the command line, --config FILE included, comes after them, in
-its order. {OPTION} prints all that the libraries say. Further commands: \
+{ENV_PREFIX}_FIT__TRAINER__MAX_STEPS=3 override defaults. The command line, including --config FILE, overrides both; its
+later options override earlier ones. {OPTION} prints all messages of the libraries. Other commands: \
 {"; ".join(f"{name} ({command.summary[:-1]})" for name, command in COMMANDS.items())}."""
 
 
@@ -65,7 +65,7 @@ class TrainerCLI(ConfiguredCLI):
         options = self.config_init[self.subcommand].trainer
         if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigurationError(
-                f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or mend the "
+                f"trainer.accelerator is {options.accelerator} but torch finds no GPU here; set it to cpu, or fix the "
                 "driver (nvidia-smi must list the GPU)."
             )
         strategies = [name for name, each in StrategyRegistry.items() if issubclass(each["strategy"], PipeLiteStrategy)]
@@ -124,7 +124,7 @@ class TrainerCLI(ConfiguredCLI):
             data.check(strategy.topology.replicas, self.trainer.accumulate_grad_batches)
         elif not data.statistics.eval.sequences:
             raise ConfigurationError(
-                "there is nothing to validate on: give data.eval_fraction a value above 0, or list data.eval_datasets."
+                "there is no data to validate on: set data.eval_fraction above 0, or list data.eval_datasets."
             )
         if self.trainer.is_global_zero:
             print("\n".join(data.summary()), flush=True)
@@ -162,5 +162,5 @@ def _check_loggers(trainer: Trainer) -> None:
             if not (place.is_dir() and os.access(place, os.W_OK)):
                 raise ConfigurationError(
                     f"trainer.logger: {type(logger).__name__} cannot write to {logger.save_dir}; set its save_dir to a "
-                    "directory that can be written."
+                    "writable directory."
                 )

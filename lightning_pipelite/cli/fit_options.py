@@ -64,7 +64,7 @@ class ConfiguredCLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=_ConfigFile, help="A YAML or JSON file of these options.")
+        parser.add_argument("-c", "--config", action=_ConfigFile, help="YAML or JSON file with these options.")
         return parser
 
     @staticmethod
@@ -89,7 +89,7 @@ class ConfiguredCLI(LightningCLI):
                 "--overwrite",
                 action=ActionYesNo(no_prefix=None),  # type: ignore[arg-type]
                 default=False,
-                help="Begin anew where another training has left its results: what it trained, its checkpoints.",
+                help="Start from scratch and replace the results of an earlier run: trained weights and checkpoints.",
             )
         return parser
 

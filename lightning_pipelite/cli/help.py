@@ -5,32 +5,32 @@ from __future__ import annotations
 HELP_ALL = "--help-all"
 
 _FIT = {
-    "fit": "Train: a LoRA, Control Adapters or whole weights.",
-    "validate": "Evaluate what a configuration holds out, without training.",
+    "fit": "Train a LoRA, Control Adapters or whole weights.",
+    "validate": "Evaluate on a configuration's held-out data, without training.",
 }
 
 # The options that most users need, in the order in which one thinks of them.
 OPTIONS = {
-    "--config FILE": "a YAML or JSON file of these options; configs/ has one for each kind of training",
-    "--model.model_dir DIR": "the base model: config.json, safetensors and tokenizer",
-    "--model.adapter CLASS": "what is trained: LoRA, ControlAdapter or Full",
+    "--config FILE": "YAML or JSON file with these options; configs/ has one for each kind of training",
+    "--model.model_dir DIR": "directory of the base model: config.json, safetensors and tokenizer",
+    "--model.adapter CLASS": "what to train: LoRA, ControlAdapter or Full",
     "--model.adapter.init_args.rank N": "rank of a LoRA or a Control Adapter",
     "--model.load_in_4bit true": "keep the base in 4 bits (QLoRA)",
     "--model.lr RATE": "learning rate",
-    "--model.schedule NAME": "its course: rms_ratio, constant or cosine",
-    "--model.warmup_steps N": "steps of its rise, for constant and cosine",
-    "--model.activation_memory HOW": "auto, or what is kept: keep, ..., offload; less memory, more time",
-    "--data.datasets LIST": 'the texts: \'[{"dataset_path": "texts/*.txt"}]\'',
-    "--data.sequence_len N": "tokens of a sequence",
-    "--data.eval_fraction SHARE": "of the documents, held out to evaluate on",
-    "--data.chat_template T": "alpaca, chatml or a .jinja file, for models that have none",
-    "--trainer.devices N": "GPUs (of each host)",
-    "--trainer.strategy.init_args.pipeline_stages N": "stages that the model is cut into",
-    "--trainer.accumulate_grad_batches N": "sequences a step (of each replica)",
-    "--trainer.max_epochs N": "passes through the data",
-    "--trainer.max_steps N": "steps, to stop earlier",
-    "--ckpt_path last": "go on with the newest checkpoint",
-    "--overwrite": "begin anew over an earlier result",
+    "--model.schedule NAME": "learning rate schedule: rms_ratio, constant or cosine",
+    "--model.warmup_steps N": "warm-up steps of the learning rate, for constant and cosine",
+    "--model.activation_memory HOW": "auto, or keep, selective, recompute, offload: less and less memory, more time",
+    "--data.datasets LIST": 'training data: \'[{"dataset_path": "texts/*.txt"}]\'',
+    "--data.sequence_len N": "tokens per sequence",
+    "--data.eval_fraction SHARE": "share of the documents to hold out for evaluation",
+    "--data.chat_template T": "alpaca, chatml or a .jinja file, for models without a chat template",
+    "--trainer.devices N": "GPUs per host",
+    "--trainer.strategy.init_args.pipeline_stages N": "number of stages to split the model into",
+    "--trainer.accumulate_grad_batches N": "sequences per step and replica",
+    "--trainer.max_epochs N": "maximum number of passes over the data",
+    "--trainer.max_steps N": "maximum number of steps",
+    "--ckpt_path last": "resume from the newest checkpoint",
+    "--overwrite": "start from scratch and replace the results of an earlier run",
 }
 
 
@@ -44,8 +44,8 @@ def overview() -> str:
     return (
         "usage: pipelite COMMAND [OPTIONS]\n\nPipeline-parallel fine-tuning of Hugging Face causal LMs.\n\n"
         f"{listed}\n\n"
-        "pipelite COMMAND --help tells the options of one. --verbose prints all that the libraries say, --version the "
-        "version."
+        "pipelite COMMAND --help lists the options of a command. --verbose prints all messages of the libraries, "
+        "--version the version."
     )
 
 
@@ -59,7 +59,7 @@ def short_help(command: str) -> str:
         )
     listed = "\n".join(lines)
     return (
-        f"usage: pipelite {command} --config FILE [OPTIONS]\n\n{_FIT[command]} Options stand in the file, here, or in "
-        f"the environment (PIPELITE_{command.upper()}__TRAINER__MAX_STEPS=3).\n\n{listed}\n\n"
-        f"pipelite {command} {HELP_ALL} lists all options, --print_config what they come to."
+        f"usage: pipelite {command} --config FILE [OPTIONS]\n\n{_FIT[command]} Options can be given in the file, on "
+        f"the command line or in the environment (PIPELITE_{command.upper()}__TRAINER__MAX_STEPS=3).\n\n{listed}\n\n"
+        f"pipelite {command} {HELP_ALL} lists all options, --print_config prints the resulting configuration."
     )

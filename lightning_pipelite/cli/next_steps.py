@@ -40,25 +40,25 @@ def _with_trained(callbacks: Iterable[Callback], base: list[str], asks: Sequence
         checkpoints = [each.last_model_path for each in callbacks if isinstance(each, TimedCheckpoint)]
         for newest in filter(None, checkpoints):
             output = str(_free(Path(newest).with_name("trained")))
-            yield "write what was trained", _command("convert", "--checkpoint", newest, "--output", output)
+            yield "export the trained weights", _command("convert", "--checkpoint", newest, "--output", output)
         return
     for directory in saved:
         adapter, kind = ["--adapter", str(directory)], _kind(directory)
         if kind == "model":
             chat = ["--chat"] if asks else []  # with the template saved with the model
-            yield "see what it writes", _command("generate", "--model_dir", str(directory), *base[2:], *chat)
+            yield "generate text", _command("generate", "--model_dir", str(directory), *base[2:], *chat)
         elif kind == "LORA":
             merged, gguf = _free(directory.with_name(f"{directory.name}-merged")), _free(directory.with_suffix(".gguf"))
-            yield "see what it writes, beside the base", _command("generate", *base, *adapter, *asks)
+            yield "generate text, and compare with the base model", _command("generate", *base, *adapter, *asks)
             template = asks if len(asks) > 1 else ()
-            yield "a model of its own", _command("merge", *base, *adapter, "--output", str(merged), *template)
+            yield "merge into the base model", _command("merge", *base, *adapter, "--output", str(merged), *template)
             if _is_known_to_llama_cpp(Path(base[1])) and _has_products_alone(directory):
-                yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
+                yield "export for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
         elif kind is not None:
             lora, gguf = _free(directory.with_name(f"{directory.name}-lora")), _free(directory.with_suffix(".gguf"))
-            yield "a LoRA that does the same", _command("control-to-lora", *base, *adapter, "--output", str(lora))
+            yield "convert to an equivalent LoRA", _command("control-to-lora", *base, *adapter, "--output", str(lora))
             if _is_known_to_llama_cpp(Path(base[1])):
-                yield "for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
+                yield "export for llama.cpp", _command("export-gguf", *base, *adapter, "--output", str(gguf))
 
 
 def _kind(directory: Path) -> str | None:
@@ -83,7 +83,7 @@ def _is_known_to_llama_cpp(model_dir: Path) -> bool:
 def _curves(loggers: Iterable[Logger]) -> dict[str, str]:
     """Return the TensorBoard command, one for all runs below a directory."""
     logs = [each.root_dir for each in loggers if isinstance(each, TensorBoardLogger) and Path(each.log_dir).is_dir()]
-    return {"the curves": shlex.join(["tensorboard", "--logdir", logs[0]])} if logs else {}
+    return {"view the training curves": shlex.join(["tensorboard", "--logdir", logs[0]])} if logs else {}
 
 
 def _free(path: Path) -> Path:

@@ -37,7 +37,7 @@ def refuse_nulls(section: str, made: Callable[..., Any], given: Mapping[str, Any
 
 def is_null(name: str, default: object) -> str:
     """Return the message that an option is null, with the default that it would otherwise have."""
-    return f"{name} is null: leave it out for {str(default).lower()}, or give a value."
+    return f"{name} cannot be null: leave it out for the default, {str(default).lower()}, or give a value."
 
 
 def _refuse_within(name: str, given: Any) -> None:

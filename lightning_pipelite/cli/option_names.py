@@ -66,23 +66,23 @@ FOREIGN = {
 """Names of options in other trainers, and their names here."""
 
 SENTENCES = {
-    "lora_alpha": f"a LoRA's scale is 1 here, as with an alpha that equals the rank: leave it out, and set {_LORA}rank "
+    "lora_alpha": f"a LoRA's scale is 1 here, as with an alpha equal to the rank: leave it out, and set {_LORA}rank "
     "and model.lr",
     "per_device_train_batch_size": "a micro-batch is one packed sequence: set trainer.accumulate_grad_batches to the "
-    "sequences a step",
+    "number of sequences per step",
     "load_in_8bit": "set model.load_in_4bit, or model.load_in_fp8 for eight bits",
-    "gradient_checkpointing": "set model.activation_memory, which says what is kept and what is computed again",
-    "warmup_ratio": "set model.warmup_steps, which counts steps",
+    "gradient_checkpointing": "set model.activation_memory, which selects what is kept, recomputed or offloaded",
+    "warmup_ratio": "set model.warmup_steps to a number of steps",
     "output_dir": "set it as an option of the callback SaveTrained, in trainer.callbacks",
-    "save_steps": "list the callback TimedCheckpoint in trainer.callbacks, which saves by the hour",
+    "save_steps": "add the callback TimedCheckpoint to trainer.callbacks, which saves at intervals of time",
     "bf16": "set model.dtype",
-    "eval_steps": "list the callback EvalSchedule in trainer.callbacks, or set trainer.val_check_interval",
-    "bnb_4bit_quant_type": "it is nf4: set model.load_in_4bit, and leave it out",
-    "train_on_inputs": "of conversations the answers alone are learnt, of texts everything: name the fields in "
+    "eval_steps": "add the callback EvalSchedule to trainer.callbacks, or set trainer.val_check_interval",
+    "bnb_4bit_quant_type": "the type is always nf4: leave it out, and set model.load_in_4bit",
+    "train_on_inputs": "conversations train on the answers only, plain texts on all tokens: name the fields in "
     "data.datasets",
     "report_to": "set trainer.logger",
     "modules_to_save": "a LoRA adapts linear layers of decoder layers; train whole weights with the adapter Full",
-    "weight_decay": "list the callback CompositeWeightDecay in trainer.callbacks, or give it to model.optimizer",
+    "weight_decay": "add the callback CompositeWeightDecay to trainer.callbacks, or set it in model.optimizer",
 }
 SENTENCES |= {
     "alpha": SENTENCES["lora_alpha"],

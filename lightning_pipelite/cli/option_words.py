@@ -35,13 +35,13 @@ def check_no_other_words(words: Sequence[str]) -> None:
         if Path(word).suffix in (".yaml", ".yml"):
             raise ConfigurationError(f"{sentence}did you mean --config {word}?")
         if before and Path(word).exists():
-            raise ConfigurationError(f"{sentence}if it is one of several files, put quotes around their pattern.")
+            raise ConfigurationError(f"{sentence}if the shell expanded a pattern, put the pattern in quotes.")
         raise ConfigurationError(f"{sentence}pipelite fit --help lists the options.")
 
 
 def without_value(option: str) -> str:
     """Return the message that refuses an option, named with its dashes, that has no value."""
-    return f"{option} is given without a value; write one behind it."
+    return f"{option} has no value; write one after it."
 
 
 def check_values_there(words: Sequence[str], names: Collection[str]) -> None:
@@ -96,7 +96,8 @@ def model_dir_of(words: Sequence[str]) -> str | None:
     found: str | None = None
     for name, value in options_of(words):
         if name in ("c", "config"):
-            model = content_of(value).get("model", {})
+            content = content_of(value)
+            model = content.get("model", {}) if content else None  # a file that is not read here may give another
             given = model.get("model_dir", found) if isinstance(model, dict) else None
             found = given if isinstance(given, str) else None
         elif name in ("model", "model.model_dir"):

@@ -36,23 +36,23 @@ def plan(
     device: str | None = None,
     picture: str | None = None,
 ) -> Report:
-    """Show what a training run will take of each GPU, whether it fits, and with which split.
+    """Show how much memory training takes on each GPU, whether it fits, and the fastest setup.
 
     The model's config.json is enough: neither its weight files nor a GPU are needed.
 
     Args:
-        config: The configuration of pipelite fit: a file; on the command line, several --config and options of fit.
-        devices: GPUs per host; the configuration's if not given.
+        config: The configuration of pipelite fit: a file, or on the command line several --config and options of fit.
+        devices: GPUs per host; by default, those of the configuration.
         memory: Memory of each GPU, such as 24GiB (or 24, which means the same), or one value per GPU in rank order if
-            they differ, such as 24GiB,24GiB,16GiB. If not given, that of --device, or of the smallest GPU here;
-            unknown if there is none.
-        speeds: Relative speed of each GPU, such as 1,1,0.6; the configuration's if not given.
-        hosts: Number of hosts; the configuration's if not given.
+            they differ, such as 24GiB,24GiB,16GiB. By default, that of --device, or of the smallest GPU of this
+            machine; unknown if there is none.
+        speeds: Relative speed of each GPU, such as 1,1,0.6; by default, those of the configuration.
+        hosts: Number of hosts; by default, that of the configuration.
         model_dir: Model directory, instead of the configuration's.
         sequence_len: Tokens per sequence, instead of the configuration's.
         device: Type of GPU, for its speed and memory: 3090, 4090, 5090, a6000, l40s, a100, h100 or h200. Times are
-            estimates from the maker's figures, or for the H100 from measured rates.
-        picture: PNG file to draw the stages into.
+            estimated from the manufacturer's figures, or from measured rates for the H100.
+        picture: PNG file to write, with a bar chart of each stage's memory.
     """
     torch.set_num_threads(1)  # the computations are tiny
     for name, value in (("devices", devices), ("hosts", hosts), ("sequence_len", sequence_len)):
@@ -87,8 +87,8 @@ def plan(
     for name, row in (("memory", sizes if len(sizes) > 1 else []), ("speeds", given_speeds)):
         if row and len(row) != total:
             raise ConfigurationError(
-                f"{name} has {len(row)} values for {total} devices; give one for each, in the order of their ranks, or "
-                "change devices."
+                f"{name} has {len(row)} values for {total} devices; give one per device, in rank order, or change "
+                "devices."
             )
     planner = Planner(
         simulate(settings, gpu or REFERENCE),
@@ -105,8 +105,8 @@ def plan(
     except Exception as error:  # the model cannot run without weights
         told = str(error).splitlines() or [""]
         raise ConfigurationError(
-            f"{settings.model['model_dir']} cannot be planned: its layers cannot be tried without weights "
-            f"({type(error).__name__}: {told[0]}); see with pipelite fit whether they fit."
+            f"{settings.model['model_dir']} cannot be planned: its layers cannot be run without weights "
+            f"({type(error).__name__}: {told[0]}); run pipelite fit to see whether it fits."
         ) from error
     if picture is not None:
         from lightning_pipelite.planning.pictures import draw

@@ -25,7 +25,7 @@ _CLASSES = {1: "\x1b[32m", -1: "\x1b[35m"}
 
 
 def preview(config: str | Configuration, sequences: int = 3) -> str:
-    """Pack the data of a configuration as fit would, and show the sequences that training starts with.
+    """Pack a configuration's data as fit does, and show the first sequences that training sees.
 
     Each document starts with a header line, which gives its control class if there are classes other than +1. Text
     that is not learnt (questions, masked tokens, and the first token of each document, which has no context) is dim if
@@ -33,7 +33,7 @@ def preview(config: str | Configuration, sequences: int = 3) -> str:
     is set. The model is not loaded.
 
     Args:
-        config: The configuration of `pipelite fit`: a file; on the command line, several --config and options of fit.
+        config: The configuration of `pipelite fit`: a file, or on the command line several --config and options of fit.
         sequences: Number of sequences to show.
     """
     check_sequences(sequences)
@@ -59,7 +59,7 @@ def data_of(config: str | Configuration) -> PackedDataModule:
     lacks_data = options.get("datasets") is None and options.get("sequence_len") is None
     if lacks_data or options["tokenizer_dir"] is None:
         missing = "data" if lacks_data else "model.model_dir"
-        raise ConfigurationError(f"{missing} must be given in {given}; put it there as for fit.")
+        raise ConfigurationError(f"{missing} must be given in {given}; set it as for pipelite fit.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PackedDataModule, "data")
     try:
@@ -83,12 +83,12 @@ class _Writer:
     def legend(self) -> str:
         """Explain the marks."""
         hidden = self._in(_MASKED, "dim") if self._colour else "« »"
-        line = f"marks: {hidden} is read and not learnt (questions, masked, the first token), the rest is learnt"
+        line = f"marks: {hidden} is context only, not learnt (questions, masked and first tokens); all else is learnt"
         if self._has_classes and self._colour:
             plus, minus = self._in(_CLASSES[1], "class +1"), self._in(_CLASSES[-1], "class -1")
             line += f"; {plus} and {minus} of a Control Adapter"
         elif self._has_classes:
-            line += "; class +1 and -1 of a Control Adapter are told of each document"
+            line += "; each document's header gives its class for a Control Adapter, +1 or -1"
         return line
 
     def lines(self, dataset: PackedSequences, index: int, number: int) -> Iterator[str]:

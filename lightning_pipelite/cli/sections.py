@@ -22,8 +22,8 @@ def is_linked(target: str, source: str) -> str:
 
 def is_no_section(name: str, given: object) -> str:
     """Return the message that refuses a section without options."""
-    instead = ", or the name of a file that holds them" if isinstance(given, str) else ""
-    return f"{name} is {given!r}; put the options of {name} there{instead}."
+    instead = ", or name a file with them" if isinstance(given, str) else ""
+    return f"{name} is {given!r}; it must hold the options of {name}{instead}."
 
 
 def check_sections(content: Mapping[str, Any], folder: Path) -> None:

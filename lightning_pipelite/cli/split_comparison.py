@@ -85,10 +85,10 @@ def compare_split(
                 reference = named[name] if name in named else buffers[name]
                 held.add(id(reference))
                 if not torch.equal(tensor, reference):
-                    wrong.append(f"{in_words(count)}: {name} is not what the files hold")
+                    wrong.append(f"{in_words(count)}: {name} differs from the files")
         missing = [name for name, parameter in whole.named_parameters() if id(parameter) not in held]
         if missing:
-            wrong.append(f"{in_words(count)}: nobody holds {missing[0]}")
+            wrong.append(f"{in_words(count)}: no stage holds {missing[0]}")
         logits, gradients = run_backward(stages, input_ids, positions, labels)
         if (difference := relative(logits, expected)) > LIMIT:
             wrong.append(f"{in_words(count)}: logits differ by {difference:.1e}")
@@ -100,7 +100,7 @@ def compare_split(
             wanted = parameter.grad
             if wanted is None or found is None:
                 if (wanted if found is None else found) is not None and (wanted if found is None else found).any():
-                    wrong.append(f"{in_words(count)}: {name} has a gradient on one side only")
+                    wrong.append(f"{in_words(count)}: only one of the two models has a gradient for {name}")
             elif (difference := relative(found, wanted)) > LIMIT:
                 wrong.append(f"{in_words(count)}: the gradient of {name} differs by {difference:.1e}")
     return wrong[:3]
@@ -140,9 +140,9 @@ def compare_packed(layers: CausalLMLayers, whole: PreTrainedModel) -> list[str]:
     alone = [whole(input_ids=ids, use_cache=False).logits for ids in input_ids.split(DOCUMENTS, dim=1)]
     difference = relative(passed, torch.cat(alone, dim=1))
     unpacked = whole(input_ids=input_ids, use_cache=False).logits[:, DOCUMENTS[0] :]
-    wrong = [f"packed documents differ by {difference:.1e}"] if difference > LIMIT else []
+    wrong = [f"packed documents differ from each document alone by {difference:.1e}"] if difference > LIMIT else []
     if relative(unpacked, alone[1]) < 100 * LIMIT:
-        wrong.append("the control failed: a document before changes nothing")
+        wrong.append("packing was not tested: even without a mask, the preceding document changes nothing")
     return wrong
 
 

@@ -58,7 +58,7 @@ def check_trainer_options(
     if devices == 0 or (
         isinstance(devices, str) and not re.fullmatch(r"auto|-?\d+(\s*,\s*\d+)*\s*,?", devices.strip())
     ):
-        refuse("devices", "give the number of devices, a list of their numbers, or auto")
+        refuse("devices", "give the number of devices, a list of device indices, or auto")
     if isinstance(accelerator := given.get("accelerator"), str) and accelerator not in accelerators:
         refuse("accelerator", "set it to gpu, cpu or auto")
     if isinstance(strategy := given.get("strategy"), str) and strategy not in strategies:
@@ -69,6 +69,6 @@ def check_trainer_options(
         refuse("max_time", "write it as days:hours:minutes:seconds, such as 00:12:00:00")
     if given.get("overfit_batches"):
         raise ConfigurationError(
-            "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; "
+            "trainer.overfit_batches needs data whose order Lightning can change, but that of packed data is fixed; "
             "set data.max_sequences to train on a few sequences."
         )

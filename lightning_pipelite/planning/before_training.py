@@ -110,9 +110,9 @@ def _plan(
         fullest = max(range(len(stages)), key=lambda number: stages[number].total - sizes[number])
         refusal = (
             f"stage {fullest} of {len(stages)} would take {gib(stages[fullest].total)} with activation_memory "
-            f"{policy}, and its GPU has {gib(sizes[fullest])}, of which it may take "
+            f"{policy}, but its GPU has {gib(sizes[fullest])}, of which it may take "
             f"{gib(planner.limits(job.stages)[fullest])} ({MARGIN:.0%} is kept free, as a plan may be that much too "
-            f"low): {_advice(planner, job)}, or set model.check_memory to false to try."
+            f"low): {_advice(planner, job)}, or set model.check_memory to false to try anyway."
         )
     advice = faster_without(planner, job.stages, policy, job.virtual_stages) if job.method == "auto" else ""
     return PlannedTraining(policy, planner.costs(policy, job.stages), [stage.peak for stage in stages], refusal, advice)
@@ -133,7 +133,7 @@ def _advice(planner: Planner, job: Job) -> str:
         rest = " and ".join(f"{name} to {value}" for name, value in further.items())
         return f"set the strategy's {', '.join(others)} and {last}, and {rest}"
     ways = ways_to_fit(planner, sequences)
-    return f"what would fit: {'; '.join(ways)}" if ways else "use GPUs with more memory, or a smaller model"
+    return f"use one of these: {'; '.join(ways)}" if ways else "use GPUs with more memory, or a smaller model"
 
 
 def compared(planned: Sequence[int], measured: Sequence[int]) -> str:
@@ -142,4 +142,4 @@ def compared(planned: Sequence[int], measured: Sequence[int]) -> str:
         f"stage {number}: {gib(most)} (planned {gib(peak)})"
         for number, (peak, most) in enumerate(zip(planned, measured, strict=True))
     )
-    return f"memory at its peak: {', '.join(each)}"
+    return f"peak memory: {', '.join(each)}"

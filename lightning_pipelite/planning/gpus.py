@@ -105,5 +105,5 @@ def gpu_named(name: str) -> Gpu:
     if short in GPUS:
         return GPUS[short]
     near = difflib.get_close_matches(short, GPUS, 1)
-    meant = f"did you mean {near[0]}? The table has" if near else "choose one of"
+    meant = f"did you mean {near[0]}? Choose one of" if near else "choose one of"
     raise ConfigurationError(f"device is {name!r}; {meant} {', '.join(GPUS)}, or leave it out and give --memory.")

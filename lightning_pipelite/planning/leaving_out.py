@@ -36,7 +36,7 @@ def faster_without(planner: Planner, stages: int, policy: str, virtual_stages: i
     if without > (1 - WORTH) * with_it:
         return ""
     return (
-        f"the devices of stage {slowest} are so slow ({speeds[slowest]:.2f} of the fastest) that a step would take "
-        f"{without:.2f} s without them and takes {with_it:.2f} s with them: leave them out, with pipeline_stages="
+        f"the devices of stage {slowest} are so slow ({speeds[slowest]:.2f} of the fastest) that a step is faster "
+        f"without them ({without:.2f} s instead of {with_it:.2f} s): leave them out, and set pipeline_stages to "
         f"{stages - 1}."
     )

@@ -92,10 +92,10 @@ class MemoryPlan(OwnCallback):
         if isinstance(planned, str):
             if cuts:
                 raise ConfigurationError(
-                    f"partition_method is auto, but what the layers cost could not be found out ({planned}); set it to "
-                    "uniform, parameters or type:REGEX."
+                    f"partition_method is auto, but the costs of the layers could not be determined ({planned}); set "
+                    "it to uniform, parameters or type:REGEX."
                 )
-            rank_zero_warn(f"the memory that training takes could not be planned ({planned}).")
+            rank_zero_warn(f"the memory use of training could not be planned ({planned}).")
             return
         assert planned is not None
         if fits and self._refuse and planned.refusal:

@@ -300,4 +300,4 @@ class _Layers:
         return self._planner.costs(self._policy, self._stages)
 
     def build_stage(self, start: int, stop: int, device: torch.device) -> nn.Module:
-        raise NotImplementedError("a plan builds no stages")
+        raise NotImplementedError("a plan does not build stages")

@@ -101,7 +101,7 @@ def is_product(func: Any) -> bool:
     if name in FORMULAS or _torchs(func) is not None:
         return True
     if name not in NO_PRODUCTS and _may_be_product(name):
-        raise UnknownProductError(f"the plan does not know how many operations {name} does; enter it in products.py")
+        raise UnknownProductError(f"the number of operations of {name} is not known; add it to products.py")
     return False
 
 

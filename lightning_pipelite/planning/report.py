@@ -141,12 +141,13 @@ class Report:
         if planner.memory is not None:
             devices += f" of {self._sizes()}"
         if planner.devices.speeds:
-            devices += f", of speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
+            devices += f", with relative speeds {', '.join(f'{speed:g}' for speed in planner.devices.speeds)}"
         lines = [
             f"{model['model_dir']}: {whole.parameters / 1e9:.2f} billion parameters "
             f"({disk_size(planner.layers.meta_model)}{stored}), "
             f"{type(planner.layers.adapter).__name__}{bits}, {whole.trained / 1e6:.1f} million trained",
-            f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens a step",
+            f"{devices}; {self.sequences} sequence{'s' * (self.sequences > 1)} of {planner.sequence_len} tokens "
+            "per step",
         ]
         if planner.memory is not None:
             limits = ", ".join(gib(int((1 - MARGIN) * size)) for size in dict.fromkeys(planner.devices.memory))
@@ -168,11 +169,11 @@ class Report:
             stages = f"{most} stage{'s' * (most > 1)}"
             lines = [
                 f"Nothing fits {self.devices} x {self._sizes()}: {stages} with activation_memory {best} would "
-                f"take {gib(least)}" + (" of one." if self.devices > 1 else ".")
+                f"take {gib(least)}" + (" on the fullest device." if self.devices > 1 else ".")
             ]
             if not self.ways:
                 return [*lines, "Use devices with more memory, or a smaller model."]
-            return [*lines, "What would fit, each by itself:", *(f"  - {way}" for way in self.ways)]
+            return [*lines, "Any one of these would make it fit:", *(f"  - {way}" for way in self.ways)]
         options = {**found.options, "activation_memory": found.policy}
         if found.stages == 1:
             del options["partition_method"]  # there is nothing to cut
@@ -180,7 +181,7 @@ class Report:
         speed = self.sequences * planner.sequence_len / found.seconds
         return [
             f"Recommended: {words}; {self._replicas(found.stages)}.",
-            f"{found.seconds:.2f} s a step, {in_three_digits(speed)} tokens/s ({self._whose_times}).",
+            f"{found.seconds:.2f} s per step, {in_three_digits(speed)} tokens/s ({self._whose_times}).",
             "",
             *stage_lines(planner.of(found.micro_batches), self.shown),
             "",
@@ -193,19 +194,19 @@ class Report:
     def _replicas(self, stages: int) -> str:
         replicas = self.devices // stages
         each = self.sequences // replicas
-        return f"{replicas} replica{'s' * (replicas > 1)} with {each} micro-batch{'es' * (each > 1)} a step"
+        return f"{replicas} replica{'s' * (replicas > 1)} with {each} micro-batch{'es' * (each > 1)} per step"
 
     @property
     def _whose_times(self) -> str:
         gpu = self.planner.gpu
-        return f"estimated for {gpu.name}s by {'measured' if gpu.measured else 'public'} rates"
+        return f"estimated for {gpu.name}s from {'measured' if gpu.measured else 'published'} rates"
 
     def _all(self) -> list[str]:
         """Return a table of all that was tried for the same number of sequences, the configuration's split first."""
         given, planner = self.settings, self.planner
         configured = _stages_in_words(given.stages, given.virtual_stages)
         lines = [
-            f"At {self.sequences} sequence{'s' * (self.sequences > 1)} a step ({self._whose_times}):",
+            f"At {self.sequences} sequence{'s' * (self.sequences > 1)} per step ({self._whose_times}):",
             f"  {'stages':>6} {'replicas':>8}  {'activation_memory':<18}{'fullest stage':>14}{'step':>11}",
             f"as configured, {configured}, partition_method {given.partition_method}:",
             *(self._row(given.stages, policy, stages, planner) for policy, stages in self.policies.items()),
@@ -234,33 +235,35 @@ class Report:
         if planner.memory is None:
             return [
                 "",
-                "Give --memory, such as --memory 24GiB, or --device, such as --device 4090, to learn what fits.",
+                "Give --memory, such as --memory 24GiB, or --device, such as --device 4090, to see what fits.",
             ]
         if self.largest is not None and self.recommended is not None:
             lines.append(
-                f"The largest sequence_len on the recommended split is {self.largest}, with {planner.policies[-1]}."
+                f"The largest sequence_len with the recommended split is {self.largest}, with activation_memory "
+                f"{planner.policies[-1]}."
             )
         if self.fewest is not None:
             count, how = self.fewest
             lines.append(f"The fewest devices that fit: {count}, with activation_memory {how}.")
         if (on_host := self.on_host) and "offload" in planner.policies:
             lines.append(
-                f"offload takes up to {gib(on_host)} of the memory of each host, page-locked, beside the programs."
+                f"offload takes up to {gib(on_host)} of page-locked memory on each host, besides the processes' own."
             )
         if optimizer := max(stage.optimizer_on_host for stage in self.shown):
             lines.append(
-                f"offload_optimizer keeps up to {gib(optimizer)} of a stage's optimizer state in the host's memory, "
-                "page-locked; each step copies it to the device and back."
+                f"offload_optimizer keeps up to {gib(optimizer)} of a stage's optimizer state in page-locked host "
+                "memory; each step copies it to the device and back."
             )
         layers = planner.layers
         if layers.packed and not layers.meta_model.fits_varlen():
             lines.append(
-                "Documents are kept apart by masks, slowly if sequences are long: FlashAttention does not fit."
+                "Documents are kept apart by masks, which is slow for long sequences: FlashAttention does not support "
+                "this model's attention."
             )
         fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
         if fp8 and self.recommended is not None:
             lines.append(
-                "Faster still, in half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
+                "Faster still, with half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
                 "--model.load_in_fp8 true."
             )
         return lines if len(lines) > 1 else []

@@ -154,11 +154,11 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in UNITS.items()}
     if match is None or match[2].lower() not in units:
-        raise ConfigurationError(f"memory is {text!r}; write it as in 24GiB or 80GB.")
+        raise ConfigurationError(f"memory is {text!r}; give a size such as 24GiB or 80GB.")
     size = int(float(match[1]) * units[match[2].lower()])
     if not LEAST <= size <= MOST:
         told = f"{match[1]} GiB" if not match[2] else gib(size)
-        raise ConfigurationError(f"memory is {text!r}, which is {told}; write that of one GPU, as in 24GiB or 80GB.")
+        raise ConfigurationError(f"memory is {text!r}, which is {told}; give that of one GPU, such as 24GiB or 80GB.")
     return size
 
 

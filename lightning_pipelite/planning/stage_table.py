@@ -16,7 +16,7 @@ KINDS = {  # kinds of memory in a stage: their character and name
     "gradients": ("▓", "gradients"),
     "optimizer": ("▒", "optimizer"),
     "activations": ("░", "activations"),
-    "transient": ("▚", "comes and goes"),
+    "transient": ("▚", "temporary"),
     "reserve": ("·", "reserve"),
 }
 
@@ -25,12 +25,12 @@ SIZES = {  # attributes of a stage by the titles of their columns
     "grads": "gradients",
     "optim.": "optimizer",
     "activ.": "activations",
-    "passing": "transient",
+    "temp.": "transient",
     "loss": "loss",
     "reserve": "reserve",
     "total": "total",
 }
-SPARED = ("params", "loss")  # left out on narrow terminals: weights include params, activ. and passing include loss
+SPARED = ("params", "loss")  # left out on narrow terminals: weights include params, activ. and temp. include loss
 
 
 def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
@@ -58,7 +58,7 @@ def stage_lines(planner: Planner, stages: Sequence[StageMemory]) -> list[str]:
     if sent := [stage.sent for stage in stages[:-1]]:
         waits = 1 - step(stages, planner.micro_batches).efficiency
         each = ", ".join(sorted({gib(size) for size in sent}))
-        lines.append(f"      bubble {waits:.0%} of the time; over each boundary {each} a step")
+        lines.append(f"      bubble {waits:.0%} of the time; {each} per step over each boundary")
     return lines
 
 

@@ -38,7 +38,7 @@ def ways_to_fit(planner: Planner, sequences: int) -> list[str]:
             fits.add(name)
             each = other.of(found.micro_batches).stages(found.bounds, found.policy, None, found.virtual_stages)
             ways.append(
-                f"{name}: {gib(max(stage.total for stage in each))} of a device, in {found.stages} "
+                f"{name}: {gib(max(stage.total for stage in each))} per device, in {found.stages} "
                 f"stage{'s' * (found.stages > 1)} with activation_memory {found.policy}"
             )
         elif (count := _fewest(other, sequences)) and (most is None or count < most):
@@ -74,7 +74,7 @@ def _other_layers(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]
         narrower.adapter = copy.copy(layers.adapter)
         narrower.adapter.target_modules = names  # type: ignore[attr-defined]
         if _goes(narrower):
-            yield f"the adapter's target_modules: [{', '.join(names)}] (attention alone)", narrower
+            yield f"the adapter's target_modules: [{', '.join(names)}] (attention only)", narrower
 
 
 def attention_targets(layers: CausalLMLayers) -> list[str]:
@@ -115,7 +115,7 @@ def _fewer_in_flight(planner: Planner, sequences: int) -> Iterator[str]:
         if policy := full.of(count).choose_policy(stages, "auto"):
             yield (
                 f"trainer.accumulate_grad_batches: {count} in {counted(stages, 'stage')}, so that fewer micro-batches "
-                f"are in flight (activation_memory {policy}; the stages wait more)"
+                f"are in flight (activation_memory {policy}; stages idle more)"
             )
             return
 
