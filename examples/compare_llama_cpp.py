@@ -106,7 +106,7 @@ def main() -> int:
         wanted = trained_logits(options.base, options.adapter, tokens, options.inverse)
         for told, adapter in (("with the adapter", options.adapter_gguf), ("without it", None)):
             divergence, same = compare(wanted, llama_logits(options.base_gguf, adapter, tokens))
-            print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats per token, same most likely token in {same:.0%}")
+            print(f"llama.cpp {told}: KL divergence {divergence:.2e} nats per token, same top token in {same:.0%}")
     except (ConfigurationError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""What all tests share: worker processes that stay, one thread each, no network, and what markers are for.
+"""What all tests share: persistent worker processes, one thread each, no network, and markers.
 
-Every test waits for what is imported here, so that it is next to nothing: torch alone takes two seconds.
+Every test waits for the imports here, so there are next to none: torch alone takes two seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from durations import Durations
 from processes import Workers
 
-# Before anything imports torch, which takes its number of threads from there.
+# Set before anything imports torch, which reads its number of threads from here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,14 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Durations(config))
-    # As of what a shell runs in the background; children would inherit it.
+    # A shell's background jobs ignore SIGINT, and children would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
-    """Ranks over gloo: `workers.run(world_size, function, ...)`."""
+    """Provide ranks over gloo: `workers.run(world_size, function, ...)`."""
     pool = Workers(4)
     yield pool
     pool.close()
@@ -42,10 +42,10 @@ def workers() -> Iterator[Workers]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is known by its fixtures and parameters, and skip what needs a GPU where there is none."""
+    """Mark tests by their fixtures and parameters, and skip those that need a GPU where there is none."""
     for item in items:
-        # Several processes run the tests, and must give them the same names.
-        assert " at 0x" not in item.nodeid, f"{item.nodeid}: name the case, not where it lies in memory"
+        # Several processes run the tests and must agree on their names.
+        assert " at 0x" not in item.nodeid, f"{item.nodeid}: give the case an id; this one contains a memory address"
         if "workers" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.process)
         if "cuda" in map(str, parameters_of(item)):
@@ -58,14 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Spare a run the second in which hypothesis is imported for its summary, where no test has used it."""
+    """Save the second that importing hypothesis for its summary takes, if no test has used it."""
     plugins = session.config.pluginmanager
     if "hypothesis" not in sys.modules and plugins.has_plugin("hypothesispytest"):
         plugins.unregister(name="hypothesispytest")
 
 
 def parameters_of(item: pytest.Item) -> list[object]:
-    """The values of a test's parameters."""
+    """Return the values of a test's parameters."""
     return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
 

@@ -1,4 +1,4 @@
-"""What `--fast` leaves out: what took long when it last ran."""
+"""What `--fast` leaves out: tests that took long when they last ran."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from durations import KEY, Durations
 
 
 class Cache(dict[str, Any]):
-    """pytest's, in memory."""
+    """pytest's cache, in memory."""
 
     set = dict.__setitem__
 

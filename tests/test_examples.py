@@ -24,7 +24,7 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a shell that is no rank, and finds this interpreter's programs and this package."""
+    """Return the environment of a shell that is not a rank and finds this interpreter's programs and this package."""
     clean = {name: value for name, value in os.environ.items() if name not in RANKS}
     path = f"{Path(sys.executable).parent}:{clean['PATH']}"
     return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}:{EXAMPLES}", "CUDA_VISIBLE_DEVICES": "", **more}
@@ -68,7 +68,7 @@ def test_the_notebook_draws_its_figures(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.timeout(200)
 def test_torchrun_over_two_nodes(tmp_path: Path) -> None:
-    """Two "nodes" on this machine, a rank each: the script's own line."""
+    """Run the script's own command on two "nodes" on this machine, each with one rank."""
     job = write_job(tmp_path)
     arguments, port = fit_arguments(job), str(free_port())
     started = [
@@ -89,7 +89,7 @@ def test_torchrun_over_two_nodes(tmp_path: Path) -> None:
 
 
 def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
-    """srun is a script here that runs the line once for each task, with Slurm's variables."""
+    """Replace srun by a script that runs the command once for each task, with Slurm's variables."""
     job = write_job(tmp_path)
     (tmp_path / "bin").mkdir()
     srun = tmp_path / "bin" / "srun"
@@ -113,7 +113,7 @@ def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
 
 
 def fit_arguments(job: Path) -> list[str]:
-    """One step of a LoRA in two stages, on CPUs."""
+    """Return the arguments for one step of a LoRA in two stages, on CPUs."""
     return [
         "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model.model_dir", str(job / "model"),
         "--data.datasets", f'[{{"dataset_path": "{job}/texts/*.txt"}}]', "--data.sequence_len", "64",

@@ -1,4 +1,4 @@
-"""Importing a room changes nothing in the process, and what is to be changed is a call at the place that needs it."""
+"""Importing a module changes nothing in the process; what must be changed is changed by a call where it is needed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 FILES = [*sorted(ROOT.glob("lightning_pipelite/**/*.py")), *sorted(ROOT.glob("kernels/*.py"))]
 
 ALLOWED = {
-    # By its name the Trainer finds the strategy, and Lightning's own loaders read what it has written.
+    # The Trainer finds the strategy by its name, and Lightning's own loaders read its checkpoints.
     "PipeLiteStrategy.register_strategies",
     "lightning_compat.install",
-    # torch knows an operation by its name from its definition on, and it is nobody else's.
+    # Defines operations in torch's registry, under names of our own.
     "_LIBRARY.define",
     "torch.library.register_autograd",
     "torch.library.register_fake",
-    "start",  # of __main__
+    "start",  # in __main__
 }
 
 WATCHED = """
@@ -78,7 +78,7 @@ def test_importing_every_room_changes_nothing() -> None:
 
 
 def _called(tree: ast.Module) -> list[tuple[int, str]]:
-    """Calls whose result no statement of the module keeps, and what is assigned to other modules' names."""
+    """Return top-level calls whose result is discarded, and assignments to attributes or items."""
     found = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):

@@ -1,4 +1,4 @@
-"""What begins with an underscore is for its own file: no other of the package reads or changes it."""
+"""Names that begin with an underscore are private to their file: no other file of the package reads or changes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("lightning_pipelite/**/*.py")) + sorted(ROOT.glob("kernels/*.py"))
-# Something here is called the same.
+# Libraries' names that are also bound in this package.
 OF_LIBRARIES = {"_apply", "_attn_implementation", "_groups", "_replace", "_timeout"}
 
 
@@ -18,7 +18,7 @@ def is_private(name: str) -> bool:
 
 
 def bound(tree: ast.AST) -> Iterator[str]:
-    """The private names that a file gives something: functions, classes, variables, attributes."""
+    """Yield the names that a file binds: functions, classes, variables, attributes."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -35,7 +35,7 @@ def is_own(value: ast.expr) -> bool:
 
 
 def reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """The private names that a file takes from something else than itself, with their lines."""
+    """Yield the names that a file reads from elsewhere, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not is_own(node.value):
             yield node.lineno, node.attr

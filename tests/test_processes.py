@@ -22,7 +22,7 @@ def test_what_a_job_puts_into_the_environment_ends_with_it(workers: Workers) -> 
 
 
 class TooLongError(BaseException):
-    """Not an Exception, as what pytest-timeout raises."""
+    """Not an Exception, like what pytest-timeout raises."""
 
 
 def test_a_job_that_is_broken_off_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:

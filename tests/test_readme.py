@@ -27,7 +27,7 @@ MODES = ["lora", "qlora", "full", "control_adapter", "continued_pretraining", "q
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's directory: the quickstart's texts and its random model, under the names that the README uses."""
+    """Create a user's directory: the quickstart's texts and its random model, under the README's names."""
     made = tmp_path_factory.mktemp("user")
     quickstart.write_texts(made)
     (made / "models").mkdir()
@@ -42,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_blocks(directory: str, blocks: list[str]) -> None:
-    """Run Python blocks one after the other, in a directory, as one program."""
+    """Run Python blocks in order in a directory, as one program."""
     import os
 
     os.chdir(directory)
@@ -97,7 +97,7 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
     arguments = [
         "fit", "--config", str(ROOT / "configs" / f"{mode}.yaml"), "--trainer.devices=1", "--trainer.max_steps=2",
         "--trainer.accumulate_grad_batches=2", "--trainer.limit_val_batches=1", "--data.sequence_len=128",
-        "--overwrite",  # what the README's command has trained
+        "--overwrite",  # the README's command has already trained there
     ]  # fmt: skip
     if mode == "continued_pretraining":
         arguments.append("--model.warmup_steps=1")
@@ -109,9 +109,9 @@ def test_configurations_train(workers: Workers, directory: Path, mode: str) -> N
 
 
 def test_every_configuration_is_run_by_a_test() -> None:
-    quickstarts = {"quickstart", "quickstart_base"}  # by test_the_quickstart
+    quickstarts = {"quickstart", "quickstart_base"}  # run by test_the_quickstart
     assert {path.stem for path in (ROOT / "configs").iterdir()} == {*MODES, *quickstarts}
-    # The last but control_style by tests/callbacks and tests/export; it, the notebook and the scripts by test_examples.
+    # callbacks_ddp: tests/callbacks; compare_llama_cpp: tests/export; control_style and the others: test_examples.
     examples = {"quickstart.py", "drop_in.py", "callbacks_ddp.py", "compare_llama_cpp.py", "control_style.py"}
     others = {"what_was_learned.ipynb", "torchrun.sh", "slurm.sbatch"}
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == examples | others
@@ -120,7 +120,7 @@ def test_every_configuration_is_run_by_a_test() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_quickstart(tmp_path: Path) -> None:
-    """The real thing, shortened to a few steps of each training; it may be run again."""
+    """Run the quickstart with only a few steps of each training; it can be run again."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("of an earlier one")
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path), "--steps", "6"]
@@ -130,6 +130,6 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert after < before
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 16
     assert "tensorboard --logdir" in done.stdout
-    # Nothing of what libraries say: transformers imports DeepSpeed while it saves, which tells of its accelerator.
+    # No library output: transformers imports DeepSpeed while it saves, which logs its accelerator.
     assert "[WARNING]" not in done.stdout
     assert [line for line in done.stderr.splitlines() if not line.startswith("training (")] == []

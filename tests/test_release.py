@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sdist of what git has, and the wheel that is built from the sdist."""
+    """Build the sdist from the files in git, and the wheel from the sdist; return their directory."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
     package |= {f"lightning_pipelite/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert names == {*package, "lightning_pipelite/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
-        for path in (ROOT / "kernels").glob("*.py"):  # files, not a link that leads nowhere
+        for path in (ROOT / "kernels").glob("*.py"):  # files, not a dangling link
             assert archive.read(f"lightning_pipelite/kernels/{path.name}") == path.read_bytes()
         (scripts,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "pipelite = lightning_pipelite.cli:start" in archive.read(scripts).decode()
@@ -87,7 +87,7 @@ def test_versions_agree() -> None:
 
 
 def test_the_lowest_versions_are_those_that_are_tested() -> None:
-    """Each lower bound of pyproject.toml is pinned for `make versions`, and nothing else is."""
+    """Exactly the lower bounds of pyproject.toml are pinned for `make versions`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = [re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", each) for each in project["dependencies"]]
     allowed = {bound[1]: Version(bound[2]) for bound in bounds if bound}

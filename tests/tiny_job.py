@@ -48,7 +48,7 @@ def write_job(folder: Path) -> Path:
 
 
 def options(folder: Path, **trainer: Any) -> dict[str, Any]:
-    """The options of one LoRA step on one CPU process, with a logger and checkpoints off."""
+    """Return the options of one LoRA step in one CPU process, without logger and checkpoints."""
     return {
         "trainer": {
             "accelerator": "cpu",

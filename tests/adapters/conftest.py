@@ -1,5 +1,5 @@
 import sys
 from pathlib import Path
 
-# test_text_part
+# for test_text_part
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))

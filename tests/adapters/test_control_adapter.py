@@ -1,4 +1,4 @@
-"""Control Adapters on stages, against hooks on the unsplit model that form every matrix."""
+"""Control Adapters on stages equal hooks on the unsplit model that materialise every matrix."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def move(stages: list[Stage]) -> None:
 
 
 def hook_control(model: nn.Module, parameters: dict[str, Tensor], classes: list[Tensor]) -> None:
-    """Let every decoder layer apply W = Q diag(exp(cS) - 1) Qᵀ, each class on its own; `classes[0]` is the batch's."""
+    """Make each decoder layer apply W = Q diag(exp(cS) - 1) Qᵀ class by class; ``classes[0]`` holds the batch's."""
 
     def after(number: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_initial_values_do_not_depend_on_the_partition(tmp_path: Path) -> None:
     for cuts in CUTS:
         parts = trained(build(layers, cuts)[::-1])
         assert parts.keys() == whole.keys()
-        assert all(torch.equal(parts[name], whole[name]) for name in whole)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
     for name, parameter in whole.items():
         if name.endswith("Q"):
             torch.testing.assert_close(parameter.T @ parameter, torch.eye(4), rtol=0, atol=1e-6)
@@ -148,7 +148,7 @@ def test_saved_files(tmp_path: Path) -> None:
     values = {f"base_model.model.{name.removeprefix('causal_lm.')}": p for name, p in trained(stages).items()}
     assert saved.keys() == values.keys()
     assert "base_model.model.model.layers.3.control_Q" in saved
-    assert all(torch.equal(saved[name], values[name]) for name in saved)
+    torch.testing.assert_close(saved, values, rtol=0, atol=0)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_dropout"], config["control_gamma"]) == (4, 0.1, 0.25)
     assert config["layers_to_transform"] is None
@@ -156,8 +156,8 @@ def test_saved_files(tmp_path: Path) -> None:
         PeftConfig.from_pretrained(tmp_path / "adapter")
     read = load_control_adapter(tmp_path / "adapter")
     assert list(read) == [0, 1, 2, 3]
-    assert torch.equal(read[2][0], saved["base_model.model.model.layers.2.control_Q"])
-    assert torch.equal(read[2][1], saved["base_model.model.model.layers.2.control_S"])
+    for tensor, letter in zip(read[2], "QS", strict=True):
+        torch.testing.assert_close(tensor, saved[f"base_model.model.model.layers.2.control_{letter}"], rtol=0, atol=0)
 
 
 def test_files_of_qlora_pipe_lite_load(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_files_of_qlora_pipe_lite_load(tmp_path: Path) -> None:
     for directory in ("bin", "new"):
         read = load_control_adapter(tmp_path / directory)
         assert list(read) == [2, 10]
-        assert torch.equal(read[10][0], state[names[1]])
+        torch.testing.assert_close(read[10], (state[names[1]], state[names[0]]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_batch_without_classes_and_a_layer_that_does_not_fit_are_told(tmp_path
     write_model(tmp_path, "llama")
     (stage,) = build(CausalLMLayers(tmp_path, dtype=torch.float32, adapter=ControlAdapter(4)), [0, 4])
     (input_ids, _), _ = micro_batches()
-    with pytest.raises(ConfigurationError, match="control_classes"):
+    with pytest.raises(ConfigurationError, match="a Control Adapter needs control_classes in every batch"):
         stage((input_ids, POSITIONS))
     with pytest.raises(ConfigurationError, match="streams"):
         stage((input_ids, POSITIONS, CLASSES[0][:, :5]))

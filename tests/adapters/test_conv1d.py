@@ -114,7 +114,8 @@ def test_gguf_and_analysis(base: Path, tmp_path: Path) -> None:
     for ours, theirs in (("attn.c_attn", "attn_qkv"), ("mlp.c_proj", "ffn_down")):
         for letter in "AB":
             tensor = saved[f"base_model.model.transformer.h.3.{ours}.lora_{letter}.weight"]
-            assert torch.equal(written[f"blk.3.{theirs}.weight.lora_{letter.lower()}"], tensor)
+            found = written[f"blk.3.{theirs}.weight.lora_{letter.lower()}"]
+            torch.testing.assert_close(found, tensor, rtol=0, atol=0)
     analyze(str(tmp_path / "adapter"), str(base), str(tmp_path / "analysis"))
     figures = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["figures"]
     a, b = (saved[f"base_model.model.transformer.h.3.mlp.c_fc.lora_{letter}.weight"] for letter in "AB")

@@ -52,7 +52,7 @@ def test_all_that_is_written_has_the_mode_that_the_umask_asks_for(tmp_path: Path
             (partial / "config.json").write_text("{}")
             (partial / "templates").mkdir(0o700)
             (partial / "templates" / "a").write_text("")
-            (partial / "templates" / "a").chmod(0o400)  # as it was where it was copied from
+            (partial / "templates" / "a").chmod(0o400)  # like the file that it was copied from
     finally:
         os.umask(before)
     for path in (tmp_path / "saved").rglob("*"):

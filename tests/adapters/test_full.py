@@ -32,13 +32,12 @@ def test_saved_model_loads_and_gives_the_stages_logits(tmp_path: Path, kind: str
     stages = build(layers, cuts)
     with torch.no_grad():
         for name in {name for stage in stages for name, _ in stage.named_parameters()}:
-            for stage in stages:  # a tied weight is changed alike on both stages, as the strategy would
+            for stage in stages:  # a tied weight changes alike on both stages, as in training
                 if name in (parameters := dict(stage.named_parameters())):
                     parameters[name].mul_(1.5)
     adapter.save(target, map(layers.trained_state, stages), source)
     before, after = tensors(source), tensors(target)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(1.5 * before[name], after[name]) for name in before)
+    torch.testing.assert_close(after, {name: 1.5 * tensor for name, tensor in before.items()}, rtol=0, atol=0)
     assert len(list(target.glob("*.safetensors"))) == len(cuts) - 1
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
@@ -58,7 +57,7 @@ def test_dtype_of_the_saved_model(tmp_path: Path) -> None:
     source, target = write_model(tmp_path / "model", "qwen3"), tmp_path / "trained"
     adapter = Full()
     layers = CausalLMLayers(source, dtype=torch.bfloat16, adapter=adapter)
-    for _ in range(2):  # the second takes the first one's place
+    for _ in range(2):  # the second replaces the first
         adapter.save(target, [layers.trained_state(stage) for stage in build(layers, [0, 4])], source)
     assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
@@ -96,7 +95,7 @@ def test_layers_alone_freeze_embedding_norm_and_head(tmp_path: Path) -> None:
 
 def test_the_trained_model_itself_is_not_overwritten(tmp_path: Path) -> None:
     write_model(tmp_path, "llama")
-    with pytest.raises(ConfigurationError, match="is trained"):
+    with pytest.raises(ConfigurationError, match="is the model being trained"):
         Full().save(tmp_path, [{}], tmp_path)
 
 

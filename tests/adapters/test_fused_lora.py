@@ -14,7 +14,7 @@ from lightning_pipelite.kernels.lora import lora_linear
 
 
 def adapted(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """A layer of PEFT, and one of the same values that was to be fused."""
+    """Return a layer of PEFT, and one with the same values that :func:`fuse` was called on."""
     pair = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ class Heads(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
-# Scales that are quantised have one of their own for 256 each, of 64 weights.
+# Quantised scales have one scale per 256 of them, each of which is for 64 weights.
 @pytest.mark.parametrize(
     ("nested", "unit", "change"),
     [
@@ -135,12 +135,12 @@ def test_merged_and_switched_off_adapters_are_pefts() -> None:
 
 
 def test_weights_in_four_bits_that_have_moved_are_computed_with() -> None:
-    """What becomes of them afterwards shows that it is these, and no others."""
+    """Zeroing them afterwards zeroes their products, so no stale copies are used."""
     model = Heads(False, 3)
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["q", "k", "v"]), model)
     fuse({name: getattr(model, name) for name in ("q", "k", "v")}, "default", [["q", "k", "v"]])
     joined: Any = model.q._joined
-    model.to("cpu")  # where they are
+    model.to("cpu")  # no move, as they are there already
     assert model.q._joined is joined
     x = torch.randn(5, 64)
     before = model(x)

@@ -1,4 +1,4 @@
-"""A LoRA that goes on from a PEFT adapter, against PEFT with that adapter."""
+"""A LoRA that continues from a PEFT adapter starts with what PEFT computes with that adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def by_peft(model: Any, directory: Path, **options: Any) -> PeftModel:
-    """An adapter of PEFT's own making, none of whose values is zero."""
+    """Save an adapter created by PEFT, with no zeros among its values, and return the adapted model."""
     adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": TARGETS, **options}))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in adapted.named_parameters():
@@ -121,7 +121,7 @@ def test_a_base_in_fp8_files(tmp_path: Path, in_4bit: bool) -> None:
     write_quantised(tmp_path / "model", "llama", fp8())
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).float()
     if in_4bit:
-        plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])  # by its own hand, it saves FP8 again
+        plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])  # the loaded model would save FP8 again
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(tmp_path / "plain")
         model = AutoModelForCausalLM.from_pretrained(
@@ -137,7 +137,7 @@ def test_a_base_in_fp8_files(tmp_path: Path, in_4bit: bool) -> None:
 @pytest.mark.parametrize(
     "theirs",
     [
-        {"exclude_modules": r".*\.(0\.mlp|3\.self_attn)\..*"},  # other targets in some layers
+        {"exclude_modules": r".*\.(0\.mlp|3\.self_attn)\..*"},  # different targets in some layers
         {"target_modules": ["o_proj", "down_proj"], "exclude_modules": ["model.layers.1.self_attn.o_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [2]},
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
@@ -163,7 +163,7 @@ def test_what_the_sentence_says_can_be_followed(tmp_path: Path, theirs: dict[str
     if pattern := re.search("set target_modules to '(.*)'", said):
         options: dict[str, Any] = {"target_modules": pattern[1]}
     else:
-        targets, layers = re.search(r"what it has, (.*) of the layers \[(.*)\]", said).groups()  # type: ignore[union-attr]
+        targets, layers = re.search(r"set these to match it: (.*) of layers \[(.*)\]", said).groups()  # type: ignore[union-attr]
         options = {"target_modules": targets.split(", "), "layers_to_transform": layers}
     found = run_stages(build(layers_of(**options), [0, 1, 4]), micro_batches()[0][0], ROW)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -193,9 +193,9 @@ def test_the_first_loss_in_two_stages(workers: Workers, tmp_path: Path) -> None:
         ({"rank": 8}, "it has rank 4, but rank is 8; set rank to the adapter's"),
         ({"target_modules": ["q_proj"]}, "it adapts model.layers.0.mlp.down_proj"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, "does not adapt model.layers.0.self_attn.v_proj"),
-        ({"layers_to_transform": "0:1"}, "set these to what it has, down_proj, q_proj of the layers [0, 1, 2, 3]"),
+        ({"layers_to_transform": "0:1"}, "set these to match it: down_proj, q_proj of layers [0, 1, 2, 3]"),
         ({"use_dora": True}, "use_dora is True, but the adapter has False"),
-        ({"init_lora_weights": "pissa"}, "both say where A and B start"),
+        ({"init_lora_weights": "pissa"}, "both set the initial A and B"),
         ({"init_from": "/nowhere"}, "init_from /nowhere: there is no such directory"),
     ],
     ids=str,
@@ -232,4 +232,4 @@ def test_an_adapter_of_another_base(model_dir: Path, adapter: Path, tmp_path: Pa
     module = PipeLiteModule(str(model_dir), lora, allow_another_base=True)
     plain = PipeLiteModule(str(model_dir), LoRA(4, target_modules=TARGETS))
     identity = module.checkpoint_identity()
-    assert identity == plain.checkpoint_identity()  # which resumes without that directory
+    assert identity == plain.checkpoint_identity()  # so it resumes without the adapter's directory

@@ -1,4 +1,4 @@
-"""rsLoRA, DoRA, PiSSA and the experts of MoE models, against PEFT on the unsplit model."""
+"""rsLoRA, DoRA, PiSSA and LoRA on the experts of MoE models equal PEFT on the unsplit model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def four_bit() -> BitsAndBytesConfig:
 
 
 def move(stages: list[Stage]) -> None:
-    """Change what is trained, as training would."""
+    """Change the trained parameters, as training would."""
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(trained(stages).items()):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -52,11 +52,11 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def check_against_peft(layers: CausalLMLayers, whole: nn.Module, model_dir: Path, directory: Path) -> PeftModel:
-    """Train two stages' worth of values, save, load with PEFT on `whole`, and compare logits and gradients."""
+    """Randomise and save two stages' adapter, load it on ``whole`` with PEFT, and compare logits and gradients."""
     bare = logits_of(whole).detach()
     stages = build(layers, [0, 1, 4])
     (input_ids, labels), _ = micro_batches()
-    if layers.adapter.init_lora_weights != "gaussian":  # all start as the model itself
+    if layers.adapter.init_lora_weights != "gaussian":  # all others start as the model itself
         torch.testing.assert_close(run_stages(stages, input_ids, ROW), bare, rtol=0, atol=1e-5)
     move(stages)
     logits, gradients = train_stages(stages, ROW)
@@ -65,8 +65,7 @@ def check_against_peft(layers: CausalLMLayers, whole: nn.Module, model_dir: Path
     loaded = PeftModel.from_pretrained(whole, directory, is_trainable=True)
     saved = load_file(directory / "adapter_model.safetensors")
     theirs = get_peft_model_state_dict(loaded)
-    assert saved.keys() == theirs.keys()
-    assert all(torch.equal(saved[name], theirs[name]) for name in saved)
+    torch.testing.assert_close(saved, theirs, rtol=0, atol=0)
     torch.testing.assert_close(logits[0], logits_of(loaded), rtol=0, atol=1e-5)
     assert (bare - logits[0]).abs().max() > 1e-3
     for input_ids, labels in micro_batches():
@@ -113,7 +112,8 @@ def test_initial_values_do_not_depend_on_the_partition(tmp_path: Path, variant: 
         parts = build(layers, cuts)[::-1]
         assert torch.equal(before, torch.get_rng_state())
         for stage in parts:
-            assert all(torch.equal(parameter, expected[name]) for name, parameter in stage.named_parameters())
+            for name, parameter in stage.named_parameters():
+                torch.testing.assert_close(parameter, expected[name], rtol=0, atol=0, msg=name)
 
 
 def test_pissa_takes_the_largest_singular_values(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_experts_are_pefts(tmp_path: Path, kind: str, in_4bit: bool) -> None:
         whole = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, quantization_config=four_bit()
         ).train()
-        for parameter in whole.parameters():  # what the experts are worth after quantisation, in full precision
+        for parameter in whole.parameters():  # the experts' values after quantisation, in full precision
             if parameter.ndim == 3:
                 parameter.data = dequantize_4bit(*quantize_4bit(parameter.data, quant_type="nf4"))
     else:
@@ -154,7 +154,8 @@ def test_experts_are_pefts(tmp_path: Path, kind: str, in_4bit: bool) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     initial = [trained(build(layers, cuts)) for cuts in CUTS]
-    assert all(torch.equal(other[name], p) for name, p in initial[0].items() for other in initial[1:])
+    for other in initial[1:]:
+        torch.testing.assert_close(other, initial[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Q's step, against a float64 reference written from the formula."""
+"""Q's orthogonalisation step equals a float64 reference written from the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loading was told holds for saving, too: a base with code of its own, pickled or doubly quantised weights."""
+"""Options for loading a base also hold for saving: code of its own, pickled weights, double quantisation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logits(model: Any) -> Tensor:
 
 @torch.no_grad()
 def train(base: Path, adapter: Adapter) -> tuple[CausalLMLayers, list[Any], Tensor]:
-    """Change what is trained; return layers, stages and the logits that they then have."""
+    """Change the trained parameters; return the layers, the stages and their new logits."""
     layers = CausalLMLayers(base, dtype=torch.float32, adapter=adapter, trust_remote_code=True)
     stages = build(layers, [0, 1, 4])
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_a_lora_is_saved_merged_and_analysed(base: Path, tmp_path: Path) -> None
 
 def test_the_whole_model_is_saved_with_all_that_it_needs(base: Path, tmp_path: Path) -> None:
     layers, stages, expected = train(base, Full())
-    for _ in range(2):  # the second takes the first one's place, though that holds code
+    for _ in range(2):  # the second replaces the first, although that holds code
         layers.adapter.rehearse_save(tmp_path / "saved", layers.meta_model)
         layers.adapter.save(tmp_path / "saved", map(layers.trained_state, stages), layers.meta_model)
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= FILES
@@ -101,7 +101,7 @@ def test_a_control_adapter_becomes_a_lora(base: Path, tmp_path: Path) -> None:
     layers, stages, _ = train(base, ControlAdapter(2))
     layers.adapter.save(tmp_path / "adapter", map(layers.trained_state, stages), layers.meta_model)
     told = control_to_lora(str(base), str(tmp_path / "adapter"), str(tmp_path / "lora"), trust_remote_code=True)
-    assert "Against the Control Adapter" in told
+    assert "Compared with the Control Adapter" in told
     PeftModel.from_pretrained(load(base), tmp_path / "lora")
 
 

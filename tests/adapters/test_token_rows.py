@@ -1,4 +1,4 @@
-"""Rows of embedding and head that are trained beside a LoRA, against PEFT's own on the unsplit model."""
+"""Rows of embedding and head that are trained with a LoRA equal PEFT's on the unsplit model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def move(stages: list[Stage]) -> None:
-    """Change what is trained, the copies of one parameter alike."""
+    """Change the trained parameters, copies of the same one alike."""
     generator = torch.Generator().manual_seed(0)
     values: dict[str, Tensor] = {}
     for name, parameter in (each for stage in stages for each in stage.named_parameters() if each[1].requires_grad):
@@ -75,7 +75,7 @@ def test_training_equals_a_plain_loop_over_pefts_model(workers: Workers, tied: b
         ("llama", {"lm_head": TOKENS}),
         ("llama_tied", TOKENS),
         ("llama_tied", {"model.embed_tokens": TOKENS}),
-        ("gemma3", TOKENS),  # scales what it looks up, and limits the logits
+        ("gemma3", TOKENS),  # scales its embeddings and soft-caps its logits
     ],
     ids=str,
 )
@@ -109,7 +109,7 @@ def test_all_that_is_made_of_an_adapter(models: dict[str, Path], tmp_path: Path)
     with pytest.raises(ConfigurationError, match="rows of tokens, which cannot be scaled"):
         merge(base, adapter, str(tmp_path / "merged"), scale=0.5)
     merge(base, [adapter, saved("plain")], str(tmp_path / "both"))
-    with pytest.raises(ConfigurationError, match=r"puts values of its own into lm_head\.weight, which .* changes too"):
+    with pytest.raises(ConfigurationError, match=r"replaces values of lm_head\.weight, which .* changes too"):
         merge(base, [adapter, saved("other", trainable_token_indices=[1])], str(tmp_path / "merged"))
     tensors = load_file(f"{adapter}/adapter_model.safetensors")
     name = next(name for name in tensors if "lm_head" in name)
@@ -155,9 +155,9 @@ def by_peft(model: Any, directory: Path, rows: Any) -> PeftModel:
     ("kind", "theirs", "ours"),
     [
         ("llama", {"embed_tokens": TOKENS, "lm_head": [1, 2]}, {"lm_head": [2, 1], "embed_tokens": sorted(TOKENS)}),
-        ("llama", TOKENS, {"embed_tokens": TOKENS}),  # of an untied model, a list of PEFT's is for the embedding
+        ("llama", TOKENS, {"embed_tokens": TOKENS}),  # in an untied model, PEFT applies a list to the embedding only
         ("llama_tied", TOKENS, sorted(TOKENS)),
-        ("llama", None, TOKENS),  # a LoRA alone: the rows begin with the model's
+        ("llama", None, TOKENS),  # a LoRA alone: the rows start as the model's
     ],
     ids=str,
 )
@@ -177,7 +177,7 @@ def test_other_tokens_than_those_of_the_start(models: dict[str, Path], tmp_path:
     for ours in (None, TOKENS, {"embed_tokens": [5, 3]}):
         lora = LoRA(4, target_modules=["q_proj"], init_from=str(tmp_path), trainable_token_indices=ours)
         with pytest.raises(
-            ConfigurationError, match=r"set trainable_token_indices to its own, .'embed_tokens': \[5, 3"
+            ConfigurationError, match=r"set trainable_token_indices to the same tokens, .'embed_tokens': \[5, 3"
         ):
             CausalLMLayers(models["llama"], adapter=lora)
 
@@ -193,7 +193,7 @@ def test_resumed_in_two_stages_after_a_start(workers: Workers, tmp_path: Path) -
     start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     assert 0 < (middle[rows] - start[rows]).abs().max() < 5 * LR
-    for adapter in (lora, LoRA(4, **options)):  # also without the directory
+    for adapter in (lora, LoRA(4, **options)):  # also without the adapter's directory
         found = workers.run(2, resume, model, adapter, 2, half, 2, True)[0]
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -206,12 +206,12 @@ def test_resumed_in_two_stages_after_a_start(workers: Workers, tmp_path: Path) -
     [
         ("llama", [], "names no token"),
         ("llama", {}, "names no module"),
-        ("llama", [-1], "has -1; give the numbers of tokens"),
+        ("llama", [-1], "has -1; give token ids of 0 or more"),
         ("llama", [4, 4], "has the token 4 twice"),
-        ("llama", [3, 128], "has 128 rows, for 0 to 127; give the model more"),
-        ("llama", {"wte": [3]}, "names wte, but of this model the rows of embed_tokens and lm_head can be trained"),
-        ("llama_tied", {"lm_head": [3]}, "which .* ties to each other; give one list for both"),
-        ("llama_tied", {"lm_head": [3], "embed_tokens": [4]}, "ties to each other"),
+        ("llama", [3, 128], "has only 128 rows, for tokens 0 to 127; add rows with transformers'"),
+        ("llama", {"wte": [3]}, "names wte, but only rows of embed_tokens and lm_head can be trained"),
+        ("llama_tied", {"lm_head": [3]}, "whose weights are tied in .*; give one list for both"),
+        ("llama_tied", {"lm_head": [3], "embed_tokens": [4]}, "names different tokens for .*, whose weights are"),
     ],
     ids=str,
 )
@@ -224,7 +224,7 @@ def test_a_head_with_a_bias_which_peft_leaves_out(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(PhiConfig(**SIZES)).save_pretrained(tmp_path)
     lora = LoRA(2, target_modules=["q_proj"], trainable_token_indices=TOKENS)
     with pytest.raises(
-        ConfigurationError, match=r"type phi, as PEFT computes something else .*, as {embed_tokens: \[5"
+        ConfigurationError, match=r"type phi, as PEFT computes something else .*, as in {embed_tokens: \[5"
     ):
         CausalLMLayers(tmp_path, adapter=lora)
     CausalLMLayers(tmp_path, adapter=LoRA(2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}))
@@ -242,7 +242,7 @@ def test_a_plan_counts_the_rows_and_no_more(models: dict[str, Path], kind: str) 
     for without, with_rows in zip(planned(None), planned(TOKENS), strict=True):
         assert with_rows.trained - without.trained == count
         assert with_rows.gradients - without.gradients >= 4 * count
-        assert 0 < with_rows.total - without.total < 32 * 1024  # a copy of the weight in float32 were as much
+        assert 0 < with_rows.total - without.total < 32 * 1024  # the size of the weight in float32
 
 
 def test_the_next_token_of_a_head_that_is_left_to_the_loss() -> None:

@@ -59,7 +59,7 @@ def test_control_adapters_equal_a_plain_loop(workers: Workers, model_dir: str, t
     assert moved > 0.3 * LR
     assert abs(losses[-1] - losses[0]) > 1e-3
     for other_start, other_final, other_steps, loss in results.values():
-        assert all(torch.equal(other_start[name], start[name]) for name in start)
+        torch.testing.assert_close(other_start, start, rtol=0, atol=0)
         close(other_final, expected)
         for step, mean in zip(other_steps, losses, strict=True):
             assert step["train/loss"] == pytest.approx(mean, abs=1e-5)
@@ -69,7 +69,9 @@ def test_control_adapters_equal_a_plain_loop(workers: Workers, model_dir: str, t
             assert other_steps[-1][last] == pytest.approx(steps[-1][last], rel=1e-3, abs=1e-9)
     assert steps[-1]["train/weight_decay_max"] > 0
     read = load_control_adapter(tmp_path / "2-1")
-    assert all(torch.equal(read[n][0], results[2, 1][1][f"base_model.model.model.layers.{n}.control_Q"]) for n in read)
+    for n, (q, _) in read.items():
+        expected_q = results[2, 1][1][f"base_model.model.model.layers.{n}.control_Q"]
+        torch.testing.assert_close(q, expected_q, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("adapter", [ControlAdapter(4, gamma=GAMMA), LoRA(4)], ids=["control", "lora"])
@@ -83,7 +85,7 @@ def test_resumed_in_another_number_of_stages(workers: Workers, model_dir: str, t
 
 
 def sums_of(model: Any, data: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """The summed loss over some sequences, and the number of labels."""
+    """Return the summed loss over some sequences, and the number of labels."""
     total, count = 0.0, 0
     with torch.no_grad():
         for item in data:
@@ -105,17 +107,17 @@ LORAS: list[tuple[LoRA, dict[str, Any]]] = [
 def test_loras_are_the_same_in_1_2_and_4_stages_and_in_peft(workers: Workers, model_dir: str, tmp_path: Path) -> None:
     found = {}
     for stages, pieces in ((1, 1), (2, 2), (4, 1)):
-        # A stage of four is no other than one of two pieces on two: the LoRA whose start needs the weights shows it.
+        # Four stages have the cuts of two with two pieces each. So one LoRA is enough, whose start depends on weights.
         chosen = LORAS[-1:] if stages == 4 else LORAS
         jobs = [(adapter, str(tmp_path / f"{i}-{stages}"), 2.0, options) for i, (adapter, options) in enumerate(chosen)]
         found[stages] = workers.run(stages, train_jobs, model_dir, jobs, stages, pieces)[0]
     for index, (adapter, options) in enumerate(LORAS):
         start, final, _, loss = found[1][index]
         for stages in (1, 2, 4):
-            place = index - len(LORAS)  # from the end, where four stages have one
+            place = index - len(LORAS)  # from the end: four stages have only the last one
             if -place > len(found[stages]):
                 continue
-            assert all(torch.equal(found[stages][place][0][name], start[name]) for name in start)
+            torch.testing.assert_close(found[stages][place][0], start, rtol=0, atol=0)
             close(found[stages][place][1], final)
             if stages < 4:
                 model = AutoModelForCausalLM.from_pretrained(
@@ -137,10 +139,10 @@ def test_experts_in_two_stages(workers: Workers, tmp_path: Path, in_4bit: bool) 
     options = {"load_in_4bit": in_4bit}
     results = [
         workers.run(n, train_jobs, model_dir, [(adapter, str(tmp_path / f"{n}"), 2.0, options)], n, n)[0][0]
-        for n in (1, 2)  # also pieces of the model on each
+        for n in (1, 2)  # two stages have two pieces each
     ]
     assert len(results[0][0]) == 4 * 2 * 2
-    assert all(torch.equal(results[1][0][name], tensor) for name, tensor in results[0][0].items())
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
     close(results[1][1], results[0][1])
     assert results[1][2][-1]["train/norms_max"] == pytest.approx(results[0][2][-1]["train/norms_max"], rel=1e-4)
     assert all(tensor.any() for tensor in results[0][1].values())
@@ -185,8 +187,8 @@ def refusals(model_dir: str, cases: list[dict[str, Any]]) -> list[str]:
 
 def test_what_does_not_fit_is_told(workers: Workers, model_dir: str) -> None:
     cases = [
-        ({"adapter": ControlAdapter(2)}, "ControlAdapter needs batches with control_classes"),
-        ({"adapter": LoRA(2), "parameter_groups": {"lora_C": {"lr": 1.0}}}, "'lora_C' matches no parameter"),
+        ({"adapter": ControlAdapter(2)}, "ControlAdapter needs control_classes in every batch"),
+        ({"adapter": LoRA(2), "parameter_groups": {"lora_C": {"lr": 1.0}}}, "'lora_C' matches no trainable parameter"),
         ({"adapter": LoRA(2), "parameter_groups": {"lora_B": {"momentum": 1.0}}}, "lora_B sets momentum"),
         ({"adapter": LoRA(2), "optimizer": torch.optim.SGD}, "no second beta"),
         ({"adapter": LoRA(2), "optimizer": torch.optim.AdamW, "beta2": 0.9}, "default optimizer"),

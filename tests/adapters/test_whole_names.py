@@ -1,4 +1,4 @@
-"""An adapter of a base with images is named as PEFT looks for it, in the model that the base's directory loads as."""
+"""A multimodal base's adapter has the names that PEFT looks for in the model that the base's directory loads as."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tiny_models import CPU, micro_batches, run_stages
 
 BASES: dict[str, Callable[[], PretrainedConfig]] = {
     **CONFIGS,  # gemma3 is known to AutoModelForCausalLM, mistral3 is not
-    "qwen2_audio": lambda: Qwen2AudioConfig(  # sound; known to AutoModelForMultimodalLM alone
+    "qwen2_audio": lambda: Qwen2AudioConfig(  # audio; known to AutoModelForMultimodalLM alone
         text_config=Qwen2Config(**SIZES),
         audio_config={"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
         audio_token_index=127,
@@ -78,7 +78,7 @@ def train(base: Path, adapter: Adapter, saved: Path) -> Tensor:
 
 
 def as_text_model(adapter: Path, target: Path) -> Path:
-    """Write an adapter as it was saved before: by the names of the text model alone."""
+    """Write an adapter in the former format, with the names of the text model alone."""
     target.mkdir()
     tensors = load_file(adapter / "adapter_model.safetensors")
     short = {f"base_model.model.model.layers.{key.partition('.layers.')[2]}": each for key, each in tensors.items()}
@@ -130,7 +130,7 @@ def test_the_lora_of_a_control_adapter(tmp_path: Path) -> None:
         results.append(logits(PeftModel.from_pretrained(load(base), tmp_path / f"{name}-lora")))
     assert torch.equal(*results)
     assert (results[0] - logits(load(base))).abs().max() > 1e-3
-    # As whoever applies it by hooks looks for the layers: in the model that the directory gives.
+    # Code that applies it by hooks finds the layers in the model that the directory loads as.
     for key in load_file(tmp_path / "control" / "adapter_model.safetensors"):
         load(base).get_submodule(key.removeprefix("base_model.model.").rpartition(".")[0])
 
@@ -146,5 +146,5 @@ def test_an_adapter_of_the_images_too_is_refused(tmp_path: Path) -> None:
     vision = f"base_model.model.{names[0].removesuffix('.weight')}"
     tensors |= {f"{vision}.lora_A.weight": torch.ones(2, 32), f"{vision}.lora_B.weight": torch.ones(32, 2)}
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigurationError, match="no part of the text model"):
+    with pytest.raises(ConfigurationError, match="not part of the text model"):
         merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))

@@ -1,4 +1,4 @@
-"""Tests stand on tests/support alone; a benchmark takes from there what it shares with them, and can find it."""
+"""Tests never import benchmarks; what both need is in tests/support, where benchmarks can import it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUPPORT = {path.stem for path in (TESTS / "support").glob("*.py")}
 
 
 def imported(path: Path) -> list[str]:
-    """The modules that a file imports, in order, those within functions too."""
+    """Return the modules that a file imports, in order, including imports within functions."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = []
     for node in sorted(nodes, key=lambda node: node.lineno):

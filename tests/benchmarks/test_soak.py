@@ -1,4 +1,4 @@
-"""A training that is killed at random moments, and resumed, has the losses of one that is not."""
+"""A training that is killed at random moments and resumed has the same losses as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.process
 @pytest.mark.slow
 def test_a_handful_of_kills() -> None:
     soak = Path(__file__).parents[2] / "benchmarks" / "soak.py"
-    # The moments and the signals of this seed are: while it starts, SIGKILL to one; in a step, to all; while it
-    # writes, SIGTERM.
+    # With this seed, the kills are: SIGKILL to one rank at the start, SIGKILL to all during a step, and SIGTERM while a
+    # checkpoint is being written.
     command = [sys.executable, str(soak), "--kills", "3", "--seed", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

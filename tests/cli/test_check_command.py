@@ -21,9 +21,10 @@ def test_a_sound_model(tmp_path: Path, kind: str) -> None:
     assert report.differences == []
     assert report.packing
     weights = (tmp_path / "model.safetensors").stat().st_size
+    assert [*report.stage_bytes] == [1, 2, 4]
     for count, sizes in report.stage_bytes.items():
         assert len(sizes) == count
-        ties = 2 * 128 * 64 if kind == "gemma3" and count > 1 else 0  # held by both ends
+        ties = 2 * 128 * 64 if kind == "gemma3" and count > 1 else 0  # both ends hold the tied embedding
         # Float32 on disk, with a header; bfloat16 in the report.
         assert (weights / 2) * 0.9 < sum(sizes) - ties < weights / 2
     assert "agree" in str(report)
@@ -37,17 +38,19 @@ def test_pieces_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for stages, message in (
         ("1x2", "needs pipeline_stages of 2 or more"),
         ("2x3", "stages: 6"),
-        ("2x", "stages must be integers"),
+        ("2x", "stages must be comma-separated integers"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             check(str(tmp_path), stages=stages)
 
 
 def test_a_model_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused before it is loaded, which without weights would fail otherwise."""
+    """A model that would not fit is refused before it is loaded, which would fail here because there are no weights."""
     LlamaConfig(num_hidden_layers=6, vocab_size=1000, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     monkeypatch.setattr(check_command.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    with pytest.raises(ConfigurationError, match=r"would take about [\d.]+ MiB .* and 1.0 MiB is free; give --tiny"):
+    with pytest.raises(
+        ConfigurationError, match=r"would take about [\d.]+ MiB .* but only 1.0 MiB is free; give --tiny"
+    ):
         check_model(tmp_path, stages=(2,))
     assert check_model(tmp_path, stages=(2,), tiny=True).differences == []
 
@@ -63,11 +66,11 @@ def test_tiny_needs_the_configuration_alone(tmp_path: Path) -> None:
     LlamaConfig(num_hidden_layers=6).save_pretrained(tmp_path)
     report = check_model(tmp_path, stages=(3,), tiny=True)
     assert report.differences == []
-    assert sum(report.stage_bytes[3]) > 2e9  # of the real model, not of the tiny one
+    assert sum(report.stage_bytes[3]) > 2e9  # sizes of the real model, not of the tiny one
 
 
 def test_rounding_of_many_layers_is_no_difference(tmp_path: Path) -> None:
-    """Ten layers of Gemma 3n with packed documents differ by more than 1e-5 in float32."""
+    """With packed documents, rounding alone makes ten layers of Gemma 3n differ by more than 1e-5 in float32."""
     facts = {n: value for n, value in shallow(PUBLISHED["Gemma 3n E4B"], 10).items() if n != "model_type"}
     Gemma3nTextConfig(**facts).save_pretrained(tmp_path)
     report = check_model(tmp_path, (2,), tiny=True)
@@ -114,7 +117,7 @@ def test_what_stands_around_the_weights_does_not_matter(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "a [b]*? ü" / "org" / "name.safetensors", "llama", max_shard_size="100KB")
     blobs = tmp_path / "blobs"
     blobs.mkdir()
-    for shard in list(directory.glob("*.safetensors")):  # as in the hub's cache
+    for shard in list(directory.glob("*.safetensors")):  # laid out as in the Hugging Face cache
         shard.rename(blobs / shard.stem)
         shard.symlink_to(blobs / shard.stem)
     assert check_model(directory, stages=(2,)).differences == []

@@ -1,8 +1,9 @@
-"""The commands beside fit and validate: their options, and what they say when something is wrong."""
+"""Commands other than fit and validate: their options and their error messages."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_what_is_wrong_is_said(arguments: list[str], says: str) -> None:
 
 
 def test_nobody_reads_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in ``pipelite plan ... | head -1``: no traceback."""
+    """A closed pipe, as in ``pipelite plan ... | head -1``, ends the command without a traceback."""
     reads, writes = os.pipe()
     os.close(reads)
     with os.fdopen(writes, "w") as unread, monkeypatch.context() as patch:
@@ -70,7 +71,10 @@ def test_help_names_every_option(name: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as stop:
         COMMANDS[name].run(name, ["--help"])
     assert stop.value.code == 0
-    assert COMMANDS[name].summary in " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert COMMANDS[name].summary in " ".join(out.split())
+    listed = re.findall(r"^  (?:-c.*)?--(\w+)", out, re.MULTILINE)
+    assert {*COMMANDS[name].options} <= {*listed}
 
 
 def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,10 +83,10 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     cli.main()
     out = capsys.readouterr().out
     assert "2 stages: " in out
-    assert "Split and unsplit agree" in out
-    assert "Packed documents equal each document alone." in out
+    assert "The split and the unsplit model agree" in out
+    assert "Packed documents give the same logits as each document alone." in out
     monkeypatch.setattr(sys, "argv", ["pipelite", "check", str(directory), "--stages", "1,x"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "stages must be integers with commas between them, not '1,x'." in capsys.readouterr().err
+    assert "stages must be comma-separated integers, not '1,x'." in capsys.readouterr().err

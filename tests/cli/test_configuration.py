@@ -1,4 +1,4 @@
-"""fit, plan, preview and convert read one configuration in one way: files, options, environment and links."""
+"""fit, plan, preview and convert read a configuration alike: files, options, environment variables and links."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SECOND = {"model": {"model_dir": "second"}, "data": {"sequence_len": 128}}
 
 
 class Stop(Exception):  # noqa: N818 - nothing is wrong
-    """The command has read its configuration."""
+    """Raised once the command has read its configuration."""
 
 
 @pytest.fixture
 def read(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Run a command with two files as far as it reads them; return what it then knows of the training."""
+    """Run a command until it has read its configuration files, two by default; return the settings that it read."""
     for name, content in (("first.yaml", FIRST), ("second.yaml", SECOND)):
         (tmp_path / name).write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_the_environment_replaces_defaults(
     )
     told = read(command, files=("bare.yaml",))
     assert (told["model"]["model_dir"], told["data"]["sequence_len"]) == ("from_environment", 256)
-    assert read(command)["data"]["sequence_len"] == 128  # a file comes after it
+    assert read(command)["data"]["sequence_len"] == 128  # a file overrides the environment
     monkeypatch.setenv("PIPELITE_FIT__DATA__SEQUENCE_LENGTH", "256")
     with pytest.raises(ConfigurationError, match="PIPELITE_FIT__DATA__SEQUENCE_LENGTH is not an option; did you mean"):
         read(command)

@@ -1,4 +1,4 @@
-"""What is answered before long imports: help, names that are none, files that are not there."""
+"""Answers that come before the slow imports: help, unknown names, missing files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_names_are_those_of_the_classes() -> None:
         (["--model.adapter.r", "3"], "did you mean --model.adapter.init_args.rank?"),
         (["--learning_rate", "3"], "did you mean --model.lr?"),
         (["--num_train_epochs", "3"], "did you mean --trainer.max_epochs?"),
-        (["--per_device_train_batch_size", "3"], "set trainer.accumulate_grad_batches to the sequences a step"),
+        (["--per_device_train_batch_size", "3"], "accumulate_grad_batches to the number of sequences per step"),
         (["--data.max_seq_length", "3"], "did you mean --data.sequence_len?"),
         (["--trainer.gradient_accumulation_steps", "3"], "did you mean --trainer.accumulate_grad_batches?"),
         (["--model.load_in_8bit", "true"], "set model.load_in_4bit, or model.load_in_fp8 for eight bits"),
@@ -76,20 +76,20 @@ def test_names_are_those_of_the_classes() -> None:
         (["--rank=8"], "did you mean --model.adapter.init_args.rank?"),
         (["--target_modules=q_proj"], "did you mean --model.adapter.init_args.target_modules?"),
         (["--data.dataset=x"], "did you mean --data.datasets?"),
-        (["--bnb_4bit_quant_type", "nf4"], "it is nf4: set model.load_in_4bit, and leave it out."),
+        (["--bnb_4bit_quant_type", "nf4"], "the type is always nf4: leave it out, and set model.load_in_4bit."),
         (["--model.torch_dtype", "bfloat16"], "did you mean --model.dtype?"),
-        (["--eval_steps", "10"], "list the callback EvalSchedule in trainer.callbacks"),
+        (["--eval_steps", "10"], "add the callback EvalSchedule to trainer.callbacks"),
         (["--device", "cpu"], "did you mean --trainer.accelerator?"),
         (["--trainer.gpus=2"], "did you mean --trainer.devices?"),
         (["a.yaml"], "a.yaml is not an option; did you mean --config a.yaml?"),
         (
             ["--data.datasets", "x", __file__],
-            "is not an option; if it is one of several files, put quotes around their",
+            "is not an option; if the shell expanded a pattern, put the pattern in",
         ),
         (["--data.seed=1", "now"], "now is not an option; pipelite fit --help lists the options."),
         (["--config", "none.yaml"], "--config: File does not exist: '.*none.yaml'"),
         (["--model.model_dir", "some/where/else"], "some/where/else is not a directory; model_dir must name a local"),
-        (["--model.model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
+        (["--model.model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and give models/X"),
     ],
 )
 def test_what_is_wrong(config: str, words: list[str], says: str) -> None:
@@ -166,6 +166,37 @@ def test_an_adapter_that_is_named_elsewhere_has_its_own_options(
             check_early(["--config", config, given])
             with pytest.raises(ConfigurationError, match=r"alpha|did you mean"):
                 check_early(["--config", config, "--model.adapter=LoRA", given])
+
+
+def test_the_adapter_of_a_nested_file_has_its_own_options(config: str, tmp_path: Path) -> None:
+    given = "--model.adapter.init_args.lora_alpha=4"
+    (tmp_path / "model.yaml").write_text("model_dir: none\nadapter: {class_path: my.Adapter}\n")
+    (tmp_path / "b.yaml").write_text("model: model.yaml\n")
+    nested = ["--config", config, "--config", str(tmp_path / "b.yaml")]
+    check_early([*nested, given])
+    for later in (["--model.adapter=LoRA"], ["--config", "model: {adapter: LoRA}", "--model.adapter=LoRA"]):
+        with pytest.raises(ConfigurationError, match="lora_alpha is not an option; a LoRA's scale is 1"):
+            check_early([*nested, given, *later])
+    with pytest.raises(ConfigurationError, match="other is not a directory"):
+        check_early([*nested, "--model.model_dir=other"])
+
+
+def test_a_file_with_options_of_the_adapter_alone_keeps_its_class(config: str, tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("model: {adapter: {init_args: {lora_alpha: 4}}}\n")
+    words = ["--config", str(tmp_path / "b.yaml")]
+    (tmp_path / "c.yaml").write_text("model: {adapter: {class_path: my.Adapter}}\n")
+    check_early(["--config", str(tmp_path / "c.yaml"), *words])
+    for first in ([], ["--config", config], ["--model.adapter=LoRA"]):
+        with pytest.raises(ConfigurationError, match="lora_alpha is not an option; a LoRA's scale is 1"):
+            check_early([*first, *words])
+
+
+def test_a_command_leaves_the_options_of_another_adapter_to_its_class(config: str, tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("model: {adapter: {class_path: my.Adapter}}\n")
+    given = "--model.adapter.init_args.lora_alpha=4"
+    check_command("plan", COMMANDS["plan"], ["--config", str(tmp_path / "b.yaml"), given])
+    with pytest.raises(ConfigurationError, match="lora_alpha is not an option; a LoRA's scale is 1"):
+        check_command("plan", COMMANDS["plan"], ["--config", config, given])
 
 
 def test_a_model_that_is_named_elsewhere_is_not_looked_for(
@@ -261,7 +292,7 @@ def test_the_base_has_one_name_in_all_commands(command: str, own: str | None, gi
     words = with_own_names(command, ["--x", "1", *given, "--y"])
     base = ["d"] if own is None else [f"{own}=d"] if len(given) == 1 else [own, "d"]
     assert words == ["--x", "1", *base, "--y"]
-    with pytest.raises(ConfigurationError, match="--base is --model_dir; give one of them"):
+    with pytest.raises(ConfigurationError, match="--base and --model_dir are the same option; give only one of them"):
         with_own_names(command, ["--base", "a", "--model_dir", "b"])
 
 
@@ -275,14 +306,14 @@ def test_values_are_those_of_the_classes(config: str) -> None:
     for name, words in choices().items():
         for word in (*words, "null"):
             check_early(["--config", config, f"--{name}={word}"] if word else ["--config", config])
-    for null in ("Null", "NULL", "~"):  # as YAML has it
+    for null in ("Null", "NULL", "~"):  # YAML's other spellings
         check_early(["--config", config, f"--data.packing={null}"])
 
 
 @pytest.mark.parametrize(
     ("command", "words", "says"),
     [
-        ("merge", ["--base=meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and name models/X"),
+        ("merge", ["--base=meta-llama/X"], "hf download meta-llama/X --local-dir models/X, and give models/X"),
         ("generate", ["--model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X"),
         ("plan", ["--config", "x", "--model_dir", "meta-llama/X"], "hf download meta-llama/X --local-dir models/X"),
         ("analyze", ["--adapter", "me/lora"], "--adapter: me/lora is not a directory. .* --local-dir adapters/lora"),

@@ -1,4 +1,4 @@
-"""What is told of the data before long imports, by the functions that read it for the training."""
+"""Errors in the data, reported before the slow imports by the functions that read it for training."""
 
 from __future__ import annotations
 
@@ -38,13 +38,19 @@ BAD = '[{"dataset_path": "bad.jsonl"}]'
         ([f"--data.datasets+={BAD}"], "bad.jsonl, line 2: not valid JSON"),
         ([f"--data.eval_datasets={BAD}"], "bad.jsonl, line 2: not valid JSON"),
         (["--data.datasets", '[{"dataset_path": "none.txt"}]'], "dataset_path none.txt matches no file"),
-        (["--data.datasets", "[{dataset_path: a.yaml}]"], "a.yaml has no known format"),
+        (["--data.datasets", "[{dataset_path: a.yaml}]"], "a.yaml is not in a supported format"),
         (["--data.datasets", "[]"], "data.datasets is empty"),
         (["--data.datasets", "[{path: a}]"], "data.datasets.path is not an option"),
-        (["--data.datasets", "[{dataset_path: good.jsonl, weight: -1}]"], "weight of good.jsonl is -1"),
-        (["--data.sequence_len=100"], "data.sequence_len is 100: give a positive multiple of 64"),
+        (
+            ["--data.datasets", "[{dataset_path: good.jsonl, weight: -1}]"],
+            "weight of good.jsonl must be positive and finite, not -1",
+        ),
+        (
+            ["--data.sequence_len=100"],
+            r"data\.sequence_len must be a positive multiple of 64 \(the size of a GPU tile\), not 100",
+        ),
         (["--data.sequence_len=long"], "data.sequence_len must be an integer, not long"),
-        (["--data.chat_template=mine"], "data.chat_template mine is no file"),
+        (["--data.chat_template=mine"], "data.chat_template mine is not a file"),
         (["--data.datasets", "[{dataset_path: good.jsonl, messages_field: talk}]"], "no field 'talk'"),
     ],
 )
@@ -56,7 +62,7 @@ def test_what_is_wrong(config: list[str], words: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        [],  # what is wrong is line 61
+        [],  # line 61, the invalid one, is not read here
         ["--data.datasets", BAD, "--data.skip_bad_records=true"],
         ["--data.datasets", BAD, "--data.datasets", "[{dataset_path: good.jsonl}]"],
         ["--data.datasets", BAD, "--config", "a.yaml"],
@@ -102,11 +108,15 @@ def test_null_is_refused_as_fit_refuses_it(config: list[str], tmp_path: Path) ->
     (tmp_path / "b.yaml").write_text("data: {seed: null, max_sequences: null}\n")
     words = [*config, "--config", "b.yaml"]
     for read in (lambda: check_data(words), lambda: read_options(words, {})):
-        with pytest.raises(ConfigurationError, match=r"^data\.seed is null: leave it out for 0, or give a value\.$"):
+        with pytest.raises(
+            ConfigurationError, match=r"^data\.seed cannot be null: leave it out for the default, 0, or give a value\.$"
+        ):
             read()
     words = [*config, "--data.seed", "null"]
     for read in (lambda: check_data(words), lambda: read_options(words, {})):
-        with pytest.raises(ConfigurationError, match=r"^data\.seed is null: leave it out for 0, or give a value\.$"):
+        with pytest.raises(
+            ConfigurationError, match=r"^data\.seed cannot be null: leave it out for the default, 0, or give a value\.$"
+        ):
             read()
 
 
@@ -117,11 +127,23 @@ DECAY = "lightning_pipelite.callbacks.EvalSchedule, init_args: {evals_per_epoch:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("model: {load_in_4bit: null}", "model.load_in_4bit is null: leave it out for false"),
-        ("model: {adapter: {class_path: LoRA, init_args: {rank: 8, dropout: null}}}", "model.adapter.dropout is null"),
-        ("trainer: {max_steps: null, max_epochs: null}", "trainer.max_steps is null: leave it out for -1"),
-        (f"trainer: {{strategy: {{class_path: {STRATEGY}}}}}", "trainer.strategy.pipeline_stages is null: leave it"),
-        (f"trainer: {{callbacks: [{{class_path: {DECAY}}}]}}", "trainer.callbacks.EvalSchedule.evals_per_epoch is nu"),
+        ("model: {load_in_4bit: null}", "model.load_in_4bit cannot be null: leave it out for the default, false"),
+        (
+            "model: {adapter: {class_path: LoRA, init_args: {rank: 8, dropout: null}}}",
+            "model.adapter.dropout cannot be null",
+        ),
+        (
+            "trainer: {max_steps: null, max_epochs: null}",
+            "trainer.max_steps cannot be null: leave it out for the default, -1",
+        ),
+        (
+            f"trainer: {{strategy: {{class_path: {STRATEGY}}}}}",
+            "trainer.strategy.pipeline_stages cannot be null: leave it",
+        ),
+        (
+            f"trainer: {{callbacks: [{{class_path: {DECAY}}}]}}",
+            "trainer.callbacks.EvalSchedule.evals_per_epoch cannot be nu",
+        ),
     ],
 )
 def test_null_is_refused_by_fit(given: str, says: str, config: list[str], tmp_path: Path) -> None:
@@ -145,7 +167,7 @@ def test_conversations_without_a_template(config: list[str], tmp_path: Path) -> 
     model = tmp_path / "base"
     model.mkdir()
     words = [*config, "--model.model_dir=base"]
-    check_data(words)  # nobody knows
+    check_data(words)  # without a tokenizer, whether it has a template is unknown
     (model / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(ConfigurationError, match="The tokenizer of base has no chat template, which conversations"):
         check_data(words)

@@ -1,4 +1,4 @@
-"""What is told of values before long imports, and what is left to those that know more."""
+"""Wrong values that are reported before the slow imports, and values that are left to later checks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LORA = {"class_path": "lightning_pipelite.adapters.LoRA", "init_args": {"rank": 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to work in, with a model whose weights are one number."""
+    """Return a working directory with a model whose weights are a single number."""
     monkeypatch.chdir(tmp_path)
     left = [name for name in os.environ if name.endswith(("RANK", "_PROCID")) or name.startswith(("PL_", "PIPELITE_"))]
-    for name in left:  # by a test before
+    for name in left:  # set by an earlier test
         monkeypatch.delenv(name)
     model = tmp_path / "model"
     model.mkdir()
@@ -37,7 +37,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def safetensors(**shapes: list[int]) -> bytes:
-    """A file of float32 zeros."""
+    """Return the content of a safetensors file of float32 zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
@@ -47,7 +47,7 @@ def safetensors(**shapes: list[int]) -> bytes:
 
 
 def written(**sections: Any) -> list[str]:
-    """Write a configuration; return the words that name it."""
+    """Write a configuration; return the arguments that name it."""
     content = {"model": {"model_dir": "model", "adapter": LORA, **sections.pop("model", {})}, **sections}
     Path("a.yaml").write_text(yaml.safe_dump(content))
     return ["--config", "a.yaml"]
@@ -106,10 +106,10 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (
         {"model": {"beta1": 0.5, "optimizer": "torch.optim.SGD"}},
         [],
-        "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer.",
+        "model.beta1, beta2 and eps apply to the default optimizer; set them as options of model.optimizer.",
     ),
-    # What excludes each other, or is not of this strategy
-    ({}, ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"], "load_in_4bit and load_in_fp8 exclude each"),
+    # Options that exclude each other, or that the strategy does not support
+    ({}, ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"], "and load_in_fp8 are mutually exclusive"),
     ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule trains under PipeLiteStrategy, not ddp: set"),
     ({}, ["--trainer.precision=bf16-mixed"], "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy"),
     ({"trainer": {"sync_batchnorm": True}}, [], "Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy"),
@@ -122,11 +122,11 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (
         {"trainer": callback("EarlyStopping", monitor="val_loss")},
         [],
-        "EarlyStopping: monitor is 'val_loss', which nothing logs; give it eval/loss",
+        "EarlyStopping: monitor is 'val_loss', which nothing logs; set it to eval/loss",
     ),
-    # What is on disk
+    # Files on disk
     ({}, ["--ckpt_path", "none"], "ckpt_path: none is not a checkpoint (a directory with manifest.json)"),
-    ({}, ["--ckpt_path=best"], "ckpt_path: only the process that has trained knows which checkpoint is best"),
+    ({}, ["--ckpt_path=best"], "ckpt_path: `best` is known only to the process that trained the model"),
     (
         {"trainer": callback("TimedCheckpoint", dirpath="kept")},
         ["--ckpt_path=last"],
@@ -153,7 +153,7 @@ def test_what_the_model_lacks(job: Path) -> None:
     with pytest.raises(ConfigurationError, match="its model_type is llamma; correct it"):
         check_values(words, trains=True)
     (model / "config.json").write_text('{"model_type": "llamma", "auto_map": {}}')
-    with pytest.raises(ConfigurationError, match="asks for code of the model's own; set trust_remote_code"):
+    with pytest.raises(ConfigurationError, match="requires the model's own code; set trust_remote_code"):
         check_values(words, trains=True)
     check_values([*words, "--model.trust_remote_code=true"], trains=True)
     (model / "config.json").write_text('{"model_type": "llama"}')
@@ -190,7 +190,9 @@ def test_targets_are_held_against_headers_that_are_read_once(
     monkeypatch.setattr(Path, "open", counted)
     check_values([*words, "[q_proj]"], trains=True)
     assert +opened == dict.fromkeys(files, 1)
-    with pytest.raises(ConfigurationError, match=r"target_modules matches 0\.norm, which has no matrix; name linear"):
+    with pytest.raises(
+        ConfigurationError, match=r"target_modules matches 0\.norm, which has no matrix; name only linear"
+    ):
         check_values([*words, "[q_proj, norm]"], trains=True)
     assert +opened == dict.fromkeys(files, 2)
 
@@ -207,10 +209,10 @@ RIGHT: list[tuple[dict[str, Any], list[str]]] = [
     ({"trainer": {"devices": "0,1", "precision": "32-true", "max_time": "00:01:00:00"}}, ["--trainer.max_steps=-1"]),
     ({"trainer": {"devices": 4, "num_nodes": 2}}, ["--trainer.strategy.pipeline_stages=8"]),
     ({"trainer": {"strategy": "pipelite", "devices": 3}}, ["--trainer.accelerator=auto"]),
-    # What stands later counts
+    # Later values override earlier ones
     ({"model": {"lr": "fast"}}, ["--model.lr=1e-5"]),
     ({"trainer": {"devices": 3}}, ["--trainer.strategy.pipeline_stages=2", "--trainer.devices=4"]),
-    # Classes of the user's own take and register what they like
+    # The user's own classes may take any options and register any names
     ({"model": {"adapter": {"class_path": "my.Adapter", "init_args": {"rank": "high", "dtype": "float8"}}}}, []),
     ({"trainer": {**callback("my.Callback", monitor=3), "accelerator": "quantum", "strategy": "mine"}}, []),
     (
@@ -224,7 +226,7 @@ RIGHT: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": {"optimizer": {"class_path": "my.Optimizer", "init_args": {"lr": 1.0}}}}, []),
     ({"trainer": {"callbacks": {"class_path": "my.Callback", "init_args": {"output_dir": "model"}}}}, []),
     ({"model": {"adapter": "Mine"}, "trainer": callback("my.Callback")}, []),
-    # Not read here
+    # Not checked here
     ({"model": {"beta1": 0.5}}, ["--model.optimizer=null"]),
     ({"model": {"adapter": "LoRA"}}, ["--model.adapter.rank=3", "--model.adapter.target_modules", "[q_proj, k_proj]"]),
     ({"trainer": callback("EarlyStopping", monitor="x")}, ["--trainer.callbacks+=LearningRateMonitor"]),
@@ -279,8 +281,8 @@ def test_shipped_configurations_pass(job: Path, path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--trainer.max_steps"], "--trainer.max_steps is given without a value; write one behind it."),
-        (["--model.lr", "--trainer.max_steps=3"], "--model.lr is given without a value; write one behind it."),
+        (["--trainer.max_steps"], "--trainer.max_steps has no value; write one after it."),
+        (["--model.lr", "--trainer.max_steps=3"], "--model.lr has no value; write one after it."),
     ],
 )
 def test_an_option_without_a_value(job: Path, words: list[str], says: str) -> None:
@@ -291,9 +293,9 @@ def test_an_option_without_a_value(job: Path, words: list[str], says: str) -> No
 
 
 def test_a_section_without_options(job: Path) -> None:
-    with pytest.raises(ConfigurationError, match="data is 'texts'; put the options of data there, or the name of a"):
+    with pytest.raises(ConfigurationError, match="data is 'texts'; it must hold the options of data, or name a file"):
         check_early(written(data="texts"))
-    with pytest.raises(ConfigurationError, match=r"trainer is 3; put the options of trainer there\."):
+    with pytest.raises(ConfigurationError, match=r"trainer is 3; it must hold the options of trainer\."):
         check_early(written(trainer=3))
     Path("texts").write_text("sequence_len: 64")
     check_early(written(data="texts"))
@@ -307,14 +309,22 @@ def test_a_section_without_options(job: Path) -> None:
             ["--base=model", "--adapter=none", "--output=o"],
             "none has no adapter_config.json; give the directory",
         ),
-        ("merge", ["--base=model", "--adapter=a", "--output=o", "--scale=9"], "scale is 9; set it to more than -2"),
+        (
+            "merge",
+            ["--base=model", "--adapter=a", "--output=o", "--scale=9"],
+            "scale must be greater than -2 and less than 2, not 9",
+        ),
         (
             "merge",
             ["--base=model", "--adapter", "[a, b]", "--output=o", "--scale", "[1.0]"],
-            "scale has 1 numbers for 2",
+            "the number of scales is 1, but that of adapters is 2",
         ),
         ("merge", ["--base=model", "--adapter=a", "--output=model"], "output model and input model overlap"),
-        ("merge", ["--base=none", "--adapter=a", "--output=o"], "none is not a directory; give that of a local"),
+        (
+            "merge",
+            ["--base=none", "--adapter=a", "--output=o"],
+            "none is not a directory; give the directory of a local",
+        ),
         ("convert", ["--checkpoint=model", "--output=o"], "--checkpoint: model is not a checkpoint (a directory with"),
         ("convert", ["--checkpoint=none", "--output=o"], "--checkpoint: none is not a directory"),
         ("analyze", ["--adapter", "model"], "model has no adapter_config.json; give the directory of an adapter."),
@@ -325,17 +335,21 @@ def test_a_section_without_options(job: Path) -> None:
             ["--base=model", "--adapter=a", "--output=o", "--outtype=q4"],
             "outtype must be one of 'f32', 'f16', 'bf16', 'q8_0', not q4.",
         ),
-        ("control-to-lora", ["--base=none", "--adapter=a", "--output=o"], "none is not a directory; give that of"),
+        (
+            "control-to-lora",
+            ["--base=none", "--adapter=a", "--output=o"],
+            "none is not a directory; give the directory of",
+        ),
         ("migrate", ["a.toml"], "a.toml cannot be read as TOML (Invalid value"),
         (
             "preview",
             ["--config=none.yaml"],
-            "there is no configuration file none.yaml; give the one that fit is given.",
+            "there is no configuration file none.yaml; give the one used for pipelite fit.",
         ),
         ("preview", ["--config=a.yaml", "--sequences=0"], "sequences is 0: give a positive number."),
         ("preview", ["--config=a.yaml", "--sequences=few"], "sequences must be an integer, not few."),
         ("preview", ["--config=a.yaml", "--model.lr=fast"], "model.lr must be a number, not fast."),
-        ("check", ["model", "--stages", "two"], "stages must be integers with commas between them, not 'two'."),
+        ("check", ["model", "--stages", "two"], "stages must be comma-separated integers, not 'two'."),
     ],
 )
 def test_commands(job: Path, command: str, words: list[str], says: str) -> None:
@@ -350,7 +364,7 @@ def test_commands(job: Path, command: str, words: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("merge", ["--base", "--adapter=a", "--output=o"]),  # of which the parser says what is wrong
+        ("merge", ["--base", "--adapter=a", "--output=o"]),  # the parser reports the error
         ("convert", ["--checkpoint", "--output=o"]),
         ("merge", ["--base=model", "--adapter=a", "--output=o", "--scale=0.5", "--device", "cpu"]),
         ("merge", ["--base=model", "--adapter", "[a]", "--output=o", "--scale", "[0.5]", "--trust_remote_code"]),

@@ -1,4 +1,4 @@
-"""A configuration and a checkpoint that were written before the package's files were moved are taken up as they are."""
+"""A configuration and a checkpoint from before the package's modules were moved still work unchanged."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def fit(directory: str, *arguments: str) -> None:
 
 
 def without(content: Any, names: set[str]) -> Any:
-    """The content without these keys, wherever they are."""
+    """Return the content without these keys, at any depth."""
     if isinstance(content, dict):
         return {key: without(value, names) for key, value in content.items() if key not in names}
     return [without(value, names) for value in content] if isinstance(content, list) else content
 
 
 def as_before(checkpoint: Path) -> None:
-    """Take out of a checkpoint what the former ones did not have, and write the manifest over the rest."""
+    """Remove from a checkpoint what earlier ones did not have, and update its manifest."""
     for name in ("meta.json", "trainer.json"):
         content = json.loads((checkpoint / name).read_text())
         changed = without(content, LATER_OPTIONS | LATER_STATE)
@@ -58,7 +58,7 @@ def as_before(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps by the former configuration; of their checkpoints the second is brought into the former form."""
+    """Train four steps with the former configuration; convert the checkpoint of step 2 to the former format."""
     folder = write_job(tmp_path_factory.mktemp("former") / "job")
     (folder / "config.yaml").write_text(CONFIG.read_text().replace("FOLDER", str(folder)))
     workers.run(1, fit, str(folder), "--config", "config.yaml")
@@ -71,17 +71,17 @@ def test_they_are_taken_up(trained: Path, workers: Workers) -> None:
     workers.run(1, fit, str(trained / "again"), "--config", str(trained / "config.yaml"), f"--ckpt_path=ck/{STEP}")
     expected, found = (load_file(trained / run / "trained" / "adapter_model.safetensors") for run in (".", "again"))
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("by", ["the checkpoint", "the configuration"])
 def test_they_are_converted(trained: Path, by: str, tmp_path: Path) -> None:
     former, config = trained / "ck" / STEP, str(trained / "config.yaml") if by == "the configuration" else None
-    assert convert(str(former), str(tmp_path / "converted"), config) == f"{tmp_path / 'converted'}: LoRA of step 2."
+    assert convert(str(former), str(tmp_path / "converted"), config) == f"{tmp_path / 'converted'}: LoRA from step 2."
     converted = load_file(tmp_path / "converted" / "adapter_model.safetensors")
     state = load_file(former / "stage-00.safetensors")
     trained_values = {name: value for name, value in state.items() if name.startswith("parameter/") and "lora_" in name}
     assert len(converted) == len(trained_values) > 0
     for name, value in trained_values.items():
         of = name.split("model.layers.", 1)[1].replace(".default", "")
-        assert torch.equal(next(v for key, v in converted.items() if key.endswith(of)), value)
+        torch.testing.assert_close(next(v for key, v in converted.items() if key.endswith(of)), value, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The ``pipelite`` command as its user sees it; what it says when something is wrong is in tests/errors."""
+"""The ``pipelite`` command as its user sees it; tests/errors covers its error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """The command sets variables for the processes that it would start."""
+    """Restore the environment variables, some of which the command sets for the processes that it starts."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -39,7 +39,7 @@ def environment() -> Iterator[None]:
 def pipelite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., SimpleNamespace]:
-    """Run the command in this process, in an empty directory; tell what it did."""
+    """Run the command in this process, in an empty directory; return what it did."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -61,7 +61,7 @@ def pipelite(
     return run
 
 
-# What the rest prints
+# In this process
 
 
 def test_help_and_version(pipelite: Callable[..., SimpleNamespace]) -> None:
@@ -77,7 +77,7 @@ def test_help_and_version(pipelite: Callable[..., SimpleNamespace]) -> None:
     for option in ("--model.activation_memory", "--trainer.max_steps", "--data.eval_fraction", "--ckpt_path"):
         assert option in fit.out
     assert "PIPELITE_FIT__TRAINER__MAX_STEPS" in fit.out
-    assert "he learning rate, approached by" in " ".join(fit.out.split())  # a docstring's
+    assert "he learning rate, approached by" in " ".join(fit.out.split())  # from a docstring
 
 
 def test_printed_configuration_can_be_used_again(pipelite: Callable[..., SimpleNamespace], job: Path) -> None:
@@ -127,7 +127,7 @@ def test_saved_configuration_replaces_no_file(tmp_path: Path, monkeypatch: pytes
     assert saved == ["config-2.yaml", "config-3.yaml"]
 
 
-# Real processes
+# In processes of its own
 
 COUNTS_STARTS = """
 import os
@@ -141,7 +141,7 @@ else:
 
 
 def processes(here: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run the command as processes; also tell which Python processes were started."""
+    """Run the command in a process of its own; also return which Python processes were started."""
     (here / "site").mkdir(exist_ok=True)
     (here / "site" / "sitecustomize.py").write_text(COUNTS_STARTS)
     starts = here / "starts"
@@ -195,23 +195,23 @@ def test_two_devices_train_and_print_only_what_matters(tmp_path: Path, job: Path
     assert [line.split()[:2] for line in lines] == [
         [f"{job}/texts/*.txt:", "text:"],
         ["train:", "19"], ["eval:", "1"], ["dataset", f"{job}/texts/*.txt:"], ["packed", "data:"], ["step", "0:"],
-        ["step", "2:"], ["saved", "what"], ["next:"], ["pipelite", "generate"], ["pipelite", "merge"],
+        ["step", "2:"], ["saved", "the"], ["next:"], ["pipelite", "generate"], ["pipelite", "merge"],
         ["pipelite", "export-gguf"],
     ]  # fmt: skip
-    assert lines[-5] == "saved what was trained to deep/down/lora"
+    assert lines[-5] == "saved the trained weights to deep/down/lora"
     assert f"--model_dir {job}/model --adapter deep/down/lora --output deep/down/lora-merged" in lines[-2]
     progress = [line.split(",")[0] for line in result.stderr.splitlines() if line.startswith("training")]
     assert progress[:1] == ["training (50 %): step 1/2"], result.stderr
-    assert {*progress} == {"training (50 %): step 1/2", "training (100 %): step 2/2"}, result.stderr  # rank 0's alone
-    assert (tmp_path / "config.yaml").read_text() == written  # there is no logger: nothing is saved over it
+    assert {*progress} == {"training (50 %): step 1/2", "training (100 %): step 2/2"}, result.stderr  # from rank 0 only
+    assert (tmp_path / "config.yaml").read_text() == written  # without a logger, no configuration is saved over it
     adapter = json.loads((tmp_path / "deep" / "down" / "lora" / "adapter_config.json").read_text())
     assert adapter["r"] == 2
 
 
 @pytest.mark.slow
 def test_verbose_prints_what_the_libraries_say(tmp_path: Path, job: Path) -> None:
-    """They have spoken by the time that this is refused."""
-    config = edited(options(job), {"trainer.devices": 5, **strategy(pipeline_stages=5)})  # of four layers
+    """The libraries have printed their messages by the time that the configuration is refused."""
+    config = edited(options(job), {"trainer.devices": 5, **strategy(pipeline_stages=5)})  # the model has four layers
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result, _ = processes(tmp_path, "fit", "--verbose", "--config", "config.yaml")
     assert result.returncode == 2, result.stderr
@@ -227,4 +227,4 @@ def test_verbose_may_stand_anywhere(position: int, monkeypatch: pytest.MonkeyPat
     assert not is_verbose()
     take_option()
     assert sys.argv == arguments
-    assert is_verbose()  # and in the processes that are started
+    assert is_verbose()  # by the environment, which child processes inherit

@@ -1,4 +1,4 @@
-"""What a training says that can be done next: commands that there are, with what it has written."""
+"""The next steps that a training suggests: commands that exist, for the files that it wrote."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commands(told: list[str]) -> list[list[str]]:
-    """The commands, each of which takes the options that it is given."""
+    """Return the suggested commands, after checking that each accepts its options."""
     if not told:
         return []
     assert told[0] == "next:"
@@ -78,7 +78,7 @@ def test_the_template_of_the_training_goes_on(here: Path) -> None:
     asks = ["--chat_template", "alpaca"]
     shown, merged, _ = commands(next_steps(trainer(SaveTrained("out")), BASE, asks))
     assert (shown[-2:], merged[-2:]) == (asks, asks)
-    write(Path("model/config.json"), model_type="llama")  # has it with its tokenizer
+    write(Path("model/config.json"), model_type="llama")  # a saved model has the template in its tokenizer
     assert commands(next_steps(trainer(SaveTrained("model")), BASE, asks))[0][-1] == "--chat"
 
 

@@ -1,7 +1,8 @@
-"""What ``pipelite preview`` shows, from the file that fit is given."""
+"""What ``pipelite preview`` shows of a configuration for fit."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lightning_pipelite.cli import main as cli
+from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from packed_files import EOS
 
 GREEN, MAGENTA, DIM, RESET = "\x1b[32m", "\x1b[35m", "\x1b[2;3m", "\x1b[0m"
@@ -53,7 +56,7 @@ def test_borders_masks_and_classes_are_seen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def parts(text: str) -> tuple[str, str, int]:
-        """A document's first token, the others, and how many they are with EOS."""
+        """Return a document's first token, its other tokens, and the number of tokens including EOS."""
         ids = tokenizer.encode(text, add_special_tokens=False)
         return tokenizer.decode(ids[:1]), tokenizer.decode(ids[1:]), len(ids) + 1
 
@@ -66,8 +69,8 @@ def test_borders_masks_and_classes_are_seen(
     first, *others = summary.split("\n")
     assert first == f"{tmp_path / 'a.jsonl'}: text: text; loss on everything"
     assert others[1].startswith("train: 3 documents")
-    assert others[-1].startswith("marks: « » is read and not learnt (questions, masked, the first token), the ")
-    assert others[-1].endswith("; class +1 and -1 of a Control Adapter are told of each document")
+    assert others[-1].startswith("marks: « » is context only, not learnt (questions, masked and first tokens); all ")
+    assert others[-1].endswith("; each document's header gives its class for a Control Adapter, +1 or -1")
     (sequence,) = shown
     head, *lines = sequence.rstrip().split("\n")
     assert head.startswith("sequence 1: 3 documents, ")
@@ -78,7 +81,7 @@ def test_borders_masks_and_classes_are_seen(
     for border, text in zip(borders, texts, strict=True):
         source = re.sub("[«»]|</?s>", "", text)
         first, rest, size = parts(source)
-        # BOS belongs to the first document, whose first token then has one before it, and is a label.
+        # BOS belongs to the first document, so that document's first token has a predecessor and is a label.
         wanted = f"«<s>»{source}«</s>»" if at == 0 else f"«{first}»{rest}«</s>»"
         assert text == wanted.replace("»«", "")
         size += at == 0
@@ -109,7 +112,7 @@ def test_classes_are_told_where_there_are_any(
     shown = capsys.readouterr().out
     assert "── document at 0" in shown
     assert ", class " not in shown
-    run(tmp_path, config, monkeypatch, "--data.sequence_len", "128")  # as to fit
+    run(tmp_path, config, monkeypatch, "--data.sequence_len", "128")  # options are given as to fit
     assert "labels, 128 tokens" in capsys.readouterr().out
 
 
@@ -117,12 +120,22 @@ def test_as_many_as_asked_for_in_the_order_of_training(
     tmp_path: Path,
     config: dict[str, Any],
     texts: list[str],
+    tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def text_of(batch: dict[str, Tensor]) -> str:
+        return re.sub("(</s>)+$|\n", "", tokenizer.decode(batch["input_ids"].flatten()))
+
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run(tmp_path, config, monkeypatch, "--sequences", "2")
-    assert capsys.readouterr().out.count("\nsequence ") == 2
+    _, *sequences = re.split("^sequence .*$", capsys.readouterr().out, flags=re.MULTILINE)
+    shown = [re.sub("[«»]|^── .*$|\n", "", sequence, flags=re.MULTILINE) for sequence in sequences]
+    datasets = [DatasetConfig(**each) for each in config["data"].pop("datasets")]
+    data = PackedDataModule(datasets, tokenizer_dir=config["model"]["model_dir"], **config["data"])
+    loader = data.train_dataloader()
+    assert [re.sub("(</s>)+$", "", text) for text in shown] == [text_of(each) for each in itertools.islice(loader, 2)]
+    assert text_of(next(iter(loader))) != text_of(loader.dataset[0])  # the order is shuffled
 
 
 @pytest.mark.parametrize(
@@ -159,7 +172,7 @@ def test_options_are_checked_as_by_fit(
 ) -> None:
     for edit, says in (
         ({"sequence_length": 3}, "sequence_length is not an option"),
-        ({"sequence_len": 100}, "data.sequence_len is 100: give a positive multiple of 64"),
+        ({"sequence_len": 100}, "data.sequence_len must be a positive multiple of 64"),
         ({"sequence_len": "x"}, "data.sequence_len must be an integer, not x."),
     ):
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What a run of `pipelite fit` leaves in its logs."""
+"""What a run of `pipelite fit` writes to its logs."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def _check_tensorboard(directory: Path) -> None:
     stages = {"stage_busy_s/0", "stage_waiting_s/0", "stage_memory_gib/0"}
     assert logged | norms | stages <= {*tags["scalars"]}
     assert "hp_metric" not in tags["scalars"]
-    assert "train/mfu" not in tags["scalars"]  # nobody knows a CPU's peak
+    assert "train/mfu" not in tags["scalars"]  # a CPU's peak is unknown
     assert tags["histograms"] == ["train/norms_by_layer"]
     assert tags["images"] == ["train/norms_map"]
     text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert yaml.safe_load(text.removeprefix("```yaml\n").removesuffix("```"))["data"]["sequence_len"] == 64
-    assert len(events.Scalars("eval/loss")) == 2  # no zero for the table of hyper-parameters
+    assert len(events.Scalars("eval/loss")) == 2  # the table of hyper-parameters has not added a zero
     chosen: dict[str, Any] = {}
     for content in (events.summary_metadata["_hparams_/session_start_info"].plugin_data.content,):
         data = plugin_data_pb2.HParamsPluginData.FromString(content)
@@ -67,7 +67,7 @@ def _check_tensorboard(directory: Path) -> None:
     assert chosen["model.lr"] == 2e-5
     assert chosen["trainer.gradient_clip_val"] == 1
     assert chosen["data.sequence_len"] == 64
-    assert "data.drop_tails" not in chosen  # at its default
+    assert "data.drop_tails" not in chosen  # has its default value
     experiment = plugin_data_pb2.HParamsPluginData.FromString(
         events.summary_metadata["_hparams_/experiment"].plugin_data.content
     ).experiment
@@ -78,7 +78,9 @@ def _check_csv(directory: Path) -> None:
     with (directory / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert any(row["eval/loss"] for row in rows)
-    assert all(float(row["train/loss"]) > 0 for row in rows if row["train/loss"])
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert len(losses) == 2  # one for each step
+    assert all(loss > 0 for loss in losses)
     assert {"train/norms_avg", "stage_busy_s/0", "train/tokens_per_s"} <= {*rows[0]}
     written = yaml.safe_load((directory / "hparams.yaml").read_text())
     assert written["model.adapter"] == "LoRA"

@@ -1,32 +1,36 @@
-"""Signatures read from source files are those that Python has."""
+"""Signatures read from source files agree with those that Python reports."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
 from lightning_pipelite.cli.signatures import signature_of
 
-CLASSES = [
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.callbacks.EarlyStopping",
-    "lightning.pytorch.callbacks.ModelCheckpoint",
-    "lightning_pipelite.PipeLiteModule",
-    "lightning_pipelite.PipeLiteStrategy",
-    "lightning_pipelite.adapters.ControlAdapter",
-    "lightning_pipelite.adapters.Full",
-    "lightning_pipelite.adapters.LoRA",
-    "lightning_pipelite.callbacks.EvalSchedule",
-    "lightning_pipelite.callbacks.SaveTrained",
-    "lightning_pipelite.callbacks.TimedCheckpoint",
-    "torch.optim.AdamW",
-]
+NOT_READ = {
+    "lightning.pytorch.Trainer": (
+        "accelerator strategy precision logger callbacks max_time val_check_interval deterministic profiler plugins "
+        "default_root_dir"
+    ),
+    "lightning.pytorch.callbacks.EarlyStopping": "",
+    "lightning.pytorch.callbacks.ModelCheckpoint": "dirpath train_time_interval",
+    "lightning_pipelite.PipeLiteModule": "adapter activation_memory optimizer",
+    "lightning_pipelite.PipeLiteStrategy": "cluster_environment accelerator parallel_devices",
+    "lightning_pipelite.adapters.ControlAdapter": "",
+    "lightning_pipelite.adapters.Full": "",
+    "lightning_pipelite.adapters.LoRA": "",
+    "lightning_pipelite.callbacks.EvalSchedule": "",
+    "lightning_pipelite.callbacks.SaveTrained": "",
+    "lightning_pipelite.callbacks.TimedCheckpoint": "",
+    "torch.optim.AdamW": "params lr betas",
+}
+"""Classes, and their parameters whose types are not read."""
 
 
-@pytest.mark.parametrize("path", CLASSES)
+@pytest.mark.parametrize("path", NOT_READ)
 def test_as_python_has_it(path: str) -> None:
     module, _, name = path.rpartition(".")
     made = getattr(importlib.import_module(module), name)
@@ -36,11 +40,10 @@ def test_as_python_has_it(path: str) -> None:
     assert [*read.types] == [*parameters][1:]
     assert not read.takes_others
     hints = get_type_hints(made.__init__)
-    known = {each: kind for each, kind in read.types.items() if kind is not None}
-    assert known
-    for each, kind in known.items():
-        assert {*get_args(kind)} == {*get_args(hints[each])}
-        assert get_args(kind) or kind is hints[each]
+    assert {each for each, kind in read.types.items() if kind is None} == {*NOT_READ[path].split()}
+    for each, kind in read.types.items():
+        if kind is not None:
+            assert kind == hints[each]
 
 
 def test_what_is_not_read() -> None:

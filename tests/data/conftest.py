@@ -1,4 +1,4 @@
-"""A small tokenizer and real text for all tests of the data."""
+"""A small tokenizer and real text for all data tests."""
 
 from data_fixtures import chat_dir, encode, make_data, make_tokenizer, texts, tokenizer, tokenizer_dir
 

@@ -1,4 +1,4 @@
-"""Files as people have them: what is found, the line that says it, and the labels beside a rendering by hand."""
+"""Data files as users have them: what is found, the line that reports it, and labels equal to a rendering by hand."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_files_of_other_splits_are_told(
 
 
 def test_unknown_template(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"data\.chat_template llama is no file: name a \.jinja file, or say"):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.chat_template llama is not a file: set it to a \.jinja file, "
+    ):
         make_data([DatasetConfig("x")], chat_template="llama")
     path = put(tmp_path / "a.jinja", TEMPLATES["chatml"])
     make_data([DatasetConfig("x")], chat_template=str(path))

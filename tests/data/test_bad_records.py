@@ -1,4 +1,4 @@
-"""Whatever a record raises names its file and line, and can be skipped; the others are read."""
+"""Any error in a record names its file and line; bad records can be skipped, and the others are still read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LINES = {
 
 
 def skipped(data: PackedDataModule) -> tuple[int, str, int]:
-    """How many records were skipped, what was said of the first, and how many documents there are."""
+    """Return how many records were skipped, the message about the first, and the number of documents."""
     data.prepare_data()
     assert data.statistics is not None
     (dataset,) = data.statistics.datasets
@@ -52,7 +52,7 @@ def skipped(data: PackedDataModule) -> tuple[int, str, int]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize("bad", LINES)
 def test_a_line(bad: str, name: str, tmp_path: Path, make_data: MakeData) -> None:
-    """Of .jsonl, and of .json that has a record a line."""
+    """In a .jsonl file, and in a .json file with one record per line."""
     line = LINES[bad]
     content = [
         GOOD[0].encode(),
@@ -95,7 +95,7 @@ def test_a_damaged_list_gives_what_is_before(number: int, tmp_path: Path, make_d
 
 @pytest.mark.parametrize("suffix", [".gz", ""])
 def test_a_file_that_breaks_off(suffix: str, tmp_path: Path, make_data: MakeData) -> None:
-    """What is before counts; that the rest is missing is told beside the records that were skipped."""
+    """This is an error; with skip_bad_records, the summary reports the file as not read to the end instead."""
     lines = [json.dumps({"text": f"{number} {'x' * 99}" if number % 50 else None}) for number in range(999)]
     content = "\n".join(lines).encode()
     path = tmp_path / f"a.jsonl{suffix}"
@@ -112,7 +112,7 @@ def test_a_file_that_breaks_off(suffix: str, tmp_path: Path, make_data: MakeData
     with pytest.raises(ConfigurationError, match=r"a\.(jsonl|parquet)"):
         make_data(config).prepare_data()
     data = make_data(config, skip_bad_records=True)
-    assert skipped(data)[2] >= 1
+    assert skipped(data)[2] > (1 if suffix else 0)  # records before the damage count, whole groups of rows in Parquet
     assert any(f"1 file not read to the end: {path}" in line for line in data.summary())
 
 
@@ -138,7 +138,7 @@ def test_whatever_a_template_raises(what: str, tmp_path: Path, make_tokenizer: A
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"m": talk}) for talk in talks))
     data = [DatasetConfig(str(tmp_path / "a.jsonl"), messages_field="m")]
     options = {"tokenizer_dir": str(folder), "eval_fraction": 0.0}
-    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 2: the chat template refuses the conversation \("):
+    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 2: the chat template rejects the conversation \("):
         make_data(data, **options).prepare_data()
     count, first, documents = skipped(make_data(data, skip_bad_records=True, **options))
     assert (count, documents) == (1, 2)
@@ -166,7 +166,7 @@ def test_what_is_within_a_conversation(
 
 
 class PanicError(BaseException):
-    """As the Rust of tokenizers panics: no Exception."""
+    """Like a Rust panic in tokenizers, this is not an Exception."""
 
 
 @pytest.mark.parametrize("error", [PanicError, OverflowError, TypeError, RecursionError])
@@ -183,13 +183,13 @@ def test_whatever_a_tokenizer_raises(
     monkeypatch.setattr(tokens_module.DocumentTokenizer, "encode", failing)
     (tmp_path / "a.jsonl").write_text("\n".join(GOOD))
     data = [DatasetConfig(str(tmp_path / "a.jsonl"))]
-    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 2: the tokenizer refuses the text \(no\)"):
+    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 2: the tokenizer rejects the text \(no\)"):
         make_data(data).prepare_data()
     assert skipped(make_data(data, skip_bad_records=True))[0::2] == (1, 2)
 
 
 def test_rows_of_columns(tmp_path: Path, make_data: MakeData) -> None:
-    """A date that Python has no number for is of the row alone."""
+    """A timestamp that Python cannot represent spoils only its own row."""
     kind = pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "at": pa.timestamp("s")}))
     talk = [{"role": "user", "content": "a", "at": 10**15}, {"role": "assistant", "content": "b", "at": None}]
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")

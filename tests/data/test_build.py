@@ -1,4 +1,4 @@
-"""A build is keyed by all that matters, is there whole or not at all, and takes place once."""
+"""A build's key covers everything that affects it; it runs once, and its result is complete or absent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The builds that take place."""
+    """The folders of all builds that run."""
     builds: list[Path] = []
     build = PackBuilder.__call__
 
@@ -123,13 +123,13 @@ def test_file_that_changes_while_it_is_read(
         write_jsonl(tmp_path / "a.jsonl", texts[1:])
 
     monkeypatch.setattr(PackBuilder, "__call__", disturb)
-    with pytest.raises(ConfigurationError, match="file changed while it was read"):
+    with pytest.raises(ConfigurationError, match="file changed while it was being read"):
         data.prepare_data()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def left_behind(cache: Path) -> list[str]:
-    """What lies in a cache beside whole entries and locks."""
+    """Return what a cache holds apart from complete entries and locks."""
     return [path.name for path in cache.iterdir() if not re.fullmatch(r"[0-9a-f]{32}(\.lock)?", path.name)]
 
 
@@ -137,7 +137,7 @@ def left_behind(cache: Path) -> list[str]:
 def test_killed_at_ten_random_moments(
     tmp_path: Path, make_data: MakeData, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 1 << 14)  # small batches: tokenised by processes
+    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 1 << 14)  # small batches, so that worker processes tokenise
     source = write_jsonl(tmp_path / "a.jsonl", [f"{number} {text}" for number in range(6) for text in texts])
     reference = make_data([source], cache_dir=str(tmp_path / "reference"))
     begin = time.perf_counter()

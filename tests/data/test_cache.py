@@ -1,4 +1,4 @@
-"""A cache entry is whole or absent, whatever happens to its builder."""
+"""A cache entry is complete or absent, whatever happens to the process that builds it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,27 @@ def test_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
         "key",
         "key.lock",
-    ]  # half a build is cleared
+    ]  # the unfinished build is removed
+
+
+@pytest.mark.parametrize(("ours", "other"), [("node", "node.cluster"), ("node.cluster", "node")])
+def test_build_of_a_host_with_a_longer_or_shorter_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, other: str
+) -> None:
+    running: list[Path] = []
+
+    def build(folder: Path) -> None:
+        running.append(folder)
+        write_two(folder)
+
+    monkeypatch.setattr(socket, "gethostname", lambda: other)
+    build_once(tmp_path, "key", build).rename(running[0])  # as during the build
+    (tmp_path / f"key.{ours}.{'0' * 32}").mkdir()  # left by this host
+
+    monkeypatch.setattr(socket, "gethostname", lambda: ours)
+    build_once(tmp_path, "key", write_two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["key", "key.lock", running[0].name])
+    assert contents(running[0]) == {"first": "1", "second": "2"}
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def make(make_tokenizer: Callable[..., Path]) -> Callable[[str | None], tuple[Do
 
 
 def said(template: str, make: Any, messages: list[dict[str, str]] = TALK) -> tuple[str, list[str]]:
-    """The whole text, and the pieces of it that are labels."""
+    """Return the whole text, and the pieces of it that are labels."""
     ours, tokenizer = make(template)
     ids, flags = ours.encode_conversation(messages, "here")
     pieces: list[list[int]] = []
@@ -78,13 +78,16 @@ def test_conversation_that_begins_with_a_reply(make: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no system message') }}", r"here: the chat template refuses .*no system message"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}{{ messages | length }}", "here: .* does not show message 1"),
+        ("{{ raise_exception('no system message') }}", r"here: the chat template rejects .*no system message"),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}{{ messages | length }}",
+            "here: .* does not render message 1",
+        ),
         (
             "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}{{ messages | length }}",
-            "here: .* message 3 so that the assistant's words cannot be told apart",
+            "here: the assistant's words cannot be located in message 3",
         ),
-        (MARKED.replace("'assistant'", "'nobody'"), "here: .* no token is the assistant's"),
+        (MARKED.replace("'assistant'", "'nobody'"), "here: the chat template attributes no token to the assistant"),
     ],
 )
 def test_templates_that_do_not_tell(make: Any, template: str, message: str) -> None:

@@ -58,7 +58,7 @@ def test_ids_and_labels(kind: str, tokenizer_of: Callable[[str], Path]) -> None:
         ids, learnt = ours.encode_conversation(TALK, "here")
         assert ids == theirs.apply_chat_template(TALK, return_dict=True)["input_ids"], name
 
-        # By the places of the tokens in the text: what the assistant said is learnt, and nothing of the user.
+        # By the tokens' offsets in the text: what the assistant said is learnt, and nothing that the user said.
         text = theirs.apply_chat_template(TALK, tokenize=False)
         at, who = 0, [""] * len(text)
         for message in TALK:
@@ -78,7 +78,7 @@ def test_ids_and_labels(kind: str, tokenizer_of: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("kind", ["byte level, as Llama 3", "byte level, as Qwen"])
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_spaces_at_the_ends_of_a_reply(kind: str, template: str, tokenizer_of: Callable[[str], Path]) -> None:
-    """Some tokenizers leave them out of the places of their tokens."""
+    """Some tokenizers leave these spaces out of the offsets of their tokens."""
     folder = tokenizer_of(kind)
     (folder / "chat_template.jinja").write_text(template)
     ours = DocumentTokenizer(folder, replace(OPTIONS, datasets=[DatasetConfig("x", messages_field="m")]))

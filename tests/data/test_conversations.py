@@ -1,4 +1,4 @@
-"""What a record says beside its words is used, refused, or named: never passed over in silence."""
+"""What a record holds besides its text is used, refused or reported, never silently ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_pipelite.data.records import read_records
 from lightning_pipelite.data.tokens import DocumentTokenizer
 from lightning_pipelite.errors import ConfigurationError
 
-# As those of models that call tools.
+# Like the templates of models that call tools.
 TOOLS = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if enable_thinking is defined %}think={{ enable_thinking }}\n"
     "{% endif %}{% for d in documents or [] %}{{ d.title }}\n{% endfor %}"
@@ -55,14 +55,14 @@ def make(make_tokenizer: Callable[..., Path]) -> Callable[[str], tuple[DocumentT
 
 
 def record_of(record: dict[str, Any], folder: Path) -> Any:
-    """As it is read from a file."""
+    """Return a record as it is read from a file."""
     (folder / "a.jsonl").write_text(json.dumps(record))
     (read,) = read_records(folder / "a.jsonl", DatasetConfig("x", messages_field="messages"))
     return read
 
 
 def encode(make: Any, template: str, record: dict[str, Any], folder: Path) -> tuple[list[int], str, set[str], Any]:
-    """The ids, the text of what is learnt, what is passed over, and the tokenizer."""
+    """Return the ids, the text that is learnt, the ignored keys, and the tokenizer."""
     ours, tokenizer = make(template)
     read, passed_over = record_of(record, folder), set[str]()
     ids, learnt = ours.encode_conversation(read.document, read.place, read.arguments, read.others, passed_over)
@@ -122,7 +122,7 @@ def test_replies_without_weight_are_not_learnt(make: Any, tmp_path: Path, templa
 
 @pytest.mark.parametrize("streamed", [None, True, False])
 def test_columns_give_no_key_that_a_record_has_not(tmp_path: Path, streamed: bool | None) -> None:
-    """Arrow gives every object the keys of all."""
+    """Arrow gives every object in a column the keys of all others; keys without a value are left out again."""
     rows = [
         {"messages": [ASK, call("weather", {"city": "Paris"})], "tools": [TOOL]},
         {"messages": [ASK, call("add", {"a": 1, "b": [1, None]})], "tools": None},
@@ -167,7 +167,7 @@ def test_contents_in_parts(make: Any, tmp_path: Path) -> None:
     twice = [{"role": "user", "content": PARTS * 2}, REPLY]
     ids, _, _, tokenizer = encode(make, READS_PARTS, {"messages": twice}, tmp_path)
     assert ids == tokenizer.apply_chat_template(twice)["input_ids"]
-    with pytest.raises(ConfigurationError, match="line 1: the content of message 1 has 2 parts, of which the chat"):
+    with pytest.raises(ConfigurationError, match="line 1: the content of message 1 has 2 parts, but the chat"):
         encode(make, CHATML, {"messages": twice}, tmp_path)
 
 
@@ -178,52 +178,72 @@ ONLY_PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.tex
 @pytest.mark.parametrize(
     ("template", "record", "message"),
     [
-        (CHATML, {"tools": [TOOL]}, "the chat template shows no tools in this conversation"),
-        (CHATML, {"documents": [{"title": "a"}]}, "the chat template shows no documents"),
-        (CHATML, {"chat_template_kwargs": {"x": 1}}, "the chat template reads no 'x' of chat_template_kwargs"),
-        (TOOLS, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs holds 'tools', which is set elsewhere"),
-        (TOOLS, {"chat_template_kwargs": [1]}, "chat_template_kwargs is list; give an object"),
+        (CHATML, {"tools": [TOOL]}, "the chat template does not render the tools of this conversation"),
+        (CHATML, {"documents": [{"title": "a"}]}, "the chat template does not render the documents"),
+        (CHATML, {"chat_template_kwargs": {"x": 1}}, "the chat template does not read 'x' of chat_template_kwargs"),
+        (
+            TOOLS,
+            {"chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs contains 'tools', which is set elsewhere",
+        ),
+        (TOOLS, {"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, not list"),
         (TOOLS, {"enable_thinking": True}, "the chat template reads 'enable_thinking', which the record has outside"),
-        (TOOLS, {"tools": "weather"}, "tools is text but no JSON"),
-        (TOOLS, {"tools": ["weather"]}, "tools is no list of objects"),
-        (TOOLS, {"tools": [{"maximum": float("nan")}]}, "tools holds nan, which is no JSON"),
-        (TOOLS, {"functions": [{"name": "f"}]}, "the record has functions, which became tools"),
-        (CHATML, {"weight": 0.5}, "the record has a 'weight' of 0.5, but all records count alike"),
+        (TOOLS, {"tools": "weather"}, "tools is text, but not valid JSON"),
+        (TOOLS, {"tools": ["weather"]}, "tools must be a list of objects"),
+        (TOOLS, {"tools": [{"maximum": float("nan")}]}, "tools contains nan, which is not valid JSON"),
+        (TOOLS, {"functions": [{"name": "f"}]}, "the record has functions, which tools have replaced"),
+        (CHATML, {"weight": 0.5}, "the record has a 'weight' of 0.5, but all records count equally"),
         (CHATML, {"loss_mask": [0, 1]}, r"the record has a 'loss_mask' of \[0, 1\]"),
-        (CHATML, {"messages": [ASK, call("f", {})]}, "the chat template does not show the tool_calls of message 2"),
+        (CHATML, {"messages": [ASK, call("f", {})]}, "the chat template does not render all tool_calls of message 2"),
         (
             TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
             {"messages": [ASK, {**REPLY, "tool_calls": [*call("f", {})["tool_calls"], *call("f", {})["tool_calls"]]}]},
-            "does not show the tool_calls of message 2, or not all of them",
+            "does not render all tool_calls of message 2",
         ),
         (
             TOOLS.replace("m.tool_calls or []", "(m.tool_calls or []) if m.content is undefined"),
             {"messages": [ASK, call("f", {}), REPLY]},
-            "does not show the tool_calls of message 2, or not all of them",
+            "does not render all tool_calls of message 2",
         ),
-        (CHATML, {"messages": [ASK, {**REPLY, "thinking": "x"}]}, "does not show the thinking of message 2"),
+        (CHATML, {"messages": [ASK, {**REPLY, "thinking": "x"}]}, "does not render the thinking of message 2"),
         (
             "{% if thinking %}Think. {% endif %}" + CHATML,
             {"messages": [ASK, {**REPLY, "thinking": "x"}]},
-            "does not show the thinking of message 2",
+            "does not render the thinking of message 2",
         ),
-        (CHATML, {"messages": [{**ASK, "images": ["x"]}, REPLY]}, "does not show the images of message 1"),
+        (CHATML, {"messages": [{**ASK, "images": ["x"]}, REPLY]}, "does not render the images of message 1"),
         (
             TOOLS,
             {"messages": [{**ASK, "role": "system", "tools": [TOOL]}, ASK, REPLY]},
-            "not show the tools of message 1",
+            "not render the tools of message 1",
         ),
-        (NO_SYSTEM, {"messages": [{**ASK, "role": "system", "content": "be"}, ASK, REPLY]}, "does not show message 1"),
-        (ONLY_PARTS, {"messages": [ASK, REPLY]}, "(does not show message 1|cannot be told apart)"),
-        (CHATML, {"messages": [ASK, {**REPLY, "role": "gpt"}, REPLY]}, "the role of message 2 is 'gpt'; write assist"),
-        (CHATML, {"messages": [{**ASK, "role": "boss"}, REPLY]}, "the role of message 1 is 'boss'; give one of"),
-        (CHATML, {"messages": [ASK, {**REPLY, "weight": 0.5}]}, "has a weight of 0.5; give the assistant's messages 0"),
-        (CHATML, {"messages": [{**ASK, "weight": 1}, REPLY]}, "message 1 .* has a weight of 1; give"),
-        (CHATML, {"messages": [ASK, {**REPLY, "train": False}]}, "message 2 .* has 'train'; say which replies"),
+        (
+            NO_SYSTEM,
+            {"messages": [{**ASK, "role": "system", "content": "be"}, ASK, REPLY]},
+            "does not render message 1",
+        ),
+        (ONLY_PARTS, {"messages": [ASK, REPLY]}, "(does not render message 1|cannot be located)"),
+        (
+            CHATML,
+            {"messages": [ASK, {**REPLY, "role": "gpt"}, REPLY]},
+            "the role of message 2 is 'gpt'; change it to assist",
+        ),
+        (
+            CHATML,
+            {"messages": [{**ASK, "role": "boss"}, REPLY]},
+            "the role of message 1 is 'boss'; change it to one of",
+        ),
+        (CHATML, {"messages": [ASK, {**REPLY, "weight": 0.5}]}, "has a weight of 0.5; use 0 or 1 for the assistant"),
+        (CHATML, {"messages": [{**ASK, "weight": 1}, REPLY]}, "message 1 .* has a weight of 1; use 0"),
+        (CHATML, {"messages": [ASK, {**REPLY, "train": False}]}, "message 2 .* has 'train'; use a weight of 0 or 1"),
         (CHATML, {"messages": [{**ASK, "content": [{"type": "image_url"}]}, REPLY]}, "has a part of type image_url"),
-        (TOOLS, {"messages": [ASK, {**REPLY, "tool_calls": "[]"}]}, "the tool_calls of message 2 .* are no list"),
-        (TOOLS, {"messages": [ASK, call("f", {"a": float("inf")})]}, "message 2 .* holds inf, which is no JSON"),
-        (TOOLS, {"messages": [ASK, call("f", {"a": "\ud800"})]}, "message 2 .* holds half a surrogate pair"),
+        (TOOLS, {"messages": [ASK, {**REPLY, "tool_calls": "[]"}]}, "the tool_calls of message 2 .* must be a list"),
+        (
+            TOOLS,
+            {"messages": [ASK, call("f", {"a": float("inf")})]},
+            "message 2 .* contains inf, which is not valid JSON",
+        ),
+        (TOOLS, {"messages": [ASK, call("f", {"a": "\ud800"})]}, "message 2 .* contains half of a surrogate pair"),
     ],
 )
 def test_what_would_be_passed_over(
@@ -241,11 +261,11 @@ def test_what_says_nothing_is_named(make: Any, tmp_path: Path) -> None:
     assert passed_over == {
         "parallel_tool_calls", "name of messages", "id of messages", "chat_template_kwargs.enable_thinking"
     }  # fmt: skip
-    dumps = "{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"  # shows whatever there is
+    dumps = "{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"  # renders every key
     assert "name of messages" not in encode(make, dumps, {"messages": [{**ASK, "name": "me"}, REPLY]}, tmp_path)[2]
     text = {**call("f", json.dumps({"a": 1})), "content": "x"}
     assert encode(make, TOOLS, {"messages": [ASK, text]}, tmp_path)[2] == {
-        "that arguments of tool calls are JSON (they are text, quoted once more)"
+        "the JSON structure of tool-call arguments (they are text, and quoted again)"
     }
 
 
@@ -275,7 +295,7 @@ def test_ignored_keys_are_told(make_data: Callable[..., PackedDataModule], tmp_p
 
 
 def test_ignored_keys_can_be_shown(make_data: Callable[..., PackedDataModule], tmp_path: Path) -> None:
-    """Whatever they are: a terminal takes no half surrogate pair."""
+    """Whatever characters they contain: a terminal cannot print half of a surrogate pair."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "text", "\ud800": 1, "a\nb": 1, "k" * 999: 1, "größe": 1}))
     data = [DatasetConfig(str(path))]
@@ -313,7 +333,7 @@ def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataMod
         (tmp_path / "d" / name).write_text("text")
     (line,) = (line for line in make_data([DatasetConfig(str(tmp_path / "d"))]).summary() if line.startswith("dataset"))
     assert line.endswith(", files not read: README.md, b.pdf")
-    with pytest.raises(ConfigurationError, match=r"a\.txt is text and has no fields: remove text_field"):
+    with pytest.raises(ConfigurationError, match=r"a\.txt is text, which has no fields: remove text_field"):
         make_data([DatasetConfig(str(tmp_path / "d" / "a.txt"), text_field="body")]).prepare_data()
 
 
@@ -321,8 +341,8 @@ def test_files_that_are_not_read_are_told(make_data: Callable[..., PackedDataMod
 def test_options_that_conversations_have_no_use_for(key: str) -> None:
     datasets = [DatasetConfig("x", messages_field="m")]
     value = True if key == "add_prefix_space" else "a"
-    with pytest.raises(ConfigurationError, match=rf"data\.{key} is not for conversations"):
+    with pytest.raises(ConfigurationError, match=rf"data\.{key} does not apply to conversations"):
         replace(OPTIONS, datasets=datasets, **{key: value})
     replace(OPTIONS, datasets=[*datasets, DatasetConfig("y")], **{key: value})
-    with pytest.raises(ConfigurationError, match="x has a text_field and a messages_field"):
+    with pytest.raises(ConfigurationError, match="x has both text_field and messages_field"):
         replace(OPTIONS, datasets=[DatasetConfig("x", text_field="a", messages_field="m")])

@@ -1,4 +1,4 @@
-"""Options of the data module, from Python, YAML and the command line; and what is wrong with them, in a sentence."""
+"""Options of the data module, from Python, YAML and the command line, and the messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ MakeData = Callable[..., PackedDataModule]
     ("options", "message"),
     [
         ({"datasets": []}, r"data\.datasets is empty"),
-        ({"datasets": [DatasetConfig("x.txt", max_tokens=0)]}, r"max_tokens of x\.txt is 0"),
-        ({"sequence_len": 100}, r"data\.sequence_len is 100: give a positive multiple of 64"),
-        ({"sequence_len": 0}, r"data\.sequence_len is 0"),
-        ({"eval_fraction": 1.0}, r"data\.eval_fraction is 1\.0"),
-        ({"eval_fraction": -0.1}, r"data\.eval_fraction is -0\.1"),
-        ({"max_sequences": 1}, r"data\.max_sequences is 1: training needs a sequence, and so does evaluation"),
+        ({"datasets": [DatasetConfig("x.txt", max_tokens=0)]}, r"max_tokens of x\.txt must be positive, not 0"),
+        ({"sequence_len": 100}, r"data\.sequence_len must be a positive multiple of 64 .*, not 100"),
+        ({"sequence_len": 0}, r"data\.sequence_len must be a positive .*, not 0"),
+        ({"eval_fraction": 1.0}, r"data\.eval_fraction must be .* less than 1, not 1\.0"),
+        ({"eval_fraction": -0.1}, r"data\.eval_fraction must be .*, not -0\.1"),
+        ({"max_sequences": 1}, r"data\.max_sequences is 1, but training needs a sequence, and so does evaluation"),
         ({"max_sequences": 0, "eval_fraction": 0}, r"data\.max_sequences is 0"),
-        ({"eval_gradient_accumulation_steps": 0}, r"data\.eval_gradient_accumulation_steps is 0"),
-        ({"seed": -1}, r"data\.seed is -1"),
-        ({"packing": "tight"}, r"data\.packing is tight: give concatenate, best_fit or null"),
+        ({"eval_gradient_accumulation_steps": 0}, r"data\.eval_gradient_accumulation_steps must be .*, not 0"),
+        ({"seed": -1}, r"data\.seed must be .*, not -1"),
+        ({"packing": "tight"}, r"data\.packing must be concatenate, best_fit or null, not tight"),
         ({"packing": "best_fit", "drop_tails": True}, r"data\.drop_tails cuts documents, which best-fit packing never"),
-        ({"datasets": [DatasetConfig("x.txt", control_class=2)]}, r"control_class of x\.txt is 2: give -1, 0 or 1"),
-        ({"datasets": [DatasetConfig("x.txt", weight=0.0)]}, r"weight of x\.txt is 0\.0: give a positive number"),
+        ({"datasets": [DatasetConfig("x.txt", control_class=2)]}, r"control_class of x\.txt must be -1, 0 or 1, not 2"),
+        ({"datasets": [DatasetConfig("x.txt", weight=0.0)]}, r"weight of x\.txt must be positive and finite, not 0\.0"),
         ({"datasets": [DatasetConfig("x.txt", weight=1.0), DatasetConfig("y.txt")]}, r"y\.txt has no weight"),
-        ({"eval_datasets": [DatasetConfig("y.txt", weight=1.0)]}, r"y\.txt of data\.eval_datasets has a weight"),
-        ({"eval_datasets": [DatasetConfig("y.txt", max_tokens=0)]}, r"max_tokens of y\.txt is 0"),
+        ({"eval_datasets": [DatasetConfig("y.txt", weight=1.0)]}, r"y\.txt in data\.eval_datasets has a weight"),
+        ({"eval_datasets": [DatasetConfig("y.txt", max_tokens=0)]}, r"max_tokens of y\.txt must be positive, not 0"),
     ],
 )
 def test_options_out_of_range(make_data: MakeData, options: dict[str, Any], message: str) -> None:
@@ -48,26 +48,26 @@ def test_errors_when_files_are_read(tmp_path: Path, make_data: MakeData) -> None
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(ConfigurationError, match=r"data\.tokenizer_dir is not set"):
         make_data([source], tokenizer_dir=None).prepare_data()
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer_dir .*gone is no directory"):
+    with pytest.raises(ConfigurationError, match=r"data\.tokenizer_dir .*gone is not a directory"):
         make_data([source], tokenizer_dir=str(tmp_path / "gone")).prepare_data()
     with pytest.raises(ConfigurationError, match=r"dataset_path gone\.txt matches no file"):
         make_data([DatasetConfig("gone.txt")]).prepare_data()
     with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 1: no field 'body'"):
         make_data([DatasetConfig(source.dataset_path, text_field="body")]).prepare_data()
     empty = write_jsonl(tmp_path / "b.jsonl", ["", ""])
-    with pytest.raises(ConfigurationError, match=r"b\.jsonl holds no document with a token"):
+    with pytest.raises(ConfigurationError, match=r"b\.jsonl contains no document with any tokens"):
         make_data([source, empty], document_suffix="").prepare_data()
 
 
 def test_the_former_default_of_text_field_beside_what_is_named_and_for_text_files(
     tmp_path: Path, make_data: MakeData
 ) -> None:
-    """As every configuration has it that was saved with that default."""
+    """Configurations that were saved with that default still work."""
     (tmp_path / "a.txt").write_text("one two")
     make_data([DatasetConfig(str(tmp_path / "a.txt"), text_field="text")]).prepare_data()
     assert DatasetConfig("x", text_field="text", messages_field="talk") == DatasetConfig("x", messages_field="talk")
     make_data([DatasetConfig("x", text_field="text", messages_field="talk")])
-    with pytest.raises(ConfigurationError, match="x has a text_field and a messages_field"):
+    with pytest.raises(ConfigurationError, match="x has both text_field and messages_field"):
         make_data([DatasetConfig("x", text_field="words", messages_field="talk")])
 
 

@@ -1,4 +1,4 @@
-"""Which documents are kept, and on which side."""
+"""Which documents are kept, and whether they are for training or evaluation."""
 
 from __future__ import annotations
 

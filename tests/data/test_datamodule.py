@@ -139,7 +139,7 @@ def test_batches_and_fill(tmp_path: Path, make_data: MakeData, texts: list[str])
 
 
 class Recorder(L.LightningModule):
-    """Trains nothing; notes which sequences came in which epoch."""
+    """Trains nothing; records the sequences of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_drop_tails_begins_each_sequence_afresh(
 def test_drop_tails_that_leaves_no_evaluation(tmp_path: Path, make_data: MakeData) -> None:
     data = make_data([write_jsonl(tmp_path / "a.jsonl", ["short", "brief"])], drop_tails=True)
     with pytest.raises(
-        ConfigurationError, match=r"held out for evaluation \(1 of 2 documents\) fills no sequence of 64 tokens"
+        ConfigurationError, match=r"held out for evaluation \(1 of 2\) do not fill a sequence of 64 tokens"
     ):
         data.prepare_data()
 
@@ -242,11 +242,11 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
     )
 
     data = make_data([write_jsonl(tmp_path / "c.jsonl", ["one two three", "three two one"])])
-    assert re.search(r"; [45]\d% of all tokens, as documents are held out whole: cut long ones", data.summary()[2])
+    assert re.search(r"; [45]\d% of all tokens, as documents are held out whole: split long ones", data.summary()[2])
     assert "of all tokens" not in lines[1]
 
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], drop_tails=True)
-    assert data.summary()[2] == "eval: none (it takes two different documents to hold one out)"
+    assert data.summary()[2] == "eval: none (holding one out takes at least two different documents)"
     with pytest.raises(ConfigurationError, match="The training set has 0 sequences"):
         data.check(1, 1)
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], eval_fraction=0)
@@ -284,5 +284,5 @@ def test_conversations_from_disk_to_labels(tmp_path: Path, make_tokenizer: Any, 
 
 
 def test_a_test_set_is_not_held_out() -> None:
-    with pytest.raises(ConfigurationError, match="holds out no test set"):
+    with pytest.raises(ConfigurationError, match="has no test set"):
         PackedDataModule.test_dataloader(SimpleNamespace())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Several datasets of one training: limits, mixing, weights and evaluation sets of their own."""
+"""Several datasets in one training: limits, mixing, weights and separate evaluation sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_max_tokens_takes_whole_documents(tmp_path: Path, make_data: MakeData, t
     assert 2000 - max(len(encode(text)) for text in texts) < sum(map(len, kept)) <= 2000
 
     source.max_tokens = 3
-    with pytest.raises(ConfigurationError, match=r"max_tokens of .*a\.jsonl is 3, less than the first document"):
+    with pytest.raises(ConfigurationError, match=r"max_tokens of .*a\.jsonl is 3, but the first document"):
         make_data([source]).prepare_data()
 
 
@@ -85,15 +85,15 @@ def test_each_dataset_is_told(tmp_path: Path, make_data: MakeData, texts: list[s
     assert (one.skipped, two.skipped) == (0, 2)
     assert data.summary()[5].endswith(
         "2 bad records skipped (the first: "
-        f"{tmp_path / 'b.jsonl'}, line 31: the field 'text' is int, not text; give it a string.)"
+        f"{tmp_path / 'b.jsonl'}, line 31: the field 'text' must be a string, not int.)"
     )
-    with pytest.raises(ConfigurationError, match=r"b\.jsonl, line 31: the field 'text' is int"):
+    with pytest.raises(ConfigurationError, match=r"b\.jsonl, line 31: the field 'text' must be a string, not int"):
         make_data([first, second], eval_fraction=0.1).prepare_data()
 
 
 @pytest.mark.parametrize("mix", [False, True])
 def test_the_padding_of_each_dataset(tmp_path: Path, make_data: MakeData, encode: Any, mix: bool) -> None:
-    """That of the sequences in which it has a part, whatever else they hold; the prefix is none."""
+    """A dataset's padding is that of all sequences that hold any of it; the prefix does not count as padding."""
     texts = [["a" * 90, "b" * 90], ["c" * 50]]
     sources = [write_jsonl(tmp_path / f"{number}.jsonl", each) for number, each in enumerate(texts)]
     data = make_data(sources, eval_fraction=0, mix_datasets=mix)
@@ -122,7 +122,7 @@ def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[st
     source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "x.txt").write_text(texts[50])
-    # One of its documents is a training document, too.
+    # Five documents of wiki.jsonl are also in the training set.
     others = [write_jsonl(tmp_path / "wiki.jsonl", texts[45:55]), DatasetConfig(str(tmp_path / "more" / "*.txt"))]
     data = make_data([source], eval_datasets=[*others, others[0]], eval_fraction=0)
     data.prepare_data()
@@ -143,10 +143,10 @@ def test_evaluation_datasets(tmp_path: Path, make_data: MakeData, texts: list[st
     train = documents_of(items(both.train_dataloader()))
     assert len(held_out) == 10
     assert Counter(train) + Counter(held_out) == Counter(map(encode, texts[:50]))
-    with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
+    with pytest.raises(ConfigurationError, match=r"Every document in data\.datasets is also in data\.eval_datasets"):
         make_data([source], eval_datasets=[source]).prepare_data()
     copy = write_jsonl(tmp_path / "copy.jsonl", texts[:50])
-    with pytest.raises(ConfigurationError, match=r"Every document of data\.datasets is in data\.eval_datasets, too"):
+    with pytest.raises(ConfigurationError, match=r"Every document in data\.datasets is also in data\.eval_datasets"):
         make_data([source], eval_datasets=[copy]).prepare_data()
 
 
@@ -171,5 +171,5 @@ def test_weights(tmp_path: Path, make_data: MakeData, texts: list[str], encode: 
     one, two = shares(8.0, 1.0)
     assert one == whole[0]
     assert one / 8 - longest < two <= one / 8
-    with pytest.raises(ConfigurationError, match=r"0\.jsonl gets \d training tokens by its weight, less than"):
+    with pytest.raises(ConfigurationError, match=r"weight of .*0\.jsonl entitles it to \d training tokens, fewer than"):
         shares(1.0, 1e4)

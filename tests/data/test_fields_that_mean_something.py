@@ -1,4 +1,4 @@
-"""A field that means something is read or refused, wherever in the file it first holds something."""
+"""A field that has a meaning is read or refused, wherever in the file it first has a value."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ALPACA: Fields = {"instruction": "Tell.", "input": "", "output": "It."}
 
 
 def calling(call: Fields) -> Fields:
-    """A conversation that calls a function."""
+    """Return a conversation that calls a function."""
     return {"conversations": [SHARED["conversations"][0], {"from": "function_call", "value": json.dumps(call)}]}
 
 
 def read(folder: Path, records: list[Fields], kind: str = ".jsonl", **options: Any) -> tuple[list[Record], list[str]]:
-    """The documents and what is refused."""
+    """Return the records that are read, and the messages about those that are refused."""
     path, refused = folder / f"a{kind}", list[ConfigurationError]()
     if kind == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
@@ -74,7 +74,7 @@ def test_a_field_that_is_empty_at_first(
 def test_a_field_that_comes_late(tmp_path: Path, record: Fields, more: Fields, options: Fields) -> None:
     documents, (refused,) = read(tmp_path, [record] * 25 + [{**record, **more}], **options)
     assert len(documents) == 25
-    assert refused.startswith(f", line 26: no record at the beginning of the file has the field {next(iter(more))!r}")
+    assert refused.startswith(f", line 26: none of the first records of the file has the field {next(iter(more))!r}")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_calls_of_sharegpt(tmp_path: Path) -> None:
 
 
 SYSTEM, EMPTY = {"role": "system", "content": "Be."}, {"role": "user", "content": " \n"}
-NOTHING = "asks nothing before the assistant's reply"
+NOTHING = "has no question before the assistant's reply"
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ NOTHING = "asks nothing before the assistant's reply"
         ([SYSTEM, REPLY, REPLY], NOTHING),
         ([REPLY, ASK], NOTHING),
         ([{"role": "tool", "content": "4"}, REPLY], NOTHING),
-        ([EMPTY, REPLY], "the reply in message 2 of the field 'messages' answers a question that is empty"),
+        ([EMPTY, REPLY], "the reply in message 2 of the field 'messages' answers an empty question"),
         ([SYSTEM, EMPTY, REPLY, ASK, REPLY], "the reply in message 3 of the field 'messages' answers"),
         ([ASK, REPLY, {"role": "user", "content": [{"type": "text", "text": ""}]}, REPLY], "message 4 of the field"),
-        ([{**REPLY, "weight": 1}, ASK, REPLY], "message 1 of the field 'messages' stands before the first question"),
+        ([{**REPLY, "weight": 1}, ASK, REPLY], "message 1 of the field 'messages' precedes the first question"),
     ],
 )
 def test_a_reply_to_nothing(tmp_path: Path, messages: list[Fields], says: str) -> None:

@@ -1,4 +1,4 @@
-"""Documents that are packed and isolated train as each of them alone."""
+"""Documents that are packed and isolated train as each of them does alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        initializer_range=0.15,  # large enough that documents that see each other show
+        initializer_range=0.15,  # large enough to reveal attention between documents
     )
     LlamaForCausalLM(config).save_pretrained(made / "model")
     tokenizer.save_pretrained(made / "model")
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss over all tokens, and its gradients, of one document after the other, without the package."""
+    """The mean loss over all tokens and its gradients, computed document by document, without the package."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     total, count = torch.zeros(()), 0
     for text in documents:

@@ -1,4 +1,4 @@
-"""Conversations that are longer than a sequence, and the parts that are made of them."""
+"""Conversations that are longer than a sequence, and the parts they are split into."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_long_conversations(
         assert "(1 dropped)" in told
         assert texts == [short]
     elif way == "keep":
-        assert "1 go on in the next sequence without their question" in told
+        assert "1 continued in the next sequence without the question" in told
         whole = expected(chat(system, *turns), tokenizer)[0]
         assert whole[:128] in texts
     else:
-        assert "(2 parts made of them, each with its questions; 1 answer cut at the end)" in told
+        assert "(split into 2 parts, each with its questions; 1 answer truncated)" in told
         first, second = chat(system, *turns[:4]), chat(system, *turns[4:])
         wanted = [short, expected(first, tokenizer)[0], expected(second, tokenizer)[0][:128]]
         assert sorted(texts) == sorted(wanted)
@@ -81,7 +81,7 @@ LIMIT = 6
 
 
 class Letters:
-    """Tokens are letters: a user's small, replies to be learnt capital, other replies digits.
+    """Encodes letters as tokens: lower case for users, upper case for learnt replies, digits for other replies.
 
     "-" is the system's, "+" the developer's.
     """
@@ -110,7 +110,7 @@ def cut(way: Any, *messages: str) -> tuple[list[str], Long]:
     [
         ("aaa BBB", ["aaaBBB"], {}),
         ("aa BB cc DD", ["aaBB", "ccDD"], {"parts": 2}),
-        ("- a B c D e F", ["-aB", "-cDeF"], {"parts": 2}),  # the last has most before it
+        ("- a B c D e F", ["-aB", "-cDeF"], {"parts": 2}),  # the last part has as much context as fits
         ("+ a B c D e F", ["+aB", "+cDeF"], {"parts": 2}),
         ("aa BBBBB", ["aaBBBB"], {"parts": 1, "cut": 1}),
         ("aaaaa BB", ["aaaaaB"], {"parts": 1, "cut": 1}),
@@ -118,7 +118,7 @@ def cut(way: Any, *messages: str) -> tuple[list[str], Long]:
         ("aaaaaa B cccccc D e F", ["eF"], {"parts": 1, "unanswered": 2}),
         ("aa BBBBB c D", ["aaBBBB", "cD"], {"parts": 2, "cut": 1}),
         ("a B cc DDDDD", ["aB", "ccDDDD"], {"parts": 2, "cut": 1}),
-        # What has nothing to learn goes with what it leads to, or follows, where there is room; else it is left out.
+        # Turns with nothing to learn stay with the turn that they lead to or follow if there is room, else are dropped.
         ("aaa BBB c D e 1", ["aaaBBB", "cDe1"], {"parts": 2}),
         ("a BBBB c 1111", ["aBBBB"], {"parts": 1}),
         ("aaa BBB c 1 d 1", ["aaaBBB"], {"parts": 1}),

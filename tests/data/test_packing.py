@@ -1,4 +1,4 @@
-"""Packing against a slow function written from the rules, token by token."""
+"""Packing matches a slow reference that follows the rules token by token."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], room: int) -> None:
 
 
 def test_best_fit_depends_on_lengths_and_seed_alone() -> None:
-    """Of equal lengths the first comes first, of equal rooms the last; the seed gives the order of the sequences."""
+    """Of equal lengths the first is placed first, of equal rooms the last is filled; the seed orders the sequences."""
     lengths, count = np.array([4, 3] * 30), 30
     layout = best_fit([np.arange(60)], lengths, 7, max_sequences=None, seed=5)
     places = np.random.default_rng((5, count)).permutation(count)
@@ -102,7 +102,7 @@ def test_best_fit_depends_on_lengths_and_seed_alone() -> None:
 
 
 def test_reference_by_hand() -> None:
-    """The slow function itself, against what is worked out on paper."""
+    """The slow reference itself matches results worked out on paper."""
     sequence = pack_slowly([[[5, 6, 7], [8, 9]]], [1], 5, False, None, 0)
     assert [[slot.token for slot in row] for row in sequence] == [[1, 5, 6, 7, 8], [1, 9, 0, 0, 0]]
     assert label_slowly(sequence[0], True, {6}, {(0, 0): -1, (0, 1): 1}) == (

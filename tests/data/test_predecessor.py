@@ -1,12 +1,12 @@
-"""With isolation off, one source gives the stream of tokens that qlora-pipe-lite's documented rules give.
+"""With isolation off, one source gives the token stream that qlora-pipe-lite's documented rules give.
 
-The rules, as its documentation has them: documents are shuffled, of them whole ones are kept as long as they fit into
-max_tokens; the suffix (none: EOS) follows each document; sequences begin with the prefix (none: BOS) and are filled
-with one document after the other; with drop_tails, what is left of a document when a sequence is full is dropped; a
-last sequence that is not full is not used; masked tokens have the label -100 and the class 0, and so has the prefix.
+The rules in its documentation: documents are shuffled, and whole ones are kept while they fit into max_tokens. The
+suffix (EOS by default) follows each document. Sequences begin with the prefix (BOS by default) and are filled with
+consecutive documents. With drop_tails, the rest of a document is dropped when a sequence is full. A last sequence that
+is not full is not used. Masked tokens have label -100 and class 0; the prefix has class 0.
 
-Its labels are its input ids, which the model shifts; here they are shifted already. Its shuffle is another one, so the
-order of the documents is taken from what was packed. And the last, partial sequence is padded here, not dropped.
+Its labels are its input ids, which the model shifts; here they are already shifted. Its shuffle differs, so the order
+of the documents is taken from what was packed. The last, partial sequence is padded here, not dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTH = 64
 def stream_of(
     documents: list[list[int]], prefix: list[int], *, drop_tails: bool, masked: set[int], control_class: int, most: int
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """The predecessor's sequences: input ids, labels (not shifted) and control classes."""
+    """Return the predecessor's sequences: input ids, labels (not shifted) and control classes."""
     sequences: list[tuple[list[int], list[int], list[int]]] = []
     sequence = [(token, 0) for token in prefix]
     for document in documents:
@@ -92,7 +92,7 @@ def test_stream(
     mask = options.get("mask_tokens")
     masked = {BOS, EOS} if mask is True else {mask} if isinstance(mask, int) else set(mask or [])
 
-    # The order, which the seed alone decides, from a packing of all documents.
+    # The order depends on the seed alone, so it is taken from a packing of all documents.
     ordering = {name: options[name] for name in ("document_prefix", "document_suffix") if name in options}
     plain = make_data([source], eval_fraction=0, isolate_documents=False, sequence_prefix="", **ordering)
     plain.prepare_data()
@@ -129,7 +129,7 @@ def test_stream(
         assert item["labels"] == [*labels[1:], -100]
         assert item["control_classes"] == [*classes[1:], 0]
         assert item["position_ids"] == list(range(LENGTH))
-    if len(packed) > len(expected):  # the partial one holds what is left
+    if len(packed) > len(expected):  # the partial one holds the rest
         left = sum(map(len, order)) - len(expected) * (LENGTH - len(prefix))
         assert not options.get("drop_tails")
         rest = [token for document in order for token in document][-left:]

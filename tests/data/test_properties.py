@@ -1,7 +1,7 @@
 """Random documents and options, from files to micro-batches: what is packed is what was given.
 
-Documents end with a token that no text gives (the suffix), and padding is another one, so that documents can be told
-apart in the packed sequences without what the package knows about them.
+Documents end with a suffix token that no text contains, and padding is another such token. Documents can therefore be
+recognised in the packed sequences without the package's own records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_pipelite.data import DatasetConfig, PackedDataModule
 from packed_files import EOS, items, write_jsonl
 from packing_reference import Slot, label_slowly
 
-END = 1  # <s>, which no text gives
+END = 1  # <s>, which no text contains
 WIDTH = 64
 MakeData = Callable[..., PackedDataModule]
 
@@ -40,7 +40,7 @@ options_of = st.fixed_dictionaries(
 
 
 class Documents:
-    """The documents of some sources as the options say they are tokenised, worked out here."""
+    """The documents of some sources, tokenised as the options require, without the package."""
 
     def __init__(self, tokenizer: Any, sources: list[list[str]], classes: list[int], options: dict[str, Any]) -> None:
         def encode(text: str) -> list[int]:
@@ -63,11 +63,11 @@ class Documents:
         self.masked = {0, 1} if mask is True else {mask} if isinstance(mask, int) else set(mask or [])
 
     def split(self, document: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """What best-fit packing may cut a document into."""
+        """Return the pieces into which best-fit packing cuts a document."""
         return [document[begin : begin + self.room] for begin in range(0, len(document), self.room)]
 
     def pieces(self, row: list[int]) -> list[tuple[int, ...]]:
-        """Cut a sequence's ids, without prefix and padding, behind each document's end."""
+        """Cut a sequence's ids, without prefix and padding, after the end of each document."""
         assert row[: len(self.prefix)] == self.prefix
         body = row[len(self.prefix) :]
         while body and body[-1] == EOS:
@@ -91,7 +91,7 @@ def check_row(documents: Documents, item: dict[str, list[int]], owners: list[Any
         begin = len(slots)
         slots += [Slot(token, number) for token in piece]
         seen = {item["control_classes"][t - 1] for t in range(max(1, begin), len(slots))} - {0}
-        assert len(seen) <= 1  # one class for all of a document
+        assert len(seen) <= 1  # one class for a whole document
         assert seen <= documents.classes[owner]
         classes[number] = seen.pop() if seen else 1
     slots += [Slot(EOS, "padding")] * (WIDTH - len(slots))
@@ -99,9 +99,9 @@ def check_row(documents: Documents, item: dict[str, list[int]], owners: list[Any
 
 
 def owners_in_a_row(documents: Documents, sequences: list[dict[str, list[int]]]) -> list[list[tuple[int, ...]]]:
-    """Follow documents from one sequence to the next, and give the document of each piece."""
+    """Follow documents from one sequence to the next, and return the document of each piece."""
     owners: list[list[tuple[int, ...]]] = []
-    pending: list[tuple[int, int]] = []  # where the pieces of the present document are
+    pending: list[tuple[int, int]] = []  # where the pieces of the current document are
     present: tuple[int, ...] = ()
     for number, item in enumerate(sequences):
         owners.append([])
@@ -148,7 +148,7 @@ def test_every_token_once_in_order_and_right_at_each_border(
             for item in side:
                 owners.append([])
                 for piece in documents.pieces(item["input_ids"]):
-                    # A document that fits is whole; of a longer one the pieces are those of its length.
+                    # A document that fits stays whole; a longer one is cut at multiples of the room.
                     homes = [
                         document
                         for document in documents.all
@@ -159,7 +159,7 @@ def test_every_token_once_in_order_and_right_at_each_border(
                     assert homes
                     counted[piece] += 1
                     owners[-1].append(homes[0])
-                    if len(homes) > 1:  # any of them: take all their classes
+                    if len(homes) > 1:  # it may be any of them: allow all their classes
                         documents.classes[homes[0]] |= set().union(*(documents.classes[home] for home in homes))
             found.append(counted)
         else:
@@ -195,7 +195,7 @@ def test_every_token_once_in_order_and_right_at_each_border(
 def test_what_an_option_drops(
     tmp_path: Path, make_data: MakeData, tokenizer: PreTrainedTokenizerFast, texts: list[str], limit: int | None
 ) -> None:
-    """With drop_tails each sequence begins with a document, and of none more than its tail is missing."""
+    """With drop_tails, each sequence begins with a document, and only the last document in it may lack its tail."""
     options = {"document_prefix": None, "sequence_prefix": 7, "mask_tokens": None}
     documents = Documents(tokenizer, [texts], [1], options)
     source = write_jsonl(tmp_path / "a.jsonl", texts)

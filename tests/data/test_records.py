@@ -1,4 +1,4 @@
-"""Each format with real files, and each error with its sentence."""
+"""Each format is read from real files, and each error has its own message."""
 
 from __future__ import annotations
 
@@ -51,27 +51,35 @@ def test_parquet_with_another_field(tmp_path: Path, kind: pa.DataType) -> None:
 
 
 BAD = {
-    "empty text": ("a.txt", "", r"a\.txt holds no document"),
-    "empty jsonl": ("a.jsonl", "\n\n", r"a\.jsonl holds no document"),
-    "empty json": ("a.json", "", r"a\.json holds no document"),
-    "empty json list": ("a.json", "[]", r"a\.json holds no document"),
+    "empty text": ("a.txt", "", r"a\.txt contains no documents"),
+    "empty jsonl": ("a.jsonl", "\n\n", r"a\.jsonl contains no documents"),
+    "empty json": ("a.json", "", r"a\.json contains no documents"),
+    "empty json list": ("a.json", "[]", r"a\.json contains no documents"),
     "utf8 text": ("a.txt", b"one\ntwo\nthr\xe9e\n", r"a\.txt, line 3: not valid UTF-8"),
     "utf8 jsonl": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not valid UTF-8"),
     "utf8 json": ("a.json", b'[\n"a",\n"\xff"]', r"a\.json, line 3: not valid UTF-8"),
     "bad json": ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', r"a\.json, line 3: not valid JSON \(Expecting ':'"),
     "bad line": ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl, line 3: not valid JSON"),
-    "no list": ("a.json", '{"text": "a"}', r"a\.json, line 1: dict where a list of objects or strings is needed"),
+    "no list": ("a.json", '{"text": "a"}', r"a\.json, line 1: expected a list of objects or strings, but found dict"),
     "too deep": ("a.jsonl", "[" * 100_000 + "\n", r"a\.jsonl, line 1: JSON nested too deeply"),
     "no field": (
         "a.json",
         '["x", {"body": "a", "b": 1}]',
         r"record 2: no field 'text' \(it has: b, body\); set text_f",
     ),
-    "number": ("a.jsonl", '{"text": "a"}\n{"text": 7}', r"a\.jsonl, line 2: the field 'text' is int, not text"),
-    "null": ("a.json", '[{"text": null}]', r"a\.json, record 1: the field 'text' is NoneType, not text"),
-    "no record": ("a.jsonl", "3", r"a\.jsonl, line 1: the record is int, not text"),
-    "surrogate": ("a.jsonl", '{"text": "\\ud800"}', r"a\.jsonl, line 1: the field 'text' holds half a surrogate pair"),
-    "no parquet": ("a.parquet", "text", r"a\.parquet is no readable parquet file"),
+    "number": (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": 7}',
+        r"a\.jsonl, line 2: the field 'text' must be a string, not int",
+    ),
+    "null": ("a.json", '[{"text": null}]', r"a\.json, record 1: the field 'text' must be a string, not NoneType"),
+    "no record": ("a.jsonl", "3", r"a\.jsonl, line 1: the record must be an object or a string, not int"),
+    "surrogate": (
+        "a.jsonl",
+        '{"text": "\\ud800"}',
+        r"a\.jsonl, line 1: the field 'text' contains half of a surrogate pair",
+    ),
+    "no parquet": ("a.parquet", "text", r"a\.parquet is not a readable parquet file"),
 }
 
 
@@ -86,9 +94,9 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
     ("table", "message"),
     [
         ({"body": ["a"]}, r"a\.parquet: no column 'text' \(it has: body\); set text_field"),
-        ({"text": ["a", None]}, r"a\.parquet, row 2: the field 'text' is NoneType, not text"),
-        ({"text": [1]}, r"a\.parquet, row 1: the field 'text' is int, not text"),
-        ({"text": pa.array([], pa.string())}, r"a\.parquet holds no document"),
+        ({"text": ["a", None]}, r"a\.parquet, row 2: the field 'text' must be a string, not NoneType"),
+        ({"text": [1]}, r"a\.parquet, row 1: the field 'text' must be a string, not int"),
+        ({"text": pa.array([], pa.string())}, r"a\.parquet contains no documents"),
         ({"text": pa.array([b"a", b"\xff"]).view(pa.string())}, r"a\.parquet, row 2: not valid UTF-8"),
     ],
 )
@@ -113,7 +121,7 @@ def test_arrow(tmp_path: Path, streamed: bool) -> None:
     with pytest.raises(ConfigurationError, match=r"a\.arrow: no column 'text' \(it has: id, body\)"):
         read_documents(tmp_path / "a.arrow")
     write(tmp_path / "b.arrow", "nonsense")
-    with pytest.raises(ConfigurationError, match=r"b\.arrow is no readable Arrow file"):
+    with pytest.raises(ConfigurationError, match=r"b\.arrow is not a readable Arrow file"):
         read_documents(tmp_path / "b.arrow")
 
 
@@ -170,13 +178,19 @@ def test_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("hello", "the field 'messages' is no list of messages"),
-        ([], "the field 'messages' is no list of messages"),
+        ("hello", "the field 'messages' must be a non-empty list of messages"),
+        ([], "the field 'messages' must be a non-empty list of messages"),
         (["hello"], "message 1 of the field 'messages' has no role"),
         ([TALK[1], {"content": "x"}], "message 2 of the field 'messages' has no role"),
-        ([TALK[1], {"role": "user"}], "the content of message 2 of the field 'messages' is NoneType, not text"),
-        ([TALK[1], {"role": "user", "content": [1]}], "the content of message 2 of the field 'messages' is list, not"),
-        ([TALK[0]], "the field 'messages' has no message of the assistant, so nothing to learn"),
+        (
+            [TALK[1], {"role": "user"}],
+            "the content of message 2 of the field 'messages' must be a string, not NoneType",
+        ),
+        (
+            [TALK[1], {"role": "user", "content": [1]}],
+            "the content of message 2 of the field 'messages' has a part of type int",
+        ),
+        ([TALK[0]], "the field 'messages' has no assistant message, so there is nothing to learn"),
     ],
 )
 def test_bad_conversation(tmp_path: Path, value: Any, message: str) -> None:
@@ -186,7 +200,9 @@ def test_bad_conversation(tmp_path: Path, value: Any, message: str) -> None:
 
 
 def test_text_holds_no_messages(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"a\.txt is text and holds no messages: remove messages_field"):
+    with pytest.raises(
+        ConfigurationError, match=r"a\.txt is a text file, which has no messages: remove messages_field"
+    ):
         list(read_records(write(tmp_path / "a.txt", "x"), DatasetConfig("x", messages_field="messages")))
 
 

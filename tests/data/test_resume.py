@@ -1,4 +1,4 @@
-"""A training that goes on at a micro-batch of the second epoch, split otherwise: the epoch is exactly the dataset."""
+"""A training resumed within the second epoch, even with another split, still trains on exactly the dataset."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOMENTS = [CHANCE.random() for _ in CHANGES]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, texts: list[str]) -> dict[str, Any]:
-    """Options of 25 different sequences, an odd number."""
+    """Options that give 25 different sequences, an odd number."""
     folder = tmp_path_factory.mktemp("resume")
     source = write_jsonl(folder / "a.jsonl", texts[:20])
     return {
@@ -58,7 +58,7 @@ def dataset(data: dict[str, Any]) -> list[Row]:
 
 
 def of_epoch(ranks: list[list[tuple[int, list[Row]]]], stages: int, epoch: int) -> list[Row]:
-    """All that was trained on in an epoch; each replica counts once, and its stages must have had the same."""
+    """Return all rows trained on in an epoch; each replica counts once, and its stages must have had the same rows."""
     replicas: dict[str, list[tuple[int, list[Row]]]] = {}
     copies: Counter[str] = Counter()
     for trained in ranks:
@@ -80,7 +80,7 @@ def test_an_epoch_is_exactly_the_dataset(
     second = workers.run(after[0] * after[1], train, data, *after, path)
     assert Counter(of_epoch(first, before[0], 0)) == Counter(dataset)
     stopped = [[step for step in trained if step[0] < 2] for trained in first]
-    # What waited for its step when the checkpoint was made counts as unseen.
+    # Micro-batches whose step was unfinished when the checkpoint was saved count as unseen.
     last = of_epoch(stopped, before[0], 1)
     assert len(last) == min(
         25, before[1] * ((stop + 1) // before[2] * before[2] if stop + 1 < -(-25 // before[1]) else 25)
@@ -104,7 +104,7 @@ def test_what_follows_is_the_rest_of_the_order(
     data: dict[str, Any], dataset: list[Row], before: int, after: int, taken: int
 ) -> None:
     def take(replicas: int, state: Any = None, most: int = 99) -> tuple[list[Row], Any]:
-        """The rows of all replicas in the order in which they are dealt, and the state, the same of each."""
+        """Return the rows of all replicas in the order in which they are dealt, and the state, which all share."""
         dealt, states = [], []
         for rank in range(replicas):
             one = loader(data, num_replicas=replicas, rank=rank)
@@ -141,11 +141,11 @@ def test_the_next_epoch_begins_at_its_beginning(data: dict[str, Any], dataset: l
     assert len(list(one)) == 25
     one.load_state_dict({**state, "epoch": 1, "sequences_seen": 20})
     assert len(list(one)) == 5
-    assert len(list(one)) == 25  # only once
+    assert len(list(one)) == 25  # the position applies only once
 
 
 def test_a_process_that_fetches_ahead_does_not_count(data: dict[str, Any], dataset: list[Row]) -> None:
-    """The loader as it is for a GPU, where a process that stays fetches ahead."""
+    """The loader is configured as for a GPU, where a persistent worker prefetches."""
     packed = PackedDataModule(**data)
     packed.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))  # type: ignore[assignment]
     options = packed._on_gpu()
@@ -176,7 +176,9 @@ def test_a_position_in_other_data_is_refused(data: dict[str, Any], tmp_path: Pat
     loader({**data, "isolate_documents": False, "cache_dir": str(tmp_path)}).load_state_dict(state)
     other = write_jsonl(tmp_path / "a.jsonl", [*texts[:19], texts[25]])
     for change in ({"seed": 1}, {"max_sequences": 24}, {"datasets": [other]}, {"sequence_prefix": ""}):
-        with pytest.raises(ConfigurationError, match=r"ckpt_path: the checkpoint was made with other training data"):
+        with pytest.raises(
+            ConfigurationError, match=r"ckpt_path: the checkpoint was made with different training data"
+        ):
             loader({**data, **change}).load_state_dict(state)
-    with pytest.raises(ConfigurationError, match="other training data"):
+    with pytest.raises(ConfigurationError, match="different training data"):
         loader(data).load_state_dict({"epoch": 0})

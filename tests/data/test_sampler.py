@@ -1,4 +1,4 @@
-"""Who sees which sequence: exactly once, the same order for any number of replicas."""
+"""Every sequence is seen exactly once, in the same order for any number of replicas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_sequence_once_in_an_order_free_of_replicas(
     shares = deal(replicas, round_to)
     assert len({len(share) for share in shares}) == 1
     assert len(shares[0]) % round_to == 0
-    assert len(shares[0]) * replicas - size < replicas * round_to  # no more filling than it takes
+    assert len(shares[0]) * replicas - size < replicas * round_to  # no more fill than necessary
 
     dealt = list(
         chain.from_iterable(zip_longest(*shares))
@@ -56,7 +56,7 @@ def test_what_is_left(size: int, replicas: int, round_to: int, start: int) -> No
         whole = len(sampler)
         sampler.start = start
         shares.append(list(sampler))
-        assert len(sampler) == whole  # the epoch's, whatever is left
+        assert len(sampler) == whole  # that of the whole epoch, whatever is left
         assert len(shares[-1]) == sampler.rounds_left(start) <= whole
         assert len(shares[-1]) % round_to == 0
     dealt = list(chain.from_iterable(zip_longest(*shares)))

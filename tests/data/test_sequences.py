@@ -1,4 +1,4 @@
-"""What is packed and read from the disk, against a slow function written from the rules, token by token."""
+"""Sequences packed to and read from disk match a slow reference that follows the rules token by token."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_packed_as_the_rules_say(
     layout = lay_out(indices, lengths, room, drop_tails=drop_tails, max_sequences=max_sequences)
     classes = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=len(flat), max_size=len(flat)))
     owners = [(g, d) for g, group in enumerate(groups) for d in range(len(group))]
-    # Every third token is somebody's that the model is not to learn from.
+    # Every third token is not to be learnt, like the words of a user.
     flagged = [[t | int(UNLABELLED) if (i + t) % 3 == 0 else t for i, t in enumerate(doc)] for doc in flat]
     place: Counter[object] = Counter()
     for sequence in expected:
@@ -94,7 +94,7 @@ def test_packed_as_the_rules_say(
 
 
 def test_many_sequences_and_another_process(tmp_path: Path) -> None:
-    """More than one batch of the file, read here and by a copy that another process would open."""
+    """The file has more than one batch, and is also read by a pickled copy, as another process would."""
     flat = [list(range(number % 97, number % 97 + 50 + number % 60)) for number in range(4000)]
     lengths = np.array([len(document) for document in flat])
     layout = lay_out([np.arange(4000)], lengths, 64, drop_tails=False, max_sequences=None)
@@ -113,7 +113,7 @@ def test_many_sequences_and_another_process(tmp_path: Path) -> None:
 
 
 def small(folder: Path, flat: list[list[int]], room: int) -> PackedSequences:
-    """Documents that are each in a group of its own, and so in sequences of its own."""
+    """Pack each document in a separate group, and so in separate sequences."""
     layout = lay_out(
         [np.array([number]) for number in range(len(flat))],
         np.array([len(document) for document in flat]),
@@ -136,7 +136,7 @@ def test_the_empty_item_and_the_types_of_all(tmp_path: Path) -> None:
 
 
 def test_tokens_that_stand_nowhere(tmp_path: Path) -> None:
-    """Also one that is in another batch of the file, or only where nothing is learnt."""
+    """A token counts as present in any batch of the file, also where it is not learnt."""
     first = [[20, 21, 22 | int(UNLABELLED)], *([[20]] * 5000), [23]]
     packed = small(tmp_path, first, 3)
     assert len(packed) > 4096

@@ -1,4 +1,4 @@
-"""Which files a dataset is made of."""
+"""Which files make up a dataset."""
 
 from __future__ import annotations
 
@@ -43,17 +43,19 @@ def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["none.txt", "none*.txt", "empty"])
 def test_nothing_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match=rf"dataset_path .*{re.escape(name)} matches no file: name a file"):
+    with pytest.raises(
+        ConfigurationError, match=rf"dataset_path .*{re.escape(name)} matches no file: set it to a file"
+    ):
         find_files(str(tmp_path / name))
 
 
 def test_unknown_format(tmp_path: Path) -> None:
     write(tmp_path / "a.rtf", "x")
     write(tmp_path / "a.parquet.gz", "x")
-    with pytest.raises(ConfigurationError, match=r"a\.parquet\.gz has no known format"):
+    with pytest.raises(ConfigurationError, match=r"a\.parquet\.gz is not in a supported format"):
         find_files(str(tmp_path / "a.parquet.gz"))
     for path in ("a.rtf", "*.rtf"):
-        with pytest.raises(ConfigurationError, match=r"a\.rtf has no known format: convert it"):
+        with pytest.raises(ConfigurationError, match=r"a\.rtf is not in a supported format: convert it"):
             find_files(str(tmp_path / path))
 
 
@@ -70,10 +72,10 @@ def test_saved_dataset_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds the splits one, other: set split to the one to train on"):
         find_files(str(tmp_path / "both"))
     save_dataset(tmp_path / "selected", ["a", "b"], _indices_files=[{"filename": "i.arrow"}])
-    with pytest.raises(ConfigurationError, match=r"call flatten_indices\(\) and save it anew"):
+    with pytest.raises(ConfigurationError, match=r"call flatten_indices\(\) and save it again"):
         find_files(str(tmp_path / "selected"))
     write(tmp_path / "broken" / "state.json", "{")
-    with pytest.raises(ConfigurationError, match=r"broken is no readable Hugging Face dataset"):
+    with pytest.raises(ConfigurationError, match=r"broken is not a readable Hugging Face dataset"):
         find_files(str(tmp_path / "broken"))
     write(tmp_path / "none" / "state.json", '{"_data_files": []}')
     with pytest.raises(ConfigurationError, match="the Hugging Face dataset is empty"):

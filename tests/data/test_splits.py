@@ -1,4 +1,4 @@
-"""Of which split files are, by their names."""
+"""Which split a file belongs to, by its name."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_each_is_read_by_itself(tmp_path: Path, train: str, test: str) -> None:
 @pytest.mark.parametrize(
     ("names", "pattern", "says"),
     [
-        (("corpus.jsonl", "test.jsonl"), "*.jsonl", "whose name tells of none"),
-        (("y.jsonl", "test/x.jsonl"), "**/*.jsonl", "whose name tells of none"),
+        (("corpus.jsonl", "test.jsonl"), "*.jsonl", "whose name indicates none"),
+        (("y.jsonl", "test/x.jsonl"), "**/*.jsonl", "whose name indicates none"),
         (("train/en/y.jsonl", "test/en/x.jsonl"), "**/*.jsonl", "of the splits test, train: set split"),
         (("train_clean/y.jsonl", "test_clean/x.jsonl"), "*/*.jsonl", "of the splits test, train: set split"),
-        (("train_on_test.jsonl", "train.jsonl"), "", "train_on_test.jsonl tells of the splits test and train"),
-        (("train/dev/y.jsonl", "train/x.jsonl"), "**/*.jsonl", "tells of the splits train and validation"),
+        (("train_on_test.jsonl", "train.jsonl"), "", "train_on_test.jsonl indicates the splits test and train"),
+        (("train/dev/y.jsonl", "train/x.jsonl"), "**/*.jsonl", "indicates the splits train and validation"),
         (("train_sft-00000-of-00001-a3ecf92756993583.parquet", "train_gen-00000-of-00001-0123456789abcdef.parquet"),
          "", "holds the splits train_gen, train_sft: set split"),
         (("train_sft-00000-of-00001-a3ecf92756993583.parquet", "train_gen-00000-of-00001-0123456789abcdef.parquet"),
@@ -77,9 +77,9 @@ def test_what_is_not_clear(tmp_path: Path, names: tuple[str, ...], pattern: str,
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (("x.jsonl", "train/a.jsonl"), "has data in x.jsonl and in the folder of a split, train: name"),
-        (("data/x.jsonl", "my_test_set/a.jsonl", "train/a.jsonl"), "data in data/x.jsonl and .*, my_test_set: name"),
-        (("data/train.jsonl", "data/test/a.jsonl"), "data in data/train.jsonl and .*, data/test: name"),
+        (("x.jsonl", "train/a.jsonl"), "has data in x.jsonl and in the folder of a split, train: set dataset_path"),
+        (("data/x.jsonl", "my_test_set/a.jsonl", "train/a.jsonl"), "data in data/x.jsonl and .*, my_test_set: set"),
+        (("data/train.jsonl", "data/test/a.jsonl"), "data in data/train.jsonl and .*, data/test: set dataset_path"),
     ],
 )
 def test_files_beside_folders_of_splits(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
@@ -125,7 +125,7 @@ def test_two_sets_for_training_are_not_mixed(tmp_path: Path, names: tuple[str, s
         assert found(tmp_path, each) == [each]
     with pytest.raises(ConfigurationError, match="matches files of the splits"):
         found(tmp_path, "**/*.*")
-    with pytest.raises(ConfigurationError, match=f"is other, which is not there .it has {told[0]}, {told[1]}"):
+    with pytest.raises(ConfigurationError, match=f"is other, which does not exist .it has {told[0]}, {told[1]}"):
         found(tmp_path, split="other")
 
 
@@ -157,5 +157,5 @@ def test_a_set_is_named_in_full(tmp_path: Path, ending: str) -> None:
     assert found(tmp_path, split="test_sft", evaluation=True) == [f"test_sft{ending}"]
     with pytest.raises(ConfigurationError, match="set split to the one to evaluate on, such as test_gen"):
         found(tmp_path, evaluation=True)
-    with pytest.raises(ConfigurationError, match=r"split of .* is train, which is not there"):
+    with pytest.raises(ConfigurationError, match=r"split of .* is train, which does not exist"):
         found(tmp_path, split="train")

@@ -1,4 +1,4 @@
-"""Files that lie together: none is read twice, and what is read together is told."""
+"""Files in the same place: none is read twice, and files that are read together are reported."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_what_is_there_twice(tmp_path: Path, names: tuple[str, str]) -> None:
         with pytest.raises(ConfigurationError) as refused:
             found(folder, pattern)
         assert str(refused.value) == (
-            f"{folder / pattern} has {one} and {other}, which by their names are the same data twice: move one of them "
-            "away, or name the one that is meant by dataset_path."
+            f"{folder / pattern} has {one} and {other}, which by their names hold the same data: move one of them "
+            "elsewhere, or set dataset_path to the one to use."
         )
     assert found(folder, names[0]) == [names[0]]
 
@@ -88,9 +88,11 @@ def test_a_file_is_not_read_by_a_link_to_it_too(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "e" / name).symlink_to(tmp_path / "d" / "data.jsonl")
     for pattern in ("d", "again", "d/*", "**/data.jsonl"):
-        with pytest.raises(ConfigurationError, match=r"data\.jsonl and .*\.jsonl, which are the same file by a link"):
+        with pytest.raises(
+            ConfigurationError, match=r"data\.jsonl and .*\.jsonl, which are the same file through a link"
+        ):
             found(tmp_path, pattern)
-    assert len(found(tmp_path, "e")) == 2  # as a download that keeps equal files once; which is told
+    assert len(found(tmp_path, "e")) == 2  # as in a download that stores equal files once; this is reported
     assert found(tmp_path, "again/data.jsonl") == ["again/data.jsonl"]
 
 
@@ -100,7 +102,7 @@ def test_many_files_are_seen_through_at_once() -> None:
     assert remarks("/d/*", files)[0].endswith("and 19994 more read together")
     with pytest.raises(ConfigurationError, match="set split to one of them"):
         of_one_split(files, None, "/d/*", root=Path("/d"), evaluation=False, named=True)
-    assert time.perf_counter() - began < 20  # not hours, as for a comparison of each with each
+    assert time.perf_counter() - began < 20  # not hours, as it would take to compare all pairs
 
 
 def test_doubles_of_other_splits_do_not_matter(tmp_path: Path) -> None:
@@ -144,10 +146,10 @@ def test_what_is_read_together_is_told(make_data: Callable[..., PackedDataModule
     paths = [str(tmp_path / "t" / "*.txt"), str(tmp_path / "r"), str(tmp_path / "m"), str(tmp_path / "m" / "c.jsonl")]
     text, pair = "text: text; loss on everything", "question/answer: question, answer; loss on answer"
     assert make_data([DatasetConfig(path) for path in paths]).found() == [
-        f"{paths[0]}: {text}; train_gen.txt, train_sft.txt read together; LICENSE.txt read as data, too",
-        f"{paths[1]}: {pair}; a.jsonl and b.jsonl hold the same and are both read",
+        f"{paths[0]}: {text}; train_gen.txt, train_sft.txt read together; LICENSE.txt also read as data",
+        f"{paths[1]}: {pair}; a.jsonl and b.jsonl are identical, and both are read",
         f"{paths[2]}: {text} (a.jsonl and 1 more) | {pair} (c.jsonl); folders not read: more",
-        f"{paths[3]}: {pair}; c.jsonl read by the dataset {paths[2]}, too",
+        f"{paths[3]}: {pair}; c.jsonl also read by the dataset {paths[2]}",
     ]
 
 
@@ -167,7 +169,7 @@ def test_all_files_for_evaluation_too(tmp_path: Path) -> None:
         ([everything], []),
         ([everything], [some]),
         ([some, everything], [some]),
-        ([some], [replace(some, max_tokens=5)]),  # these may be others
+        ([some], [replace(some, max_tokens=5)]),  # these may be other documents
         ([some], [replace(some, text_field="story")]),
     ):
         assert len(find_all(_reading(datasets, evaluation))) == len(datasets) + len(evaluation)

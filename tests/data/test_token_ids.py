@@ -1,4 +1,4 @@
-"""Ids that a user gives, told by the tokenizer's file alone."""
+"""Token ids that a user gives are checked with the tokenizer's file alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_is_none(tokenizer_dir: Path, key: str, value: Any) -> None:
     with pytest.raises(
         ConfigurationError,
         match=re.escape(
-            f"data.{key} holds {wrong}, which is no token id of {tokenizer_dir}: give ids from 0 to {size - 1}."
+            f"data.{key} contains {wrong}, which is not a token id of {tokenizer_dir}: use ids from 0 to {size - 1}."
         ),
     ):
         first_check(options(**{key: value}), tokenizer_dir)
@@ -43,7 +43,7 @@ def test_what_may_be_one(tokenizer_dir: Path, given: dict[str, Any]) -> None:
 
 def test_what_the_file_does_not_tell_is_left_to_the_tokenizer(tokenizer_dir: Path, tmp_path: Path) -> None:
     size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
-    first_check(options(mask_tokens=size + 3), tokenizer_dir)  # which a class may add
+    first_check(options(mask_tokens=size + 3), tokenizer_dir)  # the tokenizer's class may add it
     first_check(options(mask_tokens=-1), tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     first_check(options(mask_tokens=-1), tmp_path)

@@ -1,4 +1,4 @@
-"""What goes before and after documents, against the tokenizer's own encoding."""
+"""Prefixes and suffixes of documents match the tokenizer's own encoding."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def test_mask_tokens(tokenizer_dir: Path, value: Any, ids: list[int]) -> None:
     [
         (
             {"sequence_prefix": 100_000},
-            r"data\.sequence_prefix holds 100000, which is no token id of .*: give ids from 0",
+            r"data\.sequence_prefix contains 100000, which is not a token id of .*: use ids from 0",
         ),
-        ({"document_prefix": -1}, r"data\.document_prefix holds -1"),
-        ({"document_suffix": [1, 100_000]}, r"data\.document_suffix holds 100000"),
-        ({"mask_tokens": [100_000]}, r"data\.mask_tokens holds 100000"),
+        ({"document_prefix": -1}, r"data\.document_prefix contains -1"),
+        ({"document_suffix": [1, 100_000]}, r"data\.document_suffix contains 100000"),
+        ({"mask_tokens": [100_000]}, r"data\.mask_tokens contains 100000"),
         ({"sequence_prefix": [1] * 64}, r"data\.sequence_prefix is 64 tokens long, which leaves no room"),
         ({"add_prefix_space": True}, r"data\.add_prefix_space has no effect on the tokenizer"),
     ],
@@ -138,9 +138,11 @@ def test_truncation_and_padding_of_the_file_do_not_count(
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"tokenizer_dir .*none is no directory: name one with a tokenizer"):
+    with pytest.raises(
+        ConfigurationError, match=r"tokenizer_dir .*none is not a directory: set it to one with a tokenizer"
+    ):
         DocumentTokenizer(tmp_path / "none", OPTIONS)
-    with pytest.raises(ConfigurationError, match=r"No tokenizer can be loaded from .*: check it"):
+    with pytest.raises(ConfigurationError, match=r"No tokenizer can be loaded from .*: check its files"):
         DocumentTokenizer(tmp_path, OPTIONS)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigurationError, match="No tokenizer can be loaded from"):

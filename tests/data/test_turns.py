@@ -1,4 +1,4 @@
-"""Whose words are whose where a template renders a turn otherwise when others follow, as those of well known models."""
+"""Which tokens are learnt if a template renders a turn differently when others follow, as well-known ones do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_pipelite.data.config import DatasetConfig
 from lightning_pipelite.data.conversation import check_messages
 from lightning_pipelite.data.tokens import DocumentTokenizer
 
-# Reasoning is shown behind the last question alone, and an empty one in the last message.
+# Renders reasoning only after the last question, and an empty one in the last message.
 QWEN = """{%- set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}
 {%- set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}
@@ -28,7 +28,7 @@ QWEN = """{%- set ns = namespace(last=0) %}{% for m in messages %}{% if m.role =
 {{- '<tool_call>' + c.function.name + (c.function.arguments | tojson) + '</tool_call>' }}{% endfor %}
 {{- '<|im_end|>\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-# Tools are shown with the last question, and calls have ids.
+# Renders tools with the last question; calls have ids.
 MISTRAL = """{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}{{ bos_token }}
 {%- for m in messages %}{% if m.role == 'user' %}
 {%- if tools and m == users[-1] %}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) }}{% endif %}
@@ -39,7 +39,7 @@ MISTRAL = """{%- set users = messages | selectattr('role', 'equalto', 'user') | 
 {%- if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
 {{- '[TOOL_RESULTS] ' + m.content + m.tool_call_id + '[/TOOL_RESULTS]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
-# Only the last message has its reasoning, a call none if an answer comes later; its mark differs from those before.
+# Renders reasoning only in the last message and in calls that no answer follows; the last message ends differently.
 CHANNELS = """{% for m in messages %}{% if m.role == 'user' %}{{ '<start>user ' + m.content + '<end>' }}
 {%- elif m.role == 'tool' %}{{ '<start>tool ' + m.content + '<end>' }}{% elif 'tool_calls' in m %}
 {%- set ns = namespace(answer=false) %}{% for n in messages[loop.index:] %}
@@ -63,7 +63,7 @@ def reply(content: str, **more: Any) -> dict[str, Any]:
 
 
 def call(city: str, content: str = "", **more: Any) -> list[dict[str, Any]]:
-    """A call and what it gives."""
+    """Return a call and its result."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "sky", "arguments": {"c": city}}}]
     result = {"role": "tool", "content": "it said", "tool_call_id": "abcdefghi"}
     return [reply(content, tool_calls=calls, **more), result]
@@ -71,7 +71,7 @@ def call(city: str, content: str = "", **more: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def learn(tmp_path: Path) -> Callable[..., list[str]]:
-    """Give the pieces of a conversation that are learnt; its ids are those of `apply_chat_template`."""
+    """A function that returns the learnt pieces of a conversation, and checks its ids against `apply_chat_template`."""
 
     def run(template: str, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[str]:
         folder = write_tokenizer(tmp_path / "tokenizer", "byte level, as Llama 3", template)
@@ -103,7 +103,7 @@ def test_reasoning_of_the_last_turn_alone(learn: Callable[..., list[str]]) -> No
         (QWEN, ["hi<|im_end|>\n", "<think>\n\n</think>\n\nb<|im_end|>\n"]),
         (MISTRAL, [" hi</s>", " b</s>"]),
         (CHANNELS, ["<final>hi", "<final>b<return>"]),
-        ("{{ messages[0].role and '' }}" + QWEN, ["<think>\n\n</think>\n\nb<|im_end|>\n"]),  # refuses no messages
+        ("{{ messages[0].role and '' }}" + QWEN, ["<think>\n\n</think>\n\nb<|im_end|>\n"]),  # raises without messages
     ],
 )
 def test_the_mark_before_a_leading_reply_is_not_learnt(
@@ -146,7 +146,7 @@ def test_what_is_left_out_of_calls_before_an_answer(thought: dict[str, str], lea
     ]
     assert learn(CHANNELS, talk) == [
         ' to=sky{"c": "X"}<call>',
-        "<final>b",  # its mark is no special token of this tokenizer
+        "<final>b",  # its end mark is not a special token of this tokenizer
         ' to=sky{"c": "Y"}<call>',
         "<analysis>z<end><start>assistant<final>d<return>",
     ]
@@ -154,6 +154,6 @@ def test_what_is_left_out_of_calls_before_an_answer(thought: dict[str, str], lea
 
 @pytest.mark.parametrize("template", [QWEN, MISTRAL, CHANNELS])
 def test_no_calls_are_none(template: str, learn: Callable[..., list[str]]) -> None:
-    """Columns have a list for each message, and templates ask whether there is one."""
+    """Columnar files give every message a list of calls, and templates test whether there is one."""
     with_lists = [user("a"), reply("b", tool_calls=[]), user("c"), reply("d", tool_calls=[])]
     assert learn(template, with_lists) == learn(template, [user("a"), reply("b"), user("c"), reply("d")])

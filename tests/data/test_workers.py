@@ -1,4 +1,4 @@
-"""Batches in parallel processes: in order, with few in memory, and none left over."""
+"""Parallel processes return batches in order, with only a few in memory, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.process
 
 
 def slow_square(number: int) -> tuple[int, int]:
-    time.sleep(0.01 if number % 3 else 0.03)  # the later may be done the earlier
+    time.sleep(0.01 if number % 3 else 0.03)  # later ones may finish earlier
     return number * number, os.getpid()
 
 
 @pytest.fixture
 def none_left() -> Iterator[None]:
-    """No child process is left that was not there before, as the suite's workers are."""
+    """No child process is left, except for those that existed before, such as the suite's workers."""
     before = psutil.Process().children()
     yield
     assert set(psutil.Process().children()) <= set(before)
@@ -78,7 +78,7 @@ def die_at_seven(number: int) -> int:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs processes")
 def test_a_killed_process_is_told() -> None:
-    with pytest.raises(RuntimeError, match="A process that tokenised was killed"):
+    with pytest.raises(RuntimeError, match="A tokenisation worker process was killed"):
         list(map_in_order(die_at_seven, range(30)))
 
 

@@ -1,4 +1,4 @@
-"""The documentation holds: links lead somewhere, pictures are drawn by their code, the table of old keys is true."""
+"""The documentation is correct: links resolve, pictures match their code, and the table of old keys is true."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from lightning_pipelite.cli.base_name import with_own_names
 from lightning_pipelite.cli.commands import COMMANDS
+from lightning_pipelite.cli.early import check_command, check_early
 from lightning_pipelite.cli.main import main
 from lightning_pipelite.export.migration import Migration
 
@@ -34,14 +36,16 @@ OTHER: dict[str, str] = {
     "target_modules": '["q_proj"]', "layers_to_transform": '"0:1"', "control_adapter_gamma": "0.25",
     "partition_method": '"parameters"', "eval_fraction": "0.5", "sequence_prefix": '"a"', "document_prefix": '"b"',
     "document_suffix": '"c"', "mask_tokens": "true", "lora_alpha": "8", "checkpoint_interval_hours": "2",
-    "lora_weight_decay": "3.5",
+    "lora_weight_decay": "3.5", "max_checkpoints": "5",
 }  # fmt: skip
+CONVERTED = {"lora_weight_decay": ("weight_decay", 3.5), "evals_per_run": ("evals_per_epoch", 3)}
+"""Options of callbacks with another name or value here: 4 evaluations are one before training and 3 in its epoch."""
 SWITCHES = {"load_in_4bit", "use_control_adapters", "full_fine_tune", "use_column_major_topology", "drop_tails"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
-    """In the repository; `make docs` checks those of the site, with their anchors."""
+    """Covers links within the repository; `make docs` checks those of the site, with their anchors."""
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
         generated = page == DOCS / "results.md"
         assert generated or (page.parent / target).exists(), target
@@ -54,7 +58,7 @@ def test_pictures_are_drawn_by_their_code(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(DOCS / "pictures" / f"{name}.py"), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    # Glyphs and coordinates are matplotlib's own; the texts, kept as comments, and the number of shapes are ours.
+    # Glyphs and coordinates depend on matplotlib; the texts, kept as comments, and the number of groups do not.
     kept = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
     drawn = output.read_text(encoding="utf-8")
     assert re.findall(r"<!--(.*?)-->", drawn) == re.findall(r"<!--(.*?)-->", kept)
@@ -62,12 +66,17 @@ def test_pictures_are_drawn_by_their_code(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_exist_with_their_options(page: Path) -> None:
+def test_commands_exist_with_their_options(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for name, rest in re.findall(r"(?:^|`)pipelite (?!checkpoint`)([a-z][a-z-]*)([^`\n]*)", text, re.MULTILINE):
         if name in ("fit", "validate", "plan"):
-            for config in re.findall(r"--config (configs/\S+)", rest):
-                assert (ROOT / config).is_file()
+            rest = re.sub(r"(?<=--config )(FILE|new\.yaml)", "configs/lora.yaml", rest)
+            words = with_own_names(name, shlex.split(rest, comments=True))
+            if name == "plan" and words:
+                check_command(name, COMMANDS[name], words)
+            elif name != "plan":
+                check_early([*words, "--print_config"])  # which requires no model
             continue
         command = COMMANDS[name]
         known = inspect.signature(getattr(importlib.import_module(command.module), command.function)).parameters
@@ -76,7 +85,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 
 
 def test_python_blocks_compile_and_import() -> None:
-    """Those of the README run; of the others what they import must be there."""
+    """Names that they import from this package must exist; tests/test_readme.py runs the README's blocks."""
     for page in PAGES:
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             tree = ast.parse(block)
@@ -93,29 +102,35 @@ REFERENCE = [
 ]
 
 
+def named(path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def options_of(path: str) -> set[str]:
+    """Return the options that the reference of a class or a function must have."""
+    parameters = inspect.signature(named(path)).parameters
+    inner = {"accelerator", "parallel_devices"}  # Lightning passes these to every strategy
+    return {name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD} - inner
+
+
 def test_every_option_has_its_words() -> None:
-    """What the reference shows of an option is its line in the docstring."""
-    inner = {"accelerator", "parallel_devices"}  # which Lightning hands to every strategy
+    """The reference describes an option by its entry in the docstring."""
     for name in [*REFERENCE, *(f"{command.module}.{command.function}" for command in COMMANDS.values())]:
-        module, _, attribute = name.rpartition(".")
-        shown = getattr(importlib.import_module(module), attribute)
-        options = {
-            option for option, each in inspect.signature(shown).parameters.items() if each.kind != each.VAR_KEYWORD
-        }
-        said = re.search(r"^Args:\n((?:    .*\n?|\n)*)", inspect.getdoc(shown) or "", re.MULTILINE)
-        assert set(re.findall(r"^    (\w+):", said[1], re.MULTILINE) if said else []) == options - inner, name
+        said = re.search(r"^Args:\n((?:    .*\n?|\n)*)", inspect.getdoc(named(name)) or "", re.MULTILINE)
+        assert set(re.findall(r"^    (\w+):", said[1], re.MULTILINE) if said else []) == options_of(name), name
 
 
 @pytest.mark.parametrize("package", ["callbacks", "adapters"])
 def test_the_reference_has_what_is_public(package: str) -> None:
-    public = set(importlib.import_module(f"lightning_pipelite.{package}").__all__) - {"Adapter"}  # their base class
+    public = set(importlib.import_module(f"lightning_pipelite.{package}").__all__) - {"Adapter"}  # the base class
     assert public <= {name.rpartition(".")[2] for name in REFERENCE}
 
 
 def test_the_configuration_of_checkpoints_has_options_that_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command line takes it, over that of a mode. tests/optim and test_readme have the other pages'."""
+    """The command line accepts it on top of a shipped one; tests/optim and test_readme cover the other pages."""
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "checkpoints.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "block.yaml").write_text(block)
     files = [f"--config={ROOT / 'configs' / 'lora.yaml'}", f"--config={tmp_path / 'block.yaml'}"]
@@ -126,7 +141,7 @@ def test_the_configuration_of_checkpoints_has_options_that_exist(
 
 
 def old(key: str) -> str:
-    """A configuration of qlora-pipe-lite with this key set to what is not its default."""
+    """Return a qlora-pipe-lite configuration in which this key differs from its default."""
     value = OTHER.get(key, "true" if key in SWITCHES | {"mix_datasets"} else "3")
     lines = {"lora_rank": "lora_rank = 16\n", "datasets": '[[datasets]]\ndataset_path = "x"\n'}
     if key == "control_adapter_gamma":
@@ -142,21 +157,38 @@ def old(key: str) -> str:
 @pytest.mark.parametrize(("key", "here"), ROWS, ids=[key for key, _ in ROWS])
 def test_old_keys_go_where_the_table_says(key: str, here: str, tmp_path: Path) -> None:
     (tmp_path / "old.toml").write_text(old(key))
-    content = yaml.safe_load(Migration(tmp_path / "old.toml").yaml())
+    text = Migration(tmp_path / "old.toml").yaml()
+    content = yaml.safe_load(text)
     if here.startswith("none"):
+        assert f"# {key} was " in text
         return
     place = re.match(r"`([\w.]+)`", here)
     assert place
     found: Any = content
     for part in place[1].split("."):
         found = found[part]
-    if ":" not in here and key not in ("model_dir", "datasets"):
-        given = tomllib.loads((tmp_path / "old.toml").read_text())[key]
+    given = tomllib.loads((tmp_path / "old.toml").read_text())[key]
+    if ":" not in here:
         assert found == given
-    for option in re.findall(
-        r": `(\w+)`|(Full|ControlAdapter|CompositeWeightDecay|TimedCheckpoint|EvalSchedule)", here
-    ):
-        assert next(filter(None, option)) in yaml.safe_dump(found)
+        return
+    options = {
+        each["class_path"].rpartition(".")[2]: each.get("init_args", {})
+        for each in (found if isinstance(found, list) else [found])
+    }
+    if option := re.search(r": `(\w+)`$", here):
+        (only,) = options.values()
+        assert only[option[1]] == given
+    elif key == "output_dir":
+        assert options["TimedCheckpoint"]["dirpath"] == f"{given}/checkpoints"
+        assert options["SaveTrained"]["output_dir"] == f"{given}/trained"
+        assert content["trainer"]["logger"]["init_args"]["save_dir"] == given
+    else:
+        kind = re.search(r": (\w+)", here)
+        assert kind
+        assert kind[1] in options
+        if key not in SWITCHES:
+            name, value = CONVERTED.get(key, (key, given))
+            assert options[kind[1]][name] == value
 
 
 def test_the_table_has_every_old_key() -> None:
@@ -166,7 +198,7 @@ def test_the_table_has_every_old_key() -> None:
 
 
 def make_docs(site: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """What `make docs` runs, to another place."""
+    """Run the command of `make docs` with another output directory."""
     recipe = re.search(
         r"^docs:.*\n\t\$\(BIN\)/mkdocs (.*) --site-dir site$", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
@@ -177,18 +209,21 @@ def make_docs(site: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    """As `make docs`: no warning, every link and anchor leads somewhere, every option of a public class is there."""
+    """As by `make docs`: there are no warnings, all links and anchors resolve, and the reference lists all options."""
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
     done = make_docs(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    options = (tmp_path / "reference" / "training" / "index.html").read_text(encoding="utf-8")
-    for name in ("pipeline_stages", "activation_memory", "load_in_4bit", "timeout"):
-        assert f"<code>{name}</code>" in options
+    pages = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "reference").glob("*/index.html"))
+    sections = dict(re.findall(r'<h2 id="([\w.-]+)"(.*?)(?=<h2|$)', pages, re.DOTALL))
+    shown = {name: name for name in REFERENCE}
+    shown |= {f"pipelite-{name}": f"{each.module}.{each.function}" for name, each in COMMANDS.items()}
+    for heading, name in shown.items():
+        assert set(re.findall(r"<b><code>(\w+)</code></b>", sections[heading])) == options_of(name), name
 
 
 @pytest.mark.parametrize("link", ["", "gone.md", "index.md#gone", "gone.png"])
 def test_a_link_that_leads_nowhere_fails_the_build(link: str, tmp_path: Path) -> None:
-    """Of a site of one page with the settings of ours."""
+    """Builds a one-page site with this site's settings."""
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"# Here\n\n[there]({link or '#here'})\n")
@@ -199,7 +234,7 @@ def test_a_link_that_leads_nowhere_fails_the_build(link: str, tmp_path: Path) ->
 
 
 def test_figures_of_the_readme_are_in_the_results() -> None:
-    """Those of the table, in the results that stand before it; each further one, in those that are linked beside it."""
+    """A row of the tables is in one row of the benchmark's results; further figures are in results that are linked."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## How fast")[1].split("\n## ")[0]
     results = {
         name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"\((benchmarks/[^)]+)\)", section)
@@ -210,6 +245,7 @@ def test_figures_of_the_readme_are_in_the_results() -> None:
         assert len(rows) == count
         found = results[f"benchmarks/results/{name}.md"].splitlines()
         for figures in rows:
+            assert figures
             assert any(all(f" {figure} " in row for figure in figures) for row in found), figures
     for figure, name in (
         ("29.72", "longest_sequence"),
@@ -224,7 +260,7 @@ def test_figures_of_the_readme_are_in_the_results() -> None:
 
 
 def test_stable_names_exist() -> None:
-    """And the other way round: what a package names is stable."""
+    """Listed names exist, and every name that a package exports is listed."""
     page = (DOCS / "stable-names.md").read_text(encoding="utf-8")
     listed = {
         package: re.findall(r"`(\w+)`", names)

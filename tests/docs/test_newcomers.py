@@ -1,4 +1,4 @@
-"""What newcomers read first is so: the quick paths, the table of what fits, the cards' rates, the Dockerfile."""
+"""What newcomers read first is correct: the quick paths, the tables of what fits, the GPUs' rates, the Dockerfile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_quick_paths_are_options_of_fit() -> None:
 
 @pytest.fixture(scope="module")
 def what_fits() -> Iterator[Any]:
-    """The program that writes the tables."""
+    """Import the program that writes the tables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "docs"))
         import what_fits
@@ -44,13 +44,13 @@ def what_fits() -> Iterator[Any]:
 
 
 def tables() -> dict[str, list[str]]:
-    """The rows of each size of cards, as the page has them."""
+    """Return the rows of the page's tables, by the cards' size in GB."""
     parts = re.findall(r"^### (\d+) GB: .*\n\n((?:\|.*\n)+)", FIT, re.MULTILINE)
     return {size: rows.splitlines() for size, rows in parts}
 
 
 def test_the_tables_are_what_their_program_writes(what_fits: Any, tmp_path: Path) -> None:
-    """For one base; the program writes all, of all sizes."""
+    """Checks the rows of one base; the program writes those of all bases."""
     kept, base = tables(), "Llama 3.2 1B"
     modes = what_fits.simulations(base, str(tmp_path))
     assert [*kept] == [str(card.sold) for card in what_fits.CARDS]
@@ -64,7 +64,7 @@ def test_the_tables_are_what_their_program_writes(what_fits: Any, tmp_path: Path
 
 @pytest.mark.parametrize(("base", "size", "count"), [("Qwen3 14B", 24, 2), ("Qwen3 4B", 12, 2)])
 def test_a_cell_is_what_the_command_lists(what_fits: Any, tmp_path: Path, base: str, size: int, count: int) -> None:
-    """The fastest row of the plan that fits, of the heavier mode that has one."""
+    """The cell shows the fastest row of the plan that fits, in the heaviest mode that has one."""
     (tmp_path / "config.json").write_text(json.dumps(what_fits.BASES[base]))
     card = next(card for card in what_fits.CARDS if card.sold == size)
     (row,) = (row for row in tables()[str(size)] if row.startswith(f"| {base} |"))
@@ -73,7 +73,7 @@ def test_a_cell_is_what_the_command_lists(what_fits: Any, tmp_path: Path, base: 
         given = Configuration(tuple(what_fits.words(mode, str(tmp_path), count)))
         report = plan(given, memory=None if card.gpu else f"{card.gib}GiB", device=card.gpu)
         assert report.sequences == what_fits.SEQUENCES
-        listed = str(report).partition("sequences a step")[2]
+        listed = str(report).partition("sequences per step")[2]
         fitting = re.findall(r"^ +(\d) +\d+ .*?([\d.]+) s   fits$", listed, re.MULTILINE)
         if fitting:
             stages, seconds = min(fitting, key=lambda found: float(found[1]))
@@ -81,6 +81,7 @@ def test_a_cell_is_what_the_command_lists(what_fits: Any, tmp_path: Path, base: 
             break
     name, _, speed = cell.partition(": ")
     assert name == expected
+    assert bool(speed) == bool(card.gpu)
     if speed:
         told = what_fits.SEQUENCES * what_fits.TOKENS / float(seconds)
         assert float(speed.replace(",", "")) == pytest.approx(told, rel=0.01)
@@ -102,7 +103,7 @@ def test_the_rates_are_those_that_are_gone_by() -> None:
 
 
 def test_the_rates_to_choose_are_those_that_learn() -> None:
-    """Of each configuration: its rate, the page's and the benchmark's, which has found nothing short."""
+    """Each configuration, the page and the benchmark, which found no fault, have the same rate."""
     page = (ROOT / "docs" / "choosing.md").read_text()
     result = (ROOT / "benchmarks" / "results" / "learning.md").read_text()
     assert "Each as it should be" in result
@@ -126,7 +127,7 @@ def test_the_rates_to_choose_are_those_that_learn() -> None:
 
 
 def test_the_dockerfile() -> None:
-    """No engine runs here: its text, with what it copies and calls."""
+    """No container engine runs here, so this checks the text and the files that it refers to."""
     text = (ROOT / "Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert re.fullmatch(r"FROM python:3\.1[0-3]-slim", lines[0])

@@ -1,6 +1,6 @@
-"""Runs `pipelite` many times, each in a process of its own, which is forked and so need not import anything.
+"""Runs `pipelite` many times, each in a separate forked process, which need not import anything.
 
-As a program it is the server: it takes lines of JSON on its standard input and answers each on its standard output.
+Run as a program, it is the server: it reads lines of JSON from standard input and answers each on standard output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAIN = Path(__file__).resolve().parents[2]
-SECONDS_TO_LEAVE = 3.0  # processes that the command has told to end
+SECONDS_TO_LEAVE = 3.0  # for processes that the command has told to exit
 SECONDS_AT_MOST = 120.0
 
 
@@ -28,11 +28,11 @@ class Ended:
     """A command that has ended.
 
     Args:
-        code: what the system says of how it ended; negative is a signal.
-        out: its standard output.
-        err: its standard error.
-        started: the commands of the programs that it started.
-        left: the processes, of its own or started by those, that it left behind, which are ended now.
+        code: Its exit status; negative for a signal.
+        out: Its standard output.
+        err: Its standard error.
+        started: The commands of the programs that it started.
+        left: The descendant processes that it left behind, which have since been killed.
     """
 
     code: int
@@ -43,7 +43,11 @@ class Ended:
 
 
 class ForkServer:
-    """The server's other end; ``warm_up`` is the directory of a tiny model, built to import what that needs."""
+    """A client that starts the server.
+
+    Args:
+        warm_up: Directory of a tiny model; the server builds it once, to import what that needs.
+    """
 
     def __init__(self, warm_up: Path) -> None:
         paths = [str(MAIN), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -85,7 +89,7 @@ def _import_all(warm_up: Path) -> None:
 
 
 def _run(here: str, arguments: list[str], environment: dict[str, str], answers: int) -> None:
-    """Fork, run the command there, and answer from here."""
+    """Fork, run the command in the child, and answer from the parent."""
     import psutil
 
     files = [Path(here).parent / f"{Path(here).name}.{name}" for name in ("out", "err", "started")]
@@ -119,7 +123,7 @@ def _run(here: str, arguments: list[str], environment: dict[str, str], answers: 
 
 
 def _exit_as_main_does() -> NoReturn:
-    """Do as the interpreter does with a program, but for clearing its memory, which takes two seconds."""
+    """Run and exit like the interpreter, but without freeing its memory, which takes two seconds."""
     from lightning_pipelite.cli.main import main
 
     code: Any = 1
@@ -148,7 +152,7 @@ def _wait(child: int) -> int:
 
 
 def _serve() -> None:
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the commands become its own children
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the commands become its children
     answers = os.dup(1)
     os.dup2(2, 1)
     _import_all(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Each wrong input gets one sentence and exit status 2; nothing is changed, and no process is left."""
+"""Each wrong input gives a one-line error and exit status 2; no file changes, and no process is left."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def server(job: Path) -> Iterator[ForkServer]:
 
 
 def _train(server: ForkServer, job: Path, name: str, edit: dict[str, object]) -> None:
-    """Train a step, which leaves ``NAME`` and ``NAME-checkpoint`` in the job, and fills its cache."""
+    """Train one step, which leaves ``NAME`` and ``NAME-checkpoint`` in the job, and fills its cache."""
     config = edited(options(job, enable_checkpointing=True, limit_val_batches=1), edit)
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning_pipelite.callbacks.SaveTrained", "init_args": {"output_dir": name}},

@@ -1,4 +1,4 @@
-"""What can be wrong about the commands beside fit and validate."""
+"""Wrong inputs of the commands other than fit and validate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CASES = {
         command=["merge", "--base", "{job}/model", "--adapter", "none", "--output", "out"],
     ),
     "no base there": Case(
-        "none is not a directory; give that of a local Hugging Face model.",
+        "none is not a directory; give the directory of a local Hugging Face model.",
         command=["merge", "--base", "none", "--adapter", "{job}/adapter", "--output", "out"],
     ),
     "Control Adapter to merge": Case(
@@ -34,11 +34,11 @@ CASES = {
         command=["merge", "--base", "{job}/model", "--adapter", "{job}/adapter", "--output", "{job}/model"],
     ),
     "scale out of range": Case(
-        "scale is 9; set it to more than -2 and less than 2.",
+        "scale must be greater than -2 and less than 2, not 9.",
         command=["merge", "--base", "{job}/model", "--adapter", "{job}/adapter", "--output", "out", "--scale", "9"],
     ),
     "two scales for one adapter": Case(
-        "scale has 2 numbers for 1 adapters; give one for each.",
+        "the number of scales is 2, but that of adapters is 1; give one scale for each adapter.",
         command=[
             "merge",
             "--base",
@@ -82,25 +82,25 @@ CASES = {
     ),
     # convert
     "no checkpoint to convert": Case(
-        "--checkpoint: none is not a directory; give that of a checkpoint.",
+        "--checkpoint: none is not a directory; give the directory of a checkpoint.",
         command=["convert", "--checkpoint", "none", "--output", "out"],
     ),
     "model to convert": Case(
-        "--checkpoint: {job}/model is not a checkpoint (a directory with manifest.json); name another one.",
+        "--checkpoint: {job}/model is not a checkpoint (a directory with manifest.json); name another checkpoint.",
         command=["convert", "--checkpoint", "{job}/model", "--output", "out"],
     ),
     "damaged checkpoint to convert": Case(
-        "--checkpoint: stage-00.safetensors of copy has 109600 bytes, not 109700; name another one.",
+        "--checkpoint: stage-00.safetensors of copy has 109600 bytes, not 109700; name another checkpoint.",
         command=["convert", "--checkpoint", "copy", "--output", "out"],
         prepare=copied("adapter-checkpoint", truncated("stage-00.safetensors")),
     ),
     "no configuration to convert with": Case(
-        "none.yaml does not exist; give the configuration of the training.",
+        "none.yaml does not exist; give the configuration used for training.",
         command=["convert", "--checkpoint", "{job}/adapter-checkpoint", "--output", "out", "--config", "none.yaml"],
     ),
     # control-to-lora, export-gguf, analyze
     "LoRA for a Control Adapter": Case(
-        "{job}/adapter holds base_model.model.model.layers.0.mlp.down_proj.lora_A.weight, which is no part of a Control Adapter; give the directory of one.",
+        "{job}/adapter holds base_model.model.model.layers.0.mlp.down_proj.lora_A.weight, which is not part of a Control Adapter; give the directory of one.",
         command=["control-to-lora", "--base", "{job}/model", "--adapter", "{job}/adapter", "--output", "out"],
     ),
     "unknown writers": Case(
@@ -140,7 +140,7 @@ CASES = {
         command=["export-gguf", "--base", "{job}/model", "--adapter", "none", "--output", "o.gguf"],
     ),
     "inverse of a LoRA": Case(
-        "{job}/adapter is no Control Adapter, so there is no class -1; leave inverse out.",
+        "{job}/adapter is not a Control Adapter, so there is no class -1; leave inverse out.",
         command=[
             "export-gguf",
             "--base",
@@ -157,16 +157,16 @@ CASES = {
         command=["analyze", "--adapter", "{job}/model"],
     ),
     "adapter for a base": Case(
-        "{job}/adapter also holds an adapter_config.json; move that adapter away.",
+        "{job}/adapter also holds an adapter_config.json; move that adapter elsewhere.",
         command=["analyze", "--adapter", "{job}/adapter", "--base", "{job}/adapter", "--output", "out"],
     ),
     # migrate, preview, check
     "no file to migrate": Case(
-        "none.toml cannot be read as TOML ([Errno 2] No such file or directory: 'none.toml'); give a configuration.",
+        "none.toml cannot be read as TOML ([Errno 2] No such file or directory: 'none.toml'); give a configuration of qlora-pipe-lite.",
         command=["migrate", "none.toml"],
     ),
     "invalid TOML": Case(
-        "a.toml cannot be read as TOML (Invalid value (at end of document)); give a configuration.",
+        "a.toml cannot be read as TOML (Invalid value (at end of document)); give a configuration of qlora-pipe-lite.",
         command=["migrate", "a.toml"],
         prepare=file("a.toml", "x = ["),
     ),
@@ -174,11 +174,11 @@ CASES = {
         "a.toml has no output_dir; add it.", command=["migrate", "a.toml"], prepare=file("a.toml", 'model_dir = "x"')
     ),
     "no configuration to preview": Case(
-        "there is no configuration file none.yaml; give the one that fit is given.",
+        "there is no configuration file none.yaml; give the one used for pipelite fit.",
         command=["preview", "--config", "none.yaml"],
     ),
     "no data to preview": Case(
-        "data must be given in a.yaml; put it there as for fit.",
+        "data must be given in a.yaml; set it as for pipelite fit.",
         command=["preview", "--config", "a.yaml"],
         prepare=file("a.yaml", "model: {}"),
     ),
@@ -189,11 +189,11 @@ CASES = {
         "none is not a directory; model_dir must name a local Hugging Face model.", command=["check", "none"]
     ),
     "stages in words": Case(
-        "stages must be integers with commas between them, not 'two'.",
+        "stages must be comma-separated integers, not 'two'.",
         command=["check", "{job}/model", "--stages", "two"],
     ),
     "more stages to check than layers": Case(
-        "stages: 9 is not between 1 and 4, what {job}/model can be cut into.",
+        "stages: 9 is not between 1 and 4, the most pieces that {job}/model can be split into.",
         command=["check", "{job}/model", "--stages", "9"],
     ),
 }

@@ -1,4 +1,4 @@
-"""What a newcomer gets wrong on the first day, beside the rest."""
+"""Further mistakes that newcomers make on their first day."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QA = '{"question": "Who?", "answer": "It."}\n'
 
 
 def files(*names: str, content: str | bytes = QA) -> Prepare:
-    """Write the same into several files of the working directory."""
+    """Write the same content to several files in the working directory."""
 
     def write(here: Path, job: Path) -> None:
         for name in names:
@@ -33,7 +33,7 @@ CASES = {
         "config.yaml is not an option; did you mean --config config.yaml?", command=["fit", "config.yaml"]
     ),
     "a pattern that the shell has replaced": Case(
-        "b.txt is not an option; if it is one of several files, put quotes around their pattern.",
+        "b.txt is not an option; if the shell expanded a pattern, put the pattern in quotes.",
         ["--data.datasets", "a.txt", "b.txt"],
         prepare=files("a.txt", "b.txt"),
     ),
@@ -42,17 +42,17 @@ CASES = {
         command=["fit", "--model.model_dir", "{job}/model", "--data.datasets", '[{"dataset_path": "texts"}]'],
     ),
     "a dataset of the hub": Case(
-        "there is no file or directory tatsu-lab/alpaca; if it is a dataset of Hugging Face, download it first: hf "
-        "download tatsu-lab/alpaca --repo-type dataset --local-dir alpaca, and name alpaca.",
+        "there is no file or directory tatsu-lab/alpaca; if it is a Hugging Face dataset, download it first (hf "
+        "download tatsu-lab/alpaca --repo-type dataset --local-dir alpaca), and set dataset_path to alpaca.",
         edit=dataset("tatsu-lab/alpaca"),
     ),
     "a folder of languages": Case(
-        "d has no data in it but in its folders de, en: name one of them, such as d/de.",
+        "d has no data itself, only in its folders de, en: set dataset_path to one of them, such as d/de.",
         edit=dataset("d"),
         prepare=files("d/de/a.jsonl", "d/en/a.jsonl"),
     ),
     "a word processor's file": Case(
-        "a.docx has no known format: convert it to one of .txt, .md, .json,",
+        "a.docx is not in a supported format: convert it to one of .txt, .md, .json,",
         edit=dataset("a.docx"),
         prepare=files("a.docx"),
     ),
@@ -69,18 +69,18 @@ CASES = {
     ),
     "GPUs by another name": Case("--gpus is not an option; did you mean --trainer.devices?", ["--gpus", "2"]),
     "a length that is no multiple": Case(
-        "data.sequence_len is 1000: give a positive multiple of 64, the size of a GPU tile.",
+        "data.sequence_len must be a positive multiple of 64 (the size of a GPU tile), not 1000.",
         ["--data.sequence_len", "1000"],
     ),
     "the same data compressed and not": Case(
-        "d has train.jsonl and train.jsonl.gz, which by their names are the same data twice: move one of them away, or "
-        "name the one that is meant by dataset_path.",
+        "d has train.jsonl and train.jsonl.gz, which by their names hold the same data: move one of them elsewhere, "
+        "or set dataset_path to the one to use.",
         edit=dataset("d"),
         prepare=files("d/train.jsonl", "d/train.jsonl.gz"),
     ),
     "the same data in two formats": Case(
-        "d has x.csv and x.jsonl, which by their names are the same data twice: move one of them away, or name the one "
-        "that is meant by dataset_path.",
+        "d has x.csv and x.jsonl, which by their names hold the same data: move one of them elsewhere, or set "
+        "dataset_path to the one to use.",
         edit=dataset("d"),
         prepare=files("d/x.csv", "d/x.jsonl"),
     ),
@@ -90,12 +90,12 @@ CASES = {
         prepare=files("d/train_sft.txt", "d/train_gen.txt"),
     ),
     "answers alone": Case(
-        "{here}/a.jsonl, line 1: only one side of question and answer is known by its name (it has: output); set ",
+        "{here}/a.jsonl, line 1: only one of question and answer is recognised by its name (it has: output); set ",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"output": "x"}\n'),
     ),
     "preferences": Case(
-        "{here}/a.jsonl, line 1: the records have answers to prefer and to avoid (it has: chosen, prompt, rejected), and ",
+        "{here}/a.jsonl, line 1: the records have preferred and rejected answers (it has: chosen, prompt, rejected), and ",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"prompt": "x", "chosen": "y", "rejected": "z"}\n'),
     ),

@@ -1,4 +1,4 @@
-"""What can be wrong about a model, an adapter and how they are trained."""
+"""Wrong inputs concerning a model, an adapter and how they are trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODULES = (
 
 
 def optimizer(class_path: str, **init_args: Any) -> dict[str, Any]:
-    """Another optimizer with options."""
+    """Return the edit for another optimizer with options."""
     return {"model.optimizer": {"class_path": class_path, "init_args": init_args}}
 
 
@@ -31,7 +31,7 @@ CASES = {
         ["--model.model_dir", "{job}/texts"],
     ),
     "truncated weights": Case(
-        "copy/model.safetensors has {size} bytes but its header asks for {whole}; fetch it again.",
+        "copy/model.safetensors has {size} bytes but its header requires {whole}; fetch it again.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", truncated("model.safetensors")),
     ),
@@ -46,16 +46,16 @@ CASES = {
         prepare=copied("model", removed("tokenizer*")),
     ),
     "whole weights in 4 bits": Case(
-        "load_in_4bit cannot be used with Full: 4-bit weights do not train; use LoRA.",
+        "load_in_4bit cannot be used with Full: 4-bit weights cannot be trained; use LoRA.",
         edit={"model.load_in_4bit": True, "model.adapter": "lightning_pipelite.adapters.Full"},
     ),
     "whole weights in FP8": Case(
-        "load_in_fp8 cannot be used with Full, which changes weights: those in FP8 do not train; set load_in_fp8 to "
-        "false.",
+        "load_in_fp8 cannot be used with Full, which changes weights: weights in FP8 cannot be changed; set load_in_fp8 "
+        "to false.",
         edit={"model.load_in_fp8": True, "model.adapter": "lightning_pipelite.adapters.Full"},
     ),
     "weights in FP8 and in 4 bits": Case(
-        "load_in_4bit and load_in_fp8 exclude each other; set one of them to false.",
+        "load_in_4bit and load_in_fp8 are mutually exclusive; set one of them to false.",
         edit={"model.load_in_fp8": True, "model.load_in_4bit": True},
     ),
     "beta2 of 1": Case("model.beta2 must be at least 0 and less than 1, not 1.0.", edit={"model.beta2": 1.0}),
@@ -78,7 +78,7 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"model_type"', "model_type")),
     ),
     "model of no known type": Case(
-        "copy/config.json is no configuration that this version of transformers knows: its model_type is llamma; correct it, or install a version of transformers that has it.",
+        "copy/config.json is not supported by this version of transformers: its model_type is llamma; correct it, or install a version of transformers that supports it.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"llama"', '"llamma"')),
     ),
@@ -88,12 +88,12 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"llama"', '"bert"')),
     ),
     "heads that do not divide the width": Case(
-        "copy/config.json is no configuration that this version of transformers knows: Class validation error for validator 'validate_architecture': ValueError: The hidden size (64) is not a multiple of the number of attention heads (3).",
+        "copy/config.json is rejected by this version of transformers: Class validation error for validator 'validate_architecture': ValueError: The hidden size (64) is not a multiple of the number of attention heads (3).",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"num_attention_heads": 2', '"num_attention_heads": 3')),
     ),
     "more layers than there are weights": Case(
-        "copy lacks weights that config.json asks for: model.layers.4.input_layernorm.weight, model.layers.4.mlp.down_proj.weight, model.layers.4.mlp.gate_proj.weight and 15 more; fetch the model again.",
+        "copy lacks weights that config.json requires: model.layers.4.input_layernorm.weight, model.layers.4.mlp.down_proj.weight, model.layers.4.mlp.gate_proj.weight and 15 more; fetch the model again.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 6')),
     ),
@@ -103,12 +103,12 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 0')),
     ),
     "vocabulary of another size": Case(
-        "copy: the weight lm_head.weight has shape [320, 64] but config.json asks for [100, 64]; fetch the model again.",
+        "copy: the weight lm_head.weight has shape [320, 64] but config.json requires [100, 64]; fetch the model again.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"vocab_size": 320', '"vocab_size": 100')),
     ),
     "weights of another shape": Case(
-        "copy: the weight model.layers.0.mlp.down_proj.weight has shape [64, 64] but config.json asks for [64, 128]; fetch the model again.",
+        "copy: the weight model.layers.0.mlp.down_proj.weight has shape [64, 64] but config.json requires [64, 128]; fetch the model again.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"intermediate_size": 64', '"intermediate_size": 128')),
     ),
@@ -143,8 +143,8 @@ CASES = {
         ["--model.model_dir", "{job}/adapter"],
     ),
     "name on the hub": Case(
-        "meta-llama/Llama-3.1-8B is not a directory; model_dir must name a local Hugging Face model. If it is one of the "
-        "hub, download it: hf download meta-llama/Llama-3.1-8B --local-dir models/Llama-3.1-8B, and name "
+        "meta-llama/Llama-3.1-8B is not a directory; model_dir must name a local Hugging Face model. If it is on the "
+        "Hugging Face Hub, download it: hf download meta-llama/Llama-3.1-8B --local-dir models/Llama-3.1-8B, and give "
         "models/Llama-3.1-8B.",
         ["--model.model_dir", "meta-llama/Llama-3.1-8B"],
     ),
@@ -165,7 +165,7 @@ CASES = {
         starts=True,
     ),
     "layers that are no range": Case(
-        "layers_to_transform: '2-4' is neither number nor range; write it as in \"0:3, 7, 12:15\".",
+        "layers_to_transform: '2-4' is neither a number nor a range; write it as in \"0:3, 7, 12:15\".",
         edit={"model.adapter.init_args.layers_to_transform": "2-4"},
     ),
     "layers in reverse": Case(
@@ -177,7 +177,7 @@ CASES = {
         edit={"model.adapter.init_args.layers_to_transform": [-1]},
     ),
     "targets that are no regular expression": Case(
-        "target_modules: 'q_proj(' is no regular expression (missing ), unterminated subpattern at position 6).",
+        "target_modules: 'q_proj(' is not a regular expression (missing ), unterminated subpattern at position 6).",
         edit={"model.adapter.init_args.target_modules": "q_proj("},
     ),
     "no targets": Case(
@@ -185,7 +185,7 @@ CASES = {
         edit={"model.adapter.init_args.target_modules": []},
     ),
     "target without a matrix": Case(
-        "target_modules matches model.layers.0.input_layernorm, which has no matrix; name linear modules of decoder layers, or fused experts, only.",
+        "target_modules matches model.layers.0.input_layernorm, which has no matrix; name only linear modules of decoder layers, or fused experts.",
         edit={"model.adapter.init_args.target_modules": ["input_layernorm"]},
     ),
     "targets of a Control Adapter": Case(
@@ -202,11 +202,11 @@ CASES = {
     ),
     "epsilon of 0": Case("model.eps must be positive, not 0.0.", edit={"model.eps": 0.0}),
     "warm-up below 0": Case(
-        "model.warmup_steps is -1 with schedule cosine; it must be 0 or more, and 0 with rms_ratio, which warms up by itself.",
+        "model.warmup_steps is -1 with schedule cosine; it must be 0 or more, and 0 with rms_ratio, which warms up on its own.",
         edit={"model.warmup_steps": -1, "model.schedule": "cosine"},
     ),
     "warm-up of the default schedule": Case(
-        "model.warmup_steps is 10 with schedule rms_ratio; it must be 0 or more, and 0 with rms_ratio, which warms up by itself.",
+        "model.warmup_steps is 10 with schedule rms_ratio; it must be 0 or more, and 0 with rms_ratio, which warms up on its own.",
         edit={"model.warmup_steps": 10},
     ),
     "unknown schedule": Case(
@@ -218,20 +218,20 @@ CASES = {
         edit={"model.parameter_groups": {"lora_(": {"lr": 1.0}}},
     ),
     "group with an unknown option": Case(
-        "model.parameter_groups: lora_B sets learning_rate, which Adam does not know; it has beta1, beta2, decouple_lr, decouple_wd, eps, foreach, gradient_release, kahan_sum, lr, max_lr, setup, triton, weight_decay.",
+        "model.parameter_groups: lora_B sets learning_rate, which is not an option of Adam; it has beta1, beta2, decouple_lr, decouple_wd, eps, foreach, gradient_release, kahan_sum, lr, max_lr, setup, triton, weight_decay.",
         edit={"model.parameter_groups": {"lora_B": {"learning_rate": 1.0}}},
     ),
     "group of nothing": Case(
-        "model.parameter_groups: 'lora_C' matches no parameter that is trained.",
+        "model.parameter_groups: 'lora_C' matches no trainable parameter.",
         edit={"model.parameter_groups": {"lora_C": {"lr": 1.0}}},
         starts=True,
     ),
     "unknown optimizer": Case(
-        "model.optimizer: class_path torch.optim.Adan makes no Optimizer (module 'torch.optim' has no attribute 'Adan'); correct it.",
+        "model.optimizer: class_path torch.optim.Adan does not create an Optimizer (module 'torch.optim' has no attribute 'Adan'); correct it.",
         edit=optimizer("torch.optim.Adan"),
     ),
     "class that is no optimizer": Case(
-        "model.optimizer: class_path torch.nn.Linear makes no Optimizer (Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'>); correct it.",
+        "model.optimizer: class_path torch.nn.Linear does not create an Optimizer (Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'>); correct it.",
         edit=optimizer("torch.nn.Linear"),
     ),
     "unknown option of the optimizer": Case(
@@ -246,7 +246,7 @@ CASES = {
         "model.optimizer: Invalid weight_decay value: -1.0", edit=optimizer("torch.optim.AdamW", weight_decay=-1.0)
     ),
     "betas for another optimizer": Case(
-        "model.beta1, beta2 and eps are for the default optimizer; give them as options of model.optimizer.",
+        "model.beta1, beta2 and eps apply to the default optimizer; set them as options of model.optimizer.",
         edit={"model.beta1": 0.5, **optimizer("torch.optim.AdamW")},
     ),
     "default schedule without betas": Case(
@@ -254,7 +254,7 @@ CASES = {
         edit=optimizer("torch.optim.SGD"),
     ),
     "routers' loss below 0": Case(
-        "model.router_aux_loss_coef must not be negative, not -1.0.", edit={"model.router_aux_loss_coef": -1.0}
+        "model.router_aux_loss_coef must be at least 0, not -1.0.", edit={"model.router_aux_loss_coef": -1.0}
     ),
     "routers' loss without routers": Case(
         "{job}/model: the routers of a model of type llama cannot be balanced because its class has no auxiliary loss for its routers; set router_aux_loss_coef to 0.",

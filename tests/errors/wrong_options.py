@@ -1,4 +1,4 @@
-"""What can be wrong about options: the command line, files, the environment."""
+"""Wrong options on the command line, in files and in the environment."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ GIVEN = "must be given, in the configuration file or on the command line."
 CASES = {
     # The command and its files
     "unknown subcommand": Case(
-        "train is not a command; say pipelite fit or pipelite validate; pipelite --help lists the others.",
+        "train is not a command; use pipelite fit or pipelite validate; pipelite --help lists all commands.",
         command=["train"],
     ),
     "test": Case(
-        "test is not a command; pipelite validate evaluates what eval_fraction and eval_datasets hold out; what was "
-        "trained is used with other programs (pipelite merge, pipelite export-gguf).",
+        "test is not a command; pipelite validate evaluates on the data of eval_fraction and eval_datasets; to use a "
+        "trained model in other programs, run pipelite merge or pipelite export-gguf.",
         command=["test"],
     ),
     "optimizer of another command line": Case(
-        "--optimizer is not an option; choose it by --model.optimizer.", ["--optimizer", "Adam"]
+        "--optimizer is not an option; set --model.optimizer instead.", ["--optimizer", "Adam"]
     ),
     "schedule of another command line": Case(
-        "--lr_scheduler is not an option; choose a course of the learning rate by --model.schedule.",
+        "--lr_scheduler is not an option; set --model.schedule instead.",
         ["--lr_scheduler", "StepLR"],
     ),
     "subcommand after its options": Case(
-        "say what to do: pipelite fit or pipelite validate.", command=["--config", "config.yaml"]
+        "no command is given; use pipelite fit or pipelite validate.", command=["--config", "config.yaml"]
     ),
     "argument that is no option": Case("now is not an option; pipelite fit --help lists the options.", ["now"]),
-    "option without a value": Case(
-        "--trainer.max_steps is given without a value; write one behind it.", ["--trainer.max_steps"]
-    ),
+    "option without a value": Case("--trainer.max_steps has no value; write one after it.", ["--trainer.max_steps"]),
     "no configuration file there": Case(
         "--config: File does not exist: '{here}/none.yaml'; give a YAML or JSON file.",
         command=["fit", "--config", "none.yaml"],
@@ -45,7 +43,7 @@ CASES = {
         command=["fit", "--config", "bad.yaml"],
     ),
     "text for a configuration": Case(
-        "the configuration file bad.yaml holds no options; write them as in model: ...",
+        "the configuration file bad.yaml contains no options; write them in sections such as model and data.",
         prepare=file("bad.yaml", "train it please"),
         command=["fit", "--config", "bad.yaml"],
     ),
@@ -62,7 +60,7 @@ CASES = {
         "data.datasets.path is not an option; correct its name or remove it.", edit={"data.datasets": [{"path": "."}]}
     ),
     "unknown key of the adapter": Case(
-        "model.adapter.alpha is not an option; a LoRA's scale is 1 here, as with an alpha that equals the rank: leave it "
+        "model.adapter.alpha is not an option; a LoRA's scale is 1 here, as with an alpha equal to the rank: leave it "
         "out, and set model.adapter.init_args.rank and model.lr.",
         edit={"model.adapter.init_args.alpha": 4},
     ),
@@ -74,11 +72,11 @@ CASES = {
         edit=callback("EvalSchedule", evals=2),
     ),
     "unknown section": Case(
-        "optimizer.lr is not an option; choose it by model.optimizer.", edit={"optimizer": {"lr": 1}}
+        "optimizer.lr is not an option; set model.optimizer instead.", edit={"optimizer": {"lr": 1}}
     ),
-    "number for a section": Case("trainer is 3; put the options of trainer there.", edit={"trainer": 3}),
+    "number for a section": Case("trainer is 3; it must hold the options of trainer.", edit={"trainer": 3}),
     "text for a section": Case(
-        "data is 'texts'; put the options of data there, or the name of a file that holds them.",
+        "data is 'texts'; it must hold the options of data, or name a file with them.",
         edit={"data": "texts"},
     ),
     "missing model_dir": Case(f"model.model_dir {GIVEN}", edit={"model.model_dir": None}),
@@ -113,7 +111,7 @@ CASES = {
     ),
     "class_path that cannot be imported": Case(
         "model.adapter: class_path lightning_pipelite.adapters.Lora cannot be imported (module "
-        "'lightning_pipelite.adapters' has no attribute 'Lora'); correct it, or install what it needs.",
+        "'lightning_pipelite.adapters' has no attribute 'Lora'); correct it, or install its dependencies.",
         edit={"model.adapter.class_path": "lightning_pipelite.adapters.Lora"},
     ),
     "class that is no adapter": Case(
@@ -130,15 +128,15 @@ CASES = {
         environment={"PIPELITE_FIT__TRAINER__MAX_STEP": "3"},
     ),
     "variable for a part of an option": Case(
-        "the environment variable PIPELITE_FIT__MODEL__ADAPTER__RANK is not an option; give all of "
-        "PIPELITE_FIT__MODEL__ADAPTER as JSON.",
+        "the environment variable PIPELITE_FIT__MODEL__ADAPTER__RANK is not an option; set "
+        "PIPELITE_FIT__MODEL__ADAPTER as a whole, in JSON.",
         environment={"PIPELITE_FIT__MODEL__ADAPTER__RANK": "3"},
     ),
     "variable of a wrong type": Case(
         "trainer.max_steps must be an integer, not many.", environment={"PIPELITE_FIT__TRAINER__MAX_STEPS": "many"}
     ),
     "variable with a damaged file": Case(
-        "the configuration file bad.yaml holds no options; write them as in model: ...",
+        "the configuration file bad.yaml contains no options; write them in sections such as model and data.",
         prepare=file("bad.yaml", ""),
         environment={"PIPELITE_FIT__CONFIG": "bad.yaml"},
     ),

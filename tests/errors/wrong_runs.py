@@ -1,4 +1,4 @@
-"""What can be wrong about devices, the trainer, checkpoints and where results go."""
+"""Wrong inputs concerning devices, the trainer, checkpoints and where results go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = {
     ),
     "precision": Case(
         "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy: every layer keeps the dtype that the "
-        "module gives it (PipeLiteModule has dtype=); leave precision out.",
+        "module gives it (for PipeLiteModule, set dtype); leave precision out.",
         edit={"trainer.precision": "bf16-mixed"},
     ),
     "another strategy": Case(
@@ -39,7 +39,7 @@ CASES = {
         edit={"trainer.strategy": "pipelight"},
     ),
     "no device": Case(
-        "trainer.devices is 0; give the number of devices, a list of their numbers, or auto.",
+        "trainer.devices is 0; give the number of devices, a list of device indices, or auto.",
         edit={"trainer.devices": 0},
     ),
     "steps below 0": Case(
@@ -57,13 +57,13 @@ CASES = {
     "seed below 0": Case("seed_everything is -1; give an integer from 0 to 4294967295.", edit={"seed_everything": -1}),
     "averaged weights": Case(
         "the callback EMAWeightAveraging is not supported by PipeLiteStrategy: it averages the weights that the module "
-        "has before the pipeline makes its stages; leave it out, and average checkpoints or adapters afterwards.",
+        "has before the pipeline builds its stages; leave it out, and average checkpoints or adapters afterwards.",
         edit={"trainer.callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]},
-        starts=True,  # a Python to ask for its paths, when torch's part for it is imported
+        starts=True,  # importing torch's module for it starts a Python process to query its paths
     ),
     "metric that nothing logs": Case(
-        "EarlyStopping: monitor is 'val_loss', which nothing logs; give it eval/loss, or another name that the "
-        "training logs.",
+        "EarlyStopping: monitor is 'val_loss', which nothing logs; set it to eval/loss, or to another metric "
+        "that is logged.",
         edit={"trainer.callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]},
     ),
     "micro-batches by two": Case(
@@ -80,7 +80,7 @@ CASES = {
         },
     ),
     "overfitted batches": Case(
-        "trainer.overfit_batches needs data whose order Lightning may change, and packed data keeps its own; set "
+        "trainer.overfit_batches needs data whose order Lightning can change, but that of packed data is fixed; set "
         "data.max_sequences to train on a few sequences.",
         edit={"trainer.overfit_batches": 2},
     ),
@@ -89,37 +89,37 @@ CASES = {
     ),
     # What is on disk
     "checkpoint that is not there": Case(
-        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave ckpt_path out.",
         ["--ckpt_path", "none"],
     ),
     "file as a checkpoint": Case(
-        "ckpt_path: config.yaml is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "ckpt_path: config.yaml is not a checkpoint (a directory with manifest.json); name one, or leave ckpt_path out.",
         ["--ckpt_path", "config.yaml"],
     ),
     "best checkpoint of nothing": Case(
-        "ckpt_path: only the process that has trained knows which checkpoint is best; name its directory, or `last` for the newest one. (TimedCheckpoint with a monitor keeps the best beside the newest.)",
+        "ckpt_path: `best` is known only to the process that trained the model; name the checkpoint's directory, or use `last` for the newest one. (TimedCheckpoint with a monitor keeps the best one in addition to the newest.)",
         ["--ckpt_path", "best"],
     ),
     "last checkpoint of none": Case(
-        "ckpt_path: there is no checkpoint in {here}/kept for `last`; leave ckpt_path out to begin anew.",
+        "ckpt_path: there is no checkpoint in {here}/kept for `last`; leave ckpt_path out to start from scratch.",
         ["--ckpt_path", "last"],
         edit={**callback("TimedCheckpoint", dirpath="kept"), "trainer.enable_checkpointing": True},
     ),
     "last checkpoint of nobody": Case(
-        "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the ModelCheckpoint with its dirpath, of the training that is to go on; or name the checkpoint's directory.",
+        "ckpt_path: no callback says where to look for `last`: add the TimedCheckpoint, or the ModelCheckpoint with its dirpath, of the training to resume, or name the checkpoint's directory.",
         ["--ckpt_path", "last"],
     ),
     "steps before the checkpoint's": Case(
-        "ckpt_path: {job}/adapter-checkpoint is of step 1, and max_steps is 0: give a max_steps above 1 to go on, or an earlier checkpoint.",
+        "ckpt_path: {job}/adapter-checkpoint was saved at step 1, but max_steps is 0: set max_steps above 1 to continue, or name an earlier checkpoint.",
         ["--ckpt_path", "{job}/adapter-checkpoint"],
         edit={"trainer.max_steps": 0},
     ),
     "checkpoints in a bucket": Case(
-        "TimedCheckpoint: dirpath is s3://bucket/kept, and only directories of the file system can be written and read: give one, mount the remote one (such as by s3fs or gcsfuse), or copy what was written there afterwards.",
+        "TimedCheckpoint: dirpath is s3://bucket/kept, but only directories of the file system can be read and written: use a local one, mount the remote one (with s3fs or gcsfuse, for example), or copy the results there afterwards.",
         edit=callback("TimedCheckpoint", dirpath="s3://bucket/kept"),
     ),
     "checkpoint to validate that is not there": Case(
-        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "ckpt_path: none is not a checkpoint (a directory with manifest.json); name one, or leave ckpt_path out.",
         ["--ckpt_path", "none"],
         command=["validate", "--config", "config.yaml"],
     ),
@@ -142,13 +142,13 @@ CASES = {
         edit=callback("SaveTrained", output_dir="{job}/model"),
     ),
     "output over an earlier one": Case(
-        "SaveTrained: {job}/adapter is not empty; choose a new output_dir, go on from a checkpoint (ckpt_path), or say "
-        "overwrite (--overwrite), which replaces what is there.",
+        "SaveTrained: {job}/adapter is not empty; choose a new output_dir, resume from a checkpoint (ckpt_path), or set "
+        "overwrite (--overwrite) to replace its contents.",
         edit=callback("SaveTrained", output_dir="{job}/adapter"),
     ),
     "checkpoints among those of an earlier training": Case(
-        "TimedCheckpoint: {here}/checkpoints has step=00000009.ckpt of another training; go on from there with "
-        "ckpt_path=last, choose a new dirpath, or say overwrite (--overwrite), which replaces what is there.",
+        "TimedCheckpoint: {here}/checkpoints has step=00000009.ckpt from another training; resume it with "
+        "ckpt_path=last, choose a new dirpath, or set overwrite (--overwrite) to replace its contents.",
         edit={**callback("TimedCheckpoint"), "trainer.enable_checkpointing": True},
         prepare=file("checkpoints/step=00000009.ckpt/meta.json", ""),
     ),
@@ -164,7 +164,7 @@ CASES = {
         prepare=file("logs/a/metrics.csv", "step"),
     ),
     "refusal that comes late": Case(  # and leaves no log directory
-        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: adapter.init_args.rank is 2 there and 3 here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 there and 3 here.",
         ["--ckpt_path", "{job}/adapter-checkpoint"],
         edit={**adapter("LoRA", rank=3), "trainer.logger": True, "trainer.max_steps": 2},
         starts=True,
@@ -174,7 +174,7 @@ CASES = {
     ),
     # Devices
     "no GPU": Case(
-        "trainer.accelerator is gpu but torch finds no GPU here; set it to cpu, or mend the driver (nvidia-smi must list the GPU).",
+        "trainer.accelerator is gpu but torch finds no GPU here; set it to cpu, or fix the driver (nvidia-smi must list the GPU).",
         edit={"trainer.accelerator": "gpu"},
     ),
     "unknown accelerator": Case(
@@ -186,7 +186,7 @@ CASES = {
         edit={"trainer.accelerator": "tpu"},
     ),
     "devices in words": Case(
-        "trainer.devices is 'two'; give the number of devices, a list of their numbers, or auto.",
+        "trainer.devices is 'two'; give the number of devices, a list of device indices, or auto.",
         edit={"trainer.devices": "two"},
     ),
     "no node": Case("trainer.num_nodes is 0; give 1 or more.", edit={"trainer.num_nodes": 0}),
@@ -241,7 +241,7 @@ CASES = {
         edit={"trainer.logger": "tensorboard"},
     ),
     "logger that cannot write": Case(
-        "trainer.logger: CSVLogger cannot write to config.yaml; set its save_dir to a directory that can be written.",
+        "trainer.logger: CSVLogger cannot write to config.yaml; set its save_dir to a writable directory.",
         edit={"trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "config.yaml"}}},
     ),
     "synchronised batch norms": Case(
@@ -261,7 +261,7 @@ CASES = {
         edit=callback("CompositeWeightDecay", weight_decay=-1.0),
     ),
     "weight decay of no adapter": Case(
-        "CompositeWeightDecay: the model has no LoRA layer of PEFT and no Control Adapter; add one, or leave the callback out.",
+        "CompositeWeightDecay: the model has neither PEFT LoRA layers nor Control Adapters; add an adapter, or leave the callback out.",
         edit={**callback("CompositeWeightDecay", weight_decay=0.1), **adapter("Full")},
         starts=True,
     ),
@@ -271,36 +271,36 @@ CASES = {
     ),
     # Checkpoints
     "damaged manifest": Case(
-        "ckpt_path: manifest.json of copy is not as it was written; name another checkpoint, or `last`, which takes the newest whole one.",
+        "ckpt_path: manifest.json of copy does not match its hash; name another checkpoint, or use `last` for the newest intact one.",
         ["--ckpt_path", "copy"],
         prepare=copied("adapter-checkpoint", written("manifest.json", "{")),
     ),
     "checkpoint without a file": Case(
-        "ckpt_path: copy lacks its file stage-00.safetensors; name another checkpoint, or `last`, which takes the newest whole one.",
+        "ckpt_path: copy is missing the file stage-00.safetensors; name another checkpoint, or use `last` for the newest intact one.",
         ["--ckpt_path", "copy"],
         prepare=copied("adapter-checkpoint", removed("stage-00.safetensors")),
     ),
     "checkpoint cut short": Case(
-        "ckpt_path: stage-00.safetensors of copy has 109600 bytes, not 109700; name another checkpoint, or `last`, which takes the newest whole one.",
+        "ckpt_path: stage-00.safetensors of copy has 109600 bytes, not 109700; name another checkpoint, or use `last` for the newest intact one.",
         ["--ckpt_path", "copy"],
         prepare=copied("adapter-checkpoint", truncated("stage-00.safetensors")),
     ),
     "model for a checkpoint": Case(
-        "ckpt_path: {job}/model is not a checkpoint (a directory with manifest.json); name one, or leave it out.",
+        "ckpt_path: {job}/model is not a checkpoint (a directory with manifest.json); name one, or leave ckpt_path out.",
         ["--ckpt_path", "{job}/model"],
     ),
     "checkpoint of another adapter": Case(
-        "ckpt_path: {job}/control-checkpoint is of another model or adapter: adapter.class_path is 'lightning_pipelite.adapters.control_adapter.ControlAdapter' there and 'lightning_pipelite.adapters.lora.LoRA' here.",
+        "ckpt_path: {job}/control-checkpoint is from another model or adapter: adapter.class_path is 'lightning_pipelite.adapters.control_adapter.ControlAdapter' there and 'lightning_pipelite.adapters.lora.LoRA' here.",
         ["--ckpt_path", "{job}/control-checkpoint"],
         starts=True,
     ),
     "checkpoint of another rank": Case(
-        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: adapter.init_args.rank is 2 there and 4 here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 there and 4 here.",
         ["--ckpt_path", "{job}/adapter-checkpoint", "--model.adapter.rank", "4"],
         starts=True,
     ),
     "checkpoint of another dtype": Case(
-        "ckpt_path: {job}/adapter-checkpoint is of another model or adapter: dtype is 'float32' there and 'bfloat16' here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: dtype is 'float32' there and 'bfloat16' here.",
         ["--ckpt_path", "{job}/adapter-checkpoint", "--model.dtype", "bfloat16"],
         starts=True,
     ),

@@ -1,9 +1,9 @@
-"""What a compiled layer calls has the gradients that it has when it is not compiled, whatever is trained.
+"""What a compiled layer calls has the same gradients as in eager mode, whatever is trained.
 
-torch 2.11 compiles wrong gradients, without a word, of an autograd.Function whose output two calls of its forward
-return as one and the same tensor, the second what it was given: ``to`` of the same dtype, ``contiguous``, a sum in
-place, an ``out=``. All that a forward makes becomes an output of the function there, and autograd takes the gradient
-for that of the last of the two: backward is given zeros. torch 2.13 does not.
+torch 2.11 silently compiles wrong gradients for an autograd.Function whose forward returns a tensor that came out of
+two of its calls, the second of which returned its input: ``to`` with the same dtype, ``contiguous``, an in-place sum,
+an ``out=``. Everything that forward computes becomes an output of the compiled function, and autograd assigns the
+gradient to the last of the two, so backward receives zeros. torch 2.13 is correct.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def of_lora(in_fp8: bool) -> Callable[..., Tensor]:
 
 
 def of_4bit(nested: bool) -> Callable[[Tensor], Tensor]:
-    """The function of bitsandbytes, of which layers of 4-bit weights without an adapter are made."""
+    """Return bitsandbytes' function, which layers with 4-bit weights and no adapter call."""
     bitsandbytes_operations()
     codes, state = quantize_4bit(draw(INNER, 64, seed=10), quant_type="nf4", compress_statistics=nested)
     return lambda x: matmul_4bit(x.sin(), codes, quant_state=state).cos()
@@ -111,7 +111,7 @@ def test_compiled_gradients_are_those_without(name: str) -> None:
     function, shapes = FUNCTIONS[name]
     compiled: Any = torch.compile(function, backend="aot_eager")
     again: Any = partial(checkpoint, compiled, use_reentrant=False)
-    # The loss is for one backward pass.
+    # The loss supports one backward pass only.
     for way, frozen in [(compiled, None)] if name == "loss" else [(compiled, None), (again, 0 if shapes[1:] else None)]:
         wanted = gradients(function, shapes, frozen)
         for found, expected in zip(gradients(way, shapes, frozen), wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Triton's compiler, which needs no GPU, takes the kernels: its interpreter takes much that the compiler refuses."""
+"""Triton's compiler, which needs no GPU, accepts the kernels. The interpreter accepts much that it would reject."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_fp8(capability: int) -> None:
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
-"""KiB of shared memory that a block can have."""
+"""KiB of shared memory that a block can use, by compute capability."""
 
 
 @pytest.mark.parametrize(

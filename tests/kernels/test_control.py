@@ -1,4 +1,4 @@
-"""The transform, against float64 references written from the formula."""
+"""The transform equals float64 references written from the formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HIDDEN, RANK = 48, 5
 
 
 def draw(orthogonal: bool = True) -> tuple[Tensor, ...]:
-    """y, d, Q, S and c in float64."""
+    """Return y, d, Q and S in float64, and the classes c."""
     torch.manual_seed(0)
     y, d = torch.randn(2, 3, 7, HIDDEN, dtype=torch.float64)
     q = torch.randn(HIDDEN, RANK, dtype=torch.float64)
@@ -22,7 +22,7 @@ def draw(orthogonal: bool = True) -> tuple[Tensor, ...]:
 
 
 def reference(y: Tensor, d: Tensor, q: Tensor, s: Tensor, c: Tensor) -> Tensor:
-    """Each class by its own matrix, formed in full."""
+    """Apply each class's own matrix, materialised in full."""
     forward = q @ torch.diag(s.exp() - 1) @ q.T
     backward = q @ torch.diag((-s).exp() - 1) @ q.T
     added = torch.where((c == 1)[..., None], d @ forward.T, torch.zeros_like(d))
@@ -103,7 +103,7 @@ def test_mixed_precision_without_tensor_cores() -> None:
 
 
 def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes, with its one operation that a CPU lacks put in."""
+    """Run the GPU path, emulating the one operation that a CPU lacks."""
     monkeypatch.setattr(
         control_module,
         "_in_parts",

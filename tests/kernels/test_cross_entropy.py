@@ -1,4 +1,4 @@
-"""The kernels against plain torch in float64, under Triton's interpreter where there is no GPU."""
+"""The kernels equal plain torch in float64; without a GPU, they run under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
     expected = (values.float() * by).to(dtype)
     transposed = values.T.contiguous().T if len(shape) == 2 else values.clone()
     assert scale_(transposed, by) is transposed
-    rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0  # the interpreter cuts off
+    rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0  # the interpreter truncates
     torch.testing.assert_close(transposed, expected, rtol=rounding, atol=0, equal_nan=True)
 
 
@@ -52,7 +52,7 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
     ("rows", "vocabulary", "scale", "softcap", "weighted", "ignored"),
     [
         (5, 17, 1.0, None, False, 0),
-        (3, 4096, 0.3, None, True, 1),  # which no narrower type has
+        (3, 4096, 0.3, None, True, 1),  # a scale that narrower dtypes would round
         (4, 5000, 1.0, 30.0, False, 2),
         (3, 9001, 2.0, 5.0, True, 3),
         (4, 20_000, 0.5, None, True, 1),
@@ -62,10 +62,10 @@ def test_a_gradient_is_scaled(dtype: torch.dtype, shape: tuple[int, ...], factor
 )
 def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap, weighted, ignored) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    padded = (4 * torch.randn(rows, vocabulary + 3, device=DEVICE)).to(dtype)  # rows that do not follow each other
+    padded = (4 * torch.randn(rows, vocabulary + 3, device=DEVICE)).to(dtype)  # rows with a gap between them
     logits = padded[:, :vocabulary]
     labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
-    labels[-1:] = vocabulary - 1  # in the block that is not whole
+    labels[-1:] = vocabulary - 1  # in the last, partial block
     labels[:ignored] = -100
     weights = torch.rand(rows, device=DEVICE).to(dtype) if weighted else None
     losses, gradients = expected(logits, labels, scale, softcap, weights)
@@ -83,7 +83,7 @@ def test_losses_and_gradients(function, dtype, rows, vocabulary, scale, softcap,
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_references_gradient_is_rounded_once(dtype: torch.dtype, unit: float, weighted: bool) -> None:
-    """Neither the scale nor the weights are rounded to the logits' type before."""
+    """Neither the scale nor the weights are rounded to the logits' dtype first."""
     torch.manual_seed(0)
     logits, labels = torch.randn(64, 5, device=DEVICE).to(dtype), torch.randint(0, 5, (64,), device=DEVICE)
     weights = (0.5 + torch.rand(64, device=DEVICE)).to(dtype) if weighted else None
@@ -122,7 +122,7 @@ def test_an_ignored_row_may_hold_anything(function) -> None:  # type: ignore[no-
 
 @pytest.mark.parametrize("function", [cross_entropy_, cross_entropy_reference_])
 def test_labels_for_other_rows_are_refused(function) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match labels"):
         function(torch.zeros(4, 5), torch.zeros(1, dtype=torch.int64))
 
 
@@ -133,11 +133,11 @@ def test_a_scale_that_turns_logits_round_is_refused(function) -> None:  # type: 
 
 
 def test_shapes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match labels"):
         cross_entropy_(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match labels"):
         cross_entropy_(torch.zeros(5, 2).T, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="have incompatible shapes"):
         linear_cross_entropy(torch.zeros(2, 5), torch.zeros(7, 4), torch.zeros(2, dtype=torch.int64))
 
 
@@ -174,7 +174,7 @@ def test_head_and_loss(dtype: torch.dtype, trained: bool, biased: bool, softcap:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_rows_held_apart(dtype: torch.dtype, biased: bool, softcap: float | None) -> None:
-    """The same as with a weight into which they are written, of which they alone have a gradient."""
+    """They give the results of a weight into which they are written and in which only they have a gradient."""
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, 16, device=DEVICE).to(dtype).requires_grad_()
     weight = torch.randn(99, 16, device=DEVICE).to(dtype)
@@ -222,7 +222,7 @@ def test_without_gradients() -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_small_updates_of_a_trained_head_are_not_lost(apart: bool) -> None:
-    """A token's part of a head's gradient in bf16, added to a sum in bf16, would vanish beside that of others."""
+    """A token's share of the head's gradient would be lost if the shares were summed in bf16."""
     hidden = torch.cat([torch.full((1, 8), 64.0), torch.full((512, 8), 2.0**-4)]).to(DEVICE, torch.bfloat16)
     zeros = torch.zeros(2, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     rows = (torch.tensor([0, 1], device=DEVICE), zeros) if apart else None
@@ -236,9 +236,9 @@ def test_small_updates_of_a_trained_head_are_not_lost(apart: bool) -> None:
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    """The gradients were computed once, and are multiplied in place."""
+    """The gradients are computed once and scaled in place, so a second pass would scale them again."""
     hidden = torch.randn(4, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(5, 8), torch.tensor([0, 4, -100, 2]))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward pass only"):
+    with pytest.raises(RuntimeError, match="supports one backward pass only"):
         loss.backward()

@@ -1,4 +1,4 @@
-"""Products in FP8 against float64 of what the codes stand for. On a CPU the same steps are computed in float32."""
+"""FP8 products equal float64 on the dequantised values. On a CPU, the same steps run in float32."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightning_pipelite.kernels.fp8 import (
 from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and fp8.has_fp8(torch.device("cuda")) else [])]
-UNIT = 2.0**-4  # half of the last bit of a code, of its value
+UNIT = 2.0**-4  # half a unit in the last place of a code, relative to its value
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
 
 def draw(*shape: int, seed: int = 0, device: str = "cpu", spread: float = 0.0) -> Tensor:
-    """Normal numbers; the rows of a spread one differ by up to that many powers of ten."""
+    """Draw normal numbers; with a ``spread``, rows differ in size by up to that many powers of ten."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator)
     if spread:
@@ -36,17 +36,17 @@ def draw(*shape: int, seed: int = 0, device: str = "cpu", spread: float = 0.0) -
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """The largest of the relative errors of the rows."""
+    """Return the largest relative error of a row."""
     wanted = wanted.detach()
     error = (found.detach().double() - wanted).flatten(0, -2).norm(dim=1)
     return float((error / wanted.flatten(0, -2).norm(dim=1).clamp_min(1e-300)).max())
 
 
 def error_of_products(found: Tensor, wanted: Tensor, left: Tensor, right: Tensor) -> float:
-    """The largest error but for the result's rounding, beside the sum of the products' sizes.
+    """Return the largest error beyond the result's rounding, relative to the sum of the products' magnitudes.
 
-    Each factor may be off by half of its last bit; the result, which a bias may make much larger than the products, is
-    rounded.
+    Each factor may be off by half a unit in its last place. The rounding is that of the result, which a bias may make
+    much larger than the products.
     """
     sizes, wanted = left.double().abs() @ right.double().abs(), wanted.detach()
     error = (found.detach().double() - wanted).abs() - ROUNDING[found.dtype] * wanted.abs()
@@ -70,7 +70,7 @@ def test_codes_of_rows_of_very_different_size(device: str, dtype: torch.dtype) -
     found, x = stands_for(codes, scales), x.double()
     assert not found[0, 0].any()
     largest = x.abs().amax(-1, keepdim=True)
-    # A code's own last bit, or that of the smallest codes.
+    # Half a unit in the last place of the code, or of the smallest codes.
     allowed = torch.maximum(UNIT * x.abs(), largest.clamp_min(fp8.SMALLEST) / LARGEST * 2.0**-10) * (1 + 1e-5)
     assert ((found - x).abs() <= allowed).all()
 
@@ -101,7 +101,7 @@ def test_transposed(device: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_in_fp8(device: str, biased: bool) -> None:
-    """Both products equal those of what the codes stand for, in every row, however much rows of g and W differ."""
+    """Both products equal those of the dequantised values in every row, however much rows of g and W differ in size."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x, g = (draw(2, 9, width, seed=width, device=device, spread=6).to(dtype) for width in (64, 48))
     codes, scales = quantise_rows(draw(48, 64, seed=5, device=device, spread=6))
@@ -114,7 +114,7 @@ def test_linear_in_fp8(device: str, biased: bool) -> None:
     assert relative(result, wanted) < ROUNDING[dtype]
     of_wanted = stands_for(*quantise_rows(g, scales)) @ codes.double()
     assert relative(of_x, of_wanted) < ROUNDING[dtype]
-    # And the whole is right to the error of FP8, of each row by itself.
+    # Against unquantised x and g, both are right up to the error of FP8, relative to each row's own size.
     exact = linear(x.double(), whole, None if bias is None else bias.double())
     assert error_of_products(result, exact, x.detach(), whole.T) < UNIT
     assert error_of_products(of_x, g.double() @ whole, g, whole) < UNIT
@@ -136,13 +136,13 @@ def test_linear_with_dequantised_weights(dtype: torch.dtype) -> None:
 
 
 def join(weights: list[list[Tensor]]) -> list[Tensor]:
-    """One weight of several, one behind the other."""
+    """Concatenate several weights into one."""
     codes, scales = zip(*weights, strict=True)
     return [torch.cat([each.view(torch.uint8) for each in codes]).view(fp8.DTYPE), torch.cat(scales)]
 
 
 class Projections:
-    """Several of one input, with adapters, in FP8."""
+    """Several FP8 projections of one input, with adapters."""
 
     outputs, ranks = (32, 16, 48), (4, 4, 3)
 
@@ -166,7 +166,7 @@ class Projections:
         return [*outputs, *torch.autograd.grad(total, [x, *ab])]
 
     def wanted(self) -> list[Tensor]:
-        """Of what codes stand for, in float64. The gradient of A is that of x's codes; B's has nothing in FP8."""
+        """Compute in float64 with dequantised values. A's gradient is that for x's codes; B's involves no FP8."""
         x, seen = self.x.double(), stands_for(*quantise_rows(self.x))
         outputs, of_x, of_a, of_b = [], torch.zeros_like(x), [], []
         given = zip(self.weights, self.a, self.b, self.biases, self.back, self.scales, strict=True)
@@ -194,8 +194,8 @@ def test_projections_in_fp8(device: str, joined: bool) -> None:
     assert [t.dtype for t in found] == [case.dtype] * 4 + [torch.float32] * 6
     for number, (ours, exact) in enumerate(zip(found, case.wanted(), strict=True)):
         assert relative(ours, exact) < 2 * ROUNDING[case.dtype], number
-    # The gradient of x is right to the error of FP8, of each row by itself, however much gradients and weights of the
-    # projections differ.
+    # The gradient of x is right up to the error of FP8, relative to each row's own size, however much the projections'
+    # gradients and weights differ.
     left, whole = torch.cat(case.back, dim=-1), torch.cat([stands_for(*weight) for weight in case.weights])
     exact = left.double() @ whole
     for scale, g, a, b in zip(case.scales, case.back, case.a, case.b, strict=True):
@@ -204,7 +204,7 @@ def test_projections_in_fp8(device: str, joined: bool) -> None:
 
 
 def test_joined_projections_compute_what_they_do_apart() -> None:
-    """All but the gradient of x, where they have one scale for each token together; that, to FP8's error of its row."""
+    """Except for x's gradient, for which they share one scale per token, so it only agrees up to FP8's error."""
     case = Projections("cpu", joined=True)
     outcomes = [case.run(lora_linear, each, Tensor.clone, in_fp8=True) for each in (case.given, case.weights)]
     for number, (joined, apart) in enumerate(zip(*outcomes, strict=True)):
@@ -284,7 +284,7 @@ def test_torchs_own_checks_of_the_operation(in_fp8: bool) -> None:
     weight, x, g = quantise_rows(draw(32, 16)), draw(2, 5, 16), draw(2, 5, 32)
     operation = torch.ops.pipelite.fp8_product.default
     forward, back = (quantise_rows(x), quantise_rows(g, weight[1])) if in_fp8 else ([x], [g])
-    # The check of the schema computes with values that are FP8, which CPUs cannot.
+    # Without the schema check, which does arithmetic on FP8 values that CPUs do not support.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operation, (forward, weight, draw(32), False, torch.float32), test_utils=checks)
     torch.library.opcheck(operation, (back, weight, None, True, torch.float32), test_utils=checks)

@@ -1,4 +1,4 @@
-"""Experts by grouped products, natively and under Triton's interpreter, against every expert by itself in float64."""
+"""Grouped products equal each expert run separately in float64, natively and under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ native = pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="na
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 if INTERPRETED:
-    del ROUNDING[torch.bfloat16]  # the interpreter multiplies its bits
+    del ROUNDING[torch.bfloat16]  # the interpreter multiplies its bits instead of its values
 NARROW = list(ROUNDING)[-1]
 COMPILED: list[dict[str, Any]] = [{}, {"double": True}, {"transposed": True, "rank": 20}, {"rank": 0}]
 if INTERPRETED:
-    del COMPILED[1:]  # what is compiled around the kernels is the same without it
+    del COMPILED[1:]  # the code compiled around the kernels is the same without the interpreter
 TOKENS, EXPERTS, HIDDEN, INNER = 40, 5, 64, 96
 
 
@@ -40,7 +40,7 @@ def swiglu(values: Tensor) -> Tensor:
 
 
 class Case:
-    """Random experts, and what float64 makes of them."""
+    """Random experts, and their results in float64."""
 
     def __init__(
         self, device: str, dtype: torch.dtype, chosen: Tensor, *,
@@ -63,7 +63,7 @@ class Case:
             bias = draw(EXPERTS, outer).to(dtype) if biased else None
             parts = [weight.to(device)]
             if double is not None:
-                bitsandbytes_operations()  # what is to be found is right on a CPU then, too
+                bitsandbytes_operations()  # corrects the reference, bitsandbytes' dequantisation, on CPUs
                 codes, state = quantize_4bit(
                     weight.to(device), blocksize=64, compress_statistics=double, quant_type="nf4"
                 )
@@ -73,7 +73,7 @@ class Case:
             self.given.append(Matrices(parts, shape, transposed, None if bias is None else bias.to(device)))
             exact = None if bias is None else bias.double()
             self.whole.append(Matrices([weight.double()], shape, transposed, exact))
-            # B lies as PEFT has it, [out, rank, experts].
+            # B has PEFT's layout, [out, rank, experts].
             self.factors += [draw(EXPERTS, rank, inner) / inner**0.5, draw(outer, rank, EXPERTS) / rank**0.5]
 
     def wanted(self) -> list[Tensor]:
@@ -120,7 +120,7 @@ ROUTINGS = {
     "many tokens": choices(2, 150),
     "one token": choices(2, 1),
 }
-# The interpreter takes seconds a case, and a routing does nothing to the digits: one of them shows the other types.
+# The interpreter takes seconds a case, and routing does not affect precision: one routing covers the other dtypes.
 ROUTED = [
     (routing, dtype)
     for routing in ROUTINGS
@@ -155,7 +155,7 @@ def test_layouts_biases_and_ranks(device: str, dtype: torch.dtype, options: dict
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scores_alone_have_a_gradient(device: str) -> None:
-    """Of a router above frozen layers; that of a sum, which is one number for all."""
+    """As for a router above frozen layers. The gradient from the sum is one expanded number, not contiguous."""
     case = Case(device, torch.float32, choices(2).int(), rank=0, biased=True)
     exact, scores = case.scores.double().requires_grad_(), case.scores.to(device).requires_grad_()
     chosen = case.chosen.to(device)
@@ -196,7 +196,7 @@ def test_sorting(device: str, experts: int, copies: int, tokens: int) -> None:
 def test_an_expert_that_there_is_not(device: str) -> None:
     chosen = torch.tensor([[0, 1], [0, 5], [2, 1], [-1, 3]], device=device)
     if device == "cpu" and not INTERPRETED:
-        with pytest.raises(IndexError, match="a router chose an expert that there is not"):
+        with pytest.raises(IndexError, match="a router chose an expert that does not exist"):
             sort_by_expert(chosen, 5)
         return
     groups = sort_by_expert(chosen, 5)

@@ -1,4 +1,4 @@
-"""Launches of compiled kernels by what they were compiled for, against Triton's own launches."""
+"""A direct launch takes the compiled kernel that fits its arguments, as a launch by Triton does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def launched(x: torch.Tensor, count: int, stride: int, by: int, **constants: int
 
 @pytest.mark.gpu
 def test_each_launch_takes_the_kernel_that_fits() -> None:
-    """One after the other, and twice: each is launched first through Triton and then directly."""
+    """In two rounds over all cases: the first launches each through Triton, the second directly."""
     numbers = torch.arange(16384, device="cuda") % 97
     cases: list[tuple[torch.dtype, int, int, int, int, dict[str, Any]]] = [
         (dtype, first, count, stride, by, {"TIMES": times, **options})

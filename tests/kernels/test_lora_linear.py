@@ -12,11 +12,11 @@ from lightning_pipelite.kernels.lora_operands import Operands
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 OUTPUTS, RANKS, SCALES = (24, 8, 40), (4, 4, 3), (1.0, 0.5, 2.0)
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # half a unit, of a few roundings
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # half a unit, for a few roundings
 
 
 class Case:
-    """Random projections of one input, and what float64 makes of them."""
+    """Random projections of one input, which run in their own dtype or in float64."""
 
     def __init__(
         self, device: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 7, 64), biased: bool = True
@@ -34,7 +34,7 @@ class Case:
         self.back = [draw(*shape[:-1], out).to(dtype) for out in OUTPUTS]
 
     def run(self, function: Any, weights: Any, exact: bool, used: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
-        """The outputs, and the gradients of x, A and B."""
+        """Return the outputs, and the gradients of x, A and B."""
         convert = (lambda t: t.double()) if exact else (lambda t: t.clone())
         x, *ab = (convert(t).requires_grad_() for t in (self.x, *self.a, *self.b))
         a, b = ab[: len(self.a)], ab[len(self.a) :]
@@ -46,7 +46,7 @@ class Case:
 
 
 class InFourBits(Case):
-    """The same with weights in nf4, by themselves or as one."""
+    """The same with weights in nf4, held separately or as one."""
 
     def __init__(self, device: str, nested: bool, *, as_one: bool = False) -> None:
         super().__init__(device, torch.float32)
@@ -200,7 +200,7 @@ def test_torchs_own_checks_of_the_operation(given: bool) -> None:
     torch.library.opcheck(operation.default, opchecked[0])
     x, codes, _, *operands = opchecked[0]
     torch.library.opcheck(Operations.lora_linear.default, (x.detach(), codes, *operands))
-    # What is compiled calls this one, and goes through no Python of autograd.
+    # Compiled code calls this operation, without going through autograd's Python.
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("pipelite::lora_linear", "AutogradCPU")
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights in nf4: each of its values times the scale of its block of 64, in the order of the rows."""
+"""Frozen weights in nf4: each value is multiplied by the scale of its block of 64, in row-major order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_pipelite.kernels.nf4 import BLOCK, SCALES_BLOCK, dequantise, dequ
 from lightning_pipelite.models.quantization.four_bit import kernel_parts, nf4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Rows of no whole blocks, of an odd number, of whole ones; more scales than one of them has a scale for, some over.
+# Rows of partial blocks, of odd length, of whole blocks; more scales than one block of scales, some left over.
 SHAPES = [(8, 96), (5, 96), (7, 31), (3, 5, 32), (4, 128), (64, 64), (65, 288)]
 
 
 def quantised(shape: tuple[int, ...], scaled: str) -> tuple[list[Tensor], Tensor]:
-    """Weights whose rows differ much in size, in parts; and what these stand for, by hand."""
+    """Return the parts of weights whose rows differ widely in size, and the weights dequantised by hand."""
     sizes = torch.logspace(-3, 3, shape[-2]).unsqueeze(1)
     codes, state = quantize_4bit(torch.randn(shape) * sizes, quant_type="nf4", compress_statistics=bool(scaled))
     parts, scales = [codes, state.absmax], state.absmax
@@ -37,13 +37,13 @@ def quantised(shape: tuple[int, ...], scaled: str) -> tuple[list[Tensor], Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scaled", ["", "one offset", "an offset each"])  # where scales are quantised
+@pytest.mark.parametrize("scaled", ["", "one offset", "an offset each"])  # not empty where scales are quantised
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_value_has_the_scale_of_its_block(shape: tuple[int, ...], scaled: str, dtype: torch.dtype) -> None:
     parts, wanted = quantised(shape, scaled)
     parts = [part.to(DEVICE) for part in parts]
     made = dequantise(parts, shape, dtype).cpu()
-    if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter does not round but cuts off
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter truncates instead of rounding
         torch.testing.assert_close(made, wanted.to(dtype), rtol=2**-7, atol=0)
     else:
         assert torch.equal(made, wanted.to(dtype))
@@ -57,7 +57,7 @@ def test_under_the_interpreter() -> None:
 
 
 def test_the_layers_of_bitsandbytes_compute_with_the_same() -> None:
-    nf4([], torch.float32, double_quant=False)  # makes bitsandbytes' operation right
+    nf4([], torch.float32, double_quant=False)  # corrects bitsandbytes' operation
     layer = Linear4bit(96, 8, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     weight = torch.randn(8, 96) * torch.logspace(-3, 3, 8).unsqueeze(1)
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
@@ -80,7 +80,7 @@ def test_codes_are_taken_in_bytes_only(double: bool) -> None:
     assert parts is not None
     assert torch.equal(dequantise(parts, weight.shape, weight.dtype), dequantize_4bit(*held))
     for storage in (torch.bfloat16, torch.float32, torch.int8):
-        says = f"^the codes of a weight in nf4 are {storage}; leave out bnb_4bit_quant_storage, or set it to uint8\\.$"
+        says = f"^the codes of an nf4 weight are in {storage}; leave out bnb_4bit_quant_storage, or set it to uint8\\.$"
         with pytest.raises(ConfigurationError, match=says):
             kernel_parts(*quantise("nf4", storage))
-    assert kernel_parts(*quantise("fp4", torch.bfloat16)) is None  # as any other format
+    assert kernel_parts(*quantise("fp4", torch.bfloat16)) is None  # like any other format

@@ -1,4 +1,4 @@
-"""Kernels of other packages are for GPUs: on the CPU and in a plan, a model's code falls back on torch."""
+"""Kernels of other packages need a GPU: on the CPU and in a plan, a model's code falls back to torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_pipelite.cli.split_comparison import compare_packed, compare_spli
 from lightning_pipelite.models.borrowed_kernels import lend_to_gpus_alone
 
 torch.set_num_threads(1)
-DRIVERS = "0 active drivers ([]). There should only be one."  # what Triton says to tensors on the CPU
+DRIVERS = "0 active drivers ([]). There should only be one."  # Triton's error for tensors on the CPU
 
 
 def for_gpus(*args: Any, cu_seqlens: Any = None, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def for_gpus(*args: Any, cu_seqlens: Any = None, **kwargs: Any) -> Any:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, model_type: str, package: str, path: str, name: str) -> Any:
-    """Let a model's code find ``path`` in ``package``, as it does while it is imported."""
+    """Make a model's code find ``path`` in ``package``, as if the package had been installed when it was imported."""
     module: Any = for_gpus
     for part in reversed(path.split(".")):
         module = SimpleNamespace(**{part: module})
@@ -76,5 +76,5 @@ def test_a_plan_runs_on_the_meta_device_and_passes_over_no_documents(monkeypatch
         hidden = torch.empty(1, 8, model.config.hidden_size)
     lend_to_gpus_alone(model)
     assert model.get_submodule("model.layers.0.linear_attn")(hidden).is_meta
-    with pytest.raises(NotImplementedError, match="knows of no documents"):
+    with pytest.raises(NotImplementedError, match="does not support packed documents"):
         vars(code)[name](torch.zeros(1), cu_seqlens=torch.tensor([0, 4, 8]))

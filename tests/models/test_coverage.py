@@ -1,4 +1,4 @@
-"""Types of different build train exactly, or are refused; benchmarks/coverage.py tries all of transformers'."""
+"""Model types of varied structure train exactly or are refused; benchmarks/coverage.py tries all of transformers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import tiny_families
     ("model_type", "packing"),
     [
         ("mixtral", "isolated"),
-        ("gpt_oss", "isolated"),  # its own masks know no documents
-        ("gpt2", "isolated"),  # weights before the layers beside the embedding
-        ("bert", "isolated"),  # a head of several parts with weights of its own
+        ("gpt_oss", "isolated"),  # its own masks ignore documents
+        ("gpt2", "isolated"),  # weights before the layers other than the embedding
+        ("bert", "isolated"),  # a head of several modules with weights
         ("gemma2", "isolated"),  # two caps, a scaled and tied embedding
         ("cohere2", "isolated"),  # parallel blocks
         ("deepseek_v4", "isolated"),  # several streams, and layers that need the tokens
-        ("gemma3n_text", "isolated"),  # several streams, inputs of each layer, keys and values of another layer
+        ("gemma3n_text", "isolated"),  # several streams, per-layer inputs, keys and values of another layer
         ("gemma4_text", "isolated"),
         ("zamba2", "isolated"),  # weights that layers share, and the embedded tokens beside the hidden states
         ("roberta", "refused"),  # positions that do not start at 0
-        ("mamba", "isolated"),  # by its layers' running on each document
+        ("mamba", "isolated"),  # its layers run on each document separately
     ],
 )
 def test_exact(model_type: str, packing: str) -> None:
@@ -31,7 +31,7 @@ def test_exact(model_type: str, packing: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "word"),
-    [("zaya", "each other's state"), ("inkling2_text", "what comes before"), ("roformer", "sizes alone")],
+    [("zaya", "each other's state"), ("inkling2_text", "values computed before"), ("roformer", "sizes only")],
 )
 def test_what_cannot_be_cut_is_exact_in_one_stage(model_type: str, word: str) -> None:
     outcome = tiny_families.try_model(model_type)
@@ -47,6 +47,6 @@ def test_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize(("name", "layers"), [("Gemma 3n E4B", 12), ("Jamba 1.5 Mini", 6), ("Qwen3 30B-A3B", 2)])
 def test_published_models_train_through_peft_and_in_four_bits(name: str, layers: int) -> None:
-    """Gemma 3n clamps weights of its layers in place, and Jamba multiplies by one: these are not quantised."""
+    """Weights that a model uses directly, as Gemma 3n clamps some and Jamba multiplies by one, are not quantised."""
     outcome = tiny_families.try_published(name, layers)
     assert (outcome.result, outcome.lora, outcome.four_bit) == ("exact", "equal", "equal"), outcome.note

@@ -1,4 +1,4 @@
-"""Training of families in two stages equals a plain loop; benchmarks/families.py tries twenty."""
+"""Training in two stages equals a plain loop for several families; benchmarks/families.py tries twenty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One base is told from another; what lies beside its weights, and how they are stored, makes no difference."""
+"""Fingerprints distinguish bases, however the weights are stored and whatever unused files lie beside them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_adapter_tells_its_base(base: Path, tmp_path: Path, adapter: Adapter)
     adapter.save(tmp_path / "adapter", [layers.trained_state(layers.build_stage(0, 4, CPU))], layers.meta_model)
     base.rename(tmp_path / "moved")
     refuse_another_base(tmp_path / "adapter", tmp_path / "moved")
-    other = write_model(base, "llama")  # in its place, but not it
+    other = write_model(base, "llama")  # in the same place, but another base
     weights = load_file(other / "model.safetensors")
     weights["model.embed_tokens.weight"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
@@ -89,4 +89,4 @@ def test_an_adapter_of_peft_names_its_base(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"names {base}"):
         refuse_another_base(tmp_path / "adapter", other)
     shutil.rmtree(base)
-    refuse_another_base(tmp_path / "adapter", other)  # nobody can tell any more
+    refuse_another_base(tmp_path / "adapter", other)  # the base that it names is gone, so there is nothing to compare

@@ -1,4 +1,4 @@
-"""Counted FLOPs against those of torch's counter, which sees the unsplit model's own matrix products."""
+"""FLOP counts equal those of torch's counter for the matrix products of the unsplit model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = 24
 
 
 def counted(model: Any) -> int:
-    """The FLOPs of one document's forward and backward pass."""
+    """Return the FLOPs of one document's forward and backward pass."""
     input_ids = torch.arange(TOKENS)[None]
     with FlopCounterMode(display=False) as counter:
         model(input_ids=input_ids, labels=input_ids).loss.backward()
@@ -46,7 +46,7 @@ def test_all_weights(kind: str, tmp_path: Path) -> None:
 
 
 def test_layers_that_differ(tmp_path: Path) -> None:
-    """Gemma 4's layers without a window have wider heads, which its configuration tells of each layer alone."""
+    """Gemma 4's layers without a window have wider heads, which only its per-layer configuration shows."""
     sizes = {
         **SIZES,
         "head_dim": 16,
@@ -67,12 +67,12 @@ def test_a_lora(layers: list[int] | None, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=layers)
     lora = get_peft_model(model, config)
-    # Not counted by torch: the gradient of the lowest trained layer's input, which nobody needs.
+    # torch does not count the gradient of the lowest trained layer's input, which is not computed.
     first = model.model.layers[layers[0] if layers else 0].self_attn
     projections = [first.q_proj.base_layer, first.k_proj, first.v_proj.base_layer]
     adapters = [first.q_proj.lora_A["default"], first.v_proj.lora_A["default"]]
     spared = 2 * TOKENS * sum(each.weight.numel() for each in [*projections, *adapters])
-    # k_proj has no adapter, and its input needs no gradient.
+    # Nor that of this layer's keys: k_proj has no adapter, and its input requires no gradient.
     keys_alone = 2 * TOKENS**2 * SIZES["num_attention_heads"] * SIZES["head_dim"]
     assert ours(MetaModel(tmp_path), lora) == counted(lora) + spared + keys_alone
 
@@ -89,7 +89,7 @@ def test_experts_count_as_often_as_they_are_used(tmp_path: Path) -> None:
     used = 2 * 3 * hidden * 96
     assert flops.per_token == 6 * (layers * (attention + hidden * 8 + used) + hidden * 128)
     meta_model: Any = MetaModel(tmp_path)
-    meta_model.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)  # which does not tell how many are used
+    meta_model.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)  # without the number of experts used
     assert training_flops(meta_model, {}) is None
 
 

@@ -1,4 +1,4 @@
-"""What passes from stage to stage where layers are given more than hidden states."""
+"""What is passed between stages when layers take more inputs than hidden states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH = 12
 
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> CausalLMLayers:
-    """Gemma 4 whose every layer has inputs of its own, and whose last one has keys and values of the second."""
+    """Gemma 4 with per-layer inputs, where the last layer uses the keys and values of the second."""
     directory = tmp_path_factory.mktemp("gemma4")
     tiny_families.write(tiny_families.tiny("gemma4_text"), directory)
     return CausalLMLayers(directory, dtype=torch.float32, adapter=Full())
@@ -42,11 +42,11 @@ def test_inputs_of_later_layers_travel(layers: CausalLMLayers) -> None:
     assert (like.shape, like.dtype) == (handed_on.shape, handed_on.dtype)
     logits = last((handed_on, positions))
     moved = handed_on.detach().clone()
-    moved[-1] += 1  # of what the last layer is given
+    moved[-1] += 1  # part of the last layer's input
     assert not torch.equal(last((moved, positions)), logits)
     logits.sum().backward()
     embedding = first.causal_lm.get_submodule("model.embed_tokens_per_layer").weight
-    assert embedding.grad[3 : 3 + LENGTH].ne(0).any(dim=0).reshape(4, -1).any(dim=1).all()  # of each layer's part
+    assert embedding.grad[3 : 3 + LENGTH].ne(0).any(dim=0).reshape(4, -1).any(dim=1).all()  # in each layer's part
 
 
 def test_what_is_planned_to_travel_travels(layers: CausalLMLayers) -> None:

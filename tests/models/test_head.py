@@ -1,4 +1,4 @@
-"""Head and loss in one give the unsplit model's loss and gradients, whatever its code makes of the logits."""
+"""The fused head and loss give the unsplit model's loss and gradients, whatever its code does to the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, of few numbers by hand."""
+"""The loss of a micro-batch equals small examples computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lightning_pipelite.models.head import HeadInputs
 from lightning_pipelite.models.loss import CausalLMLoss
 
-# Of the softmax of two logits that differ by log(3): 3/4 and 1/4.
+# The softmax of two logits that differ by log(3) is 3/4 and 1/4.
 LOGITS = torch.tensor([[[0.0, math.log(3)], [math.log(3), 0.0]], [[0.0, math.log(3)], [0.0, 0.0]]])
 LABELS = torch.tensor([[1, 1], [-100, 0]])
 TOTAL = -math.log(3 / 4) - math.log(1 / 4) - math.log(1 / 2)
@@ -41,7 +41,7 @@ def test_the_loss_of_routers_counts_by_tokens() -> None:
 
 @pytest.mark.parametrize("routers", [False, True])
 def test_what_a_head_hands_over_is_all_computed_with(routers: bool) -> None:
-    """Logits of 2 tanh(3 (h W + b) / 2), where the second row of W is another."""
+    """The logits are 2 tanh(3 (h W^T + b) / 2), where the second row of W is replaced."""
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(2, 2, 4), torch.randn(5, 4), torch.randn(5)
     row = torch.randn(1, 4)

@@ -1,4 +1,4 @@
-"""Every way to keep activations gives the same numbers; compiling layers does not change them and compiles once."""
+"""Every activation memory policy gives the same results, and so do compiled layers, which share their graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compile_with(stage: Any, backend: Any) -> None:
-    """Compile, where the layers are to be compiled, by another backend than the one for GPUs."""
+    """Use ``backend`` for the layers that are compiled, as the default one is for GPUs."""
     for layer in stage.causal_lm.model.layers:
         if layer._compiled_call_impl is not None:
             layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend, dynamic=False)
@@ -67,7 +67,7 @@ def test_what_is_kept_can_be_set_anew(model_dir: Path) -> None:
         ("recompute", False, 16, 4),
         ("keep", True, 0, 0),
         ("selective", True, 0, 0),
-        ("recompute", True, 12, 0),  # no layer's last product; the compiler makes silu part of its own gradient
+        ("recompute", True, 12, 0),  # not each layer's last product; the compiler fuses silu into its gradient
     ],
 )
 def test_what_is_computed_again(model_dir: Path, policy: Any, compiled: bool, products: int, others: int) -> None:
@@ -109,7 +109,7 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
     torch._dynamo.reset()
     counter = testing.CompileCounterWithBackend("aot_eager_decomp_partition")
     logits, gradients = run(True)
-    # One for the very first layer, whose input needs no gradient, one for its like, and one for those that can receive.
+    # One for the first layer, whose input requires no gradient, one for the rest of its stage, one for the other stage.
     assert counter.frame_count == 3
     expected, expected_gradients = run(False)
     torch.testing.assert_close(logits, expected)
@@ -148,35 +148,35 @@ def test_host_copies_come_back() -> None:
             with hooks(x):
                 x = (x @ weight).sin()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what waited for a copy to end is free by now
+        torch.cuda.empty_cache()  # what was kept until its copy ended is free by now
         held = torch.cuda.memory_allocated() - before
         return list(torch.autograd.grad(x.square().sum(), weights)), held
 
     expected, kept = run(lambda x: contextlib.nullcontext())
-    for _ in range(3):  # with the buffers of the time before
+    for _ in range(3):  # later runs reuse the buffers of the first
         torch.cuda.synchronize()
         found, held = run(copies.of)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     torch.cuda.synchronize()
-    assert held < 0.7 * kept  # the products that sin() keeps stay
+    assert held < 0.7 * kept  # the products that sin() saves stay on the GPU
     assert len(copies._free) == len(weights)
     assert not copies._kept
 
 
 @pytest.mark.gpu
 def test_what_waits_to_be_copied_is_bounded() -> None:
-    """Though the host has queued all layers before the GPU has done one."""
+    """Even though the host queues all layers before the GPU has run the first."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = HostCopies(device)
     x = torch.randn(1024, 1024, device=device, requires_grad=True)
     layers, size = 16, x.nbytes
-    for number in range(2):  # the first time makes the host's buffers, for which it waits
+    for number in range(2):  # the first pass allocates the host buffers, which blocks
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for _ in range(layers):
             with copies.of(x):
-                x = x.square()  # keeps its input, and nothing else
+                x = x.square()  # saves only its input
             torch.cuda._sleep(10_000_000)
         peak = torch.cuda.max_memory_allocated() - before
         assert number == 0 or peak < (AHEAD + 4) * size < layers * size

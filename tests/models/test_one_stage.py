@@ -1,4 +1,4 @@
-"""What cannot be cut trains in one stage, and what is saved loads with PEFT."""
+"""Models that cannot be cut train in one stage, and PEFT loads the adapters that they save."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ torch.set_num_threads(1)
 
 
 def uncut(model_type: str) -> PretrainedConfig:
-    """Of Gemma 3n or 4: half of the layers have keys and values of the others, so that no cut is left."""
+    """Return a Gemma 3n or 4 whose last half of layers uses keys and values of the first, so it cannot be cut."""
     config = tiny_families.tiny(model_type)
     config.num_kv_shared_layers = 2
     return config
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])  # embeddings for each layer, shared keys
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])  # per-layer embeddings, shared keys
 def test_a_trained_adapter_gives_the_same_with_peft(tmp_path: Path, model_type: str) -> None:
     base = tmp_path / "base"
     tiny_families.write(uncut(model_type), base)
@@ -81,7 +81,7 @@ def test_a_layer_whose_weight_training_takes_directly_has_no_adapter(tmp_path: P
     targets, _ = lora_targets(layers.meta_model, "all-linear", None)
     assert any(name.endswith("altup.prediction_coefs") for name in targets)
     assert not any(name.endswith("altup.correction_coefs") for name in targets)
-    with pytest.raises(ConfigurationError, match=r"correction_coefs, whose weight this model takes without calling"):
+    with pytest.raises(ConfigurationError, match=r"correction_coefs, whose weight this model uses without calling"):
         CausalLMLayers(tmp_path, adapter=LoRA(4, target_modules=["q_proj", "correction_coefs"]))
     stage = layers.build_stage(0, 1, CPU).train()
     stage((tokens()[0][:1], torch.arange(tokens()[0].shape[1])[None])).pow(2).mean().backward()
@@ -95,5 +95,5 @@ def test_layers_left_out_at_random_have_adapters_and_are_not_cut(tmp_path: Path)
     layers = CausalLMLayers(tmp_path, adapter=LoRA(4))
     targets, _ = lora_targets(layers.meta_model, "all-linear", None)
     assert len(targets) == 6 * config.num_hidden_layers
-    with pytest.raises(ConfigurationError, match="layerdrop leaves decoder layers out at random"):
+    with pytest.raises(ConfigurationError, match="layerdrop skips decoder layers at random"):
         partition(layers, 2)

@@ -1,4 +1,4 @@
-"""What a trial finds out about real configurations, given by their config.json alone."""
+"""What trials find out about real configurations from their config.json alone."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ REAL: dict[str, dict[str, Any]] = {
     "olmo3": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 4096},
     "mixtral": {"num_hidden_layers": 32, "num_local_experts": 8, "sliding_window": None},
     "opt": {"hidden_size": 1024, "word_embed_proj_dim": 512, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "ffn_dim": 4096, "do_layer_norm_before": False},  # layers of another width than embedding and head
+            "ffn_dim": 4096, "do_layer_norm_before": False},  # layers differ in width from embedding and head
     "qwen2": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_layers_that_share_state_stay_together(tmp_path: Path) -> None:
     sizes = {**SMALL, "num_hidden_layers": 4, "num_attention_heads": 4}
     kinds = ["sliding_attention", "full_attention"] * 2
     config = Gemma3nTextConfig(**sizes, num_kv_shared_layers=1, layer_types=kinds)
-    assert meta_model_of(tmp_path / "one", config).groups == [0, 1, 4]  # the last has the second's keys and values
+    assert meta_model_of(tmp_path / "one", config).groups == [0, 1, 4]  # the last uses the second's keys and values
     config = Gemma3nTextConfig(**sizes, num_kv_shared_layers=2, layer_types=kinds)
     meta_model = meta_model_of(tmp_path, config)
     assert meta_model.groups == [0, 4]
@@ -138,7 +138,7 @@ def test_attention_that_config_json_asks_for_is_known_or_refused(tmp_path: Path,
     LlamaConfig(**SMALL, num_hidden_layers=2).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": asked}))
-    with pytest.raises(ConfigurationError, match=f"asks for attn_implementation {asked}.*set attn_imp"):
+    with pytest.raises(ConfigurationError, match=f"sets attn_implementation to {asked}.*set attn_imp"):
         MetaModel(tmp_path)
     for remedy in ("sdpa", "eager"):
         assert MetaModel(tmp_path, attn_implementation=remedy).config._attn_implementation == remedy
@@ -185,7 +185,7 @@ def test_a_probe_with_other_names_has_the_weights_of_the_seed() -> None:
 
     known = Probe(config)
     other = named(Probe(config, build, known))
-    assert bool(other.pop("lm_head.more"))  # noise was added
+    assert bool(other.pop("lm_head.more"))  # noise was added to it, too
     assert all(torch.equal(other[name], tensor) for name, tensor in named(known).items())
 
 
@@ -194,11 +194,11 @@ def test_strong_weights_leave_no_trace_in_what_is_remembered() -> None:
     probe, fresh = Probe(config), Probe(config)
     assert probe.layers_attend_as(fresh, ["model.layers.0", "model.layers.1"])
     assert probe.isolates_documents()
-    assert probe.attends_as(Probe(config))  # which knows nothing of strong weights
+    assert probe.attends_as(Probe(config))  # which has not tried strong weights
 
 
 def test_rounding_of_many_layers_is_no_leak(tmp_path: Path) -> None:
-    """Of all thirty-five layers of Gemma 3n, of whose packed documents the logits differ by some 1e-4 in float32."""
+    """With all 35 layers of Gemma 3n, packing changes the logits by about 1e-4 in float32."""
     facts = {name: value for name, value in PUBLISHED["Gemma 3n E4B"].items() if name != "model_type"}
     Gemma3nTextConfig(**facts).save_pretrained(tmp_path)
     meta_model = MetaModel(tmp_path)

@@ -1,4 +1,4 @@
-"""Rotary frequencies that follow the length, against each document alone in a model that has run nothing before."""
+"""With length-dependent rotary frequencies, each document computes what it does alone in a freshly loaded model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         },
     ),
 }
-# Rows of documents that are shorter and longer than the 8 positions that the models are made for, in both orders.
+# Documents shorter and longer than the 8 positions that the models are made for, in both orders.
 LENGTHS = ([20, 3, 9, 8], [5, 12, 20, 3])
 
 
@@ -125,7 +125,7 @@ def test_each_packed_document_is_as_alone_whatever_ran_before(tmp_path: Path, ki
     undone = whole(input_ids=tokens(), position_ids=position_ids, use_cache=False).logits
     for cuts in ([0, 2], [0, 1, 2]):
         stages = stages_of(layers_of(directory), cuts)
-        run_stages(stages, tokens()[:1], torch.arange(40)[None])  # a longer one, which must leave nothing behind
+        run_stages(stages, tokens()[:1], torch.arange(40)[None])  # a longer document, which must leave no state behind
         for _ in range(2):
             packed = run_stages(stages, tokens(), position_ids)
             largest = 0.0
@@ -142,7 +142,7 @@ def test_each_packed_document_is_as_alone_whatever_ran_before(tmp_path: Path, ki
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_gradients_do_not_depend_on_the_micro_batches_before(tmp_path: Path, kind: str) -> None:
     layers = CausalLMLayers(write(tmp_path, CONFIGS[kind]), dtype=torch.float32, adapter=Full())
-    row = torch.arange(7)[None]  # shorter than what the model is made for
+    row = torch.arange(7)[None]  # shorter than the length that the model is made for
 
     def gradient(stages: list[Any]) -> Tensor:
         run_stages(stages, tokens()[:1, :7], row).square().mean().backward()

@@ -1,4 +1,4 @@
-"""The routers' load-balancing loss, over stages, is that of the unsplit model."""
+"""The routers' load-balancing loss across stages is that of the unsplit model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(directory: Path, kind: str) -> Path:
 
 
 def train(stages: list[Stage], loss: CausalLMLoss, ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward as a pipeline does, a gradient for every floating tensor; return the terms of the loss."""
+    """Run as a pipeline does, with a gradient for every floating-point tensor; return the terms of the loss."""
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     passed: tuple[Tensor, ...] = (ids, positions)
     tape = []

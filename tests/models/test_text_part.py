@@ -1,4 +1,4 @@
-"""Of a multimodal checkpoint the text model alone is loaded, equal to the whole model given text alone."""
+"""Only the text model of a multimodal checkpoint is loaded, and it equals the whole model on text input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text model that is no causal LM of its own is the whole model without its towers, and saved as a part of it."""
+"""A text model without its own causal LM class is the whole model without towers, and is saved as a part of it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ POSITIONS = torch.arange(12).expand(2, -1)
 
 
 def whole_model(directory: Path, kind: str) -> PreTrainedModel:
-    """Save a whole model, towers and all, with random weights and return it."""
+    """Save a whole model, including its towers, with random weights, and return it."""
     text, vision = KINDS[kind]
     config = CONFIG_MAPPING[kind](text_config={**SIZES, **text}, vision_config=vision)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_stages_equal_the_whole_model_given_text(tmp_path: Path, kind: str) -> N
     stages = stages_of(layers)
     assert not any("visual" in name or "vision" in name for stage in stages for name, _ in stage.named_parameters())
     (input_ids, _), _ = micro_batches()
-    with torch.no_grad():  # the whole model counts positions by itself: in three dimensions, where there are images
+    with torch.no_grad():  # the whole model computes positions itself, in three dimensions where there are images
         expected = whole(input_ids=input_ids).logits
         assert_same(run_stages(stages, input_ids, POSITIONS), expected)
     before = load_file(tmp_path / "base" / "model.safetensors")
@@ -100,6 +100,7 @@ def test_stages_equal_the_whole_model_given_text(tmp_path: Path, kind: str) -> N
         assert_same(saved.eval()(input_ids=input_ids).logits, changed)
     after = {n: t for path in (tmp_path / "saved").glob("*.safetensors") for n, t in load_file(path).items()}
     assert after.keys() == before.keys()
+    assert all(after[name].dtype == before[name].dtype for name in before)
     assert sum(not torch.equal(after[name], before[name]) for name in before) == 1
 
 

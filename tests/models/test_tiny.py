@@ -1,4 +1,4 @@
-"""A tiny model has the modules and parameters of the real one, whatever its configuration says that there is not."""
+"""A tiny model has the modules and parameters of the real one, and lacks those that its configuration disables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def config_of(facts: dict[str, Any]) -> PretrainedConfig:
     return CONFIG_MAPPING[facts["model_type"]](**{key: value for key, value in facts.items() if key != "model_type"})
 
 
-@pytest.mark.parametrize("name", list(PUBLISHED)[::3])  # benchmarks/coverage.py looks at all
+@pytest.mark.parametrize("name", list(PUBLISHED)[::3])  # benchmarks/coverage.py tries all
 def test_published_configurations_keep_their_kinds(name: str) -> None:
     config = config_of(PUBLISHED[name])
     assert kinds(tiny_config(config)) == kinds(config)
 
 
-# Those of the mapping whose defaults say something special; benchmarks/coverage.py looks at all.
+# Model types with unusual defaults; benchmarks/coverage.py tries all types of the mapping.
 @pytest.mark.parametrize(
     "model_type",
     ["dots3_note_text", "electra", "gemma3n_text", "granitemoe_swa", "granitemoeshared", "opt", "recurrent_gemma"],

@@ -1,4 +1,4 @@
-"""What is compiled has the gradients that it has without, also an autograd.Function that nobody here has tested."""
+"""Compiled code has the gradients of eager code, even with an autograd.Function that this project has not tested."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def compiled_gradient(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, str]:
-    """The gradient at 0.5, and the code of what was compiled."""
+    """Return the gradient at 0.5, and the code of the compiled graphs."""
     code = ""
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
@@ -95,7 +95,7 @@ def test_gradients_are_right_with_this_version(name: str) -> None:
 
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1"])
 def test_an_untested_function_is_not_traced_by_former_versions(version: str) -> None:
-    for _ in range(2):  # one time too many does no harm
+    for _ in range(2):  # a second call is harmless
         leave_functions_to_autograd(version)
     with pytest.warns(UserWarning, match=r"wrong gradients of test_torch_compat\.Product.*install torch 2\.13"):
         gradient, code = compiled_gradient(lambda x: Product.apply(x, x.cos()))
@@ -112,7 +112,7 @@ def test_own_functions_are_traced_by_all_and_others_by_newer_versions() -> None:
     assert AutogradFunctionVariable.call_apply is traced
     leave_functions_to_autograd("2.11.0")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "torch .* may compile wrong gradients")
+        warnings.filterwarnings("error", "torch .* may compute wrong gradients")
         gradient, code = compiled_gradient(lambda x: fp8.fp8_linear(x[None], weight, None, in_fp8=False))
     assert gradient.tolist() == [1.0] * 3
     assert "autograd_function" in code

@@ -107,7 +107,7 @@ def test_experts_tell_their_layout() -> None:
     with torch.device("meta"):
         experts = AutoModelForCausalLM.from_config(config).model.layers[0].mlp.experts
     for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts"):
-        assert hasattr(experts, name), f"experts no longer have {name}, from which models/experts.py determines their layout"
+        assert hasattr(experts, name), f"experts no longer have {name}, which tells models/experts.py their layout"
 
 
 def test_a_mask_is_built_from_what_is_registered() -> None:

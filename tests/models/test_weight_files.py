@@ -115,7 +115,7 @@ def test_pickled_weights_if_asked_for(tmp_path: Path) -> None:
     stage = layers.build_stage(1, 3, CPU)
     held = dict(stage.causal_lm.named_parameters())
     assert held
-    assert all(torch.equal(parameter, state[name]) for name, parameter in held.items())
+    torch.testing.assert_close(held, {name: state[name] for name in held}, rtol=0, atol=0)
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x-1.bin"}}))
     (tmp_path / "x-2.bin").touch()
@@ -139,7 +139,7 @@ def test_adapter_beside_the_model(model_dir: Path) -> None:
 
 
 def change(model_dir: Path, **changed: torch.Tensor | None) -> None:
-    """Put weights into the one file of a model, or take them out."""
+    """Set weights in a model's only file, or remove those that are None."""
     weights = load_file(model_dir / "model.safetensors")
     kept = {n: w for n, w in {**weights, **changed}.items() if w is not None}
     save_file(kept, model_dir / "model.safetensors", metadata={"format": "pt"})
@@ -186,7 +186,7 @@ def test_weights_that_the_configurations_model_has_no_place_for(tmp_path: Path) 
     change(tmp_path, **{"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)})
     refuses(tmp_path, "q_proj.bias", "config.json")
     change(tmp_path, **{"model.layers.1.self_attn.q_proj.bias": None, "model.layers.0.rotary_emb.inv_freq": CODES})
-    CausalLMLayers(tmp_path, adapter=Full())  # nothing that is trained
+    CausalLMLayers(tmp_path, adapter=Full())  # a buffer, which is not trained
 
 
 def test_layers_that_predict_further_tokens_are_left_out_and_a_routers_bias_is_not(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_files_that_change_after_the_check_are_told_as_they_are_loaded(tmp_path:
     name = "model.layers.2.mlp.up_proj.weight"
     for value in (torch.zeros(3, 5), None):
         change(tmp_path, **{name: value})
-        layers.build_stage(0, 2, CPU)  # not this stage's
+        layers.build_stage(0, 2, CPU)  # this stage does not hold the weight
         with pytest.raises(ConfigurationError, match=name):
             layers.build_stage(2, 4, CPU)
 

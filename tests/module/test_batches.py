@@ -1,4 +1,4 @@
-"""Batches as collators make them, against transformers' own forward over them."""
+"""Batches of common collators give the losses of transformers' own forward."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KINDS = ["language modeling", "default", "flattening", "flattening for kernels"]
 
 
 def losses(model: str, batches: list[dict[str, Any]]) -> list[float]:
-    """The loss of each batch, untrained: LoRA begins as nothing."""
+    """Return the loss of each batch without training: a new LoRA changes nothing."""
     told = []
     for batch in batches:
         module = PipeLiteModule(model, LoRA(rank=2), dtype="float32", lr=0.0)
@@ -90,7 +90,7 @@ def test_both_forms_of_labels_come_to_the_same(job: Path) -> None:
     told = FORM.complete(without_positions)
     assert told["labels"].tolist() == flat["labels"][:, :7].tolist()
     assert told["position_ids"].tolist() == [list(range(7))]
-    # What cannot tell by itself: ours with positions, the token itself without.
+    # Labels that fit both forms hold the next token if there are positions, and the token itself if not.
     same = {"input_ids": torch.full((1, 4), 3), "labels": torch.full((1, 4), 3)}
     assert FORM.complete(same)["labels"].tolist() == [[3, 3, 3, -100]]
     with_positions = {**same, "position_ids": torch.arange(4)[None]}
@@ -109,22 +109,25 @@ def tensor(*row: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((torch.ones(1, 2), 3), "PipeLiteModule cannot train on batches of tuple: give int64 tensors input_ids and"),
-        (batch(labels=None), "cannot train on batches of input_ids: give"),
-        (batch(pixel_values=torch.ones(1, 3)), "has no use for pixel_values in batches: leave it out"),
-        (batch(seq_idx=tensor(0, 0, 0, 0)), "has no use for seq_idx"),
-        (batch(token_type_ids=tensor(0, 1, 0, 0)), "has no use for token_type_ids but 0"),
-        (batch(input_ids=torch.tensor([1, 2])), "input_ids of a batch is int64 of shape (2,): give"),
-        (batch(labels=torch.ones(1, 4)), "labels of a batch is float32 of shape (1, 4): give"),
-        (batch(labels=torch.ones(1, 3).long()), "labels of a batch is int64 of shape (1, 3): give"),
-        (batch(position_ids=torch.arange(4)), "position_ids of a batch is int64 of shape (4,): give"),
-        (batch(input_ids=tensor(1, 2, 3, 320)), "the token 320, but the model's embedding has 320 rows, for 0 to 319"),
+        ((torch.ones(1, 2), 3), "PipeLiteModule cannot train on batches of tuple: pass int64 tensors input_ids and"),
+        (batch(labels=None), "cannot train on batches of input_ids: pass"),
+        (batch(pixel_values=torch.ones(1, 3)), "does not support pixel_values in batches: leave it out"),
+        (batch(seq_idx=tensor(0, 0, 0, 0)), "does not support seq_idx"),
+        (batch(token_type_ids=tensor(0, 1, 0, 0)), "does not support token_type_ids other than 0"),
+        (batch(input_ids=torch.tensor([1, 2])), "input_ids of a batch is int64 of shape (2,): pass"),
+        (batch(labels=torch.ones(1, 4)), "labels of a batch is float32 of shape (1, 4): pass"),
+        (batch(labels=torch.ones(1, 3).long()), "labels of a batch is int64 of shape (1, 3): pass"),
+        (batch(position_ids=torch.arange(4)), "position_ids of a batch is int64 of shape (4,): pass"),
+        (
+            batch(input_ids=tensor(1, 2, 3, 320)),
+            "the token 320, but the model's embedding has only 320 rows, for tokens 0 to 319",
+        ),
         (batch(input_ids=tensor(1, -1, 3, 4)), "the token -1, but"),
-        (batch(labels=tensor(1, 2, 3, 320)), "a batch has the label 320, but the model's head has 320 rows"),
+        (batch(labels=tensor(1, 2, 3, 320)), "a batch has the label 320, but the model's head has only 320 rows"),
         (batch(labels=tensor(1, 2, 3, -1)), "a batch has the label -1, but"),
-        (batch(attention_mask=tensor(0, 1, 1, 1)), "leaves out tokens before others: pad on the right"),
-        (batch(attention_mask=tensor(1, 0, 1, 1)), "leaves out tokens before others"),
-        (batch(attention_mask=tensor(1, 1, 2, 2)), "is more than 0 and 1: tell documents by position_ids"),
+        (batch(attention_mask=tensor(0, 1, 1, 1)), "has a 0 before a 1: pad on the right"),
+        (batch(attention_mask=tensor(1, 0, 1, 1)), "has a 0 before a 1"),
+        (batch(attention_mask=tensor(1, 1, 2, 2)), "has values other than 0 and 1: separate documents by position_ids"),
         (batch(attention_mask=tensor(1, 1, 0, 0)), "a batch has labels for padding: set them to -100"),
         (batch(attention_mask=torch.ones(1, 1, 4, 4).long()), "attention_mask of a batch is int64 of shape (1, 1, 4"),
     ],
@@ -145,20 +148,20 @@ def test_control_classes_belong_to_the_next_token() -> None:
     form = BatchForm(320, 320, ("control_classes",))
     given = batch(labels=tensor(2, 3, 4, -100), position_ids=tensor(0, 1, 2, 3), control_classes=tensor(1, 1, 1, 0))
     assert form.complete(given)["control_classes"].tolist() == [[1, 1, 1, 0]]
-    with pytest.raises(ConfigurationError, match="labels of a batch with control_classes must say the next token"):
+    with pytest.raises(ConfigurationError, match="labels of a batch with control_classes must hold the next token"):
         form.complete(batch())
     assert "control_classes" not in FORM.complete(given)
 
 
 class Data(L.LightningDataModule):
-    """Has a token that the model has not."""
+    """Has a token that the model lacks."""
 
     def check_vocabulary(self, rows: int) -> None:
         raise ConfigurationError(f"more than {rows} rows")
 
 
 def refusal(model: str) -> str:
-    """What fit says, and whether weights were loaded before."""
+    """Return the error of ``fit``, and whether weights were loaded before it."""
     module = PipeLiteModule(model, LoRA(rank=2), dtype="float32")
     trainer = L.Trainer(
         strategy=PipeLiteStrategy(1), accelerator="cpu", devices=1, max_steps=1, logger=False,

@@ -1,4 +1,4 @@
-"""Warnings where a model meets its data."""
+"""Warnings about data that does not suit the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes with a model that is saved, beside what the adapters' own tests see."""
+"""What is saved along with a model, beyond what the adapters' own tests cover."""
 
 from __future__ import annotations
 

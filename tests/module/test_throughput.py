@@ -12,11 +12,11 @@ def test_tokens_and_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(step_clock.time, "monotonic", lambda: now[0])
     measured = Speed(replicas=2, flops=TrainingFlops(per_token=10.0, per_pair=3.0), peak=1000.0)
-    for tail in (0, 1, 1):  # seconds of the step before that come after its loss
+    for tail in (0, 1, 1):  # seconds that the previous step takes after its loss
         now[0] += tail
         measured.pause()
-        measured.pause()  # an epoch's end after its evaluation
-        now[0] += 1000  # which do not count
+        measured.pause()  # the end of an epoch, after its evaluation
+        now[0] += 1000  # not counted
         measured.begin(torch.tensor([[0, 1, 2, 0, 1]]))
         now[0] += 2 - tail
         measured.pause()

@@ -1,4 +1,4 @@
-"""An optimizer that steps a few parameters at a time, against the same one that steps all at once."""
+"""An optimizer that steps a few parameters at a time equals the same one that steps all at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_pipelite.optim.offloaded import UPDATE_EACH_ALONE, class_of
 
 BETAS = (0.9, 0.99)
 SHAPES = [(3, 4), (5,), (2, 3, 4), (7, 2), (1,), (4, 4)]
-PLAIN = {"triton": False}  # optimi's StableAdamW otherwise takes parameters on a CPU for a GPU's
+PLAIN = {"triton": False}  # by default, optimi's StableAdamW takes CPU parameters for GPU ones
 KINDS: dict[str, Callable[..., Optimizer]] = {
     f"{kind.__module__}.{kind.__name__}": partial(kind, **PLAIN) if kind is optimi.StableAdamW else kind
     for kind in UPDATE_EACH_ALONE
@@ -44,7 +44,7 @@ def parameters_in_groups(dtypes: list[torch.dtype], device: str = "cpu") -> list
 
 
 def train(optimizer: Optimizer, steps: int, first: int = 0) -> None:
-    """With another rate in each step, and in one a parameter without a gradient."""
+    """Train with a different learning rate in each step, and in one step with a parameter that has no gradient."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(first, first + steps):
         for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -85,7 +85,7 @@ def test_the_same_to_the_bit(name: str, dtypes: list[torch.dtype], monkeypatch: 
 
 
 def test_a_group_without_parameters_is_left_alone() -> None:
-    """On the CPU, too, where optimi would take one for Triton's."""
+    """Also on the CPU, where optimi would use Triton for such a group."""
     optimizer = OffloadedOptimizer(optimi.Adam([{"params": [nn.Parameter(torch.ones(2))]}, {"params": []}], lr=1e-2))
     before = dict(optimizer.param_groups[1])
     train(optimizer, 2)
@@ -135,12 +135,14 @@ def test_state_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sums(torch.optim.SGD):
-    """By the gradients of all parameters together."""
+    """Stands for an optimizer whose update combines the gradients of all parameters."""
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, optimi.Ranger, Sums])
 def test_what_is_not_known_is_refused(kind: Any) -> None:
-    with pytest.raises(ConfigurationError, match=f"model.offload_optimizer is not known to go with {kind.__name__}: "):
+    with pytest.raises(
+        ConfigurationError, match=f"model.offload_optimizer is not known to work with {kind.__name__}: "
+    ):
         OffloadedOptimizer(kind([nn.Parameter(torch.zeros(1))], lr=1e-2))
     with pytest.raises(ConfigurationError, match=r"use one of torch's Adam, .*optimi's Adam"):
         Optimization(lambda groups, lr: kind(groups[0]["params"], lr=lr), 1e-2, BETAS, 1e-6, "constant", 0, {}, True)
@@ -161,7 +163,7 @@ def test_as_an_option() -> None:
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32]], ids=["float32", "mixed"])
 def test_on_a_gpu(name: str, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights, and after each step nothing of the state but counts on the GPU."""
+    """The weights are the same, and after each step all state is on the host, pinned unless it is a single number."""
     small_buckets(monkeypatch)
     plain = KINDS[name](parameters_in_groups(dtypes, "cuda"), lr=1e-2)
     apart = OffloadedOptimizer(KINDS[name](parameters_in_groups(dtypes, "cuda"), lr=1e-2))
@@ -179,7 +181,7 @@ def test_on_a_gpu(name: str, dtypes: list[torch.dtype], monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 def test_the_memory_of_a_step() -> None:
-    """Of 64 parameters of 16 MiB, of which four are a bucket, no more than three buckets' state is there at once."""
+    """With 64 parameters of 16 MiB, four to a bucket, at most three buckets' state is on the GPU at once."""
     parameters = [nn.Parameter(torch.ones(4 * 2**20, device="cuda")) for _ in range(64)]
     optimizer = OffloadedOptimizer(optimi.Adam(parameters, lr=1e-3))
     for parameter in parameters:

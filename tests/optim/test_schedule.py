@@ -14,7 +14,7 @@ from lightning_pipelite.optim.schedule import rise_of
 
 
 def rates(schedule: str, warmup: int, total: float, steps: int, optimizer: type = Adam) -> list[list[float]]:
-    """The learning rates of two groups in each step."""
+    """Return the learning rates of two groups in each step."""
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
     made = optimizer([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}], lr=0.1)
     scheduler = make_schedule(made, schedule, warmup, total)
@@ -28,7 +28,7 @@ def rates(schedule: str, warmup: int, total: float, steps: int, optimizer: type 
 
 
 def as_an_average(step: int, beta: float) -> float:
-    """How far the mean of so many uncorrelated numbers, by Adam's weights, still is from being as steady as it gets."""
+    """Return the limit deviation of Adam's mean of uncorrelated numbers, relative to that after ``step`` numbers."""
 
     def deviation(count: int) -> float:
         weights = [(1 - beta) * beta**age for age in range(count)]
@@ -62,12 +62,12 @@ def test_cosine() -> None:
 
 
 def test_rms_ratio_takes_the_optimizers_beta() -> None:
-    found = rates("rms_ratio", 0, math.inf, 300)  # optimi's second is 0.99
+    found = rates("rms_ratio", 0, math.inf, 300)  # optimi's beta2 is 0.99
     assert [a for a, _ in found] == pytest.approx([0.1 * as_an_average(t, 0.99) for t in range(1, 301)])
     assert [b for _, b in found] == pytest.approx([5 * a for a, _ in found])
     assert [a for a, _ in rates("rms_ratio", 0, math.inf, 3, torch.optim.AdamW)] == pytest.approx(
         [0.1 * as_an_average(t, 0.999) for t in (1, 2, 3)],
-        rel=1e-2,  # torch's second
+        rel=1e-2,  # torch's beta2 is 0.999
     )
     with pytest.raises(ConfigurationError, match=r"SGD.*constant or cosine"):
         rates("rms_ratio", 0, math.inf, 1, torch.optim.SGD)
@@ -102,7 +102,9 @@ def test_a_training_shorter_than_the_rise_is_told() -> None:
     with pytest.warns(UserWarning, match="has 30 steps, .* half of the learning rate at step 51 and .* at step 225"):
         short.warn_of_length(30)
     warmed = Optimization(None, 1e-3, (0.9, 0.99), 1e-6, "constant", 10, {})
-    with pytest.warns(UserWarning, match=r"has 7 steps and model.warmup_steps 10: the learning rate ends at 0\.7 of"):
+    with pytest.warns(
+        UserWarning, match=r"has 7 steps, but model.warmup_steps is 10: the learning rate reaches only 0\.7 of"
+    ):
         warmed.warn_of_length(7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""A plan needs config.json alone, and says the same with an index beside it, and with the whole files."""
+"""A plan needs only config.json, and is the same with an index beside it and with the complete files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def part_of(whole: Path, *keep: str) -> Path:
 
 def planned(model_dir: Path, **options: object) -> str:
     told = str(plan(str(write_config(model_dir.parent / "c.yaml", model_dir, 2, **options)), 2, "2GiB"))
-    _, _, rest = told.replace(str(model_dir), "DIR").partition("\n")  # the first line has the size on disk
+    _, _, rest = told.replace(str(model_dir), "DIR").partition("\n")  # the first line states the size on disk
     return rest
 
 
@@ -73,7 +73,7 @@ def test_the_size_on_disk(whole: Path) -> None:
     one = shards[0].stat().st_size
     unit = f"{one / 1e6:.1f} MB" if one >= 1e5 else f"{one / 1e3:.1f} kB"
     some = size(part_of(whole, "config.json", index, shards[0].name))
-    assert some == f"{tensors / 1e6:.1f} MB to download, {unit} of it is here"
+    assert some == f"{tensors / 1e6:.1f} MB to download, {unit} of it already on disk"
     assert size(part_of(whole, "config.json")) == f"about {tensors / 1e6:.1f} MB to download"
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_no_missing_one(whole: Path) -> None:
     index, shard = "model.safetensors.index.json", min(whole.glob("*.safetensors")).name
     directory = part_of(whole, "config.json", index, shard)
     (directory / shard).write_bytes((directory / shard).read_bytes()[:-8])
-    with pytest.raises(ConfigurationError, match="its header asks for"):
+    with pytest.raises(ConfigurationError, match="its header requires"):
         planned(directory)
 
 

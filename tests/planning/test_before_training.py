@@ -1,4 +1,4 @@
-"""What is planned as training starts."""
+"""The plan that is made when training starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> CausalLMLayers:
 
 @pytest.fixture(scope="module")
 def needs(layers: CausalLMLayers) -> Needs:
-    """The bytes of a device with which each policy just fits."""
+    """Return the memory of a device, in bytes, with which each policy just fits."""
     planner = Planner(Simulation(layers, CausalLMLoss(), ADAM), micro_batches=4, sequence_len=2048)
     stages = {policy: planner.stages([0, 3, 6], policy) for policy in planner.policies}
     return {policy: int(max(s.total for s in each) / (1 - MARGIN)) + 1 for policy, each in stages.items()}
@@ -56,13 +56,13 @@ def planned(layers: CausalLMLayers, choose: bool = True, **changes: Any) -> Plan
 
 
 def test_the_first_policy_that_fits_is_chosen(layers: CausalLMLayers, needs: Needs) -> None:
-    assert layers.activation_memory == "recompute"  # until somebody chooses
+    assert layers.activation_memory == "recompute"  # until a policy is chosen
     assert needs["keep"] > needs["recompute"] > needs["offload"]
     for policy in ("keep", "recompute", "offload"):
         plan = planned(layers, devices=Devices.alike(2, needs[policy]))
         assert (plan.activation_memory, plan.refusal) == (policy, "")
     assert planned(layers, devices=Devices.alike(2, needs["offload"] - 2**20)).activation_memory == "offload"
-    assert layers.activation_memory == "recompute"  # it is for the caller to choose
+    assert layers.activation_memory == "recompute"  # the caller applies the choice
 
 
 def test_without_a_limit_the_given_policy_stays(layers: CausalLMLayers) -> None:
@@ -80,12 +80,12 @@ def test_what_does_not_fit_is_refused_with_advice(layers: CausalLMLayers, needs:
     assert re.search("stage 0 of 1 .* pipeline_stages to 2 and partition_method to layers:", one.refusal)
     tight = planned(layers, devices=Devices.alike(2, int(0.98 * needs["offload"]))).refusal
     assert "its GPU has 1.03 GiB, of which it may take 1.00 GiB (3% is kept free, as a plan may be" in tight
-    assert re.search(r"what would fit: data.sequence_len: \d+, in 2 stages with activation_memory offload, or", tight)
+    assert re.search(r"use one of these: data.sequence_len: \d+, in 2 stages with activation_memory offload, or", tight)
     assert "use GPUs with more memory, or a smaller model" in planned(layers, devices=Devices.alike(2, 2**28)).refusal
 
 
 def test_advice_names_what_there_is_of_lighter_weights(layers: CausalLMLayers) -> None:
-    """Not what does not go with the adapter, is in use already, or would be slower than nf4, and larger."""
+    """Formats are left out if the adapter excludes them, if in use already, or if slower and larger than nf4."""
     directory = layers.meta_model.model_dir
 
     def lighter(adapter: Adapter, **options: Any) -> list[str]:
@@ -121,7 +121,7 @@ def test_optimizers_that_run_on_gpus_only_are_planned(layers: CausalLMLayers, ma
 
 def test_what_cannot_be_cut_by_a_plan_says_why(workers: Workers, tmp_path: Path) -> None:
     (told,) = workers.run(1, told_by_auto, str(write_job(tmp_path / "job")))
-    assert told.startswith("partition_method is auto, but what the layers cost could not be found out (")
+    assert told.startswith("partition_method is auto, but the costs of the layers could not be determined (")
     assert "meta" in told
     assert told.endswith("); set it to uniform, parameters or type:REGEX.")
 
@@ -142,5 +142,5 @@ def test_pissa_is_planned_like_lora(tmp_path: Path) -> None:
 
 def test_planned_and_measured_are_told_together() -> None:
     assert compared([2**30, 2 * 2**30], [2**30, 3 * 2**30]) == (
-        "memory at its peak: stage 0: 1.00 GiB (planned 1.00 GiB), stage 1: 3.00 GiB (planned 2.00 GiB)"
+        "peak memory: stage 0: 1.00 GiB (planned 1.00 GiB), stage 1: 3.00 GiB (planned 2.00 GiB)"
     )

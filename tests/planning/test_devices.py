@@ -1,4 +1,4 @@
-"""Devices that are not alike: what each stage gets, and when one is better left out."""
+"""Devices of different memory and speed: what each stage gets, and when a device is better left out."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_device_that_only_holds_the_others_up_is_named(simulation: Simulation,
     assert bool(told) == left_out
     if left_out:
         assert told.startswith("the devices of stage 1 are so slow (0.01 of the fastest)")
-        assert told.endswith("leave them out, with pipeline_stages=2.")
+        assert told.endswith("leave them out, and set pipeline_stages to 2.")
 
 
 def test_a_training_is_cut_and_refused_by_each_ranks_own_device(simulation: Simulation) -> None:
@@ -132,7 +132,7 @@ def test_a_training_is_cut_and_refused_by_each_ranks_own_device(simulation: Simu
     memory = (2 * first.total, int(0.8 * second.total))
     refused = made(Devices(2, memory), "uniform").refusal
     assert refused.startswith("stage 1 of 2 would take")
-    assert f"and its GPU has {memory[1] / GIB:.2f} GiB" in refused
+    assert f"but its GPU has {memory[1] / GIB:.2f} GiB" in refused
     fitting = made(Devices(2, memory, (1.0, 0.9)), "auto")
     assert fitting.refusal == ""
     assert fitting.costs.memory is not None
@@ -145,9 +145,9 @@ def test_the_command_takes_a_memory_and_a_speed_for_each(model_dir: Path, tmp_pa
     config = str(write_config(tmp_path / "config.yaml", model_dir, stages=2))
     report = plan(config, devices=2, memory="24GiB,2GiB", speeds="1,0.5")
     assert report.planner.devices == Devices(2, (24 * GIB, 2 * GIB), (1.0, 0.5))
-    assert "2 devices of 24.00 GiB, 2.00 GiB, of speeds 1, 0.5" in str(report)
+    assert "2 devices of 24.00 GiB, 2.00 GiB, with relative speeds 1, 0.5" in str(report)
     assert report.recommended is not None
-    assert "partition_method: auto" in str(report)  # layers: would be refused beside speeds
+    assert "partition_method: auto" in str(report)  # layers: would be refused together with speeds
     sizes = [stop - start for start, stop in itertools.pairwise(report.recommended.bounds)]
     assert sum(sizes[0::2]) > sum(sizes[1::2])
     for wrong, message in (
@@ -178,7 +178,7 @@ def test_speeds_that_nothing_uses_or_that_are_none_are_refused() -> None:
         with pytest.raises(ConfigurationError, match=re.escape(message)):
             PipeLiteStrategy(2, partition_method=method, speeds=speeds)  # type: ignore[arg-type]
     strategy = PipeLiteStrategy(2, partition_method="auto", speeds=[1.0])
-    with pytest.raises(ConfigurationError, match="speeds has 1 numbers, and the job 2 devices"):
+    with pytest.raises(ConfigurationError, match="the number of speeds is 1, but the job has 2 devices"):
         L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False).fit(L.LightningModule())
 
 

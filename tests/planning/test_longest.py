@@ -1,4 +1,4 @@
-"""The longest sequence that fits is what trying every length finds, in few trials."""
+"""The search for the longest sequence finds, in few trials, what trying every length finds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CURVES: dict[str, Callable[[int], float]] = {
 
 
 def searched(excess: Callable[[int], float], tried: int, most: int) -> tuple[int, list[int]]:
-    """Return what is found, and which lengths were tried for it."""
+    """Return the length that is found and the lengths that were tried."""
     trials = []
 
     def watched(length: int) -> float:
@@ -78,7 +78,7 @@ def test_two_trials_are_enough_on_a_straight_line() -> None:
 @pytest.mark.parametrize("other", [(0.0, 250.0), (1000.0, 290.0), (-40_000.0, 330.0), (0.0, 100.0), (7e6, 0.0)])
 @pytest.mark.parametrize("room", [100_000.0, 1_234_567.0, 5_000_000.0])
 def test_all_stages_take_the_largest_sequence(other: tuple[float, float], room: float) -> None:
-    """Also where another stage than the fullest one at the planned length takes the least."""
+    """Even if the stage that limits the length is not the fullest one at the planned length."""
     static, curves = CONTEXT + WORKSPACE, [(500.0, 300.0), other, (0.0, 10.0)]
     tried = set()
 

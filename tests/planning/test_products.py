@@ -1,4 +1,4 @@
-"""What the meter counts of operations, and that it stops at those that it does not know."""
+"""The operations that the meter counts, and that it refuses those that it does not know."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _mystery(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_product_without_a_formula_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Meter(), pytest.raises(UnknownProductError, match=r"does not know .* plan_test::mystery"):
+    with Meter(), pytest.raises(UnknownProductError, match="plan_test::mystery is not known"):
         torch.ops.plan_test.mystery(empty(4))
     monkeypatch.delitem(FORMULAS, "aten::_grouped_mm")
     with Meter(), pytest.raises(UnknownProductError, match="aten::_grouped_mm"):

@@ -1,4 +1,4 @@
-"""What is planned for a stage, against stages that run on the CPU."""
+"""Planned memory of stages, against stages that run on the CPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from lightning_pipelite.strategy.timeline import simulate
 from planned_layers import LENGTH, make_adam, make_layers
 
 CPU = torch.device("cpu")
-ROUNDING = 64 * BLOCK  # of a few dozen tensors, each to whole blocks of the CUDA allocator
+ROUNDING = 64 * BLOCK  # a few dozen tensors, each rounded up to whole blocks of the CUDA allocator
 MICRO_BATCHES = 4
 
 
 def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: int) -> tuple[int, int]:
-    """Train a real stage; return the bytes of its weights, and the most that was held, by torch's own allocator."""
+    """Train a real stage; return the bytes of its weights and its peak memory, as reported by torch's allocator."""
     stage = layers.build_stage(start, stop, CPU)
     size = layers.meta_model.config.hidden_size
     weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in (*stage.parameters(), *stage.buffers())}.values())
-    gc.collect()  # what earlier tests left in circles is not given back while the profiler runs
+    gc.collect()  # so that no reference cycles of earlier tests are freed while the profiler runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(micro_batches):
             positions = torch.arange(LENGTH)[None]
@@ -57,10 +57,11 @@ def train_on_cpu(layers: CausalLMLayers, start: int, stop: int, micro_batches: i
 
 
 def most_allocated(profiler: profile) -> int:
-    """The most bytes that were held at once of what was allocated while the profiler ran.
+    """Return the most bytes that were allocated at once while the profiler ran.
 
-    By its totals, as its times, which a virtual machine's cores tell, may be out of order. All of it has to be given
-    back while the profiler runs: it would take what the next test gives back at the same address for this.
+    This goes by the profiler's totals, because its timestamps may be out of order on the cores of a virtual machine.
+    Everything must be freed while the profiler runs: otherwise, the profiler would mistake memory that the next test
+    frees at the same address for it.
     """
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
@@ -72,12 +73,12 @@ def most_allocated(profiler: profile) -> int:
 
 
 def train_pieces_on_cpu(layers: CausalLMLayers, spans: list[tuple[int, int]], stage: int, stages: int) -> int:
-    """Train the pieces of a stage in the order of the schedule; return the most that was held."""
+    """Train the pieces of a stage in the order of the schedule; return the peak memory in bytes."""
     pieces = Pieces([layers.build_stage(*span, CPU) for span in spans], spans)
     size = layers.meta_model.config.hidden_size
     held: dict[tuple[int, int], Any] = {}
     weights = sum({t.untyped_storage().data_ptr(): t.nbytes for t in held_tensors(pieces)}.values())
-    gc.collect()  # what earlier tests left in circles is not given back while the profiler runs
+    gc.collect()  # so that no reference cycles of earlier tests are freed while the profiler runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for action in interleaved_1f1b(stages, len(spans), MICRO_BATCHES).orders[stage]:
             place, (start, stop) = (action.piece, action.micro_batch), spans[action.piece // stages]
@@ -109,8 +110,8 @@ def test_pieces_take_what_is_planned(model_dir: Path, policy: str, stage: int) -
     )  # fmt: skip
     layers.activation_memory = policy  # type: ignore[assignment]
     peak = train_pieces_on_cpu(layers, spans, stage, 2)
-    # Of what is received there is the gradient of the pass here. The plan has all gradients of the weights from the
-    # beginning on, when some pieces have not run backward yet.
+    # Of what is received, only the gradient of the current pass is held here. The plan counts the gradients of all
+    # weights from the start, although some pieces have not run backward yet.
     taken = planned.peak - planned.optimizer - planned.exchange + planned.hidden - WORKSPACE
     assert 0.99 * peak <= taken <= 1.05 * peak
     step = simulate(interleaved_1f1b(2, 2, MICRO_BATCHES), [1.0] * 4, [2.0] * 4)

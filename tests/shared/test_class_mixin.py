@@ -1,4 +1,4 @@
-"""Classes that are mixed into a module's own: in one order, once, and to be seen."""
+"""Mixins join a module's class in a fixed order, only once, and show in its name."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_a_copy_has_the_same_parts() -> None:
 
 def test_a_part_twice_or_in_a_wrong_order_is_an_error() -> None:
     module = mix_in(Double(), Memory)
-    with pytest.raises(TypeError, match=r"Memory is mixed into this Double\[Memory\] already"):
+    with pytest.raises(TypeError, match=r"Memory is already mixed into this Double\[Memory\]"):
         mix_in(module, Memory)
     mix_in(module, _RNG)
-    with pytest.raises(TypeError, match=r"Memory is mixed into this Double\[Memory, RNG\] already"):
+    with pytest.raises(TypeError, match=r"Memory is already mixed into this Double\[Memory, RNG\]"):
         mix_in(module, Memory)
     with pytest.raises(TypeError, match="Memory must be mixed in before _RNG: see MixinPlace"):
         mix_in(mix_in(Double(), _RNG), Memory)

@@ -1,4 +1,4 @@
-"""Packages give their names when asked, and importing one file takes no more than that file needs."""
+"""Packages resolve their names on access, and importing one module imports no more than it needs."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ PACKAGES = [
 ]
 HEAVY = ["torch", "lightning", "transformers", "deepspeed", "peft", "bitsandbytes", "triton", "pyarrow"]
 TORCH = ["lightning", "transformers", "deepspeed", "peft", "bitsandbytes"]
-NEEDED = {  # what must not be imported with it
+NEEDED = {  # what importing it must not import
     "lightning_pipelite.data.packing": HEAVY,
     "lightning_pipelite.data.selection": HEAVY,
     "lightning_pipelite.data.records": [name for name in HEAVY if name != "pyarrow"],

@@ -1,4 +1,4 @@
-"""What is being written is never taken for what a killed process has left, however many write beside each other."""
+"""A directory being written is never taken for a killed process's leftovers, however many processes write at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES, PUBLISHES = 4, 80
 def _publish(parent: Path, number: int, answer: Connection) -> None:
     try:
         for turn in range(PUBLISHES):
-            # Half of them under one name, which each replaces.
+            # Half of them under one name, which every process replaces.
             partial = PartialDirectory(parent / ("last" if turn % 2 else f"{number}-{turn}"))
             try:
                 (partial.path / "file").write_text(f"{number} {turn}")

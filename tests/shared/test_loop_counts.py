@@ -1,4 +1,4 @@
-"""One rewriting of Lightning's counts, for its states and for its trackers."""
+"""One function rewrites Lightning's counts, both in its states and in its trackers."""
 
 from __future__ import annotations
 

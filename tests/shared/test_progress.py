@@ -1,4 +1,4 @@
-"""The progress of commands: in terminals, and where there is none."""
+"""The progress of commands, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from terminal import terminal
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Replaces the clock by one that advances only on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -66,7 +66,7 @@ def test_only_the_outermost_speaks_and_rank_0(
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     with pytest.raises(ZeroDivisionError), Progress("failing", 2):
         raise ZeroDivisionError
-    work()  # it does not count as under way for ever
+    work()  # the failed one does not count as still running
     assert "outer" in capsys.readouterr().err
 
 
@@ -82,7 +82,7 @@ def test_bars_in_terminals(kind: str, shown: str) -> None:
     assert "3 of 4 tensors" in screen.text
     assert "4 of 4 tensors" in screen.text
     assert "\na line between" in screen.text.replace("\r", "\n").replace("\x1b[2K", "\n")
-    assert not screen.text.endswith("\x1b[?25l")  # the cursor is there
+    assert not screen.text.endswith("\x1b[?25l")  # the cursor is visible again
 
 
 def test_what_goes_to_a_file_does_not_go_to_the_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the rooms ask of each other is written in one file, and the package's own classes answer it."""
+"""The protocols between the subpackages are in one file, and the project's own classes implement them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ANSWERED_BY: dict[str, list[Any]] = {
 
 
 def members(kind: type) -> set[str]:
-    """What a protocol asks for."""
+    """Return the members that a protocol requires."""
     asked = {name for each in kind.__mro__ for name in vars(each).get("__annotations__", {})}
     asked |= {name for each in kind.__mro__ if each.__module__ == protocol.__name__ for name in vars(each)}
     return {name for name in asked if not name.startswith("_")}
@@ -62,12 +62,12 @@ def test_every_question_has_an_answer_in_the_package() -> None:
     for name, kinds in ANSWERED_BY.items():
         for kind in kinds:
             source = ast.unparse(ast.parse(Path(ROOT / (kind.__module__.replace(".", "/") + ".py")).read_text()))
-            for member in members(QUESTIONS[name]):  # a class has it, or sets it as it is made
+            for member in members(QUESTIONS[name]):  # a class attribute, or an instance's
                 assert hasattr(kind, member) or f"self.{member} = " in source or f"self.{member}: " in source, member
 
 
 def test_nobody_asks_in_another_way() -> None:
-    """By getattr and the like no type checker sees what is asked, and a name that has changed is a silent no."""
+    """With getattr and the like, a type checker sees no access, and a renamed member silently counts as missing."""
     found = []
     for path in ROOT.glob("lightning_pipelite/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -79,7 +79,7 @@ def test_nobody_asks_in_another_way() -> None:
 
 
 class Costed(SequentialLayers):
-    """Layers of which the first takes as long as the three others."""
+    """Layers of which the first takes as long as the three others together."""
 
     known = True
 
@@ -92,7 +92,7 @@ def test_costs_that_are_not_known_are_as_none() -> None:
     assert partition(layers, 2, "auto") == [0, 1, 4]
     layers.known = False
     for each in (layers, SequentialLayers([nn.Linear(2, 2) for _ in range(4)])):
-        with pytest.raises(ConfigurationError, match="the layers do not say what they cost"):
+        with pytest.raises(ConfigurationError, match="the layers do not report their costs"):
             partition(each, 2, "auto")
 
 

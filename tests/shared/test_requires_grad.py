@@ -1,4 +1,4 @@
-"""Compiled modules after their parameters have been frozen or thawed: from Python 3.12 on, torch alone fails these."""
+"""Compiled modules whose parameters were frozen or unfrozen: from Python 3.12 on, torch alone fails these tests."""
 
 from __future__ import annotations
 

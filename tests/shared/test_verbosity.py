@@ -1,4 +1,4 @@
-"""What is shown of warnings."""
+"""How warnings are shown."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MICRO_BATCHES, LR, GAMMA, DECAY, STEPS = 4, 2e-2, 0.3, 4.0, 6
 
 
 def items(scale: Scale = SCALE) -> list[dict[str, Tensor]]:
-    """Packed sequences, with control classes of all kinds where there is a label."""
+    """Return packed sequences, with control classes of all kinds wherever there is a label."""
     generator = torch.Generator().manual_seed(3)
     made = sequences(scale)
     for item in made:
@@ -34,7 +34,7 @@ def items(scale: Scale = SCALE) -> list[dict[str, Tensor]]:
 
 
 class Notes(L.Callback):
-    """The initial adapters, and the metrics of each step."""
+    """Records the initial adapters, and the metrics of each step."""
 
     def __init__(self) -> None:
         self.start: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def train(
     virtual_stages: int = 1,
     **options: Any,
 ) -> Any:
-    """Train and save. On rank 0: initial and final tensors by their names in the file, metrics, the final loss."""
+    """Train and save; return initial and final tensors by their names in the file, metrics, the final loss (rank 0)."""
     notes = Notes()
     callbacks = [CompositeWeightDecay(weight_decay), AdapterNorms(), notes]
     trainer = trainer_for(stages, replicas, virtual_stages, callbacks=callbacks)
@@ -91,7 +91,7 @@ def train(
 
 
 def first_step(model_dir: str, adapter: Adapter, stages: int, output: str) -> dict[str, float]:
-    """Train for one step and save; its metrics."""
+    """Train for one step and save; return its metrics."""
     trainer = trainer_for(stages, max_steps=1)
     module = PipeLiteModule(model_dir, adapter, dtype="float32", lr=LR)
     trainer.fit(module, loader(items()[:MICRO_BATCHES], trainer.strategy))
@@ -102,7 +102,7 @@ def first_step(model_dir: str, adapter: Adapter, stages: int, output: str) -> di
 def train_jobs(
     model_dir: str, jobs: list[tuple[Adapter, str, float, dict[str, Any]]], stages: int, virtual_stages: int = 1
 ) -> list[Any]:
-    """Several trainings in one process."""
+    """Run several trainings in one process."""
     return [
         train(model_dir, adapter, stages, 1, output, decay, virtual_stages, **options)
         for adapter, output, decay, options in jobs
@@ -130,7 +130,7 @@ def resume(
 
 
 def train_control_plainly(model_dir: str, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
-    """A loop over transformers' model with hooks that apply each class by a matrix of its own, and a naive decay."""
+    """Train in a plain loop; hooks apply each class by its own matrix, and weight decay is naive."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train().requires_grad_(False)
     parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
     batch: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ def train_control_plainly(model_dir: str, start: dict[str, Tensor]) -> tuple[dic
 
 
 def evaluate_sets(model_dir: str, stages: int, adapter: Adapter) -> dict[str, float]:
-    """Two named evaluation sets of unequal sizes."""
+    """Evaluate two named sets of unequal sizes; return the metrics."""
     trainer = trainer_for(stages, limit_train_batches=4, max_steps=1, val_check_interval=4)
     data = items()
     sets = {"short": loader(data[:5], trainer.strategy), "long": loader(data[5:16], trainer.strategy)}
@@ -192,7 +192,7 @@ def evaluate_sets(model_dir: str, stages: int, adapter: Adapter) -> dict[str, fl
 
 
 def learning_rates(model_dir: str, stages: int, adapter: Adapter, **options: Any) -> Any:
-    """The rates of every group in each step, and which parameters the groups hold on this rank."""
+    """Return the rates of every group in each step, and the parameters of the groups on this rank."""
     rates: list[list[float]] = []
 
     class Rates(L.Callback):
@@ -209,7 +209,7 @@ def learning_rates(model_dir: str, stages: int, adapter: Adapter, **options: Any
 
 
 def refused(model_dir: str, **options: Any) -> str:
-    """What a fit is refused with."""
+    """Return the error message of a fit that is refused."""
     from stage_jobs import Catchable
 
     trainer = L.Trainer(

@@ -24,7 +24,7 @@ from stage_jobs import Catchable, trainer_for
 
 
 class Scaled(nn.Module):
-    """A module of the user's, which holds another; it knows in which mode it ran."""
+    """A user's module around another, which records the modes it runs in."""
 
     def __init__(self, inner: nn.Module, modes: list[bool]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Scaled(nn.Module):
 
 
 class Dropping(L.LightningModule):
-    """Layers with dropout and buffers; some are made, or wrapped, only as they are handed out."""
+    """Layers with dropout and buffers, some of which ``pipeline_layers`` only then creates or wraps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Dropping(L.LightningModule):
 
 
 class During(L.Callback):
-    """Looks at the module while it trains; may end the training."""
+    """Inspects the module while it trains, and may end the training."""
 
     def __init__(self, ends: BaseException | None) -> None:
         self.ends = ends
@@ -77,7 +77,7 @@ class During(L.Callback):
 
 
 def loads(module: nn.Module) -> bool:
-    """Whether it can be saved whole and comes back with its weights."""
+    """Return whether a module can be pickled whole and comes back with its weights."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -87,7 +87,7 @@ def loads(module: nn.Module) -> bool:
 
 
 def after_fit(ends: str, stages: int, virtual_stages: int = 1) -> dict[str, Any]:
-    """The module during a fit and after it."""
+    """Return what is found in the module during a fit and after it."""
     told: list[str] = []
 
     class Handler(logging.Handler):
@@ -108,7 +108,7 @@ def after_fit(ends: str, stages: int, virtual_stages: int = 1) -> dict[str, Any]
     except (ValueError, SystemExit):
         pass
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
     module.trainer = None
@@ -135,7 +135,7 @@ def after_fit(ends: str, stages: int, virtual_stages: int = 1) -> dict[str, Any]
 
 
 def weights_after(strategy: str) -> dict[str, Tensor]:
-    """What the module itself holds after a fit, under its own names."""
+    """Return the weights in the module itself after a fit, under its own names."""
     chosen: Any = PipeLiteStrategy() if strategy == "pipelite" else strategy
     module = Mlp()
     trainer_for(chosen, 1, max_epochs=1).fit(module, DataLoader(data(20), batch_size=ROWS))
@@ -145,7 +145,7 @@ def weights_after(strategy: str) -> dict[str, Tensor]:
 
 
 class Made(Mlp):
-    """Its layers are made as they are handed out: it has none itself."""
+    """Creates its layers in ``pipeline_layers`` and has none itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Made(Mlp):
 
 
 def layers_of_its_own_making(stages: int) -> list[float]:
-    """Evaluations before a fit, after it and after another: what was trained must stay with the module."""
+    """Fit and evaluate twice: what was trained must stay with the module. Return the losses."""
     module = Made()
     losses = []
     for _ in range(2):
@@ -169,14 +169,14 @@ def layers_of_its_own_making(stages: int) -> list[float]:
 
 
 def what_is_open() -> tuple[int, int, int]:
-    """Threads, files and sockets, and process groups of this process."""
+    """Count the threads, the open files and sockets, and the process groups of this process."""
     groups = torch.distributed.distributed_c10d._world.pg_map
     process = Path("/proc/self")
     return len([*(process / "task").iterdir()]), len([*(process / "fd").iterdir()]), len(groups)
 
 
 def runs(stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
-    """Ten fits, some of which fail, each with a validation; what is open after each, and which modules are alive."""
+    """Run ten fits, some of which fail, each with a validation; return what is open after each, and live modules."""
     opened, modules = [], []
 
     class Fail(L.Callback):
@@ -201,7 +201,7 @@ def runs(stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
         run(number)
         opened.append(what_is_open())
     deadline, alive = time.monotonic() + 10, 1
-    while alive and time.monotonic() < deadline:  # the last watchdog waits for the other ranks to leave
+    while alive and time.monotonic() < deadline:  # the last watchdog waits for the other ranks to exit
         gc.collect()
         alive = sum(reference() is not None for reference in modules)
         time.sleep(0.1)
@@ -209,7 +209,7 @@ def runs(stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
 
 
 def under_another_strategy() -> tuple[list[tuple[int, int, int]], float]:
-    """A process group of the user's, a fit, a fit under DDP with the same module, and the group is still there."""
+    """Fit the same module in turn under the strategy and DDP; a process group of the user's must keep working."""
     torch.distributed.init_process_group("gloo")
     mine = torch.distributed.new_group()
     module, opened = Mlp(), []
@@ -222,7 +222,7 @@ def under_another_strategy() -> tuple[list[tuple[int, int, int]], float]:
 
 
 def run_the_example(code: str) -> int:
-    """The strategy's own example."""
+    """Run the example in the strategy's docstring; return its number of steps."""
     names: dict[str, Any] = {"L": L, "nn": nn, "torch": torch, "PipeLiteStrategy": PipeLiteStrategy}
     torch.manual_seed(0)
     names["loader"] = DataLoader(
@@ -233,7 +233,7 @@ def run_the_example(code: str) -> int:
 
 
 def device_memory_after_runs(accelerator: str) -> list[int]:
-    """What torch has allocated on the GPU after each of four fits, with a validation each, of modules that are gone."""
+    """Return the allocated GPU memory after each of four fits with a validation, once their modules are deleted."""
     held = []
     for _ in range(4):
         trainer = L.Trainer(

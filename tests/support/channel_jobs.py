@@ -1,4 +1,4 @@
-"""Ranks that hand each other tensors through channels."""
+"""Ranks that send each other tensors through channels."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_pipelite.strategy.channel_setup import Channels
 from lightning_pipelite.strategy.links import Link
 
 LENGTHS = [1, 7, 100, 0, 33, 64, 65, 129, 200, 3]
-"""Of the tensors that travel, in float32 numbers, where a slot of the fake driver has room for 16."""
+"""Lengths of the tensors sent, in float32 elements; a slot of the fake driver holds 16."""
 
 
 def round_trips(fault: str | None, variables: list[dict[str, str]], times: int = 1) -> dict[str, Any]:
-    """Set channels up between the neighbours of a ring, and send tensors over each that begins or ends here.
+    """Set up channels between the neighbours in a ring, and send tensors over each that begins or ends here.
 
     Args:
-        fault: Of the fake driver; None for the real one.
-        variables: Of each rank's environment. HOST is another name for its shared memory.
-        times: How often, one after the other.
+        fault: Fault of the fake driver; None for the real driver.
+        variables: Environment variables of each rank. HOST replaces the name of its shared memory.
+        times: How often to do it, one after the other.
 
     Returns:
-        The links of all ranks that have a channel, whether all that came here was what had been sent, and the files of
-        shared memory that are new.
+        The links of all ranks that have a channel, whether this rank received exactly what was sent, and the new files
+        in shared memory.
     """
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -62,7 +62,7 @@ def _travel(channels: Channels, links: list[Link], rank: int, device: torch.devi
     for link, end in sorted(channels.ends.items()):
         generator = torch.Generator().manual_seed(links.index(link))
         tensors = [torch.rand(length, generator=generator).to(device) for length in LENGTHS]
-        held += tensors  # until they are sent
+        held += tensors  # keep them alive until they are sent
         if link[0] == rank:
             works += [end.send(tensor) for tensor in tensors]
         else:

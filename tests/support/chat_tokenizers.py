@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that instruction-tuned models have, trained on the spot."""
+"""Tokenizers of the kinds that instruction-tuned models have, trained on the fly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _metaspace(scheme: str, normalizer: Any = None) -> Tokenizer:
 
 
 def _legacy() -> Tokenizer:
-    """As the tokenizer.json of Llama 2 and of the first Mistral."""
+    """Return a tokenizer like the tokenizer.json of Llama 2 and of the first Mistral."""
     backend = _metaspace("always")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None

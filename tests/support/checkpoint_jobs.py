@@ -1,4 +1,4 @@
-"""Trainings that are interrupted and resumed, with other numbers of stages."""
+"""Trainings that are interrupted, and resumed with other numbers of stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stage_models import CLASSES, WIDTH, Model, token_loss
 
 
 class Normed(nn.Module):
-    """With buffers that training changes: persistent ones, and one that is not."""
+    """A layer with buffers, persistent ones that training changes and one that is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Resumable(Module):
 def make(optimizer: str) -> Resumable:
     torch.manual_seed(8)
     frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-    # The gradient of a bias before a norm would be rounding noise, which Adam blows up.
+    # The gradient of a bias before a norm would be rounding noise, which Adam amplifies.
     first = nn.Linear(WIDTH, WIDTH, bias=False)
     layers = [first, nn.Sequential(Normed(), nn.Tanh()), frozen, first, Normed(), nn.Linear(WIDTH, CLASSES)]
     batches: list[Any] = []
@@ -63,7 +63,7 @@ def make(optimizer: str) -> Resumable:
 def train(
     folder: str, optimizer: str, stages: int, epochs: int, ckpt_path: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Some epochs of three steps, a checkpoint after each evaluation."""
+    """Train for some epochs of three steps, with a checkpoint after each evaluation."""
     strategy, steps = Catchable(stages), Steps()
     saving = ModelCheckpoint(folder, "{epoch}-{step}", monitor="eval/loss", save_last=True, save_top_k=2)
     callbacks = [steps, saving, EarlyStopping("eval/loss", patience=9)]
@@ -89,7 +89,7 @@ def train(
 
 
 def validate(path: str, stages: int) -> float:
-    """A new trainer, which has not trained."""
+    """Return the loss of a checkpoint under a new trainer, which has not trained."""
     strategy = Catchable(stages)
     module = make("torch")
     trainer: L.Trainer = trainer_for(strategy, stages)

@@ -1,4 +1,4 @@
-"""A pipeline whose second stage takes its time."""
+"""A pipeline whose second stage is slow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Watch(L.Callback):
 
 
 def measured() -> list[Any]:
-    """What the strategy said after each step."""
+    """Return what the strategy reports after each step."""
     torch.manual_seed(3)
     layers, batches = linears(4), floats(3 * MICRO_BATCHES)
     layers.insert(3, Lambda(nap))

@@ -1,4 +1,4 @@
-"""The ``pipelite`` command in a worker, which has imported what a process of its own would import for seconds."""
+"""The ``pipelite`` command in a worker, which has already done the imports that a fresh process needs seconds for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer and real text, built on the spot. Each imports what it needs: torch, or nothing."""
+"""A small byte-level tokenizer and real text, built on the fly. Functions import what they need, to spare torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def texts() -> list[str]:
 
 
 def real_texts() -> list[str]:
-    """Sixty real texts of different length, no two equal."""
+    """Return sixty different real texts of different lengths."""
     return sorted({text.strip()[: 40 + 37 * number] for number, text in enumerate(topics.values())})[:60]
 
 
@@ -94,7 +94,7 @@ def chat_dir(make_tokenizer: Callable[..., Path]) -> Path:
 
 
 def with_chatml(folder: Path) -> Path:
-    """Give a tokenizer whose EOS ends a turn the rest of ChatML."""
+    """Add the rest of ChatML to a tokenizer whose EOS ends a turn."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -31,7 +31,7 @@ class Gradients(L.Callback):
 
 
 def packed_step(model_dir: str, data: dict[str, Any], stages: int) -> tuple[float, dict[str, Tensor]]:
-    """All sequences in one optimizer step: the loss, and this stage's gradients."""
+    """Train all sequences in one optimizer step; return the loss, and this stage's gradients."""
     packed = PackedDataModule(**data)
     packed.prepare_data()
     assert packed.statistics is not None
@@ -57,13 +57,13 @@ class First(nn.Module):
 
 
 class Tiny(L.LightningModule):
-    """A model of two layers, that notes what it was trained on."""
+    """A model of two layers that records what it was trained on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([First(), nn.Linear(4, 384)])
         self.waiting: list[Row] = []
-        self.trained: list[tuple[int, list[Row]]] = []  # of each step, the epoch and this replica's rows
+        self.trained: list[tuple[int, list[Row]]] = []  # the epoch and this replica's rows of each step
 
     def pipeline_layers(self) -> Any:
         def loss(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Tiny(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         (ids, _), labels = batch
-        if (labels != -100).any():  # else it is an empty one, which fills up the replicas' shares
+        if (labels != -100).any():  # else it is an empty one, which evens out the replicas' shares
             self.waiting.append(tuple(ids[0].tolist()))
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -107,7 +107,7 @@ class StopAt(L.Callback):
 def train(
     data: dict[str, Any], stages: int, replicas: int, accumulate: int, path: str, stop: int | None = None
 ) -> list[tuple[int, list[Row]]]:
-    """Train to a micro-batch of the second epoch, or from there to the end of the third."""
+    """Train up to a micro-batch of the second epoch, or from there to the end of the third."""
     torch.manual_seed(0)
     module = Tiny()
     trainer = trainer_for(

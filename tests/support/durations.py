@@ -1,4 +1,4 @@
-"""Which tests are fast: what each took when it last ran here, kept in pytest's cache."""
+"""Which tests are fast, by how long each took when it last ran here; kept in pytest's cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 import pytest
 
-CALL, SETUP = 1.0, 5.0  # seconds of a test itself, and of the fixtures that the tests of its file wait for
+CALL, SETUP = 1.0, 5.0  # seconds, of a test itself and of the setup of fixtures shared by its file
 KEY = "pipelite/seconds"
 
 
 class Durations:
-    """Records what tests take, and leaves the slow ones out under ``--fast``.
+    """Records how long tests take, and deselects the slow ones under ``--fast``.
 
-    A test that never ran here counts as fast, and is known after that. What is shared by a file counts for each of its
-    tests: whichever comes first waits for it.
+    A test that never ran here counts as fast the first time. The setup of what a file shares counts for each of its
+    tests, as whichever runs first waits for it.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -35,12 +35,12 @@ class Durations:
             self._seconds.setdefault(report.nodeid, {})[report.when] = round(report.duration, 2)
 
     def pytest_sessionfinish(self) -> None:
-        # Of several processes the first hears of all tests. With ``-p no:cacheprovider`` there is no cache.
+        # With several processes, the controller receives all reports. ``-p no:cacheprovider`` leaves no cache.
         if not hasattr(self._config, "workerinput") and self._cache is not None:
             self._cache.set(KEY, {**self._known(), **self._seconds})
 
     def slow(self, names: Iterable[str]) -> set[str]:
-        """Tell which of the tests of these names are slow."""
+        """Return which of these tests are slow."""
         known = self._known()
         setups: dict[str, float] = {}
         for name, seconds in known.items():

@@ -1,4 +1,4 @@
-"""A training under the strategy whose checkpoint is read where Lightning reads those of other strategies."""
+"""A training under the strategy whose checkpoint Lightning then loads under other strategies."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ QUIET = {
 
 
 class Frozen(L.LightningModule):
-    """Has a layer that is not trained, a buffer, and a scale that is in no layer."""
+    """Has a frozen layer, a buffer, and a scale outside of all layers."""
 
     def __init__(self, width: int, seed: int = 1) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["seed"])
-        torch.manual_seed(1)  # what is frozen is the same in every one, as what comes from a file is
+        torch.manual_seed(1)  # the frozen layer is always the same, as if loaded from a file
         frozen = nn.Linear(6, width).requires_grad_(False)
         torch.manual_seed(seed)
         self.net = nn.Sequential(frozen, nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 3))
@@ -55,7 +55,7 @@ def loader() -> DataLoader[Any]:
 
 
 def train(folder: Path, stages: int) -> dict[str, Any]:
-    """Train, and return the module's state: on the ranks of several stages, each has some of it."""
+    """Train, and return the module's state: with several stages, each rank has a part of it."""
     module = Frozen(width=5, seed=7)
     kept = ModelCheckpoint(folder, "{step}", monitor="eval/loss", save_last=True)
     strategy = Catchable(stages, partition_method=f"layers:{'4' if stages == 1 else '3,1'}")
@@ -69,7 +69,7 @@ def train(folder: Path, stages: int) -> dict[str, Any]:
 
 
 def evaluate(path: str, call: str, strategy: str) -> tuple[float, dict[str, Tensor]]:
-    """Evaluate it elsewhere; returns the loss, and the module's state."""
+    """Evaluate the checkpoint under another strategy; return the loss, and the module's state."""
     module, trainer = Frozen(width=5, seed=4), L.Trainer(strategy=strategy, devices=1, **QUIET)
     found = getattr(trainer, call)(module, loader(), ckpt_path=path)
     if call == "predict":

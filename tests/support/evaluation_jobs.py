@@ -1,4 +1,4 @@
-"""Evaluations, alone and between fits; what each of them gave."""
+"""Evaluations, alone and between fits, and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stage_models import Model, linears, token_loss, tokens
 
 
 def fit_and_validate(stages: int) -> list[float]:
-    """Evaluations by one trainer and by new ones: before a fit, after it, and in a second fit of the same module."""
+    """Evaluate with one trainer and with new ones: before a fit, after it, and in a second fit of the same module."""
     module = Mlp()
     losses = []
 
@@ -61,7 +61,7 @@ def fit_and_validate_plainly() -> list[float]:
 
 
 class Tested(Mlp):
-    """Notes its test hooks."""
+    """Records its test hooks."""
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: PT028 - a hook
         self.log("test/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
@@ -77,7 +77,7 @@ class Tested(Mlp):
 
 
 def fit_and_test(stages: int | None, loaders: int) -> tuple[list[dict[str, float]], list[str]]:
-    """A fit and then a test over one or several loaders; None is Lightning's own strategy for one device."""
+    """Fit, then test over one or several loaders; ``stages`` of None is Lightning's own single-device strategy."""
     module = Tested()
     trainer = trainer_for("auto" if stages is None else PipeLiteStrategy(stages), stages or 1, max_epochs=1)
     trainer.fit(module, DataLoader(data(40), batch_size=ROWS))
@@ -88,7 +88,7 @@ def fit_and_test(stages: int | None, loaders: int) -> tuple[list[dict[str, float
 
 
 class Dealt(DistributedSampler[Any]):
-    """Deals rows to replicas, and fills up with None."""
+    """Distributes rows to replicas, padding with None."""
 
     def __init__(self, rows: Any, **replica: int) -> None:
         super().__init__(rows, **replica, shuffle=False)
@@ -114,7 +114,7 @@ class Rows(Dataset[Any]):
 
 
 def validate_set(kind: str, number: int, stages: int, replicas: int) -> tuple[float, list[str]]:
-    """An evaluation of sequences of which some are masked, by a token loss; and the warnings."""
+    """Evaluate partly masked sequences by a token loss; return the loss and the warnings."""
     torch.manual_seed(4)
     rows = Rows(tokens(number))
     model = Model(linears(4), [], token_loss)
@@ -129,7 +129,7 @@ def validate_set(kind: str, number: int, stages: int, replicas: int) -> tuple[fl
 
 
 def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
-    """A model from disk, whose adapter must be the trained one when the same trainer evaluates after its fit."""
+    """Evaluate a model from disk before and after its fit by the same trainer, which must use the trained adapter."""
     from exact_training import Scale, Sequences, sequences
     from lightning_pipelite import PipeLiteModule
     from lightning_pipelite.adapters import LoRA
@@ -150,7 +150,7 @@ def fit_and_validate_lora(model_dir: str, stages: int) -> list[float]:
 
 
 def parameters_seen(model_dir: str, hook: str, named: bool) -> int | str:
-    """How many tensors a callback is given that asks for all of a PipeLiteModule in a hook; or what it is told."""
+    """Return how many parameters of a PipeLiteModule a callback sees in a hook, or the error it gets."""
     from exact_training import Scale, Sequences, sequences
     from lightning_pipelite import PipeLiteModule
     from lightning_pipelite.adapters import LoRA

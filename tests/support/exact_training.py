@@ -1,4 +1,4 @@
-"""Training through the pipeline, and the same by a plain loop over the unsplit model: the same numbers."""
+"""Training through the pipeline, and the same in a plain loop over the unsplit model, to compare the numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the model and the data are, and where they are computed."""
+    """The sizes of the model and the data, and the device."""
 
     vocabulary: int = 512
     hidden: int = 64
@@ -56,13 +56,13 @@ class Case:
     targets: tuple[str, ...] = ()
     in_4bit: bool = False
     in_fp8: bool = False
-    tokens: tuple[int, ...] = ()  # whose rows of embedding and head are trained too
+    tokens: tuple[int, ...] = ()  # tokens whose rows of embedding and head are trained too
     experts: bool = False  # a mixture of experts, trained with its routers' auxiliary loss
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the job is spread over processes."""
+    """How the job is distributed over processes."""
 
     stages: int
     replicas: int = 1
@@ -109,7 +109,7 @@ def make_model(directory: Path, case: Case, scale: Scale) -> int:
 
 
 def sequences(scale: Scale) -> list[dict[str, Tensor]]:
-    """Packed sequences of random tokens: documents of random lengths, and unequal numbers of masked labels."""
+    """Return packed sequences of random tokens, with documents of random lengths and unequally many masked labels."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, size: tuple[int, ...] = ()) -> Tensor:
@@ -137,7 +137,7 @@ def make_adapter(case: Case, scale: Scale) -> Adapter:
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """A list of sequences; None, which the sampler fills up with, is one without labels."""
+    """A list of sequences; None, the sampler's padding, gives one without labels."""
 
     def __init__(self, items: list[dict[str, Tensor]]) -> None:
         self._items = items
@@ -172,7 +172,7 @@ def train_split(
     )
     trainer = L.Trainer(
         strategy=strategy, accelerator="gpu" if scale.gpu else "cpu", devices=1 if scale.gpu else processes,
-        num_nodes=processes if scale.gpu else 1,  # ranks that share one GPU look like nodes of one each
+        num_nodes=processes if scale.gpu else 1,  # ranks that share one GPU act as nodes of one process each
         accumulate_grad_batches=MICRO_BATCHES // split.replicas, gradient_clip_val=CLIP, max_steps=steps, max_epochs=-1,
         callbacks=[Losses()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -195,24 +195,24 @@ def train_split(
 def train_plain(
     case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """The same training by a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
+    """Train the same in a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
 
     Args:
         case: The way to train.
-        model_dir: The model.
-        steps: How many.
-        scale: The data.
-        alone: Run each document of a sequence by itself. Some models would let packed ones see each other.
+        model_dir: Directory of the model.
+        steps: Number of steps.
+        scale: Sizes of the data.
+        alone: Run each document of a sequence separately. In some models, packed ones would attend to each other.
     """
     dtype = getattr(torch, scale.dtype)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, device_map={"": scale.device},
-        # None would hide what config.json says of quantised files.
+        # Passing None would hide config.json's own entry for quantised files.
         **({"quantization_config": quantization} if case.in_4bit else {}),
     )  # fmt: skip
     if dtype == torch.float32 and not case.in_4bit:
-        model = model.float()  # beside quantised weights, transformers leaves the others in the files' type
+        model = model.float()  # next to quantised weights, transformers keeps the files' dtype
     if case.in_fp8:
         use_what_codes_stand_for(model)
     if not case.full:
@@ -255,7 +255,7 @@ def train_plain(
     if not case.full:
         weights = get_peft_model_state_dict(model)
         return losses, {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-    with tempfile.TemporaryDirectory() as directory:  # in the names and the layout of the files
+    with tempfile.TemporaryDirectory() as directory:  # to compare in the files' names and layout
         model.save_pretrained(directory)
         return losses, load_file(f"{directory}/model.safetensors")
 
@@ -270,7 +270,7 @@ def use_what_codes_stand_for(model: Any) -> None:
 
 
 def differences(ours: Any, reference: Any) -> tuple[float, float]:
-    """The largest difference of a loss, and the largest relative one of a weight, in the 2-norm."""
+    """Return the largest difference of a loss, and the largest relative one of a weight, in the 2-norm."""
     (losses, weights), (plain_losses, plain_weights) = ours, reference
     assert len(losses) == len(plain_losses), f"{len(losses)} steps instead of {len(plain_losses)}"
     missing = {name for name in plain_weights.keys() ^ weights.keys() if name != "lm_head.weight"}
@@ -283,7 +283,7 @@ def differences(ours: Any, reference: Any) -> tuple[float, float]:
 def compare(
     workers: Workers, case: Case, splits: Sequence[Split], steps: int, scale: Scale
 ) -> Iterator[tuple[Split, float, float]]:
-    """Train a case in every split, and give each one's differences to the plain loop."""
+    """Train a case in every split, and yield the differences of each from the plain loop."""
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), case, scale)
         reference = workers.run(1, train_plain, case, directory, steps, scale)[0]

@@ -1,4 +1,4 @@
-"""Trainings that an error stops at any place, and the checkpoints that are written of that."""
+"""Trainings that an error stops at any point, and the checkpoints written because of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StoppedError(Exception):
 
 
 class FailAt(L.Callback):
-    """Raises at the so-manieth call of a hook of the training."""
+    """Raises at a given call of a hook, counted from 1."""
 
     def __init__(self, hook: str, call: int) -> None:
         self.calls, self.call = 0, call
@@ -57,7 +57,7 @@ class SaveOnException(L.Callback):
 
 
 def failing(folder: str, hook: str, call: int, stages: int = 1, **options: Any) -> bool:
-    """Whether a checkpoint was written of a training that was stopped there."""
+    """Return whether a training that fails at a call of a hook writes a checkpoint."""
     import resume_jobs
 
     fails, calls = FailAt(hook, call), {"loader": resume_jobs.Noisy.__iter__, "loss": resume_jobs.token_loss}
@@ -98,7 +98,7 @@ def resume(path: str, **options: Any) -> dict[str, Any]:
 
 
 def with_lightnings(folder: str, kind: str, stages: int, raises: bool = True) -> Any:
-    """Lightning's own callbacks for that; the message or the files."""
+    """Train with Lightning's own callbacks for it; return the message or the files."""
     saving = {
         "model": lambda: ModelCheckpoint(folder, save_on_exception=True, save_top_k=0),
         "model, last": lambda: ModelCheckpoint(folder, save_on_exception=True, save_last=True, every_n_epochs=9),
@@ -112,7 +112,7 @@ def with_lightnings(folder: str, kind: str, stages: int, raises: bool = True) ->
 
 
 def saved_in_a_step(folder: str, stages: int) -> list[bool]:
-    """By a callback, in the last hook of a step before an evaluation, right before an error on all ranks."""
+    """Save from a callback in the last hook of a step before an evaluation, right before an error on all ranks."""
 
     class Save(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -128,7 +128,7 @@ def saved_in_a_step(folder: str, stages: int) -> list[bool]:
 
 
 def saved_at_the_end(folder: str, stages: int) -> dict[str, bool]:
-    """In the hooks that come when the strategy has let go of everything: whether the checkpoint is there at once."""
+    """Save in hooks that run after the strategy's teardown; return whether each checkpoint exists at once."""
     found: dict[str, bool] = {}
 
     class Save(L.Callback):

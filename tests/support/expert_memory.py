@@ -1,4 +1,4 @@
-"""The memory that a load of 4-bit experts takes beside what stays. Linux only.
+"""The memory that loading 4-bit experts takes beyond what stays allocated. Linux only.
 
     python tests/support/expert_memory.py DIRECTORY
 
@@ -29,7 +29,7 @@ EXPERTS, HIDDEN, INNER = 8, 512, 1024
 
 
 class Untrained(Adapter):
-    """Trains nothing: what is loaded is what is compared."""
+    """Trains nothing: the weights are compared as they are loaded."""
 
     @override
     def check(self, meta_model: MetaModel, *, load_in_4bit: bool) -> None:
@@ -53,7 +53,7 @@ class Untrained(Adapter):
 
 
 def write_experts(directory: Path, depth: int) -> None:
-    """Write a Mixtral that is experts for the most part, in bfloat16."""
+    """Write a bfloat16 Mixtral that consists mostly of experts."""
     config = MixtralConfig(
         vocab_size=1024, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=depth, num_attention_heads=8,
         num_key_value_heads=2, num_local_experts=EXPERTS,
@@ -62,9 +62,9 @@ def write_experts(directory: Path, depth: int) -> None:
 
 
 def load_experts(directory: Path) -> float:
-    """Load all layers in this process; return the peak beside what stays, in units of one layer's experts.
+    """Load all layers in this process; return the peak beyond what stays, in units of one layer's experts.
 
-    In float32, not in the files' type, so that what is read is copied, as it is where it goes to a GPU.
+    Loads in float32, not in the files' dtype, so that what is read is copied, as when it goes to a GPU.
     """
     layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained())
     with PeakWatcher(0.0005) as watcher:
@@ -75,10 +75,10 @@ def load_experts(directory: Path) -> float:
 
 
 def measure_peak(depth: int) -> float:
-    """Call :func:`load_experts` in a process of its own."""
+    """Call :func:`load_experts` in a fresh process."""
     with tempfile.TemporaryDirectory() as directory:
         write_experts(Path(directory), depth)
-        # Freed blocks go back to the system at once, so that what is resident is what is held (mallopt(3)).
+        # Freed blocks return to the system at once, so that resident memory is memory in use (mallopt(3)).
         command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", sys.executable, __file__, directory]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(answer.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Tiny bases of many kinds, random adapters of many kinds on them, and PEFT's own result to hold ours against."""
+"""Tiny bases of many kinds, random adapters of many kinds on them, and PEFT's results as the reference."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BASES: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# What adapters there are: PEFT's options and, for some, the base to try them on.
+# The adapters: PEFT's options and, for some, the base to try them on.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all_linear": {"target_modules": "all-linear"},
     "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_alpha": 3},
@@ -68,7 +68,7 @@ INPUT_IDS = torch.tensor([[5, 17, 99, 3, 64, 21, 8, 90], [1, 2, 3, 4, 5, 6, 7, 8
 
 
 def write_base(directory: Path, kind: str, max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
-    """Save a random model none of whose weights are at trivial initial values."""
+    """Save a random model without any weights at trivial initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(BASES[kind], dtype=dtype)
     for parameter in model.parameters():
@@ -99,7 +99,7 @@ def logits(model: Any) -> Tensor:
 
 
 def with_adapter(base: Path, adapter: Path) -> Tensor:
-    """The logits of the base with the adapter beside it, through PEFT."""
+    """Return the logits of the base with the unmerged adapter, through PEFT."""
     return logits(PeftModel.from_pretrained(load(base), adapter).eval())
 
 
@@ -126,7 +126,7 @@ def write_control_adapter(
 
 @torch.no_grad()
 def with_control(base: Path, adapter: Path, sign: int) -> Tensor:
-    """The logits of the base with a Control Adapter, written once more, from its definition alone."""
+    """Return the logits of the base with a Control Adapter, implemented independently from its definition."""
     model = load(base)
     tensors = load_file(adapter / "adapter_model.safetensors")
     for key in [key for key in tensors if key.endswith("_Q")]:

@@ -1,6 +1,6 @@
-"""A job that fails on purpose in its third step, and what is seen of it from outside.
+"""A job that fails on purpose in its third step, and how that looks from outside.
 
-Run as a script it is one process of the job.
+Run as a script, this is one process of the job.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Failure:
 
     Args:
         how: ``raise``, ``kill`` (SIGKILL), ``hang`` or ``nan``.
-        rank: which rank does; with ``nan`` all notice.
-        expected: what the last line must contain.
+        rank: The rank that fails; with ``nan``, all ranks notice.
+        expected: What the last line must contain.
     """
 
     how: str
@@ -41,7 +41,7 @@ class Failure:
 
 def failures(ranks: int, virtual_stages: int = 1) -> list[Failure]:
     def place(rank: int) -> str:
-        """With several pieces a stage, of one layer each, the first one fails."""
+        """Return how a failing rank is named; of several pieces a stage, each of one layer, the first one fails."""
         return f"rank {rank} (stage {rank}{f', piece {rank}, layer {rank}' if virtual_stages > 1 else ''})"
 
     raised = [Failure("raise", rank, f"{place(rank)} failed: ValueError: broken on purpose") for rank in range(ranks)]
@@ -51,7 +51,7 @@ def failures(ranks: int, virtual_stages: int = 1) -> list[Failure]:
 
 
 def job(arguments: argparse.Namespace) -> None:
-    """One process of a job that is going to fail."""
+    """Run one process of the job."""
     import lightning as L
     import torch
     from torch import nn
@@ -125,14 +125,14 @@ class Outcome:
 
 
 def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False, virtual_stages: int = 1) -> Outcome:
-    """Start a job that fails, and wait until every one of its processes is gone.
+    """Start a job that fails, and wait until all of its processes are gone.
 
     Args:
-        failure: how.
+        failure: How it fails.
         launcher: ``lightning``, ``torchrun``, ``deepspeed``, or ``nodes`` (Lightning's on as many nodes as ranks).
-        ranks: the number of processes, each a stage.
-        gpu: over NCCL; with ``nodes`` all ranks use the first GPU.
-        virtual_stages: pieces of each stage.
+        ranks: The number of processes, each a stage.
+        gpu: Whether to run over NCCL; with ``nodes``, all ranks use the first GPU.
+        virtual_stages: Pieces of each stage.
     """
     port = str(free_port())
     python, script = sys.executable, str(Path(__file__).resolve())
@@ -177,21 +177,21 @@ def run(failure: Failure, launcher: str, ranks: int, gpu: bool = False, virtual_
             ended = time.time()
         for process in left:
             process.kill()
-        began = math.nan  # it ended before it came to fail
+        began = math.nan  # if it ended before the failure
         if marker.exists():
             began = float(marker.read_text()) + (HANG_TIMEOUT if failure.how == "hang" else 0.0)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         named = [line for line in lines if line.startswith("pipelite: ") and failure.expected in line]
         if launcher not in ("torchrun", "deepspeed"):
             named = [line for line in named if line == lines[-1]]
-        # One of several nodes, or the rank that was killed, may be told by any of the processes.
+        # With several nodes, or a killed rank, any of the processes may be the one that reports it.
         code = max(process.returncode != 0 for process in started)
         shown = named[-1] if named else (lines[-1] if lines else "")
         return Outcome(ended - began, shown, bool(named), int(code), len(left))
 
 
 def deepspeed_options(ranks: int, port: str) -> list[str]:
-    """What the `deepspeed` command passes to its launcher on one node."""
+    """Return what the `deepspeed` command passes to its launcher on one node."""
     import base64
     import json
 
@@ -200,7 +200,7 @@ def deepspeed_options(ranks: int, port: str) -> list[str]:
 
 
 def members(sessions: set[int]) -> list[psutil.Process]:
-    """The living processes of some sessions."""
+    """Return the live processes of the given sessions."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -1,6 +1,6 @@
-"""A CUDA driver on the CPU: streams are threads.
+"""A fake CUDA driver on the CPU, whose streams are threads.
 
-It shows that processes hand each other tensors in order; not that a GPU does what its driver says.
+It can show that processes exchange tensors in order, but not that a GPU behaves as its driver documents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _seeds = itertools.count()
 
 
 class Event:
-    """Of a stream."""
+    """An event of a stream."""
 
     def __init__(self) -> None:
         self._happened = threading.Event()
@@ -39,7 +39,7 @@ class Event:
 
 
 class Stream:
-    """Does one thing after the other, each a little late."""
+    """Runs actions in order, each with a short random delay."""
 
     def __init__(self) -> None:
         self._todo: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -84,7 +84,7 @@ def _write_value(address: int, value: int, stream: Stream) -> None:
 
 def _wait_value(address: int, value: int, stream: Stream) -> None:
     def wait() -> None:
-        while (_number(address).value - value) % 2**32 >= 2**31:  # as a difference of signed 32-bit numbers, negative
+        while (_number(address).value - value) % 2**32 >= 2**31:  # negative as a signed 32-bit difference
             time.sleep(1e-5)
 
     stream.add(wait)
@@ -96,12 +96,12 @@ def _copy(to: int, source: int, size: int, stream: Stream) -> None:
 
 @contextmanager
 def installed(fault: str = "") -> Iterator[Stream]:
-    """Have :mod:`lightning_pipelite.strategy.cuda_driver` and torch use it.
+    """Make :mod:`lightning_pipelite.strategy.cuda_driver` and torch use this driver.
 
     Args:
-        fault: Whether no GPU reaches the host's memory ("none"), what is copied arrives "broken" or not at all
-            ("fails"), or a stream that waits holds up all others ("one queue"). Where FAKE_DRIVER is "old" in the
-            environment, it has no copies in batches.
+        fault: "none" if no GPU can reach the host's memory, "broken" if copies arrive corrupted, "fails" if they do not
+            arrive, "one queue" if a waiting stream blocks all others. With FAKE_DRIVER=old in the environment, there
+            are no batched copies.
 
     Yields:
         The stream that is torch's current one.

@@ -1,4 +1,4 @@
-"""Training of a family through two stages, and by a plain loop that runs each packed document alone."""
+"""Training of a family in two stages, and in a plain loop that runs each packed document separately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exact_training import LOSS_LIMIT, Case, Scale, Split, differences, train_pl
 from processes import Workers
 from tiny_families import LAYERS, tiny, write
 
-# PEFT takes the names in DeepSeek's dense layers for those of the experts: there, attention alone.
+# PEFT mistakes the names in DeepSeek's dense layers for the experts', so there only attention is adapted.
 LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 TWO_STAGES = Split(2)
 SCALE = Scale(vocabulary=120, layers=LAYERS, sequence=32, sequences=43)
@@ -24,10 +24,10 @@ def modes(model_type: str) -> tuple[Case, Case]:
 def try_family(
     workers: Workers, model_type: str, case: Case, steps: int, split: Split = TWO_STAGES
 ) -> tuple[float, float]:
-    """Train a family in one way, by two processes; return the largest difference of a loss and of a weight.
+    """Train a family in one way in two processes; return the largest difference of a loss and of a weight.
 
     Raises:
-        AssertionError: The loss does not move, or the weights have other names.
+        AssertionError: If the loss does not move, or the weights have other names.
         RuntimeError: What a process raised.
     """
     with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Fits in which something stops being finite, though the loss does not; what each rank is told."""
+"""Fits in which something other than the loss stops being finite, and what each rank raises."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Spoiled(torch.autograd.Function):
 
 
 class Spoiling(nn.Module):
-    """Hands on what it is given; in training, the gradient of one of its calls is multiplied."""
+    """Passes its inputs on; in training, multiplies the gradient of one of its calls by ``factor``."""
 
     def __init__(self, factor: float, at: int) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Spoiling(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A fit of four layers whose third step (of two micro-batches) goes wrong behind the second of them.
+    """A fit of four layers whose third step (of two micro-batches) goes wrong after the second layer.
 
     Attributes:
-        factor: of the gradients there.
+        factor: Factor of the gradients there.
         clip: ``gradient_clip_val``.
         algorithm: ``gradient_clip_algorithm``.
-        own_clipping: of the module: what it multiplies the gradients with, instead.
-        infinite: a parameter of which a callback sets one gradient to infinity.
-        frozen: layers that are not trained.
+        own_clipping: Factor by which the module's own clipping multiplies the gradients instead.
+        infinite: Name of a parameter in whose gradient a callback sets an element to infinity.
+        frozen: Layers that are not trained.
     """
 
     factor: float
@@ -61,7 +61,7 @@ class Case:
 
 
 class Clipping(Module):
-    """Clips in a way of its own."""
+    """Has its own gradient clipping."""
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         factor = self.model.own_clipping if self.trainer.global_step == 2 else 1.0  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ class Clipping(Module):
 
 
 class Before(L.Callback):
-    """Copies weights and optimizer state as each step begins."""
+    """Copies weights and optimizer state at the start of each step."""
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         self.copy = state_of(trainer)
@@ -90,19 +90,19 @@ class Spoil(L.Callback):
 
 
 def state_of(trainer: Any) -> list[Tensor]:
-    """This rank's weights and optimizer state."""
+    """Return this rank's weights and optimizer state."""
     states = trainer.optimizers[0].state.values()
     kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return [tensor.detach().clone() for tensor in (*trainer.strategy.stage.parameters(), *kept)]
 
 
 def spoil(cases: list[Case], stages: int, replicas: int) -> list[dict[str, Any]]:
-    """What a rank raises in each case, and whether its weights and optimizer state are those before the step."""
+    """Return what a rank raises in each case, and whether its weights and optimizer state are unchanged by the step."""
     told = []
     for case in cases:
         torch.manual_seed(2)
         one, two, three, four = frozen(linears(4), list(case.frozen))
-        # One replica's micro-batch is enough to spoil the gradients of all.
+        # A micro-batch of one replica spoils the gradients of all.
         at = 5 if replicas == 1 else 4
         model = Model([one, two, Spoiling(case.factor, at), three, four], floats(8 * replicas))
         model.own_clipping = case.own_clipping  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ def spoil(cases: list[Case], stages: int, replicas: int) -> list[dict[str, Any]]
 
 
 class Careless(torch.optim.SGD):
-    """The third step writes NaN, of finite gradients, into the state or the weights of the last stage."""
+    """Its third step writes NaN into the state or the weights of the last stage, from finite gradients."""
 
     where = "weights"
 
@@ -143,7 +143,7 @@ class Careless(torch.optim.SGD):
 
 
 def save_not_finite(where: str, folder: str, stages: int) -> tuple[str, list[str]]:
-    """What is said to a checkpoint after the third and last step, and which files there are."""
+    """Return the error of a checkpoint after the third and last step, and the files that exist."""
     Careless.where = where
     torch.manual_seed(2)
 
@@ -168,7 +168,7 @@ def save_not_finite(where: str, folder: str, stages: int) -> tuple[str, list[str
 
 
 def save_lora_not_finite(model_dir: str, folder: str, stages: int) -> list[str]:
-    """A LoRA of which one weight becomes NaN: what save_trained says, by itself and at the end of a training."""
+    """Set a weight of a LoRA to NaN; return the errors of save_trained, called alone and at the end of a training."""
     from exact_training import Scale, Sequences, sequences
     from lightning_pipelite import PipeLiteModule
     from lightning_pipelite.adapters import LoRA

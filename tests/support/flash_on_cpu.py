@@ -1,4 +1,4 @@
-"""FlashAttention's operations in plain torch, where torch has none: on a CPU."""
+"""FlashAttention's operations in plain torch for the CPU, where torch does not implement them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_pipelite.models.attention import varlen
 
 @contextlib.contextmanager
 def flash_on_cpu() -> Iterator[None]:
-    """Let varlen take the way of GPUs, in float32."""
+    """Make varlen attention take the GPU path on the CPU, in float32."""
     with torch.library._scoped_library("aten", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
         library.impl("_flash_attention_forward", _forward, "CPU")
         library.impl("_flash_attention_backward", _backward, "CPU")
@@ -25,7 +25,7 @@ def flash_on_cpu() -> Iterator[None]:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, left: int) -> Tensor:
-    """Of one sequence, [heads, tokens, tokens]."""
+    """Return the masked scores of one sequence, [heads, tokens, tokens]."""
     place = torch.arange(query.shape[0])
     distance = place[:, None] - place
     seen = (distance >= 0) & ((distance <= left) | (left < 0))
@@ -47,7 +47,7 @@ def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, bounds: Tensor,
     *_: Any, scale: float, **named: Any,
 ) -> Any:  # fmt: skip
-    """By algorithm 2 of FlashAttention-2: of the forward pass it knows the output and the log-sum-exp alone."""
+    """Apply algorithm 2 of FlashAttention-2, which has only output and log-sum-exp from the forward pass."""
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     of_query, of_key, of_value = (torch.zeros_like(query) for _ in range(3))
     for first, after in pairwise(bounds.tolist()):

@@ -1,4 +1,4 @@
-"""Trainings in a directory where another one has left something."""
+"""Trainings in a directory where an earlier one has left files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stage_models import Model, floats, linears
 
 
 class Saving(Module):
-    """What it has trained is a file."""
+    """Saves what it has trained to a file."""
 
     def save_trained(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "trained").write_text(str(self.trainer.global_step))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:  # under Lightning's own strategies
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # used by Lightning's own strategies
         inputs, targets = batch
         for layer in self.layers:
             inputs = layer(inputs)
@@ -32,7 +32,7 @@ class Saving(Module):
 
 
 class Remembers(DataLoader):
-    """A loader whose position can be saved; it begins with an epoch."""
+    """A loader with a state dict, which always starts at the beginning of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -42,7 +42,7 @@ class Remembers(DataLoader):
 
 
 def fit(folder: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fits, one after the other: what each was refused with, and which files there are then, with their content."""
+    """Run fits in order; return for each its refusal, and the files with their contents afterwards."""
     return [_fit(Path(folder), **job) for job in jobs]
 
 

@@ -1,4 +1,4 @@
-"""A family's weights in 4 bits, held against bitsandbytes on the whole weights."""
+"""A family's weights in 4 bits, compared with bitsandbytes on the whole weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from published_training import compare_logits, nf4_and_back
 from tiny_families import tiny, write
 
 RATIO_LIMIT = 0.30
-# Of one layer: the files' pieces, what is fused from them, and what bitsandbytes computes on a CPU to quantise it.
+# In one layer's experts: the pieces from the files, their fused weight, and what bitsandbytes' CPU quantiser takes.
 PEAK_LIMIT, GROWTH_LIMIT = 2.5, 0.25
-# The names of the routers' weights in each family; of a family without, there are none to find.
+# A pattern for the routers' weights of each family; empty for a family without routers.
 FAMILIES = {
     **dict.fromkeys(
         ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "cohere",
@@ -49,16 +49,16 @@ FAMILIES = {
 
 @dataclass
 class Outcome:
-    """What was found of one family.
+    """The result for one family.
 
     Attributes:
         model_type: The family.
-        linear: How many linear layers are in 4 bits.
-        fused: How many fused weights are in 4 bits.
+        linear: Number of linear layers in 4 bits.
+        fused: Number of fused weights in 4 bits.
         ratio: The fused weights' bytes over their bytes in bfloat16.
-        kept: What is not in 4 bits, by kind, and how many of each.
+        kept: Number of weights not in 4 bits, by kind.
         logits: The largest difference of the logits.
-        wrong: What is wrong, a sentence each.
+        wrong: A sentence for each thing that is wrong.
     """
 
     model_type: str
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def kinds(whole: PreTrainedModel, router: str) -> dict[str, str]:
-    """Return, by name, what each parameter that must not be in 4 bits is: embedding, head, norm, router or vector."""
+    """Return the kind of each parameter that must not be in 4 bits: embedding, head, norm, router or vector."""
     modules = dict(whole.named_modules())
     found = {}
     for name, parameter in whole.named_parameters(remove_duplicate=False):
@@ -110,7 +110,7 @@ def try_family(model_type: str) -> Outcome:
 
 
 def compare(model_type: str, plain: PreTrainedModel, theirs: PreTrainedModel, stages: list[Stage]) -> Outcome:
-    """Hold two 4-bit stages against the plain model and against transformers' 4-bit model. Changes ``plain``."""
+    """Compare two 4-bit stages with the plain model and with transformers' 4-bit model. Changes ``plain``."""
     outcome = Outcome(model_type)
     weights = dict(plain.named_parameters(remove_duplicate=False))
     must_stay = kinds(plain, FAMILIES[model_type])
@@ -151,13 +151,13 @@ def compare(model_type: str, plain: PreTrainedModel, theirs: PreTrainedModel, st
         outcome.wrong.append(f"{min(both)} is in 4 bits")
     held = {id(weights[name]) for name in changed.keys() | (seen & weights.keys())}  # a tied weight has two names
     if missing := {name for name, weight in weights.items() if id(weight) not in held}:
-        outcome.wrong.append(f"nobody holds {min(missing)}")
+        outcome.wrong.append(f"no stage holds {min(missing)}")
     if outcome.fused:
         outcome.ratio = packed / full
     if outcome.ratio > RATIO_LIMIT:
         outcome.wrong.append(f"experts take {outcome.ratio:.2f} of their bf16 bytes")
     if compare_logits(plain, stages) < 100 * LIMIT:
-        outcome.wrong.append("the control failed: 4 bits change nothing")
+        outcome.wrong.append("4 bits were not tested: quantising changes nothing")
     for name, weight in changed.items():
         weights[name].data.copy_(weight)
     outcome.logits = compare_logits(plain, stages)

@@ -1,4 +1,4 @@
-"""A tiny causal LM with code of its own, whose layers are given the embedded tokens beside the hidden states."""
+"""A tiny causal LM with its own code, whose layers receive the embedded tokens next to the hidden states."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def write_given(directory: Path, *, returns_given: str = "") -> PreTrainedModel:
     """Save the model, and return it in training mode.
 
     Args:
-        directory: Where.
-        returns_given: What the layers are given and return as it is: ``embedding`` or ``positions``. Otherwise they
-            return hidden states alone, and all but the second are given the embedded tokens.
+        directory: Where to save it.
+        returns_given: Which input the layers also return unchanged: ``embedding`` or ``positions``. Otherwise, they
+            return only hidden states, and all but the second receive the embedded tokens.
     """
     (directory / "given_model.py").write_text(_CODE)
     CONFIGS["llama"].save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""A LightningModule around layers that are built a stage at a time."""
+"""A LightningModule around layers that are built one stage at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class HandedLayers(L.LightningModule):
-    """Hands out its layers with a squared error, and trains them by SGD."""
+    """Trains the given layers with a squared error and SGD."""
 
     def __init__(self, layers: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models of which there are config.json and the headers of the weight files alone."""
+"""Models that consist only of config.json and the headers of the weight files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LLAMA_70B: dict[str, Any] = {
 
 
 def write_headers(directory: Path, config: dict[str, Any], shards: int = 30) -> Path:
-    """Write config.json and weight files that have headers, and holes in place of the weights."""
+    """Write config.json and sparse weight files, with headers but without weights."""
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     keys = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
     shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}

@@ -1,4 +1,4 @@
-"""A training that notes which hooks of its module are called."""
+"""A training that records which hooks of its module are called."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CALLED = {
     "optimizer_step", "optimizer_zero_grad", "prepare_data", "setup", "teardown", "train_dataloader",
     "transfer_batch_to_device", "val_dataloader",
 }  # fmt: skip
-"""In a training that is resumed once."""
+"""The hooks called in a training that is resumed once."""
 
 HOOKS = {
     "called": CALLED,
-    # Of test and predict, or, the last, of a time before configure_model.
+    # Hooks of test and predict; the last is from before configure_model existed.
     "not for training": {
         *(f"on_{kind}_{point}" for kind in ("test", "predict") for point in ("start", "end", "model_eval")),
         *(f"on_{kind}_{unit}_{point}" for kind in ("test", "predict") for unit in ("batch", "epoch")
@@ -39,7 +39,7 @@ HOOKS = {
 
 
 def hooks_called(folder: str) -> set[str]:
-    """What is called of all the hooks that the module overrides."""
+    """Return which of all the hooks are called; the module overrides each."""
     called: set[str] = set()
 
     def noting(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Files of GPTQ and AWQ, written from the formats' definitions: codes are laid one behind the other as one long number.
+"""Files of GPTQ and AWQ, written from the formats' definitions: codes are concatenated into one long number.
 
 Each quantiser fills ``plain`` with the weights that its codes stand for, computed before they are packed.
 """
@@ -19,7 +19,7 @@ Quantise = Callable[[Tensors], tuple[Tensors, dict[str, Any]]]
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, count] as int32 [n, count * bits / 32]: the lowest bits of the first word have the first code."""
+    """Pack codes [n, count] as int32 [n, count * bits / 32], the first code in the lowest bits of the first word."""
     rows = []
     for row in codes.tolist():
         number = sum(code << (bits * place) for place, code in enumerate(row))
@@ -28,7 +28,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def in_groups(weight: Tensor, group: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [out, in], zero points and float16 scales [out, groups], of the group of each input."""
+    """Return codes [out, in], zero points and float16 scales [out, groups]; ``group`` is the group of each input."""
     largest = 2**bits - 1
     columns = [weight.float()[:, group == number] for number in range(int(group.max()) + 1)]
     low = torch.stack([each.amin(1).clamp(max=-0.05) for each in columns], 1)
@@ -46,7 +46,7 @@ def gptq(
     bits: int = 4, group_size: int = 32, plain: Tensors | None = None, *, sym: bool = True, desc_act: bool = False,
     version: int = 1, g_idx: bool = True, biases: bool = False, **described: Any,
 ) -> Quantise:  # fmt: skip
-    """Packed along the inputs; ``biases`` are those of zeros that old packers gave to all layers."""
+    """Quantise as GPTQ, packed along the inputs; ``biases`` adds the zero biases that old packers wrote."""
     config = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act,
         "damp_percent": 0.1, "true_sequential": True, "model_file_base_name": "model", **described,
@@ -80,7 +80,7 @@ def gptq(
 
 
 def awq(group_size: int = 32, plain: Tensors | None = None, **described: Any) -> Quantise:
-    """Packed along the outputs, in the order of the gemm kernels."""
+    """Quantise as AWQ, packed along the outputs in the order of the gemm kernels."""
     config = {
         "quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": None, **described,

@@ -1,4 +1,4 @@
-"""The same LightningModule under the strategy and under Lightning's own for one device; what each of them did."""
+"""The same LightningModule under the strategy and under Lightning's own single-device one, and what each did."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = 4
 
 
 class Mlp(L.LightningModule):
-    """A module that trains the same under any strategy, and notes its hooks."""
+    """A module that trains the same under any strategy, and records its hooks."""
 
     def __init__(self, skip_odd_steps: bool = False) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Mlp(L.LightningModule):
     def pipeline_layers(self) -> Any:
         return list(self.net), nn.functional.cross_entropy
 
-    def training_step(self, batch: Any) -> Tensor:  # Lightning then does not pass the index
+    def training_step(self, batch: Any) -> Tensor:  # without batch_idx, which Lightning then does not pass
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("train/loss", loss)
         return loss
@@ -83,7 +83,7 @@ class Mlp(L.LightningModule):
 
 
 class Events(L.Callback):
-    """What happened, and when."""
+    """Records events with their position in the training, and the metrics."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -110,7 +110,7 @@ def data(rows: int) -> TensorDataset:
 
 
 def fit(options: dict[str, Any], stages: int | None, skip_odd_steps: bool = False, loaders: int = 1) -> dict[str, Any]:
-    """One fit: `stages` of None is Lightning's own strategy for one device."""
+    """Run one fit; ``stages`` of None is Lightning's own single-device strategy."""
     events = Events()
     strategy: Any = "auto" if stages is None else PipeLiteStrategy(stages)
     module = Mlp(skip_odd_steps)
@@ -125,12 +125,12 @@ def fit(options: dict[str, Any], stages: int | None, skip_odd_steps: bool = Fals
 
 
 def fits(jobs: list[dict[str, Any]], stages: int) -> list[dict[str, Any]]:
-    """Several fits in one process."""
+    """Run several fits in one process."""
     return [fit(stages=stages, **job) for job in jobs]
 
 
 def log_everything(folder: str, stages: int | None) -> dict[str, Any]:
-    """With both loggers, the learning rate's monitor and both progress bars."""
+    """Fit with both loggers, the learning rate monitor and each of the two progress bars."""
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
     shown = {}
@@ -148,7 +148,7 @@ def log_everything(folder: str, stages: int | None) -> dict[str, Any]:
 
 
 def not_a_number(stages: int) -> dict[str, Any]:
-    """The loss of the third step is not finite."""
+    """Fit with a loss that is not finite in the third step."""
     torch.manual_seed(2)
     layers = [nn.Linear(6, 6), nn.Linear(6, 3)]
     batches = [(torch.randn(2, 6), torch.randint(3, (2,))) for _ in range(8)]
@@ -172,7 +172,7 @@ def not_a_number(stages: int) -> dict[str, Any]:
 
 
 def refusal(kind: str) -> str:
-    """What the strategy says to a configuration or a module that it cannot train, in one process."""
+    """Return the error of a configuration or a module that the strategy cannot train, in one process."""
     layers: list[nn.Module] = [nn.Linear(6, 6), nn.Linear(6, 3)]
     batches = [(torch.randn(2, 6), torch.randint(3, (2,))) for _ in range(4)]
     module, options = Module(Model(layers, batches)), {"max_epochs": 1}
@@ -214,7 +214,7 @@ def refusal(kind: str) -> str:
 
 
 def late_layers(stages: int) -> float:
-    """The layers are made in `setup`, which Lightning calls in every process; the first is a frozen-then-thawed one."""
+    """Train layers from `setup`, the first of which is unfrozen after an epoch; return how far that one has moved."""
 
     class Late(Mlp):
         def setup(self, stage: str) -> None:
@@ -236,7 +236,7 @@ def late_layers(stages: int) -> float:
 
 
 def split_again() -> str:
-    """The same module in layers that are not those of its first fit."""
+    """Split a module into other layers than in its first fit; return the error."""
     strategy = Catchable(1)
     module = Mlp()
     trainer_for(strategy, 1, max_epochs=1).fit(module, DataLoader(data(8), batch_size=ROWS))
@@ -250,7 +250,7 @@ def split_again() -> str:
 
 
 def terminated(asks: int, name: str) -> tuple[int, str | None]:
-    """A signal to one rank, in the second micro-batch of the third step: the steps taken, and what ended it."""
+    """Signal one rank in the second micro-batch of the third step; return the steps taken, and what ended the fit."""
 
     class Terminate(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""ModelCheckpoints that share a folder, under the strategy and under Lightning's own for one device."""
+"""ModelCheckpoints that share a folder, under the strategy and under Lightning's own single-device one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROW: dict[str, list[dict[str, Any]]] = {
 
 
 def named(folder: str, name: str, plain: bool) -> dict[str, Any]:
-    """The files, and what the callbacks believe; the strategy writes slowly."""
+    """Return the files, and what the callbacks believe; the strategy is made to write slowly."""
     saving = [ModelCheckpoint(folder, **options) for options in ROW[name]]
     trainer = trainer_for(
         "auto" if plain else PipeLiteStrategy(1), 1, max_epochs=3, callbacks=saving, enable_checkpointing=True,

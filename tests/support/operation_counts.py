@@ -1,4 +1,4 @@
-"""How often torch's operations run within a block."""
+"""Counts torch's operations within a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Counts(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts how often each operation runs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training that is resumed with other options than it was begun with, and the same in plain torch."""
+"""A training that is resumed with different options, and the same in plain torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _warm_up(step: int, steps: int) -> float:
 
 
 class Rise:
-    """A function with options of its own."""
+    """A schedule function with options."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -50,7 +50,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
 
 
 class Optimized(Module):
-    """With two groups, of which the second is the last stage's alone."""
+    """Has two parameter groups, of which only the last stage has the second."""
 
     def __init__(self, options: dict[str, Any], schedule: str, schedule_options: dict[str, Any]) -> None:
         torch.manual_seed(2)
@@ -71,7 +71,7 @@ def optimize(layers: nn.ModuleList, options: dict[str, Any], schedule: str, more
 
 
 def resumed(folder: str, stages: int, first: tuple[Any, ...], second: tuple[Any, ...]) -> dict[str, Any]:
-    """Some steps with the first options, saved, and some more with the second."""
+    """Train some steps with the first options, save, and resume for some more with the second."""
     path, told = f"{folder}/a.ckpt", io.StringIO()
     for number, (given, steps) in enumerate(((first, BEFORE), (second, BEFORE + AFTER))):
         strategy, module = Catchable(stages), Optimized(*given)
@@ -85,11 +85,11 @@ def resumed(folder: str, stages: int, first: tuple[Any, ...], second: tuple[Any,
 
 
 def in_plain_torch(first: tuple[Any, ...], second: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    """The second options from their own beginning, but for the weights and moments, which go on."""
+    """Train the same: the second options start from scratch, apart from the weights and moments, which are kept."""
     module = Optimized(*first)
     layers, batches = module.layers, module.model.batches
     state: Any = None
-    for given, steps in ((first, BEFORE), (second, AFTER)):  # the loader does not know where it was
+    for given, steps in ((first, BEFORE), (second, AFTER)):  # the loader starts over, as it has no state
         optimizer, scheduler = optimize(layers, *given)
         if state is not None:
             moments = optimizer.state_dict()

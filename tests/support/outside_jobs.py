@@ -1,4 +1,4 @@
-"""A module with a buffer and a weight that belong to no layer."""
+"""A module with a buffer and a weight outside of all layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stage_jobs import Catchable, trainer_for
 
 
 class Beside(Mlp):
-    """Has a buffer and a frozen weight beside its layers."""
+    """Has a buffer and a frozen weight outside of its layers."""
 
     def __init__(self, size: int = 2, strict: bool = True) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Beside(Mlp):
 
 
 def beside_the_layers(folder: str, stages: int) -> list[Any]:
-    """What is there after two epochs, the second of which resumes; and what is said to modules that have another."""
+    """Return both after two epochs, the second of them resumed, and the errors of modules whose state differs."""
     rows = DataLoader(data(5 * ROWS), batch_size=ROWS)
     for epochs in (1, 2):
         module = Beside()

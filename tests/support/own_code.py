@@ -1,4 +1,4 @@
-"""A tiny causal LM with code of its own: its classes, what they import, its tokenizer and that one's own file."""
+"""A tiny causal LM with its own code: its classes, what they import, its tokenizer and the tokenizer's own file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ FILES = {"own_model.py", "own_scale.py", "own_number.py", "own_tokenizer.py", "o
 
 
 def write_own(directory: Path) -> Path:
-    """Save the model; its files hold nothing of transformers' that says what it is."""
+    """Save the model; nothing in its files names a type that transformers knows."""
     write_model(directory, "llama")
     for name, text in (
         ("own_model.py", MODEL),

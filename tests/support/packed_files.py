@@ -17,7 +17,7 @@ def write_jsonl(path: Path, texts: list[str]) -> DatasetConfig:
 
 
 def items(loader: Any) -> list[dict[str, list[int]]]:
-    """The sequences of a loader's dataset in their order on disk."""
+    """Return the sequences of a loader's dataset in their order on disk."""
     if loader == []:
         return []
     dataset = loader.dataset
@@ -25,7 +25,7 @@ def items(loader: Any) -> list[dict[str, list[int]]]:
 
 
 def documents_of(sequences: list[dict[str, list[int]]], prefix: int = 1) -> list[tuple[int, ...]]:
-    """Cut the stream at its EOS; padding, which repeats EOS, gives nothing."""
+    """Cut the stream at each EOS; padding, which repeats EOS, yields no document."""
     stream = [token for item in sequences for token in item["input_ids"][prefix:]]
     found, document = [], []
     for token in stream:

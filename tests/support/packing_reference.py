@@ -1,4 +1,4 @@
-"""The rules of packing, written down slowly, token by token."""
+"""The rules of packing, implemented slowly, token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ groups_of_documents = st.lists(documents, min_size=1, max_size=3)
 
 
 class Slot(NamedTuple):
-    """A position of a sequence; padding is owned by "padding", a prefix by "prefix"."""
+    """A position in a sequence; the owner is a document, "padding" or "prefix"."""
 
     token: int
     owner: object
@@ -28,7 +28,7 @@ def pack_slowly(
     max_sequences: int | None,
     padding_id: int,
 ) -> list[list[Slot]]:
-    """Concatenate documents and slice them; a document's owner is (number of its group, its number there)."""
+    """Concatenate documents and slice them; a document's owner is (group number, number in the group)."""
     sequences: list[list[Slot]] = []
     for group_number, group in enumerate(groups):
         sequence = [Slot(token, "prefix") for token in prefix]
@@ -55,7 +55,7 @@ class Expected(NamedTuple):
 def label_slowly(
     sequence: list[Slot], isolate: bool, masked: set[int], classes: dict[object, int] | int = 1
 ) -> Expected:
-    """Give what a training item has, by a dict of each owner's control class, or one for all."""
+    """Return the content of a training item; ``classes`` are control classes by owner, or one for all."""
     owners = [slot.owner for slot in sequence]
     first = next(owner for owner in owners if owner != "prefix")
     owners = [first if owner == "prefix" else owner for owner in owners]
@@ -72,7 +72,7 @@ def label_slowly(
 
 
 def flatten(groups: list[list[list[int]]]) -> tuple[list[list[int]], list[Any], np.ndarray]:
-    """All documents, the indices of each group, and the lengths."""
+    """Return all documents, the indices of each group, and the lengths."""
     flat = [document for group in groups for document in group]
     ends = np.cumsum([len(group) for group in groups])
     indices = [np.arange(end - len(group), end) for group, end in zip(groups, ends, strict=True)]

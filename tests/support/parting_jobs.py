@@ -1,4 +1,4 @@
-"""Each way in which the ranks of a pipeline can come to have different data; what each rank is told."""
+"""Each way in which the ranks of a pipeline can end up with different data, and what each rank raises."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rows(Dataset[Any]):
             self.random.shuffle(self.order)
         row = torch.full((6,), float(self.order[index]))
         if self.kind == "transform" and self.rank == 1:
-            row[3] += 1e-6  # the smallest change, in one number
+            row[3] += 1e-6  # a tiny change in a single number
         if self.kind == "shape" and index == 5:
             row = row[: 6 - self.rank]
         return row, row[:1]
@@ -71,7 +71,7 @@ class ByTime(Sampler[int]):
 
 
 class Draw(L.Callback):
-    """Draws a number on one rank, for a picture, say."""
+    """Draws a random number on one rank only, as a plot might."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
@@ -79,11 +79,11 @@ class Draw(L.Callback):
 
 
 def part(kind: str, evaluates: bool, stages: int, replicas: int) -> dict[str, Any]:
-    """A fit of three epochs, or its evaluation, whose ranks part; the steps that were taken, and what was said."""
+    """Run a fit of three epochs, or evaluate, with diverging ranks; return the steps taken, and what is raised."""
     torch.manual_seed(1)
     random.seed(1)
     strategy = Catchable(stages)
-    last = int(int(os.environ["RANK"]) // replicas == stages - 1)  # what differs between ranks here
+    last = int(int(os.environ["RANK"]) // replicas == stages - 1)  # whether this rank is to differ
     given = Rows(kind, last) if kind != "unsized" else Unsized(last)
     sampler = ByTime(given) if kind == "sampler" else None
     shuffle = kind == "a number drawn on one rank"
@@ -114,7 +114,7 @@ def part(kind: str, evaluates: bool, stages: int, replicas: int) -> dict[str, An
 
 
 def fit_with(options: list[dict[str, Any]], rates: list[float], gammas: list[float]) -> str | None:
-    """Fit with a Trainer's options, a learning rate and a schedule of each rank's own; returns what is said."""
+    """Fit with Trainer options, a learning rate and a schedule for each rank; return the error, if any."""
     rank = int(os.environ["RANK"])
 
     class Own(Mlp):
@@ -131,7 +131,7 @@ def fit_with(options: list[dict[str, Any]], rates: list[float], gammas: list[flo
 
 
 def add_up(places: tuple[str, str | None]) -> list[float] | str:
-    """Add numbers up at a place of each rank; one that has none tells where it is instead."""
+    """Sum numbers over ranks, each with its own place; a rank without one announces where it is instead."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     agreement = Agreement(Topology(2, 1), rank, timedelta(seconds=30))

@@ -1,4 +1,4 @@
-"""What memory this process holds, now and at the most. Linux only."""
+"""The current and the peak memory of this process. Linux only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def memory(field: str) -> int:
 
 
 class PeakWatcher:
-    """Watches ``RssAnon`` of this process from a thread, as a context.
+    """A context manager that samples ``RssAnon`` of this process from a thread.
 
     Args:
-        interval: seconds between two looks.
+        interval: Seconds between two samples.
 
     Attributes:
-        peak: the largest value seen, in bytes.
+        peak: The largest value seen, in bytes.
     """
 
     def __init__(self, interval: float) -> None:

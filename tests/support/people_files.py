@@ -1,4 +1,4 @@
-"""Files as people have them, and conversations in ChatML by hand."""
+"""Data files as users have them, and conversations in ChatML by hand."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from transformers import PreTrainedTokenizerFast
 from lightning_pipelite.data import DatasetConfig
 
 Write = Callable[[Path], Any]
-Part = tuple[str, bool]  # of the text, and whether it is learnt
+Part = tuple[str, bool]  # a piece of text, and whether it is trained on
 
 
 @dataclass
 class Case:
-    """Files as people have them.
+    """Data files as users have them.
 
     Args:
         write: Writes them into a folder.
-        says: The line of what is found, without the path; or, of what is refused, a pattern of the sentence.
-        parts: What is packed of them, a document; none where they are refused.
-        path: In the folder; by default the only thing in it.
-        options: Of the dataset.
-        module: Of the data module.
-        others: Further documents that are packed beside the first, in any order.
+        says: The line that reports the data found, without the path; if it is refused, a pattern of the error.
+        parts: The document that is packed from them; empty if they are refused.
+        path: Path in the folder; by default, the only thing in it.
+        options: Options of the dataset.
+        module: Options of the data module.
+        others: Further documents that are packed with the first, in any order.
     """
 
     write: Write
@@ -42,7 +42,7 @@ class Case:
     others: list[list[Part]] = field(default_factory=list)
 
     def dataset(self, folder: Path) -> DatasetConfig:
-        """Write the files into a new folder, and name them."""
+        """Write the files into a new folder, and return a dataset of them."""
         folder.mkdir()
         self.write(folder)
         return DatasetConfig(str(folder / (self.path or next(folder.iterdir()).name)), **self.options)
@@ -53,7 +53,7 @@ QUESTION, ANSWER = "Who was it?", "It was the cat."
 
 
 def chat(*messages: tuple[str, str], learnt: tuple[int, ...] = ()) -> list[Part]:
-    """ChatML by hand; without `learnt` all replies are."""
+    """Render ChatML by hand; all replies are trained on unless `learnt` selects some by number."""
     parts: list[Part] = []
     for number, (role, content) in enumerate(messages):
         parts.append((f"<|im_start|>{role}\n", False))
@@ -95,7 +95,7 @@ def arrow(name: str, *records: dict[str, Any]) -> Write:
 
 
 def save_dataset(folder: Path, texts: list[str], **state: object) -> Path:
-    """What the library `datasets` writes by save_to_disk, in two shards."""
+    """Write what `save_to_disk` of the library `datasets` writes, in two shards."""
     folder.mkdir(parents=True)
     files = [f"data-{number:05}-of-00002.arrow" for number in (0, 1)]
     half = len(texts) // 2
@@ -123,7 +123,7 @@ TOLD = chat(("user", f"Tell me.\n\n{QUESTION}"), ("assistant", ANSWER))
 
 
 def expected(parts: list[Part], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Render by hand: the ids, and for each of them itself where it is learnt, else -100."""
+    """Return the ids of a rendering by hand, and for each id itself if it is trained on, else -100."""
     text = "".join(words for words, _ in parts)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     learnt = [flag for words, flag in parts for _ in words]
@@ -134,12 +134,12 @@ def expected(parts: list[Part], tokenizer: PreTrainedTokenizerFast) -> tuple[lis
 
 
 def is_as_expected(case: Case, item: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Tell whether a packed sequence holds the documents of a case, and is learnt as they are."""
+    """Return whether a packed sequence has the documents of a case, with the right labels."""
     length = item["input_ids"].numel()
     for documents in itertools.permutations([case.parts, *case.others]):
         rendered = [expected(parts, tokenizer) for parts in documents]
         ids = [token for each, _ in rendered for token in each]
-        # What comes first in a document is not to be told from the one before it.
+        # The first token of a document cannot be predicted from the document before it.
         labels = [label for _, each in rendered for label in [-100, *each[1:]]]
         if item["input_ids"][0, : len(ids)].tolist() == ids:
             return bool(item["labels"][0].tolist() == [*labels[1:], *[-100] * (length - len(ids) + 1)])

@@ -1,4 +1,4 @@
-"""Files as people have them that are read: the line that is said of them, and the conversation in ChatML by hand."""
+"""Data files as users have them that are read: the line reported for each, and the conversation in ChatML by hand."""
 
 from __future__ import annotations
 

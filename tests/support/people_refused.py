@@ -1,4 +1,4 @@
-"""Files as people have them that could mean several things, or nothing: what is said to them."""
+"""Data files as users have them that could mean several things, or nothing, and the errors they get."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEVERAL = "the fields could mean"
 CASES = {
     "two splits by a glob": Case(
         several(lines("train.jsonl", QA), lines("test.jsonl", QA)),
-        "matches files of the splits test, train: set split to one of them, or name its files alone",
+        "matches files of the splits test, train: set split to one of them, or match only its files",
         path="*.jsonl",
     ),
     "no split to train on": Case(
@@ -36,12 +36,12 @@ CASES = {
     ),
     "a file of no split beside others": Case(
         several(lines("train.jsonl", QA), lines("test.jsonl", QA), lines("more.jsonl", QA)),
-        "files of the splits test, train, and more.jsonl, whose name tells of none; set split",
+        "files of the splits test, train, and more.jsonl, whose name indicates none; set split",
         path=".",
     ),
     "subsets": Case(
         several(parquet("main/train-00000-of-00001.parquet", QA), parquet("other/x-00000-of-00001.parquet", QA)),
-        "has no data in it but in its folders main, other: name one of them",
+        "has no data itself, only in its folders main, other: set dataset_path to one of them",
         path=".",
     ),
     "text beside alpaca": Case(
@@ -58,7 +58,7 @@ CASES = {
         lines("a.jsonl", {"messages": MESSAGES, **shared(TWICE)}),
         "messages and conversations could both be the conversation; set messages_field to one of them",
     ),
-    "answers alone": Case(lines("a.jsonl", {"output": ANSWER}), "only one side of question and answer is known"),
+    "answers alone": Case(lines("a.jsonl", {"output": ANSWER}), "only one of question and answer is recognised"),
     "answers as text": Case(
         lines("a.jsonl", ALPACA),
         "text_field is output, which by its name answers 'instruction', and would be learnt without it",
@@ -73,9 +73,11 @@ CASES = {
         f"{SEVERAL} two things .* or question_field: prompt with answer_field: text",
     ),
     "preferences": Case(
-        lines("a.jsonl", {"prompt": QUESTION, "chosen": ANSWER, "rejected": "x"}), "answers to prefer and to avoid"
+        lines("a.jsonl", {"prompt": QUESTION, "chosen": ANSWER, "rejected": "x"}), "preferred and rejected answers"
     ),
-    "choices": Case(lines("a.jsonl", {**QA, "choices": ["x"]}), "questions with 'choices', which would not be shown"),
+    "choices": Case(
+        lines("a.jsonl", {**QA, "choices": ["x"]}), "question comes with 'choices', which would be ignored"
+    ),
     "one message a record": Case(lines("a.jsonl", *MESSAGES), "the record is a single message"),
     "an empty question": Case(
         lines("a.jsonl", QA, {"question": " ", "answer": ANSWER}), r"line 2: the question \(question.*\) is empty"
@@ -89,22 +91,24 @@ CASES = {
     ),
     "too many cells": Case(
         lambda folder: put(folder / "a.csv", "question,answer\na,b,c\n"),
-        "line 2: 3 cells where the first row names 2 columns",
+        "line 2: 3 cells, but the first row names 2 columns",
     ),
     "CSV without names": Case(
         lambda folder: put(folder / "a.csv", "Who?,It\nWhat?,That\n"), "no field 'text'|no column 'text'|no field is"
     ),
     "reasoning that is not shown": Case(
-        lines("a.jsonl", {**QA, "reasoning": "Hm."}), "the chat template does not show the reasoning"
+        lines("a.jsonl", {**QA, "reasoning": "Hm."}), "the chat template does not render the reasoning"
     ),
-    "an unknown speaker": Case(lines("a.jsonl", shared([("narrator", "x"), ("gpt", "y")])), "'narrator'; give one of"),
+    "an unknown speaker": Case(
+        lines("a.jsonl", shared([("narrator", "x"), ("gpt", "y")])), "'narrator'; change it to one of"
+    ),
     "tools that are not shown": Case(
         lines("a.jsonl", shared(TWICE, tools='[{"type": "function", "function": {"name": "f"}}]')),
-        "the chat template shows no tools in this conversation",
+        "the chat template does not render the tools of this conversation",
     ),
     "the same data, compressed and not": Case(
         several(lines("train.jsonl", QA), lines("train.jsonl.gz", QA)),
-        "has train.jsonl and train.jsonl.gz, which by their names are the same data twice",
+        "has train.jsonl and train.jsonl.gz, which by their names hold the same data",
         path=".",
     ),
     "two sets of texts for training": Case(
@@ -114,42 +118,44 @@ CASES = {
     ),
     "an empty answer": Case(
         lines("a.jsonl", QA, {"question": QUESTION, "answer": " "}),
-        "line 2: the reply in message 2 .* is empty; fill it",
+        "line 2: the reply in message 2 .* is empty; fill it in",
     ),
     "an answer of null": Case(
-        lines("a.jsonl", QA, {"question": QUESTION, "answer": None}), "line 2: the field 'answer' is NoneType, not text"
+        lines("a.jsonl", QA, {"question": QUESTION, "answer": None}),
+        "line 2: the field 'answer' must be a string, not NoneType",
     ),
     "an empty question in messages": Case(
         lines("a.jsonl", {"messages": [{"role": "user", "content": "\n "}, MESSAGES[1]]}),
-        "answers a question that is empty",
+        "answers an empty question",
     ),
     "a conversation that begins with the answer": Case(
-        lines("a.jsonl", {"messages": [{"role": "system", "content": "Be."}, MESSAGES[1]]}), "asks nothing before the"
+        lines("a.jsonl", {"messages": [{"role": "system", "content": "Be."}, MESSAGES[1]]}), "has no question before"
     ),
     "roles of ShareGPT": Case(
         lines("a.jsonl", {"messages": [MESSAGES[0], {"role": "gpt", "content": ANSWER}]}),
-        "the role of message 2 is 'gpt'; write assistant",
+        "the role of message 2 is 'gpt'; change it to assistant",
     ),
     "a value and a content": Case(
         lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "value": "x"}]}),
-        "message 2 .* a value and a content",
+        "message 2 .* has both a value and a content",
     ),
     "a role and another": Case(
-        lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "from": "human"}]}), "a role and another from"
+        lines("a.jsonl", {"messages": [MESSAGES[0], {**MESSAGES[1], "from": "human"}]}), "a role and a different from"
     ),
     "a weight of the record": Case(
-        lines("a.jsonl", {"messages": MESSAGES, "weight": 0}), "has a 'weight' of 0, but all records count alike"
+        lines("a.jsonl", {"messages": MESSAGES, "weight": 0}), "has a 'weight' of 0, but all records count equally"
     ),
-    "pictures": Case(lines("a.jsonl", shared(TWICE, image="a.png")), "is about 'image', which would not be shown"),
+    "pictures": Case(lines("a.jsonl", shared(TWICE, image="a.png")), "is about 'image', which would be ignored"),
     "preferences alone": Case(
-        lines("a.jsonl", {"chosen": MESSAGES, "rejected": MESSAGES}), "answers to prefer and to avoid"
+        lines("a.jsonl", {"chosen": MESSAGES, "rejected": MESSAGES}), "preferred and rejected answers"
     ),
     "answers in a list": Case(
         lines("a.jsonl", {"question": QUESTION, "context": "x", "answers": {"text": [ANSWER]}}),
-        "only one side of question",
+        "only one of question and answer",
     ),
     "records within an object": Case(
-        lambda folder: put(folder / "a.json", '{"data": [{"text": "x"}]}'), "dict where a list of objects or strings is"
+        lambda folder: put(folder / "a.json", '{"data": [{"text": "x"}]}'),
+        "expected a list of objects or strings, but found dict",
     ),
     "CSV of Windows": Case(
         lambda folder: put(folder / "a.csv", "question,answer\nW\xe4r?,x\n".encode("latin-1")),

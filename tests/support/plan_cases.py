@@ -27,7 +27,7 @@ def write_config(path: Path, model_dir: Path, stages: int = 4, virtual_stages: i
 
 
 def write_model_config(directory: Path, config: dict[str, Any]) -> Path:
-    """Write config.json, of which a plan can be made."""
+    """Write config.json, from which a plan can be made."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     return directory

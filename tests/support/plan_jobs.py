@@ -21,7 +21,7 @@ class NeedsValues(torch.optim.SGD):
 
 
 def run_again(job: str) -> list[tuple[int, int]]:
-    """Evaluate, train, and train on with longer sequences, which a plan would cut elsewhere; the stage of each run."""
+    """Evaluate, train, and train again on longer sequences that a plan would cut elsewhere; return each run's stage."""
     model = str(Path(job) / "model")
     module, stages = PipeLiteModule(model, LoRA(2), dtype="float32", schedule="constant"), []
     for run, length in (("validate", 64), ("fit", 64), ("fit", 128), ("validate", 128)):
@@ -36,7 +36,7 @@ def run_again(job: str) -> list[tuple[int, int]]:
 
 
 def cut_by_speeds(job: str, speeds: list[float]) -> tuple[int, int]:
-    """The layers of this rank's stage, where the devices are said to be so fast."""
+    """Return the layers of this rank's stage for devices of the given speeds."""
     model = str(Path(job) / "model")
     data = PackedDataModule([DatasetConfig(f"{job}/texts/*.txt")], sequence_len=64, tokenizer_dir=model)
     module = PipeLiteModule(model, LoRA(2), dtype="float32", schedule="constant")
@@ -50,7 +50,7 @@ def cut_by_speeds(job: str, speeds: list[float]) -> tuple[int, int]:
 
 
 def told_by_auto(job: str) -> str:
-    """What a training says that is to be cut by its plan."""
+    """Return the message of a training that is to be cut by its plan."""
     model = str(Path(job) / "model")
     data = PackedDataModule([DatasetConfig(f"{job}/texts/*.txt")], sequence_len=64, tokenizer_dir=model)
     module = PipeLiteModule(model, LoRA(2), dtype="float32", optimizer=NeedsValues, schedule="constant")

@@ -1,4 +1,4 @@
-"""Layers for which a training is planned, and run on the CPU."""
+"""Layers whose training is planned, and run on the CPU."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def make_adam(parameters: list[nn.Parameter]) -> Adam:
 
 
 def make_layers(model_dir: Path, adapter: Adapter, **options: Any) -> CausalLMLayers:
-    # Attention in plain operations: other code keeps other things on a CPU than on a GPU.
+    # Attention in plain operations: other implementations save different tensors on a CPU than on a GPU.
     options = {"dtype": torch.float32, "attn_implementation": "eager", "compile_layers": False, **options}
     return CausalLMLayers(model_dir, adapter=adapter, fuse_head=False, **options)

@@ -8,9 +8,9 @@ import socket
 
 
 def free_port() -> int:
-    """Return a free port outside the range from which the system takes the ports of connections.
+    """Return a free port outside of the range for outgoing connections.
 
-    A port that the system chooses (``bind`` to 0) may go to a connection before the job listens on it.
+    A port that the system chooses (``bind`` to 0) may be given to a connection before the job listens on it.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)

@@ -1,6 +1,6 @@
-"""Worker processes that stay, each a rank: a new process group costs a second, a new process ten.
+"""Persistent worker processes, one for each rank: a new process group costs a second, a new process ten.
 
-The workers look to Lightning as if torchrun had started them.
+To Lightning, the workers look as if torchrun had started them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Workers:
     """A pool of ranks.
 
     Args:
-        size: the most ranks that a job may have; processes start when first needed.
-        one_gpu: the ranks share the first GPU; they then look like nodes of one process each.
+        size: The maximum number of ranks of a job; processes start when first needed.
+        one_gpu: Whether the ranks share the first GPU; they then act as nodes of one process each.
     """
 
     def __init__(self, size: int, one_gpu: bool = False) -> None:
@@ -41,16 +41,16 @@ class Workers:
         """Call ``function(*args)`` in ranks 0 to ``world_size - 1`` with the variables that torchrun sets.
 
         Args:
-            world_size: the number of ranks.
-            function: a function of an importable module.
-            timeout: seconds until the job counts as hung.
+            world_size: The number of ranks.
+            function: A function of an importable module.
+            timeout: Seconds until the job counts as hung.
 
         Returns:
             What each rank returned.
 
         Raises:
-            RuntimeError: with the first rank's traceback, if one raised. All workers are then replaced.
-            WorkerError: if one ended, or took too long. All workers are then replaced.
+            RuntimeError: With the first rank's traceback, if one raised. All workers are then replaced.
+            WorkerError: If one ended, or took too long. All workers are then replaced.
         """
         assert world_size <= self._size
         while len(self._workers) < world_size:
@@ -68,7 +68,7 @@ class Workers:
                 variables = {**ranks, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 connection.send((variables, function, args))
             answers = [self._answer(rank, timeout) for rank in range(world_size)]
-        except BaseException:  # Ctrl-C, or a test that took too long: a late answer would be taken for the next job's
+        except BaseException:  # Ctrl-C or a test's timeout: a late answer would count as the next job's
             self.close(patience=0)
             raise
         errors = [error for _, error in answers if error]
@@ -79,7 +79,7 @@ class Workers:
         return [result for result, _ in answers]
 
     def _answer(self, rank: int, timeout: float) -> tuple[Any, str | None]:
-        """What a rank has returned, or the reason why it has not."""
+        """Return what a rank has returned, or the reason why it has not."""
         process, connection = self._workers[rank]
         try:
             if not connection.poll(timeout):
@@ -89,7 +89,7 @@ class Workers:
             return None, f"rank {rank}: no answer (exit code {process.exitcode})"
 
     def close(self, patience: float = 5) -> None:
-        """End all workers, at once those that do not end by themselves within some seconds."""
+        """End all workers, killing those that have not exited after ``patience`` seconds."""
         for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
@@ -113,7 +113,7 @@ def _serve(connection: Connection) -> None:
             return
         variables = {name: str(value) for name, value in variables.items()}
         try:
-            # What a job puts into the environment, as a seed, ends with it.
+            # What a job sets in the environment, such as a seed, does not outlive it.
             with _no_output(), mock.patch.dict(os.environ, variables, TORCHELASTIC_RUN_ID="workers"):
                 connection.send((function(*args), None))
         except BaseException:

@@ -1,4 +1,4 @@
-"""Small Lightning projects that are none of ours: plain modules, and what they were asked to do."""
+"""Small Lightning projects that do not use this package: plain modules, and a record of their evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUIET: dict[str, Any] = {
 
 
 class Project(L.LightningModule):
-    """A module as anybody writes it."""
+    """An ordinary LightningModule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Project(L.LightningModule):
 
 
 class TwoOptimizers(Project):
-    """Optimizes by itself, twice a batch."""
+    """Optimizes manually, twice a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def stream(batches: int = 8) -> DataLoader[Any]:
 
 
 class Evaluations(L.Callback):
-    """After which steps there were evaluations."""
+    """Records after which steps evaluations run."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []

@@ -1,6 +1,6 @@
-"""Facts of the config.json of models that people train: sizes, depths and switches, as published.
+"""Facts from the config.json of models that people train: sizes, depths and switches, as published.
 
-What a class's default already says is left out; so are special tokens and what is of no account to its layers.
+Values equal to the class's default are left out, as are special tokens and anything that does not affect the layers.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def shallow(facts: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Return the facts of the first layers alone."""
+    """Return the facts of the model's first ``layers`` layers."""
     depth = facts["num_hidden_layers"]
     fewer = {name: _first(value, depth, layers) for name, value in facts.items()} | {"num_hidden_layers": layers}
     if shared := facts.get("num_kv_shared_layers"):
@@ -242,8 +242,8 @@ def shallow(facts: dict[str, Any], layers: int) -> dict[str, Any]:
 def _first(value: Any, depth: int, layers: int) -> Any:
     if isinstance(value, dict):
         return {name: _first(each, depth, layers) for name, each in value.items()}
-    if isinstance(value, (list, str)) and len(value) == depth:  # something for each layer
+    if isinstance(value, (list, str)) and len(value) == depth:  # one entry for each layer
         return value[:layers]
-    if isinstance(value, list) and all(type(each) is int for each in value):  # numbers of layers
+    if isinstance(value, list) and all(type(each) is int for each in value):  # layer numbers
         return [each for each in value if each <= layers]
     return value

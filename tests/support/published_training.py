@@ -1,4 +1,4 @@
-"""A LoRA that is trained in two stages and loaded by PEFT, and weights in 4 bits, of any tiny model."""
+"""A LoRA trained in two stages and loaded by PEFT, and weights in 4 bits, for any tiny model."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lightning_pipelite.cli.split_comparison import LIMIT, build, cross_entropy,
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models import CausalLMLayers, Stage
 
-CHANGED = 20 * LIMIT  # at least, by what is trained or quantised: the control
+CHANGED = 20 * LIMIT  # the minimum change by training or quantising: the control
 
 
 def lora_through_peft(directory: Path, packed: bool, targets: list[str] | None = None) -> str:
-    """Train a LoRA for two steps in two stages, save it, and hold PEFT's logits on the whole model against the stages'.
+    """Train a LoRA for two steps in two stages, save it, and compare PEFT's logits on the whole model with the stages'.
 
     Args:
-        directory: The model.
-        packed: As for the layers.
-        targets: Names of linear layers; the default's if not given.
+        directory: Directory of the model.
+        packed: Option of the layers.
+        targets: Names of linear layers; the default ones if not given.
 
     Returns:
-        What is wrong, or "refused" with the reason; nothing if they are equal.
+        What is wrong, or "refused" with the reason; an empty string if they are equal.
     """
     adapter = LoRA(4) if targets is None else LoRA(4, target_modules=targets)
     try:
@@ -45,7 +45,7 @@ def lora_through_peft(directory: Path, packed: bool, targets: list[str] | None =
         return f"refused: {refusal}".replace(str(directory), "the model")
     before = run(stages).detach()
     trained = [p for stage in stages for p in stage.parameters() if p.requires_grad]
-    for _ in range(2):  # in the first A has no gradient, as B is zero
+    for _ in range(2):  # in the first, A's gradient is zero, as B is
         cross_entropy(run(stages), tokens()[1]).backward()
         with torch.no_grad():
             norm = torch.stack([p.grad.norm() for p in trained if p.grad is not None]).norm()
@@ -67,17 +67,17 @@ def lora_through_peft(directory: Path, packed: bool, targets: list[str] | None =
 
 
 def in_attention(whole: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers of attention, but those that state-space models have, too."""
+    """Return the names of attention's linear layers, except those that state-space models have too."""
     inside = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
     names = {name.rpartition(".")[2] for name in inside if re.search(r"attn|attention|mixer", name.rpartition(".")[0])}
     return sorted(names - {"in_proj", "out_proj", "x_proj", "dt_proj"})
 
 
 def four_bits(directory: Path, plain: PreTrainedModel, packed: bool) -> str:
-    """Hold two stages in nf4 against the plain model with what bitsandbytes makes of the same weights.
+    """Compare two stages in nf4 with the plain model that has the weights quantised and dequantised by bitsandbytes.
 
     Returns:
-        What is wrong, or "refused" with the reason; nothing if they are equal.
+        What is wrong, or "refused" with the reason; an empty string if they are equal.
     """
     try:
         layers = CausalLMLayers(directory, dtype=torch.float32, load_in_4bit=True, adapter=Untrained(), packed=packed)
@@ -113,7 +113,7 @@ def compare_logits(plain: PreTrainedModel, stages: list[Stage]) -> float:
     """Return by how much the stages' logits differ; infinity if they are not finite."""
     input_ids = tokens()[0]
     passed: Any = (input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids))
-    for stage in stages:  # in training mode: in evaluation bitsandbytes repacks the weights on some CPUs
+    for stage in stages:  # in training mode: in eval mode, bitsandbytes repacks the weights on some CPUs
         passed = stage.train()(passed)
     return relative(passed, plain.train()(input_ids=input_ids, use_cache=False).logits)
 

@@ -43,13 +43,13 @@ Tensors = dict[str, Tensor]
 def write_quantised(
     directory: Path, kind: str, quantise: Callable[[Tensors], tuple[Tensors, dict[str, Any]]], shards: int = 2
 ) -> Path:
-    """Save a random model of ``kind``, its files quantised: two shards and an index, as large models have.
+    """Save a random model of ``kind`` with quantised files: by default two shards and an index, as large models have.
 
     Args:
-        directory: Where.
-        kind: Of ``CONFIGS``.
-        quantise: Makes the files' tensors, and the ``quantization_config``, of those in bfloat16.
-        shards: How many files.
+        directory: Where to save it.
+        kind: A key of ``CONFIGS``.
+        quantise: Turns bfloat16 tensors into the files' tensors and the ``quantization_config``.
+        shards: Number of files.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(torch.bfloat16)
@@ -78,7 +78,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 def edit_tensors(directory: Path, edit: Callable[[Tensors], Any]) -> None:
-    """Change the tensors of each file, and the index with them."""
+    """Edit the tensors of each file, and update the index."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     for file in sorted(set(index["weight_map"].values())):
         tensors = load_file(directory / file)
@@ -92,13 +92,13 @@ def edit_tensors(directory: Path, edit: Callable[[Tensors], Any]) -> None:
 
 
 def is_linear(name: str, tensor: Tensor) -> bool:
-    """Whether a weight is one that checkpoints quantise: of a layer, a matrix, no router, no norm."""
+    """Return whether checkpoints quantise a weight: a matrix in a layer, but not a router or norm."""
     in_layer = ".layers." in name and name.endswith(".weight") and tensor.ndim == 2
     return in_layer and not name.endswith((".gate.weight", ".router.weight"))
 
 
 def of_linear(tensors: Tensors, codes: Callable[[str, Tensor], Tensors]) -> Tensors:
-    """The tensors with what ``codes`` makes of each linear weight in its place."""
+    """Return the tensors with each linear weight replaced by what ``codes`` returns for it."""
     return {
         key: value
         for name, tensor in tensors.items()
@@ -107,7 +107,7 @@ def of_linear(tensors: Tensors, codes: Callable[[str, Tensor], Tensors]) -> Tens
 
 
 def mxfp4(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """The experts of gpt-oss by the rules of the OCP's specification, section 6.3."""
+    """Quantise the experts of gpt-oss by section 6.3 of the OCP specification."""
     made: Tensors = {}
     for name, tensor in tensors.items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -127,7 +127,7 @@ def mxfp4(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
 def fp8(
     block: tuple[int, int] | None = (32, 32), scale_fmt: str = "float", scheme: str = "dynamic"
 ) -> Callable[[Tensors], tuple[Tensors, dict[str, Any]]]:
-    """By transformers' own quantiser, in blocks; or with a scale a tensor, as Mistral's files are."""
+    """Quantise with transformers' own quantiser, in blocks; or with a scale for each tensor, as in Mistral's files."""
     described: dict[str, Any] = {
         "quant_method": "fp8", "activation_scheme": scheme, "fmt": "e4m3", "weight_block_size": block,
     }  # fmt: skip
@@ -150,7 +150,7 @@ def fp8(
 def compressed(
     form: str, bits: int = 8, plain: Tensors | None = None, **weights: Any
 ) -> Callable[[Tensors], tuple[Tensors, dict[str, Any]]]:
-    """By the rules of compressed-tensors, with scales in bfloat16 for each group, block, row or tensor.
+    """Quantise by the rules of compressed-tensors, with bfloat16 scales for each group, block, row or tensor.
 
     ``plain`` is filled with the weights that the codes stand for, computed before they are packed.
     """

@@ -1,4 +1,4 @@
-"""What the ranks draw at random: rows that are in the same order on all stages, and dropout."""
+"""What the ranks draw at random: rows in the same order on all stages, and dropout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stage_models import Model
 
 
 def seed_this_fit(seed: int | None) -> None:
-    """As L.seed_everything does, or at random; but the process goes on to other jobs, which must not inherit it."""
+    """Seed like L.seed_everything, or at random, without passing the seed on to the process's later jobs."""
     if seed is None:
         torch.seed()
         random.seed()
@@ -28,7 +28,7 @@ def seed_this_fit(seed: int | None) -> None:
 
 
 class Numbered(Dataset[Any]):
-    """Every row names itself, in the inputs and in the targets; a row may be augmented at random."""
+    """Rows that carry their number in the inputs and in the targets; they may be augmented at random."""
 
     def __init__(self, random_rows: bool = False, seed: int = 0) -> None:
         self.random_rows = random_rows
@@ -54,7 +54,7 @@ class SideName(nn.Module):
 
 
 def compare_names(kind: str, stages: int, replicas: int) -> dict[str, Any]:
-    """Train on rows that name themselves; the loss is told the names of its inputs and of its targets."""
+    """Train on numbered rows; return the pairs of numbers in inputs and targets that the loss receives."""
     seed_this_fit(None if kind == "unseeded" else 1)
     pairs: list[tuple[int, int]] = []
 

@@ -1,4 +1,4 @@
-"""A gpt-oss of any size with random weights on disk in no time, its experts in MXFP4, or in bfloat16 the very same."""
+"""Writes a gpt-oss of any size with random weights, its experts in MXFP4 or in bfloat16 with the same values."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-EXPONENTS = range(119, 121)  # with codes of all values alike: weights of a standard deviation of 0.018
-SCALE = 0.02  # of the other weights
+EXPONENTS = range(119, 121)  # with uniform codes, this gives weights with a standard deviation of 0.018
+SCALE = 0.02  # standard deviation of the other weights
 
 Parts = Sequence[Tensor]
-"""What a tensor of a file is made of, along its first dimension."""
+"""The parts of a tensor in a file, concatenated along its first dimension."""
 
 
 def write_gpt_oss(directory: Path, sizes: Mapping[str, Any], *, mxfp4: bool, device: str | torch.device = "cpu") -> int:
-    """Write a Hugging Face directory, a layer a file, and return the bytes of its weights.
+    """Write a Hugging Face directory, one file a layer, and return the bytes of its weights.
 
-    To draw billions of values takes minutes on a CPU. So the experts are drawn once: those of each layer are the ones
-    of the layer before, moved on by one, which takes no copy either.
+    Drawing billions of values takes minutes on a CPU, so the experts are drawn once: each layer has those of the layer
+    before, rotated by one, which also takes no copy.
 
     Args:
-        directory: Where; it is made.
-        sizes: Of the ``GptOssConfig``.
-        mxfp4: Whether the experts are in MXFP4, or in bfloat16 what these codes stand for.
-        device: What draws the values, which depend on it.
+        directory: Where to write it; created if missing.
+        sizes: Options of ``GptOssConfig``.
+        mxfp4: Whether the experts are in MXFP4, or in bfloat16 with the values of those codes.
+        device: The device that draws the values, which depend on it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = GptOssConfig(**{"pad_token_id": 0, **sizes}, dtype=torch.bfloat16)
@@ -47,7 +47,7 @@ def write_gpt_oss(directory: Path, sizes: Mapping[str, Any], *, mxfp4: bool, dev
     for name, tensor in shapes.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else "ends"
         files.setdefault(f"model-{layer}.safetensors", {})[name] = tensor
-    drawn: dict[str, dict[str, Tensor]] = {}  # of experts, by the name of the weight without its layer's number
+    drawn: dict[str, dict[str, Tensor]] = {}  # experts, by the name of the weight without its layer number
     weight_map, sizes_on_disk = {}, []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for file, tensors in files.items():
@@ -71,7 +71,7 @@ def write_gpt_oss(directory: Path, sizes: Mapping[str, Any], *, mxfp4: bool, dev
 
 
 def _experts(kind: str, shape: torch.Size, mxfp4: bool, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of the experts of a layer, shape [experts, in, out], by what they are called in its file."""
+    """Return the tensors of a layer's experts, shape [experts, in, out], by their names in the file."""
     experts, inputs, outputs = shape
     generator, blocks = _generator(kind, device), (experts, outputs, inputs // 32, 16)
     codes = torch.randint(0, 256, blocks, dtype=torch.uint8, device=device, generator=generator)
@@ -98,7 +98,7 @@ def _generator(name: str, device: str | torch.device) -> torch.Generator:
 def _write(path: Path, content: Mapping[str, Parts]) -> int:
     """Write a safetensors file part by part, and return the bytes of its tensors.
 
-    safetensors' own function wants each tensor whole, copies it, and lets no other thread do so meanwhile.
+    safetensors' own function needs each tensor in one piece, copies it, and blocks other threads meanwhile.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -116,5 +116,5 @@ def _write(path: Path, content: Mapping[str, Parts]) -> int:
         for part in (part for parts in content.values() for part in parts if part.nbytes):
             view = memoryview(part.contiguous().flatten().view(torch.uint8).numpy())
             while view:
-                view = view[file.write(view) :]  # no more than 2 GiB at once
+                view = view[file.write(view) :]  # a write takes at most 2 GiB
     return place

@@ -1,4 +1,4 @@
-"""Training over sequences that are dealt out from a position, which a checkpoint brings back."""
+"""Training over sequences dealt out from a position that a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Deal:
-    """A data loader with a position that counts micro-batches of the whole job: number k goes to replica k % replicas.
+    """A data loader whose position counts micro-batches of the whole job: number k goes to replica k % replicas.
 
-    Each epoch has an order of its own. The last round is filled up with micro-batches without labels.
+    Each epoch has its own order. The last round is padded with micro-batches without labels.
 
     Args:
-        items: dicts of tensors of shape (sequence,), or pairs (inputs, targets); ``labels`` and targets may be -100.
-        num_replicas: the number of replicas.
-        rank: this process's replica.
+        items: Dicts of tensors of shape (sequence,), or pairs (inputs, targets); ``labels`` and targets may be -100.
+        num_replicas: The number of replicas.
+        rank: This process's replica.
     """
 
     def __init__(self, items: Sequence[Any], *, num_replicas: int = 1, rank: int = 0) -> None:
@@ -58,5 +58,5 @@ def _without_labels(item: Any) -> Any:
 
 
 def batched(sequences: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Each sequence as a micro-batch of one."""
+    """Return each sequence as a micro-batch of one."""
     return [{key: tensor[None] for key, tensor in sequence.items()} for sequence in sequences]

@@ -1,4 +1,4 @@
-"""A training with everything that a resumed one could get wrong, and a record of all that it did."""
+"""A training with everything that resuming could get wrong, and a record of all that it does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stage_models import CLASSES, WIDTH, Batch, Model, token_loss
 
 
 class Noisy(Deal):
-    """Adds what the process draws for the data, the same on all stages."""
+    """Adds random numbers that the process draws for the data, the same on all stages."""
 
     def __iter__(self) -> Iterator[Batch]:
         for inputs, targets in super().__iter__():
@@ -28,7 +28,7 @@ class Noisy(Deal):
 
 
 class Functional(nn.Module):
-    """Drops without a module for it."""
+    """Applies dropout by the function, without a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Functional(nn.Module):
 
 
 class Record(Logger):
-    """All that is logged, with its step."""
+    """Records all that is logged, with its step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Record(Logger):
 
 
 class SaveEverywhere(L.Callback):
-    """Saves at many hooks, under names that tell which."""
+    """Saves in many hooks, under names that say which."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class SaveEverywhere(L.Callback):
 
 
 class Scheduled(Module):
-    """Under Lightning's own strategies without dropout, whose generators they do not bring back."""
+    """Also runs under Lightning's own strategies, there without dropout, as they do not restore its generators."""
 
     offload = False
 
@@ -131,7 +131,7 @@ def train(
     offload: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ten micro-batches an epoch; an evaluation after every fourth of one replica, in the middle of an epoch."""
+    """Train with ten micro-batches an epoch, and an evaluation within an epoch, after every fourth with one replica."""
     strategy: Any = "auto" if plain else Catchable(stages, virtual_stages=virtual_stages)
     module = make()
     module.offload = offload
@@ -169,7 +169,7 @@ def train_with_model_checkpoint(folder: str, ckpt_path: str | None, steps: int) 
 
 
 class StopAfter(L.Callback):
-    """Stops after a micro-batch of the whole training, counted from 1."""
+    """Stops after a micro-batch, counted from 1 over the whole training."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -187,7 +187,7 @@ class SaveAtTheEnd(L.Callback):
 
 
 def train_and_stop(folder: str, saving: str, stop: int | None, resume: bool, **limit: Any) -> dict[str, Any]:
-    """Save at the end of each epoch, by TimedCheckpoint or Lightning's own, or when training has ended."""
+    """Train, saving at the end of each epoch with TimedCheckpoint or Lightning's own, or after training."""
     from lightning_pipelite.callbacks import TimedCheckpoint
 
     end = f"{folder}/end.ckpt"

@@ -16,7 +16,7 @@ from lightning_pipelite.data import DatasetConfig
 
 
 class Losses(Callback):
-    """Keeps the losses."""
+    """Records the losses."""
 
     def __init__(self) -> None:
         self.found: list[float] = []

@@ -1,4 +1,4 @@
-"""What the pipeline's schedule makes of given times of the stages: DeepSpeed's own instructions, played through."""
+"""Simulates the pipeline's schedule for given times of the stages, from DeepSpeed's own instructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """Seconds that a micro-batch takes on a stage."""
+    """Seconds of a micro-batch on a stage."""
 
     forward: float
     backward: float
@@ -18,11 +18,11 @@ class Stage:
 
 @dataclass
 class Simulated:
-    """What became of a step.
+    """The result of a simulated step.
 
     Attributes:
-        seconds: from the first forward to the last backward.
-        busy: the seconds that each stage computed.
+        seconds: Time from the first forward to the last backward.
+        busy: Seconds that each stage computes.
     """
 
     seconds: float
@@ -30,7 +30,7 @@ class Simulated:
 
     @property
     def efficiency(self) -> float:
-        """The share of all stages' time that was spent on computing."""
+        """The share of all stages' time that is spent on computing."""
         return sum(self.busy) / (len(self.busy) * self.seconds)
 
 
@@ -39,18 +39,18 @@ class _Rank:
     instructions: deque[Any]
     clock: float = 0.0
     busy: float = 0.0
-    sent: list[deque[float]] = field(default_factory=lambda: [deque(), deque()])  # to the stage before, after
+    sent: list[deque[float]] = field(default_factory=lambda: [deque(), deque()])  # to the previous and the next stage
 
 
 def simulate(stages: Sequence[Stage], micro_batches: int, transfer: float = 0.0, blocking: bool = False) -> Simulated:
-    """Play a step through.
+    """Simulate a step.
 
     Args:
-        stages: in order.
-        micro_batches: how many.
-        transfer: seconds from one stage to the next, and back.
-        blocking: a sender goes on only when the receiver has what it sends (NCCL's sends in the stream of the
-            kernels); otherwise at once.
+        stages: The stages in order.
+        micro_batches: Number of micro-batches.
+        transfer: Seconds of a transfer between neighbouring stages, in either direction.
+        blocking: Whether a sender waits until the receiver has the data (as NCCL's sends do in the stream of the
+            kernels); otherwise it continues at once.
     """
     from deepspeed.runtime.pipe.schedule import TrainSchedule
 
@@ -62,12 +62,12 @@ def simulate(stages: Sequence[Stage], micro_batches: int, transfer: float = 0.0,
     while any(rank.instructions for rank in ranks):
         moved = [_advance(ranks, i, stages[i], transfer, blocking) for i in range(count)]
         if not any(moved):
-            raise RuntimeError("the schedule is in a deadlock")
+            raise RuntimeError("the schedule deadlocks")
     return Simulated(max(rank.clock for rank in ranks), [rank.busy for rank in ranks])
 
 
 def _advance(ranks: list[_Rank], number: int, stage: Stage, transfer: float, blocking: bool) -> bool:
-    """Run the next instruction of a rank if it can be run."""
+    """Run the next instruction of a rank if it is ready."""
     rank = ranks[number]
     if not rank.instructions:
         return False
@@ -91,7 +91,7 @@ def _advance(ranks: list[_Rank], number: int, stage: Stage, transfer: float, blo
             rank.clock = max(rank.clock, arrivals.popleft())
     elif name in ("SendActivation", "SendGrad"):
         if blocking:
-            return False  # the receiver takes both on
+            return False  # the receiver's instruction advances both
         rank.sent[1 if name == "SendActivation" else 0].append(rank.clock + transfer)
     rank.instructions.popleft()
     return True

@@ -1,7 +1,7 @@
-"""A model directory of 70 billion parameters that takes a few GiB of disk: its layers have the weights of two.
+"""A model directory of 70 billion parameters that takes a few GiB of disk: all layers share the weights of two.
 
-Each layer has a shard of its own with a true header and a true length, whose data is a hole in the file. What reads
-headers (all checks, the fingerprint) sees a plain directory; what reads weights is given those of a drawn layer.
+Each layer has its own shard with a true header and a true length, but sparse data. Code that reads only headers (all
+checks, the fingerprint) sees a plain directory; code that reads weights gets those of a drawn layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHAPE_70B: dict[str, Any] = {
     "vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
     "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096,
 }  # fmt: skip
-"""Of Llama 3.1 70B."""
+"""The shape of Llama 3.1 70B."""
 
 DRAWN = 2
 _FOLDER = "drawn"
@@ -61,7 +61,7 @@ def write_shared(directory: Path, shape: dict[str, Any], device: torch.device) -
 
 
 def _write_hole(path: Path, source: Path, number: int) -> None:
-    """Write the header of a drawn layer with another number, and leave the data out."""
+    """Write the header of a drawn layer with another layer number, and sparse data."""
     with source.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = _LAYER.sub(str(number), file.read(size).decode()).encode()
@@ -72,7 +72,7 @@ def _write_hole(path: Path, source: Path, number: int) -> None:
 
 
 def read_shared(directory: Path) -> None:
-    """From now on this process loads a directory of :func:`write_shared` with its drawn weights."""
+    """Make this process load a directory of :func:`write_shared` with its drawn weights from now on."""
     import transformers.modeling_utils
 
     if (directory / _FOLDER).is_dir():

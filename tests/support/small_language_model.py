@@ -1,7 +1,7 @@
-"""A small language model that is trained on text that lies on every machine with Python, and LoRAs on other such text.
+"""A small language model trained on text that every machine with Python has, and LoRAs trained on other such text.
 
-The base learns from the standard library's sources and from pydoc's topics; the LoRAs from the sources of torch. A
-weight's values have then the spread of a trained model's, on which it depends what fewer bits take away.
+The base learns from the standard library's sources and from pydoc's topics, the LoRAs from the sources of torch.
+Weights then have the distribution of a trained model's, which determines how much quantisation loses.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lightning_pipelite.models import CausalLMLayers
 
 @dataclass(frozen=True)
 class Size:
-    """How large all is.
+    """The sizes of the model, the texts and the trainings.
 
     Attributes:
-        hidden: of the model, as ``layers`` and ``vocabulary``.
-        sequence: tokens.
-        batch: sequences of a step.
-        base_steps: of the base's training.
-        steps: of a LoRA's.
-        evaluated: sequences that no LoRA learns from.
-        characters: of each of the two texts.
-        lr: a LoRA's learning rate.
+        hidden: Size of the model, like ``layers`` and ``vocabulary``.
+        sequence: Tokens in a sequence.
+        batch: Sequences in a step.
+        base_steps: Steps of the base's training.
+        steps: Steps of a LoRA's training.
+        evaluated: Number of held-out sequences, on which no LoRA trains.
+        characters: Length of each of the two texts.
+        lr: Learning rate of a LoRA.
     """
 
     hidden: int = 1024
@@ -66,14 +66,14 @@ def other_text(size: Size) -> list[str]:
 
 
 def _up_to(characters: int, documents: Sequence[str | Path]) -> list[str]:
-    """Return documents, read if they are files, in an order that mixes them, until there are so many characters."""
+    """Return documents in random order, reading files, until they have ``characters`` characters."""
     generator = torch.Generator().manual_seed(0)
     taken: list[str] = []
     for number in torch.randperm(len(documents), generator=generator).tolist():
         document = documents[number]
         try:
             taken.append(document if isinstance(document, str) else document.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError):  # Python has tests of its own for such files
+        except (OSError, UnicodeDecodeError):  # Python's own tests include unreadable files
             continue
         characters -= len(taken[-1])
         if characters <= 0:
@@ -97,7 +97,7 @@ def tokenise(size: Size, base: list[str], other: list[str]) -> list[Tensor]:
 
 
 def train_base(size: Size, sequences: Tensor, directory: Path, device: torch.device) -> float:
-    """Train the base from nothing, save it in bf16, and return its last loss, over some steps."""
+    """Train the base from scratch, save it in bf16, and return its final loss, the mean of some steps."""
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=-(-size.hidden * 8 // 3 // 64) * 64,
         num_hidden_layers=size.layers, num_attention_heads=max(1, size.hidden // 64),
@@ -131,12 +131,12 @@ def train_lora(
     """Train a LoRA of rank 16, and return the evaluation loss before and after.
 
     Args:
-        size: Of all.
-        sequences: Of the other text: the last are for evaluation.
-        directory: Of the base.
-        device: Where.
-        seed: Of the LoRA's first values, and of the order of the sequences.
-        held: How the base's weights are held, as options of CausalLMLayers; in bf16 by default.
+        size: All sizes.
+        sequences: Sequences of the other text; the last ones are for evaluation.
+        directory: Directory of the base.
+        device: Device to train on.
+        seed: Seed of the LoRA's initial values and of the order of the sequences.
+        held: Options of CausalLMLayers for the base's weights, which are in bf16 by default.
     """
     layers = CausalLMLayers(directory, adapter=LoRA(16), seed=seed, activation_memory="keep", **held)  # type: ignore[arg-type]
     stage = layers.build_stage(0, len(layers), device)

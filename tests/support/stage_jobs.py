@@ -18,14 +18,14 @@ VAL_INTERVAL = 5
 
 
 class Catchable(PipeLiteStrategy):
-    """An error that all ranks raise at once can be caught; otherwise the watchdog ends the processes."""
+    """Allows to catch an error that all ranks raise at once; otherwise, the watchdog ends the processes."""
 
     def on_exception(self, exception: BaseException) -> None:
         pass
 
 
 class Module(L.LightningModule):
-    """Any layers as a LightningModule."""
+    """A LightningModule of any layers."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Module(L.LightningModule):
 
 
 class Steps(L.Callback):
-    """Notes the loss and the gradient norm of each step."""
+    """Records the loss and the gradient norm of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -69,7 +69,7 @@ def loader(batches: list[Batch], strategy: PipeLiteStrategy) -> DataLoader[Any]:
 
 
 def trainer_for(strategy: Any, processes: int, **options: Any) -> L.Trainer:
-    # Where Lightning deals out the rows to several processes, it shuffles them whatever the loader says.
+    # When Lightning distributes the rows over several processes, it shuffles them whatever the loader says.
     defaults = {
         "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
         "use_distributed_sampler": False,
@@ -78,7 +78,7 @@ def trainer_for(strategy: Any, processes: int, **options: Any) -> L.Trainer:
 
 
 def collected(strategy: PipeLiteStrategy) -> dict[str, Tensor]:
-    """All parameters of all stages, on rank 0; a tied one must be equal to the bit in all of them."""
+    """Return all parameters of all stages on rank 0; a tied one must be bit-equal in all of them."""
     assert strategy.stage is not None
     found: dict[str, Tensor] = {}
     mine = {name: p.detach().clone() for name, p in strategy.stage.named_parameters()}
@@ -90,7 +90,7 @@ def collected(strategy: PipeLiteStrategy) -> dict[str, Tensor]:
 
 
 def train(name: str, stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
-    """Two epochs under the strategy, with evaluations in the middle of a window."""
+    """Train two epochs under the strategy, with evaluations in the middle of an accumulation window."""
     model = build(name)
     steps, strategy = Steps(), PipeLiteStrategy(stages, virtual_stages=virtual_stages)
     trainer = trainer_for(
@@ -107,7 +107,7 @@ def train(name: str, stages: int, replicas: int, virtual_stages: int = 1) -> dic
 
 
 def train_plainly(name: str, replicas: int) -> dict[str, Any]:
-    """The same in plain torch, on the whole model."""
+    """Train the same in plain torch, on the whole model."""
     model = build(name)
     whole = nn.ModuleList(model.layers)
     parameters = [p for p in whole.parameters() if p.requires_grad]
@@ -147,7 +147,7 @@ def train_plainly(name: str, replicas: int) -> dict[str, Any]:
 
 
 def named(layers: nn.ModuleList) -> dict[str, Tensor]:
-    """Parameters by the names that stages give them: that of the first layer, or a number if several layers have it."""
+    """Return parameters by their names in stages: their layer's, or ``shared_i`` if several layers have them."""
     holders = {
         p: sum(any(p is own for own in layer.parameters()) for layer in layers.children()) for p in layers.parameters()
     }
@@ -157,7 +157,7 @@ def named(layers: nn.ModuleList) -> dict[str, Tensor]:
 
 
 def hand_on(kind: str) -> str:
-    """What the engine says to the outputs of a stage, for two micro-batches of equal shapes."""
+    """Return the engine's message about the outputs of a stage, for two micro-batches of equal shapes."""
     from lightning_pipelite.strategy.engine import PipeLiteEngine
 
     first = torch.ones(2, 3)

@@ -33,7 +33,7 @@ class Lambda(nn.Module):
 
 
 class OnFirst(nn.Module):
-    """Applies a module to the first of a tuple, and hands the others on."""
+    """Applies a module to the first tensor of a tuple, and passes the others on."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class OnFirst(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """An embedding of integers, and the head on hidden states."""
+    """An embedding for integers, and the head for hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def floats(number: int = 10, rows: int = 3) -> list[Batch]:
 
 
 def tokens(number: int, embedded: bool = False) -> list[Batch]:
-    """Sequences with unequal numbers of masked targets, one of them wholly masked."""
+    """Return sequences with unequally many masked targets, one of them fully masked."""
     made: list[Batch] = []
     for index in range(number):
         targets = torch.randint(CLASSES, (2, 6))
@@ -125,7 +125,7 @@ def tied_parameter() -> list[nn.Module]:
 
 
 def tied_inside() -> list[nn.Module]:
-    """The same module inside of two others."""
+    """Return layers, two of which contain the same module."""
     shared = nn.Linear(WIDTH, WIDTH)
     return [nn.Sequential(shared, nn.Tanh()), nn.Tanh(), nn.Sequential(shared, nn.GELU()), nn.Linear(WIDTH, CLASSES)]
 
@@ -142,7 +142,7 @@ def unused_float_side() -> Model:
 
 
 def used_side() -> Model:
-    """A float side tensor (weights) that the last stage uses, and an integer one."""
+    """Return a model with a float side tensor (weights) that the last stage uses, and an integer one."""
 
     def weigh(item: tuple[Tensor, ...]) -> Tensor:
         return item[0] * item[1].sum(1, keepdim=True) + nn.functional.one_hot(item[2], CLASSES)
@@ -164,14 +164,14 @@ def other_shapes() -> Model:
 
 
 def dictionaries() -> Model:
-    """Inputs that change their length, which the targets do not show."""
+    """Return a model whose inputs change in length, which the targets do not show."""
     lengths = [6] * 4 + [2] * 3 + [9] * 2
     batches = [({"x": torch.randn(3, length, WIDTH)}, torch.randint(CLASSES, (3,))) for length in lengths]
     return Model([Lambda(lambda item: item["x"]), *linears(3), Lambda(lambda x: x.mean(1))], batches)
 
 
 def turned() -> Model:
-    """Stages that end with tensors which are not contiguous."""
+    """Return a model whose stages output non-contiguous tensors."""
     turn = Lambda(lambda x: x.transpose(0, 1))
     return Model([nn.Linear(WIDTH, WIDTH), turn, Lambda(lambda x: x.transpose(0, 1)), *linears(1)], floats())
 
@@ -201,7 +201,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 
 def tied_ends() -> list[nn.Module]:
-    """The first and the last of eight layers, and two in the middle that have a stage in common."""
+    """Return eight layers: the first and the last are tied, and so are two in the middle that can share a stage."""
     embedding, shared, hidden = TiedEmbedding(), nn.Linear(WIDTH, WIDTH), linears(5)
     return [
         embedding,
@@ -214,7 +214,7 @@ def tied_ends() -> list[nn.Module]:
 
 
 def deep_sides() -> Model:
-    """Tensors of several types, which every piece hands on; micro-batches of three shapes."""
+    """Return a model of side tensors of several dtypes, which every piece passes on; micro-batches of three shapes."""
     lengths = [3] * 5 + [2] * 4 + [4]
     batches = [
         ((torch.randn(n, WIDTH), torch.rand(n, 2), torch.arange(n)), torch.randint(CLASSES, (n,))) for n in lengths
@@ -222,7 +222,7 @@ def deep_sides() -> Model:
     return Model([*map(OnFirst, linears(7)), Lambda(lambda item: item[0] * item[1].sum(1, keepdim=True))], batches)
 
 
-# Of eight layers, for several pieces on each stage; the last step of an epoch has fewer micro-batches than ranks.
+# Models of eight layers, for several pieces a stage; an epoch's last step has fewer micro-batches than ranks.
 DEEP: dict[str, Callable[[], Model]] = {
     "eight layers": lambda: Model(linears(8), tokens(18), token_loss, clip=0.1, accumulate=4),
     "tied ends": lambda: Model(tied_ends(), tokens(10, True), token_loss, clip=0.1),

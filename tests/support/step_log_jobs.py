@@ -1,4 +1,4 @@
-"""Trainings of one Trainer after another, of a PipeLiteModule and of a module that logs nothing itself."""
+"""One Trainer's successive trainings of a PipeLiteModule and of a module that logs nothing itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StoppedError(Exception):
 
 
 class StopAt(L.Callback):
-    """Raises at the end of the micro-batch after which so many steps have been taken."""
+    """Raises at the end of the micro-batch that completes a given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -34,7 +34,7 @@ class StopAt(L.Callback):
 
 
 def one_trainer_for_two_modules(job: str, stops_at: int) -> tuple[set[str], set[str]]:
-    """What of a PipeLiteModule's own metrics each of the two trainings has logged, the first of which may fail."""
+    """Return which of PipeLiteModule's own metrics each of two trainings has logged; the first one may fail."""
     given = [StopAt(stops_at)]
     trainer: Any = trainer_for(
         PipeLiteStrategy(), 1, max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=list(given)

@@ -1,4 +1,4 @@
-"""A terminal to print to, as a user would have it."""
+"""A terminal to print to, like a user's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 
 class Terminal:
-    """What was written, after the context has ended."""
+    """What was written, available once the context has ended."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -26,11 +26,11 @@ class Terminal:
 
 @contextlib.contextmanager
 def terminal(kind: str, columns: int = 120) -> Iterator[Terminal]:
-    """Make standard error, and standard output, a terminal.
+    """Make standard error and standard output a terminal.
 
     Args:
-        kind: the variable TERM.
-        columns: its width.
+        kind: Value of TERM.
+        columns: Width of the terminal.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -44,7 +44,7 @@ def terminal(kind: str, columns: int = 120) -> Iterator[Terminal]:
     reader = threading.Thread(target=read)
     reader.start()
     before, streams = dict(os.environ), (sys.stdout, sys.stderr)
-    os.environ.update(TERM=kind, COLUMNS=str(columns))  # rich asks the process's own streams, which are others
+    os.environ.update(TERM=kind, COLUMNS=str(columns))  # rich would query the process's original streams
     with os.fdopen(theirs, "w") as file:
         sys.stdout = sys.stderr = file
         try:

@@ -1,4 +1,4 @@
-"""Layers that are built a stage at a time, under names that several stages have."""
+"""Layers that are built one stage at a time, under names that several stages have."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Layers:
     """Two linear layers.
 
     Args:
-        names: Of each.
-        seeds: Of each.
-        outputs: Of the second one.
-        trained: Whether the second one is.
+        names: Name of each.
+        seeds: Seed of each.
+        outputs: Output width of the second one.
+        trained: Whether the second one is trained.
     """
 
     def __init__(self, names: list[str], seeds: list[int], outputs: int, trained: bool) -> None:
@@ -44,7 +44,7 @@ class Layers:
 
 
 def told(names: list[str], seeds: list[int], outputs: int = WIDTH, trained: bool = True) -> list[str]:
-    """What a training in two stages warns of, or is refused with."""
+    """Return the warnings of a training in two stages, or its error."""
     trainer = L.Trainer(
         strategy=PipeLiteStrategy(2), accelerator="cpu", devices=2, max_steps=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -56,4 +56,4 @@ def told(names: list[str], seeds: list[int], outputs: int = WIDTH, trained: bool
             trainer.fit(HandedLayers(Layers(names, seeds, outputs, trained)), DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
         except ConfigurationError as error:
             return [str(error)]
-    return [str(each.message) for each in caught if "stand in several stages" in str(each.message)]
+    return [str(each.message) for each in caught if "occur in several stages" in str(each.message)]

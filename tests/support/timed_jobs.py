@@ -17,7 +17,7 @@ from resume_jobs import train
 
 
 class At(L.Callback):
-    """Does something in some steps."""
+    """Runs actions in given steps."""
 
     def __init__(self, actions: dict[int, Any]) -> None:
         self.actions = actions
@@ -32,7 +32,7 @@ def saved(folder: str) -> list[str]:
 
 
 def asked(folder: str, way: str, stages: int = 2) -> dict[str, Any]:
-    """In step 4 of 8, which is within the first epoch and not before an evaluation, on the last rank."""
+    """Ask to save on the last rank in step 4 of 8, within the first epoch and not before an evaluation."""
     asks = int(os.environ["RANK"]) == stages - 1
     requeued: list[int] = []
 
@@ -42,7 +42,7 @@ def asked(folder: str, way: str, stages: int = 2) -> dict[str, Any]:
         elif asks:
             os.kill(os.getpid(), getattr(signal, way))
 
-    signal.signal(signal.SIGUSR1, lambda *_: requeued.append(1))  # Lightning's under Slurm, say
+    signal.signal(signal.SIGUSR1, lambda *_: requeued.append(1))  # as Lightning does under Slurm
     status = 0
     Path(folder).mkdir(exist_ok=True)
     try:
@@ -55,7 +55,7 @@ def asked(folder: str, way: str, stages: int = 2) -> dict[str, Any]:
 
 
 def by_the_clock(folder: str, keep: int, monitor: str | None) -> dict[str, Any]:
-    """The clock of rank 0 says that it is time in every step, that of the others never."""
+    """Save by the clock: by that of rank 0 in every step, by that of the others never."""
     hours = 1e-9 if int(os.environ["RANK"]) == 0 else 1e9
     saving = TimedCheckpoint(hours, keep, folder, monitor=monitor)
     train(2, callbacks=(saving,), max_steps=8, max_epochs=-1)
@@ -63,12 +63,12 @@ def by_the_clock(folder: str, keep: int, monitor: str | None) -> dict[str, Any]:
 
 
 def on_a_full_disk(folder: str) -> dict[str, Any]:
-    """From step 4 to 6 nothing can be written."""
+    """Train while nothing can be written from step 4 to 6."""
     path, hidden = Path(folder), Path(folder).with_name("hidden")
     seen: list[list[str]] = []
 
     def block() -> None:
-        for _ in range(500):  # it is written in the background
+        for _ in range(500):  # wait for the background write
             if "step=00000003.ckpt" in (names := saved(folder)) and not names[0].startswith("."):
                 break
             time.sleep(0.01)
@@ -86,7 +86,7 @@ def on_a_full_disk(folder: str) -> dict[str, Any]:
 
 
 def failing_to_save(folder: str) -> dict[str, Any]:
-    """What was trained cannot be written, for a reason that is not the disk's; then it goes on to where it was."""
+    """Fail to write what was trained, not because of the disk; then resume from where training had ended."""
     import resume_jobs
 
     def save_trained(self: Any, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny random model of any type that transformers knows, and whether it trains as a pipeline exactly."""
+"""A tiny random model of any type that transformers knows, and whether it trains exactly as a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from published_bases import PUBLISHED, shallow
 from published_training import four_bits, in_attention, lora_through_peft
 
 LAYERS = 4
-LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this script does not know
+LARGEST = 40_000_000  # parameters; a model that stays larger has sizes that this file does not know
 DEPTHS = (
     "num_hidden_layers",
     "n_layer",
@@ -31,7 +31,7 @@ DEPTHS = (
     "num_blocks",
     "num_decoder_layers",
 )
-# Values that four small layers ask of single types, by the names that only those have.
+# Values that four small layers require in certain types, by names that only those types have.
 SPECIAL: dict[str, Any] = {
     "attention_types": [[["global", "local"], 2]],
     "num_kv_shared_layers": 1,
@@ -48,7 +48,7 @@ SPECIAL: dict[str, Any] = {
     "axial_pos_shape": (8, 8),
     "num_attention_heads": 4,
 }
-# The same of one type, whose names mean something else in others.
+# The same for single types whose names mean something else in others.
 SPECIAL_OF: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -61,19 +61,19 @@ SPECIAL_OF: dict[str, dict[str, Any]] = {
         "make_ngram_vocab_size_divisible_by": 8,
     },
 }  # fmt: skip
-# What defaults leave open although the class cannot do without.
+# Values that the class needs although its defaults are None.
 UNSET = {"head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
 class NotTiny(Exception):  # noqa: N818 (an outcome, not an error)
-    """No tiny model of this type can be built with values that this script knows."""
+    """Raised if no tiny model of a type can be built with the values that this file knows."""
 
 
 @dataclass
 class Outcome:
-    """What became of one model type: ``result`` is exact, refused, not tried or WRONG.
+    """The result of trying one model type: ``result`` is exact, refused, not tried or WRONG.
 
-    Of a published model ``lora`` and ``four_bit`` say what became of these: equal, equal on attention, or refused.
+    For a published model, ``lora`` and ``four_bit`` are equal, equal on attention, or refused.
     """
 
     model_type: str
@@ -86,15 +86,15 @@ class Outcome:
 
 
 def tiny(model_type: str) -> PretrainedConfig:
-    """Return a configuration with four layers of every kind that the type has, small sizes and no dropout.
+    """Return a configuration with four layers that cover the type's kinds of layers, small sizes and no dropout.
 
     Raises:
-        NotTiny: The class refuses such values.
+        NotTiny: If the class refuses such values, or the model stays too large.
     """
     try:
         default = CONFIG_MAPPING[model_type]()
         text = default.get_text_config(decoder=True)
-        default = text if type(text) is not type(default) else default  # a decoder's copy lacks its sizes' own names
+        default = text if type(text) is not type(default) else default  # a decoder's copy lacks its own size names
         values = default.to_dict()
         changed: dict[str, Any] = {**small_sizes(default), **{name: LAYERS for name in DEPTHS if name in values}}
         changed.update({name: value[:LAYERS] for name, value in changed.items() if isinstance(value, list)})
@@ -125,7 +125,7 @@ def tiny(model_type: str) -> PretrainedConfig:
                 error = error or refusal
         else:
             raise error or AssertionError
-    except Exception as refusal:  # validation errors of every sort
+    except Exception as refusal:  # validation errors of all sorts
         raise NotTiny(
             f"no tiny model: {(str(refusal) or type(refusal).__name__).splitlines()[-1].strip()}"
         ) from refusal
@@ -135,12 +135,12 @@ def tiny(model_type: str) -> PretrainedConfig:
 
 
 def _without_chance(values: dict[str, Any]) -> dict[str, float]:
-    """Return the values that leave nothing to chance in training: stages draw other numbers than the whole model."""
+    """Return values that disable randomness in training: stages draw other numbers than the whole model."""
     return {name: 0.0 for name, v in values.items() if ("drop" in name or "jitter" in name) and isinstance(v, float)}
 
 
 def write(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
-    """Save a random model of ``config`` and return it as it is loaded from there, in training mode."""
+    """Save a random model of ``config`` and return it as loaded from there, in training mode."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
@@ -150,7 +150,7 @@ def write(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
 
 
 def try_model(model_type: str) -> Outcome:
-    """Try one model type, as its defaults are."""
+    """Try one model type with its defaults."""
     try:
         config = tiny(model_type)
     except NotTiny as reason:
@@ -159,7 +159,7 @@ def try_model(model_type: str) -> Outcome:
 
 
 def try_published(name: str, layers: int) -> Outcome:
-    """Try the first layers of a published base, made narrow."""
+    """Try the first layers of a published base with small sizes."""
     facts = shallow(PUBLISHED[name], layers)
     config = CONFIG_MAPPING[facts["model_type"]](**{key: value for key, value in facts.items() if key != "model_type"})
     if kinds(tiny_config(config)) != kinds(config):
@@ -170,7 +170,7 @@ def try_published(name: str, layers: int) -> Outcome:
 
 
 def try_config(model_type: str, config: PretrainedConfig, *, trains: bool = False) -> Outcome:
-    """Try one configuration of a size that can be tried; with a LoRA and in 4 bits, if it ``trains``."""
+    """Try one configuration of a small size; with a LoRA and in 4 bits too, if ``trains``."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         try:
@@ -179,7 +179,7 @@ def try_config(model_type: str, config: PretrainedConfig, *, trains: bool = Fals
             return Outcome(model_type, "not tried", note=f"no tiny model: {str(error).splitlines()[-1]}")
         try:
             whole(input_ids=torch.ones(1, 12, dtype=torch.int64), use_cache=False)
-        except Exception as error:  # some classes train on sequences of one length only
+        except Exception as error:  # some classes only train on sequences of one length
             return Outcome(model_type, "not tried", note=f"the class itself refuses: {str(error).splitlines()[0]}")
         packing = "isolated"
         try:
@@ -216,7 +216,7 @@ def try_config(model_type: str, config: PretrainedConfig, *, trains: bool = Fals
 def kinds(config: PretrainedConfig) -> set[tuple[str, str]]:
     """Return the names of all modules with their classes, and of all parameters with their dimensions.
 
-    Of experts and other lists within a layer, of which a tiny model has fewer, the first stands for all.
+    Experts and other lists within a layer, of which a tiny model has fewer entries, count as one entry.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tiny causal LMs on disk, and the reference that stages are held against."""
+"""Tiny causal LMs on disk, and the reference that stages are compared with."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(2), *range(10)]])
 
 
 def write_model(directory: Path, kind: str, max_shard_size: str = "5GB") -> Path:
-    """Save a random float32 model whose norms and biases are not at their trivial initial values."""
+    """Save a random float32 model whose norms and biases differ from their trivial initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     for parameter in model.parameters():
@@ -78,7 +78,7 @@ def build(layers: CausalLMLayers, cuts: Sequence[int]) -> list[Stage]:
 
 
 def held(layers: CausalLMLayers) -> dict[str, Tensor]:
-    """The weights of all of two stages, by their names in the model."""
+    """Return the weights of two stages, by their names in the model."""
     return {
         name.replace(".base_layer", ""): tensor
         for stage in build(layers, [0, 2, 4])
@@ -99,13 +99,13 @@ def run_stages(stages: list[Stage], input_ids: Tensor, position_ids: Tensor, *ex
 def train_stages(
     stages: list[Stage], positions: Tensor = POSITIONS, classes: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run forward and backward as a pipeline does: tensors detached between stages, gradients handed back.
+    """Run forward and backward as a pipeline does: tensors detached between stages, gradients passed back.
 
-    All micro-batches, each with its ``classes`` as extra input, go forward before any goes backward, so a stage that
-    mixed up its micro-batches would show.
+    All micro-batches, each with its ``classes`` as extra input, run forward before any runs backward, which exposes a
+    stage that mixes up its micro-batches.
 
     Returns:
-        The logits of each micro-batch, and the gradients by name, those of one name summed over the stages.
+        The logits of each micro-batch, and the gradients by name, summed over stages that share a name.
     """
     tapes: list[list[tuple[Tensor, Tensor]]] = []
     logits = []

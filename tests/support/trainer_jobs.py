@@ -1,4 +1,4 @@
-"""Rows of the table, run under one strategy; and what each of them recorded."""
+"""Runs rows of the table under one strategy, and returns what each recorded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_row(row: Row, folder: Path, stages: int | None, ranks: int) -> dict[str,
     if row.before is not None:
         parts.append(_train(row, {**row.trainer, **row.before}, None, folder, stages, ranks))
     parts.append(_train(row, row.trainer, row.ckpt_path, folder, stages, ranks))
-    # Rank 0 writes and removes them; when it is done the others may be further.
+    # Rank 0 writes and removes the files; once it is done, the other ranks may be further on.
     return {"parts": parts, "files": files(folder) if os.environ["RANK"] == "0" else None}
 
 
@@ -87,8 +87,11 @@ _entry_points = functools.cache(importlib.metadata.entry_points)
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Without a fifth of Lightning's time: it looks through all installed packages for callbacks of theirs for each
-    Trainer, and for each value that is logged through all that is kept of it, to move it to the CPU, where it is."""
+    """Save a fifth of Lightning's time.
+
+    Lightning searches all installed packages for callbacks for each Trainer, and for each logged value moves all of its
+    state to the CPU, where it already is.
+    """
     with (
         mock.patch.object(registry, "entry_points", _entry_points),
         mock.patch.object(_ResultMetric, "to", lambda metric, *_: metric),
@@ -107,7 +110,7 @@ def run_rows(names: list[str], folder: str, stages: int | None, ranks: int) -> d
         try:
             with quickly():
                 found[name] = run_row(ROWS[name], own.resolve(), stages, ranks)
-        except Exception:  # one row must not take the others with it
+        except Exception:  # one failing row must not stop the others
             found[name] = {"error": traceback.format_exc()}
         finally:
             torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What the rows of trainer_rows.py are made of: data, callbacks and schedules."""
+"""The building blocks of the rows in trainer_rows.py: data, callbacks and schedules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 BATCH = 4
 Callbacks = Callable[[Path], list[Any]]
-"""Makes callbacks, given the folder of a row."""
+"""Creates callbacks, given the folder of a row."""
 
 
 def rows(number: int) -> TensorDataset:
@@ -25,7 +25,7 @@ def rows(number: int) -> TensorDataset:
 
 
 class Stream(IterableDataset[Any]):
-    """Rows whose number nobody knows."""
+    """Rows without a known length."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -43,7 +43,7 @@ def stream(batches: int = 6) -> DataLoader[Any]:
 
 
 class Data(L.LightningDataModule):
-    """A data module whose loaders grow with the epochs, so that reloading them is seen."""
+    """A data module whose loaders grow with the epochs, so that reloading them shows."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return loader(4 + self.trainer.current_epoch)  # type: ignore[union-attr]
@@ -53,7 +53,7 @@ class Data(L.LightningDataModule):
 
 
 class StopAfter(L.Callback):
-    """Stops after a number of batches of the whole training, or in another hook of that batch."""
+    """Stops after a number of batches over the whole training, or in another hook of that batch."""
 
     def __init__(self, batch: int, hook: str = "on_train_batch_end") -> None:
         self.batch = batch
@@ -68,7 +68,7 @@ class FaultError(RuntimeError):
 
 
 class Raise(L.Callback):
-    """Raises in a batch of the whole training."""
+    """Raises in a batch, counted over the whole training."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -79,7 +79,7 @@ class Raise(L.Callback):
 
 
 class SaveAt(L.Callback):
-    """Saves after some batches of the whole training."""
+    """Saves after given batches, counted over the whole training."""
 
     def __init__(self, folder: Path, *batches: int) -> None:
         self.folder, self.batches = folder, batches
@@ -90,7 +90,7 @@ class SaveAt(L.Callback):
 
 
 def scheduled(make: Callable[[Any, Any], Any], **how: Any) -> dict[str, Any]:
-    """The module's options for a learning-rate scheduler."""
+    """Return the module's options for a learning-rate scheduler."""
 
     def configured(optimizer: Any, trainer: Any) -> Any:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer, trainer), **how}}

@@ -1,4 +1,4 @@
-"""Everything that a Trainer does to a module, its callbacks, its logger and its folder, as plain values."""
+"""Records everything that a Trainer does to a module, its callbacks, its logger and its folder, as plain values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALLBACK_HOOKS = {name for name in vars(L.Callback) if name.startswith("on_")} |
 
 
 class Recorder:
-    """Takes note of calls, and of where the Trainer stood."""
+    """Records calls, and the position of the Trainer at each."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -60,7 +60,7 @@ RecordingModule: Any = type(
 
 
 class RecordingLogger(Logger):
-    """Its lines, and what else Lightning tells it."""
+    """Records the logged lines, and Lightning's other calls."""
 
     name, version = "recorded", 0
 
@@ -93,14 +93,14 @@ class RecordingLogger(Logger):
 class Net(RecordingModule):
     """Trains the same under any strategy.
 
-    Under Lightning's own it does what the pipeline strategy documents that it does by itself: the loss that is logged
-    is the mean over a step's micro-batches, on all ranks; so are the gradients, also in a step that is cut short; and
-    the norm of the gradients is logged.
+    Under Lightning's own strategies, it does itself what the pipeline strategy is documented to do: the logged loss is
+    the mean over a step's micro-batches, on all ranks; so are the gradients, even in a step that is cut short; and the
+    norm of the gradients is logged.
 
     Args:
-        recorder: told of every hook.
-        scheduler: makes what ``configure_optimizers`` returns beside an optimizer.
-        skips: batches in whose ``on_train_batch_start`` the rest of the epoch is skipped.
+        recorder: Receives every hook.
+        scheduler: Returns the result of ``configure_optimizers``, given an optimizer.
+        skips: Batch in whose ``on_train_batch_start`` the rest of the epoch is skipped.
     """
 
     def __init__(self, recorder: Recorder, scheduler: Callable[[Any, Any], Any] | None = None, skips: int = -1) -> None:
@@ -151,7 +151,7 @@ class Net(RecordingModule):
 
 
 class Weights(L.Callback):
-    """The trained weights that this process has, when training ends."""
+    """Records the trained weights that this process has at the end of training."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class Weights(L.Callback):
 
 
 def plain(value: Any, folder: Path) -> Any:
-    """As what can be compared: numbers, texts, containers of them; paths from ``folder`` on."""
+    """Return a value as comparable numbers, strings and containers; paths are relative to ``folder``."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, dict):
@@ -175,7 +175,7 @@ def plain(value: Any, folder: Path) -> Any:
 
 
 def files(folder: Path) -> list[str]:
-    """What lies in a folder. A checkpoint may be a file or a folder."""
+    """List the files in a folder. A checkpoint may be a file or a folder."""
     found = []
     for path in folder.rglob("*"):
         place = path.relative_to(folder)

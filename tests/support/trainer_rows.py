@@ -1,4 +1,4 @@
-"""The table: one row for each thing that a Trainer can be told, and what a pipeline then does otherwise than DDP."""
+"""The table: one row for each option of a Trainer, and how a pipeline then differs from DDP."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from trainer_parts import (
     two_schedulers,
 )
 
-# What a pipeline does otherwise, in all rows: the hooks that it does not call, as the engine takes a whole step, and
-# those that it calls on one rank of a node.
+# How a pipeline differs in all rows: the hooks that it does not call, as the engine runs a whole step, and those that
+# it calls on one rank of a node.
 NOT_CALLED = ("training_step", "validation_step")
 ONCE_A_NODE = ("prepare_data",)
-# As training starts a pipeline looks whether a checkpoint could hold what it would have to.
+# When training starts, a pipeline checks that a checkpoint can hold its state, by rehearsing a save.
 REHEARSED = ("on_save_checkpoint", "state_dict")
-# In some rows: it loads a checkpoint when the stages have been built.
+# In some rows: it only loads a checkpoint after the stages are built.
 LOADS_LATER = ("on_load_checkpoint", "log_graph", "save")
 
 
@@ -48,16 +48,16 @@ class Row:
     """One training, or several one after another.
 
     Args:
-        trainer: options of the Trainer.
-        callbacks: makes callbacks, given the folder of the row.
-        module: options of the module.
-        data: makes the data: one for training and one or several for evaluation, or a data module.
-        calls: what is asked of the Trainer; a second ``fit`` is for one epoch more.
-        before: options that differ in a training before this one, in the same folder.
-        ckpt_path: of the training after that; a relative one is within the folder.
-        replicas: also compared with as many.
-        differs: hooks that come elsewhere, see above.
-        refused: what is said to it where there are several processes.
+        trainer: Options of the Trainer.
+        callbacks: Creates callbacks, given the folder of the row.
+        module: Options of the module.
+        data: Creates the data: a loader for training and one or several for evaluation, or a data module.
+        calls: Calls of the Trainer; a second ``fit`` trains for one more epoch.
+        before: Options that differ in an earlier training, in the same folder.
+        ckpt_path: Checkpoint of the training after that; a relative path is within the folder.
+        replicas: Number of replicas with which it is compared too.
+        differs: Hooks that are called at another place, see above.
+        refused: The error with several processes.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Row:
     refused: str = ""
 
 
-ALONE = "can only be used in a training of one process"
+ALONE = "can only be used with a single process"
 
 ROWS: dict[str, Row] = {
     # How long

@@ -36,7 +36,7 @@ def fail(_: Tensor) -> None:
 
 
 def drop_out(stages: int, replicas: int, virtual_stages: int) -> dict[str, Any]:
-    """Losses and weights with dropout in every layer, which each cut must draw alike."""
+    """Return losses and weights with dropout in every layer, whose masks must be the same for every cut."""
     torch.manual_seed(3)
     layers = [nn.Sequential(layer, nn.Dropout(0.3)) for layer in linears(8)]
     model = Model(list(layers), floats(12), accumulate=4)
@@ -49,7 +49,7 @@ def drop_out(stages: int, replicas: int, virtual_stages: int) -> dict[str, Any]:
 
 
 def reported_failure(backward: bool) -> str:
-    """What the watchdog is to say where a piece fails: layers 4 and 5 of eight, which the first of two stages has."""
+    """Return the watchdog's report of a failing piece: layers 4 and 5 of eight, on the first of two stages."""
     told: list[str] = []
 
     class Telling(PipeLiteStrategy):
@@ -72,7 +72,7 @@ def reported_failure(backward: bool) -> str:
 
 
 def measured() -> tuple[dict[str, float], float]:
-    """The times of one step by their names, and the whole of it."""
+    """Return the times of one step by instruction, and its total."""
     torch.manual_seed(3)
     model = Model(linears(8), floats(8), accumulate=4)
     strategy = Catchable(2, virtual_stages=2)

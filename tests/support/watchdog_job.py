@@ -1,12 +1,12 @@
 """The jobs of test_watchdog.py: ``watchdog_job.py HOW FOLDER WHAT VICTIM RANKS [FIRST WORLD_SIZE]``.
 
-HOW says whose children the ranks are: "launched", those of local rank 0, as with Lightning; "neutral", those of a
-process that is no rank, as with torchrun; "one", a rank that torchrun itself has started. RANKS is the number of them
-on this node, FIRST the first of them. WHAT is what becomes of rank VICTIM; with "trainer WHAT" the ranks run
-Lightning's Trainer. HOW may also be a module, which gets the other arguments, or "script" with the path of one.
+HOW is the parent of the ranks: "launched" for local rank 0, as with Lightning; "neutral" for a process that is not a
+rank, as with torchrun; "one" for a rank that torchrun itself has started. RANKS is the number of ranks on this node,
+FIRST the first of them. WHAT is what happens to rank VICTIM; with "trainer WHAT", the ranks run Lightning's Trainer.
+HOW may also be a module, which gets the other arguments, or "script" with the path of one.
 
-``watchdog_job.py serve DESCRIPTOR`` waits at a socket for jobs and forks a process for each: the imports, which take
-longer than any job, happen once. Each job then runs to the end of the interpreter, like a script.
+``watchdog_job.py serve DESCRIPTOR`` waits on a socket for jobs and forks a process for each, so that the imports, which
+take longer than any job, happen only once. Each job then runs until the interpreter exits, like a script.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-if __name__ == "__main__" and sys.argv[1] != "serve":  # torchrun starts it: the packages without Lightning
+if __name__ == "__main__" and sys.argv[1] != "serve":  # started by torchrun: the packages without Lightning
     for name in ("lightning_pipelite", "lightning_pipelite.strategy"):
         module = types.ModuleType(name)
         module.__path__ = [str(Path(__file__).parents[2].joinpath(*name.split(".")))]
@@ -52,7 +52,7 @@ class Fork(subprocess.Popen):  # type: ignore[type-arg]
 
 
 class Job:
-    """One rank: connects, trains two steps, and fails as it is told to."""
+    """One rank: connects, trains two steps, and fails as requested."""
 
     def __init__(self, what: str, folder: Path, victim: int, rank: int, local_rank: int, world_size: int) -> None:
         self.what, self.folder, self.victim = what, folder, victim
@@ -84,7 +84,7 @@ class Job:
             self.watchdog.close()
             if self.what != "catch" or self.rank != self.victim:
                 raise
-            time.sleep(2.0)  # the user has a plan
+            time.sleep(2.0)  # the user's code handles it
             (self.folder / "went on").touch()
         else:
             self.watchdog.close()
@@ -108,12 +108,12 @@ class Job:
         self.watchdog.progress("first step", waits=True)
         dist.barrier()
         if self.what == "clean":
-            time.sleep(0.2 * self.rank)  # rank 0 leaves first
+            time.sleep(0.2 * self.rank)  # rank 0 exits first
             return
         if self.what == "late" and self.rank != self.victim:
             while not self.watchdog._settled.is_set():
                 time.sleep(0.01)
-            return  # to a clean end, as if it had not noticed
+            return  # exits cleanly, as if it had not noticed
         if self.what == "stop" and self.rank != self.victim:
             time.sleep(0.5)
             raise ValueError("the\n  message")
@@ -139,7 +139,7 @@ class Job:
         time.sleep(60.0)
 
     def _hold_sockets_in_a_fork(self) -> None:
-        """As a data loader worker does: gloo's sockets stay open when this rank is killed, and gloo tells nobody."""
+        """Keep gloo's sockets open after this rank is killed, as data loader workers do: gloo reports nothing."""
         if os.fork() == 0:
             for descriptor in (1, 2):
                 os.close(descriptor)
@@ -147,7 +147,7 @@ class Job:
             os._exit(0)
 
     def _stop_for(self, seconds: float) -> None:
-        """No thread of this process does anything more, as when a library hangs and holds the interpreter's lock."""
+        """Stop all threads of this process, as when a library hangs while it holds the GIL."""
         if os.fork() == 0:
             time.sleep(seconds)
             os.kill(os.getppid(), signal.SIGKILL)
@@ -159,7 +159,7 @@ class Job:
         raise AssertionError("a bug of the watchdog itself")
 
     def _dial_after_strangers(self, host: str, port: int, rank: int) -> link.Link:
-        """Before the rank itself: one that lies, one that talks nonsense, one that says nothing and stays."""
+        """Connect after strangers: one with a wrong token, one that sends garbage, one that sends nothing and stays."""
         self.strangers = []
         for words in (b'{"token": "wrong", "rank": 1, "stage": 1, "launched": false}\n', b"\xff\n[]\n{}\n", b""):
             self.strangers.append(socket.create_connection((host, port)))
@@ -176,7 +176,7 @@ _dial = network._dial
 
 
 def train_with_lightning(how: str, folder: Path, victim: int, rank: int, ranks: int) -> None:
-    """A rank of the job that fails on purpose, which looks to Lightning as if something else had started it."""
+    """Run a rank of the job that fails on purpose; to Lightning, it looks externally launched."""
     import failing_job
 
     failing_job.HANG_TIMEOUT = 3.0
@@ -227,7 +227,7 @@ def main() -> None:
 
 
 def serve(asked: socket.socket) -> bool:
-    """Forks what is asked for; returns True in a new process, which is to run ``main``, and False at the end."""
+    """Fork the requested processes; return True in a new one, which must run ``main``, and False at the end."""
     while True:
         request, descriptors, *_ = socket.recv_fds(asked, 1 << 16, 1)
         if not request:
@@ -255,6 +255,6 @@ if __name__ == "__main__":
     if sys.argv[1] != "serve":
         main()
     else:
-        importlib.import_module("lightning_pipelite.strategy.engine")  # with Lightning and DeepSpeed
+        importlib.import_module("lightning_pipelite.strategy.engine")  # imports Lightning and DeepSpeed
         if serve(socket.socket(fileno=int(sys.argv[2]))):
             main()

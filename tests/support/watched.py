@@ -10,7 +10,7 @@ JOB = str(Path(__file__).with_name("watchdog_job.py"))
 
 @dataclass
 class Outcome:
-    """The end of a job: the ranks' exit statuses (where their parent is not a rank, else the parent's), and stderr."""
+    """The end of a job: the ranks' exit statuses (or, if their parent is a rank, the parent's), and stderr."""
 
     codes: list[int]
     stderr: str

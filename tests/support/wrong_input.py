@@ -1,4 +1,4 @@
-"""One wrong input, and how to make it."""
+"""One wrong input, and how to create it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Prepare = Callable[[Path, Path], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Something wrong.
+    """A wrong input.
 
     Args:
-        says: the sentence; ``{job}`` and ``{here}`` stand for directories. One that does not end as a sentence does is
-            the beginning, and the rest, a library's words, may be anything.
-        arguments: of the command, after ``fit --config config.yaml`` unless ``command`` says otherwise.
-        edit: dotted keys and their values in the configuration; None removes the key.
-        prepare: what else has to be wrong, given the working directory and the job.
-        command: what the arguments follow.
-        environment: further variables.
-        starts: whether it can only be told when training is set up, for which DeepSpeed starts compilers.
+        says: The error message, in which ``{job}`` and ``{here}`` stand for directories. If it does not end like a
+            sentence, it is only the beginning, and the rest, a library's text, may be anything.
+        arguments: Arguments of the command, after ``fit --config config.yaml`` unless ``command`` says otherwise.
+        edit: Dotted keys and their values in the configuration; None removes the key.
+        prepare: Creates whatever else has to be wrong, given the working directory and the job.
+        command: The words before the arguments.
+        environment: Additional environment variables.
+        starts: Whether it can only be detected while training is set up, for which DeepSpeed starts compilers.
     """
 
     says: str
@@ -47,7 +47,7 @@ def file(name: str, content: str | bytes) -> Prepare:
 
 
 def copied(name: str, damage: Callable[[Path], Any]) -> Prepare:
-    """Copy what the job has under a name to ``copy`` in the working directory, and damage it."""
+    """Copy a directory of the job to ``copy`` in the working directory, and damage it."""
 
     def copy(here: Path, job: Path) -> None:
         shutil.copytree(job / name, here / "copy")
@@ -95,22 +95,22 @@ def truncated(name: str) -> Callable[[Path], None]:
 
 
 def strategy(**init_args: Any) -> dict[str, Any]:
-    """The strategy with options."""
+    """Return the edit for a strategy with options."""
     return {"trainer.strategy": {"class_path": STRATEGY, "init_args": init_args}}
 
 
 def adapter(name: str, **init_args: Any) -> dict[str, Any]:
-    """An adapter with options."""
+    """Return the edit for an adapter with options."""
     return {"model.adapter": {"class_path": f"lightning_pipelite.adapters.{name}", "init_args": init_args}}
 
 
 def callback(name: str, **init_args: Any) -> dict[str, Any]:
-    """One callback with options."""
+    """Return the edit for one callback with options."""
     return {"trainer.callbacks": [{"class_path": f"lightning_pipelite.callbacks.{name}", "init_args": init_args}]}
 
 
 def dataset(path: str, **options: Any) -> dict[str, Any]:
-    """One dataset with options."""
+    """Return the edit for one dataset with options."""
     return {"data.datasets": [{"dataset_path": path, **options}]}
 
 

@@ -1,4 +1,4 @@
-"""Classes whose fast attention would leave out caps or sinks attend as transformers' plain code does."""
+"""Models whose fast attention would omit soft caps or sinks compute what transformers' eager attention does."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_caps_and_sinks_are_those_of_eager_attention(
     write(tmp_path, kind)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     expected = whole(input_ids=micro_batches()[0][0], use_cache=False).logits
-    if drops:  # as transformers did with Gemma 2 before 5.23
+    if drops:  # transformers before 5.23 did so with Gemma 2
         monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
         monkeypatch.setattr(GptOssPreTrainedModel, "_supports_sdpa", True)
 
@@ -60,7 +60,7 @@ def test_caps_and_sinks_are_those_of_eager_attention(
         assert fast.config._attn_implementation == "sdpa"
         difference = fast(input_ids=micro_batches()[0][0], use_cache=False).logits - expected
         assert difference.abs().max() > 1e-2, "nothing is left out"
-        with pytest.raises(ConfigurationError, match="attn_implementation sdpa leaves out"):
+        with pytest.raises(ConfigurationError, match="attn_implementation sdpa omits"):
             CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full(), attn_implementation="sdpa")
     layers = CausalLMLayers(tmp_path, dtype=torch.float32, adapter=Full())
     torch.testing.assert_close(stages_logits(layers), expected, rtol=1e-5, atol=1e-5)

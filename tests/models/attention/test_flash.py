@@ -1,4 +1,4 @@
-"""FlashAttention with sinks: as transformers' eager attention, forward and backward, by the kernel's own operations."""
+"""FlashAttention with sinks equals eager attention, forward and backward; its operations are emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_equals_one_more_key_for_each_head(window: int | None, packed: bool, 
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_model_with_sinks_has_the_logits_and_gradients_of_transformers(tmp_path: Path, kernel: bool) -> None:
-    """Its sinks' too; each document for itself, in layers with and without a window."""
+    """Including the gradients of the sinks, with each document separate, in layers with and without a window."""
     torch.manual_seed(0)
     config = GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, pad_token_id=0)
     whole = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""Attention by bounds of documents: the same as by masks, and each document as if it were alone."""
+"""Attention by document bounds equals masked attention, and treats each document as if it were alone."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_four_bit_stages_equal_the_unsplit_four_bit_model(tmp_path: Path, kind: 
     )
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=quantization)
     whole.train()
-    expected = four_bit_weights(whole)  # before any forward: bitsandbytes repacks weights on a CPU
+    expected = four_bit_weights(whole)  # before any evaluation, which repacks bitsandbytes' weights on some CPUs
     assert len(expected) == 4 * 7
     (input_ids, _), _ = micro_batches()
     with torch.no_grad():
@@ -68,8 +68,7 @@ def test_four_bit_stages_equal_the_unsplit_four_bit_model(tmp_path: Path, kind: 
     for cuts in CUTS:
         stages = build(layers, cuts)
         weights = {name: weight for stage in stages for name, weight in four_bit_weights(stage).items()}
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
         torch.testing.assert_close(run_stages(stages, input_ids, POSITIONS), expected_logits, rtol=0, atol=1e-5)
         _, gradients = train_stages(stages)
         assert len(gradients) == 4 * 7 * 2
@@ -77,7 +76,7 @@ def test_four_bit_stages_equal_the_unsplit_four_bit_model(tmp_path: Path, kind: 
 
 
 def test_an_evaluation_leaves_the_gradients_what_they_are(tmp_path: Path) -> None:
-    """Against PEFT on the unsplit model with the same weights in full; on CPUs where bitsandbytes would repack them."""
+    """They equal PEFT's on the dequantised model, even on a CPU where an evaluation would repack the 4-bit weights."""
     write_model(tmp_path, "llama")
     whole = reference(tmp_path)
     for name, module in whole.named_modules():
@@ -115,7 +114,7 @@ MOE = {
 
 
 def test_double_quantisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a stage without values was made, as rehearsals and plans make it."""
+    """Also after a stage was built on the meta device, as rehearsals and plans do."""
     monkeypatch.delitem(name2qmap, "dynamic", raising=False)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MOE["mixtral"], dtype=torch.float32).save_pretrained(tmp_path)
@@ -144,7 +143,7 @@ def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=quantization)
-    experts = {n: p for n, p in whole.named_parameters() if p.ndim == 3}  # transformers leaves them as they are
+    experts = {n: p for n, p in whole.named_parameters() if p.ndim == 3}  # transformers does not quantise them
     assert len(experts) == 4 * 2
     for parameter in experts.values():
         parameter.data = dequantize_4bit(*quantize_4bit(parameter.data, quant_type="nf4"))
@@ -161,8 +160,8 @@ def test_fused_experts_are_quantised_too(tmp_path: Path, kind: str) -> None:
             for name, expert in experts.items():
                 if stage.start <= int(name.split(".")[2]) < stage.stop:
                     module, _, weight = name.rpartition(".")
-                    held = stage.causal_lm.get_submodule(module).get_base_layer()  # inside of the LoRA layers
-                    assert torch.equal(getattr(held, weight), expert), name
+                    held = stage.causal_lm.get_submodule(module).get_base_layer()  # inside the LoRA layers
+                    torch.testing.assert_close(getattr(held, weight), expert, rtol=0, atol=0, msg=name)
                     parametrization = held.parametrizations[weight]
                     size = parametrization.original.nbytes + parametrization[0].quant_state.absmax.nbytes
                     assert size <= 0.30 * 2 * expert.numel(), name
@@ -196,7 +195,7 @@ def test_routers_keep_their_precision(tmp_path: Path) -> None:
 def test_nothing_is_reserved_before_weights_are_quantised(
     quantised: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers allocates a model's size at once on a GPU before it loads: what it does not quantise, in full."""
+    """Before loading, transformers would reserve the full size of weights that it does not quantise itself."""
     experts = MixtralConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128}, num_local_experts=4)
     config = LlamaConfig(**SIZES) if quantised == "load_in_fp8" else experts
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -217,14 +216,14 @@ def test_no_adapter_is_merged_into_experts_that_would_not_keep_it(tmp_path: Path
     AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(tmp_path)
     (stage,) = build(CausalLMLayers(tmp_path, load_in_4bit=True, adapter=LoRA(4)), [0, 4])
     layer = next(module for module in stage.modules() if isinstance(module, ParamWrapper))
-    with pytest.raises(ConfigurationError, match="held in 4 bits, into which no adapter is merged"):
+    with pytest.raises(ConfigurationError, match="held in 4 bits, into which an adapter cannot be merged"):
         layer.merge()
     assert not layer.merged
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_joined_weights_are_as_before_and_as_one(nested: bool) -> None:
-    """The scales of the second are much larger than those of the first: so is what is added to them."""
+    """The second weight's scales, and with them the offset of nested scales, are much larger than the first's."""
     weights = [size * torch.randn(rows, 128) for rows, size in ((256, 0.01), (128, 10.0), (384, 1.0))]
     held = [
         Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested).to("cpu")

@@ -1,4 +1,4 @@
-"""Weights in 4 bits are bitsandbytes'; benchmarks/four_bit.py looks at more families."""
+"""4-bit weights equal those of bitsandbytes; benchmarks/four_bit.py covers more families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_weights_are_bitsandbytes_and_the_rest_is_as_it_was(model_type: str) -> 
 
 
 def test_a_weight_that_is_not_the_reference_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(four_bit_families.FAMILIES, "mixtral", "")  # then the routers should be in 4 bits
+    monkeypatch.setitem(four_bit_families.FAMILIES, "mixtral", "")  # then the routers are expected in 4 bits
     assert "mlp.gate.weight is not in 4 bits" in four_bit_families.try_family("mixtral").wrong[0]
 
 

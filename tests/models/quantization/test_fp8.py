@@ -78,6 +78,7 @@ def test_stages_equal_the_model_that_the_codes_stand_for(tmp_path: Path, kind: s
         if isinstance(module, nn.Linear) and "layers" in name:
             found = stages[int(name.split(".")[2])].causal_lm.get_submodule(name).get_base_layer().weight
             assert torch.equal(found, module.weight), name
+            assert found.dtype == module.weight.dtype, name
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])

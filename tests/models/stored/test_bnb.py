@@ -1,4 +1,4 @@
-"""Bases in files of bitsandbytes: held as they are, or dequantised, and what is refused."""
+"""Bases quantised by bitsandbytes: held as stored or dequantised, and which files are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that transformers has quantised and saved, one layer's up_proj left as it was."""
+    """Models quantised and saved by transformers, except for lm_head and one layer's up_proj."""
     made = {}
     for files, (kind, options) in FILES.items():
         directory = tmp_path_factory.mktemp("base")
@@ -75,18 +75,18 @@ def test_load_in_4bit_holds_the_codes_and_scales_of_the_files(written: dict[str,
     kept = [name for name in stored if name.endswith(".absmax") and "nested" not in name]
     assert len(kept) >= 16
     for name in (name.removesuffix(".absmax") for name in kept):
-        assert torch.equal(found[name], stored[name].contiguous().view(torch.uint8).reshape(-1, 1)), name
+        codes = stored[name].contiguous().view(torch.uint8).reshape(-1, 1)
+        torch.testing.assert_close(found[name], codes, rtol=0, atol=0, msg=name)
         for end in ("absmax", "nested_absmax", "nested_quant_map", "quant_map"):
             assert (f"{name}.{end}" in found) == (f"{name}.{end}" in stored)
             if f"{name}.{end}" in stored:
-                assert torch.equal(found[f"{name}.{end}"], stored[f"{name}.{end}"]), name
-    if "mixture" not in files:  # what the files have in plain, transformers leaves, too
-        assert torch.equal(
-            found["model.layers.3.mlp.up_proj.weight"], stored["model.layers.3.mlp.up_proj.weight"].bfloat16()
-        )
+                torch.testing.assert_close(found[f"{name}.{end}"], stored[f"{name}.{end}"], rtol=0, atol=0, msg=name)
+    if "mixture" not in files:  # what the files store unquantised stays so
+        name = "model.layers.3.mlp.up_proj.weight"
+        torch.testing.assert_close(found[name], stored[name].bfloat16(), rtol=0, atol=0)
     kind = files.split(",")[0]
     fused = ", fused experts in nf4" if "mixture" in files else ""
-    assert layers.weights_told == f"weights: bitsandbytes {kind} on disk, held as they are{fused}"
+    assert layers.weights_told == f"weights: bitsandbytes {kind} on disk, held as stored{fused}"
 
 
 @pytest.mark.parametrize("files", FILES)
@@ -99,7 +99,7 @@ def test_else_stages_hold_what_transformers_dequantises(
     found = held(layers_of(written[files], dtype=dtype))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor.to(dtype)), name
+        torch.testing.assert_close(found[name], tensor.to(dtype), rtol=0, atol=0, msg=name)
 
 
 def test_stages_without_weights_have_the_same_tensors(written: dict[str, Path]) -> None:
@@ -147,11 +147,11 @@ def test_an_adapter_gives_the_trained_logits_on_the_base_as_transformers_loads_i
     assert (found - before).abs().max() > 0.1
     torch.testing.assert_close(hidden.float(), found.float(), rtol=0, atol=0.05)
     told = merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    assert told.endswith("The base has weights in bitsandbytes nf4; these are in bfloat16.")
+    assert told.endswith("The base is in bitsandbytes nf4; the merged weights are in bfloat16.")
 
 
 def test_experts_that_were_saved_one_by_one_are_fused(written: dict[str, Path], tmp_path: Path) -> None:
-    """As older versions of transformers have quantised and saved them."""
+    """Older versions of transformers quantised and saved them so."""
     base = shutil.copytree(written["nf4, mixture"], tmp_path / "base")
     made: dict[str, Tensor] = {}
     for name, tensor in load_file(base / "model.safetensors").items():
@@ -164,7 +164,7 @@ def test_experts_that_were_saved_one_by_one_are_fused(written: dict[str, Path], 
     down = "model.layers.1.mlp.experts.down_proj"
     (name,) = (name for name in made if name.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
     expected = StoredWeights(base, stored_format(base)).read(name)
-    assert torch.equal(held(layers_of(base))[down][2], expected)
+    torch.testing.assert_close(held(layers_of(base))[down][2], expected, rtol=0, atol=0)
     experts: Any = build(layers_of(base, load_in_4bit=True), [0, 4])[0].causal_lm.get_submodule(down.rpartition(".")[0])
     assert torch.equal(experts.parametrizations.down_proj.original.view(4, -1)[2], made[name].flatten())
 
@@ -173,7 +173,7 @@ def test_check_and_full_start_from_the_dequantised_weights(written: dict[str, Pa
     assert check_model(written["nf4"], [2]).differences == []
     (stage,) = build(layers_of(written["int8"], adapter=Full(), dtype=torch.float32), [0, 4])
     expected = AutoModelForCausalLM.from_pretrained(written["int8"], dtype=torch.float32).dequantize(torch.float32)
-    assert torch.equal(stage.causal_lm.state_dict()[UP], expected.state_dict()[UP])
+    torch.testing.assert_close(stage.causal_lm.state_dict()[UP], expected.state_dict()[UP], rtol=0, atol=0)
 
 
 def edit(source: Path, target: Path, name: str, make: Any) -> Path:
@@ -201,20 +201,20 @@ STATE = f"{UP}.quant_state.bitsandbytes__nf4"
     [
         ("nf4", f"{UP}.absmax", lambda _: None, "lacks its tensor"),
         ("nf4", f"{UP}.quant_map", lambda _: None, "lacks its tensor"),
-        ("nf4", STATE, lambda _: None, "lacks what says"),
+        ("nf4", STATE, lambda _: None, "lacks the tensors that describe its codes"),
         ("nf4", UP, lambda _: None, "lacks its tensor"),
-        ("nf4", UP, lambda t: t[:-1], "has codes in shape"),
-        ("nf4", f"{UP}.absmax", lambda t: t[:-1], "in shape"),
+        ("nf4", UP, lambda t: t[:-1], "has codes of shape"),
+        ("nf4", f"{UP}.absmax", lambda t: t[:-1], "to have shape"),
         ("nf4", f"{UP}.absmax", lambda t: t.to(torch.uint8), "in U8"),
         ("nf4", STATE, lambda t: t[:-3], "cannot be read"),
         ("nf4", STATE, state(blocksize=48), "has blocksize 48"),
         ("nf4", STATE, state(rotated=True), "has rotated True"),
-        ("nf4", STATE, state(quant_type="fp4"), "does not say"),
-        ("nf4", STATE, state(shape=[64]), "does not say"),
+        ("nf4", STATE, state(quant_type="fp4"), "does not describe its codes"),
+        ("nf4", STATE, state(shape=[64]), "does not describe its codes"),
         ("nf4, nested", STATE, state(nested_blocksize=128), "nested_blocksize 128"),
         ("nf4, nested", f"{UP}.nested_absmax", lambda _: None, "lacks its tensor"),
-        ("int8", "model.layers.1.mlp.up_proj.SCB", lambda _: None, "lacks what says"),
-        ("int8", "model.layers.1.mlp.up_proj.SCB", lambda t: t[:-1], "in shape"),
+        ("int8", "model.layers.1.mlp.up_proj.SCB", lambda _: None, "lacks the tensors that describe its codes"),
+        ("int8", "model.layers.1.mlp.up_proj.SCB", lambda t: t[:-1], "to have shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,4 +1,4 @@
-"""Bases in files of GPTQ and AWQ: what is read, and what is refused."""
+"""Bases quantised by GPTQ and AWQ: which files are read, and which are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write(directory: Path, files: str, plain: Tensors | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Files that are written once, and not to be changed."""
+    """Files that are written once for all tests, which must not change them."""
     return cache(lambda files: write(tmp_path_factory.mktemp("base"), files))
 
 
@@ -81,12 +81,12 @@ def test_stages_hold_what_the_codes_stand_for(tmp_path: Path, files: str) -> Non
     }
     for name, tensor in plain.items():
         if "experts" not in name:
-            assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
+            torch.testing.assert_close(found[name], tensor.to(torch.bfloat16), rtol=0, atol=0, msg=name)
         elif name.endswith(("experts.3.down_proj.weight", "experts.3.w2.weight")):
             fused = found[name.split(".experts.")[0].replace("block_sparse_moe", "mlp") + ".experts.down_proj"]
-            assert torch.equal(fused[3], tensor.to(torch.bfloat16)), name
+            torch.testing.assert_close(fused[3], tensor.to(torch.bfloat16), rtol=0, atol=0, msg=name)
     assert len(plain) >= 28
-    title = f"GPTQ of {GPTQ[files][1].get('bits', 4)} bits" if files in GPTQ else "AWQ of 4 bits"
+    title = f"{GPTQ[files][1].get('bits', 4)}-bit GPTQ" if files in GPTQ else "4-bit AWQ"
     assert layers.weights_told == f"weights: {title} on disk, held in bfloat16"
 
 
@@ -110,7 +110,8 @@ def test_merge_leaves_out_the_biases_that_packers_added(tmp_path: Path) -> None:
         name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
     }
     assert written.keys() == layers.meta_model.model.state_dict().keys()
-    assert all(torch.equal(written[name], tensor.to(torch.bfloat16)) for name, tensor in plain.items())
+    for name, tensor in plain.items():
+        torch.testing.assert_close(written[name], tensor.to(torch.bfloat16), rtol=0, atol=0, msg=name)
 
 
 def change(end: str, make: Any) -> Any:
@@ -126,15 +127,15 @@ def change(end: str, make: Any) -> Any:
     [
         ("4 bits", change(".scales", lambda _: None), "lacks its tensor"),
         ("4 bits", change(".qzeros", lambda _: None), "lacks its tensor"),
-        ("4 bits", change(".qweight", lambda _: None), "belongs to no qweight"),
+        ("4 bits", change(".qweight", lambda _: None), "does not belong to any qweight"),
         ("3 bits, act order", change(".g_idx", lambda _: None), "lacks its tensor"),
-        ("4 bits", change(".scales", lambda t: t[:, :-8]), "in shape"),
+        ("4 bits", change(".scales", lambda t: t[:, :-8]), "to have shape"),
         ("4 bits", change(".qzeros", lambda t: t.float()), "in F32"),
-        ("3 bits, act order", change(".qweight", lambda t: t[:-1]), "no matrix of 3 bits"),
+        ("3 bits, act order", change(".qweight", lambda t: t[:-1]), "must be a matrix of 3-bit codes"),
         ("AWQ", change(".qzeros", lambda _: None), "lacks its tensor"),
-        ("AWQ", change(".scales", lambda t: t[:-1]), "in shape"),
-        ("4 bits", lambda tensors: tensors.update({f"{STEM}.perm": torch.ones(8)}), "perm beside it"),
-        ("AWQ", lambda tensors: tensors.update({"model.layers.1.mlp.act.scales": torch.ones(8)}), "belongs to no"),
+        ("AWQ", change(".scales", lambda t: t[:-1]), "to have shape"),
+        ("4 bits", lambda tensors: tensors.update({f"{STEM}.perm": torch.ones(8)}), "an additional tensor .*perm"),
+        ("AWQ", lambda tensors: tensors.update({"model.layers.1.mlp.act.scales": torch.ones(8)}), "not belong to any"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,9 +161,9 @@ def test_a_bias_that_the_model_has_not_is_refused_unless_it_is_zero(copied: Call
 @pytest.mark.parametrize(
     ("files", "end", "made", "told"),
     [
-        ("3 bits, act order", ".g_idx", lambda t: t + 9, "groups that are none of its 2"),
+        ("3 bits, act order", ".g_idx", lambda t: t + 9, "inputs outside its 2 groups"),
         ("4 bits", ".g_idx", lambda t: t.flip(0), "desc_act is false"),
-        ("4 bits", ".qzeros", lambda t: torch.full_like(t, -1), "zero points of 0 less 1"),
+        ("4 bits", ".qzeros", lambda t: torch.full_like(t, -1), "zero points of 0, stored minus one"),
     ],
     ids=["groups", "order", "zero points"],
 )
@@ -179,7 +180,7 @@ def test_what_libraries_read_in_different_ways_is_refused(
     ("files", "changes", "told"),
     [
         ("4 bits", {"bits": 5}, "bits is 5"),
-        ("4 bits", {"group_size": 48}, "groups of 48 do not divide"),
+        ("4 bits", {"group_size": 48}, "not divisible into groups of 48"),
         ("4 bits", {"group_size": 0}, "group_size is 0"),
         ("4 bits", {"checkpoint_format": "marlin"}, "'marlin'"),
         ("4 bits", {"format": "gptq", "checkpoint_format": "gptq_v2"}, "contradict"),
@@ -214,5 +215,5 @@ def test_conv1d_is_refused_as_its_weights_lie_the_other_way_round(tmp_path: Path
         tmp_path
     )
     edit_config(tmp_path, quantization_config=gptq()({})[1])
-    with pytest.raises(ConfigurationError, match="GPTQ of 4 bits, which is not known of models with Conv1D"):
+    with pytest.raises(ConfigurationError, match="4-bit GPTQ, which is not supported for models with Conv1D"):
         layers_of(tmp_path)
