@@ -48,7 +48,7 @@ def test_layers_are_shown_now_and_then(tmp_path: Path) -> None:
     steps = [event.step for event in events.Histograms("train/norms_by_layer")]
     assert steps == [1, 11]
     assert [event.step for event in events.Images("train/norms_map")] == steps
-    assert events.Images("train/norms_map")[0].width == 2 * WIDTH  # the layers' numbers, and one nameless module
+    assert events.Images("train/norms_map")[0].width == 2 * WIDTH  # the layer numbers, and one unnamed module
     shown = events.Histograms("train/norms_by_layer")[-1].histogram_value
     logged = {name: events.Scalars(f"train/norms_{name}")[10].value for name in ("min", "max", "avg")}
     assert (shown.min, shown.max) == pytest.approx((logged["min"], logged["max"]))
@@ -70,7 +70,7 @@ def test_heat_map() -> None:
 
 
 def test_labels_of_a_heat_map_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ends before the next begins, the number in the corner too; and what is alike is told apart."""
+    """Each label, and the number in the corner, ends before the next begins; labels of similar modules differ."""
     drawn: list[tuple[float, float, str]] = []
 
     def text(draw: ImageDraw.ImageDraw, at: tuple[float, float], label: str, **options: Any) -> None:
@@ -99,7 +99,7 @@ def test_labels_of_a_heat_map_are_whole(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def summaries() -> list[Any]:
-    """On one of two ranks there is nothing of one quantity, and on both nothing of another."""
+    """Summarise three quantities over two ranks: one on both ranks, one on neither, and one on a single rank."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -115,7 +115,7 @@ def test_statistics_over_ranks(workers: Workers) -> None:
 
 
 def run_example(arguments: list[str]) -> str:
-    """Run examples/callbacks_ddp.py as one of the ranks, and give what it printed."""
+    """Run examples/callbacks_ddp.py as one of the ranks; return what it printed."""
     import contextlib
     import io
     import sys

@@ -1,4 +1,4 @@
-"""Every callback of ours in projects that know nothing of it, copied, pickled, and used again."""
+"""Every callback in projects that do not otherwise use this package; copied, pickled and reused."""
 
 from __future__ import annotations
 
@@ -72,17 +72,18 @@ def trained(callback: L.Callback, module: L.LightningModule, train: Any, evaluat
 
 
 def test_the_list_is_whole() -> None:
-    assert sorted([*MADE, "Samples"]) == sorted(callbacks.__all__)  # which needs a module that writes text
+    assert sorted([*MADE, "Samples"]) == sorted(callbacks.__all__)  # Samples needs a module that writes text
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_copied_pickled_and_used_again(name: str, tmp_path: Path) -> None:
-    """As Lightning does when it spawns processes; before a training and after one, and for a second one."""
+    """As Lightning does when it spawns processes; before and after a training, and for a second training."""
     callback = MADE[name](tmp_path)
     for _ in range(2):
         for same in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
             assert type(same) is type(callback)
             state = same.state_dict()
+            assert state == callback.state_dict()
             json.dumps(state, default=float)
             same.load_state_dict(state)
             trained(same, Saves(), loader(), loader(1))
@@ -111,7 +112,7 @@ def test_flags(name: str, where: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_data_and_modules(name: str, tmp_path: Path) -> None:
-    """Without a length, without evaluation, several sets of it, and optimizing by oneself."""
+    """Data without a length, no evaluation, several evaluation sets, and manual optimization."""
     for number, (module, train, evaluated) in enumerate(
         [
             (Saves(), stream(), loader(1)),
@@ -146,7 +147,7 @@ def test_resumed(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("evaluated", "monitor", "sentence"),
     [
-        (loader(1), "eval/lost", "eval/loss is logged, no eval/lost"),
+        (loader(1), "eval/lost", "eval/lost is not among the logged metrics (eval/loss)"),
         (None, "eval/loss", "there are no evaluations"),
         (loader(1), "eval/loss", None),
         (None, None, None),

@@ -29,14 +29,14 @@ def pair(name: str, rank: int, inner: int, outer: int, scale: float = 1.0, exper
 
 
 def products(each: LowRank) -> list[tuple[Tensor, Tensor]]:
-    """A and B of every expert in float64, by PEFT's layout: A is [experts, rank, in], B [out, rank, experts]."""
+    """Return A and B of every expert in float64. PEFT lays out A as [experts, rank, in], B as [out, rank, experts]."""
     a = each.a.detach().double().reshape(each.experts, -1, each.a.shape[1])
     b = each.b.detach().double().reshape(each.b.shape[0], -1, each.experts)
     return [(a[i], b[:, :, i]) for i in range(each.experts)]
 
 
 def decayed(a: Tensor, b: Tensor, scale: float, rate_a: float, rate_b: float) -> tuple[Tensor, Tensor]:
-    """The gradient of ½‖s·B·A‖² for both, with W formed, from the values before."""
+    """Decay A and B by the gradient of ½‖s·B·A‖² at their old values, with W formed explicitly."""
     w = scale * b @ a
     return a - rate_a * scale * b.T @ w, b - rate_b * scale * w @ a.T
 
@@ -76,7 +76,7 @@ def test_chunks_are_small_and_views_follow_the_parameters(monkeypatch: pytest.Mo
     made = chunks(pairs)
     assert [len(chunk.pairs) for chunk in made] == [2, 2, 1]
     assert [len(chunk.pairs) for chunk in chunks([pair("large", 4, 80, 80)])] == [1]
-    pairs[0].a.data, pairs[1].b.data = torch.randn(4, 8), torch.randn(8, 4)  # other memory
+    pairs[0].a.data, pairs[1].b.data = torch.randn(4, 8), torch.randn(8, 4)  # move to other memory
     expected = [decayed(*products(each)[0], 1.0, 1e-3, 1e-3) for each in made[0].pairs]
     decay_products(made[0], 1e-3, 1e-3, None)
     for each, (a, b) in zip(made[0].pairs, expected, strict=True):
@@ -103,7 +103,7 @@ def test_norms_of_coarse_weights_are_exact() -> None:
 
 
 class Net(L.LightningModule):
-    """Two linear layers with LoRA and a head that is trained as a whole."""
+    """Two linear layers with LoRA, and a fully trained head."""
 
     def __init__(self, optimizer: Any = torch.optim.SGD, groups: bool = False, **config: Any) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def fit(module: L.LightningModule, weight_decay: float, **options: Any) -> list[
 
 
 def fit_plainly(module: Net, weight_decay: float, accumulate: int) -> list[dict[str, float]]:
-    """The same in a plain loop, the decay with W formed in float64."""
+    """Train the same way in a plain loop, with W formed in float64 for the decay; return each step's metrics."""
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     batches, seen = list(rows()), []
@@ -212,7 +212,7 @@ def test_a_training_equals_a_plain_loop(options: dict[str, Any], accumulate: int
 
 def test_only_logged_steps_have_metrics() -> None:
     seen = fit(Net(), 0.5, log_every_n_steps=3)
-    assert ["train/norms_avg" in step for step in seen] == [False, False, True, True, True, True]  # they stay
+    assert ["train/norms_avg" in step for step in seen] == [False, False, True, True, True, True]  # metrics persist
     assert seen[2] == seen[3] == seen[4] != seen[5]
 
 
@@ -227,7 +227,7 @@ def test_a_parameter_that_is_not_trained_keeps_its_value() -> None:
 
 
 class Controlled(L.LightningModule):
-    """Control Adapters: S of the first layer has its own rate, the third's is frozen, the fourth's not used."""
+    """Control Adapters: S of the first layer has its own rate, the third's is frozen, the fourth's is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,5 +301,5 @@ def test_a_module_without_adapters() -> None:
             super().__init__()
             self.net = nn.Linear(6, 2)
 
-    with pytest.raises(ConfigurationError, match="no LoRA layer"):
+    with pytest.raises(ConfigurationError, match="neither PEFT LoRA layers nor Control Adapters"):
         fit(Bare(), 1.0)

@@ -17,7 +17,7 @@ from projects import QUIET, Evaluations, Project, TwoOptimizers, loader, stream
 def evaluated(
     evals: int, train: Any = None, module: L.LightningModule | None = None, callbacks: Any = (), **options: Any
 ) -> list[int]:
-    """After which steps it evaluated; an epoch of the default data has eight batches."""
+    """Train; return the steps after which it evaluated. An epoch of the default data has eight batches."""
     seen = Evaluations()
     trainer = L.Trainer(callbacks=[EvalSchedule(evals), seen, *callbacks], **{**QUIET, **options})
     trainer.fit(module or Project(), loader() if train is None else train, loader(2))
@@ -50,7 +50,7 @@ def test_accumulation_that_changes() -> None:
 
 
 def test_a_module_that_optimizes_by_itself() -> None:
-    """Two steps a batch; eleven are reached within the sixth."""
+    """Each batch takes two steps, so that the eleventh step falls within the sixth batch."""
     assert evaluated(2, module=TwoOptimizers()) == [0, 8, 16, 24, 32]
     assert evaluated(2, module=TwoOptimizers(), max_steps=11) == [0, 8, 12]
 
@@ -66,12 +66,12 @@ def test_a_module_that_optimizes_by_itself() -> None:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_another_schedule_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="both say when to evaluate"):
+    with pytest.raises(ConfigurationError, match="both set when to evaluate"):
         evaluated(2, **options)
 
 
 def test_parts_of_an_epoch_without_length_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="cannot be divided into 2"):
+    with pytest.raises(ConfigurationError, match="cannot be divided into 2 parts"):
         evaluated(2, stream())
 
 

@@ -1,4 +1,4 @@
-"""AdapterNorms and CompositeWeightDecay on what PEFT and Lightning offer beside one LoRA and one optimizer."""
+"""AdapterNorms and CompositeWeightDecay with more of PEFT and Lightning than one LoRA and one optimizer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RATE, DECAY = 0.1, 0.5
 
 
 class Adapted(Project):
-    """A project with LoRAs: an embedding, a Linear and GPT-2's kind of it.
+    """A project with LoRAs on an embedding, a Linear and GPT-2's Conv1D.
 
     Args:
-        configs: one for each adapter.
-        optimizer: what trains all that is not frozen.
+        configs: LoRA options, one set per adapter.
+        optimizer: Called with all parameters, including frozen ones, and the learning rate.
     """
 
     def __init__(self, *configs: dict[str, Any], optimizer: Any = torch.optim.SGD) -> None:
@@ -51,10 +51,10 @@ class Adapted(Project):
         return nn.functional.cross_entropy(self.layers(batch[0].abs().long() % 7).mean(1), batch[1])
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer(list(self.layers.parameters()), lr=RATE)  # the frozen ones as well
+        return self.optimizer(list(self.layers.parameters()), lr=RATE)  # including frozen ones
 
     def products(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """A, B and scale of each adapter, by PEFT's own names."""
+        """Return A, B and the scale of each adapter, read by PEFT's own names."""
         found = {}
         for name, layer in self.layers.named_children():
             for adapter in self.names if hasattr(layer, "scaling") else []:
@@ -66,13 +66,13 @@ class Adapted(Project):
 
 
 class Before(L.Callback):
-    """Does something before the first step is taken, when the gradients are there."""
+    """Records the A and B that the last step would give without decay."""
 
     def __init__(self) -> None:
         self.products: dict[str, Any] = {}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-        """What SGD will make of them, without decay."""
+        """Take SGD's step, record A and B, and undo the step."""
         after = {p: p.detach() - RATE * p.grad for p in module.parameters() if p.grad is not None}
         kept = {p: p.detach().clone() for p in after}
         for p, value in after.items():
@@ -95,7 +95,7 @@ def one_step(module: Adapted, *callbacks: L.Callback) -> dict[str, float]:
 )
 @pytest.mark.parametrize("idle", ["frozen", "without a gradient"])
 def test_one_step(configs: Any, idle: str) -> None:
-    """Two adapters of a layer: the first is active and decays, the second is idle. Both have norms."""
+    """Of two adapters on a layer, the active one decays and the idle one does not; both have norms."""
     module, before = Adapted(*configs), Before()
     for name, parameter in module.layers.named_parameters():
         if "second" in name:
@@ -131,14 +131,14 @@ def test_one_half_decays_where_the_other_is_frozen(frozen: str) -> None:
 
 
 class CallsItsBase(torch.optim.SGD):
-    """Both steps call the hooks."""
+    """An optimizer whose own step and whose base class's step both call the hooks."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
 class LetsGo(torch.optim.Optimizer):
-    """SGD that has let go of the gradients when hooks are called, as optimizers that save memory do."""
+    """SGD that has released the gradients before hooks are called, as memory-saving optimizers do."""
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -156,7 +156,7 @@ class LetsGo(torch.optim.Optimizer):
 def test_an_optimizer_of_another_kind_decays_the_same_and_once(optimizer: Any) -> None:
     module, same = Adapted({}, {"r": 3}, optimizer=optimizer), Adapted({}, {"r": 3})
     same.load_state_dict(module.state_dict())
-    for each in (module, same):  # their second adapter is frozen
+    for each in (module, same):  # the second adapter of each is frozen
         one_step(each, CompositeWeightDecay(DECAY))
     for ours, theirs in zip(module.parameters(), same.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -215,11 +215,11 @@ def test_what_is_no_whole_matrix_is_refused(what: str) -> None:
     net: Any = nn.Sequential(nn.Conv2d(3, 4, 2) if what == "convolution" else nn.Linear(3, 4))
     layer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)[0]
     weight = layer.lora_B["default"].weight
-    if what == "flat":  # as some strategies keep a shard
+    if what == "flat":  # as some strategies store shards
         weight.data = weight.data.flatten()
     elif what == "other rank":
         weight.data = weight.data[:, :1]
-    with pytest.raises(ConfigurationError, match=r"LoRA weights of 0 are.*plain whole matrices"):
+    with pytest.raises(ConfigurationError, match=r"LoRA weights of 0 have shapes .*plain, unsharded matrices"):
         find_low_rank(net)
 
 
@@ -230,7 +230,7 @@ def test_norms_of_nothing_are_told_once() -> None:
         trainer.fit(Project(), loader())
     told = [str(each.message) for each in caught if "AdapterNorms" in str(each.message)]
     assert told == [
-        "AdapterNorms: the model has no LoRA layer of PEFT and no Control Adapter: there are no norms to log."
+        "AdapterNorms: the model has neither PEFT LoRA layers nor Control Adapters, so there are no norms to log."
     ]
     assert not any("norms" in name for name in trainer.callback_metrics)
 
@@ -259,7 +259,7 @@ def test_a_rate_that_is_a_tensor() -> None:
 
 
 def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
-    """The second layer's adapter comes into the optimizer in the second epoch, the third's is thawed in the third."""
+    """The second layer's adapter joins the optimizer in the second epoch; the third's is unfrozen in the third."""
 
     class Later(Adapted):
         def configure_optimizers(self) -> Any:
@@ -288,7 +288,7 @@ def test_what_is_thawed_or_added_later_decays_from_then_on() -> None:
 
 
 def test_after_an_error_nothing_decays_twice() -> None:
-    """The optimizer is the module's own, the same in both fits."""
+    """Both fits use the same optimizer, on which a hook left by the failed one would decay again."""
 
     class Keeps(Adapted):
         def configure_optimizers(self) -> Any:
@@ -305,6 +305,10 @@ def test_after_an_error_nothing_decays_twice() -> None:
     assert not decay._hooks
     assert not module.kept._optimizer_step_post_hooks
     one_step(module, decay)
+    same = Keeps({})
+    for _ in range(2):
+        one_step(same, CompositeWeightDecay(DECAY))
+    torch.testing.assert_close(module.state_dict(), same.state_dict(), atol=0, rtol=0)
 
 
 def test_pairs_of_other_shapes_are_apart() -> None:

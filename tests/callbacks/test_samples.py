@@ -1,4 +1,4 @@
-"""Samples while training: transformers' own text, and no trace in the training."""
+"""Samples during training: the text that transformers writes, and no effect on the training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_transformers(job: Path, adapter: Path) -> list[str]:
-    """What the merged weights write."""
+    """Return what transformers writes with the merged weights."""
     tokenizer = AutoTokenizer.from_pretrained(job / "model")
     base = AutoModelForCausalLM.from_pretrained(job / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
@@ -47,15 +47,14 @@ def test_is_what_transformers_writes(
 ) -> None:
     losses = workers.run(ranks, train_with_samples, str(job), str(tmp_path / "with"), stages, ranks, PROMPTS, virtual)
     assert len(losses[0]) == 2
-    if virtual == 1:
-        without = workers.run(ranks, train_with_samples, str(job), str(tmp_path / "without"), stages, ranks, [])
-        assert losses == without  # bit for bit
+    without = workers.run(ranks, train_with_samples, str(job), str(tmp_path / "without"), stages, ranks, [], virtual)
+    assert losses == without  # bit for bit
     (log,) = (tmp_path / "with").rglob("events.*")
     events = EventAccumulator(str(log)).Reload()
     shown = [events.Tensors(f"samples/{number}/text_summary") for number in range(len(PROMPTS))]
     assert [[event.step for event in each] for each in shown] == [[1, 2]] * len(PROMPTS)
     texts = [[event.tensor_proto.string_val[0].decode() for event in each] for each in shown]
-    # Of numbers too: steps are those of the terminal, which begin with 1, where Lightning's begin with 0.
+    # Metrics, too, are logged at the steps of the terminal, which start at 1; Lightning's start at 0.
     for name in ("train/loss", "train/lr", "eval/loss", "epoch"):
         assert sorted({event.step for event in events.Scalars(name)}) == [1, 2], name
     assert {event.value for event in events.Scalars("epoch")} == {0.0}
@@ -67,10 +66,10 @@ def test_is_what_transformers_writes(
 
 @pytest.mark.parametrize("ends", [None, 7, [9, 7]])
 def test_ends_where_transformers_ends(job: Path, tmp_path: Path, ends: int | list[int] | None) -> None:
-    """Of chat models the end of a turn is in generation_config.json alone, the tokenizer has that of a text."""
+    """Chat models have the end of a turn only in generation_config.json; the tokenizer has the end of a text."""
     shutil.copytree(job / "model", tmp_path, dirs_exist_ok=True)
     GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
-    tokens = iter([5, 7, 6, 1, 8])  # of which the tokenizer's end is 1
+    tokens = iter([5, 7, 6, 1, 8])  # the tokenizer's end is 1
     evaluation = SimpleNamespace(by=lambda *_: (next(tokens), 1))
     strategy: Any = SimpleNamespace(batch_to_device=lambda batch: batch, evaluation=evaluation)
     GreedyWriter(tmp_path, (), False, None).write("a", 5, strategy)
@@ -94,12 +93,12 @@ def test_ends_where_the_embedded_positions_do(job: Path, positions: int | None, 
     text = writer.write("a", 5, strategy)
     assert len(lengths) == written
     assert max(lengths, default=0) <= (positions or 7)
-    assert text == (str(written) if written else "(nothing: the prompt has 2 tokens, and the model 2 positions)")
+    assert text == (str(written) if written else "(nothing: the prompt has 2 tokens, the model has 2 positions)")
 
 
 def test_what_is_refused() -> None:
     for options in ({"prompts": []}, {"prompts": [""]}, {"prompts": ["a"], "max_new_tokens": 0}):
         with pytest.raises(ConfigurationError, match="Samples: "):
             Samples(**options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="Samples needs a method write_text"):
+    with pytest.raises(ConfigurationError, match="Samples: Linear has no method write_text"):
         Samples(["a"]).setup(None, torch.nn.Linear(1, 1), "fit")  # type: ignore[arg-type]

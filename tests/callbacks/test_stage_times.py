@@ -1,4 +1,4 @@
-"""What each stage did, as the logs of an uneven pipeline tell it."""
+"""The times and the memory of each stage, as logged for an uneven pipeline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Slow(nn.Module):
 
 
 class Uneven(L.LightningModule):
-    """Its second half takes long."""
+    """A module whose second half is slow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Uneven(L.LightningModule):
 
 
 class Measured(L.Callback):
-    """Notes for which steps the strategy was asked to measure."""
+    """Records in which steps the strategy was asked to measure."""
 
     def __init__(self) -> None:
         self.steps: list[bool] = []
@@ -58,14 +58,25 @@ class Measured(L.Callback):
             self.steps.append(trainer.strategy.stage_times is not None)
 
 
-def train(directory: str, stages: int, ranks: int, every: int) -> tuple[dict[str, float], list[bool]]:
+class Reports(PipeLiteStrategy):
+    """Reports 1 s busy and 4 s waiting on rank 0, and 2 s and 8 s on rank 1, instead of what was measured."""
+
+    @property
+    def stage_times(self) -> tuple[float, float] | None:
+        number = self.global_rank + 1
+        return (1.0 * number, 4.0 * number) if super().stage_times else None
+
+
+def train(
+    directory: str, stages: int, ranks: int, every: int, kind: type[PipeLiteStrategy] = PipeLiteStrategy
+) -> tuple[dict[str, float], list[bool]]:
     """Train four steps; return what was logged last, and which steps were measured."""
     number = 4 * MICRO_BATCHES * ranks
     rows = TensorDataset(torch.linspace(-1, 1, 4 * number).view(number, 4), torch.zeros(number).long())
     loggers = [TensorBoardLogger(directory, "tb", 0), CSVLogger(directory, "csv", 0)]
     measured = Measured()
     trainer = L.Trainer(
-        strategy=PipeLiteStrategy(pipeline_stages=stages),
+        strategy=kind(pipeline_stages=stages),
         accelerator="cpu",
         devices=ranks,
         max_steps=4,
@@ -84,7 +95,7 @@ def train(directory: str, stages: int, ranks: int, every: int) -> tuple[dict[str
 def test_two_stages(workers: Workers, tmp_path: Path) -> None:
     (metrics, measured), other = workers.run(2, train, str(tmp_path), 2, 2, 2)
     assert other == (metrics, measured)  # the same on every rank
-    assert measured == [False, True, False, True]  # only what is logged
+    assert measured == [False, True, False, True]  # only logged steps
     work = SLOW * MICRO_BATCHES
     assert metrics["stage_busy_s/1"] >= work > metrics["stage_busy_s/0"]
     assert metrics["stage_waiting_s/0"] > work / 2
@@ -102,8 +113,9 @@ def test_two_stages(workers: Workers, tmp_path: Path) -> None:
 
 
 def test_replicas_are_averaged_and_one_stage_needs_no_picture(workers: Workers, tmp_path: Path) -> None:
-    (metrics, _), _ = workers.run(2, train, str(tmp_path), 1, 2, 4)
+    (metrics, _), _ = workers.run(2, train, str(tmp_path), 1, 2, 4, Reports)
     assert metrics.keys() == {"stage_busy_s/0", "stage_waiting_s/0", "stage_memory_gib/0", "train/stage_imbalance"}
+    assert (metrics["stage_busy_s/0"], metrics["stage_waiting_s/0"]) == (1.5, 6)
     assert metrics["train/stage_imbalance"] == 1
     events = EventAccumulator(str(tmp_path / "tb" / "version_0")).Reload()
     assert "train/stages" not in events.Tags()["images"]
@@ -136,7 +148,7 @@ def test_the_picture() -> None:
 
 
 def test_what_stands_beside_a_bar_is_whole() -> None:
-    """Nothing is drawn in the last columns, where a text that was cut would end."""
+    """Nothing is drawn in the last columns, which text that was cut off would reach."""
     picture = stage_bars({0: (12345.6, 3.456e-5), 11: (1.5, 12345.6)})
     assert picture.shape[1] > LEFT + WIDTH + RIGHT
     assert (picture[:, -3:] == 255).all()

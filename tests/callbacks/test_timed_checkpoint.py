@@ -19,7 +19,7 @@ def steps(*numbers: int) -> list[str]:
 
 @pytest.mark.parametrize("way", ["SIGUSR1", "trigger"])
 def test_on_request_it_saves_and_training_goes_on(workers: Workers, tmp_path: Path, way: str) -> None:
-    """Step 5 is the end of the epoch, and 8 that of the training."""
+    """Besides the requested step 4, it saves at the end of the epoch, step 5, and of the training, step 8."""
     for rank in workers.run(2, asked, str(tmp_path / "a"), way):
         assert rank["status"] == 0
         assert rank["saved"] == steps(4, 5, 8)
@@ -45,7 +45,7 @@ def test_rank_0_decides_and_the_newest_are_kept(workers: Workers, tmp_path: Path
 
 def test_the_best_is_kept_beside_the_newest(workers: Workers, tmp_path: Path) -> None:
     evaluated = {step: value for step, key, value in workers.run(2, train, 2)[0]["lines"] if key == "eval/loss"}
-    # They are logged with the number of steps before: the evaluations are after steps 2, 4 and 7.
+    # The evaluations run after steps 2, 4 and 7, but are logged with a step number lower by one.
     best = min((step for step in evaluated if step < 8), key=lambda step: evaluated[step]) + 1
     for rank in workers.run(2, by_the_clock, str(tmp_path), 1, "eval/loss"):
         assert rank["best"] == steps(best)[0]
@@ -61,19 +61,19 @@ def test_the_only_one_stays_while_nothing_can_be_written(workers: Workers, tmp_p
 
 
 def test_the_checkpoint_stands_though_what_was_trained_cannot_be_written(workers: Workers, tmp_path: Path) -> None:
-    """And the job ends with that error; resumed, there is nothing left to do, which it says."""
+    """The job ends with that error; when resumed, it reports that training is already complete."""
     run = workers.run(1, failing_to_save, str(tmp_path / "a"))[0]
     assert run["saved"] == steps(5)
     assert "no such layer" in run["error"]
-    assert f"going on from {tmp_path}/a/{steps(5)[0]}, of step 5" in run["told"]
-    assert "the training is complete" in run["told"]
+    assert f"resuming from {tmp_path}/a/{steps(5)[0]} (step 5)" in run["told"]
+    assert "training is already complete" in run["told"]
 
 
 def test_wrong_values_are_told() -> None:
     for options, sentence in (
         ({"checkpoint_interval_hours": 0}, "checkpoint_interval_hours must be positive, not 0"),
         ({"max_checkpoints": -1}, "max_checkpoints must be at least 0, not -1"),
-        ({"mode": "least"}, "mode is min or max"),
+        ({"mode": "least"}, "mode must be min or max"),
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             TimedCheckpoint(**options)  # type: ignore[arg-type]

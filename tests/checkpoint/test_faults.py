@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint on disk, or with the disk: each has its sentence, and nothing is lost."""
+"""Faults of a checkpoint on disk, or of the disk: each has its own message, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -71,9 +71,19 @@ def load(store: CheckpointStore, path: Path, identity: Any = IDENTITY, **options
     return state, layer, optimizer
 
 
+def holds_one_step(store: CheckpointStore, path: Path) -> None:
+    """Check that the checkpoint restores everything that :func:`save` has put into it."""
+    layer, optimizer = build()
+    step(layer, optimizer)
+    state, again, fresh = load(store, path)
+    expected = ({"score": torch.ones(3)}, layer.state_dict(), optimizer.state_dict()["state"])
+    found = (state["callbacks"], again.state_dict(), fresh.state_dict()["state"])
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.SGD])
 def test_training_goes_on_to_the_bit(store: CheckpointStore, tmp_path: Path, kind: Any) -> None:
-    """State of another shape than the parameter's, a parameter that is a scalar, buffers."""
+    """With optimizer state of another shape than its parameter, a scalar parameter, and buffers."""
     save(store, tmp_path / "a", optimizer=kind)
     layer, optimizer = build(optimizer=kind)
     step(layer, optimizer)
@@ -98,7 +108,7 @@ def test_what_is_copied_may_change_at_once(store: CheckpointStore, tmp_path: Pat
 
 
 def test_other_programs_read_it(store: CheckpointStore, tmp_path: Path) -> None:
-    """With the tools that docs/checkpoints.md names, and without Lightning or DeepSpeed."""
+    """A checkpoint is read with the tools that docs/checkpoints.md names, without Lightning or DeepSpeed."""
     path = save(store, tmp_path / "a")
     assert sorted(each.name for each in path.iterdir()) == sorted(FILES)
     subprocess.run(["sha256sum", "--check", "--quiet", MANIFEST_HASH], cwd=path, check=True)
@@ -112,7 +122,7 @@ def test_other_programs_read_it(store: CheckpointStore, tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout == "set()\n"
 
 
-# What is wrong with the files
+# Faults of the files
 
 
 def cut(path: Path) -> None:
@@ -136,17 +146,19 @@ def test_damage_is_told_and_the_checkpoint_before_is_taken(
         ConfigurationError, match=r"^ckpt_path: .*; name another checkpoint|is not a checkpoint"
     ) as error:
         load(store, damaged)
-    assert name in str(error.value) or MANIFEST in str(error.value)
+    # A hash that differs may be that of another manifest, so the manifest is named.
+    named = MANIFEST if name == MANIFEST_HASH and damage is not Path.unlink else name
+    assert named in str(error.value)
     found, passed_over = newest([tmp_path])
     assert found == whole
     assert len(passed_over) == 1
     shutil.rmtree(whole)
-    with pytest.raises(ConfigurationError, match="there is no whole checkpoint for `last`"):
+    with pytest.raises(ConfigurationError, match="there is no intact checkpoint for `last`"):
         newest([tmp_path])
 
 
 def rewritten(path: Path) -> None:
-    """Give a directory a manifest that agrees with its files."""
+    """Rewrite the manifest of a directory to match its files."""
     names = [each for each in FILES if not each.startswith("manifest")]
     files = {}
     for name in names:
@@ -160,9 +172,9 @@ def rewritten(path: Path) -> None:
 
 def test_what_may_differ_is_told_and_can_be_allowed(store: CheckpointStore, tmp_path: Path) -> None:
     path, other = save(store, tmp_path / "a"), {**IDENTITY, "base_model": "abd"}
-    with pytest.raises(ConfigurationError, match=r"'abd' here; set model\.another to true to go on all the same"):
+    with pytest.raises(ConfigurationError, match=r"'abd' here; set model\.another to true to continue anyway"):
         store.open(path, other, {"base_model": (False, "model.another")})
-    with pytest.warns(UserWarning, match=r"'abc' there and 'abd' here; training goes on, as model\.another is set"):
+    with pytest.warns(UserWarning, match=r"'abc' there and 'abd' here; training continues, as model\.another is set"):
         store.open(path, other, {"base_model": (True, "model.another")})
     other = {**other, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}
     with pytest.raises(ConfigurationError, match="rank is 4 there and 8 here"):
@@ -176,7 +188,8 @@ def test_of_another_model_adapter_optimizer_or_version(store: CheckpointStore, t
         ({"identity": {**IDENTITY, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}},
          "adapter.init_args.rank is 4 there and 8 here"),
         ({"inputs": 5}, r"the parameter 0.weight with shape \[3, 4\], not \[3, 5\]"),
-        ({"optimizer": torch.optim.SGD}, "is of the optimizer torch.optim.adamw.AdamW, not torch.optim.sgd.SGD"),
+        ({"optimizer": torch.optim.SGD},
+         "was saved with the optimizer torch.optim.adamw.AdamW, not torch.optim.sgd.SGD"),
     )  # fmt: skip
     for options, sentence in cases:
         with pytest.raises(ConfigurationError, match=sentence):
@@ -197,7 +210,7 @@ def test_of_another_model_adapter_optimizer_or_version(store: CheckpointStore, t
     (path / MANIFEST_HASH).unlink()
     written: Written = write_file(path / MANIFEST, json.dumps({**manifest, "version": 2}).encode())
     write_file(path / MANIFEST_HASH, f"{written.sha256}  {MANIFEST}\n".encode())
-    with pytest.raises(ConfigurationError, match=r"is of version 2 .* use the pipelite that wrote it"):
+    with pytest.raises(ConfigurationError, match=r"is in version 2 .* use the version that wrote it"):
         load(store, path)
 
 
@@ -216,23 +229,23 @@ def test_a_pickle_in_any_place_runs_no_code(store: CheckpointStore, tmp_path: Pa
     for content in (pickle.dumps(Hostile(marker)), (tmp_path / "hostile.pt").read_bytes()):
         (path / name).write_bytes(content)
         if not name.startswith("manifest"):
-            rewritten(path)  # whoever puts a pickle there can put its hash there, too
+            rewritten(path)  # an attacker who replaces a file can replace its hash, too
         with pytest.raises(ConfigurationError, match=r"^ckpt_path: "):
             load(store, path)
         assert not marker.exists()
     pickle.loads(pickle.dumps(Hostile(marker)))
-    assert marker.exists()  # it would have
+    assert marker.exists()  # loading the pickle does run its code
 
 
-# What is wrong with the disk
+# Faults of the disk
 
 
 def failing_write(store: CheckpointStore, good: Path, bad: Path, reason: str) -> None:
-    with pytest.warns(UserWarning, match=f"could not be written .*{reason}.* training goes on"):
+    with pytest.warns(UserWarning, match=f"could not be written .*{reason}.* training continues"):
         save(store, bad)
     assert not bad.exists()
     assert not [path for path in bad.parent.iterdir() if path.name.startswith(".")]
-    assert load(store, good)
+    holds_one_step(store, good)
 
 
 def test_a_small_disk_that_is_full(store: CheckpointStore, tmp_path: Path) -> None:
@@ -245,17 +258,17 @@ def test_a_small_disk_that_is_full(store: CheckpointStore, tmp_path: Path) -> No
         good = save(store, disk / "a")
         (disk / "filler").write_bytes(b"0" * 24_000)
         failing_write(store, good, disk / "b", "No space left on device")
-        store.remove(good)  # as ModelCheckpoint does: not while there is no newer one
-        assert load(store, good)
+        store.remove(good)  # as ModelCheckpoint does; ignored while there is no newer one
+        holds_one_step(store, good)
         (disk / "filler").unlink()
         save(store, disk / "b")
         assert [path.name for path in disk.iterdir()] == ["b"]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # tensors of a failed check may still use it
 
 
 def test_a_limit_to_the_size_of_files(store: CheckpointStore, tmp_path: Path) -> None:
-    """A quota, say."""
+    """As under a disk quota: writing fails partway through a file."""
     good = save(store, tmp_path / "a")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
@@ -266,12 +279,12 @@ def test_a_limit_to_the_size_of_files(store: CheckpointStore, tmp_path: Path) ->
 
 
 def test_a_directory_that_cannot_be_written(store: CheckpointStore, tmp_path: Path) -> None:
-    """A file in its place, which not even root can write into; and a directory without the permission."""
+    """A file in place of the directory, which stops even root, and a directory without write permission."""
     good = save(store, tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"could not be written \((Not a directory|File exists)\)"):
         save(store, tmp_path / "file" / "b")
-    assert load(store, good)
+    holds_one_step(store, good)
     if os.geteuid() != 0:
         tmp_path.chmod(0o555)
         try:
@@ -281,12 +294,12 @@ def test_a_directory_that_cannot_be_written(store: CheckpointStore, tmp_path: Pa
 
 
 def test_what_killed_processes_leave(store: CheckpointStore, tmp_path: Path) -> None:
-    """A partial directory goes; what was about to be replaced comes back; a name is replaced in one move."""
+    """Partial directories are removed, a checkpoint that was being replaced is restored, and can be replaced again."""
     path = save(store, tmp_path / "last.ckpt")
     shutil.copytree(path, tmp_path / ".b.ckpt.0123abcd.ckpt-partial")
     assert newest([tmp_path]) == (path, [])
     path.rename(tmp_path / ".last.ckpt.0123abcd.ckpt-old")
-    assert load(store, path)
+    holds_one_step(store, path)
     assert newest([tmp_path])[0] == tmp_path / ".last.ckpt.0123abcd.ckpt-old"
     save(store, tmp_path / "c.ckpt")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c.ckpt", "last.ckpt"]

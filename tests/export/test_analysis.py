@@ -1,4 +1,4 @@
-"""Figures from small factors against full matrices, and what is written."""
+"""Figures computed from the factors, against those of full matrices, and the files that are written."""
 
 from __future__ import annotations
 

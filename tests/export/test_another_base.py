@@ -1,4 +1,4 @@
-"""An adapter of another base than the one that is given: refused, unless it is asked for."""
+"""An adapter that was trained on another base than the given one is refused, unless explicitly allowed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_pipelite.models.fingerprint import fingerprint, record_base, refu
 
 @pytest.fixture
 def bases(tmp_path: Path) -> tuple[Path, Path]:
-    """Two models that are alike in all but their weights, as a model and what was fine-tuned from it."""
+    """Return two models that differ only in their weights, like a model and its fine-tuned version."""
     one = write_base(tmp_path / "one", "llama")
     other = Path(shutil.copytree(one, tmp_path / "other"))
     weights = {name: tensor + 0.5 for name, tensor in load_file(other / "model.safetensors").items()}
@@ -52,7 +52,7 @@ def run_all(adapter: Path, base: Path, output: Path, **options: Any) -> None:
 
 def test_the_base_that_the_configuration_names(bases: tuple[Path, Path], tmp_path: Path) -> None:
     one, other = bases
-    adapter = write_adapter(tmp_path / "adapter", one, target_modules=["q_proj"])  # PEFT names the directory
+    adapter = write_adapter(tmp_path / "adapter", one, target_modules=["q_proj"])  # PEFT records the base's directory
     run_all(adapter, one, tmp_path / "same")
     refused(adapter, other, tmp_path / "refused")
     assert not list(tmp_path.glob("refused*"))
@@ -60,12 +60,12 @@ def test_the_base_that_the_configuration_names(bases: tuple[Path, Path], tmp_pat
     analyze(str(adapter), None, str(tmp_path / "without"))
     copied = Path(shutil.copytree(one, tmp_path / "copied"))
     run_all(adapter, copied, tmp_path / "copy")
-    (one / "model.safetensors").unlink()  # there is nothing to compare with any more
+    (one / "model.safetensors").unlink()  # nothing is left to compare with
     run_all(adapter, other, tmp_path / "gone")
 
 
 def test_what_tells_nothing_of_the_base(bases: tuple[Path, Path], tmp_path: Path) -> None:
-    """A base that is named but damaged, and a name that is none."""
+    """A base is accepted if the recorded one is damaged, or if the recorded name is not a usable name."""
     one, other = bases
     adapter = write_adapter(tmp_path / "adapter", one, target_modules=["q_proj"])
     (one / "model.safetensors").write_bytes(b"damaged")

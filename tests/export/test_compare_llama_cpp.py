@@ -1,4 +1,4 @@
-"""The example that holds llama.cpp against the trained model, with a stand-in for the binding."""
+"""The example that compares llama.cpp with the trained model, with a stand-in for the Python binding."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_the_comparison() -> None:
     assert same == 0.5
 
 
-# Stands for llama.cpp's binding: gives logits that were put beside the files, and dies where an adapter is not to its
-# taste, as llama.cpp does.
+# A stand-in for llama.cpp's Python binding: it returns logits that were stored beside the files and, like llama.cpp,
+# crashes on an adapter that it cannot read.
 BINDING = """
 import os, signal, sys
 import numpy

@@ -21,7 +21,7 @@ from lightning_pipelite.export.residual_writers import find_writers
 LAYER = "model.layers.1"
 DOWN, OUT = ".mlp.down_proj.weight", ".self_attn.o_proj.weight"
 EXPERTS = ".mlp.experts.down_proj"
-# What writes last into layer 1, and what before it, from reading the models' code.
+# The weights that write last to the residual stream of layer 1, and those that write earlier, from the models' code.
 WRITERS = {
     "llama": ([DOWN], [OUT]),
     "qwen3": ([DOWN], [OUT]),
@@ -57,7 +57,7 @@ def test_shared_experts_and_dense_layers_are_found() -> None:
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_a_norm_behind_the_writers_is_refused(kind: str, tmp_path: Path) -> None:
     base, control = write_base(tmp_path / "base", kind), write_control_adapter(tmp_path / "control")
-    with pytest.raises(ConfigurationError, match="adds more than the products of its weights"):
+    with pytest.raises(ConfigurationError, match="does not just add the products of its weights"):
         control_to_lora(str(base), str(control), str(tmp_path / "lora"))
     assert not (tmp_path / "lora").exists()
 
@@ -81,7 +81,7 @@ def test_sequential_blocks_take_the_nearer(kind: str, tmp_path: Path, monkeypatc
     taken = re.search(r"--writers (\w+)", told)
     assert taken is not None
     assert taken[1] == min(measured, key=lambda name: measured[name])
-    # The same on the same tokens, with PEFT and with the adapter's definition.
+    # The same measurement on the same tokens, with PEFT and with the adapter's definition.
     monkeypatch.setattr("export_cases.INPUT_IDS", _tokens(BASES[kind].vocab_size))
     wanted = with_control(base, control, 1).double().log_softmax(-1)
     for name, value in measured.items():
@@ -129,7 +129,7 @@ def test_factors_are_exact_and_of_the_adapters_rank(tmp_path: Path) -> None:
 
 
 def test_the_older_files_of_qlora_pipe_lite(tmp_path: Path) -> None:
-    """They hold A and B in place of Q and S, say that they are LoRAs, and may be pickled."""
+    """The older files hold A and B instead of Q and S, claim to be LoRAs, and may be pickled."""
     generator = torch.Generator().manual_seed(0)
     a, b = 0.2 * torch.randn(4, 64, generator=generator), 0.2 * torch.randn(64, 4, generator=generator)
     key = "base_model.model.model.layers.0.control_"
@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "shape": (lambda t: t.update({f"{KEY}S": torch.zeros(5)}), r"control_S \[5\]"),
     "width": (
         lambda t: (t.clear(), t.update({f"{KEY}Q": torch.eye(32, 2), f"{KEY}S": torch.zeros(2)})),
-        "for layers of width 32 but those of .* have 64",
+        "for layers of width 32, but those of .* have 64",
     ),
     "depth": (
         lambda t: (
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         ),
         "transforms model.layers.9, which .* does not have",
     ),
-    "other": (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "no part of a Control Adapter"),
+    "other": (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "not part of a Control Adapter"),
     "finite": (lambda t: t.update({f"{KEY}S": torch.full((4,), torch.nan)}), "not finite"),
 }
 

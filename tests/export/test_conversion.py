@@ -1,4 +1,4 @@
-"""Checkpoints: what was trained comes out as an adapter or a model; nothing in them is run."""
+"""Checkpoints are converted to adapters or models, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _config(tmp_path: Path, base: Path, more: str) -> Path:
 
 
 def _write_layers(run: Path, items: dict[int, dict[str, Tensor]]) -> Path:
-    """Write files as DeepSpeed's pipeline does: one for each item, beside a file of the engine's state."""
+    """Write files as DeepSpeed's pipeline does: one per pipeline item, and one with the engine's state."""
     directory = run / "global_step3"
     directory.mkdir(parents=True)
     (run / "latest").write_text("global_step3")
@@ -56,7 +56,7 @@ def test_a_lora(layers: list[int] | None, tmp_path: Path) -> None:
     options = {"layers_to_transform": layers} if layers else {}
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"], **options)
     items = _by_layer(load_file(adapter / "adapter_model.safetensors"), ".default")
-    # 4-bit weights leave their statistics in the files.
+    # Checkpoints of 4-bit weights also hold their quantisation statistics.
     items[3]["orig.self_attn.q_proj.base_layer.weight.absmax"] = torch.ones(3)
     _write_layers(tmp_path / "run", items)
     told = convert(
@@ -106,8 +106,7 @@ def test_a_whole_model_of_which_some_layers_were_trained(kind: str, tmp_path: Pa
     before, after = (
         {n: t for s in each.glob("*.safetensors") for n, t in load_file(s).items()} for each in (base, tmp_path / "out")
     )
-    for name, tensor in after.items():
-        assert torch.equal(tensor, trained.get(name, before[name]))
+    torch.testing.assert_close(after, {**before, **trained}, atol=0, rtol=0)
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
@@ -146,9 +145,16 @@ def test_the_text_model_of_a_base_with_images(whole: bool, tmp_path: Path) -> No
         changed = {name for name in after if not torch.equal(after[name], before[name])}
         assert len(changed) == LAYERS
         for name in changed:
-            assert torch.equal(after[name], norms[int(name.split(".layers.")[1].split(".")[0])])
+            given = norms[int(name.split(".layers.")[1].split(".")[0])]
+            torch.testing.assert_close(after[name], given, rtol=0, atol=0)
     else:
         assert (with_adapter(base, tmp_path / "out") - logits(load(base))).abs().max() > 1e-2
+        saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert len(saved) == LAYERS * len(shapes)
+        for name, tensor in saved.items():
+            number, inside = name.split(".layers.")[1].split(".", 1)
+            given = items[int(number) + 2][f"orig.{inside.removesuffix('.weight')}.default.weight"]
+            torch.testing.assert_close(tensor, given, atol=0, rtol=0)
 
 
 class _Hostile:
@@ -161,7 +167,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     base = write_base(tmp_path / "base", "llama")
     run = _write_layers(tmp_path / "run", {})
     torch.save(_Hostile(), run / "layer_03-model_states.pt")
-    with pytest.raises(ConfigurationError, match=r"layer_03-model_states\.pt cannot be read as weights alone"):
+    with pytest.raises(ConfigurationError, match=r"layer_03-model_states\.pt cannot be read as plain weights"):
         convert(str(run), str(tmp_path / "out"), str(_config(tmp_path, base, "lora_rank = 4")))
     assert not (tmp_path / "hostile").exists()
     assert not (tmp_path / "out").exists()

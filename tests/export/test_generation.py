@@ -1,4 +1,4 @@
-"""``pipelite generate`` beside transformers' and PEFT's own."""
+"""``pipelite generate``, against generation by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ def test_both_sides(saved: tuple[str, str]) -> None:
 
 def test_blanks_are_told_from_nothing() -> None:
     assert readable("\n a b \n") == "a b"
-    assert readable("\n \n") == "(3 blanks and line ends alone; drawn with a temperature of 0.8 it may be more)"
+    assert readable("\n \n") == "(3 characters, all whitespace; sampling with a temperature of 0.8 may give more)"
     assert readable("") == "(nothing)"
 
 
 def test_what_is_wrong(saved: tuple[str, str]) -> None:
     base, _ = saved
-    with pytest.raises(ConfigurationError, match="none is not a directory; give that of a local Hugging Face model"):
+    with pytest.raises(
+        ConfigurationError, match="none is not a directory; give the directory of a local Hugging Face model"
+    ):
         generate("none")
     with pytest.raises(ConfigurationError, match=r"has no adapter_config\.json; give the directory of a PEFT adapter"):
         generate(base, base)

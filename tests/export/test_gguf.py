@@ -1,4 +1,4 @@
-"""GGUF files: read back with the library's own reader, held against its name maps and against rotary embeddings."""
+"""GGUF files, read with the gguf library and compared with its name maps and with rotary embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ from transformers import (
     SmolLM3Config,
 )
 
-from export_cases import BASES, FUSED, write_adapter, write_base, write_control_adapter
+from export_cases import (
+    BASES,
+    FUSED,
+    load,
+    logits,
+    with_adapter,
+    with_control,
+    write_adapter,
+    write_base,
+    write_control_adapter,
+)
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import control_to_lora, export_gguf, merge
 from lightning_pipelite.export.architectures import PERMUTED, PLAIN
@@ -111,7 +121,7 @@ def test_names_and_values_of_experts(kind: str, tmp_path: Path) -> None:
         assert found[f"blk.0.ffn_{piece}_exps.weight.lora_a"].shape == (4, 4, columns)
         assert found[f"blk.0.ffn_{piece}_exps.weight.lora_b"].shape == (4, rows, 4)
     assert ("blk.0.ffn_down_shexp.weight.lora_a" if kind == "qwen2_moe" else "blk.0.attn_output.weight.lora_a") in found
-    # Against what merging adds to each expert's own matrix in the files: gate before up, and PEFT's layout of A and B.
+    # Compare with what merging adds to each expert's matrix: gate precedes up, and A and B have PEFT's layout.
     merged = tmp_path / "merged"
     merge(str(base), str(adapter), str(merged))
     before, after = (load_file(each / "model.safetensors") for each in (base, merged))
@@ -127,7 +137,7 @@ def test_names_and_values_of_experts(kind: str, tmp_path: Path) -> None:
 
 
 def test_permuted_rows_rotate_as_llama_cpp_rotates_them() -> None:
-    """Scores of q and k under Hugging Face's rotary embedding equal those of permuted ones under llama.cpp's."""
+    """Scores of q and k under Hugging Face's rotary embedding equal those of permuted q and k under llama.cpp's."""
     generator = torch.Generator().manual_seed(0)
     heads, size = 3, 8
     q, k = torch.randn(2, heads * size, generator=generator)
@@ -214,13 +224,19 @@ def test_control_adapters_in_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "layers"), [("phi", "model.layers"), ("gpt2", "transformer.h")])
 def test_a_control_adapter_on_layers_with_biases_has_a_way_that_works(kind: str, layers: str, tmp_path: Path) -> None:
     base, control = write_base(tmp_path / "base", kind), write_control_adapter(tmp_path / "control", layers, (0, 1))
-    with pytest.raises(ConfigurationError, match="is a LoRA with biases, which") as raised:
+    with pytest.raises(ConfigurationError, match="becomes a LoRA with biases, which") as raised:
         export_gguf(str(control), str(base), str(tmp_path / "out.gguf"))
     assert str(raised.value).startswith(f"{control}: on {base}")
     assert not (tmp_path / "out.gguf").exists()
-    # What it tells to do.
+    # What the message tells the user to do.
+    assert "(pipelite control-to-lora), merge it (pipelite merge)" in str(raised.value)
     control_to_lora(str(base), str(control), str(tmp_path / "lora"))
     merge(str(base), str(tmp_path / "lora"), str(tmp_path / "merged"))
+    merged = logits(load(tmp_path / "merged"))
+    # On phi, whose attention and MLP are parallel, the LoRA is exact.
+    wanted = with_control(base, control, 1) if kind == "phi" else with_adapter(base, tmp_path / "lora")
+    assert (wanted - logits(load(base))).abs().max() > 0.1
+    assert torch.allclose(merged, wanted, atol=1e-5)
 
 
 def test_no_message_names_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,16 +255,16 @@ def test_what_llama_cpp_cannot_do_is_refused(tmp_path: Path) -> None:
     dora = write_adapter(tmp_path / "dora", base, target_modules=["q_proj"], use_dora=True)
     lora = write_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
     output = tmp_path / "out.gguf"
-    with pytest.raises(ConfigurationError, match="is a DoRA, which has no factors"):
+    with pytest.raises(ConfigurationError, match="is a DoRA, which cannot be expressed as factors"):
         export_gguf(str(dora), str(base), str(output))
-    with pytest.raises(ConfigurationError, match="is no Control Adapter"):
+    with pytest.raises(ConfigurationError, match="is not a Control Adapter"):
         export_gguf(str(lora), str(base), str(output), inverse=True)
     output.write_text("mine")
     with pytest.raises(ConfigurationError, match="exists; choose a new file"):
         export_gguf(str(lora), str(base), str(output))
     other = write_base(tmp_path / "other", "gpt_oss")
     adapter = write_adapter(tmp_path / "adapter", other, target_modules=["q_proj"])
-    with pytest.raises(ConfigurationError, match=r"type gpt_oss cannot be written for llama\.cpp"):
+    with pytest.raises(ConfigurationError, match=r"type gpt_oss cannot be exported to llama\.cpp"):
         export_gguf(str(adapter), str(other), str(tmp_path / "other.gguf"))
     assert output.read_text() == "mine"
     assert not list(tmp_path.glob(".*partial"))
