@@ -275,3 +275,23 @@ def test_stable_names_exist() -> None:
     assert named - {"lightning_pipelite.cli"} == listed.keys() - {"lightning_pipelite", "lightning_pipelite.errors"}
     (commands,) = re.findall(r"^`pipelite` with (.*?), their$", page, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`([\w-]+)`", commands)) == {"fit", "validate", *COMMANDS}
+
+
+def test_quoted_messages_are_those_of_the_program() -> None:
+    """The symptoms that troubleshooting quotes can be searched for."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| ")]
+    quotes = [quote for cell in symptoms for quote in cell.split("`")[1::2] if " " in quote and "--" not in quote]
+    quotes = [quote for quote in quotes if not quote.startswith("pipelite:")]  # in tests/strategy/test_failures.py
+    assert len(quotes) > 7
+    messages = set()
+    for path in ROOT.glob("lightning_pipelite/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                messages.add("\0".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.add(node.value)
+    for quote in quotes:
+        fixed = [part.strip(" ?:()") for part in re.split(r"\w*=?\.\.\.", quote)]
+        assert max(map(len, fixed)) > 8, quote
+        assert all(any(part in message for message in messages) for part in fixed), quote
