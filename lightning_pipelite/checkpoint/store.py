@@ -240,7 +240,8 @@ def refuse_another(
             refuse_another(path, theirs, mine, may_differ)
         elif theirs != mine:
             allowed, option = may_differ.get(key, (False, ""))
-            told = f"ckpt_path: {path} is from another model or adapter: {key} is {theirs!r} there and {mine!r} here"
+            differs = f"{key} is {theirs!r} in the checkpoint, {mine!r} now"
+            told = f"ckpt_path: {path} is from another model or adapter: {differs}"
             if not allowed:
                 remedy = f"; set {option} to true to continue anyway" if option else ""
                 raise ConfigurationError(f"{told}{remedy}.")

@@ -63,7 +63,7 @@ def check_trainer_options(
         refuse("accelerator", "set it to gpu, cpu or auto")
     if isinstance(strategy := given.get("strategy"), str) and strategy not in strategies:
         raise ConfigurationError(
-            f"PipeLiteModule trains under PipeLiteStrategy, not {strategy}: set trainer.strategy to pipelite."
+            f"PipeLiteModule requires PipeLiteStrategy, not {strategy}: set trainer.strategy to pipelite."
         )
     if isinstance(time := given.get("max_time"), str) and not re.search(r"\d", time):
         refuse("max_time", "write it as days:hours:minutes:seconds, such as 00:12:00:00")

@@ -158,7 +158,7 @@ class PackingOptions:
             raise ConfigurationError(f"data.packing must be concatenate, best_fit or null, not {self.packing}.")
         if self.drop_tails and self.best_fit:
             raise ConfigurationError(
-                "data.drop_tails cuts documents, which best-fit packing never does: turn drop_tails off, or set "
+                "data.drop_tails truncates documents, which best-fit packing never does: turn drop_tails off, or set "
                 "data.packing to concatenate."
             )
         if self.sequence_len < 1 or self.sequence_len % 64:

@@ -118,8 +118,8 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     """
     if record.get("functions"):
         raise ConfigurationError(
-            f'{place}: the record has functions, which tools have replaced; convert each to a tool, {{"type": '
-            '"function", "function": ...}.'
+            f"{place}: the record has functions, which are deprecated in favour of tools; convert each to a "
+            'tool, {"type": "function", "function": ...}.'
         )
     arguments: dict[str, Any] = {}
     for key in ARGUMENTS:
@@ -136,7 +136,9 @@ def template_arguments(record: Mapping[str, Any], place: str) -> dict[str, Any]:
             if not isinstance(value, dict):
                 raise ConfigurationError(f"{place}: {key} must be an object, not {type(value).__name__}.")
             if wrong := sorted({*value} & {*_RESERVED}):
-                raise ConfigurationError(f"{place}: {key} contains {wrong[0]!r}, which is set elsewhere; remove it.")
+                raise ConfigurationError(
+                    f"{place}: {key} contains {wrong[0]!r}, which must be a field of the record; remove it."
+                )
             arguments |= {name: each for name, each in value.items() if each is not None}
         elif not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
             raise ConfigurationError(f"{place}: {key} must be a list of objects.")

@@ -249,7 +249,10 @@ class PackedDataModule(LightningDataModule):
             share = held_out.tokens / max(1, held_out.tokens + cache.statistics.train.tokens)
             lines.append(f"{label}: {held_out.describe(options.sequence_len)}")
             if name == HELD_OUT and share > max(MUCH, 2 * options.eval_fraction):
-                lines[-1] += f"; {share:.0%} of all tokens, as documents are held out whole: split long ones for less"
+                lines[-1] += (
+                    f"; {share:.0%} of all tokens, because whole documents are held out: split long ones to hold out "
+                    "less"
+                )
         if not cache.statistics.evals:
             two = "holding one out takes at least two different documents"
             lines.append(f"eval: none ({two if options.eval_fraction else 'eval_fraction is 0'})")

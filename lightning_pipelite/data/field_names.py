@@ -51,7 +51,7 @@ def one_of(record: Mapping[str, Any], names: tuple[str, ...], what: str, option:
 
 def having(record: Mapping[str, Any]) -> str:
     """Return a list of a record's fields, for a message."""
-    return f"it has: {', '.join(sorted(map(readable, record)))}"
+    return f"found: {', '.join(sorted(map(readable, record)))}"
 
 
 def said_fields(record: Mapping[str, Any]) -> dict[str, Any]:

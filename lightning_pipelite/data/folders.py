@@ -57,7 +57,7 @@ def nothing_in(dataset_path: str, path: Path) -> str:
         folders = [each.name for each in _folders(path)]
         if folders:
             return (
-                f"{dataset_path} has no data itself, only in its folders {', '.join(folders[:12])}: set dataset_path "
+                f"{dataset_path} has data only in its subfolders {', '.join(folders[:12])}: set dataset_path "
                 f"to one of them, such as {path / folders[0]}."
             )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", dataset_path) and not Path(dataset_path).parent.exists():

@@ -51,7 +51,7 @@ class Long:
             f"split into {counted(self.parts, 'part')}, each with its questions" if self.parts else "",
             f"{counted(self.cut, 'answer')} truncated" if self.cut else "",
             f"{counted(self.unanswered, 'question')} left out, too long for any answer" if self.unanswered else "",
-            f"{self.kept:,} continued in the next sequence without the question" if self.kept else "",
+            f"{self.kept:,} continue in the next sequence without their question" if self.kept else "",
         ]
         told = "; ".join(each for each in what if each)
         return f"{counted(self.conversations, 'conversation')} longer than {counted(self.limit, 'token')} ({told})"

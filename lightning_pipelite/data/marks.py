@@ -105,8 +105,8 @@ def check_rejected(record: Mapping[str, Any], place: str) -> None:
     """
     if any(name in record for name in REJECTED):
         raise ConfigurationError(
-            f"{place}: the records have preferred and rejected answers ({having(record)}), and both would be learnt; "
-            "set messages_field, or question_field and answer_field, to what is to be learnt."
+            f"{place}: the records have preferred and rejected answers ({having(record)}), so training would learn "
+            "both; set messages_field, or question_field and answer_field, to what is to be learnt."
         )
 
 

@@ -109,7 +109,7 @@ class _Reader:
         for name in self._shape.needed:
             if name not in names:
                 raise UnreadableFileError(
-                    f"{self._path}: no column {name!r} (it has: {', '.join(names)}); {self._remedy(name)}."
+                    f"{self._path}: no column {name!r} (found: {', '.join(names)}); {self._remedy(name)}."
                 )
         text = self._shape.given and not self._shape.conversation
         meant = self._known if text else self._known.union(vocabulary())
@@ -133,7 +133,7 @@ class _Reader:
         for name in shape.needed:
             if name not in record:
                 fields = ", ".join(sorted(map(readable, record))) or "none"
-                raise ConfigurationError(f"{place}: no field {name!r} (it has: {fields}); {self._remedy(name)}.")
+                raise ConfigurationError(f"{place}: no field {name!r} (found: {fields}); {self._remedy(name)}.")
         document = shape.document(record, place)
         return Record(document, place, template_arguments(record, place) if shape.conversation else {}, others)
 

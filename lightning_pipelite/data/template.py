@@ -144,7 +144,7 @@ class ChatTemplate:
         for name in others:
             if name in self._variables - special:
                 raise ConfigurationError(
-                    f"{place}: the chat template reads {name!r}, which the record has outside chat_template_kwargs; "
+                    f"{place}: the chat template reads {name!r}, but the record has it outside chat_template_kwargs; "
                     "move it there, or rename it."
                 )
         for name, value in arguments.items():
@@ -199,7 +199,9 @@ class ChatTemplate:
                 passed_over.add("content beside tool_calls")  # many templates omit it
             for call in message.get("tool_calls") or []:
                 if _quoted_twice(call, text):
-                    passed_over.add("the JSON structure of tool-call arguments (they are text, and quoted again)")
+                    passed_over.add(
+                        "the JSON structure of tool-call arguments (strings that the template quotes again)"
+                    )
         return passed_over
 
     def _check_calls(self, messages: list[Message], arguments: dict[str, Any], place: str) -> None:

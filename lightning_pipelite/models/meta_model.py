@@ -126,7 +126,7 @@ class MetaModel:
         except Exception as error:
             raise self._refusal(f"a trial forward failed: {first_line(error)}") from error
         if sees_the_future:
-            raise self._refusal("its tokens see later tokens (is_decoder in config.json may be false)")
+            raise self._refusal("its tokens attend to later tokens (is_decoder in config.json may be false)")
         try:
             self.isolates_documents = probe.isolates_documents() or probe.isolate_documents(self.layer_names)
         except Exception:  # the class cannot run packed documents at all, so they are refused

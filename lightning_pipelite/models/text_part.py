@@ -89,7 +89,7 @@ def auto_class(whole: PretrainedConfig, config: PretrainedConfig, trust_remote_c
             return AutoModelForCausalLM
         raise
     if _sees_the_future(reference):  # depends on how it attends, among other things
-        raise ValueError("its tokens see later tokens")
+        raise ValueError("its tokens attend to later tokens")
     return AutoModelForCausalLM if _does_the_same(causal_class, reference) else part_class
 
 

@@ -306,7 +306,7 @@ class PipeLiteModule(pl.LightningModule):
         """
         if not isinstance(strategy, PipeLiteStrategy):
             raise ConfigurationError(
-                f"PipeLiteModule trains under PipeLiteStrategy, not {type(strategy).__name__}: set trainer.strategy to "
+                f"PipeLiteModule requires PipeLiteStrategy, not {type(strategy).__name__}: set trainer.strategy to "
                 "pipelite."
             )
         return strategy

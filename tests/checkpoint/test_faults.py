@@ -172,21 +172,21 @@ def rewritten(path: Path) -> None:
 
 def test_what_may_differ_is_told_and_can_be_allowed(store: CheckpointStore, tmp_path: Path) -> None:
     path, other = save(store, tmp_path / "a"), {**IDENTITY, "base_model": "abd"}
-    with pytest.raises(ConfigurationError, match=r"'abd' here; set model\.another to true to continue anyway"):
+    with pytest.raises(ConfigurationError, match=r"'abd' now; set model\.another to true to continue anyway"):
         store.open(path, other, {"base_model": (False, "model.another")})
-    with pytest.warns(UserWarning, match=r"'abc' there and 'abd' here; training continues, as model\.another is set"):
+    with pytest.warns(UserWarning, match=r"'abc' in the checkpoint, 'abd' now; training continues, as model\.another"):
         store.open(path, other, {"base_model": (True, "model.another")})
     other = {**other, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}
-    with pytest.raises(ConfigurationError, match="rank is 4 there and 8 here"):
+    with pytest.raises(ConfigurationError, match="rank is 4 in the checkpoint, 8 now"):
         store.open(path, other, {"base_model": (True, "model.another")})
 
 
 def test_of_another_model_adapter_optimizer_or_version(store: CheckpointStore, tmp_path: Path) -> None:
     path = save(store, tmp_path / "a")
     cases = (
-        ({"identity": {**IDENTITY, "base_model": "abd"}}, "base_model is 'abc' there and 'abd' here"),
+        ({"identity": {**IDENTITY, "base_model": "abd"}}, "base_model is 'abc' in the checkpoint, 'abd' now"),
         ({"identity": {**IDENTITY, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}},
-         "adapter.init_args.rank is 4 there and 8 here"),
+         "adapter.init_args.rank is 4 in the checkpoint, 8 now"),
         ({"inputs": 5}, r"the parameter 0.weight with shape \[3, 4\], not \[3, 5\]"),
         ({"optimizer": torch.optim.SGD},
          "was saved with the optimizer torch.optim.adamw.AdamW, not torch.optim.sgd.SGD"),

@@ -110,7 +110,7 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     # Options that exclude each other, or that the strategy does not support
     ({}, ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"], "and load_in_fp8 are mutually exclusive"),
-    ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule trains under PipeLiteStrategy, not ddp: set"),
+    ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule requires PipeLiteStrategy, not ddp: set"),
     ({}, ["--trainer.precision=bf16-mixed"], "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy"),
     ({"trainer": {"sync_batchnorm": True}}, [], "Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy"),
     (

@@ -184,14 +184,14 @@ ONLY_PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.tex
         (
             TOOLS,
             {"chat_template_kwargs": {"tools": []}},
-            "chat_template_kwargs contains 'tools', which is set elsewhere",
+            "chat_template_kwargs contains 'tools', which must be a field of the record",
         ),
         (TOOLS, {"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, not list"),
-        (TOOLS, {"enable_thinking": True}, "the chat template reads 'enable_thinking', which the record has outside"),
+        (TOOLS, {"enable_thinking": True}, "the chat template reads 'enable_thinking', but the record has it outside"),
         (TOOLS, {"tools": "weather"}, "tools is text, but not valid JSON"),
         (TOOLS, {"tools": ["weather"]}, "tools must be a list of objects"),
         (TOOLS, {"tools": [{"maximum": float("nan")}]}, "tools contains nan, which is not valid JSON"),
-        (TOOLS, {"functions": [{"name": "f"}]}, "the record has functions, which tools have replaced"),
+        (TOOLS, {"functions": [{"name": "f"}]}, "the record has functions, which are deprecated in favour of tools"),
         (CHATML, {"weight": 0.5}, "the record has a 'weight' of 0.5, but all records count equally"),
         (CHATML, {"loss_mask": [0, 1]}, r"the record has a 'loss_mask' of \[0, 1\]"),
         (CHATML, {"messages": [ASK, call("f", {})]}, "the chat template does not render all tool_calls of message 2"),
@@ -265,7 +265,7 @@ def test_what_says_nothing_is_named(make: Any, tmp_path: Path) -> None:
     assert "name of messages" not in encode(make, dumps, {"messages": [{**ASK, "name": "me"}, REPLY]}, tmp_path)[2]
     text = {**call("f", json.dumps({"a": 1})), "content": "x"}
     assert encode(make, TOOLS, {"messages": [ASK, text]}, tmp_path)[2] == {
-        "the JSON structure of tool-call arguments (they are text, and quoted again)"
+        "the JSON structure of tool-call arguments (strings that the template quotes again)"
     }
 
 
@@ -302,7 +302,7 @@ def test_ignored_keys_can_be_shown(make_data: Callable[..., PackedDataModule], t
     (line,) = (line for line in make_data(data).summary() if line.startswith("dataset"))
     assert line.encode().decode().endswith(rf", ignored keys: \ud800, a\nb, größe, {'k' * 60}...")
     path.write_text(json.dumps({"\ud800": 1}))
-    with pytest.raises(ConfigurationError, match=r"no field 'text' \(it has: \\ud800\)"):
+    with pytest.raises(ConfigurationError, match=r"no field 'text' \(found: \\ud800\)"):
         make_data(data).prepare_data()
 
 

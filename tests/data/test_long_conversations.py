@@ -48,7 +48,7 @@ def test_long_conversations(
         assert "(1 dropped)" in told
         assert texts == [short]
     elif way == "keep":
-        assert "1 continued in the next sequence without the question" in told
+        assert "1 continue in the next sequence without their question" in told
         whole = expected(chat(system, *turns), tokenizer)[0]
         assert whole[:128] in texts
     else:

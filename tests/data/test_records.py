@@ -65,7 +65,7 @@ BAD = {
     "no field": (
         "a.json",
         '["x", {"body": "a", "b": 1}]',
-        r"record 2: no field 'text' \(it has: b, body\); set text_f",
+        r"record 2: no field 'text' \(found: b, body\); set text_f",
     ),
     "number": (
         "a.jsonl",
@@ -93,7 +93,7 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["a"]}, r"a\.parquet: no column 'text' \(it has: body\); set text_field"),
+        ({"body": ["a"]}, r"a\.parquet: no column 'text' \(found: body\); set text_field"),
         ({"text": ["a", None]}, r"a\.parquet, row 2: the field 'text' must be a string, not NoneType"),
         ({"text": [1]}, r"a\.parquet, row 1: the field 'text' must be a string, not int"),
         ({"text": pa.array([], pa.string())}, r"a\.parquet contains no documents"),
@@ -118,7 +118,7 @@ def test_arrow(tmp_path: Path, streamed: bool) -> None:
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, new(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
     assert read_documents(tmp_path / "a.arrow", "body") == list("abcde")
-    with pytest.raises(ConfigurationError, match=r"a\.arrow: no column 'text' \(it has: id, body\)"):
+    with pytest.raises(ConfigurationError, match=r"a\.arrow: no column 'text' \(found: id, body\)"):
         read_documents(tmp_path / "a.arrow")
     write(tmp_path / "b.arrow", "nonsense")
     with pytest.raises(ConfigurationError, match=r"b\.arrow is not a readable Arrow file"):

@@ -90,7 +90,7 @@ CASES = {
         prepare=file("a.txt.gz", "plain text"),
     ),
     "record without the field": Case(
-        "{here}/a.jsonl, line 1: no field 'text' (it has: body); set text_field to the field that holds it, or set messages_field, or question_field and answer_field, instead.",
+        "{here}/a.jsonl, line 1: no field 'text' (found: body); set text_field to the field that holds it, or set messages_field, or question_field and answer_field, instead.",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"body": "a"}'),
     ),

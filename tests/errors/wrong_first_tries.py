@@ -47,7 +47,7 @@ CASES = {
         edit=dataset("tatsu-lab/alpaca"),
     ),
     "a folder of languages": Case(
-        "d has no data itself, only in its folders de, en: set dataset_path to one of them, such as d/de.",
+        "d has data only in its subfolders de, en: set dataset_path to one of them, such as d/de.",
         edit=dataset("d"),
         prepare=files("d/de/a.jsonl", "d/en/a.jsonl"),
     ),
@@ -90,12 +90,12 @@ CASES = {
         prepare=files("d/train_sft.txt", "d/train_gen.txt"),
     ),
     "answers alone": Case(
-        "{here}/a.jsonl, line 1: only one of question and answer is recognised by its name (it has: output); set ",
+        "{here}/a.jsonl, line 1: only one of question and answer is recognised by its name (found: output); set ",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"output": "x"}\n'),
     ),
     "preferences": Case(
-        "{here}/a.jsonl, line 1: the records have preferred and rejected answers (it has: chosen, prompt, rejected), and ",
+        "{here}/a.jsonl, line 1: the records have preferred and rejected answers (found: chosen, prompt, rejected), so ",
         edit=dataset("a.jsonl"),
         prepare=file("a.jsonl", '{"prompt": "x", "chosen": "y", "rejected": "z"}\n'),
     ),

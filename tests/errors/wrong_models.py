@@ -83,7 +83,7 @@ CASES = {
         prepare=copied("model", replaced("config.json", '"llama"', '"llamma"')),
     ),
     "encoder": Case(
-        "copy: a model of type bert cannot be trained because its tokens see later tokens (is_decoder in config.json may be false); choose another model.",
+        "copy: a model of type bert cannot be trained because its tokens attend to later tokens (is_decoder in config.json may be false); choose another model.",
         ["--model.model_dir", "copy"],
         prepare=copied("model", replaced("config.json", '"llama"', '"bert"')),
     ),

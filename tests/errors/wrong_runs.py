@@ -27,15 +27,15 @@ CASES = {
         edit={"trainer.precision": "bf16-mixed"},
     ),
     "another strategy": Case(
-        "PipeLiteModule trains under PipeLiteStrategy, not ddp: set trainer.strategy to pipelite.",
+        "PipeLiteModule requires PipeLiteStrategy, not ddp: set trainer.strategy to pipelite.",
         edit={"trainer.strategy": "ddp", "trainer.devices": 2},
     ),
     "no strategy at all": Case(
-        "PipeLiteModule trains under PipeLiteStrategy, not auto: set trainer.strategy to pipelite.",
+        "PipeLiteModule requires PipeLiteStrategy, not auto: set trainer.strategy to pipelite.",
         edit={"trainer.strategy": "auto"},
     ),
     "unknown strategy": Case(
-        "PipeLiteModule trains under PipeLiteStrategy, not pipelight: set trainer.strategy to pipelite.",
+        "PipeLiteModule requires PipeLiteStrategy, not pipelight: set trainer.strategy to pipelite.",
         edit={"trainer.strategy": "pipelight"},
     ),
     "no device": Case(
@@ -164,7 +164,7 @@ CASES = {
         prepare=file("logs/a/metrics.csv", "step"),
     ),
     "refusal that comes late": Case(  # and leaves no log directory
-        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 there and 3 here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 in the checkpoint, 3 now.",
         ["--ckpt_path", "{job}/adapter-checkpoint"],
         edit={**adapter("LoRA", rank=3), "trainer.logger": True, "trainer.max_steps": 2},
         starts=True,
@@ -290,17 +290,17 @@ CASES = {
         ["--ckpt_path", "{job}/model"],
     ),
     "checkpoint of another adapter": Case(
-        "ckpt_path: {job}/control-checkpoint is from another model or adapter: adapter.class_path is 'lightning_pipelite.adapters.control_adapter.ControlAdapter' there and 'lightning_pipelite.adapters.lora.LoRA' here.",
+        "ckpt_path: {job}/control-checkpoint is from another model or adapter: adapter.class_path is 'lightning_pipelite.adapters.control_adapter.ControlAdapter' in the checkpoint, 'lightning_pipelite.adapters.lora.LoRA' now.",
         ["--ckpt_path", "{job}/control-checkpoint"],
         starts=True,
     ),
     "checkpoint of another rank": Case(
-        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 there and 4 here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: adapter.init_args.rank is 2 in the checkpoint, 4 now.",
         ["--ckpt_path", "{job}/adapter-checkpoint", "--model.adapter.rank", "4"],
         starts=True,
     ),
     "checkpoint of another dtype": Case(
-        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: dtype is 'float32' there and 'bfloat16' here.",
+        "ckpt_path: {job}/adapter-checkpoint is from another model or adapter: dtype is 'float32' in the checkpoint, 'bfloat16' now.",
         ["--ckpt_path", "{job}/adapter-checkpoint", "--model.dtype", "bfloat16"],
         starts=True,
     ),

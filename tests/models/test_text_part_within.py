@@ -154,7 +154,7 @@ def test_what_sees_later_tokens_is_refused(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CONFIG_MAPPING["paligemma"](text_config={"model_type": "gemma", **SIZES}, vision_config=vision)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match="its tokens see later tokens"):
+    with pytest.raises(ConfigurationError, match="its tokens attend to later tokens"):
         MetaModel(tmp_path)
 
 

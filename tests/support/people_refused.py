@@ -41,12 +41,12 @@ CASES = {
     ),
     "subsets": Case(
         several(parquet("main/train-00000-of-00001.parquet", QA), parquet("other/x-00000-of-00001.parquet", QA)),
-        "has no data itself, only in its folders main, other: set dataset_path to one of them",
+        "has data only in its subfolders main, other: set dataset_path to one of them",
         path=".",
     ),
     "text beside alpaca": Case(
         lines("a.jsonl", {**ALPACA, "text": "all of it"}),
-        rf"{SEVERAL} two things \(it has: input, instruction, output, text\); set text_field: text, or question_field: "
+        rf"{SEVERAL} two things \(found: input, instruction, output, text\); set text_field: text, or question_field: "
         "instruction and answer_field: output",
     ),
     "two answers": Case(
