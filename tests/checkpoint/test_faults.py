@@ -174,7 +174,8 @@ def test_what_may_differ_is_told_and_can_be_allowed(store: CheckpointStore, tmp_
     path, other = save(store, tmp_path / "a"), {**IDENTITY, "base_model": "abd"}
     with pytest.raises(ConfigurationError, match=r"'abd' now; set model\.another to true to continue anyway"):
         store.open(path, other, {"base_model": (False, "model.another")})
-    with pytest.warns(UserWarning, match=r"'abc' in the checkpoint, 'abd' now; training continues, as model\.another"):
+    message = r"'abc' in the checkpoint, 'abd' now; training continues, as model\.another is set"
+    with pytest.warns(UserWarning, match=message):
         store.open(path, other, {"base_model": (True, "model.another")})
     other = {**other, "adapter": {"class_path": "LoRA", "init_args": {"rank": 8}}}
     with pytest.raises(ConfigurationError, match="rank is 4 in the checkpoint, 8 now"):

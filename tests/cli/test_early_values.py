@@ -109,7 +109,11 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         "model.beta1, beta2 and eps apply to the default optimizer; set them as options of model.optimizer.",
     ),
     # Options that exclude each other, or that the strategy does not support
-    ({}, ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"], "and load_in_fp8 are mutually exclusive"),
+    (
+        {},
+        ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"],
+        "load_in_4bit and load_in_fp8 are mutually exclusive",
+    ),
     ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule requires PipeLiteStrategy, not ddp: set"),
     ({}, ["--trainer.precision=bf16-mixed"], "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy"),
     ({"trainer": {"sync_batchnorm": True}}, [], "Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy"),

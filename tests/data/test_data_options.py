@@ -31,7 +31,10 @@ MakeData = Callable[..., PackedDataModule]
         ({"eval_gradient_accumulation_steps": 0}, r"data\.eval_gradient_accumulation_steps must be .*, not 0"),
         ({"seed": -1}, r"data\.seed must be .*, not -1"),
         ({"packing": "tight"}, r"data\.packing must be concatenate, best_fit or null, not tight"),
-        ({"packing": "best_fit", "drop_tails": True}, r"data\.drop_tails truncates documents, which best-fit packing"),
+        (
+            {"packing": "best_fit", "drop_tails": True},
+            r"data\.drop_tails truncates documents, which best-fit packing never",
+        ),
         ({"datasets": [DatasetConfig("x.txt", control_class=2)]}, r"control_class of x\.txt must be -1, 0 or 1, not 2"),
         ({"datasets": [DatasetConfig("x.txt", weight=0.0)]}, r"weight of x\.txt must be positive and finite, not 0\.0"),
         ({"datasets": [DatasetConfig("x.txt", weight=1.0), DatasetConfig("y.txt")]}, r"y\.txt has no weight"),

@@ -242,7 +242,8 @@ def test_check_and_summary(tmp_path: Path, make_data: MakeData, texts: list[str]
     )
 
     data = make_data([write_jsonl(tmp_path / "c.jsonl", ["one two three", "three two one"])])
-    assert re.search(r"; [45]\d% of all tokens, because whole documents are held out: split", data.summary()[2])
+    held_out = data.summary()[2]
+    assert re.search(r"; [45]\d% of all tokens, because whole documents are held out: split long ones", held_out)
     assert "of all tokens" not in lines[1]
 
     data = make_data([write_jsonl(tmp_path / "b.jsonl", ["one"])], drop_tails=True)

@@ -242,7 +242,11 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
 @pytest.mark.parametrize(
     ("dtype", "able", "sentence"),
     [
-        (torch.bfloat16, False, "weights are dequantised before each.*cpu does not support FP8 matrix products"),
+        (
+            torch.bfloat16,
+            False,
+            "weights are dequantised before each product.*cpu does not support FP8 matrix products",
+        ),
         (torch.float32, True, "weights are dequantised.*model.dtype is not bfloat16"),
     ],
 )

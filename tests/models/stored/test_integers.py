@@ -135,7 +135,7 @@ def change(end: str, make: Any) -> Any:
         ("AWQ", change(".qzeros", lambda _: None), "lacks its tensor"),
         ("AWQ", change(".scales", lambda t: t[:-1]), "to have shape"),
         ("4 bits", lambda tensors: tensors.update({f"{STEM}.perm": torch.ones(8)}), "an additional tensor .*perm"),
-        ("AWQ", lambda tensors: tensors.update({"model.layers.1.mlp.act.scales": torch.ones(8)}), "not belong to any"),
+        ("AWQ", lambda t: t.update({"model.layers.1.mlp.act.scales": torch.ones(8)}), "does not belong to any qweight"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
