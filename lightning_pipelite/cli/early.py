@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from lightning_pipelite.cli.option_words import (
     check_values_there,
     content_of,
     model_dir_of,
+    models_of,
     options_of,
 )
 from lightning_pipelite.cli.sections import SECTIONS, check_sections
@@ -65,14 +66,15 @@ def check_early(words: list[str]) -> None:
             names.append((name, "--"))
             values[name] = str(value)
     check_values_there(words, option_names() - {*OWN})
-    is_ours = _is_ours(_adapter_of(words))
+    models = [*models_of(words)]
+    is_ours = _is_ours(_adapter_of(models))
     for name, dashes in names:
         if is_ours or not name.startswith("model.adapter."):
             _check_name(name, dashes)
     for name, value in values.items():
         if (sentence := refused_value(name, value)) is not None:
             raise ConfigurationError(sentence)
-    model_dir = model_dir_of(words)
+    model_dir = model_dir_of(models)
     prints_only = any(word.startswith("--print_config") for word in words)
     if model_dir is not None and not prints_only:
         check_model_dir(model_dir)
@@ -131,7 +133,7 @@ def check_command(name: str, command: Command, words: list[str]) -> None:
         if given in (*own, "h", "help") or (given == "c" and command.reads_configuration):
             continue
         if command.reads_configuration:
-            if not given.startswith("model.adapter.") or _is_ours(_adapter_of(words)):
+            if not given.startswith("model.adapter.") or _is_ours(_adapter_of(models_of(words))):
                 _check_name(given, "--", own)
             continue
         told = (meant_by(given, own) or f"pipelite {name} --help lists the options").replace(
@@ -201,22 +203,14 @@ def _keys(content: dict[str, Any]) -> Iterator[str]:
                 yield from (f"model.adapter.{each}" for each in inner.get("init_args") or {})
 
 
-def _adapter_of(words: Sequence[str]) -> Any:
+def _adapter_of(models: Iterable[dict[str, Any] | None]) -> Any:
     """Return the adapter as given last; None if there is none, ``_UNKNOWN`` if it may be given elsewhere."""
     elsewhere = (each for each in os.environ if each.startswith("PIPELITE_"))
     found: Any = _UNKNOWN if any("ADAPTER" in each or "CONFIG" in each for each in elsewhere) else None
-    for name, value in options_of(words):
-        if name in ("c", "config"):
-            content = content_of(value)
-            model = content.get("model", {})
-            if not content or isinstance(model, str):  # a file that is not read here
-                found = _UNKNOWN
-            elif isinstance(model, dict):
-                adapter = model.get("adapter", found)
-                has_options_only = isinstance(adapter, dict) and "class_path" not in adapter
-                found = found if has_options_only else adapter
-        elif name in ("model", "model.adapter", "model.adapter.class_path"):
-            found = value
+    for model in models:
+        given = _UNKNOWN if model is None else model.get("adapter.class_path", model.get("adapter", found))
+        has_options_only = isinstance(given, dict) and "class_path" not in given
+        found = found if has_options_only else given
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_pipelite.cli.option_words import content_of, model_dir_of, options_of
+from lightning_pipelite.cli.option_words import content_of, model_dir_of, models_of, options_of
 from lightning_pipelite.errors import ConfigurationError
 
 _SECTION = "data"
@@ -57,7 +57,7 @@ def check_data(words: Sequence[str]) -> None:
     options: PackingOptions = parser.instantiate_classes(given)[_SECTION]
     if options.chat_template is not None:
         read_template(options.chat_template)
-    model_dir = model_dir_of(words)
+    model_dir = model_dir_of(models_of(words))
     first_look(options, Path(model_dir).expanduser() if model_dir else None)
 
 

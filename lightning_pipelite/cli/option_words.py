@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,27 @@ def _nested(content: dict[Any, Any]) -> dict[str, Any]:
     return made
 
 
-def model_dir_of(words: Sequence[str]) -> str | None:
-    """Return the directory of the model and its tokenizer; None if it is given in a way that is not read here."""
-    found: str | None = None
+def models_of(words: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """Yield what each file and option sets of the model, in order; None for a file that is not read here."""
     for name, value in options_of(words):
         if name in ("c", "config"):
             content = content_of(value)
-            model = content.get("model", {}) if content else None  # a file that is not read here may give another
-            given = model.get("model_dir", found) if isinstance(model, dict) else None
-            found = given if isinstance(given, str) else None
-        elif name in ("model", "model.model_dir"):
-            found = value if name == "model.model_dir" else None
+            model = content.get("model", {}) if content else None
+            yield model if isinstance(model, dict) else None
+        elif name == "model":
+            yield None
+        elif name.startswith("model."):
+            yield {name.removeprefix("model."): value}
+
+
+def model_dir_of(models: Iterable[dict[str, Any] | None]) -> str | None:
+    """Return the directory of the model and its tokenizer; None if it is given in a way that is not read here.
+
+    Args:
+        models: What :func:`models_of` yields.
+    """
+    found: str | None = None
+    for model in models:
+        given = None if model is None else model.get("model_dir", found)
+        found = given if isinstance(given, str) else None
     return None if any(name.startswith("PIPELITE_") and "MODEL" in name for name in os.environ) else found
