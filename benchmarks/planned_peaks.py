@@ -17,7 +17,7 @@ def planned_peaks(
 
     Args:
         setting: What all jobs have in common.
-        way: lora, qlora or full.
+        way: One of ``scaling_jobs.WAYS``.
         bounds: Where the layers are cut into pieces.
         virtual_stages: Number of pieces of a stage.
         micro_batches: Numbers of micro-batches a step.

@@ -1,15 +1,15 @@
 """Pipelines over any number of GPUs or CPU processes: speed, memory, idle time and losses against one GPU.
 
-    python benchmarks/scaling.py [--ranks N] [--one-gpu] [--shape 8b|1b|tiny|70b] [--ways lora,qlora,full]
+    python benchmarks/scaling.py [--ranks N] [--one-gpu] [--shape 8b|1b|tiny|70b] [--ways lora,qlora,fp8,full]
         [--splits 2x1,1x2] [--virtual-stages 1,2,4] [--micro-batches 4,8,16,32] [--memory-limit GIB] [--no-reference]
         [--write]
 
 Trains a Llama of random bf16 weights through the Trainer, on sequences of 4096 tokens (the tiny shape: 128), with rank
 16 on all linear layers. LoRA runs with every number of micro-batches and, in stages, with uniform and with balanced
-cuts (by the measured times of the layers); QLoRA and full fine-tuning (of the 1B shape, if 8B is requested) with 16
-micro-batches and uniform cuts. Without --ranks it takes all GPUs, or 4 processes on a CPU; without --splits, all ways
-to divide them into stages x replicas, and on a CPU or with --one-gpu also those of two ranks. --one-gpu puts all ranks
-on the first GPU (NCCL from 2.30): valid for losses and memory, but says nothing about speed.
+cuts (by the measured times of the layers); the other ways (fp8 is LoRA on a base in FP8; full takes the 1B shape, if 8B
+is requested) with 16 micro-batches and uniform cuts. Without --ranks it takes all GPUs, or 4 processes on a CPU;
+without --splits, all ways to divide them into stages x replicas, and on a CPU or with --one-gpu also those of two
+ranks. --one-gpu puts all ranks on the first GPU (NCCL from 2.30): valid for losses and memory, but not for speed.
 
 With --virtual-stages, each pipeline runs with each of these numbers of pieces a stage (V), cut uniformly and by the
 measured times.
@@ -48,12 +48,13 @@ from planned_peaks import planned_peaks
 from processes import Workers
 from random_model import SHAPES, write_model
 from report import Report
-from scaling_jobs import Job, Run, Setting, train
+from scaling_jobs import WAYS, Job, Run, Setting, train
 from schedule_simulation import simulate
 from shared_layers import SHAPE_70B, write_shared
 
 ALL_SHAPES = {**SHAPES, "70b": SHAPE_70B}
 LOSS_LIMIT, OF_IDEAL, OF_LINEAR, OF_PLAN, AT = 1e-2, 0.95, 0.97, 0.05, 16
+CUTS = ("uniform", "balanced")
 HOUR = 3600.0
 
 
@@ -121,7 +122,7 @@ def parse() -> Any:
     parser.add_argument("--ways", type=listed(str), default=["lora", "qlora", "full"])
     parser.add_argument("--splits", type=listed(lambda text: tuple(int(n) for n in text.split("x"))), help="SxR,...")
     parser.add_argument("--virtual-stages", type=listed(int), default=[1], help="pieces a stage, one job for each")
-    parser.add_argument("--cuts", type=listed(str), default=["uniform", "balanced"])
+    parser.add_argument("--cuts", type=listed(str), default=[*CUTS])
     parser.add_argument("--micro-batches", type=listed(int), default=[4, 8, 16, 32])
     parser.add_argument("--steps", type=int, default=2, help="how many are timed")
     parser.add_argument("--activation-memory", default="recompute")
@@ -129,7 +130,11 @@ def parse() -> Any:
     parser.add_argument("--memory-limit", type=float, help="GiB a card, for torch's allocator")
     parser.add_argument("--no-reference", action="store_true", help="no job on one rank alone")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/scaling_*.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, known in (("ways", WAYS), ("cuts", CUTS)):
+        if unknown := set(getattr(options, name)) - set(known):
+            parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    return options
 
 
 class Way:

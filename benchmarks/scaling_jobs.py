@@ -27,6 +27,7 @@ from lightning_pipelite.strategy.stage_timer import busy_and_waiting
 from random_model import random_sequences
 from shared_layers import read_shared
 
+WAYS = ("lora", "qlora", "fp8", "full")  # fp8: LoRA on a base in FP8
 WARM_UP, SEQUENCES, RANK = 2, 16, 16
 
 
@@ -57,7 +58,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """A way to train (lora, qlora, full), spread over stages and replicas.
+    """A way to train (one of ``WAYS``), spread over stages and replicas.
 
     Attributes:
         weights: Weights of the layers, by which stages are cut; if empty, all weigh the same.
@@ -121,7 +122,7 @@ def make_module(setting: Setting, way: str) -> Weighted:
     read_shared(Path(setting.directory))
     return Weighted(
         setting.directory, Full() if way == "full" else LoRA(RANK), load_in_4bit=way == "qlora",
-        lr=1e-4 if way == "full" else 1e-3,
+        load_in_fp8=way == "fp8", lr=1e-4 if way == "full" else 1e-3,
         schedule="constant", activation_memory=setting.activation_memory, compile_layers=setting.compiled,
     )  # fmt: skip
 
