@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gpu_time import milliseconds
 from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels.fp8_rows import dequantise_rows, quantise_rows
 from report import Report
 
 GPU = torch.device("cuda")
@@ -39,8 +40,8 @@ def right(rows: list[Tensor], weight: list[Tensor], back: bool) -> float:
     """Return the largest relative error of a row of the product, over the first 128 tokens."""
     few = [each[:128] for each in rows]
     found = fp8.product(few, weight, torch.bfloat16, back=back)
-    of_rows = fp8.dequantise_rows(few[0], few[1], torch.float64)
-    whole = weight[0].double() if back else fp8.dequantise_rows(weight[0], weight[1], torch.float64).T
+    of_rows = dequantise_rows(few[0], few[1], torch.float64)
+    whole = weight[0].double() if back else dequantise_rows(weight[0], weight[1], torch.float64).T
     return row_error(found, of_rows @ whole)
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )
     failed = False
-    cast = torch.compile(fp8.quantise_rows)
+    cast = torch.compile(quantise_rows)
     source = torch.empty(2**28, dtype=torch.uint8, device=GPU)
     (copy,) = milliseconds(partial(torch.empty_like(source).copy_, source))
     del source
@@ -66,8 +67,8 @@ def main() -> None:
         for each in (x, g):
             each *= 10 ** torch.linspace(-3, 3, TOKENS, device=GPU)[torch.randperm(TOKENS, device=GPU), None]
             each[5] *= 1e36 / float(each[5].abs().max())
-        parts = fp8.quantise_rows(weight)
-        rows, back_rows = fp8.quantise_rows(x), fp8.quantise_rows(g, parts[1])
+        parts = quantise_rows(weight)
+        rows, back_rows = quantise_rows(x), quantise_rows(g, parts[1])
         turned = fp8.transposed(parts[0])
         failed |= not torch.equal(turned.view(torch.uint8), parts[0].view(torch.uint8).T)
         error = max(right(rows, parts, False), right(back_rows, parts, True))

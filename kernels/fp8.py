@@ -5,7 +5,6 @@ as codes too, with one scale per token. So does g·W = (g·diag(s))·C: the grad
 before it is cast, so that no scale varies along the dimension that the product sums over. Tensor cores require that
 dimension to be contiguous in both operands; for g·W the codes are therefore transposed into temporary memory.
 
-The format is that of Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (https://arxiv.org/abs/2209.05433).
 On devices without FP8 tensor cores, weights are dequantised before each product, and x and g are not cast.
 """
 
@@ -21,11 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_pipelite.kernels.device import runs_triton
+from lightning_pipelite.kernels.fp8_rows import cast_rows, dequantise_rows
 from lightning_pipelite.kernels.launch import launch
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0  # the format's largest value
-SMALLEST = 2.0**-100  # lower limit of a row's largest absolute value, so that no scale is zero
 MULTIPLE = 16  # tensor cores require the sides of a weight to be multiples of this
 OLDEST = (8, 9)  # compute capability of the first GPUs with FP8 tensor cores
 
@@ -38,27 +35,6 @@ def has_fp8(device: torch.device) -> bool:
         return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     return nvidia and torch.cuda.get_device_capability(device) >= OLDEST
-
-
-def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
-    """Quantise x row by row: return e4m3 codes of its shape and a float32 scale for each row [rows].
-
-    In plain torch: the compiler fuses it into one pass, or into the computation of x. A row that holds a NaN or an
-    infinity becomes NaN.
-
-    Args:
-        x: [..., width].
-        by: [width], multiplied into x first.
-    """
-    wide = x.float() if by is None else x.float() * by
-    scales = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / LARGEST
-    codes = (wide / scales).clamp(-LARGEST, LARGEST).to(DTYPE)
-    return [codes.contiguous(), scales.flatten()]
-
-
-def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes [rows, width] times scales [rows], exact except for the rounding to ``dtype``."""
-    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def transposed(codes: Tensor) -> Tensor:
@@ -80,7 +56,7 @@ def product(
 
     Args:
         rows: The input x [tokens, in], or the gradient g [tokens, out], of ``dtype``; or codes and scales of x, or of
-            g·diag(s), as :func:`quantise_rows` gives them.
+            g·diag(s), as :func:`~lightning_pipelite.kernels.fp8_rows.cast_rows` gives them.
         weight: Codes C [out, in] and scales s [out].
         dtype: The result's dtype.
         bias: [out].
@@ -132,13 +108,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_fp8: bool) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.in_fp8 = in_fp8
-        rows = quantise_rows(x) if in_fp8 else [x]
+        rows = cast_rows(x) if in_fp8 else [x]
         return torch.ops.pipelite.fp8_product(rows, [codes, scales], bias, False, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         codes, scales = ctx.saved_tensors
-        rows = quantise_rows(gradient, scales) if ctx.in_fp8 else [gradient]
+        rows = cast_rows(gradient, scales) if ctx.in_fp8 else [gradient]
         of_x = torch.ops.pipelite.fp8_product(rows, [codes, scales], None, True, gradient.dtype)
         return of_x, None, None, None, None
 

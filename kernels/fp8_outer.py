@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_pipelite.kernels.device import at_least_16, by_triton, precision
-from lightning_pipelite.kernels.fp8 import dequantise_rows
+from lightning_pipelite.kernels.fp8_rows import dequantise_rows
 from lightning_pipelite.kernels.launch import launch
 
-COLUMNS, DEPTH, FEW = 128, 64, 64  # of a block: columns of x, rows at a time, and columns of u (at most)
-PROGRAMS = 256  # about as many as keep a large GPU's memory busy
+COLUMNS, DEPTH, FEW = 64, 64, 64  # of a block: columns of x, rows at a time, and columns of u (at most)
+PROGRAMS = 528  # about as many as keep a large GPU's memory busy
 
 
 def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     block = min(FEW, at_least_16(few))
     launch(
         _outer, (across, parts, triton.cdiv(few, block)), u, codes, scales, sums, rows, part, width, few,
-        FEW=block, COLUMNS=COLUMNS, DEPTH=DEPTH, PRECISION=precision(u), num_warps=4, num_stages=4,
+        FEW=block, COLUMNS=COLUMNS, DEPTH=DEPTH, PRECISION=precision(u), num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums[0] if parts == 1 else sums.sum(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_pipelite.kernels import fp8, nf4
+from lightning_pipelite.kernels import fp8_rows, nf4
 
 WHOLE = 1
 """The number of tensors that hold an unquantised weight. In FP8 there are codes and scales, in nf4 what
@@ -15,6 +15,6 @@ def whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
     """Return the weight [rows, in] in x's dtype, dequantised if necessary."""
     if len(weight) == WHOLE:
         return weight[0]
-    if weight[0].dtype == fp8.DTYPE:
-        return fp8.dequantise_rows(weight[0], weight[1], x.dtype)
+    if weight[0].dtype == fp8_rows.DTYPE:
+        return fp8_rows.dequantise_rows(weight[0], weight[1], x.dtype)
     return nf4.dequantise(weight, (rows, x.shape[-1]), x.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.fp8_outer import outer_with_codes
+from lightning_pipelite.kernels.fp8_rows import cast_rows
 from lightning_pipelite.kernels.frozen_weight import whole
 from lightning_pipelite.kernels.lora_operands import Operands
 
@@ -66,7 +67,7 @@ def lora_linear(
     down, ups = _rounded([] if given else a, b, x.dtype)
     # Outside the operation below, so that recomputing this product does not rerun the rest.
     along = [rows.detach() @ down.T] if down is not None else [each.detach() for each in given]
-    codes, row_scales = [[each] for each in fp8.quantise_rows(rows.detach())] if in_fp8 else ([], [])
+    codes, row_scales = [[each] for each in cast_rows(rows.detach())] if in_fp8 else ([], [])
     operands = Operands(
         down=[] if down is None else [down],
         along=along,
@@ -264,7 +265,7 @@ class _Gradients(torch.autograd.Function):
         codes = []
         if it.row_scales and to_x:
             for g, (_, scales) in zip(given, it.weights, strict=True):
-                codes += fp8.quantise_rows(g, scales) if g.numel() else [nothing, nothing]
+                codes += cast_rows(g, scales) if g.numel() else [nothing, nothing]
         of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
             given, codes, x, tensors, ctx.counts, ctx.scales, to_x
         )

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pipelite.kernels import fp8
 from lightning_pipelite.kernels.experts import Factors, Matrices, experts_in, experts_out
+from lightning_pipelite.kernels.fp8_rows import quantise_rows
 from lightning_pipelite.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_pipelite.kernels.lora import lora_linear
 from lightning_pipelite.kernels.nf4 import bitsandbytes_operations
@@ -50,13 +51,13 @@ def of_experts(x: Tensor, scores: Tensor, *factors: Tensor) -> Tensor:
 
 
 def of_fp8(in_fp8: bool) -> Callable[[Tensor], Tensor]:
-    weight, bias = fp8.quantise_rows(draw(INNER, SIZE, seed=10)), draw(INNER, seed=11)
+    weight, bias = quantise_rows(draw(INNER, SIZE, seed=10)), draw(INNER, seed=11)
     return lambda x: fp8.fp8_linear(x.sin(), weight, bias, in_fp8=in_fp8).cos()
 
 
 def of_lora(in_fp8: bool) -> Callable[..., Tensor]:
     weights = [draw(INNER, SIZE, seed=10), draw(SIZE, SIZE, seed=11)]
-    held = [fp8.quantise_rows(weight) if in_fp8 else [weight] for weight in weights]
+    held = [quantise_rows(weight) if in_fp8 else [weight] for weight in weights]
 
     def function(x: Tensor, *factors: Tensor) -> Tensor:
         outputs = lora_linear(x.sin(), held, factors[:2], factors[2:], [None, None], [1.0, 0.5], in_fp8=in_fp8)

@@ -17,6 +17,7 @@ from lightning_pipelite.kernels import (
     cross_entropy,
     fp8,
     fp8_outer,
+    fp8_rows,
     grouped_outer,
     grouped_product,
     groups,
@@ -63,8 +64,12 @@ def test_fp8(capability: int) -> None:
     arguments = {"u": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "sums": "*fp32"}
     arguments |= dict.fromkeys(("rows", "part", "width", "few"), "i32")
     constants = {"FEW": 64, "COLUMNS": fp8_outer.COLUMNS, "DEPTH": fp8_outer.DEPTH, "PRECISION": "tf32"}
-    made = compiled(fp8_outer._outer, arguments, constants, 4, capability, 4)
+    made = compiled(fp8_outer._outer, arguments, constants, 4, capability)
     assert made.metadata.shared <= SHARED[capability] * 1024
+    arguments = {"x": "*bf16", "by": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", "width": "i32"}
+    constants = {"MULTIPLIED": True, "LARGEST": fp8_rows.LARGEST, "SMALLEST": fp8_rows.SMALLEST}
+    made = compiled(fp8_rows._cast, arguments, constants | {"BLOCK": fp8_rows.BLOCK}, 8, capability)
+    assert "cvt.rn.satfinite.e4m3x2" in made.asm["ptx"]
     arguments = {"source": "*i32", "out": "*i32", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS}
     assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]

@@ -7,8 +7,8 @@ import torch
 
 from interpreter import INTERPRETED, pass_interpreted
 from lightning_pipelite.kernels import fp8
-from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
 from lightning_pipelite.kernels.fp8_outer import DEPTH, outer_with_codes
+from lightning_pipelite.kernels.fp8_rows import DTYPE, dequantise_rows, quantise_rows
 
 ON_GPU = torch.cuda.is_available() and fp8.has_fp8(torch.device("cuda"))
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -43,6 +43,6 @@ def test_sums_over_rows_of_very_different_size(rows: int, width: int, few: int, 
 
 
 def test_the_product_is_counted() -> None:
-    codes = torch.empty(64, 32, device="meta", dtype=fp8.DTYPE)
+    codes = torch.empty(64, 32, device="meta", dtype=DTYPE)
     found = outer_with_codes(torch.empty(64, 8, device="meta", dtype=torch.bfloat16), codes, codes.new_empty(64))
     assert (found.shape, found.dtype) == ((8, 32), torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._dynamo.variables.misc import AutogradFunctionVariable
 
 from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels.fp8_rows import quantise_rows
 from lightning_pipelite.models.memory import compile_layers
 from lightning_pipelite.models.torch_compat import leave_functions_to_autograd
 
@@ -106,7 +107,7 @@ def test_an_untested_function_is_not_traced_by_former_versions(version: str) -> 
 
 
 def test_own_functions_are_traced_by_all_and_others_by_newer_versions() -> None:
-    weight = fp8.quantise_rows(torch.eye(3))
+    weight = quantise_rows(torch.eye(3))
     traced = AutogradFunctionVariable.call_apply
     leave_functions_to_autograd("2.13.0")
     assert AutogradFunctionVariable.call_apply is traced

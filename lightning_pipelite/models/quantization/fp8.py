@@ -15,7 +15,8 @@ from transformers import Conv1D
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.fp8 import DTYPE, MULTIPLE, dequantise_rows, fp8_linear, has_fp8, quantise_rows
+from lightning_pipelite.kernels.fp8 import MULTIPLE, fp8_linear, has_fp8
+from lightning_pipelite.kernels.fp8_rows import DTYPE, dequantise_rows, quantise_rows
 from lightning_pipelite.models.quantization.four_bit import kept_names
 from lightning_pipelite.models.transformers_compat import mark_initialised
 from lightning_pipelite.shared.finite import not_finite

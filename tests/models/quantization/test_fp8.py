@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTra
 
 from lightning_pipelite.adapters import ControlAdapter, Full, LoRA, fused_lora
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
+from lightning_pipelite.kernels.fp8_rows import dequantise_rows, quantise_rows
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.quantization import fp8
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear

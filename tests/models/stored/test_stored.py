@@ -20,7 +20,7 @@ from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import merge
-from lightning_pipelite.kernels.fp8 import dequantise_rows, quantise_rows
+from lightning_pipelite.kernels.fp8_rows import dequantise_rows, quantise_rows
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.fingerprint import fingerprint
 from lightning_pipelite.models.stored.fp8 import Fp8
