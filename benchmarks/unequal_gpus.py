@@ -79,6 +79,15 @@ class Watch(Clock):
             torch.cuda.reset_peak_memory_stats()
 
 
+class InThisProcess(PackedDataModule):
+    """Reads ahead in no other process: the ranks are daemons, which cannot start any."""
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        loader.num_workers = 0
+        return loader
+
+
 @contextlib.contextmanager
 def slow_products() -> Iterator[None]:
     """Make the plan measure half the speed on this rank's GPU."""
@@ -112,7 +121,7 @@ def train(setting: Setting, method: str, memory: float, micro_batches: int) -> d
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         num_sanity_val_steps=0,
     )  # fmt: skip
-    data = PackedDataModule(
+    data = InThisProcess(
         [DatasetConfig(f"{setting.directory}/topics.txt")], sequence_len=setting.length, tokenizer_dir=setting.directory
     )
     try:
