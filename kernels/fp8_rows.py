@@ -24,7 +24,7 @@ BLOCK = 2048
 def quantise_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
     """Quantise x row by row: return e4m3 codes of its shape and a float32 scale for each row [rows].
 
-    In plain torch, so that it gives the same on each device. A row that holds a NaN or an infinity becomes NaN.
+    In plain torch, for all devices. A row that holds a NaN or an infinity becomes NaN.
 
     Args:
         x: [..., width].
@@ -50,7 +50,7 @@ def cast_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
     """
     if x.shape[-1] <= WIDEST:
         return quantise_rows(x, by)
-    return [*(_by_triton(x, by) if is_traced(x) else torch.ops.pipelite.fp8_cast_rows(x, by))]
+    return [*(_cast_by_triton(x, by) if is_traced(x) else torch.ops.pipelite.fp8_cast_rows(x, by))]
 
 
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
@@ -61,7 +61,7 @@ _LIBRARY.define("fp8_cast_rows(Tensor x, Tensor? by) -> (Tensor, Tensor)")
 def cast_operation(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute :func:`cast_rows`, as one operation that is opaque to torch.compile."""
     if by_triton(x):
-        return _by_triton(x, by)
+        return _cast_by_triton(x, by)
     codes, scales = _empty(x) if x.is_meta else quantise_rows(x, by)
     return codes, scales
 
@@ -76,7 +76,7 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=DTYPE), x.new_empty(rows, dtype=torch.float32)
 
 
-def _by_triton(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cast_by_triton(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     x, width = x.contiguous(), x.shape[-1]
     codes, scales = _empty(x)
     if x.numel():
