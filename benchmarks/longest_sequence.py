@@ -24,7 +24,7 @@ from lightning_pipelite import PipeLiteModule
 from lightning_pipelite.adapters import LoRA
 from random_model import SHAPES, random_sequences, write_model
 from report import Report
-from step import Timing, device, free, one_stage_trainer, peak_gib
+from step_loops import Timing, device, free, one_stage_trainer, peak_gib
 
 RANK, STEPS, LIMIT = 32, 3, 80e9 / 2**30
 

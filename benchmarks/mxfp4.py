@@ -42,19 +42,8 @@ import tests_support  # noqa: F401
 from random_model import SHAPES
 from random_mxfp4 import write_gpt_oss
 from report import Report
-from step import (
-    MICRO_BATCHES,
-    WARM_UP,
-    Job,
-    Run,
-    Timing,
-    device,
-    make_module,
-    mfu,
-    micro_batches,
-    one_stage_trainer,
-    peak_gib,
-)
+from step_jobs import MICRO_BATCHES, Job, mfu, micro_batches
+from step_loops import WARM_UP, Run, Timing, device, make_module, one_stage_trainer, peak_gib
 
 JOB = Job("LoRA", "recompute", in_4bit=True, gib=20)
 WHOLE, TINY = "gpt-oss-24", "tiny-gpt-oss"

@@ -48,7 +48,8 @@ from lightning_pipelite.adapters import LoRA
 from published_bases import PUBLISHED, shallow
 from random_model import write_random
 from report import Report
-from step import LR, MICRO_BATCHES, RANK, Timing, device, free, one_stage_trainer, peak_gib
+from step_jobs import MICRO_BATCHES, RANK
+from step_loops import LR, Timing, device, free, one_stage_trainer, peak_gib
 
 BASE, WARM_UP = "Qwen3.5 27B", 2
 NOISE_LIMIT, GAIN_LIMIT = 1.5, 4.0

@@ -32,7 +32,7 @@ from lightning_pipelite.planning.planner import Planner
 from lightning_pipelite.planning.simulation import Simulation
 from random_model import SHAPES, random_sequences, write_model
 from report import Report
-from step import one_stage_trainer
+from step_loops import one_stage_trainer
 
 STEPS, MICRO_BATCHES, DOCUMENTS, RANK = 3, 2, 4, 16
 ABOVE, BELOW = 0.07, 0.03
