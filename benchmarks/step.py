@@ -37,7 +37,7 @@ import torch
 from random_model import SHAPES, has_experts, write_model
 from report import Report
 from step_jobs import BARE, EXPERT_JOBS, FLOAT32, JOBS, TRAINER, UNSLOTH, WHOLE, mfu
-from step_loops import LOOPS, Run, device, free
+from step_loops import LOOPS, WARM_UP, Run, device, free
 from unsloth_step import is_installed
 
 LOSS_LIMIT, OVERHEAD_LIMIT, OFFLOAD_LIMIT = 2e-2, 1.02, 1.03
@@ -63,10 +63,15 @@ def main() -> None:
     chosen = arguments.loops.split(",") if arguments.loops else list(LOOPS)
     if unknown := set(chosen) - set(LOOPS):
         parser.error(f"--loops: unknown {', '.join(unknown)}; choose from {', '.join(LOOPS)}")
-    if arguments.profile:
-        arguments.profile.mkdir(parents=True, exist_ok=True)
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps: give more than the {WARM_UP} of warm-up")
     jobs = EXPERT_JOBS if has_experts(arguments.shape) else JOBS
     fitting = [name for name, job in jobs.items() if (job.limited == WHOLE) == (arguments.shape == WHOLE)]
+    names = arguments.jobs.split(",") if arguments.jobs else fitting
+    if unknown := set(names) - set(jobs):
+        parser.error(f"--jobs: unknown {', '.join(unknown)}; with this shape, choose from {', '.join(jobs)}")
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     report = Report(
         f"step_{arguments.shape}" if has_experts(arguments.shape) else "step",
         "| job | activations | loop | tokens/s | MFU | peak GiB | loss, first to last | largest difference | limits |",
@@ -75,7 +80,7 @@ def main() -> None:
     failed = False
     speeds: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        for name in arguments.jobs.split(",") if arguments.jobs else fitting:
+        for name in names:
             job = jobs[name]
             shape = job.shape if job.shape and not arguments.shape.startswith("tiny") else arguments.shape
             directory = Path(folder) / shape
