@@ -19,8 +19,12 @@ def by_triton(tensor: Tensor) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Tell whether torch.compile is tracing: it launches kernels itself in half the time that a custom op takes."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and torch.compiler.is_compiling()
+    """Tell whether Dynamo is tracing: it launches kernels itself in half the time that a custom op takes.
+
+    AOTAutograd, which traces the gradients of composite operations, cannot; from torch 2.13 on, `is_compiling` is true
+    there as well.
+    """
+    return tensor.is_cuda and tensor.dtype != torch.float64 and torch.compiler.is_dynamo_compiling()
 
 
 def at_least_16(size: int) -> int:

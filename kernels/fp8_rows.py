@@ -78,6 +78,7 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cast_by_triton(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     x, width = x.contiguous(), x.shape[-1]
+    by = None if by is None else by.contiguous()
     codes, scales = _empty(x)
     if x.numel():
         launch(

@@ -26,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Tensor | int, **const
         args: All arguments but the constants; numbers must be integers.
         constants: The constants, and launch options such as ``num_warps``.
     """
-    if torch.compiler.is_compiling() or not isinstance(kernel, JITFunction):  # the latter if it is interpreted
+    if torch.compiler.is_dynamo_compiling() or not isinstance(kernel, JITFunction):  # the latter if it is interpreted
         kernel[grid](*args, **constants)
         return
     device = torch.cuda.current_device()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_pipelite.kernels.device import at_least_16, runs_triton
+from lightning_pipelite.kernels.device import at_least_16, is_traced, runs_triton
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile
 
 BLOCK = 128  # choices sorted by one program
@@ -23,7 +23,7 @@ def sort_by_expert(chosen: Tensor, experts: int) -> Groups:
             where detecting it would need a host synchronisation, its place is -1, and its result NaN.
         experts: The number of experts.
     """
-    if chosen.is_cuda and torch.compiler.is_compiling():
+    if is_traced(chosen):
         return Groups(*_sort_by_counting(chosen.contiguous(), experts))
     return Groups(*torch.ops.pipelite.sort_by_expert(chosen, experts))
 

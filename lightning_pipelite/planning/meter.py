@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from lightning_pipelite.kernels import combine, experts, fp8, grouped_outer, grouped_product, lora
+from lightning_pipelite.kernels import combine, experts, fp8, fp8_rows, grouped_outer, grouped_product, lora
 from lightning_pipelite.models.attention import flash
 from lightning_pipelite.models.trace import tensors_in
 from lightning_pipelite.planning.products import flops, is_product
@@ -167,6 +167,7 @@ OURS: dict[str, Callable[..., Any]] = {
     "pipelite::lora_linear": lora.forward_operation,
     "pipelite::lora_linear_backward": lora.backward_operation,
     "pipelite::fp8_product": fp8.product_operation,
+    "pipelite::fp8_cast_rows": fp8_rows.cast_operation,
     "pipelite::grouped_product": grouped_product.product_operation,
     "pipelite::grouped_product_4bit": experts.product_4bit_operation,
     "pipelite::grouped_outer": grouped_outer.outer_operation,

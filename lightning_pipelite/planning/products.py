@@ -80,7 +80,6 @@ NO_PRODUCTS = {
     "bitsandbytes::quantize_4bit",
     "bitsandbytes::quantize_blockwise",
     "pipelite::sort_by_expert",
-    "pipelite::fp8_cast_rows",
     "aten::linalg_vector_norm",
     "aten::linalg_cross",
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from interpreter import INTERPRETED, pass_interpreted
-from lightning_pipelite.kernels import fp8, fp8_rows
+from lightning_pipelite.kernels import fp8, lora
+from lightning_pipelite.kernels.device import is_traced
+from lightning_pipelite.kernels.fp8 import fp8_linear
 from lightning_pipelite.kernels.fp8_rows import (
     DTYPE,
     LARGEST,
@@ -17,6 +22,7 @@ from lightning_pipelite.kernels.fp8_rows import (
     dequantise_rows,
     quantise_rows,
 )
+from lightning_pipelite.kernels.lora import lora_linear
 
 ON_GPU = torch.cuda.is_available() and fp8.has_fp8(torch.device("cuda"))
 DEVICES = ["cpu", *(["cuda"] if ON_GPU else [])]
@@ -122,7 +128,50 @@ def test_torchs_own_checks_of_the_operation(multiplied: bool) -> None:
     torch.library.opcheck(torch.ops.pipelite.fp8_cast_rows.default, (x, by), test_utils=checks)
 
 
-def test_the_planner_allocates_codes_and_scales_alone() -> None:
-    codes, scales = fp8_rows.cast_operation(torch.empty(2, 3, WIDEST + 16, device="meta"), None)
-    assert (codes.shape, codes.dtype) == ((2, 3, WIDEST + 16), DTYPE)
-    assert (scales.shape, scales.dtype) == ((6,), torch.float32)
+def outcomes(function: Any, device: str, outputs: int) -> list[Tensor]:
+    """Compute two FP8 layers of which each has wide rows: as its output's gradient, and as its input."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if device == "cuda" else torch.float32
+    wide, narrow = (
+        [part.to(device) for part in quantise_rows(torch.randn(*shape, generator=generator) / 8)]
+        for shape in ((outputs, 64), (64, outputs))
+    )
+    x, g = (torch.randn(2, 7, 64, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
+    a, b = (torch.randn(*shape, generator=generator).to(device).requires_grad_() for shape in ((4, 64), (outputs, 4)))
+    given = [x, a, b]
+    result = function(x, a, b, wide, narrow)
+    return [result.detach(), *torch.autograd.grad(result, given, g.detach())]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_with_wide_rows_compute_the_same_when_compiled(device: str) -> None:
+    def layers(x: Tensor, a: Tensor, b: Tensor, wide: list[Tensor], narrow: list[Tensor]) -> Tensor:
+        (inner,) = lora_linear(x, [wide], [a], [b], [None], [0.5], in_fp8=True)
+        return fp8_linear(inner.tanh(), narrow, None, in_fp8=True)
+
+    torch.compiler.reset()
+    backend = "inductor" if device == "cuda" else "aot_eager_decomp_partition"
+    compiled = torch.compile(layers, backend=backend, fullgraph=True)
+    for found, wanted in zip(*(outcomes(each, device, WIDEST + 16) for each in (compiled, layers)), strict=True):
+        error = (found - wanted).float().norm() / wanted.float().norm()
+        assert error < (1e-2 if device == "cuda" else 1e-6)
+
+
+def test_aot_autograd_is_not_taken_for_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It traces the gradients of lora_linear, and cannot launch a kernel on what it traces with."""
+    of_gradients = []
+
+    def cast(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
+        if by is not None:
+            of_gradients.append(is_traced(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))  # type: ignore[arg-type]
+        return quantise_rows(x, by)
+
+    monkeypatch.setattr(lora, "cast_rows", cast)
+    torch.compiler.reset()
+    weight = quantise_rows(torch.randn(32, 16))
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((3, 16), (4, 16), (32, 4)))
+
+    def layer(x: Tensor) -> Tensor:
+        return lora_linear(x, [weight], [a], [b], [None], [1.0], in_fp8=True)[0]
+
+    torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)(x).sum().backward()
+    assert of_gradients == [False]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_pipelite.kernels.control import control
-from lightning_pipelite.planning.meter import Meter
+from lightning_pipelite.kernels.fp8_rows import WIDEST, cast_rows
+from lightning_pipelite.planning.meter import BLOCK, Meter
 from lightning_pipelite.planning.products import FORMULAS, NO_PRODUCTS, UnknownProductError
 
 META = torch.device("meta")
@@ -103,3 +104,16 @@ def test_what_lies_between_products_is_let_through() -> None:
     with Meter() as meter:
         layer(empty(4, 16)).digamma().norm(dim=-1).cumsum(0).addcmul(empty(4), empty(4)).sum().backward()
     assert not meter.flops
+
+
+def test_a_kernel_that_casts_to_fp8_reads_a_tensor_and_makes_two_also_in_a_compiled_layer() -> None:
+    width = WIDEST + 16
+    given = empty(64, width)
+    with Meter() as meter:
+        meter.fused = True
+        meter.hold(given)
+        before = meter.live
+        kept = cast_rows(given.tanh())
+    tanh, codes, scales = 2 * 64 * width, 64 * width, 4 * 64
+    assert meter.peak - before == tanh + codes + -(-scales // BLOCK) * BLOCK
+    assert [each.shape for each in kept] == [(64, width), (64,)]
