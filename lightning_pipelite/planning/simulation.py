@@ -31,7 +31,7 @@ DOCUMENTS = 16  # per micro-batch; the number makes no difference if it is more 
 class Simulation:
     """Trains stages of one item each, built like real ones but without weights.
 
-    Every kind of item is built once, and tried once for each activation memory policy and sequence length.
+    Each signature of items is built once, and tried once for each activation memory policy and sequence length.
 
     Args:
         layers: The layers of the model.
@@ -52,8 +52,8 @@ class Simulation:
         self._make_optimizer = make_optimizer
         self._built: dict[Any, WatchedStage] = {}
         self._trials: dict[Any, Trial] = {}
-        kinds: dict[Any, int] = {}
-        self._kinds = [kinds.setdefault(self._kind(number), len(kinds)) for number in range(len(layers))]
+        numbers: dict[Any, int] = {}
+        self._signatures = [numbers.setdefault(self._signature(n), len(numbers)) for n in range(len(layers))]
 
     def trial(
         self, number: int, policy: str, sequence_len: int, *, input_grad: bool = True, first: bool = False
@@ -72,7 +72,7 @@ class Simulation:
             policy = "keep"  # the compiler selects
         if policy == "offload":
             return _offloaded(self.trial(number, "recompute", sequence_len, input_grad=input_grad, first=first))
-        built = (self._kinds[number], number == 0, number == len(self.layers) - 1)
+        built = (self._signatures[number], number == 0, number == len(self.layers) - 1)
         key = (built, policy, sequence_len, input_grad, first)
         if key not in self._trials:
             if built not in self._built:
@@ -105,7 +105,7 @@ class Simulation:
         """Whether layers are compiled on a GPU."""
         return self.layers.compiles_on(torch.device("cuda"))
 
-    def _kind(self, number: int) -> Any:
+    def _signature(self, number: int) -> Any:
         """Return a key that distinguishes items which take different amounts."""
         meta_model, adapter = self.layers.meta_model, self.layers.adapter
         first, after = meta_model.groups[number], meta_model.groups[number + 1]
