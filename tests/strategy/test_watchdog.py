@@ -155,6 +155,14 @@ def test_torchrun_names_the_reason(tmp_path: Path, run_watched: Callable[..., Ou
     assert outcome.codes == [1]
 
 
+def test_the_reason_is_told_before_a_launcher_that_sees_an_exit_kills_the_rest(
+    tmp_path: Path, run_watched: Callable[..., Outcome]
+) -> None:
+    outcome = run_watched(["neutral", str(tmp_path), "impatient", "1", "2"])
+    assert f"pipelite: rank 1 (stage 1) {RAISED}\n" in outcome.stderr
+    assert outcome.codes == [-9, 1]
+
+
 def test_one_rank_is_watched(tmp_path: Path, run_watched: Callable[..., Outcome]) -> None:
     outcome = run_watched(["launched", str(tmp_path), "hang", "0", "1"])
     assert outcome.last_line.startswith('pipelite: rank 0 (stage 0) has made no progress for 2 s in "forward"')

@@ -76,6 +76,7 @@ class Job:
             host=os.environ["MASTER_ADDR"],
             children=children,
             timeout=timedelta(seconds=2 if self.what in ("hang", "wait") else 20),
+            last_act=self._be_killed if self.what == "impatient" and self.rank == 0 else lambda: None,
         )
         try:
             self.train()
@@ -104,6 +105,10 @@ class Job:
         if self.what == "break" and self.rank == self.victim:
             Watchdog._watch_progress = self._break
 
+    def _be_killed(self) -> None:
+        """End as by a launcher that has seen another rank exit."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def train(self) -> None:
         self.watchdog.progress("first step", waits=True)
         dist.barrier()
@@ -126,7 +131,7 @@ class Job:
         self.watchdog.progress("forward")
         time.sleep(0.3)
         (self.folder / "failed").write_text(str(time.time()))
-        if self.what in ("raise", "catch", "late"):
+        if self.what in ("raise", "catch", "late", "impatient"):
             raise ValueError("the\n  message")
         if self.what == "leave":
             raise SystemExit(0)

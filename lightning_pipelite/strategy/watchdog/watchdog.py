@@ -21,7 +21,13 @@ from lightning_pipelite.strategy.watchdog.client import Client
 from lightning_pipelite.strategy.watchdog.coordinator import Coordinator
 from lightning_pipelite.strategy.watchdog.failure import Failure, is_communication_error
 from lightning_pipelite.strategy.watchdog.network import ADVICE, join
-from lightning_pipelite.strategy.watchdog.processes import after_traceback_of, end_processes, leave, write_stderr
+from lightning_pipelite.strategy.watchdog.processes import (
+    after_traceback_of,
+    announce,
+    end_processes,
+    leave,
+    write_stderr,
+)
 
 
 class Watchdog:
@@ -214,7 +220,11 @@ class Watchdog:
         write_stderr(f"\nRank {self._rank} is here (most recent call last):\n{stack}")
 
     def _end(self, failure: Failure) -> None:
-        """End this process: let its main thread print, wait until all ranks have printed, then print the last line."""
+        """End this process: let its main thread print, wait until all ranks have printed, then print the last line.
+
+        If something else launched the ranks, that line comes before they part: a launcher that sees one exit may kill
+        the others at once. If this process launched them, it comes after they have exited.
+        """
         deadline = time.monotonic() + timeouts.UNWIND
         while not self._finished.is_set() and (self._raised or failure.kind == "interrupted"):
             if time.monotonic() > deadline and not self._closing.is_set():
@@ -223,6 +233,10 @@ class Watchdog:
         self._network.say(done=True)
         while not self._network.alone and time.monotonic() < deadline + timeouts.GOODBYE:
             self._network.turn(timeouts.TICK)
+        last = str(failure) if self._speaks_for_its_node(failure) else None
+        if last is not None and not self._children:
+            announce(last)
+            last = None
         self._network.close()
         try:
             self._last_act()
@@ -232,7 +246,7 @@ class Watchdog:
             if not self._raised:
                 ErrorHandler().record_exception(RuntimeError(str(failure)))
         finally:
-            leave(str(failure) if self._speaks_for_its_node(failure) else None)
+            leave(last)
 
     def _speaks_for_its_node(self, failure: Failure) -> bool:
         first = self._rank - self._local_rank
