@@ -18,19 +18,19 @@ class Client:
 
     Args:
         link: The connection, on which this rank has already introduced itself.
-        hub_stage: The pipeline stage of rank 0, for the message.
+        coordinator_stage: The pipeline stage of rank 0, for the message.
 
     Attributes:
         failure: What ended the job, once rank 0 has reported it or is lost.
         lost: Whether rank 0 has died or does not answer.
     """
 
-    def __init__(self, link: Link, hub_stage: int) -> None:
+    def __init__(self, link: Link, coordinator_stage: int) -> None:
         self.failure: Failure | None = None
         self.lost = False
         self._link: Link | None = link
-        self._hub_stage = hub_stage
-        self._hub_left = False
+        self._coordinator_stage = coordinator_stage
+        self._coordinator_left = False
         self._reported: Failure | None = None
         self._reported_at = 0.0
 
@@ -46,7 +46,7 @@ class Client:
             self._read(link)
         if self.failure is None and self._is_lost():
             self.lost = True
-            self.failure = self._reported or Failure(0, self._hub_stage, describe_exit(None), "died")
+            self.failure = self._reported or Failure(0, self._coordinator_stage, describe_exit(None), "died")
 
     def report(self, failure: Failure) -> None:
         """Report ``failure`` to rank 0, if it is this rank's first."""
@@ -72,7 +72,7 @@ class Client:
     def _read(self, link: Link) -> None:
         try:
             for message in link.receive():
-                self._hub_left |= "bye" in message
+                self._coordinator_left |= "bye" in message
                 if "failure" in message and self.failure is None:
                     self.failure = Failure(**message["failure"])
         except EOFError:
@@ -80,5 +80,5 @@ class Client:
 
     def _is_lost(self) -> bool:
         if self._reported is None:
-            return self.alone and not self._hub_left
+            return self.alone and not self._coordinator_left
         return self.alone or time.monotonic() - self._reported_at > timeouts.RELAY

@@ -42,12 +42,12 @@ def join(rank: int, world_size: int, stage: int, host: str) -> Coordinator | Cli
         listener = _listen(host, world_size)
         shared = [listener.getsockname()[1], secrets.token_hex(16), stage]
     torch.distributed.broadcast_object_list(shared, src=0)
-    port, token, hub_stage = shared
+    port, token, coordinator_stage = shared
     if rank == 0:
         return Coordinator(world_size, listener, token)
     link = _dial(host, port, rank)
     link.send(token=token, rank=rank, stage=stage, launched=parent_death.was_launched())
-    return Client(link, hub_stage)
+    return Client(link, coordinator_stage)
 
 
 def _listen(host: str, backlog: int) -> socket.socket:
