@@ -74,7 +74,7 @@ def make_module(job: Job, directory: str) -> PipeLiteModule:
     return PipeLiteModule(
         directory, make_adapter(job.adapter), load_in_4bit=job.in_4bit, load_in_fp8=job.in_fp8, lr=LR,
         schedule="constant", activation_memory=job.memory,  # type: ignore[arg-type]
-        bnb_4bit_use_double_quant=job.saving, offload_optimizer=job.saving,
+        fp8_transpose_cache=job.transpose_cache, bnb_4bit_use_double_quant=job.saving, offload_optimizer=job.saving,
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 A weight W [out, in] is stored as e4m3 codes with one scale per output channel, W = diag(s) C. The product x·Wᵀ takes x
 as codes too, with one scale per token. So does g·W = (g·diag(s))·C: the gradient is multiplied by the weight's scales
 before it is cast, so that no scale varies along the dimension that the product sums over. Tensor cores require that
-dimension to be contiguous in both operands; for g·W the codes are therefore transposed into temporary memory.
+dimension to be contiguous in both operands; for g·W the codes are therefore transposed into temporary memory, unless a
+transposed copy is given.
 
 On devices without FP8 tensor cores, weights are dequantised before each product, and x and g are not cast.
 """
@@ -57,19 +58,21 @@ def product(
     Args:
         rows: The input x [tokens, in], or the gradient g [tokens, out], of ``dtype``; or codes and scales of x, or of
             g·diag(s), as :func:`~lightning_pipelite.kernels.fp8_rows.cast_rows` gives them.
-        weight: Codes C [out, in] and scales s [out].
+        weight: Codes C [out, in] and scales s [out]; and optionally Cᵀ [in, out], which may be columns of a larger one.
         dtype: The result's dtype.
         bias: [out].
         back: Whether to compute g·W.
     """
-    codes, scales = weight
+    codes, scales, *cached = weight
     if len(rows) == 1:
         whole = dequantise_rows(codes, scales, dtype)
         return rows[0] @ whole if back else torch.nn.functional.linear(rows[0], whole, bias)
     left, of_left = rows
     if not left.numel():
         return left.new_zeros(left.shape[0], codes.shape[1 if back else 0], dtype=dtype)
-    right, of_right = (transposed(codes), _ones(codes.shape[1], codes.device)) if back else (codes, scales)
+    right, of_right = codes, scales
+    if back:
+        right, of_right = cached[0] if cached else transposed(codes), _ones(codes.shape[1], codes.device)
     if left.device.type == "cpu":  # a reference to compare with
         result = (left.float() @ right.float().T) * of_right * of_left.unsqueeze(1)
         return (result if bias is None else result + bias).to(dtype)
@@ -90,11 +93,11 @@ def fp8_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, in_f
 
     Args:
         x: [..., in].
-        weight: Codes [out, in] and scales [out], frozen.
+        weight: Codes [out, in], scales [out] and optionally the transposed codes [in, out], frozen.
         bias: [out], frozen.
         in_fp8: Whether the products are computed in FP8.
     """
-    result: Tensor = _Linear.apply(x, *weight, bias, in_fp8)
+    result: Tensor = _Linear.apply(x, *weight, *[None] * (3 - len(weight)), bias, in_fp8)
     return result
 
 
@@ -105,18 +108,21 @@ def fp8_linear_reference(x: Tensor, weight: Sequence[Tensor], bias: Tensor | Non
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_fp8: bool) -> Tensor:
-        ctx.save_for_backward(codes, scales)
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, cached: Tensor | None, bias: Tensor | None, in_fp8: bool
+    ) -> Tensor:
+        weight = [codes, scales] if cached is None else [codes, scales, cached]
+        ctx.save_for_backward(*weight)
         ctx.in_fp8 = in_fp8
         rows = cast_rows(x) if in_fp8 else [x]
-        return torch.ops.pipelite.fp8_product(rows, [codes, scales], bias, False, x.dtype)
+        return torch.ops.pipelite.fp8_product(rows, weight, bias, False, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        codes, scales = ctx.saved_tensors
-        rows = cast_rows(gradient, scales) if ctx.in_fp8 else [gradient]
-        of_x = torch.ops.pipelite.fp8_product(rows, [codes, scales], None, True, gradient.dtype)
-        return of_x, None, None, None, None
+        weight = ctx.saved_tensors
+        rows = cast_rows(gradient, weight[1]) if ctx.in_fp8 else [gradient]
+        of_x = torch.ops.pipelite.fp8_product(rows, [*weight], None, True, gradient.dtype)
+        return of_x, None, None, None, None, None
 
 
 # A custom operation: if the compiler saw weights being dequantised or transposed, it would save the results for the

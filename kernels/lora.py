@@ -44,9 +44,9 @@ def lora_linear(
 
     Args:
         x: [..., in], the computation's dtype.
-        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or its codes and scales in
-            FP8, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or a single weight in FP8 or nf4 that holds
-            all Wᵢ consecutively, if all sᵢ are equal.
+        weights: Frozen Wᵢ [out, in] of x's dtype, as one tensor; or its parts in nf4, or its codes, scales and
+            optionally transposed codes in FP8, see :mod:`~lightning_pipelite.kernels.frozen_weight`. Or a single weight
+            in FP8 or nf4 that holds all Wᵢ consecutively, if all sᵢ are equal.
         a: Aᵢ [rank, in], of any floating dtype.
         b: Bᵢ [out, rank].
         biases: [out], or None.
@@ -264,8 +264,8 @@ class _Gradients(torch.autograd.Function):
         to_x = bool(ctx.needs_input_grad[4])
         codes = []
         if it.row_scales and to_x:
-            for g, (_, scales) in zip(given, it.weights, strict=True):
-                codes += cast_rows(g, scales) if g.numel() else [nothing, nothing]
+            for g, weight in zip(given, it.weights, strict=True):
+                codes += cast_rows(g, weight[1]) if g.numel() else [nothing, nothing]
         of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
             given, codes, x, tensors, ctx.counts, ctx.scales, to_x
         )

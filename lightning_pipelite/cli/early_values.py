@@ -19,7 +19,7 @@ from lightning_pipelite.cli.sections import LINKS, is_linked
 from lightning_pipelite.cli.trainer_options import check_seed, check_trainer_options
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.model_type import check_type
-from lightning_pipelite.models.quantization.exclusive import refuse_both
+from lightning_pipelite.models.quantization.exclusive import check_weight_options
 from lightning_pipelite.models.weight_files import check_weights, refuse_adapter_beside
 from lightning_pipelite.module.logged_names import is_logged
 from lightning_pipelite.optim.ranges import check_ranges, check_schedule
@@ -95,7 +95,9 @@ def _check_trainer(given: Given) -> None:
 
 def _check_model(given: Given) -> None:
     options = given.section("model")
-    refuse_both(options.get("load_in_4bit", False), options.get("load_in_fp8", False))
+    of_weights = ("load_in_4bit", "load_in_fp8", "bnb_4bit_use_double_quant", "fp8_transpose_cache")
+    if not any(f"model.{name}" in given.unread for name in of_weights):
+        check_weight_options(**{name: options.get(name, False) for name in of_weights})
     defaults = {"lr": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}  # all in range
     lr, beta1, beta2, eps = (options.get(name, default) for name, default in defaults.items())
     of_default = given.values.get("model.optimizer") is None

@@ -61,6 +61,7 @@ def convert_own(
         )
     adapter = _adapter(settings["model"]["adapter"], checkpoint if config is None else "the configuration")
     loading: dict[str, Any] = {key: bool(settings["model"].get(key)) for key in LOADING}
+    loading["bnb_4bit_use_double_quant"] &= loading["load_in_4bit"]  # older versions ignored it without the other
     layers = CausalLMLayers(
         model_dir,
         dtype=getattr(torch, settings["model"].get("dtype", "bfloat16")),

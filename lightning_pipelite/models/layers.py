@@ -27,8 +27,9 @@ from lightning_pipelite.models.memory import (
 from lightning_pipelite.models.meta_model import MetaModel
 from lightning_pipelite.models.quantization.as_stored import keeps_stored
 from lightning_pipelite.models.quantization.checks import Option, can_quantise, check_double_quant, check_quantisation
+from lightning_pipelite.models.quantization.exclusive import check_weight_options
 from lightning_pipelite.models.quantization.four_bit import fused_weights
-from lightning_pipelite.models.quantization.fp8 import tell_how_computed
+from lightning_pipelite.models.quantization.fp8 import cache_transposes, tell_how_computed
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
@@ -48,6 +49,7 @@ class CausalLMLayers:
         load_in_4bit: Hold the linear layers and the fused experts of the decoder in nf4; embedding, head, norms and
             routers keep ``dtype``.
         load_in_fp8: Hold the linear layers of the decoder in FP8, and compute with them in FP8 where the device can.
+        fp8_transpose_cache: Also hold a transposed copy of FP8 weights, for the backward products in FP8.
         adapter: Defines what is trained.
         activation_memory: What is kept of a decoder layer until its backward pass: ``"keep"`` everything,
             ``"selective"`` the results of matrix products and attention, ``"recompute"`` the layer's input (activation
@@ -108,8 +110,15 @@ class CausalLMLayers:
         fuse_head: bool = False,
         router_aux_loss_coef: float | None = None,
         load_in_fp8: bool = False,
+        fp8_transpose_cache: bool = False,
         needs_weights: bool = True,
     ) -> None:
+        check_weight_options(
+            load_in_4bit=load_in_4bit,
+            load_in_fp8=load_in_fp8,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            fp8_transpose_cache=fp8_transpose_cache,
+        )
         self.meta_model = meta_model = MetaModel(
             model_dir,
             trust_remote_code=trust_remote_code,
@@ -140,6 +149,7 @@ class CausalLMLayers:
         self.adapter = adapter
         self.dtype = dtype
         self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
+        self.fp8_transpose_cache = fp8_transpose_cache
         self._fuse_head = fuse_head
         self.double_quant = check_double_quant(meta_model.stored, bnb_4bit_use_double_quant, load_in_4bit)
         self.activation_memory: ActivationMemory = activation_memory
@@ -230,7 +240,7 @@ class CausalLMLayers:
             pickled=self._pickled,
             attn_implementation=attention,
         ).train()
-        tell_how_computed(model, device)
+        tell_how_computed(model, device, transpose_cache=self.fp8_transpose_cache)
         follow_documents(model)
         mine = range(start, stop)
         apart = [name for name in self.meta_model.by_document if self.packed and self.meta_model.layer_of(name) in mine]
@@ -248,6 +258,8 @@ class CausalLMLayers:
         set_activation_memory(compiled, self.activation_memory, device, compiled=True)
         set_activation_memory(others, self.activation_memory, device, compiled=False)
         self.adapter.apply(model, self.meta_model, self.seed)
+        if self.fp8_transpose_cache:  # after the adapter has joined weights
+            cache_transposes(model)
         group_experts(layers)
         compile_layers(compiled)
         return Stage(

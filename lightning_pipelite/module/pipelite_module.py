@@ -88,6 +88,8 @@ class PipeLiteModule(pl.LightningModule):
         load_in_fp8: Keep the frozen weights of linear layers in FP8, half of bfloat16's memory, and compute with them
             in FP8, forward and backward, on GPUs that can (Ada, Hopper and later); on others, and with dtype float32,
             they are dequantised before each product. Not for fused experts.
+        fp8_transpose_cache: Also keep a transposed copy of weights in FP8, as much memory again, so that they need not
+            be transposed for each backward product in FP8, which saves about 2 % of the time.
         offload_optimizer: Keep the optimizer's state in page-locked host memory between steps. A step copies it to the
             GPU and back a few parameters at a time, which takes longer; the resulting weights are the same.
 
@@ -123,6 +125,7 @@ class PipeLiteModule(pl.LightningModule):
         allow_another_base: bool = False,
         load_in_fp8: bool = False,
         offload_optimizer: bool = False,
+        fp8_transpose_cache: bool = False,
     ) -> None:
         super().__init__()
         if router_aux_loss_coef is not None and router_aux_loss_coef < 0:
@@ -141,6 +144,7 @@ class PipeLiteModule(pl.LightningModule):
             dtype=getattr(torch, dtype),
             load_in_4bit=load_in_4bit,
             load_in_fp8=load_in_fp8,
+            fp8_transpose_cache=fp8_transpose_cache,
             adapter=adapter,
             activation_memory=activation_memory,
             compile_layers=compile_layers,

@@ -14,7 +14,7 @@ from lightning_pipelite.planning.planner import MARGIN, Planner, Recommended
 from lightning_pipelite.planning.settings import Settings, gib
 from lightning_pipelite.planning.stage_table import stage_lines
 from lightning_pipelite.planning.stages import StageMemory, step
-from lightning_pipelite.planning.ways import ways_to_fit
+from lightning_pipelite.planning.ways import transposes_fit, ways_to_fit
 
 
 @dataclass
@@ -260,13 +260,20 @@ class Report:
                 "Documents are kept apart by masks, which is slow for long sequences: FlashAttention does not support "
                 "this model's attention."
             )
-        fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
-        if fp8 and self.recommended is not None:
-            lines.append(
+        lines += self._about_fp8()
+        return lines if len(lines) > 1 else []
+
+    def _about_fp8(self) -> list[str]:
+        if self.planner.gpu.fp8 is None or self.recommended is None:
+            return []
+        if "load_in_fp8" in self.planner.layers.lighter_weights:
+            return [
                 "Faster still, with half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
                 "--model.load_in_fp8 true."
-            )
-        return lines if len(lines) > 1 else []
+            ]
+        if transposes_fit(self.planner, self.recommended):
+            return ["A little faster still, with as much memory again for weights: --model.fp8_transpose_cache true."]
+        return []
 
     @property
     def on_host(self) -> int:

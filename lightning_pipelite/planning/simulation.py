@@ -153,7 +153,7 @@ class Simulation:
         return (hidden, positions, *extra, *sums)
 
     def _weigh(self, stage: Stage) -> Trial:
-        """Return what the parameters of each part take, regardless of the micro-batch."""
+        """Return what the parameters and buffers of each part take, regardless of the micro-batch."""
         trial = Trial(Part(), Part(), Part())
         prefix = f"causal_lm.{self.layers.meta_model.layers_name}."
         whole = dict(self.layers.meta_model.model.named_parameters())
@@ -187,7 +187,9 @@ class Simulation:
             )
         states = [t for module in stage.modules() for t in quantisation_states(module)]
         trial.item.weights += sum(_rounded(t) for t in {id(t): t for t in states}.values())
-        trial.entry.weights += sum(_rounded(buffer) for buffer in stage.buffers())
+        for name, buffer in stage.named_buffers():
+            part = trial.item if name.startswith(prefix) else trial.entry
+            part.weights += _rounded(buffer)
         meta_model = self.layers.meta_model
         first, after = stage.start, stage.stop
         trial.item.parameters = sum(p.numel() for layer in meta_model.layers[first:after] for p in layer.parameters())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import torch
+
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.adapters.lora_targets import lora_targets
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.layers import CausalLMLayers
 from lightning_pipelite.planning.devices import Devices
-from lightning_pipelite.planning.planner import STEP, Planner
+from lightning_pipelite.planning.planner import STEP, Planner, Recommended
 from lightning_pipelite.planning.settings import gib
 from lightning_pipelite.shared.wording import counted
 
@@ -64,8 +66,10 @@ def _other_layers(layers: CausalLMLayers) -> Iterator[tuple[str, CausalLMLayers]
         smaller = _changed(layers)
         smaller.double_quant = True
         yield DOUBLE_QUANT, smaller
+    if layers.fp8_transpose_cache:
+        yield "model.fp8_transpose_cache: false", _with_transpose_cache(layers, False)
     for name in layers.lighter_weights:
-        lighter = _changed(layers)
+        lighter = _with_transpose_cache(layers, False)
         lighter.load_in_4bit, lighter.load_in_fp8 = name == "load_in_4bit", name == "load_in_fp8"
         if _goes(lighter):
             yield f"model.{name}: true", lighter
@@ -87,6 +91,21 @@ def attention_targets(layers: CausalLMLayers) -> list[str]:
     names = sorted({name.rpartition(".")[2] for name in inside})
     others = {name.rpartition(".")[2] for name in {*linear, *fused} - {*inside}}
     return names if others and not others & set(names) else []
+
+
+def transposes_fit(planner: Planner, found: Recommended) -> bool:
+    """Return whether the recommended training would also fit with transposed copies of its weights in FP8."""
+    layers = planner.layers
+    if not layers.load_in_fp8 or layers.fp8_transpose_cache or layers.dtype != torch.bfloat16:
+        return False
+    other = planner.with_layers(_with_transpose_cache(layers, True)).of(found.micro_batches)
+    return other.fits(other.stages(found.bounds, found.policy, None, found.virtual_stages))
+
+
+def _with_transpose_cache(layers: CausalLMLayers, kept: bool) -> CausalLMLayers:
+    other = _changed(layers)
+    other.fp8_transpose_cache = kept
+    return other
 
 
 def _changed(layers: CausalLMLayers) -> CausalLMLayers:

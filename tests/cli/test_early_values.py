@@ -114,6 +114,8 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         ["--model.load_in_4bit=true", "--model.load_in_fp8", "true"],
         "load_in_4bit and load_in_fp8 are mutually exclusive",
     ),
+    ({}, ["--model.fp8_transpose_cache=true"], "fp8_transpose_cache applies to weights in FP8; set it to false, or"),
+    ({}, ["--model.bnb_4bit_use_double_quant=true"], "bnb_4bit_use_double_quant applies to weights in 4 bits; set"),
     ({"trainer": {"strategy": "ddp"}}, [], "PipeLiteModule requires PipeLiteStrategy, not ddp: set"),
     ({}, ["--trainer.precision=bf16-mixed"], "Trainer(precision='bf16-mixed') is not supported by PipeLiteStrategy"),
     ({"trainer": {"sync_batchnorm": True}}, [], "Trainer(sync_batchnorm=True) is not supported by PipeLiteStrategy"),

@@ -20,7 +20,9 @@ from tiny_job import write_job
 
 CONFIG = Path(__file__).with_name("former_config.yaml")
 STEP = "step=00000002.ckpt"
-LATER_OPTIONS = {"allow_another_base", "load_in_fp8", "offload_optimizer", "overwrite", "virtual_stages"}
+LATER_OPTIONS = {
+    "allow_another_base", "fp8_transpose_cache", "load_in_fp8", "offload_optimizer", "overwrite", "virtual_stages"
+}  # fmt: skip
 LATER_STATE = {"made_with", "evaluation_follows"}
 
 

@@ -69,6 +69,20 @@ def test_transposed(device: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_given_transposed_codes_may_be_columns_of_a_larger_weight(device: str) -> None:
+    weights = [quantise_rows(draw(size, 64, seed=size, device=device, spread=6)) for size in (48, 32, 16)]
+    cached, start = transposed(torch.cat([codes.view(torch.uint8) for codes, _ in weights]).view(DTYPE)), 0
+    for codes, scales in weights:
+        rows = quantise_rows(draw(18, codes.shape[0], device=device, spread=6).to(torch.bfloat16), scales)
+        with_cache = [codes, scales, cached.narrow(1, start, codes.shape[0])]
+        found, wanted = (
+            fp8.product(rows, weight, torch.bfloat16, back=True) for weight in (with_cache, [codes, scales])
+        )
+        assert torch.equal(found, wanted)
+        start += codes.shape[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_in_fp8(device: str, biased: bool) -> None:
     """Both products equal those of the dequantised values in every row, however much rows of g and W differ in size."""

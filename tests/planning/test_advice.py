@@ -224,6 +224,24 @@ def test_without_fp8_its_codes_are_no_faster() -> None:
         assert gpu.flops(2) > gpu.flops(4)
 
 
+def test_transposed_copies_are_advised_where_they_fit(config: Path) -> None:
+    asked, advice = (*SHORT, "--model.load_in_fp8", "true"), "--model.fp8_transpose_cache true"
+    roomy = planned(config, *asked, devices=1, memory="24GiB", device="4090")
+    cached = planned(config, *asked, "--model.fp8_transpose_cache", "true", devices=1, memory="24GiB", device="4090")
+    grown = max(stage.total for stage in cached.shown) - max(stage.total for stage in roomy.shown)
+    assert grown > 0
+    assert advice in "\n".join(roomy._notes())
+    assert advice not in "\n".join(cached._notes())
+    assert cached.recommended is not None
+    assert roomy.recommended is not None
+    assert cached.recommended.seconds < roomy.recommended.seconds
+    assert advice not in str(planned(config, *asked, devices=1, memory="24GiB", device="3090"))
+    just = str(max(stage.total for stage in roomy.shown) / (1 - MARGIN) + grown / 2) + "B"
+    tight = planned(config, *asked, "--model.activation_memory", roomy.shown_policy, devices=1, memory=just)
+    assert tight.recommended is not None
+    assert advice not in str(tight)
+
+
 def test_the_margin_is_told_where_it_is_explained() -> None:
     page = (Path(__file__).parents[2] / "docs" / "will-it-fit.md").read_text()
     assert f"{MARGIN:.0%}".replace("%", " %") in page

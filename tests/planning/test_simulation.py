@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.models.quantization import fp8
 from lightning_pipelite.models.quantization.fp8 import Fp8Linear
 from lightning_pipelite.planning.meter import BLOCK
 from lightning_pipelite.planning.simulation import Simulation
@@ -55,6 +56,21 @@ def test_weights_in_fp8_are_counted_with_their_scales_and_products_by_their_code
     products = 4.0 * LENGTH * sum(m.codes.numel() for m in frozen)
     assert item.flops.get(1, 0) == (products if dtype == torch.bfloat16 else 0)
     assert (item.flops[dtype.itemsize] > products) == (dtype == torch.float32)
+
+
+def test_transposed_copies_of_weights_in_fp8_are_counted_and_save_a_temporary_one(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    items = []
+    for cache in (False, True):
+        layers = make_layers(model_dir, LoRA(4), dtype=torch.bfloat16, load_in_fp8=True, fp8_transpose_cache=cache)
+        items.append(Simulation(layers, CausalLMLoss(), make_adam).trial(1, "keep", LENGTH).item)
+    one, two = items
+    real = layers.build_stage(1, 2, CPU)
+    copies = sum(copy.nbytes for name, copy in real.named_buffers() if name.endswith(".transposed_codes"))
+    assert two.weights - one.weights == copies > 0
+    assert two.moved < one.moved
 
 
 @pytest.mark.parametrize("in_4bit", [False, True])

@@ -6,7 +6,6 @@ from typing import Literal
 
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.models.meta_model import MetaModel
-from lightning_pipelite.models.quantization.exclusive import refuse_both
 from lightning_pipelite.models.quantization.four_bit import fused_weights, unknown_linear
 from lightning_pipelite.models.stored.format import Format
 from lightning_pipelite.models.trains import Trains
@@ -18,10 +17,9 @@ def check_quantisation(meta_model: MetaModel, adapter: Trains, *, load_in_4bit: 
     """Reject a quantisation that would silently leave weights unquantised, or that the adapter would undo.
 
     Raises:
-        ConfigurationError: Both options are set, a linear layer has a class of the model's own, or FP8 is asked to
-            handle what it does not support: fused experts, or an adapter that changes weights.
+        ConfigurationError: A linear layer has a class of the model's own, or FP8 is asked to handle what it does not
+            support: fused experts, or an adapter that changes weights.
     """
-    refuse_both(load_in_4bit, load_in_fp8)
     if load_in_4bit:
         _check(meta_model, adapter, "load_in_4bit")
     if load_in_fp8:

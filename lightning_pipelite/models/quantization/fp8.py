@@ -1,6 +1,7 @@
 """Holds the decoder's linear layers in FP8: e4m3 codes with a scale for each output channel.
 
-One copy serves both the forward and the backward product, see :mod:`lightning_pipelite.kernels.fp8`.
+One copy serves both the forward and the backward product, see :mod:`lightning_pipelite.kernels.fp8`. A transposed copy
+can be held for the latter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import Conv1D
 from typing_extensions import override
 
 from lightning_pipelite.errors import ConfigurationError
-from lightning_pipelite.kernels.fp8 import MULTIPLE, fp8_linear, has_fp8
+from lightning_pipelite.kernels.fp8 import MULTIPLE, fp8_linear, has_fp8, transposed
 from lightning_pipelite.kernels.fp8_rows import DTYPE, dequantise_rows, quantise_rows
 from lightning_pipelite.models.quantization.four_bit import kept_names
 from lightning_pipelite.models.transformers_compat import mark_initialised
@@ -44,8 +45,8 @@ class Fp8Linear(nn.Linear):
     _start = 0  # index of this layer's first row there
 
     def __init__(self, linear: nn.Linear | Conv1D, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.name, self.dtype, self._transposed = name, dtype, isinstance(linear, Conv1D)
-        shape = linear.weight.shape[::-1] if self._transposed else linear.weight.shape
+        self.name, self.dtype, self._is_conv1d = name, dtype, isinstance(linear, Conv1D)
+        shape = linear.weight.shape[::-1] if self._is_conv1d else linear.weight.shape
         super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
         self.in_fp8 = dtype == torch.bfloat16 and not any(size % MULTIPLE for size in shape) and has_fp8(device)
         self._parameters["weight"] = linear.weight  # type: ignore[assignment]
@@ -63,23 +64,32 @@ class Fp8Linear(nn.Linear):
         return self._rows("scales")
 
     def _rows(self, name: str) -> Tensor:
-        held = (self if self._first is None else self._first[0])._parameters.get(name)
+        held = self._holder()._parameters.get(name)
         if held is None:
             raise AttributeError(f"{self.name} has no {name} yet")
         return held if self._first is None else held.narrow(0, self._start, self.out_features)
 
     # Methods, as the compiler would check guards on properties in every call.
 
+    def _holder(self) -> Fp8Linear:
+        return self if self._first is None else self._first[0]
+
     def parts(self) -> list[Tensor]:
-        """Return codes and scales as kernels take them."""
-        return [self._rows("codes").view(DTYPE), self._rows("scales")]
+        """Return codes, scales and, if cached, the transposed codes, as kernels take them."""
+        parts = [self._rows("codes").view(DTYPE), self._rows("scales")]
+        cached = self._holder()._buffers.get("transposed_codes")
+        if cached is not None:
+            mine = cached if self._first is None else cached.narrow(1, self._start, self.out_features)
+            parts.append(mine.view(DTYPE))
+        return parts
 
     def joined(self) -> list[Tensor]:
-        """Return codes and scales, as kernels take them, of all layers whose rows this one holds, see :func:`join`."""
+        """Return the same for all layers whose rows this one holds, see :func:`join`."""
         codes, scales = (self._parameters[name] for name in ("codes", "scales"))
         assert codes is not None
         assert scales is not None
-        return [codes.view(DTYPE), scales]
+        cached = self._buffers.get("transposed_codes")
+        return [codes.view(DTYPE), scales, *([] if cached is None else [cached.view(DTYPE)])]
 
     def _get_weight(self) -> Tensor:
         """Return the weight: on the meta device before loading, dequantised afterwards.
@@ -109,7 +119,7 @@ class Fp8Linear(nn.Linear):
         """
         if not_finite({self.name: weight}):
             raise self._not_finite()
-        self._hold(*quantise_rows(weight.T.contiguous() if self._transposed else weight))
+        self._hold(*quantise_rows(weight.T.contiguous() if self._is_conv1d else weight))
 
     def keep(self, codes: Tensor, scales: Tensor) -> None:
         """Hold the given e4m3 codes [out, in] with float32 scales [out].
@@ -136,6 +146,14 @@ class Fp8Linear(nn.Linear):
                 continue
             self._parameters[name] = parameter = nn.Parameter(tensor, requires_grad=False)
             mark_initialised(parameter)
+        if "transposed_codes" in self._holder()._buffers:
+            self._holder().cache_transpose()
+
+    def cache_transpose(self) -> None:
+        """Hold a transposed copy of the codes too, for the backward product."""
+        codes = self._parameters["codes"]
+        assert codes is not None
+        self.register_buffer("transposed_codes", transposed(codes), persistent=False)
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,8 +175,9 @@ class Fp8Linear(nn.Linear):
 def join(layers: Sequence[Fp8Linear]) -> None:
     """Make the first of several layers with the same input hold the codes and scales of all, contiguously.
 
-    One product then serves all of them; each can still be called separately.
+    One product then serves all of them; each can still be called separately. Before :func:`cache_transposes`.
     """
+    assert not any("transposed_codes" in layer._buffers for layer in layers)
     for name in ("codes", "scales"):
         held = torch.cat([layer._parameters.pop(name) for layer in layers])  # type: ignore[misc]
         layers[0]._parameters[name] = parameter = nn.Parameter(held, requires_grad=False)
@@ -212,8 +231,21 @@ def hold_in_fp8(
                 model.set_submodule(full, layer)
 
 
-def tell_how_computed(model: nn.Module, device: torch.device) -> None:
-    """Warn in one sentence if products are not computed in FP8."""
+def cache_transposes(model: nn.Module) -> None:
+    """Make layers whose products are computed in FP8 hold their codes transposed too, for the backward product."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear) and layer.in_fp8 and layer._first in (None, (layer,)):
+            layer.cache_transpose()
+
+
+def tell_how_computed(model: nn.Module, device: torch.device, *, transpose_cache: bool) -> None:
+    """Warn in one sentence if products are not computed in FP8.
+
+    Args:
+        model: The model.
+        device: Where it is.
+        transpose_cache: Whether transposed copies are asked for, which only products in FP8 read.
+    """
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     others = [layer for layer in layers if not layer.in_fp8]
     if not others or device.type == "meta":
@@ -226,6 +258,7 @@ def tell_how_computed(model: nn.Module, device: torch.device) -> None:
         reason = f"FP8 requires dimensions that are multiples of {MULTIPLE}, unlike those of {others[0].name}"
     which = "weights" if len(others) == len(layers) else f"{len(others)} of {len(layers)} weights"
     warnings.warn(
-        f"load_in_fp8: {which} are dequantised before each product, which saves memory but not time: {reason}.",
+        f"load_in_fp8: {which} are dequantised before each product, which saves memory but not time: {reason}."
+        + " Without products in FP8, fp8_transpose_cache keeps no transposed copies." * transpose_cache,
         stacklevel=2,
     )
