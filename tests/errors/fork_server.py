@@ -55,7 +55,8 @@ class ForkServer:
             [sys.executable, __file__, str(warm_up)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            # With more threads, those of OpenMP would be missing in a fork, which would wait for them.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             text=True,
         )
 
