@@ -4,9 +4,9 @@
 
 A Llama of 110 million weights is trained from scratch on the standard library's sources and pydoc's topics (1500 steps
 of 8192 tokens). Then LoRAs of rank 16 are trained on other text, the sources of torch: 200 steps from bf16, FP8 and nf4
-weights over the same tokens, with several seeds. The table has the evaluation loss before and after, on sequences that
-no LoRA was trained on. ``--tiny`` is for CPUs, where FP8 weights are dequantised before each product: it says nothing
-about products in FP8.
+weights over the same tokens, with several seeds, at a learning rate that falls to zero. The table has the evaluation
+loss before and after, on sequences that no LoRA was trained on. ``--tiny`` is for CPUs, where FP8 weights are
+dequantised before each product: it says nothing about products in FP8.
 
 Exits with 1 if the final loss of FP8, the mean over the seeds, is further from bf16's than nf4's is, or more than 0.3 %
 away.

@@ -35,7 +35,7 @@ class Size:
         steps: Steps of a LoRA's training.
         evaluated: Number of held-out sequences, on which no LoRA trains.
         characters: Length of each of the two texts.
-        lr: Learning rate of a LoRA.
+        lr: Learning rate of a LoRA at the start; it falls to zero at the end, so that the last steps add no noise.
     """
 
     hidden: int = 1024
@@ -141,6 +141,7 @@ def train_lora(
     layers = CausalLMLayers(directory, adapter=LoRA(16), seed=seed, activation_memory="keep", **held)  # type: ignore[arg-type]
     stage = layers.build_stage(0, len(layers), device)
     optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=size.lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / size.steps)
     positions = torch.arange(size.sequence, device=device).expand(size.batch, -1)
 
     def loss_of(batch: Tensor) -> Tensor:
@@ -160,6 +161,7 @@ def train_lora(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return first, evaluate()
 
 
