@@ -91,7 +91,7 @@ def plan(
                 "devices."
             )
     planner = Planner(
-        simulate(settings, gpu or REFERENCE),
+        simulate(settings, gpu),
         micro_batches=settings.micro_batches,
         sequence_len=settings.sequence_len,
         devices=Devices(total, tuple(sizes * total if len(sizes) == 1 else sizes), given_speeds, settings.column_major),
@@ -121,8 +121,13 @@ def _smallest_here() -> list[int]:
     return sorted(size for size in sizes if size is not None)[:1]
 
 
-def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
-    """Build a simulation of the layers, the loss and the optimizer in the configuration."""
+def simulate(settings: Settings, gpu: Gpu | None = None) -> Simulation:
+    """Build a simulation of the layers, the loss and the optimizer in the configuration.
+
+    Args:
+        settings: The configuration's.
+        gpu: The GPU to plan for; if not given, this machine's, if it has one, at the speed of REFERENCE.
+    """
     model = settings.model
     adapter_class, options = class_of(model["adapter"], "model.adapter", "lightning_pipelite.adapters")
     taken = inspect.signature(CausalLMLayers.__init__).parameters
@@ -131,6 +136,7 @@ def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
     layers = CausalLMLayers(
         options_of_layers.pop("model_dir"), fuse_head=True, needs_weights=False, **options_of_layers
     )
+    layers.planned_fp8 = None if gpu is None else gpu.fp8 is not None
     optimizer_class, options = class_of(settings.optimizer, "model.optimizer", "torch.optim", ("params", "lr"))
     make_optimizer: Callable[..., Any] = partial(optimizer_class, lr=1e-3, **options)
     if model.get("offload_optimizer"):
@@ -140,5 +146,5 @@ def simulate(settings: Settings, gpu: Gpu = REFERENCE) -> Simulation:
         layers,
         CausalLMLoss(router_loss.coefficient if router_loss else 0.0),
         make_optimizer,
-        gpu,
+        gpu or REFERENCE,
     )

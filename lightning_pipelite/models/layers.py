@@ -29,7 +29,7 @@ from lightning_pipelite.models.quantization.as_stored import keeps_stored
 from lightning_pipelite.models.quantization.checks import Option, can_quantise, check_double_quant, check_quantisation
 from lightning_pipelite.models.quantization.exclusive import check_weight_options
 from lightning_pipelite.models.quantization.four_bit import fused_weights
-from lightning_pipelite.models.quantization.fp8 import cache_transposes, tell_how_computed
+from lightning_pipelite.models.quantization.fp8 import cache_transposes, plan_products, tell_how_computed
 from lightning_pipelite.models.rope import follow_documents
 from lightning_pipelite.models.router import RouterLoss
 from lightning_pipelite.models.stage import Stage
@@ -80,6 +80,7 @@ class CausalLMLayers:
         meta_model: The whole model on the meta device.
         one_stage_only: Why all layers are one item; None if they can be split.
         compile_layers: As given; like ``activation_memory``, it may be changed before a stage is built.
+        planned_fp8: For a plan, whether the GPU that it is for has products in FP8; None if it is for this machine's.
 
     Raises:
         ConfigurationError: The model is missing, damaged, not a causal LM or not supported, or the adapter does not fit
@@ -150,6 +151,7 @@ class CausalLMLayers:
         self.dtype = dtype
         self.load_in_4bit, self.load_in_fp8 = load_in_4bit, load_in_fp8
         self.fp8_transpose_cache = fp8_transpose_cache
+        self.planned_fp8: bool | None = None
         self._fuse_head = fuse_head
         self.double_quant = check_double_quant(meta_model.stored, bnb_4bit_use_double_quant, load_in_4bit)
         self.activation_memory: ActivationMemory = activation_memory
@@ -180,11 +182,12 @@ class CausalLMLayers:
     def lighter_weights(self) -> list[str]:
         """The options that would hold the weights in fewer bits than now, the fastest first.
 
-        FP8 is among them if the local GPU has FP8 products, or if there is no GPU.
+        FP8 is among them if the GPU has FP8 products: the planned one, else the local one; or if there is none.
         """
         if self.load_in_4bit or self.adapter.changes_weights:
             return []
-        faster = not self.load_in_fp8 and self.dtype == torch.bfloat16 and has_fp8(torch.device("meta"))
+        able = has_fp8(torch.device("meta")) if self.planned_fp8 is None else self.planned_fp8
+        faster = not self.load_in_fp8 and self.dtype == torch.bfloat16 and able
         options: list[Option] = ["load_in_fp8", "load_in_4bit"] if faster else ["load_in_4bit"]
         return [option for option in options if can_quantise(self.meta_model, self.adapter, option)]
 
@@ -240,6 +243,8 @@ class CausalLMLayers:
             pickled=self._pickled,
             attn_implementation=attention,
         ).train()
+        if device.type == "meta" and self.planned_fp8 is not None:
+            plan_products(model, self.planned_fp8)
         tell_how_computed(model, device, transpose_cache=self.fp8_transpose_cache)
         follow_documents(model)
         mine = range(start, stop)

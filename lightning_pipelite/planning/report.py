@@ -14,7 +14,7 @@ from lightning_pipelite.planning.planner import MARGIN, Planner, Recommended
 from lightning_pipelite.planning.settings import Settings, gib
 from lightning_pipelite.planning.stage_table import stage_lines
 from lightning_pipelite.planning.stages import StageMemory, step
-from lightning_pipelite.planning.ways import transposes_fit, ways_to_fit
+from lightning_pipelite.planning.ways import other_transpose_cache, ways_to_fit
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Report:
         replaced: Options that replace the configuration's.
         ways: What would fit, if nothing does.
         slow_devices: A sentence if a step would be faster without some of the devices, else empty.
+        transpose_cache: A sentence if it would be with another ``fp8_transpose_cache``, else empty.
     """
 
     planner: Planner
@@ -46,6 +47,7 @@ class Report:
     replaced: Mapping[str, object] = field(default_factory=dict)
     ways: list[str] = field(default_factory=list)
     slow_devices: str = ""
+    transpose_cache: str = ""
 
     @classmethod
     def of(
@@ -69,6 +71,7 @@ class Report:
         if found is not None:
             chosen = planner.of(found.micro_batches)
             report.slow_devices = faster_without(chosen, found.stages, found.policy, found.virtual_stages)
+            report.transpose_cache = other_transpose_cache(planner, found, report.sequences)
         if planner.memory is None:
             return report
         if found is not None:
@@ -260,20 +263,15 @@ class Report:
                 "Documents are kept apart by masks, which is slow for long sequences: FlashAttention does not support "
                 "this model's attention."
             )
-        lines += self._about_fp8()
-        return lines if len(lines) > 1 else []
-
-    def _about_fp8(self) -> list[str]:
-        if self.planner.gpu.fp8 is None or self.recommended is None:
-            return []
-        if "load_in_fp8" in self.planner.layers.lighter_weights:
-            return [
+        fp8 = planner.gpu.fp8 is not None and "load_in_fp8" in planner.layers.lighter_weights
+        if fp8 and self.recommended is not None:
+            lines.append(
                 "Faster still, with half the memory for frozen layers, on GPUs with FP8 (Ada, Hopper and later): "
                 "--model.load_in_fp8 true."
-            ]
-        if transposes_fit(self.planner, self.recommended):
-            return ["A little faster still, with as much memory again for weights: --model.fp8_transpose_cache true."]
-        return []
+            )
+        if self.transpose_cache:
+            lines.append(self.transpose_cache)
+        return lines if len(lines) > 1 else []
 
     @property
     def on_host(self) -> int:

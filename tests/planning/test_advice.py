@@ -13,7 +13,9 @@ from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.cli.configuration import Configuration
 from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models import layers
 from lightning_pipelite.models.layers import CausalLMLayers
+from lightning_pipelite.models.quantization import fp8
 from lightning_pipelite.planning.fit_command import fit_command
 from lightning_pipelite.planning.gpus import GPUS, gpu_named
 from lightning_pipelite.planning.planner import MARGIN
@@ -224,22 +226,49 @@ def test_without_fp8_its_codes_are_no_faster() -> None:
         assert gpu.flops(2) > gpu.flops(4)
 
 
-def test_transposed_copies_are_advised_where_they_fit(config: Path) -> None:
-    asked, advice = (*SHORT, "--model.load_in_fp8", "true"), "--model.fp8_transpose_cache true"
-    roomy = planned(config, *asked, devices=1, memory="24GiB", device="4090")
-    cached = planned(config, *asked, "--model.fp8_transpose_cache", "true", devices=1, memory="24GiB", device="4090")
-    grown = max(stage.total for stage in cached.shown) - max(stage.total for stage in roomy.shown)
-    assert grown > 0
-    assert advice in "\n".join(roomy._notes())
-    assert advice not in "\n".join(cached._notes())
-    assert cached.recommended is not None
-    assert roomy.recommended is not None
-    assert cached.recommended.seconds < roomy.recommended.seconds
-    assert advice not in str(planned(config, *asked, devices=1, memory="24GiB", device="3090"))
-    just = str(max(stage.total for stage in roomy.shown) / (1 - MARGIN) + grown / 2) + "B"
-    tight = planned(config, *asked, "--model.activation_memory", roomy.shown_policy, devices=1, memory=just)
-    assert tight.recommended is not None
-    assert advice not in str(tight)
+FP8 = ("--model.load_in_fp8", "true")
+CACHE = ("--model.fp8_transpose_cache", "true")
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["on a machine without FP8", "on one with FP8"])
+def test_transposed_copies_are_advised_where_they_make_training_faster(
+    config: Path, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the GPU of this machine can do, what counts is the one that the plan is for."""
+    monkeypatch.setattr(layers, "has_fp8", lambda device: here)
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: here)
+
+    def on(memory: str, *options: str, device: str = "4090") -> Report:
+        return planned(config, *SHORT, *FP8, *options, devices=1, memory=memory, device=device)
+
+    def most(report: Report) -> int:
+        return max(stage.total for stage in report.shown)
+
+    one, two = on("24GiB"), on("24GiB", *CACHE)
+    assert one.recommended is not None
+    assert two.recommended is not None
+    assert two.recommended.seconds < one.recommended.seconds
+    advice = r"\n\d+\.\d% faster with a second, transposed copy .* --model.fp8_transpose_cache true\."
+    assert re.search(advice, str(one))
+    assert "faster with" not in str(two)
+    grown = most(two) - most(one)
+    codes = sum(p.numel() for layer in two.planner.layers.meta_model.layers for p in layer.parameters() if p.ndim > 1)
+    assert abs(grown / codes - 1) < 0.05
+    between = f"{round((most(one) + grown / 2) / (1 - MARGIN) / 2**20)}MiB"
+    assert "faster with" not in str(on(between))
+    slower = on(between, *CACHE)  # only with another activation_memory
+    assert slower.recommended is not None
+    assert slower.recommended.policy != one.recommended.policy
+    assert f"with activation_memory {one.recommended.policy}: --model.fp8_transpose_cache false." in str(slower)
+    without, with_cache = on("24GiB", device="3090"), on("24GiB", *CACHE, device="3090")
+    assert most(without) == most(with_cache)  # nothing is kept where no product is in FP8
+    assert "fp8_transpose_cache" not in "".join([*without._notes(), *with_cache._notes()])
+
+
+def test_where_nothing_fits_with_transposed_copies_what_would_is_named_in_full(config: Path) -> None:
+    report = planned(config, *SHORT, *FP8, *CACHE, devices=1, memory="1.2GiB", device="4090")
+    assert report.recommended is None
+    assert "model.load_in_4bit: true and model.load_in_fp8: false and model.fp8_transpose_cache: false" in str(report)
 
 
 def test_the_margin_is_told_where_it_is_explained() -> None:

@@ -38,7 +38,8 @@ class Fp8Linear(nn.Linear):
     Attributes:
         name: Its name in the model.
         dtype: Dtype of the computation.
-        in_fp8: Whether its products are computed in FP8; if not, its weight is dequantised for each.
+        fits_fp8: Whether a device that has products in FP8 can compute its products so.
+        in_fp8: Whether they are; if not, its weight is dequantised for each.
     """
 
     _first: tuple[Fp8Linear] | None = None  # the layer that holds this one's rows, see join; not a submodule
@@ -48,7 +49,8 @@ class Fp8Linear(nn.Linear):
         self.name, self.dtype, self._is_conv1d = name, dtype, isinstance(linear, Conv1D)
         shape = linear.weight.shape[::-1] if self._is_conv1d else linear.weight.shape
         super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=dtype)
-        self.in_fp8 = dtype == torch.bfloat16 and not any(size % MULTIPLE for size in shape) and has_fp8(device)
+        self.fits_fp8 = dtype == torch.bfloat16 and not any(size % MULTIPLE for size in shape)
+        self.in_fp8 = self.fits_fp8 and has_fp8(device)
         self._parameters["weight"] = linear.weight  # type: ignore[assignment]
         self.bias = linear.bias
         self.requires_grad_(False)
@@ -156,6 +158,12 @@ class Fp8Linear(nn.Linear):
         self.register_buffer("transposed_codes", transposed(codes), persistent=False)
 
     @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if "transposed_codes" in self._buffers:
+            self.cache_transpose()
+
+    @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Move, but do not cast: products take the scales in float32, and they are so few that they cost nothing."""
         scales = self._parameters.get("scales")
@@ -231,6 +239,13 @@ def hold_in_fp8(
                 model.set_submodule(full, layer)
 
 
+def plan_products(model: nn.Module, has_products: bool) -> None:
+    """Make layers on the meta device compute as on a device with or without products in FP8, whatever this one has."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.in_fp8 = layer.fits_fp8 and has_products
+
+
 def cache_transposes(model: nn.Module) -> None:
     """Make layers whose products are computed in FP8 hold their codes transposed too, for the backward product."""
     for layer in model.modules():
@@ -259,6 +274,6 @@ def tell_how_computed(model: nn.Module, device: torch.device, *, transpose_cache
     which = "weights" if len(others) == len(layers) else f"{len(others)} of {len(layers)} weights"
     warnings.warn(
         f"load_in_fp8: {which} are dequantised before each product, which saves memory but not time: {reason}."
-        + " Without products in FP8, fp8_transpose_cache keeps no transposed copies." * transpose_cache,
+        + " fp8_transpose_cache keeps no transposed copies of them." * transpose_cache,
         stacklevel=2,
     )

@@ -195,6 +195,20 @@ def test_a_weight_that_is_quantised_anew_replaces_its_transposed_copy(monkeypatc
         assert torch.equal(cached.float().T, codes.float())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_weight_that_is_loaded_replaces_its_transposed_copy(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    models = []
+    for _ in range(2):
+        layer = Fp8Linear(nn.Linear(32, 16, bias=False, device="meta"), "layer", torch.bfloat16, CPU)
+        layer.weight = nn.Parameter(torch.randn(16, 32))
+        models.append(nn.Sequential(layer))
+        fp8.cache_transposes(models[-1])
+    models[0].load_state_dict(models[1].state_dict(), assign=assign)
+    found, wanted = (model[0].parts() for model in models)
+    assert all(torch.equal(one.float(), other.float()) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.filterwarnings("default:load_in_fp8")
 def test_transposed_copies_without_products_in_fp8_are_refused_or_told(tmp_path: Path) -> None:
     write(tmp_path, "llama")
