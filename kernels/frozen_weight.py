@@ -8,8 +8,7 @@ from lightning_pipelite.kernels import fp8_rows, nf4
 
 WHOLE = 1
 """The number of tensors that hold an unquantised weight. In FP8 there are codes, scales and perhaps transposed codes,
-in nf4 what
-:func:`~lightning_pipelite.kernels.nf4.dequantise` takes."""
+in nf4 what :func:`~lightning_pipelite.kernels.nf4.dequantise` takes."""
 
 
 def whole(weight: list[Tensor], rows: int, x: Tensor) -> Tensor:
