@@ -25,11 +25,11 @@ class Job:
         memory: The option ``activation_memory``.
         in_4bit: The option ``load_in_4bit``.
         in_fp8: The option ``load_in_fp8``.
+        transpose_cache: The option ``fp8_transpose_cache``.
         tokens_per_s: Lower limit.
         gib: Upper limit.
         loops: The loops that train it.
         shape: The shape that it is trained with, if not the given one.
-        transpose_cache: The option ``fp8_transpose_cache``.
         limited: The shape that the limits apply to.
         saving: Whether the scales of 4-bit weights are quantised too, and the optimizer's state is on the host.
     """

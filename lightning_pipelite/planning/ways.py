@@ -101,7 +101,7 @@ def other_transpose_cache(planner: Planner, found: Recommended, sequences: int) 
         sequences: Sequences per step.
     """
     cached = planner.layers.fp8_transpose_cache
-    if not planner.layers.load_in_fp8:
+    if not planner.layers.load_in_fp8 or planner.gpu.fp8 is None:  # nothing would be kept
         return ""
     other = planner.with_layers(_with_transpose_cache(planner.layers, not cached))
     best = other.recommend(sequences)

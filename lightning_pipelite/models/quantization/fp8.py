@@ -148,8 +148,11 @@ class Fp8Linear(nn.Linear):
                 continue
             self._parameters[name] = parameter = nn.Parameter(tensor, requires_grad=False)
             mark_initialised(parameter)
-        if "transposed_codes" in self._holder()._buffers:
-            self._holder().cache_transpose()
+        self._holder()._renew_transpose()
+
+    def _renew_transpose(self) -> None:
+        if "transposed_codes" in self._buffers:
+            self.cache_transpose()
 
     def cache_transpose(self) -> None:
         """Hold a transposed copy of the codes too, for the backward product."""
@@ -160,8 +163,7 @@ class Fp8Linear(nn.Linear):
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if "transposed_codes" in self._buffers:
-            self.cache_transpose()
+        self._renew_transpose()
 
     @override
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +251,7 @@ def plan_products(model: nn.Module, has_products: bool) -> None:
 def cache_transposes(model: nn.Module) -> None:
     """Make layers whose products are computed in FP8 hold their codes transposed too, for the backward product."""
     for layer in model.modules():
-        if isinstance(layer, Fp8Linear) and layer.in_fp8 and layer._first in (None, (layer,)):
+        if isinstance(layer, Fp8Linear) and layer.in_fp8 and layer._holder() is layer:
             layer.cache_transpose()
 
 
