@@ -18,7 +18,16 @@ from lightning_pipelite.adapters import ControlAdapter, Full, LoRA
 from lightning_pipelite.adapters.experts import _GroupedLoRA as GroupedLoRA
 from lightning_pipelite.models import CausalLMLayers
 from lightning_pipelite.models.experts import _GroupedExperts
-from tiny_models import CPU, SIZES, build, cross_entropy, micro_batches, train_stages
+from tiny_models import (
+    CPU,
+    SIZES,
+    build,
+    classes_for,
+    cross_entropy,
+    give_b_values,
+    micro_batches,
+    train_stages,
+)
 
 ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 4}
 MODELS: dict[str, Any] = {
@@ -50,11 +59,8 @@ def train(directory: Path, adapter: Any, **options: Any) -> tuple[list[Tensor], 
     options = {"activation_memory": "recompute", **options}
     layers = CausalLMLayers(directory, dtype=torch.float32, adapter=adapter, **options)
     (stage,) = stages = build(layers, [0, 4])
-    for name, parameter in stage.named_parameters():
-        if "lora_B" in name or "control_S" in name:
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
-    logits, gradients = train_stages(stages, POSITIONS, classes)
+    give_b_values(stages)
+    logits, gradients = train_stages(stages, POSITIONS, classes_for(adapter))
     return logits, gradients, (layers, stage)
 
 

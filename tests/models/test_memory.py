@@ -19,7 +19,18 @@ from lightning_pipelite.models.memory import set_activation_memory
 from lightning_pipelite.models.offload import AHEAD, HostCopies
 from lightning_pipelite.models.tiny import tiny_config
 from operation_counts import Counts
-from tiny_models import CPU, POSITIONS, build, micro_batches, reference, train_stages, train_whole, write_model
+from tiny_models import (
+    CPU,
+    POSITIONS,
+    build,
+    classes_for,
+    give_b_values,
+    micro_batches,
+    reference,
+    train_stages,
+    train_whole,
+    write_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +111,8 @@ def test_compiled_layers_are_one_graph_and_the_same(model_dir: Path, adapter: An
         stages = build(layers, [0, 2, 4])
         for stage in stages:
             compile_with(stage, counter)
-            for name, parameter in stage.named_parameters():
-                if "lora_B" in name or "control_S" in name:
-                    torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-        classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
-        return train_stages(stages, classes=classes)
+        give_b_values(stages)
+        return train_stages(stages, classes=classes_for(adapter))
 
     torch._dynamo.reset()
     counter = testing.CompileCounterWithBackend("aot_eager_decomp_partition")

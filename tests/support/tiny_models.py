@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lightning_pipelite.adapters import Adapter
 from lightning_pipelite.models import CausalLMLayers, Stage
 
 CPU = torch.device("cpu")
@@ -75,6 +76,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def build(layers: CausalLMLayers, cuts: Sequence[int]) -> list[Stage]:
     return [layers.build_stage(start, stop, CPU) for start, stop in itertools.pairwise(cuts)]
+
+
+def give_b_values(stages: Sequence[Stage]) -> None:
+    """Give the factors of adapters that start at zero values that do not depend on the cut."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if "lora_B" in name or "control_S" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+
+
+def classes_for(adapter: Adapter) -> list[Tensor] | None:
+    """Return the Control Adapter's classes of two micro-batches; None for other adapters."""
+    return [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
 
 
 def held(layers: CausalLMLayers) -> dict[str, Tensor]:

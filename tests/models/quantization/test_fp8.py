@@ -24,6 +24,8 @@ from tiny_models import (
     POSITIONS,
     SIZES,
     build,
+    classes_for,
+    give_b_values,
     micro_batches,
     reference,
     run_stages,
@@ -47,13 +49,6 @@ def dequantised(directory: Path) -> PreTrainedModel:
             if isinstance(module, nn.Linear):
                 module.weight.data = dequantise_rows(*quantise_rows(module.weight.data), torch.float32)
     return model
-
-
-def give_b_values(stages: list[Any]) -> None:
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            if "lora_B" in name or "control_S" in name:
-                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
@@ -114,7 +109,6 @@ def test_ways_to_keep_activations_change_nothing(
     """With FP8 products, as on a GPU that supports them."""
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
     write(tmp_path, "llama")
-    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
 
     def run(**options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
         stages = build(
@@ -123,7 +117,7 @@ def test_ways_to_keep_activations_change_nothing(
         give_b_values(stages)
         assert all(m.in_fp8 for stage in stages for m in stage.modules() if isinstance(m, Fp8Linear))
         torch.manual_seed(0)
-        return train_stages(stages, classes=classes)
+        return train_stages(stages, classes=classes_for(adapter))
 
     logits, gradients = run(activation_memory="keep")
     others, found = run(activation_memory=policy)
@@ -148,78 +142,6 @@ def test_stages_change_nothing_in_products_in_fp8(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("adapter", "apart"),
-    [(LoRA(4), False), (LoRA(4), True), (ControlAdapter(4), False)],
-    ids=["LoRA", "LoRA with scales that differ", "ControlAdapter"],
-)
-def test_transposed_copies_change_nothing_and_are_used(
-    tmp_path: Path, adapter: Any, apart: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
-    write(tmp_path, "llama")
-    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
-
-    def run(cache: bool, spoil: bool = False) -> dict[str, Tensor]:
-        stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, fp8_transpose_cache=cache), [0, 2, 4])
-        give_b_values(stages)
-        for name, module in (each for stage in stages for each in stage.named_modules()):
-            if apart and name.endswith("k_proj"):
-                module.scaling["default"] *= 2
-        held = [m for stage in stages for m in stage.modules() if isinstance(m, Fp8Linear)]
-        assert all((len(layer.parts()) == 3) == cache for layer in held)
-        assert not cache or all(torch.equal(layer.parts()[2].float().T, layer.parts()[0].float()) for layer in held)
-        copies = [buffer for stage in stages for name, buffer in stage.named_buffers() if "transposed_codes" in name]
-        assert sum(copy.numel() for copy in copies) == cache * sum(layer.codes.numel() for layer in held)
-        assert not any("transposed_codes" in name for stage in stages for name in stage.state_dict())
-        if spoil:
-            for copy in copies:
-                copy.zero_()
-        return train_stages(stages, classes=classes)[1]
-
-    expected, found, spoilt = run(False), run(True), run(True, spoil=True)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
-    assert any(not torch.equal(gradient, spoilt[name]) for name, gradient in expected.items())
-
-
-def test_a_weight_that_is_quantised_anew_replaces_its_transposed_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
-    layers = [Fp8Linear(nn.Linear(32, 16, bias=False, device="meta"), "layer", torch.bfloat16, CPU) for _ in range(2)]
-    for layer in layers:
-        layer.weight = nn.Parameter(torch.randn(16, 32))
-    fp8.join(layers)
-    fp8.cache_transposes(nn.Sequential(*layers))
-    layers[1].weight = nn.Parameter(torch.randn(16, 32))
-    for layer in layers:
-        codes, _, cached = layer.parts()
-        assert torch.equal(cached.float().T, codes.float())
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_weight_that_is_loaded_replaces_its_transposed_copy(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
-    models = []
-    for _ in range(2):
-        layer = Fp8Linear(nn.Linear(32, 16, bias=False, device="meta"), "layer", torch.bfloat16, CPU)
-        layer.weight = nn.Parameter(torch.randn(16, 32))
-        models.append(nn.Sequential(layer))
-        fp8.cache_transposes(models[-1])
-    models[0].load_state_dict(models[1].state_dict(), assign=assign)
-    found, wanted = (model[0].parts() for model in models)
-    assert all(torch.equal(one.float(), other.float()) for one, other in zip(found, wanted, strict=True))
-
-
-@pytest.mark.filterwarnings("default:load_in_fp8")
-def test_transposed_copies_without_products_in_fp8_are_refused_or_told(tmp_path: Path) -> None:
-    write(tmp_path, "llama")
-    with pytest.warns(UserWarning, match=r"not bfloat16|not support .* fp8_transpose_cache keeps no transposed"):
-        stage = layers_of(tmp_path, LoRA(4), fp8_transpose_cache=True).build_stage(0, 1, CPU)
-    assert not any("transposed_codes" in name for name, _ in stage.named_buffers())
-    with pytest.raises(ConfigurationError, match="fp8_transpose_cache applies to weights in FP8; set it to false"):
-        layers_of(tmp_path, LoRA(4), load_in_fp8=False, fp8_transpose_cache=True)
-
-
-@pytest.mark.parametrize(
     ("adapter", "policy"), [(LoRA(4), "keep"), (ControlAdapter(4), "recompute")], ids=["LoRA", "ControlAdapter"]
 )
 def test_compiled_layers_are_one_graph(
@@ -234,14 +156,13 @@ def test_compiled_layers_are_one_graph(
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: setattr(
         self, "_compiled_call_impl", torch.compile(self._call_impl, backend=counter, fullgraph=True, **kwargs)
     ))  # fmt: skip
-    classes = [torch.ones(2, 12, dtype=torch.int64)] * 2 if adapter.batch_keys else None
     outcomes = []
     for compiled in (True, False):
         options = {"activation_memory": policy, "compile_layers": compiled, "attn_implementation": "eager"}
         options["fp8_transpose_cache"] = policy == "keep"
         stages = build(layers_of(tmp_path, adapter, dtype=torch.bfloat16, **options), [0, 4])
         give_b_values(stages)
-        outcomes.append(train_stages(stages, classes=classes))
+        outcomes.append(train_stages(stages, classes=classes_for(adapter)))
     assert counter.frame_count == 2  # two, as the first layer's input requires no gradient
     (logits, gradients), (expected, expected_gradients) = outcomes
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
