@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.models import CausalLMLayers
 from processes import Workers
+from routing_ties import TIE, ClosestChoice
 
 MICRO_BATCHES, CLIP, LR = 8, 0.1, 2e-3
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
@@ -30,13 +33,14 @@ LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of the model and the data, and the device."""
+    """The sizes of the model and the data, which the seed draws, and the device."""
 
     vocabulary: int = 512
     hidden: int = 64
     layers: int = 4
     sequence: int = 64
     sequences: int = 75
+    seed: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     gpu: bool = False
 
@@ -110,7 +114,7 @@ def make_model(directory: Path, case: Case, scale: Scale) -> int:
 
 def sequences(scale: Scale) -> list[dict[str, Tensor]]:
     """Return packed sequences of random tokens, with documents of random lengths and unequally many masked labels."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(scale.seed)
 
     def draw(low: int, high: int, size: tuple[int, ...] = ()) -> Tensor:
         return torch.randint(low, high, size, generator=generator)
@@ -193,7 +197,7 @@ def train_split(
 
 
 def train_plain(
-    case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
+    case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False, choice: ClosestChoice | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Train the same in a plain loop over the unsplit model; the adapter is PEFT's, loaded from a file.
 
@@ -203,6 +207,7 @@ def train_plain(
         steps: Number of steps.
         scale: Sizes of the data.
         alone: Run each document of a sequence separately. In some models, packed ones would attend to each other.
+        choice: Observes the routers' choices.
     """
     dtype = getattr(torch, scale.dtype)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -236,10 +241,11 @@ def train_plain(
                 batch[key][None].to(scale.device) for key in ("input_ids", "position_ids", "labels")
             )
             starts = (positions[0] == 0).nonzero().flatten().tolist() if alone else [0]
-            runs = [
-                model(input_ids=tokens[:, a:b], position_ids=positions[:, a:b], use_cache=False)
-                for a, b in itertools.pairwise([*starts, tokens.shape[1]])
-            ]
+            with choice or nullcontext():
+                runs = [
+                    model(input_ids=tokens[:, a:b], position_ids=positions[:, a:b], use_cache=False)
+                    for a, b in itertools.pairwise([*starts, tokens.shape[1]])
+                ]
             logits = torch.cat([outputs.logits for outputs in runs], dim=1)[0].float()
             loss = nn.functional.cross_entropy(logits, labels[0], reduction="sum") / count
             if case.experts:
@@ -258,6 +264,27 @@ def train_plain(
     with tempfile.TemporaryDirectory() as directory:  # to compare in the files' names and layout
         model.save_pretrained(directory)
         return losses, load_file(f"{directory}/model.safetensors")
+
+
+def train_plain_decided(
+    workers: Workers, case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
+) -> tuple[tuple[list[float], dict[str, Tensor]], Scale]:
+    """Call :func:`train_plain` in a process, with other data if a mixture's routing was decided by rounding.
+
+    Returns:
+        What it returns, and the scale with the seed of the data.
+    """
+    for seed in range(scale.seed, scale.seed + 5):
+        scale = replace(scale, seed=seed)
+        trained, gap = workers.run(1, partial(_train_plain_observed, alone=alone), case, model_dir, steps, scale)[0]
+        if gap > TIE:
+            return trained, scale
+    raise AssertionError(f"routers tie (within {TIE}) with any data: nothing can be compared")
+
+
+def _train_plain_observed(*arguments: Any, alone: bool) -> tuple[Any, float]:
+    choice = ClosestChoice()
+    return train_plain(*arguments, alone=alone, choice=choice), choice.gap
 
 
 def use_what_codes_stand_for(model: Any) -> None:
@@ -286,7 +313,7 @@ def compare(
     """Train a case in every split, and yield the differences of each from the plain loop."""
     with tempfile.TemporaryDirectory() as directory:
         make_model(Path(directory), case, scale)
-        reference = workers.run(1, train_plain, case, directory, steps, scale)[0]
+        reference, scale = train_plain_decided(workers, case, directory, steps, scale)
         moved = max(abs(loss - reference[0][0]) for loss in reference[0])
         assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"
         for split in splits:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from functools import partial
 from pathlib import Path
 
-from exact_training import LOSS_LIMIT, Case, Scale, Split, differences, train_plain, train_split
+from exact_training import LOSS_LIMIT, Case, Scale, Split, differences, train_plain_decided, train_split
 from processes import Workers
 from tiny_families import LAYERS, tiny, write
 
@@ -32,7 +31,7 @@ def try_family(
     """
     with tempfile.TemporaryDirectory() as directory:
         write(tiny(model_type), Path(directory))
-        reference = workers.run(1, partial(train_plain, alone=True), case, directory, steps, SCALE)[0]
+        reference, scale = train_plain_decided(workers, case, directory, steps, SCALE, alone=True)
         moved = max(abs(loss - reference[0][0]) for loss in reference[0])
         assert moved > 100 * LOSS_LIMIT, f"the loss moves by {moved} only: nothing is compared"
-        return differences(workers.run(2, train_split, case, split, directory, steps, SCALE)[0], reference)
+        return differences(workers.run(2, train_split, case, split, directory, steps, scale)[0], reference)
