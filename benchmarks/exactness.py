@@ -17,7 +17,8 @@ import itertools
 import sys
 
 import tests_support  # noqa: F401
-from exact_training import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Scale, Split, compare
+from exact_comparison import compare
+from exact_training import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Scale, Split
 from processes import Workers
 from report import Report
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 import tests_support  # noqa: F401
-from exact_training import Case, Scale, Split, differences, make_model, train_plain, train_split
+from exact_comparison import differences
+from exact_training import Case, Scale, Split, make_model, train_plain, train_split
 from processes import Workers
 from report import Report
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from adapter_jobs import LR, SCALE, resume
-from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Split, compare, make_model
+from exact_comparison import compare
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Split, make_model
 from lightning_pipelite.adapters import LoRA
 from lightning_pipelite.errors import ConfigurationError
 from lightning_pipelite.export import analyze, export_gguf, merge

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from exact_training import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, compare
+from exact_comparison import compare
+from exact_training import CASES, LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split
 from processes import Workers
 
 SPLITS = {

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +22,7 @@ from lightning_pipelite import PipeLiteModule, PipeLiteStrategy
 from lightning_pipelite.adapters import Adapter, Full, LoRA
 from lightning_pipelite.data.sampler import PackedSampler
 from lightning_pipelite.models import CausalLMLayers
-from processes import Workers
-from routing_ties import TIE, ClosestChoice
+from routing_ties import ClosestChoice
 
 MICRO_BATCHES, CLIP, LR = 8, 0.1, 2e-3
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-5, 1e-4
@@ -266,27 +263,6 @@ def train_plain(
         return losses, load_file(f"{directory}/model.safetensors")
 
 
-def train_plain_decided(
-    workers: Workers, case: Case, model_dir: str, steps: int, scale: Scale, *, alone: bool = False
-) -> tuple[tuple[list[float], dict[str, Tensor]], Scale]:
-    """Call :func:`train_plain` in a process, with other data if a mixture's routing was decided by rounding.
-
-    Returns:
-        What it returns, and the scale with the seed of the data.
-    """
-    for seed in range(scale.seed, scale.seed + 5):
-        scale = replace(scale, seed=seed)
-        trained, gap = workers.run(1, partial(_train_plain_observed, alone=alone), case, model_dir, steps, scale)[0]
-        if gap > TIE:
-            return trained, scale
-    raise AssertionError(f"routers tie (within {TIE}) with any data: nothing can be compared")
-
-
-def _train_plain_observed(*arguments: Any, alone: bool) -> tuple[Any, float]:
-    choice = ClosestChoice()
-    return train_plain(*arguments, alone=alone, choice=choice), choice.gap
-
-
 def use_what_codes_stand_for(model: Any) -> None:
     """Round the decoder's linear layers to e4m3 with a scale for each output channel."""
     for module in (module for layer in model.model.layers for module in layer.modules()):
@@ -294,28 +270,3 @@ def use_what_codes_stand_for(model: Any) -> None:
             scales = module.weight.data.float().abs().amax(1, keepdim=True) / 448
             codes = (module.weight.data / scales).to(torch.float8_e4m3fn)
             module.weight.data = (codes.float() * scales).to(module.weight.dtype)
-
-
-def differences(ours: Any, reference: Any) -> tuple[float, float]:
-    """Return the largest difference of a loss, and the largest relative one of a weight, in the 2-norm."""
-    (losses, weights), (plain_losses, plain_weights) = ours, reference
-    assert len(losses) == len(plain_losses), f"{len(losses)} steps instead of {len(plain_losses)}"
-    missing = {name for name in plain_weights.keys() ^ weights.keys() if name != "lm_head.weight"}
-    assert not missing, f"not in both: {sorted(missing)}"
-    loss = max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True))
-    weight = max(float((w - plain_weights[n]).norm() / plain_weights[n].norm()) for n, w in weights.items())
-    return loss, weight
-
-
-def compare(
-    workers: Workers, case: Case, splits: Sequence[Split], steps: int, scale: Scale
-) -> Iterator[tuple[Split, float, float]]:
-    """Train a case in every split, and yield the differences of each from the plain loop."""
-    with tempfile.TemporaryDirectory() as directory:
-        make_model(Path(directory), case, scale)
-        reference, scale = train_plain_decided(workers, case, directory, steps, scale)
-        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
-        assert moved > 0.01, f"the loss moves by {moved} only: nothing is compared"
-        for split in splits:
-            ours = workers.run(split.stages * split.replicas, train_split, case, split, directory, steps, scale)[0]
-            yield split, *differences(ours, reference)

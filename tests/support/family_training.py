@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from exact_training import LOSS_LIMIT, Case, Scale, Split, differences, train_plain_decided, train_split
+from exact_comparison import compare_with_plain
+from exact_training import LOSS_LIMIT, Case, Scale, Split
 from processes import Workers
 from tiny_families import LAYERS, tiny, write
 
@@ -31,7 +32,7 @@ def try_family(
     """
     with tempfile.TemporaryDirectory() as directory:
         write(tiny(model_type), Path(directory))
-        reference, scale = train_plain_decided(workers, case, directory, steps, SCALE, alone=True)
-        moved = max(abs(loss - reference[0][0]) for loss in reference[0])
-        assert moved > 100 * LOSS_LIMIT, f"the loss moves by {moved} only: nothing is compared"
-        return differences(workers.run(2, train_split, case, split, directory, steps, scale)[0], reference)
+        (_, loss, weight), *_ = compare_with_plain(
+            workers, case, directory, [split], steps, SCALE, alone=True, moves=100 * LOSS_LIMIT
+        )
+        return loss, weight

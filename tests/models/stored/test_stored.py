@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, differences, train_plain, train_split
+from exact_comparison import differences
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, train_plain, train_split
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
