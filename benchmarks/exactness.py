@@ -6,6 +6,8 @@ For each way to train, number of stages, virtual stages and replicas, and layout
 the loss of any step and in the final weights (relative, in the 2-norm, the worst tensor) from a loop in plain torch
 without Lightning or DeepSpeed; for LoRA, that loop is transformers + PEFT. Float32 on CPUs over gloo, with clipped
 gradients, unequally masked tokens, packed documents, and a last batch that is short and not divisible by the replicas.
+Where a difference exceeds its limit and rounding alone decided a router's choice in that loop, other data are drawn,
+four times at most.
 
 Exits with 1 if a difference exceeds its limit: 1e-5 (losses), 1e-4 (weights).
 """

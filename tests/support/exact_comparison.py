@@ -72,9 +72,10 @@ def compare_with_plain(
             if seed not in references:
                 plain = partial(_train_plain_observed, alone=alone)
                 references[seed] = workers.run(1, plain, case, model_dir, steps, drawn)[0]
+                (losses, _), _ = references[seed]
+                moved = max(abs(loss - losses[0]) for loss in losses)
+                assert moved > moves, f"the loss moves by {moved} only: nothing is compared"
             reference, gap = references[seed]
-            moved = max(abs(loss - reference[0][0]) for loss in reference[0])
-            assert moved > moves, f"the loss moves by {moved} only: nothing is compared"
             ranks = split.stages * split.replicas
             ours = workers.run(ranks, train_split, case, split, model_dir, steps, drawn)[0]
             loss, weight = differences(ours, reference)
