@@ -11,8 +11,8 @@ from lightning_pipelite.kernels.device import at_least_16, by_triton, precision
 from lightning_pipelite.kernels.fp8_rows import dequantise_rows
 from lightning_pipelite.kernels.launch import launch
 
-COLUMNS, DEPTH, FEW = 64, 64, 64  # of a block: columns of x, rows at a time, and columns of u (at most)
-PROGRAMS = 528  # about as many as keep a large GPU's memory busy
+COLUMNS, DEPTH, FEW = 128, 64, 64  # of a block: columns of x, rows at a time, and columns of u (at most)
+PROGRAMS = 1056  # about as many as keep a large GPU's memory busy
 
 
 def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     block = min(FEW, at_least_16(few))
     launch(
         _outer, (across, parts, triton.cdiv(few, block)), u, codes, scales, sums, rows, part, width, few,
-        FEW=block, COLUMNS=COLUMNS, DEPTH=DEPTH, PRECISION=precision(u), num_warps=4, num_stages=3,
+        FEW=block, COLUMNS=COLUMNS, DEPTH=DEPTH, PRECISION=precision(u), num_warps=4, num_stages=2,
     )  # fmt: skip
     return sums[0] if parts == 1 else sums.sum(0)
 
@@ -58,7 +58,7 @@ def _outer(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * part
     end = tl.minimum(first + part, rows)
     inside, kept = columns < width, thin < few
-    total = tl.zeros((COLUMNS, FEW), dtype=tl.float32)
+    total = tl.zeros((FEW, COLUMNS), dtype=tl.float32)
     for start in range(first, end, DEPTH):
         row = start + tl.arange(0, DEPTH)
         there, at = row < end, row.to(tl.int64)[:, None]
@@ -66,6 +66,6 @@ def _outer(  # type: ignore[no-untyped-def]
         of_u = tl.load(u + at * few + thin[None, :], mask=there[:, None] & kept[None, :], other=0.0)
         scale = tl.load(scales + row, mask=there, other=0.0)
         scaled = (of_u.to(tl.float32) * scale[:, None]).to(of_u.dtype)
-        total = tl.dot(tl.trans(of_x.to(of_u.dtype)), scaled, total, input_precision=PRECISION)
-    to = sums + (tl.program_id(1).to(tl.int64) * few + thin[None, :]) * width + columns[:, None]
-    tl.store(to, total, mask=inside[:, None] & kept[None, :])
+        total = tl.dot(tl.trans(scaled), of_x.to(of_u.dtype), total, input_precision=PRECISION)
+    to = sums + (tl.program_id(1).to(tl.int64) * few + thin[:, None]) * width + columns[None, :]
+    tl.store(to, total, mask=kept[:, None] & inside[None, :])

@@ -5,10 +5,10 @@ they are combined. Projections that share their input (query, key and value) are
 multiplied by all their A at once, each frozen weight's product is added in place to that of B, and the backward pass
 accumulates a single gradient of the input in place. Only the input and x·Aᵀ [tokens, rank] are saved.
 
-Frozen weights are unquantised, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8`). In FP8 the input is cast
-once for all projections, and saved as its codes, from which the gradient of A is computed. Products in FP8 take a GPU
-half the time, but the host as long as others; so weights that are contiguous in memory are multiplied as one, and all B
-as one block-diagonal matrix. So are small weights in nf4.
+Frozen weights are unquantised, in nf4, or in FP8 (:mod:`~lightning_pipelite.kernels.fp8_lora`). In FP8 the input is
+cast once for all projections, and saved as its codes, from which the gradient of A is computed. Products in FP8 take a
+GPU half the time, but the host as long as others; so weights that are contiguous in memory are multiplied as one, and,
+unless their outputs are wide, all B as one block-diagonal matrix. So are small weights in nf4.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels.fp8_lora import cast_gradients, gradient_of_x, outputs_in_fp8
 from lightning_pipelite.kernels.fp8_outer import outer_with_codes
-from lightning_pipelite.kernels.fp8_rows import cast_rows
+from lightning_pipelite.kernels.fp8_rows import WIDEST, cast_rows
 from lightning_pipelite.kernels.frozen_weight import whole
 from lightning_pipelite.kernels.lora_operands import Operands
 
@@ -61,9 +61,12 @@ def lora_linear(
     rows, given = x.flatten(0, -2), [each.flatten(0, -2) for each in projected or ()]
     trained, widths, joined = [*(given or a), *b], [up.shape[0] for up in b], len(weights) < len(b)
     if joined:
+        biases = [_joined(biases, widths, x)]
+    # In FP8, copies of parts of wide outputs would take a GPU longer than the host takes to add B part by part.
+    as_one = joined and (not in_fp8 or max(widths) <= WIDEST)
+    if as_one:
         given = [torch.cat(given, dim=1)] if given else []
-        b = [torch.block_diag(*[up.detach() for up in b])]
-        biases, scales = [_joined(biases, widths, x)], scales[:1]
+        b, scales = [torch.block_diag(*[up.detach() for up in b])], scales[:1]
     down, ups = _rounded([] if given else a, b, x.dtype)
     # Outside the operation below, so that recomputing this product does not rerun the rest.
     along = [rows.detach() @ down.T] if down is not None else [each.detach() for each in given]
@@ -78,7 +81,7 @@ def lora_linear(
         scales=list(scales),
     )
     outputs = torch.ops.pipelite.differentiable_lora_linear(rows, codes, trained, *operands.flat())
-    if joined:
+    if as_one:
         # Copies, which the compiler fuses into their consumers: a model may view them freely and modify them in place.
         outputs = [part.clone(memory_format=torch.contiguous_format) for part in outputs[0].split(widths, dim=1)]
     return [output.view(*x.shape[:-1], width) for output, width in zip(outputs, widths, strict=True)]
@@ -144,12 +147,10 @@ def forward_operation(x: Tensor, codes: list[Tensor], *flat: Any) -> list[Tensor
         flat: :class:`Operands`, flattened.
     """
     it = Operands.of(*flat)
+    if codes:
+        return outputs_in_fp8(codes, it, x.dtype)
     outputs = []
     for weight, bias, along, up, scale in zip(it.weights, it.biases, it.alongs, it.ups, it.scales, strict=True):
-        if codes:  # torch has no FP8 product that adds to a given tensor
-            output = fp8.product([*codes, *it.row_scales], weight, x.dtype, bias[0] if bias else None, back=False)
-            outputs.append(output.addmm_(along, up.T, alpha=scale))
-            continue
         # The adapter's product first: the large one is compute-bound and reads what it adds to at little cost. On an
         # H100, 4096 tokens from 4096 to 14336: 0.76 ms, 0.83 in the other order, 0.71 for the large product alone.
         if bias:
@@ -173,7 +174,7 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
 
     Args:
         gradients: The gradient of each output [tokens, out].
-        codes: If products are computed in FP8, the codes and scales of each gradient for its product with the weight.
+        codes: If products are computed in FP8, what :func:`cast_gradients` returned.
         x: The input [tokens, in]; or its codes, if products are computed in FP8.
         flat_to_x: :class:`Operands`, flattened, and whether x needs a gradient.
     """
@@ -202,26 +203,13 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
         of_first = _precise_product(back.T, x)
     if not to_x:
         return [back.new_empty(0), of_first, *of_b]
-    return [_of_x(given, codes, x.shape, back, it), of_first, *of_b]
-
-
-def _of_x(
-    gradients: list[Tensor | None], codes: list[Tensor], shape: Sequence[int], back: Tensor, it: Operands
-) -> Tensor:
-    """Return the gradient of x, of ``shape``: the sum over all outputs that were used."""
-    used = [number for number, g in enumerate(gradients) if g is not None]
-    if it.row_scales and used:
-        products = [[*codes[2 * number : 2 * number + 2]] for number in used]
-        of_x = fp8.product(products[0], it.weights[used[0]], back.dtype, back=True)
-        for number, operands in zip(used[1:], products[1:], strict=True):
-            of_x.add_(fp8.product(operands, it.weights[number], back.dtype, back=True))
-        return of_x.addmm_(back, it.down[0]) if it.down else of_x
-    of_x = back @ it.down[0] if it.down else back.new_zeros(shape)  # the small product first, as in the forward pass
-    for number in used:
-        g, up = gradients[number], it.ups[number]
-        assert g is not None
-        of_x.addmm_(g, whole(it.weights[number], up.shape[0], of_x))
-    return of_x
+    if it.row_scales:
+        return [gradient_of_x(codes, back, it), of_first, *of_b]
+    of_x = back @ it.down[0] if it.down else back.new_zeros(x.shape)  # the small product first, as in the forward pass
+    for g, weight, up in zip(given, it.weights, it.ups, strict=True):
+        if g is not None:
+            of_x.addmm_(g, whole(weight, up.shape[0], of_x))
+    return [of_x, of_first, *of_b]
 
 
 @torch.library.register_fake("pipelite::lora_linear_backward", lib=_LIBRARY)
@@ -262,10 +250,7 @@ class _Gradients(torch.autograd.Function):
         nothing = it.ups[0].new_empty(0)
         given = [nothing if gradient is None else gradient for gradient in gradients]
         to_x = bool(ctx.needs_input_grad[4])
-        codes = []
-        if it.row_scales and to_x:
-            for g, weight in zip(given, it.weights, strict=True):
-                codes += cast_rows(g, weight[1]) if g.numel() else [nothing, nothing]
+        codes = cast_gradients([g if g.numel() else None for g in given], it) if it.row_scales and to_x else []
         of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
             given, codes, x, tensors, ctx.counts, ctx.scales, to_x
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ class Operands(NamedTuple):
         down: All Aᵢ concatenated [ranks, in], in x's dtype; empty where the projections are given.
         along: x·Aᵀ [tokens, ranks]; or the given projections, one by one.
         ups: Bᵢ in x's dtype.
-        weights: The parts of each frozen weight.
+        weights: The parts of each frozen weight; or those of a single one, in FP8, that holds all consecutively.
         biases: For each weight its bias, or nothing.
         row_scales: The scales of x's codes [tokens], if products are computed in FP8.
         scales: The scale sᵢ of each.
@@ -40,14 +39,23 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor], counts: Sequence[int], scales: list[float]) -> Operands:
         """Return the operands that :meth:`flat` laid out."""
-        places = iter(tensors)
-        down, along, ups, row_scales, *others = ([*itertools.islice(places, count)] for count in counts)
-        return cls(down, along, ups, others[: len(ups)], others[len(ups) :], row_scales, scales)
+        lists, start = [], 0
+        for count in counts:
+            lists.append([*tensors[start : start + count]])
+            start += count
+        down, along, ups, row_scales, *others = lists
+        weights = len(others) // 2
+        return cls(down, along, ups, others[:weights], others[weights:], row_scales, scales)
 
     @property
     def ranks(self) -> list[int]:
         """The rank of each adapter."""
         return [up.shape[1] for up in self.ups]
+
+    @property
+    def joined(self) -> bool:
+        """Whether a single weight holds those of several projections."""
+        return len(self.weights) < len(self.ups)
 
     @property
     def alongs(self) -> list[Tensor]:

@@ -21,6 +21,7 @@ from lightning_pipelite.kernels import (
     grouped_outer,
     grouped_product,
     groups,
+    low_rank_sum,
     routing,
     scale,
 )
@@ -66,13 +67,27 @@ def test_fp8(capability: int) -> None:
     constants = {"FEW": 64, "COLUMNS": fp8_outer.COLUMNS, "DEPTH": fp8_outer.DEPTH, "PRECISION": "tf32"}
     made = compiled(fp8_outer._outer, arguments, constants, 4, capability)
     assert made.metadata.shared <= SHARED[capability] * 1024
-    arguments = {"x": "*bf16", "by": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", "width": "i32"}
-    constants = {"MULTIPLIED": True, "LARGEST": fp8_rows.LARGEST, "SMALLEST": fp8_rows.SMALLEST}
+    arguments = dict.fromkeys("xyz", "*bf16") | {"by": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32"}
+    arguments |= dict.fromkeys(("of_x", "of_y", "of_z"), "i32")
+    constants = {"PARTS": fp8_rows.MOST, "MULTIPLIED": True, "LARGEST": fp8_rows.LARGEST, "SMALLEST": fp8_rows.SMALLEST}
     made = compiled(fp8_rows._cast, arguments, constants | {"BLOCK": fp8_rows.BLOCK}, 8, capability)
     assert "cvt.rn.satfinite.e4m3x2" in made.asm["ptx"]
     arguments = {"source": "*i32", "out": "*i32", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS}
     assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize(("turned", "few"), [(False, 16), (True, 64)])
+def test_low_rank_sum(turned: bool, few: int, capability: int) -> None:
+    numbers = range(1, low_rank_sum.MOST + 1)
+    tensors = ("base", "left", *(f"{name}_{n}" for name in ("right", "out") for n in numbers))
+    counts = ("rows", "of_base", "of_left", *(f"{name}_{n}" for name in ("width", "few") for n in numbers))
+    constants = {"TURNED": turned, "SCALE": 0.5, "ROWS": low_rank_sum.ROWS, "PRECISION": "tf32"}
+    constants |= {"COLUMNS": low_rank_sum.COLUMNS, "FEW": few}
+    arguments = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(counts, "i32")
+    made = compiled(low_rank_sum._add, arguments, constants, 8, capability)
+    assert made.metadata.shared <= SHARED[capability] * 1024
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}

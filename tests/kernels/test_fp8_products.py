@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels import fp8, lora, low_rank_sum
 from lightning_pipelite.kernels.fp8 import fp8_linear, fp8_linear_reference, transposed
 from lightning_pipelite.kernels.fp8_rows import DTYPE, dequantise_rows, quantise_rows
 from lightning_pipelite.kernels.lora import lora_linear, lora_linear_reference
@@ -170,8 +170,22 @@ class Projections:
         return [*outputs, of_x, *of_a, *of_b]
 
 
+KINDS = ["apart", "joined", "joined and wide"]
+IN_FP8 = [(False, "apart"), *((True, kind) for kind in KINDS)]
+
+
+@pytest.fixture
+def joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Tell whether projections are joined; have outputs of any width computed as wide ones are, if they are wide."""
+    if request.param == "joined and wide":
+        monkeypatch.setattr(lora, "WIDEST", 0)
+        monkeypatch.setattr(low_rank_sum, "NARROW", 0)
+        torch.compiler.reset()
+    return bool(request.param != "apart")
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("joined", KINDS, indirect=True)
 def test_projections_in_fp8(device: str, joined: bool) -> None:
     case = Projections(device, joined=joined)
     found = case.run(lora_linear, case.given, Tensor.clone, in_fp8=True)
@@ -187,9 +201,10 @@ def test_projections_in_fp8(device: str, joined: bool) -> None:
     assert error_of_products(found[3], exact, left, whole) < UNIT
 
 
-def test_joined_projections_compute_what_they_do_apart() -> None:
+@pytest.mark.parametrize("joined", KINDS[1:], indirect=True)
+def test_joined_projections_compute_what_they_do_apart(joined: bool) -> None:
     """Except for x's gradient, for which they share one scale per token, so it only agrees up to FP8's error."""
-    case = Projections("cpu", joined=True)
+    case = Projections("cpu", joined=joined)
     outcomes = [case.run(lora_linear, each, Tensor.clone, in_fp8=True) for each in (case.given, case.weights)]
     for number, (joined, apart) in enumerate(zip(*outcomes, strict=True)):
         assert relative(joined, apart.double()) < (UNIT if number == 3 else 1e-6), number
@@ -197,8 +212,9 @@ def test_joined_projections_compute_what_they_do_apart() -> None:
         assert number > 2 or joined.is_contiguous()
 
 
-def test_outputs_of_joined_projections_may_be_viewed_and_changed_in_place() -> None:
-    case = Projections("cpu", joined=True)
+@pytest.mark.parametrize("joined", KINDS[1:], indirect=True)
+def test_outputs_of_joined_projections_may_be_viewed_and_changed_in_place(joined: bool) -> None:
+    case = Projections("cpu", joined=joined)
     b = [each.requires_grad_() for each in case.b]
     for x in (case.x, case.x[0], case.x[0, :1]):
         gradients = []
@@ -217,7 +233,7 @@ def test_projections_with_dequantised_weights() -> None:
         assert relative(ours, exact) < 1e-6, number
 
 
-@pytest.mark.parametrize(("in_fp8", "joined"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("in_fp8", "joined"), IN_FP8, indirect=["joined"])
 def test_an_unused_output_and_no_tokens(in_fp8: bool, joined: bool) -> None:
     case = Projections("cpu", joined=joined)
     x = case.x.clone().requires_grad_()
@@ -233,7 +249,7 @@ def test_an_unused_output_and_no_tokens(in_fp8: bool, joined: bool) -> None:
     assert nothing.grad.shape == nothing.shape
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("joined", KINDS, indirect=True)
 def test_with_dropout_the_given_projections_have_their_gradients(joined: bool) -> None:
     case = Projections("cpu", joined=joined)
 
@@ -247,7 +263,7 @@ def test_with_dropout_the_given_projections_have_their_gradients(joined: bool) -
         assert relative(ours, exact) < 1e-6, number
 
 
-@pytest.mark.parametrize(("in_fp8", "joined"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("in_fp8", "joined"), IN_FP8, indirect=["joined"])
 def test_compiled_layers_are_one_graph(in_fp8: bool, joined: bool) -> None:
     case = Projections("cpu", joined=joined)
 

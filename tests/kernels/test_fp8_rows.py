@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interpreter import INTERPRETED, pass_interpreted
-from lightning_pipelite.kernels import fp8, lora
+from lightning_pipelite.kernels import fp8, fp8_lora
 from lightning_pipelite.kernels.device import is_traced
 from lightning_pipelite.kernels.fp8 import fp8_linear
 from lightning_pipelite.kernels.fp8_rows import (
@@ -88,14 +89,15 @@ if not INTERPRETED:  # the interpreter rounds into FP8 wrongly
         x[1, 0] /= 8  # so that by does not make it overflow
         if by is not None:
             x[0, 1] /= 8
-        codes, scales = function(x, by)
+        codes, scales = function(x, by=by)
         check(x if by is None else x.double() * by.double(), codes, scales)
         torch.testing.assert_close(scales, quantise_rows(x, by)[1], rtol=2.0**-22, atol=0)
 
 
 @pytest.mark.parametrize("width", WIDE)
 @pytest.mark.parametrize("multiplied", [False, True])
-def test_what_codes_can_express_is_exact(width: int, multiplied: bool) -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_what_codes_can_express_is_exact(width: int, multiplied: bool, parts: int) -> None:
     """The interpreter rounds into FP8 wrongly, so these are codes already, times a power of two for each row."""
     generator = torch.Generator().manual_seed(width)
     exact = torch.randint(0, 0x7F, (5, width), generator=generator, dtype=torch.uint8).view(DTYPE).float()
@@ -105,7 +107,9 @@ def test_what_codes_can_express_is_exact(width: int, multiplied: bool) -> None:
     by = 2.0 ** torch.randint(-3, 4, (width,), generator=generator) if multiplied else None
     x = exact * powers if by is None else exact * powers / by
     device = DEVICES[-1]
-    codes, scales = cast_rows(x.to(device), None if by is None else by.to(device))
+    cuts = [0, *sorted(torch.randperm(width - 1, generator=generator)[: parts - 1].add(1).tolist()), width]
+    columns = [x[:, start:stop].to(device) for start, stop in itertools.pairwise(cuts)]
+    codes, scales = cast_rows(*columns, by=None if by is None else by.to(device))
     assert torch.equal(codes.cpu().float(), exact)
     assert torch.equal(scales.cpu(), torch.where(exact.any(1), powers.flatten(), SMALLEST / LARGEST))
 
@@ -115,9 +119,10 @@ def test_what_codes_can_express_is_exact(width: int, multiplied: bool) -> None:
 def test_what_is_not_finite_does_not_pass_for_a_number(value: float, width: int) -> None:
     x = torch.ones(4, width, device=DEVICES[-1])
     x[1, 3], x[2, -1] = value, value
-    numbers = dequantise_rows(*cast_rows(x), torch.float32)
-    assert numbers[1:3].isnan().all()
-    assert torch.equal(numbers[[0, 3]], x[[0, 3]])
+    for parts in (1, 2, 3):
+        numbers = dequantise_rows(*cast_rows(*x.tensor_split(parts, dim=1)), torch.float32)
+        assert numbers[1:3].isnan().all()
+        assert torch.equal(numbers[[0, 3]], x[[0, 3]])
 
 
 @pytest.mark.parametrize("multiplied", [False, True])
@@ -125,7 +130,9 @@ def test_torchs_own_checks_of_the_operation(multiplied: bool) -> None:
     x, by = torch.randn(3, WIDEST + 16), torch.rand(WIDEST + 16) if multiplied else None
     # Without the schema check, which does arithmetic on FP8 values that CPUs do not support.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.pipelite.fp8_cast_rows.default, (x, by), test_utils=checks)
+    operation = torch.ops.pipelite.fp8_cast_rows.default
+    for parts in (1, 2):
+        torch.library.opcheck(operation, ([*x.tensor_split(parts, dim=1)], by), test_utils=checks)
 
 
 def outcomes(function: Any, device: str, outputs: int) -> list[Tensor]:
@@ -160,12 +167,11 @@ def test_aot_autograd_is_not_taken_for_dynamo(monkeypatch: pytest.MonkeyPatch) -
     """It traces the gradients of lora_linear, and cannot launch a kernel on what it traces with."""
     of_gradients = []
 
-    def cast(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
-        if by is not None:
-            of_gradients.append(is_traced(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))  # type: ignore[arg-type]
+    def cast(x: Tensor, by: Tensor) -> list[Tensor]:
+        of_gradients.append(is_traced(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))  # type: ignore[arg-type]
         return quantise_rows(x, by)
 
-    monkeypatch.setattr(lora, "cast_rows", cast)
+    monkeypatch.setattr(fp8_lora, "cast_rows", cast)  # there, of gradients alone
     torch.compiler.reset()
     weight = quantise_rows(torch.randn(32, 16))
     x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((3, 16), (4, 16), (32, 4)))
