@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_pipelite.kernels import fp8
-from lightning_pipelite.kernels.fp8_rows import cast_rows
+from lightning_pipelite.kernels.fp8_rows import WIDEST, cast_now, cast_rows
 from lightning_pipelite.kernels.lora_operands import Operands
 from lightning_pipelite.kernels.low_rank_sum import add_low_rank, low_rank_sums
 
@@ -29,30 +29,39 @@ def outputs_in_fp8(codes: list[Tensor], it: Operands, dtype: torch.dtype) -> lis
     return [add_low_rank(whole, along, up, scale, turned=True) for whole, along, up, scale in each]
 
 
-def cast_gradients(gradients: Sequence[Tensor | None], it: Operands) -> list[Tensor]:
+def are_narrow(it: Operands) -> bool:
+    """Tell whether gradients are narrow enough for the compiler to cast them in what computes them."""
+    widths = [up.shape[0] for up in it.ups]
+    return (sum(widths) if it.joined else max(widths)) <= WIDEST
+
+
+def cast_gradients(gradients: Sequence[Tensor | None], it: Operands, *, now: bool = False) -> list[Tensor]:
     """Return codes and scales of each projection's gradient [tokens, out], or of all, joined, if their weight is.
 
-    Of an output that was not used, they are empty, or zeros among the others.
+    Of an output that was not used, they are empty, or zeros among the others. With ``now``, inside of an operation, no
+    compiler casts in what computes the gradients.
     """
-    along = it.alongs[0]
+    along, cast = it.alongs[0], cast_now if now else cast_rows
     if it.joined:
         each = zip(gradients, it.ups, strict=True)
         parts = [along.new_zeros(along.shape[0], up.shape[0]) if g is None else g for g, up in each]
-        return cast_rows(*parts, by=it.weights[0][1])
-    codes = []
+        return [*cast(*parts, by=it.weights[0][1])]
+    codes: list[Tensor] = []
     for g, weight in zip(gradients, it.weights, strict=True):
-        codes += [along.new_empty(0)] * 2 if g is None else cast_rows(g, by=weight[1])
+        codes += [along.new_empty(0)] * 2 if g is None else cast(g, by=weight[1])
     return codes
 
 
-def gradient_of_x(codes: list[Tensor], back: Tensor, it: Operands) -> Tensor:
+def gradient_of_x(gradients: Sequence[Tensor | None], codes: list[Tensor], back: Tensor, it: Operands) -> Tensor:
     """Return the gradient of x [tokens, in].
 
     Args:
-        codes: What :func:`cast_gradients` returned.
+        gradients: The gradient of each output [tokens, out], if it was used.
+        codes: What :func:`cast_gradients` returned; or nothing, and they are cast here.
         back: The gradient of x·Aᵀ [tokens, ranks].
         it: The operands.
     """
+    codes = codes or cast_gradients(gradients, it, now=True)
     of_x: Tensor | None = None
     for number, weight in enumerate(it.weights):
         rows = codes[2 * number : 2 * number + 2]

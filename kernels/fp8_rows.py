@@ -69,6 +69,11 @@ _LIBRARY.define("fp8_cast_rows(Tensor[] parts, Tensor? by) -> (Tensor, Tensor)")
 @torch.library.impl(_LIBRARY, "fp8_cast_rows", "CompositeExplicitAutograd")
 def cast_operation(parts: list[Tensor], by: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute :func:`cast_rows`, as one operation that is opaque to torch.compile."""
+    return cast_now(*parts, by=by)
+
+
+def cast_now(*parts: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute :func:`cast_rows` inside of another operation, where no compiler could fuse it into anything."""
     if by_triton(parts[0]):
         return _cast_by_triton(parts, by)
     codes, scales = _empty(parts) if parts[0].is_meta else quantise_rows(_whole(parts), by)
