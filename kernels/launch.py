@@ -9,6 +9,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+WIDE = 2**31  # from which on Triton passes numbers in 64 bits
+
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """Compiled kernels by what Triton specialises them on, each with its constants in the order of its parameters."""
 
@@ -30,7 +32,14 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Tensor | int, **const
         kernel[grid](*args, **constants)
         return
     device = torch.cuda.current_device()
-    key = (id(kernel), device, *map(_compiled_for, args), *constants.items())
+    # Of what is done here, calls take the longest.
+    specialised: list[Any] = []
+    for arg in args:
+        if type(arg) is int:
+            specialised.append((arg == 1, arg % 16 == 0, -WIDE <= arg < WIDE))
+        else:
+            specialised.append((arg.dtype, arg.data_ptr() % 16 == 0))  # type: ignore[union-attr]
+    key = (id(kernel), device, *specialised, *constants.items())
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel[grid](*args, **constants)
@@ -48,9 +57,3 @@ def _is_watched() -> bool:
     """Tell whether a launch hook is set, such as that of Triton's profiler."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-def _compiled_for(arg: Tensor | int) -> tuple[Any, ...]:
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    return arg == 1, arg % 16 == 0, arg.bit_length() > 31
