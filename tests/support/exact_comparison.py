@@ -44,6 +44,7 @@ def compare_with_plain(
     steps: int,
     scale: Scale,
     *,
+    plain_dir: str | None = None,
     alone: bool = False,
     moves: float = 0.01,
 ) -> Iterator[tuple[Split, float, float]]:
@@ -59,6 +60,7 @@ def compare_with_plain(
         splits: How to distribute it.
         steps: Number of steps.
         scale: Sizes of the data, and the seed of those that are drawn first.
+        plain_dir: Directory of the model that the plain loop trains, if it is another.
         alone: Run each document separately in the plain loop.
         moves: By how much its loss has to move, at least.
 
@@ -71,7 +73,7 @@ def compare_with_plain(
             drawn = replace(scale, seed=seed)
             if seed not in references:
                 plain = partial(_train_plain_observed, alone=alone)
-                references[seed] = workers.run(1, plain, case, model_dir, steps, drawn)[0]
+                references[seed] = workers.run(1, plain, case, plain_dir or model_dir, steps, drawn)[0]
                 (losses, _), _ = references[seed]
                 moved = max(abs(loss - losses[0]) for loss in losses)
                 assert moved > moves, f"the loss moves by {moved} only: nothing is compared"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from exact_comparison import differences
-from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, train_plain, train_split
+from exact_comparison import compare_with_plain
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
@@ -118,9 +118,7 @@ def test_ten_steps_in_two_stages_equal_a_plain_loop_over_the_base_as_transformer
     written: dict[str, Path], workers: Workers
 ) -> None:
     case, scale, base = Case("LoRA", in_4bit=True), Scale(vocabulary=128, sequence=32, sequences=43), "nf4, nested"
-    plain = workers.run(1, train_plain, case, str(written[base]), 10, scale)[0]
-    ours = workers.run(2, train_split, case, Split(2), str(written[base]), 10, scale)[0]
-    loss, weight = differences(ours, plain)
+    ((_, loss, weight),) = compare_with_plain(workers, case, str(written[base]), [Split(2)], 10, scale)
     assert loss < LOSS_LIMIT
     assert weight < WEIGHT_LIMIT
 

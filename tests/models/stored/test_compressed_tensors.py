@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exact_comparison import differences
-from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, train_plain, train_split
+from exact_comparison import compare_with_plain
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
@@ -85,9 +85,8 @@ def test_ten_steps_in_two_stages_equal_a_plain_loop_over_the_plain_weights(
 ) -> None:
     base, plain_base = write_both(tmp_path, files)
     scale = Scale(vocabulary=128, sequence=32, sequences=43)
-    plain = workers.run(1, train_plain, Case("LoRA"), plain_base, 10, scale)[0]
-    ours = workers.run(2, train_split, Case("LoRA"), Split(2), base, 10, scale)[0]
-    loss, weight = differences(ours, plain)
+    compared = compare_with_plain(workers, Case("LoRA"), base, [Split(2)], 10, scale, plain_dir=plain_base)
+    ((_, loss, weight),) = compared
     assert loss < LOSS_LIMIT
     assert weight < WEIGHT_LIMIT
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exact_comparison import differences
-from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split, train_plain, train_split
+from exact_comparison import compare_with_plain
+from exact_training import LOSS_LIMIT, WEIGHT_LIMIT, Case, Scale, Split
 from lightning_pipelite.adapters import Full, LoRA
 from lightning_pipelite.cli.check_command import check_model
 from lightning_pipelite.errors import ConfigurationError
@@ -150,17 +150,10 @@ def test_ten_steps_in_two_stages_equal_a_plain_loop_over_the_dequantised_model(
 ) -> None:
     base = str(write(tmp_path / "base", files))
     case = Case("LoRA", targets=TRAININGS[files])
-    plain = workers.run(1, plain_alone if "gpt" in files else train_plain, case, base, 10, TRAINED)[0]
-    ours = workers.run(2, train_split, case, Split(2), base, 10, TRAINED)[0]
-    assert max(abs(loss - plain[0][0]) for loss in plain[0]) > 0.01
-    loss, weight = differences(ours, plain)
+    splits, alone = [Split(2)], "gpt" in files  # in transformers, the packed documents of gpt-oss attend to each other
+    ((_, loss, weight),) = compare_with_plain(workers, case, base, splits, 10, TRAINED, alone=alone)
     assert loss < LOSS_LIMIT
     assert weight < WEIGHT_LIMIT
-
-
-def plain_alone(*arguments: Any) -> Any:
-    """Run each document alone: in transformers, the packed documents of gpt-oss attend to each other."""
-    return train_plain(*arguments, alone=True)
 
 
 def random_adapter(layers: CausalLMLayers, directory: Path) -> list[Any]:
