@@ -120,7 +120,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         weight = ctx.saved_tensors
-        rows = cast_rows(gradient, by=weight[1]) if ctx.in_fp8 else [gradient]
+        rows = cast_rows(gradient, weight[1]) if ctx.in_fp8 else [gradient]
         of_x = torch.ops.pipelite.fp8_product(rows, [*weight], None, True, gradient.dtype)
         return of_x, None, None, None, None, None
 

@@ -1,8 +1,8 @@
 """What is particular to FP8 in linear layers with low-rank adapters (:mod:`~lightning_pipelite.kernels.lora`).
 
-torch has no FP8 product that adds to a given matrix, so the adapter's product is added by a kernel that does nothing
-else, at the speed of memory. Where a weight holds those of several projections, it is multiplied once, forward and
-backward, but each output and each gradient is a tensor of its own.
+torch has no FP8 product that adds to a given matrix, so the adapter's product is added afterwards, to wide outputs by a
+kernel that does nothing else, at the speed of memory. Where a weight holds those of several wide projections, it is
+multiplied once, forward and backward, but each output and each gradient is a tensor of its own.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ def outputs_in_fp8(codes: list[Tensor], it: Operands, dtype: torch.dtype) -> lis
     return [add_low_rank(whole, along, up, scale, turned=True) for whole, along, up, scale in each]
 
 
-def are_narrow(it: Operands) -> bool:
-    """Tell whether gradients are narrow enough for the compiler to cast them in what computes them."""
-    widths = [up.shape[0] for up in it.ups]
-    return (sum(widths) if it.joined else max(widths)) <= WIDEST
+def casts_are_fused(it: Operands) -> bool:
+    """Tell whether the compiler can cast the gradients in what computes them: if they are narrow, and not joined."""
+    return not it.joined and max(up.shape[0] for up in it.ups) <= WIDEST
 
 
-def cast_gradients(gradients: Sequence[Tensor | None], it: Operands, *, now: bool = False) -> list[Tensor]:
+def cast_gradients(gradients: Sequence[Tensor | None], it: Operands, *, now: bool) -> list[Tensor]:
     """Return codes and scales of each projection's gradient [tokens, out], or of all, joined, if their weight is.
 
-    Of an output that was not used, they are empty, or zeros among the others. With ``now``, inside of an operation, no
-    compiler casts in what computes the gradients.
+    Of an output that was not used, they are empty, or zeros among the others.
+
+    Args:
+        gradients: The gradient of each output, if it was used.
+        it: The operands.
+        now: Whether this is inside of an operation, where no compiler fuses the cast; only there they may be joined.
     """
-    along, cast = it.alongs[0], cast_now if now else cast_rows
+    along = it.alongs[0]
     if it.joined:
         each = zip(gradients, it.ups, strict=True)
         parts = [along.new_zeros(along.shape[0], up.shape[0]) if g is None else g for g, up in each]
-        return [*cast(*parts, by=it.weights[0][1])]
-    codes: list[Tensor] = []
+        return cast_now(parts, it.weights[0][1])
+    codes = []
     for g, weight in zip(gradients, it.weights, strict=True):
-        codes += [along.new_empty(0)] * 2 if g is None else cast(g, by=weight[1])
+        if g is None:
+            codes += [along.new_empty(0)] * 2
+        else:
+            codes += cast_now([g], weight[1]) if now else cast_rows(g, weight[1])
     return codes
 
 

@@ -44,45 +44,44 @@ def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
-def cast_rows(*parts: Tensor, by: Tensor | None = None) -> list[Tensor]:
+def cast_rows(x: Tensor, by: Tensor | None = None) -> list[Tensor]:
     """Compute :func:`quantise_rows` for the inputs and gradients of a layer, in the fastest way.
 
     The compiler fuses the cast of narrow rows into what computes them. Wide ones it would compute twice, once for their
     scales and once for their codes, so a kernel reads them. It multiplies by the reciprocals of scales: a value within
     float32's rounding of the middle between two codes may get the other one.
+    """
+    if x.shape[-1] <= WIDEST:
+        return quantise_rows(x, by)
+    return [*(_cast_by_triton([x], by) if is_traced(x) else torch.ops.pipelite.fp8_cast_rows(x, by))]
+
+
+def cast_now(parts: Sequence[Tensor], by: Tensor | None = None) -> list[Tensor]:
+    """Compute :func:`cast_rows` inside of another operation, where no compiler could fuse it into anything.
 
     Args:
-        parts: [..., width] each: the rows, or columns of them, in order.
+        parts: [..., width] each: columns of the rows, in order.
         by: [the sum of the widths], multiplied into the rows first.
     """
-    if sum(part.shape[-1] for part in parts) <= WIDEST:
-        return quantise_rows(_whole(parts), by)
-    if is_traced(parts[0]):
+    if by_triton(parts[0]):
         return [*_cast_by_triton(parts, by)]
-    return [*torch.ops.pipelite.fp8_cast_rows([*parts], by)]
+    return [*_empty(parts)] if parts[0].is_meta else quantise_rows(_whole(parts), by)
 
 
 _LIBRARY = torch.library.Library("pipelite", "FRAGMENT")
-_LIBRARY.define("fp8_cast_rows(Tensor[] parts, Tensor? by) -> (Tensor, Tensor)")
+_LIBRARY.define("fp8_cast_rows(Tensor x, Tensor? by) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_LIBRARY, "fp8_cast_rows", "CompositeExplicitAutograd")
-def cast_operation(parts: list[Tensor], by: Tensor | None) -> tuple[Tensor, Tensor]:
+def cast_operation(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute :func:`cast_rows`, as one operation that is opaque to torch.compile."""
-    return cast_now(*parts, by=by)
-
-
-def cast_now(*parts: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute :func:`cast_rows` inside of another operation, where no compiler could fuse it into anything."""
-    if by_triton(parts[0]):
-        return _cast_by_triton(parts, by)
-    codes, scales = _empty(parts) if parts[0].is_meta else quantise_rows(_whole(parts), by)
+    codes, scales = cast_now([x], by)
     return codes, scales
 
 
 @torch.library.register_fake("pipelite::fp8_cast_rows", lib=_LIBRARY)
-def _(parts: list[Tensor], by: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _empty(parts)
+def _(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _empty([x])
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:

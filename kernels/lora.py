@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pipelite.kernels.fp8_lora import are_narrow, cast_gradients, gradient_of_x, outputs_in_fp8
+from lightning_pipelite.kernels.fp8_lora import cast_gradients, casts_are_fused, gradient_of_x, outputs_in_fp8
 from lightning_pipelite.kernels.fp8_outer import outer_with_codes
 from lightning_pipelite.kernels.fp8_rows import WIDEST, cast_rows
 from lightning_pipelite.kernels.frozen_weight import whole
@@ -174,7 +174,7 @@ def backward_operation(gradients: list[Tensor], codes: list[Tensor], x: Tensor, 
 
     Args:
         gradients: The gradient of each output [tokens, out].
-        codes: If products are computed in FP8 and gradients are narrow, what :func:`cast_gradients` returned.
+        codes: If products are computed in FP8 and their casts are fused, what :func:`cast_gradients` returned.
         x: The input [tokens, in]; or its codes, if products are computed in FP8.
         flat_to_x: :class:`Operands`, flattened, and whether x needs a gradient.
     """
@@ -251,8 +251,8 @@ class _Gradients(torch.autograd.Function):
         given = [nothing if gradient is None else gradient for gradient in gradients]
         to_x = bool(ctx.needs_input_grad[4])
         codes = []
-        if it.row_scales and to_x and are_narrow(it):
-            codes = cast_gradients([g if g.numel() else None for g in given], it)
+        if it.row_scales and to_x and casts_are_fused(it):
+            codes = cast_gradients([g if g.numel() else None for g in given], it, now=False)
         of_x, of_first, *of_b = torch.ops.pipelite.lora_linear_backward(
             given, codes, x, tensors, ctx.counts, ctx.scales, to_x
         )

@@ -28,9 +28,9 @@ def add_low_rank(base: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, 
     Args:
         base: [rows, width], contiguous.
         left: [rows, few], or columns of a larger matrix; of base's dtype.
-        right: [few, width], contiguous; of base's dtype.
+        right: [few, width], of base's dtype.
         scale: A factor of the product.
-        turned: Whether right is transposed: [width, few], contiguous.
+        turned: Whether right is transposed: [width, few].
     """
     if base.shape[1] <= NARROW or not _fits(base):
         return base.addmm_(left, right.T if turned else right, alpha=scale)
@@ -44,7 +44,7 @@ def low_rank_sums(base: Tensor, left: Tensor, rights: Sequence[Tensor], scale: f
     Args:
         base: [rows, the sum of the widths], contiguous.
         left: [rows, the sum of the fews], of base's dtype.
-        rights: [width, few] each, contiguous; of base's dtype.
+        rights: [width, few] each, of base's dtype.
         scale: A factor of the products.
 
     Returns:
@@ -67,12 +67,15 @@ def _launch(base: Tensor, left: Tensor, rights: list[Tensor], outs: list[Tensor]
     rows, width = base.shape
     widths = [out.shape[1] for out in outs]
     fews = [right.shape[1 if turned else 0] for right in rights]
+    left = left if left.stride(1) == 1 else left.contiguous()
+    rights = [right.contiguous() for right in rights]
+    # One stage: with so few columns of left the loop runs once, and buffers for more would exceed a small GPU's memory.
     blocks, missing = sum(-(-each // COLUMNS) for each in widths), MOST - len(outs)
     launch(
         _add, (blocks, -(-rows // ROWS), 1), base, left, *rights, *rights[:1] * missing, *outs, *outs[:1] * missing,
         rows, width, left.stride(0), *widths, *[0] * missing, *fews, *[0] * missing,
         TURNED=turned, SCALE=float(scale), ROWS=ROWS, COLUMNS=COLUMNS, FEW=min(FEW, at_least_16(max(fews))),
-        PRECISION=precision(base), num_warps=8,
+        PRECISION=precision(base), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ def test_under_the_interpreter() -> None:
     pass_interpreted(__file__)
 
 
-def draw(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0] + shape[1])).to(DEVICE, dtype)
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def check(found: Tensor, base: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
@@ -44,6 +44,9 @@ def test_a_sum_in_place(rows: int, width: int, few: int, turned: bool, dtype: to
     found = add_low_rank(base, left, right.T.contiguous() if turned else right, -1.5, turned=turned)
     assert found is base
     check(found, before, left, right, -1.5)
+    base, left = before.clone(), left.T.contiguous().T
+    found = add_low_rank(base, left, right.T if turned else right.T.contiguous().T, -1.5, turned=turned)
+    check(found, before, left, right, -1.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +59,12 @@ def test_a_sum_in_place(rows: int, width: int, few: int, turned: bool, dtype: to
 def test_sums_of_parts(widths: tuple[int, ...], fews: tuple[int, ...], rows: int, dtype: torch.dtype) -> None:
     base, left = draw(rows, sum(widths), dtype=dtype), draw(rows, sum(fews), dtype=dtype)
     before = base.clone()
-    rights = [draw(width, few, dtype=dtype) for width, few in zip(widths, fews, strict=True)]
+    # One after the other: contiguous, transposed, contiguous ...
+    each = enumerate(zip(widths, fews, strict=True))
+    rights = [
+        draw(few, width, dtype=dtype, seed=n).T if n % 2 else draw(width, few, dtype=dtype, seed=n)
+        for n, (width, few) in each
+    ]
     found = low_rank_sums(base, left, rights, 0.25)
     assert torch.equal(base, before)
     parts = zip(found, base.split(widths, dim=1), left.split(fews, dim=1), rights, strict=True)
