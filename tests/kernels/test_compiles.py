@@ -83,15 +83,16 @@ def test_fp8(capability: int) -> None:
     assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 120])
-@pytest.mark.parametrize(("turned", "few"), [(False, 16), (False, 64), (True, 64)])
-@pytest.mark.parametrize(("dtype", "precision"), [("bf16", "tf32"), ("fp32", "ieee")])
-def test_low_rank_sum(dtype: str, precision: str, turned: bool, few: int, capability: int) -> None:
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "turned"), [("bf16", "tf32", True), ("bf16", "tf32", False), ("fp32", "ieee", True)]
+)
+def test_low_rank_sum(dtype: str, precision: str, turned: bool, capability: int) -> None:
     numbers = range(1, low_rank_sum.MOST + 1)
     tensors = ("base", "left", *(f"{name}_{n}" for name in ("right", "out") for n in numbers))
     counts = ("rows", "of_base", "of_left", *(f"{name}_{n}" for name in ("width", "few") for n in numbers))
     constants = {"TURNED": turned, "SCALE": 0.5, "ROWS": low_rank_sum.ROWS, "PRECISION": precision}
-    constants |= {"COLUMNS": low_rank_sum.COLUMNS, "FEW": few}
+    constants |= {"COLUMNS": low_rank_sum.COLUMNS, "FEW": low_rank_sum.FEW}
     arguments = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(counts, "i32")
     made = compiled(low_rank_sum._add, arguments, constants, 8, capability, 1)
     assert made.metadata.shared <= SHARED[capability] * 1024
