@@ -62,7 +62,7 @@ def lora_linear(
     trained, widths, joined = [*(given or a), *b], [up.shape[0] for up in b], len(weights) < len(b)
     if joined:
         biases = [_joined(biases, widths, x)]
-    # In FP8, copies of parts of wide outputs would take a GPU longer than the host takes to add B part by part.
+    # In FP8, wide outputs are written apart, as copying them apart would take a GPU longer than this takes the host.
     as_one = joined and (not in_fp8 or max(widths) <= WIDEST)
     if as_one:
         given = [torch.cat(given, dim=1)] if given else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,11 +40,8 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor], counts: Sequence[int], scales: list[float]) -> Operands:
         """Return the operands that :meth:`flat` laid out."""
-        lists, start = [], 0
-        for count in counts:
-            lists.append([*tensors[start : start + count]])
-            start += count
-        down, along, ups, row_scales, *others = lists
+        places = iter(tensors)
+        down, along, ups, row_scales, *others = ([*itertools.islice(places, count)] for count in counts)
         weights = len(others) // 2
         return cls(down, along, ups, others[:weights], others[weights:], row_scales, scales)
 

@@ -69,8 +69,8 @@ def _launch(base: Tensor, left: Tensor, rights: list[Tensor], outs: list[Tensor]
     fews = [right.shape[1 if turned else 0] for right in rights]
     left = left if left.stride(1) == 1 else left.contiguous()
     rights = [right.contiguous() for right in rights]
-    # One stage: with so few columns of left the loop runs once, and buffers for more would exceed a small GPU's memory.
     blocks, missing = sum(-(-each // COLUMNS) for each in widths), MOST - len(outs)
+    # One stage: with so few columns of left the loop runs once, and buffers for more would exceed a small GPU's memory.
     launch(
         _add, (blocks, -(-rows // ROWS), 1), base, left, *rights, *rights[:1] * missing, *outs, *outs[:1] * missing,
         rows, width, left.stride(0), *widths, *[0] * missing, *fews, *[0] * missing,
@@ -86,13 +86,10 @@ def _add(  # type: ignore[no-untyped-def]
     TURNED: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    block, row = tl.program_id(0), (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     first = tl.cdiv(width_1, COLUMNS)
     second = first + tl.cdiv(width_2, COLUMNS)
-    base += row.to(tl.int64)[:, None] * of_base
-    left += row.to(tl.int64)[:, None] * of_left
-    there = (row < rows)[:, None]
-    row = row.to(tl.int64)[:, None]
+    base, left, there = base + row * of_base, left + row * of_left, row < rows
     if block < first:
         _add_part(base, left, right_1, out_1, row, there, block, width_1, few_1,
                   TURNED, SCALE, COLUMNS, FEW, PRECISION)  # fmt: skip

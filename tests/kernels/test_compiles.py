@@ -83,7 +83,7 @@ def test_fp8(capability: int) -> None:
     assert compiled(fp8._transpose, arguments, constants, 4, capability).asm["ptx"]
 
 
-@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("capability", [89, 90, 120])
 @pytest.mark.parametrize(
     ("dtype", "precision", "turned"), [("bf16", "tf32", True), ("bf16", "tf32", False), ("fp32", "ieee", True)]
 )
