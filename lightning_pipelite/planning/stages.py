@@ -95,6 +95,10 @@ def stage_memory(
     per stage (1F1B), stage i of p holds up to p - i (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section
     2.2). The peak is the largest over all passes. Gradients exist from the first micro-batch's backward pass on.
 
+    With several pieces, a pass's output is freed once it is sent. It counts as held until the backward pass all the
+    same: the host, which allocates, can be that far ahead of a slow GPU, which sends. On a fast one it is an upper
+    limit; H200s held 1 % less on 2 ranks with 4 pieces, and up to 6 % less on 4.
+
     Args:
         simulation: Simulation of the items.
         spans: First item and item after the last of each of the stage's pieces.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import timedelta
@@ -195,6 +196,7 @@ class PipeLiteStrategy(DDPStrategy):
         check_callbacks(self.lightning_module.trainer)  # now including the module's own
         if self.virtual_stages > 1:
             let_streams_run_beside()
+        gc.collect()  # a former trainer is part of reference cycles: its optimizer's state would stay beside this one's
         super().setup_environment()
         load_deepspeed(self.root_device, self.local_rank)
         self._job.watch(self.stage_id, self.timeout)

@@ -15,6 +15,7 @@ from after_jobs import (
     after_fit,
     device_memory_after_runs,
     layers_of_its_own_making,
+    optimizers_of_the_run_before,
     run_the_example,
     runs,
     under_another_strategy,
@@ -70,6 +71,10 @@ def test_runs_leave_nothing_open(workers: Workers, stages: int, replicas: int, p
         assert threads_in_the_end < threads + len(result["opened"]) / 2
         assert files_in_the_end < files + len(result["opened"]) / 2
         assert result["alive"] == 0
+
+
+def test_the_optimizer_of_the_run_before_is_gone(workers: Workers) -> None:
+    assert workers.run(1, optimizers_of_the_run_before)[0] == [False, False]
 
 
 @pytest.mark.gpu

@@ -208,6 +208,27 @@ def runs(stages: int, replicas: int, virtual_stages: int = 1) -> dict[str, Any]:
     return {"opened": opened, "alive": alive}
 
 
+def optimizers_of_the_run_before() -> list[bool]:
+    """Fit one module three times, with a new trainer each; return whether each fit found the optimizer before alive."""
+    found: list[bool] = []
+    before: list[weakref.ref[Any]] = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            found.extend(reference() is not None for reference in before)
+            before[:] = [weakref.ref(trainer.optimizers[0])]
+
+    module = Mlp()
+    gc.disable()  # chance must not collect it
+    try:
+        for _ in range(3):
+            trainer = trainer_for(PipeLiteStrategy(), 1, max_steps=2, callbacks=[Look()])
+            trainer.fit(module, DataLoader(data(16), batch_size=ROWS))
+    finally:
+        gc.enable()
+    return found
+
+
 def under_another_strategy() -> tuple[list[tuple[int, int, int]], float]:
     """Fit the same module in turn under the strategy and DDP; a process group of the user's must keep working."""
     torch.distributed.init_process_group("gloo")
