@@ -24,8 +24,7 @@ class Report:
     Attributes:
         planner: The planner that made it, with the configuration's micro-batches per step.
         settings: The settings in the configuration.
-        split: The bounds of all pieces of the configuration's stages.
-        policies: What the stages of that split take with each activation memory policy.
+        policies: What the configuration's stages take with each activation memory policy, cut as ``fit`` cuts for it.
         recommended: The settings with which a step is fastest; None if nothing fits.
         largest: The most tokens per sequence that fit with the recommended split; None if not known.
         fewest: The fewest stages that fit, and with which policy; None if not known.
@@ -38,7 +37,6 @@ class Report:
 
     planner: Planner
     settings: Settings
-    split: list[int]
     policies: dict[str, list[StageMemory]]
     recommended: Recommended | None
     largest: int | None
@@ -64,9 +62,11 @@ class Report:
                 f"pipeline_stages={settings.stages} must divide the number of devices ({devices}); change one of them."
             )
         pieces = settings.virtual_stages
-        split = planner.split(settings.stages, settings.partition_method, planner.policies[0], pieces)
-        policies = {policy: planner.stages(split, policy, virtual_stages=pieces) for policy in planner.policies}
-        report = cls(planner, settings, split, policies, None, None, None, words, replaced or {})
+        policies = {}
+        for policy in planner.policies:
+            split = planner.split(settings.stages, settings.partition_method, policy, pieces)
+            policies[policy] = planner.stages(split, policy, virtual_stages=pieces)
+        report = cls(planner, settings, policies, None, None, None, words, replaced or {})
         found = report.recommended = planner.recommend(report.sequences)
         if found is not None:
             chosen = planner.of(found.micro_batches)
@@ -278,10 +278,10 @@ class Report:
         """Bytes of each host's memory that offload takes, with the recommended split or the configuration's."""
         if "offload" not in self.policies:
             return 0
-        planner, bounds, pieces = self.planner, self.split, self.settings.virtual_stages
+        stages = self.policies["offload"]
         if (found := self.recommended) is not None:
-            planner, bounds, pieces = planner.of(found.micro_batches), found.bounds, found.virtual_stages
-        stages = planner.stages(bounds, "offload", virtual_stages=pieces)
+            planner = self.planner.of(found.micro_batches)
+            stages = planner.stages(found.bounds, "offload", virtual_stages=found.virtual_stages)
         replicas = self.devices // len(stages)
         return math.ceil(replicas * sum(stage.on_host for stage in stages) / self.settings.hosts)
 

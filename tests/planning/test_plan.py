@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optimi import Adam
 
 from header_model import LLAMA_70B, write_headers
 from lightning_pipelite.cli.plan_command import plan
 from lightning_pipelite.errors import ConfigurationError
+from lightning_pipelite.models.loss import CausalLMLoss
+from lightning_pipelite.planning.before_training import Job, PlannedTraining, plan_training
 from lightning_pipelite.planning.report import Report
 from lightning_pipelite.planning.settings import parse_memory
 from lightning_pipelite.planning.stage_table import span_of
@@ -152,6 +157,19 @@ def test_the_policies_take_less_and_less(large: Report, small: Path, tmp_path: P
     uncompiled = write_config(tmp_path / "config.yaml", small.parent / "model", 2, compile_layers=False)
     keep, selective, recompute, offload = fullest(plan(str(uncompiled), devices=2, memory="24GiB"))
     assert keep > selective > recompute > offload
+
+
+def test_rows_as_configured_are_cut_as_fit_cuts(large: Report) -> None:
+    """With auto, which heeds memory, each policy has its own cut."""
+    planner, settings = large.planner, replace(large.settings, partition_method="auto")
+    report = Report.of(planner, settings)
+    job = Job(4, "auto", planner.micro_batches, planner.sequence_len, planner.devices)
+    made = plan_training(planner.layers, CausalLMLoss(), partial(Adam, lr=1e-3), job, choose=True)
+    assert isinstance(made, PlannedTraining)
+    assert made.refusal == ""
+    assert made.activation_memory != planner.policies[0]
+    assert [stage.peak for stage in report.policies[made.activation_memory]] == made.peaks
+    assert re.search(f"as configured.*\n( .*\n)* +4 +1 +{made.activation_memory} .* fits\n", str(report))
 
 
 def test_what_fits_no_device_is_said(small: Path) -> None:
