@@ -35,14 +35,14 @@ def outer_with_codes(u: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     if not by_triton(u):
         return u.T.to(exact) @ dequantise_rows(codes, scales, exact)
     (rows, few), width = u.shape, codes.shape[1]
-    across = triton.cdiv(width, COLUMNS)
-    # Each part has at least four blocks.
-    parts = max(1, min(triton.cdiv(PROGRAMS, across), rows // (4 * DEPTH)))
+    block = min(FEW, at_least_16(few))
+    across, thick = triton.cdiv(width, COLUMNS), triton.cdiv(few, block)
+    # Each part has at least four blocks. The parts' sums take about 35 MB, or twice the result.
+    parts = max(1, min(triton.cdiv(PROGRAMS, across * thick), rows // (4 * DEPTH)))
     part = triton.cdiv(triton.cdiv(rows, parts), DEPTH) * DEPTH
     sums = u.new_empty(parts, few, width, dtype=exact)
-    block = min(FEW, at_least_16(few))
     launch(
-        _outer, (across, parts, triton.cdiv(few, block)), u, codes, scales, sums, rows, part, width, few,
+        _outer, (across, parts, thick), u, codes, scales, sums, rows, part, width, few,
         FEW=block, COLUMNS=COLUMNS, DEPTH=DEPTH, PRECISION=precision(u), num_warps=4, num_stages=2,
     )  # fmt: skip
     return sums[0] if parts == 1 else sums.sum(0)

@@ -5,6 +5,7 @@ The format is e4m3 of Micikevicius et al. 2022, "FP8 Formats for Deep Learning" 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,7 @@ def _empty(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return memory for the codes and scales."""
     shape, width = parts[0].shape[:-1], sum(part.shape[-1] for part in parts)
     codes = parts[0].new_empty(*shape, width, dtype=DTYPE)
-    return codes, parts[0].new_empty(shape.numel(), dtype=torch.float32)
+    return codes, parts[0].new_empty(math.prod(shape), dtype=torch.float32)  # numel() would fix a dynamic shape
 
 
 def _cast_by_triton(parts: Sequence[Tensor], by: Tensor | None) -> tuple[Tensor, Tensor]:

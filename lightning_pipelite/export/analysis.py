@@ -66,7 +66,8 @@ def analyze(
 
     Args:
         adapter: Directory of the adapter.
-        base: Directory of the model that it was trained on; adds norms relative to those of the base's weights.
+        base: Directory of the model that it was trained on (also ``--model_dir``); adds norms relative to those of the
+            base's weights.
         output: Directory to write; must be empty or not exist. Defaults to the adapter's name with "-analysis" added.
         trust_remote_code: Run the base's own Python code, if it has any.
         allow_another_base: Continue with a base that the adapter was not trained on.

@@ -46,7 +46,7 @@ def control_to_lora(
     Merging such a LoRA is undone by merging its inverse, made on the merged model with the same ``writers``.
 
     Args:
-        base: Directory of the Hugging Face model that the adapter was trained on.
+        base: Directory of the Hugging Face model that the adapter was trained on (also ``--model_dir``).
         adapter: Directory of the Control Adapter.
         output: Directory to write, in PEFT's LoRA format; must be empty or not exist.
         inverse: Use class -1, the exact inverse, instead of class +1.

@@ -34,7 +34,7 @@ def generate(
     """Continue prompts with a base model, and with an adapter on it, using transformers on one device.
 
     Args:
-        base: Directory of the Hugging Face model.
+        base: Directory of the Hugging Face model (also ``--model_dir``).
         adapter: PEFT directory of a LoRA that was trained on it; by default, only the base generates.
         prompt: The prompt, or a list of prompts.
         max_new_tokens: Maximum number of tokens to generate.

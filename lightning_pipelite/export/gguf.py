@@ -54,7 +54,7 @@ def export_gguf(
 
     Args:
         adapter: Directory of the LoRA or Control Adapter.
-        base: Directory of the Hugging Face model that it was trained on.
+        base: Directory of the Hugging Face model that it was trained on (also ``--model_dir``).
         output: File to write; must not exist.
         outtype: Type of the tensors.
         inverse: For a Control Adapter, use class -1 instead of class +1.

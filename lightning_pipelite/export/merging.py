@@ -47,7 +47,7 @@ def merge(
     are dequantised and written in bfloat16.
 
     Args:
-        base: Directory of the Hugging Face model that the adapters were trained on.
+        base: Directory of the Hugging Face model that the adapters were trained on (also ``--model_dir``).
         adapter: PEFT directory of the adapter, or a list of them.
         output: Directory to write; must be empty or not exist.
         scale: Factor on what the adapter adds, between -2 and 2, 1 by default; a list for several adapters.

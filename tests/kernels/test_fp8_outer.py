@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from interpreter import INTERPRETED, pass_interpreted
-from lightning_pipelite.kernels import fp8
+from lightning_pipelite.kernels import fp8, fp8_outer
 from lightning_pipelite.kernels.fp8_outer import DEPTH, outer_with_codes
 from lightning_pipelite.kernels.fp8_rows import DTYPE, dequantise_rows, quantise_rows
 
@@ -40,6 +40,17 @@ def test_sums_over_rows_of_very_different_size(rows: int, width: int, few: int, 
     sizes = u.double().abs().T @ exact.abs()
     assert ((found.double() - u.double().T @ exact).abs() <= ERRORS[dtype] * sizes).all()
     assert torch.equal(found, outer_with_codes(u, codes, scales))  # deterministic
+
+
+@pytest.mark.parametrize(("rows", "width", "few"), [(8192, 8192, 768), (8192, 4096, 192), (4096, 4096, 48)], ids=str)
+def test_partial_sums_take_little_memory(rows: int, width: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan does not count it."""
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(fp8_outer, "by_triton", lambda _: True)
+    monkeypatch.setattr(fp8_outer, "launch", lambda kernel, grid, u, codes, scales, sums, *_, **__: taken.append(sums))
+    u = torch.empty(rows, few, dtype=torch.bfloat16)
+    outer_with_codes(u, torch.empty(rows, width, dtype=DTYPE), torch.empty(rows))
+    assert taken[0].nbytes <= max(40e6, 8 * few * width)
 
 
 def test_the_product_is_counted() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from interpreter import INTERPRETED, pass_interpreted
 from lightning_pipelite.kernels import fp8, fp8_lora
@@ -134,6 +135,20 @@ def test_torchs_own_checks_of_the_operation(multiplied: bool) -> None:
     # Without the schema check, which does arithmetic on FP8 values that CPUs do not support.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.pipelite.fp8_cast_rows.default, (x, by), test_utils=checks)
+
+
+def test_one_graph_casts_any_number_of_rows() -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: cast_rows(x * 2), backend=counter, dynamic=True)
+    for rows in (3, 5, 7):
+        x = torch.randn(2, rows, WIDEST + 16)
+        assert all(map(torch.equal, map(bits, compiled(x)), map(bits, cast_rows(x * 2))))
+    assert counter.frame_count == 1
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
 
 
 def outcomes(function: Any, device: str, outputs: int) -> list[Tensor]:
