@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart.write_texts(made)
     (made / "models").mkdir()
     quickstart.make_base_model(made).rename(made / "models" / "base")
-    for path in sorted((made / "texts" / "reference").glob("*.txt"))[:12]:
+    for path in sorted((made / "texts" / "reference").glob("*.txt"))[:5]:
         path.rename(made / "texts" / path.name)
     for kind, folder in (("positive", "library"), ("negative", "reference")):
         (made / kind).mkdir()
