@@ -64,9 +64,14 @@ def has_experts(shape: str) -> bool:
     return "num_experts_per_tok" in SHAPES[shape]
 
 
+def facts_of(shape: str) -> dict[str, Any]:
+    """Return what a configuration of this shape says, including its ``model_type``."""
+    return {"model_type": "llama", "rope_theta": 500_000.0} | SHAPES[shape]
+
+
 def write_model(directory: Path, shape: str, device: torch.device) -> None:
     """Write a Hugging Face directory with bf16 weights, drawn on ``device`` as transformers initialises them."""
-    write_random(directory, {"model_type": "llama", "rope_theta": 500_000.0} | SHAPES[shape], device)
+    write_random(directory, facts_of(shape), device)
 
 
 def write_random(directory: Path, facts: dict[str, Any], device: torch.device) -> None:
