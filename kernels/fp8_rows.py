@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_pipelite.kernels.device import by_triton, is_traced
-from lightning_pipelite.kernels.launch import launch
+from lightning_pipelite.kernels.launch import absent, launch
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # the format's largest value
@@ -102,9 +102,10 @@ def _cast_by_triton(parts: Sequence[Tensor], by: Tensor | None) -> tuple[Tensor,
     codes, scales = _empty(parts)
     if codes.numel():
         widths = [part.shape[-1] for part in parts] + [0] * (MOST - len(parts))
-        first, second, third = [*parts, *parts[:1] * MOST][:MOST]
+        missing = absent(parts[0])
+        first, second, third = [*parts, *[missing] * MOST][:MOST]
         launch(
-            _cast, (scales.numel(), 1, 1), first, second, third, first if by is None else by, codes, scales, *widths,
+            _cast, (scales.numel(), 1, 1), first, second, third, missing if by is None else by, codes, scales, *widths,
             PARTS=len(parts), MULTIPLIED=by is not None, LARGEST=LARGEST, SMALLEST=SMALLEST, BLOCK=BLOCK,
             num_warps=8 if codes.shape[-1] <= 16_384 else 16,
         )  # fmt: skip
