@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_pipelite.kernels.device import at_least_16, by_triton, is_traced
 from lightning_pipelite.kernels.groups import Groups
-from lightning_pipelite.kernels.launch import absent
 
 
 def sum_copies(y: Tensor, groups: Groups, scores: Tensor | None = None) -> Tensor:
@@ -98,7 +97,7 @@ def _sum_by_triton(y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
     out = y.new_empty(tokens, width)
     block = min(1024, at_least_16(width))
     _sum_copies[(tokens, -(-width // block))](
-        y, groups.places, absent(y) if scores is None else scores, out, width,
+        y, groups.places, y if scores is None else scores, out, width,
         COPIES=groups.copies, SCORED=scores is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out

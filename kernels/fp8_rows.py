@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_pipelite.kernels.device import by_triton, is_traced
-from lightning_pipelite.kernels.launch import absent, launch
+from lightning_pipelite.kernels.launch import launch
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # the format's largest value
@@ -102,7 +102,8 @@ def _cast_by_triton(parts: Sequence[Tensor], by: Tensor | None) -> tuple[Tensor,
     codes, scales = _empty(parts)
     if codes.numel():
         widths = [part.shape[-1] for part in parts] + [0] * (MOST - len(parts))
-        missing = absent(parts[0])
+        # What stands in for missing operands: a compiled graph would compute and write a part once for each.
+        missing = parts[0].new_empty(1) if is_traced(parts[0]) else parts[0]
         first, second, third = [*parts, *[missing] * MOST][:MOST]
         launch(
             _cast, (scales.numel(), 1, 1), first, second, third, missing if by is None else by, codes, scales, *widths,

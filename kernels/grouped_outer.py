@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_pipelite.kernels.device import at_least_16, by_triton, is_traced, precision
 from lightning_pipelite.kernels.groups import Groups, slices_of
-from lightning_pipelite.kernels.launch import absent
 
 
 def grouped_outer(
@@ -74,7 +73,7 @@ def _outer_by_triton(u: Tensor, v: Tensor, groups: Groups, gather: bool, scores:
     block = min(64, at_least_16(few))
     columns = 128 if u.element_size() == 2 else 64
     _outer[(-(-width // columns), groups.number, -(-few // block))](
-        u, u.stride(0), v, v.stride(0), groups.order, groups.bounds, absent(u) if scores is None else scores, out,
+        u, u.stride(0), v, v.stride(0), groups.order, groups.bounds, u if scores is None else scores, out,
         float(scale), width, few,
         COPIES=groups.copies if gather else 0, SCORED=scores is not None,
         FEW=block, COLUMNS=columns, DEPTH=64 if u.element_size() == 2 else 32,

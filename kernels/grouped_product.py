@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_pipelite.kernels.device import at_least_16, by_triton, is_traced, precision
 from lightning_pipelite.kernels.groups import Groups, rows_of_tile, slices_of
-from lightning_pipelite.kernels.launch import absent, launch
+from lightning_pipelite.kernels.launch import launch
 
 ADDED_DEPTH = 64  # of a block of the added product left Rᵀ, at most
 
@@ -112,8 +112,8 @@ def _product_by_triton(
     shape = product_shape(x, width, generation)
     block = rows_of_tile(rows, groups.number)
     columns = -(-width // shape.columns)
-    missing = absent(x)
-    l, r, b = (missing if each is None else each for each in (left, right, bias))  # noqa: E741
+    # x stands in for an operand that is not given: a compiled graph takes only tensors.
+    l, r, b = (x if each is None else each for each in (left, right, bias))  # noqa: E741
     r_group, r_out, r_few = (0, 0, 0) if right is None else right.stride()
     w_group, w_out, w_in = weight.stride()
     launch(

@@ -9,8 +9,6 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from lightning_pipelite.kernels.device import is_traced
-
 WIDE = 2**31  # from which on Triton passes numbers in 64 bits
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -53,15 +51,6 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Tensor | int, **const
     else:  # the same, without the arguments for hooks
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values)
-
-
-def absent(like: Tensor) -> Tensor:
-    """Return what stands in for an operand of a kernel that is not given, of the dtype of ``like``.
-
-    A compiled graph takes only tensors. One that is computed in the graph is computed, and written, once for each
-    operand that it is passed as; therefore a small one is made there. Elsewhere ``like`` itself costs nothing.
-    """
-    return like.new_empty(1) if is_traced(like) else like
 
 
 def _is_watched() -> bool:
